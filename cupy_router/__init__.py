@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cupy_router: MoE routers as CUDA kernels compiled at run time, for arrays of any framework.
+
+>>> import numpy as np
+>>> import cupy_router
+>>> routing = cupy_router.activation_topk(np.zeros((2, 256), np.float32), "deepseek-v4-flash")
+>>> routing.indices[0]
+array([0, 1, 2, 3, 4, 5], dtype=int32)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cupy_router.method import RoutingMethod, presets
+    from cupy_router.ops.activation_topk import activation_topk
+    from cupy_router.ops.hash_router import hash_router
+    from cupy_router.ops.topk_select import topk_select
+    from cupy_router.results import Routing, TopK
+
+__version__ = "0.1.0"
+
+__all__ = ["Routing", "RoutingMethod", "TopK", "activation_topk", "hash_router", "presets", "topk_select"]
+
+# Each name is imported from its room when it is first used, so that `import cupy_router` costs next to nothing.
+_ROOMS = {
+    "Routing": "results",
+    "TopK": "results",
+    "RoutingMethod": "method",
+    "presets": "method",
+    "activation_topk": "ops.activation_topk",
+    "hash_router": "ops.hash_router",
+    "topk_select": "ops.topk_select",
+}
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOMS.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The boundary: any framework's array in, the caller's framework out, and its stream.
+
+A :class:`Framework` is looked up by the type of an array. CUDA arrays of known frameworks are read through plain attributes,
+which is the cheapest way there is; everything else comes through DLPack. Nothing here imports a framework that the caller has
+not imported already.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+
+
+@dataclass(frozen=True)
+class View:
+    """What an op needs to know of one array argument; strides count elements, `host` is CPU memory as a NumPy array."""
+
+    name: str
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: tuple[str, int]
+    readonly: bool
+    host: np.ndarray[Any, Any] | None
+
+    @property
+    def row_stride(self) -> int:
+        """Elements from one row to the next; rows that cannot be stepped through are as good as dense."""
+        return self.strides[0] if self.shape[0] > 1 else self.shape[-1]
+
+    def __str__(self) -> str:
+        kind, index = self.device
+        return f"{self.dtype} {list(self.shape)} on {kind}" + (f":{index}" if kind == "cuda" else "")
+
+
+class Framework:
+    """How arrays of one framework are read and made. `stream` is a CUDA stream handle as an int, None for CPU memory."""
+
+    name: str
+
+    def current_stream(self, array: Any) -> int | None:
+        """The stream that the framework is enqueueing on for this array's device."""
+        raise NotImplementedError
+
+    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+        """A key of all that a plan depends on, the address, and what must outlive the kernel (None: stream order does)."""
+        raise NotImplementedError
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        """Everything about the array, for checks and for the reference."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        """An uninitialised array on the device of `like`, and its address."""
+        raise NotImplementedError
+
+    def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
+        """Within it, `empty` allocates for `stream` and `deliver` hands over from it."""
+        raise NotImplementedError
+
+    def deliver(self, array: Any) -> Any:
+        """An array of :meth:`empty`, once its kernel is enqueued, as the caller gets it."""
+        return array
+
+    def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        """A NumPy result of the reference as an array of this framework in CPU memory."""
+        raise NotImplementedError
+
+
+FRAMEWORKS: dict[type, Framework] = {}
+
+# The room of each framework, by the top-level package that defines (a base of) the array's type.
+_ROOMS = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
+
+
+def framework_of(name: str, array: Any) -> Framework:
+    """The framework of an array argument; TypeError if it is no array."""
+    kind = type(array)
+    found = FRAMEWORKS.get(kind)
+    if found is None:
+        found = FRAMEWORKS[kind] = _find(name, kind)
+    return found
+
+
+def _find(name: str, kind: type) -> Framework:
+    for base in kind.__mro__:
+        room = _ROOMS.get(base.__module__.partition(".")[0])
+        if room is not None and base is not object:
+            module = importlib.import_module(f"cupy_router.arrays.{room}")
+            if issubclass(kind, module.ARRAY_TYPES):
+                return module.FRAMEWORK  # type: ignore[no-any-return]  # modules are not typed by their content
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
+        from cupy_router.arrays import _dlpack, _exchange
+
+        return _exchange.Exchange(kind) if hasattr(kind, "__dlpack_c_exchange_api__") else _dlpack.FRAMEWORK
+    raise TypeError(f"{name} must be an array of CuPy, PyTorch, JAX, NumPy or another DLPack framework, got {kind.__name__}")
+
+
+def stream_handle(stream: Any) -> int:
+    """A CUDA stream as an int: a handle, or any object with `__cuda_stream__`."""
+    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+        if stream < 0:
+            raise ValueError(f"stream must be a handle >= 0, got {stream}")
+        return int(stream)
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is None:
+        raise TypeError(f"stream must be an int handle or an object with __cuda_stream__, got {type(stream).__name__}")
+    return int(protocol()[1])
+
+
+_in_flight: deque[tuple[Any, list[object]]] = deque()
+
+
+def keep_until_done(owners: list[object], stream: int, device: int) -> None:
+    """Keep what an enqueued kernel reads until it has finished: an event, looked at whenever this is called again.
+
+    For memory that its framework could reuse before then because the kernel runs on a stream the framework does not know.
+    Under graph capture nothing is kept: a graph's memory is its owner's business, and an event could not be queried.
+    """
+    import cupy
+
+    if cupy.cuda.runtime.streamIsCapturing(stream):
+        return
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+    with cupy.cuda.Device(device):
+        event = cupy.cuda.Event(disable_timing=True)
+        cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    _in_flight.append((event, owners))

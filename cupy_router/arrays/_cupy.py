@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CuPy arrays: always CUDA memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import cupy
+
+from cupy_router.arrays import Framework, View
+from cupy_router.arrays._numpy import DTYPES, NAMES
+
+ARRAY_TYPES = (cupy.ndarray,)
+
+
+class RawStream:
+    """A stream handle behind the protocol that `cupy.cuda.Stream.from_external` takes."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+class CuPy(Framework):
+    name = "cupy"
+
+    def current_stream(self, array: Any) -> int | None:
+        return int(cupy.cuda.get_current_stream(array.data.device_id).ptr)
+
+    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+        data = array.data
+        pointer = data.ptr
+        return (pointer & 15, array.dtype, array.shape, array.strides, data.device_id), pointer, None
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        if any(step % array.itemsize for step in array.strides):
+            raise ValueError(f"{name} has strides of {array.strides} bytes, which are no multiples of its item size")
+        return View(
+            name=name,
+            pointer=array.data.ptr,
+            shape=array.shape,
+            strides=tuple(step // array.itemsize for step in array.strides),
+            dtype=NAMES.get(array.dtype, str(array.dtype)),
+            device=("cuda", array.data.device_id),
+            readonly=False,
+            host=None,
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        index = like.data.device_id
+        if index != cupy.cuda.runtime.getDevice():
+            with cupy.cuda.Device(index):
+                array = cupy.empty(shape, DTYPES[dtype])
+        else:
+            array = cupy.empty(shape, DTYPES[dtype])
+        return array, array.data.ptr
+
+    def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
+        return on_stream(stream, like.data.device_id)
+
+
+class on_stream(AbstractContextManager[None]):
+    """CuPy's device and current stream set to the given ones."""
+
+    def __init__(self, stream: int, index: int) -> None:
+        self.device = cupy.cuda.Device(index)
+        self.handle = stream
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+        self.stream = cupy.cuda.Stream.from_external(RawStream(self.handle))
+        self.stream.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stream.__exit__(*error)
+        self.device.__exit__(*error)
+
+
+FRAMEWORK = CuPy()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anything else that speaks DLPack, read from its capsule with ctypes; results are CuPy arrays, or NumPy for CPU memory.
+
+The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from cupy_router.arrays import ITEM_SIZES, Framework, View
+from cupy_router.arrays._numpy import DTYPES
+
+CPU, CUDA = 1, 2
+_READ_ONLY = 1
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", Tensor),
+    ]
+
+
+get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+get_pointer.restype = ctypes.c_void_p
+get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid.restype = ctypes.c_int
+_is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+def consumer_stream(stream: int) -> int:
+    """A stream handle as `__dlpack__` wants it: the legacy default stream is 1, since 0 would be ambiguous."""
+    return stream or 1
+
+
+def _shape(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
+    if tensor.strides:
+        return shape, tuple(tensor.strides[axis] for axis in range(tensor.ndim))
+    dense = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        dense[axis] = dense[axis + 1] * shape[axis + 1]
+    return shape, tuple(dense)
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.data or 0) + int(tensor.byte_offset)
+
+
+class DLPack(Framework):
+    name = "dlpack"
+
+    def export(self, array: Any, stream: int | None) -> tuple[object, Tensor, bool]:
+        """What keeps the memory, its tensor, and whether it is read-only; `stream` will wait for the producer."""
+        on_cuda = array.__dlpack_device__()[0] == CUDA
+        wanted = {"stream": consumer_stream(stream)} if on_cuda and stream is not None else {}
+        try:
+            capsule = array.__dlpack__(max_version=(1, 1), **wanted)
+        except TypeError:  # a producer from before DLPack 1.0 knows no max_version
+            capsule = array.__dlpack__(**wanted)
+        if _is_valid(capsule, b"dltensor_versioned"):
+            versioned = _Versioned.from_address(get_pointer(capsule, b"dltensor_versioned"))
+            return capsule, versioned.tensor, bool(versioned.flags & _READ_ONLY)
+        return capsule, Tensor.from_address(get_pointer(capsule, b"dltensor")), False
+
+    def current_stream(self, array: Any) -> int | None:
+        kind, index = array.__dlpack_device__()
+        if kind != CUDA:
+            return None
+        from cupy_router.compiler import require_cuda
+
+        return int(require_cuda().cuda.get_current_stream(index).ptr)
+
+    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+        capsule, tensor, readonly = self.export(array, stream)
+        pointer = _address(tensor)
+        kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
+        return (pointer & 15, kind, *_shape(tensor)), pointer, (capsule, array)
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        try:
+            capsule, tensor, readonly = self.export(array, stream)
+        except (BufferError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} ({type(array).__name__}) cannot be exported by DLPack: {error}") from error
+        if tensor.device_type not in (CPU, CUDA):
+            raise ValueError(f"{name} must lie in CPU or CUDA memory, got DLPack device type {tensor.device_type}")
+        shape, strides = _shape(tensor)
+        dtype = f"{_CODES.get(tensor.code, 'unknown')}{tensor.bits}" + (f"x{tensor.lanes}" if tensor.lanes != 1 else "")
+        device = ("cuda", int(tensor.device_id)) if tensor.device_type == CUDA else ("cpu", 0)
+        host = None
+        if device[0] == "cpu" and dtype in ITEM_SIZES:
+            host = _host(_address(tensor), shape, strides, dtype, (capsule, array))
+        return View(name, _address(tensor), shape, strides, dtype, device, readonly, host)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        kind, index = like.__dlpack_device__()
+        if kind != CUDA:
+            array = np.empty(shape, DTYPES[dtype])
+            return array, array.ctypes.data
+        import cupy
+
+        with cupy.cuda.Device(index):
+            on_device = cupy.empty(shape, DTYPES[dtype])
+        return on_device, on_device.data.ptr
+
+    def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
+        from cupy_router.arrays import _cupy
+
+        return _cupy.on_stream(stream, like.__dlpack_device__()[1])
+
+    def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        return values
+
+
+class _Memory(np.ndarray[Any, Any]):
+    """CPU memory of another framework, with the capsule that keeps it."""
+
+    capsule: object
+
+
+def _host(
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, owner: object
+) -> np.ndarray[Any, Any]:
+    size = ITEM_SIZES[dtype]
+    if 0 in shape:
+        return np.empty(shape, DTYPES[dtype])
+    ends = [(length - 1) * step for length, step in zip(shape, strides, strict=True)]
+    first, last = sum(min(end, 0) for end in ends), sum(max(end, 0) for end in ends)
+    memory = (ctypes.c_ubyte * ((last - first + 1) * size)).from_address(pointer + first * size)
+    array = _Memory(shape, DTYPES[dtype], memory, -first * size, tuple(step * size for step in strides))
+    array.capsule = owner
+    return array
+
+
+FRAMEWORK = DLPack()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JAX arrays: immutable, dense, and computed on streams of XLA's own.
+
+`__dlpack__(stream=ours)` makes our stream wait for the producer; the capsule it returns keeps the buffer from being reused
+and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream after ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+
+from cupy_router.arrays import Framework, View
+from cupy_router.arrays._dlpack import CUDA, consumer_stream
+from cupy_router.arrays._numpy import NAMES
+
+ARRAY_TYPES = (jax.Array,)
+
+
+class JAX(Framework):
+    name = "jax"
+
+    def current_stream(self, array: Any) -> int | None:
+        kind, index = _device("the first array", array)
+        if kind != "cuda":
+            return None
+        from cupy_router.compiler import require_cuda
+
+        return int(require_cuda().cuda.get_current_stream(index).ptr)
+
+    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+        device = _device("an array", array)
+        owner = array.__dlpack__(stream=consumer_stream(stream)) if device[0] == "cuda" else None
+        pointer = array.unsafe_buffer_pointer()
+        return (pointer & 15, array.dtype, array.shape, device), pointer, owner
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        device = _device(name, array)
+        strides = [1] * array.ndim
+        for axis in range(array.ndim - 2, -1, -1):
+            strides[axis] = strides[axis + 1] * array.shape[axis + 1]
+        return View(
+            name=name,
+            pointer=array.unsafe_buffer_pointer(),
+            shape=array.shape,
+            strides=tuple(strides),
+            dtype=NAMES.get(array.dtype, str(array.dtype)),
+            device=device,
+            readonly=True,
+            host=np.asarray(array) if device[0] == "cpu" else None,
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        if _device("the first array", like)[0] == "cpu":
+            from cupy_router.arrays import _numpy
+
+            return _numpy.FRAMEWORK.empty(shape, dtype, like)
+        import cupy
+
+        from cupy_router.arrays import _cupy
+
+        with cupy.cuda.Device(_device("the first array", like)[1]):
+            array = cupy.empty(shape, _cupy.DTYPES[dtype])
+        return array, array.data.ptr
+
+    def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
+        from cupy_router.arrays import _cupy
+
+        return _cupy.on_stream(stream, _device("the first array", like)[1])
+
+    def deliver(self, array: Any) -> Any:
+        if isinstance(array, np.ndarray):
+            return self.from_host(array, None)
+        with array.device:
+            return jax.dlpack.from_dlpack(array)
+
+    def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        return jax.numpy.asarray(values)
+
+
+def _device(name: str, array: Any) -> tuple[str, int]:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{name} is a JAX tracer: call the op outside jax.jit, on arrays that hold values")
+    if len(array.devices()) != 1:
+        raise ValueError(f"{name} must lie on one device, got a JAX array on {len(array.devices())} devices")
+    kind, index = array.__dlpack_device__()
+    return ("cuda", index) if kind == CUDA else ("cpu", 0)
+
+
+FRAMEWORK = JAX()

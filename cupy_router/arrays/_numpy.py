@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy arrays: always CPU memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cupy_router.arrays import ITEM_SIZES, Framework, View
+
+ARRAY_TYPES = (np.ndarray,)
+
+DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in ITEM_SIZES}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class NumPy(Framework):
+    name = "numpy"
+
+    def current_stream(self, array: Any) -> int | None:
+        return None
+
+    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+        return ("cpu", array.dtype, array.shape, array.strides), array.ctypes.data, None
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        if any(step % array.itemsize for step in array.strides) if array.itemsize else False:
+            raise ValueError(f"{name} has strides of {array.strides} bytes, which are no multiples of its item size")
+        return View(
+            name=name,
+            pointer=array.ctypes.data,
+            shape=array.shape,
+            strides=tuple(step // (array.itemsize or 1) for step in array.strides),
+            dtype=NAMES.get(array.dtype, str(array.dtype)),
+            device=("cpu", 0),
+            readonly=not array.flags.writeable,
+            host=array,
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
+        array = np.empty(shape, DTYPES[dtype])
+        return array, array.ctypes.data
+
+    def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        return values
+
+
+FRAMEWORK = NumPy()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``cupy-router demo`` and ``cupy-router info``, also as ``python -m cupy_router``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import cupy_router
+
+from . import demo, info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 only if all went well, and 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for command in (demo, info):
+        command.add_parser(commands)
+    args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no reason to fail
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, a pager) has left. Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cupy-router info``: versions, devices and folders, and where the ops would run, for a look or a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cupy_router
+from cupy_router import compiler
+
+from . import terminal
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("info", help="versions, devices, folders, and where the ops run")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    obstacle = compiler.why_no_cuda()
+    print(f"cupy-router {cupy_router.__version__}")
+    backend = f"NumPy reference: {obstacle}" if obstacle else "CUDA kernels; NumPy reference for CPU arrays"
+    terminal.field("backend", backend)
+    for device in ask(device_names).splitlines():
+        terminal.field("device", device)
+    terminal.field("driver", ask(driver_version))
+    terminal.field("nvrtc", ask(nvrtc_version))
+    terminal.field("cupy", cupy_packages())
+    for name in ("torch", "jax", "numpy", "ml_dtypes"):
+        terminal.field(name, version_of(name))  # by metadata: importing PyTorch would take seconds
+    terminal.field("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    terminal.field("package", str(Path(__file__).parents[1]))
+    terminal.field("kernels", ", before ".join(map(str, compiler.kernel_folders())))
+    terminal.field("cache", str(cache_folder()))
+    return 0
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cupy_packages() -> str:
+    """CuPy comes as one package per CUDA version, all with the same files: two of them break each other."""
+    names = {str(dist.metadata["Name"]).lower() for dist in metadata.distributions()}
+    found = sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
+    text = ", ".join(f"{version_of(name)} ({name})" for name in found) or "not installed"
+    return text + (": these break each other, uninstall them all and install one" if len(found) > 1 else "")
+
+
+def ask(question: Callable[[Any], str]) -> str:
+    """What CuPy answers, or why it cannot: whatever is wrong with CuPy, the other lines are still of use."""
+    try:
+        import cupy
+
+        return question(cupy)
+    except Exception as error:
+        return " ".join(f"not available: {error}".split())
+
+
+def nvrtc_version(cupy: Any) -> str:
+    return "{}.{}".format(*cupy.cuda.nvrtc.getVersion())
+
+
+def driver_version(cupy: Any) -> str:
+    """The newest CUDA that the driver runs, and its own version where Linux tells."""
+    cuda = cupy.cuda.runtime.driverGetVersion()
+    if not cuda:
+        return "none"
+    try:
+        module = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        module = None
+    return f"{module.group() if module else 'present'}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+
+
+def device_names(cupy: Any) -> str:
+    """One line for each device."""
+    lines = []
+    for i in range(cupy.cuda.runtime.getDeviceCount()):
+        device = cupy.cuda.runtime.getDeviceProperties(i)
+        name, memory = device["name"].decode(), device["totalGlobalMem"] / 2**30
+        lines.append(f"{i}: {name}, compute capability {device['major']}.{device['minor']}, {memory:.0f} GiB")
+    return "\n".join(lines)
+
+
+def cache_folder() -> Path:
+    """Where CuPy keeps compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()

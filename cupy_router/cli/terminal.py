@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for terminals of any width and alphabet."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+ASCII = " .:|#"
+
+
+def width() -> int:
+    """Columns to write in: those of the terminal, within reason; 80 where there is none."""
+    return min(max(shutil.get_terminal_size().columns, 40), 140)
+
+
+def field(name: str, text: str) -> None:
+    """Print ``name  text``; what does not fit goes on below the text."""
+    lines = textwrap.wrap(text, width() - 12, break_long_words=False, break_on_hyphens=False)  # paths stay whole
+    for i, line in enumerate(lines or [""]):
+        print(f"  {'' if i else name:<10}{line}")
+
+
+def alphabet() -> str:
+    """The characters of bars from empty to full, as far as the terminal can show them."""
+    try:
+        BLOCKS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return ASCII
+    return BLOCKS
+
+
+def columns(values: Sequence[float], height: int, top: float, levels: str = BLOCKS) -> list[str]:
+    """One upright bar per value, ``height`` lines tall for a value of ``top``; the highest line first.
+
+    A value above 0 shows at least the smallest bar.
+
+    >>> for line in columns([0, 1, 4, 8], height=2, top=8, levels=ASCII):
+    ...     print(repr(line))
+    '   #'
+    ' .##'
+    """
+    full = len(levels) - 1
+    filled = [max(round(value / top * height * full), value > 0) for value in values]
+    return ["".join(levels[min(max(f - line * full, 0), full)] for f in filled) for line in reversed(range(height))]

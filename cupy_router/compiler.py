@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
+
+A kernel's text is expanded first: `#include "x.cuh"` is replaced by the file, with `#line` marks so that errors point at
+`kernels/x.cuh(line)`, and the macros become `#define` lines on top. So headers and macros are part of the text, the text is
+the key of CuPy's disk cache, and a second process loads what the first compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+Macros = tuple[tuple[str, int], ...]
+
+_OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
+_KERNEL = r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?{name}\s*\(([^)]*)\)'
+_TYPES = {"int": "i", "long long": "q", "float": "f"}
+
+
+class CompileError(RuntimeError):
+    """A kernel file did not compile; the message holds the compiler's lines, each with its file and line."""
+
+
+class Backend(Protocol):
+    """A kind of device that compiles and launches: CUDA by CuPy, or kernels executed on the CPU in the tests."""
+
+    def build(self, source: str, function: str, device: int) -> int:
+        """Compile the text and return a handle of the function; CompileError with file and line if it is wrong."""
+
+    def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
+        """Opt in to more than 48 KB of dynamic shared memory; ValueError if the device has less."""
+
+    def use(self, device: int) -> int | None:
+        """Make the device current in this thread; the device to go back to, or None."""
+
+    launch: Any  # (handle, gx, gy, gz, bx, by, bz, shared_bytes, stream, kernel_params, extra), as cuLaunchKernel
+
+
+class CudaBackend:
+    """CuPy's RawModule and NVRTC."""
+
+    def __init__(self) -> None:
+        cupy = require_cuda()
+        self._cupy = cupy
+        self._modules: dict[int, Any] = {}
+        self._thread = threading.local()
+        self._devices: int = cupy.cuda.runtime.getDeviceCount()
+        self.launch = cupy.cuda.driver.launchKernel
+
+    def build(self, source: str, function: str, device: int) -> int:
+        cupy = self._cupy
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(code=source, options=_OPTIONS, backend="nvrtc")
+            try:
+                kernel = module.get_function(function)
+                handle = int(kernel.kernel.ptr)
+            except cupy.cuda.compiler.CompileException as error:
+                raise CompileError(str(error).strip()) from None
+        self._modules[handle] = kernel
+        return handle
+
+    def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
+        limit = self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+        if num_bytes > limit:
+            raise ValueError(f"a block may have at most {limit} bytes of shared memory on cuda:{device}, got {num_bytes}")
+        with self._cupy.cuda.Device(device):
+            self._modules[handle].max_dynamic_shared_size_bytes = num_bytes
+
+    def use(self, device: int) -> int | None:
+        if self._devices == 1 and hasattr(self._thread, "ready"):
+            return None
+        runtime = self._cupy.cuda.runtime
+        current: int = runtime.getDevice()
+        if current == device and hasattr(self._thread, "ready"):
+            return None
+        runtime.setDevice(device)  # also gives a new thread its context
+        self._thread.ready = True
+        return current if current != device else None
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def backend(kind: str) -> Backend | None:
+    """The backend of a kind of device; None if kernels do not run there (CPU memory, outside the tests)."""
+    found = BACKENDS.get(kind)
+    if found is None and kind == "cuda":
+        found = BACKENDS[kind] = CudaBackend()
+    return found
+
+
+@cache
+def why_no_cuda() -> str | None:
+    """Why CUDA kernels cannot run here, with the remedy; None if they can."""
+    install = "install cupy-router[cuda12] or cupy-router[cuda13]"
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy is not usable ({error}): {install}."
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device or driver is usable ({error}): install an NVIDIA driver of CUDA 12 or later."
+    if count == 0:
+        return "no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES."
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:  # what is raised depends on how the library is missing
+        return f"NVRTC is not usable ({error}): {install}, which bring it."
+    return None
+
+
+def require_cuda() -> ModuleType:
+    """CuPy, once it is known to work; RuntimeError with the remedy otherwise."""
+    reason = why_no_cuda()
+    if reason is not None:
+        raise RuntimeError(f"CUDA arrays need CuPy, NVRTC and a driver: {reason}")
+    import cupy
+
+    return cupy  # type: ignore[no-any-return]  # CuPy has no type information
+
+
+# -- Kernel files ------------------------------------------------------------------------------------------------------
+
+
+def kernel_folders() -> list[Path]:
+    """Where kernel files are looked for, first match wins: CUPY_ROUTER_KERNELS, then the package's or the checkout's own."""
+    override = os.environ.get("CUPY_ROUTER_KERNELS")
+    return [Path(override), _OWN] if override else [_OWN]
+
+
+_PACKAGE = Path(__file__).parent
+_INSTALLED = (_PACKAGE / "kernels").is_dir()
+_OWN = _PACKAGE / "kernels" if _INSTALLED else _PACKAGE.parent / "kernels"
+
+# Kernel files of an installed wheel do not change; those of a checkout or of CUPY_ROUTER_KERNELS may, while a process runs.
+WATCHING = not _INSTALLED or "CUPY_ROUTER_KERNELS" in os.environ
+
+_Stamp = tuple[int, int] | None
+_watched: dict[str, _Stamp] = {}
+_watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
+_lock = threading.RLock()
+
+
+def _stamp(path: str) -> _Stamp:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def changed() -> bool:
+    """Whether a kernel file that was read has changed since; then everything compiled is forgotten. Only if WATCHING."""
+    global _watched_override
+    if os.environ.get("CUPY_ROUTER_KERNELS") == _watched_override:
+        for path, stamp in _watched.items():
+            if _stamp(path) != stamp:
+                break
+        else:
+            return False
+    with _lock:
+        _watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
+        _watched.clear()
+        _functions.clear()
+        _texts.clear()
+    return True
+
+
+def _read(name: str) -> tuple[str, Path]:
+    """The text of a kernel file and where it lies, and from now on a watch on every place where it could appear."""
+    for folder in kernel_folders():
+        path = folder / name
+        _watched[str(path)] = _stamp(str(path))
+        if path.is_file():
+            return path.read_text(), path
+    raise CompileError(f"kernel file {name} is not in {' or '.join(map(str, kernel_folders()))}")
+
+
+def _lines(name: str, seen: set[str]) -> Iterator[str]:
+    seen.add(name)
+    text, _ = _read(name)
+    yield f'#line 1 "kernels/{name}"'
+    for number, line in enumerate(text.splitlines(), 1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            yield line
+        elif include[1] not in seen:
+            yield from _lines(include[1], seen)
+            yield f'#line {number + 1} "kernels/{name}"'
+        else:
+            yield ""
+
+
+_texts: dict[str, str] = {}
+
+
+def expand(kernel: str, macros: Macros | Mapping[str, int] = ()) -> str:
+    """The text of kernels/<kernel>.cu with its headers and macros: all that a compiler needs."""
+    with _lock:
+        text = _texts.get(kernel)
+        if text is None:
+            text = _texts[kernel] = "\n".join(_lines(f"{kernel}.cu", set())) + "\n"
+    return "".join(f"#define {name} {value}\n" for name, value in dict(macros).items()) + text
+
+
+# -- Compiled functions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A kernel's parameters as its file declares them; `format` has a `struct` code for each."""
+
+    function: str
+    names: tuple[str, ...]
+    format: str
+
+
+@cache
+def _signature(declaration: str, function: str) -> Signature:
+    names, codes = [], []
+    for parameter in declaration.split(","):
+        kind, name = re.fullmatch(r"\s*(.*?)(\w+)\s*", parameter, re.S).groups()  # type: ignore[union-attr]  # never empty
+        kind = " ".join(re.sub(r"\bconst\b|__restrict__", "", kind).split())
+        code = "P" if "*" in kind else _TYPES.get(kind)
+        if code is None:
+            raise CompileError(f"{function}: parameter {name} has type {kind}; allowed are pointers and {', '.join(_TYPES)}")
+        names.append(name)
+        codes.append(code)
+    return Signature(function, tuple(names), "".join(codes))
+
+
+def signature(kernel: str, function: str) -> Signature:
+    """The parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
+    found = re.search(_KERNEL.format(name=function), re.sub(r"//[^\n]*", "", expand(kernel)))
+    if found is None:
+        raise CompileError(f"kernels/{kernel}.cu has no extern \"C\" __global__ void {function}(...)")
+    return _signature(found[1], function)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A compiled kernel on one device."""
+
+    handle: int
+    signature: Signature
+    backend: Backend
+    device: int
+
+
+_functions: dict[tuple[str, str, Macros, str, int], Function] = {}
+
+
+def compile(kernel: str, function: str, macros: Mapping[str, int], device: tuple[str, int]) -> Function:
+    """The function of kernels/<kernel>.cu for these macros on this device, compiled once per process."""
+    key = (kernel, function, tuple(sorted(macros.items())), *device)
+    found = _functions.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        found = _functions.get(key)
+        if found is None:
+            where = backend(device[0])
+            assert where is not None, "ops ask for a backend before they ask for a kernel"
+            handle = where.build(expand(kernel, key[2]), function, device[1])
+            found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
+    return found

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed arguments -> launch; knows nothing of routing.
+
+The driver takes an array of pointers, one per kernel parameter, and checks neither number nor type. So names, order, types
+and ranges are checked here against the parameters that the kernel file declares, once per :class:`Launch`; a call then packs
+its values with `struct`, which checks types and ranges again, into a buffer that the thread reuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+
+from cupy_router.compiler import Function, Signature
+
+MAX_GRID = 2**31 - 1
+MAX_BLOCK = 1024
+_DEFAULT_SHARED = 48 * 1024
+
+
+class _Record:
+    """One thread's argument buffer of one signature, and the pointers into it that the driver reads."""
+
+    def __init__(self, signature: Signature) -> None:
+        codes = signature.format
+        layout = struct.Struct(f"@{codes}")
+        self.pack_into = layout.pack_into
+        self.buffer = bytearray(layout.size)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        ends = [struct.calcsize(f"@{codes[: i + 1]}") for i in range(len(codes))]
+        starts = [base + end - struct.calcsize(f"@{code}") for end, code in zip(ends, codes, strict=True)]
+        self._pointers = (ctypes.c_void_p * len(starts))(*starts)
+        self.address = ctypes.addressof(self._pointers)
+
+
+class _Records(threading.local):
+    def __init__(self) -> None:
+        self.by_format: dict[str, _Record] = {}
+
+
+_records = _Records()
+
+
+class Launch:
+    """A kernel with all but its varying arguments: `varying` names the leading parameters, `fixed` gives the others.
+
+    TypeError if these are not exactly the parameters of the kernel, in its order; ValueError for an impossible grid or block.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        grid: int,
+        block: int,
+        varying: tuple[str, ...],
+        fixed: Mapping[str, int | float],
+        shared_bytes: int = 0,
+    ) -> None:
+        signature = function.signature
+        names = (*varying, *fixed)
+        if names != signature.names:
+            raise TypeError(f"{signature.function} takes ({', '.join(signature.names)}), got ({', '.join(names)})")
+        if not 1 <= grid <= MAX_GRID or not 1 <= block <= MAX_BLOCK:
+            raise ValueError(f"{signature.function}: grid {grid} or block {block} is out of range")
+        if shared_bytes > _DEFAULT_SHARED:
+            function.backend.allow_shared(function.handle, function.device, shared_bytes)
+        self.function = function
+        self.fixed = tuple(fixed.values())
+        self.shape = (grid, 1, 1, block, 1, 1, shared_bytes)
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        """Enqueue on `stream`. The host does not wait; TypeError if a value does not fit its parameter."""
+        function = self.function
+        signature = function.signature
+        record = _records.by_format.get(signature.format)
+        if record is None:
+            record = _records.by_format[signature.format] = _Record(signature)
+        try:
+            record.pack_into(record.buffer, 0, *varying, *self.fixed)
+        except struct.error as error:
+            raise TypeError(f"{signature.function}({', '.join(signature.names)}): {error}") from None
+        backend = function.backend
+        previous = backend.use(function.device)
+        try:
+            backend.launch(function.handle, *self.shape, stream, record.address, 0)
+        finally:
+            if previous is not None:
+                backend.use(previous)

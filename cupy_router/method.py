@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a router works, as data: no arrays and no device in here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Real
+from typing import Any, ClassVar
+
+SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
+
+MAX_EXPERTS = 2**31 - 1  # indices are int32
+FLOAT32_TINY = 2.0**-126  # the smallest normal float32; kernels flush what is smaller to 0
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
+
+# Fields of the contract that only accept their default so far.
+_FIXED: dict[str, Any] = {
+    "logit_scale": 1.0,
+    "logit_softcap": None,
+    "score_after_topk": False,
+    "bias_on": "score",
+    "num_groups": 1,
+    "top_groups": 1,
+    "group_score": "max",
+    "num_shared_experts": 0,
+    "shared_weight": 1.0,
+    "shared_in_normalizer": False,
+    "weight_dtype": "float32",
+    "index_dtype": "int32",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingMethod:
+    """From a token's logits to its experts and their weights.
+
+    Each logit becomes a score; the ``top_k`` experts with the highest score (plus bias, if the call has one) are
+    chosen; the scores of the chosen, without the bias, become their weights.
+
+    Args:
+        num_experts: experts to choose from, 1 to 2**31 - 1.
+        top_k: experts per token, 1 to ``num_experts``.
+        score: what a logit x becomes: ``"sqrtsoftplus"`` is sqrt(log(1 + exp(x))), ``"sigmoid"`` is
+            1 / (1 + exp(-x)), ``"softmax"`` is exp(x) over the sum of exp of all logits of the token, and
+            ``"identity"`` is x.
+        renormalize: divide a token's weights by their sum.
+        renormalize_eps: added to that sum; 0 or more.
+        renormalize_min: the sum counts as at least this; 0 or more, and only where ``renormalize_eps`` is 0.
+        scale: every weight is multiplied by this at the end.
+
+    The remaining fields accept only their defaults yet.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, unknown or not supported yet.
+
+    Methods are immutable, compare by their fields and can be keys of a dictionary.
+
+    >>> method = RoutingMethod(num_experts=8, top_k=2, score="softmax")
+    >>> method
+    RoutingMethod(num_experts=8, top_k=2, score='softmax')
+    >>> method == RoutingMethod(8, 2, "softmax", scale=1)
+    True
+    >>> RoutingMethod(num_experts=8, top_k=9)
+    Traceback (most recent call last):
+    ...
+    ValueError: RoutingMethod: top_k is 9, but must be from 1 to num_experts = 8
+    """
+
+    num_experts: int
+    top_k: int
+    score: str = "sqrtsoftplus"
+    _: KW_ONLY
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    score_after_topk: bool = False
+    bias_on: str = "score"
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    renormalize: bool = True
+    renormalize_eps: float = 0.0
+    renormalize_min: float | None = None
+    scale: float = 1.0
+    num_shared_experts: int = 0
+    shared_weight: float = 1.0
+    shared_in_normalizer: bool = False
+    weight_dtype: str = "float32"
+    index_dtype: str = "int32"
+
+    # Every call of an op looks a method up in caches, so key and hash are made once; no fields of the dataclass.
+    _key: ClassVar[tuple[Any, ...]]
+    _hash: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        num_experts = _integer("num_experts", self.num_experts, MAX_EXPERTS, "2**31 - 1")
+        checked: dict[str, Any] = {
+            "num_experts": num_experts,
+            "top_k": _integer("top_k", self.top_k, num_experts, f"num_experts = {num_experts}"),
+            "score": _score(self.score),
+            "renormalize": _boolean("renormalize", self.renormalize),
+            "renormalize_eps": _real("renormalize_eps", self.renormalize_eps, nonnegative=True),
+            "scale": _real("scale", self.scale),
+        }
+        if self.renormalize_min is not None:
+            checked["renormalize_min"] = _real("renormalize_min", self.renormalize_min, nonnegative=True)
+            if checked["renormalize_eps"] != 0.0:
+                raise ValueError(
+                    f"RoutingMethod: renormalize_eps is {self.renormalize_eps!r} and renormalize_min is "
+                    f"{self.renormalize_min!r}, but only one of them may be set"
+                )
+        for name, default in _FIXED.items():
+            value = getattr(self, name)
+            if not (value is default or value == default):
+                raise ValueError(f"RoutingMethod: {name} = {value!r} is not supported yet, only {default!r} is")
+            checked[name] = default
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        key = tuple(getattr(self, field.name) for field in fields(self))
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return self._key == other._key if isinstance(other, RoutingMethod) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        """The first three fields and those that differ from their defaults."""
+        shown = (f for i, f in enumerate(fields(self)) if i < 3 or getattr(self, f.name) != f.default)
+        return f"RoutingMethod({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    # The hash of a string differs from process to process, so pickles and copies carry the fields alone.
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+def _integer(name: str, value: Any, highest: int, limit: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be an int") from None
+    if not 1 <= number <= highest:
+        raise ValueError(f"RoutingMethod: {name} is {number}, but must be from 1 to {limit}")
+    return number
+
+
+def _score(value: Any) -> str:
+    allowed = ", ".join(map(repr, SCORES))
+    if not isinstance(value, str):
+        raise TypeError(f"RoutingMethod: score is {value!r}, but must be one of the strings {allowed}")
+    if value not in SCORES:
+        raise ValueError(f"RoutingMethod: score is {value!r}, but must be one of {allowed}")
+    return str(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be True or False")
+    return value
+
+
+def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    # Kernels compute in float32 with subnormals as 0: what they cannot represent would be another method there.
+    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX  # False for NaN
+    if not representable or (nonnegative and number < 0.0):
+        allowed = "a non-negative number" if nonnegative else "a number"
+        raise ValueError(f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+_PRESETS = {
+    "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
+    "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
+}
+
+
+def presets() -> dict[str, RoutingMethod]:
+    """The routing methods of known models by name, as a new dictionary.
+
+    >>> sorted(presets())
+    ['deepseek-v4-flash', 'deepseek-v4-pro']
+    >>> presets()["deepseek-v4-flash"]
+    RoutingMethod(num_experts=256, top_k=6, score='sqrtsoftplus', renormalize_eps=1e-20, scale=1.5)
+    """
+    return dict(_PRESETS)
+
+
+def resolve(method: RoutingMethod | str) -> RoutingMethod:
+    """The method itself, or the preset of that name.
+
+    Raises:
+        TypeError: ``method`` is neither a RoutingMethod nor a string.
+        ValueError: there is no preset of that name.
+
+    >>> resolve("deepseek-v4-pro").num_experts
+    384
+    """
+    if isinstance(method, RoutingMethod):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method is a {type(method).__name__}, but must be a RoutingMethod or the name of a preset")
+    try:
+        return _PRESETS[method]
+    except KeyError:
+        names = ", ".join(map(repr, sorted(_PRESETS)))
+        raise ValueError(f"method is {method!r}, but the presets are {names}") from None

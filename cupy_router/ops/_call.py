@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every op runs: a kind of call is checked and planned once, then a call is pointers and a launch.
+
+A plan depends on all that the checks looked at (shapes, strides, dtypes, devices, options) but not on addresses beyond their
+alignment, so a call whose key is known needs no check but that of `num_valid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_router import compiler
+from cupy_router.arrays import FRAMEWORKS, Framework, View, framework_of, keep_until_done, stream_handle
+from cupy_router.arrays._numpy import DTYPES
+from cupy_router.launcher import Launch
+from cupy_router.ops import _checks as check
+
+Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
+
+
+class Kernel(NamedTuple):
+    """The kernel for one kind of call. Its parameters are inputs, outputs, `num_valid_value` if the op has one, then `fixed`."""
+
+    file: str
+    function: str
+    macros: dict[str, int]
+    grid: int
+    block: int
+    fixed: dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the runner needs to know of an op. Views come in the order of `inputs`, None for those left out."""
+
+    name: str
+    inputs: tuple[str, ...]
+    result: Any  # the named tuple that is returned
+    check: Callable[..., tuple[Output, Output]]  # (options, *views) -> what the results are to look like
+    kernel: Callable[..., Kernel]  # (options, output row strides, *views) -> the kernel to launch
+    reference: Callable[..., tuple[Any, Any]]  # (options, number, *host arrays) -> the results
+    takes_number: bool  # whether num_valid may be an int; then the kernel has an int parameter num_valid_value
+
+    def argument(self, position: int) -> str:
+        """The name of an array argument: inputs, then the fields of `out`."""
+        if position < len(self.inputs):
+            return self.inputs[position]
+        return f"out.{self.result._fields[position - len(self.inputs)]}"
+
+
+class _Plan(NamedTuple):
+    outputs: tuple[Output, Output]
+    launch: Launch | None  # None: no rows, nothing to do
+
+
+_MAX_PLANS = 4096
+_plans: dict[Hashable, _Plan] = {}
+
+
+def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any, number: int = -1) -> Any:
+    """One call of an op; `number` is num_valid as an int, -1 for all rows."""
+    try:
+        if compiler.WATCHING and compiler.changed():
+            _plans.clear()
+        first = inputs[0]
+        framework = FRAMEWORKS.get(type(first)) or framework_of(op.inputs[0], first)
+        current = framework.current_stream(first)
+        handle = current if stream is None else stream_handle(stream)
+        if out is not None and (not isinstance(out, tuple) or len(out) != 2):
+            raise TypeError(f"out must be a {op.result.__name__} of two arrays, got {type(out).__name__}")
+        if current is None or handle is None:
+            return _run_on_host(op, options, inputs, out, framework, number)
+        if handle != current:
+            with framework.on_stream(handle, first):
+                return _run_on_device(op, options, inputs, out, framework, handle, number, list(inputs))
+        return _run_on_device(op, options, inputs, out, framework, handle, number, [])
+    except TypeError as error:
+        raise TypeError(f"{op.name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{op.name}: {error}") from error
+
+
+def _run_on_device(
+    op: Op,
+    options: Hashable,
+    inputs: Sequence[Any],
+    out: Any,
+    framework: Framework,
+    stream: int,
+    number: int,
+    owners: list[object],
+) -> Any:
+    key: list[Hashable] = [op.name, options]
+    pointers: list[int] = []
+    for array in inputs if out is None else (*inputs, *out):
+        if array is None:
+            key.append(None)
+            pointers.append(0)
+            continue
+        kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers)), array)
+        description, pointer, owner = kind.describe(array, stream)
+        key.append(description)
+        pointers.append(pointer)
+        if owner is not None:
+            owners.append(owner)
+    full_key = tuple(key)
+    plan = _plans.get(full_key)
+    if plan is None:
+        views, out_views, outputs = _checked(op, options, inputs, out, stream)
+        plan = _Plan(outputs, _planned(op, options, views, out_views, outputs))
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[full_key] = plan
+    if number >= 0:
+        check.integer("num_valid", number, 0, plan.outputs[0][0][0])
+
+    results = []
+    if out is None:
+        for shape, dtype in plan.outputs:
+            array, pointer = framework.empty(shape, dtype, inputs[0])
+            results.append(array)
+            pointers.append(pointer)
+    if plan.launch is not None:
+        if op.takes_number:
+            pointers.append(number)
+        plan.launch(stream, pointers)
+        if owners:
+            keep_until_done(owners, stream, plan.launch.function.device)
+    return op.result(*map(framework.deliver, results)) if out is None else out
+
+
+def _run_on_host(
+    op: Op, options: Hashable, inputs: Sequence[Any], out: Any, framework: Framework, number: int
+) -> Any:
+    views, out_views, outputs = _checked(op, options, inputs, out, None)
+    if number >= 0:
+        check.integer("num_valid", number, 0, outputs[0][0][0])
+    if compiler.backend(views[0].device[0]) is None:  # type: ignore[union-attr]  # the first array is never left out
+        results = op.reference(options, number, *(view and view.host for view in views))
+        for view, values in zip(out_views, results, strict=True) if out_views else ():
+            view.host[...] = values
+    else:
+        results = tuple(np.empty(shape, DTYPES[dtype]) for shape, dtype in outputs)
+        launch = _planned(op, options, views, out_views, outputs)
+        targets = [view.pointer for view in out_views] or [array.ctypes.data for array in results]
+        if launch is not None:
+            pointers = [view.pointer if view else 0 for view in views] + targets
+            launch(0, [*pointers, number] if op.takes_number else pointers)
+    return out if out_views else op.result(*(framework.from_host(values, inputs[0]) for values in results))
+
+
+def _checked(
+    op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: int | None
+) -> tuple[list[View | None], list[View], tuple[Output, Output]]:
+    """Views of all arrays and what the results look like, or the error that the arguments deserve."""
+    views: list[View | None] = []
+    for position, array in enumerate((*inputs, *(out or ()))):
+        name = op.argument(position)
+        if array is None and position < len(inputs):
+            views.append(None)
+        else:
+            views.append(framework_of(name, array).view(name, array, stream))
+    given = [view for view in views if view is not None]
+    check.one_device(given)
+    outputs = op.check(options, *views[: len(inputs)])
+    for view in given:
+        check.strides(view)
+    out_views = [view for view in views[len(inputs) :] if view is not None]
+    for view, (shape, dtype) in zip(out_views, outputs, strict=False):
+        check.dtype(view, (dtype,))
+        check.shape(view, shape, "num_rows, k" if op.result._fields[0] == "values" else "num_tokens, top_k")
+        check.writable(view)
+    return views[: len(inputs)], out_views, outputs
+
+
+def _planned(
+    op: Op,
+    options: Hashable,
+    views: Sequence[View | None],
+    out_views: Sequence[View],
+    outputs: tuple[Output, Output],
+) -> Launch | None:
+    if outputs[0][0][0] == 0:
+        return None
+    row_strides = [view.row_stride for view in out_views] or [shape[-1] for shape, _ in outputs]
+    device = views[0].device  # type: ignore[union-attr]  # the first array is never left out
+    kernel = op.kernel(options, row_strides, *views)
+    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device)
+    varying = (*op.inputs, *op.result._fields, *(("num_valid_value",) if op.takes_number else ()))
+    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed)

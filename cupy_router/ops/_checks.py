@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks that the ops share: one sentence each that names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupy_router.arrays import View
+
+FLOATS = ("float32", "float16", "bfloat16")
+INTS = ("int32", "int64")
+
+
+def dtype(view: View, allowed: Sequence[str]) -> None:
+    if view.dtype not in allowed:
+        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}")
+
+
+def rank(view: View, axes: str) -> None:
+    """`axes` names the axes, such as "num_tokens, num_experts"."""
+    if len(view.shape) != axes.count(",") + 1:
+        raise ValueError(f"{view.name} must have shape [{axes}], got {view}")
+
+
+def shape(view: View, expected: tuple[int, ...], axes: str) -> None:
+    if view.shape != expected:
+        raise ValueError(f"{view.name} must have shape [{axes}] = {list(expected)}, got {view}")
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An int (also NumPy's, never a bool) within low..high."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {number}")
+    return number
+
+
+def strides(view: View) -> None:
+    """The last axis is contiguous; rows may lie any distance apart."""
+    if view.shape and view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
+        raise ValueError(f"{view.name} must be contiguous along its last axis, got strides {list(view.strides)} of {view}")
+
+
+def one_device(views: Sequence[View]) -> None:
+    if len({view.device for view in views}) > 1:
+        raise ValueError(f"all arrays must lie on one device, got {', '.join(f'{v.name} {v}' for v in views)}")
+
+
+def writable(view: View) -> None:
+    """An output may not be read-only, and its rows may not overlap."""
+    if view.readonly:
+        raise ValueError(f"{view.name} must be writable, got a read-only {view}")
+    if len(view.shape) == 2 and view.shape[0] > 1 and abs(view.strides[0]) < view.shape[1]:
+        raise ValueError(f"{view.name} must have rows that do not overlap, got strides {list(view.strides)} of {view}")
+
+
+def split_num_valid(num_valid: Any) -> tuple[int, Any]:
+    """num_valid as an int (-1: all rows) and as an array, one of which is left out."""
+    if num_valid is None:
+        return -1, None
+    if isinstance(num_valid, (int, np.integer)):
+        return integer("num_valid", num_valid, 0), None
+    return -1, num_valid
+
+
+def num_valid(view: View | None) -> None:
+    if view is not None:
+        dtype(view, ("int32",))
+        if view.shape not in ((), (1,)):
+            raise ValueError(f"num_valid must be an int or an array of shape [] or [1], got {view}")
+
+
+def valid_rows(number: int, array: np.ndarray[Any, Any] | None, num_rows: int) -> int:
+    """How many rows are valid, from num_valid as :func:`split_num_valid` leaves it."""
+    if array is not None:
+        return min(max(int(array.reshape(())), 0), num_rows)
+    return num_rows if number < 0 else number

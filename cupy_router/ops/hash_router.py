@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hash_router: experts by a table of token ids, weights by a gate if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+from cupy_router.arrays import View
+from cupy_router.method import RoutingMethod, resolve
+from cupy_router.ops import _checks as check
+from cupy_router.ops import _layout as layout
+from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops.activation_topk import method_arguments, method_macros
+from cupy_router.reference import hash_router as reference
+from cupy_router.results import Routing
+
+_UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
+_MAX_WARPS = 8
+_UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
+
+
+def hash_router(
+    token_ids: Any,
+    table: Any,
+    method: RoutingMethod | str | None = None,
+    *,
+    logits: Any = None,
+    x: Any = None,
+    weight: Any = None,
+    num_valid: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Routing:
+    """The experts of each token as they stand in `table[token_ids]`, with weights.
+
+    Without logits and x the weights are uniform, 1 / top_k. With them they are the method's score at those experts,
+    renormalised and scaled; with x and weight only the dot products that are needed are computed.
+
+    Args:
+        token_ids: [num_tokens] int32 or int64.
+        table: [vocab_size, top_k] int32 or int64, expert ids.
+        method: a :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits or x.
+        logits: [num_tokens, num_experts] float32, float16 or bfloat16.
+        x: [num_tokens, hidden] float32, float16 or bfloat16, instead of logits.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x.
+        num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
+            one-element int32 array on the same device, clamped, which a CUDA graph may change between replays.
+        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        stream: work is enqueued on the current stream of the token ids' framework unless an object with `__cuda_stream__`
+            or an int handle is given here. The host never waits.
+
+    Returns:
+        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, in the table's order. A token
+        id outside the table, or a table entry that is no expert, gives the whole row indices -1 and weights 0.
+
+    Raises:
+        TypeError: something is no array, or has a dtype that is not allowed.
+        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or arguments do not go together.
+        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
+
+    Hash layers are those of DeepSeek-V4, whose first layers look experts up by token id.
+
+    >>> import numpy as np
+    >>> from cupy_router import hash_router
+    >>> table = np.array([[2, 0], [1, 3]], np.int32)
+    >>> weights, indices = hash_router(np.array([1, 0, 7], np.int32), table)
+    >>> indices
+    array([[ 1,  3],
+           [ 2,  0],
+           [-1, -1]], dtype=int32)
+    >>> weights
+    array([[0.5, 0.5],
+           [0.5, 0.5],
+           [0. , 0. ]], dtype=float32)
+    """
+    number, num_valid = check.split_num_valid(num_valid)
+    resolved = None if method is None else resolve(method)
+    arrays = (token_ids, table, logits, x, weight, num_valid)
+    return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]
+
+
+def _check(
+    method: RoutingMethod | None,
+    token_ids: View,
+    table: View | None,
+    logits: View | None,
+    x: View | None,
+    weight: View | None,
+    num_valid: View | None,
+) -> tuple[Output, Output]:
+    if table is None:
+        raise TypeError("table must be an array, got None")
+    check.dtype(token_ids, check.INTS)
+    check.rank(token_ids, "num_tokens")
+    check.dtype(table, check.INTS)
+    check.rank(table, "vocab_size, top_k")
+    num_tokens, top_k = token_ids.shape[0], table.shape[1]
+    if top_k < 1:
+        raise ValueError(f"table must have at least one column, got {table}")
+    if (x is None) != (weight is None):
+        raise ValueError("x and weight go together, but only one of them was given")
+    if logits is not None and x is not None:
+        raise ValueError("logits and x are alternatives, but both were given")
+    if method is None and (logits is not None or x is not None):
+        raise ValueError("logits or x need a method, which says how to score them")
+    if method is not None and method.top_k != top_k:
+        raise ValueError(f"table must have top_k = {method.top_k} columns, as the method has, got {table}")
+    if method is not None and logits is not None:
+        check.dtype(logits, check.FLOATS)
+        check.shape(logits, (num_tokens, method.num_experts), "num_tokens, num_experts")
+    if method is not None and x is not None and weight is not None:
+        check.dtype(x, check.FLOATS)
+        check.rank(x, "num_tokens, hidden")
+        check.shape(x, (num_tokens, x.shape[1]), "num_tokens, hidden")
+        check.dtype(weight, check.FLOATS)
+        check.shape(weight, (method.num_experts, x.shape[1]), "num_experts, hidden")
+    check.num_valid(num_valid)
+    shape = (num_tokens, top_k)
+    weight_dtype, index_dtype = (method.weight_dtype, method.index_dtype) if method else ("float32", "int32")
+    return (shape, weight_dtype), (shape, index_dtype)
+
+
+def _kernel(
+    method: RoutingMethod | None,
+    out_strides: Sequence[int],
+    token_ids: View,
+    table: View,
+    logits: View | None,
+    x: View | None,
+    weight: View | None,
+    num_valid: View | None,
+) -> Kernel:
+    num_tokens, (vocab_size, top_k) = token_ids.shape[0], table.shape
+    macros = {
+        "TOKEN_ID_BYTES": 4 if token_ids.dtype == "int32" else 8,
+        "TABLE_BYTES": 4 if table.dtype == "int32" else 8,
+        "TOP_K": top_k,
+        "NUM_EXPERTS": _UNKNOWN_EXPERTS if method is None else method.num_experts,
+    }
+    fixed: dict[str, int | float] = {
+        "num_tokens": num_tokens,
+        "vocab_size": vocab_size,
+        "hidden": 0 if x is None else x.shape[1],
+        "table_stride": table.row_stride,
+        "logits_stride": 0 if logits is None else logits.row_stride,
+        "x_stride": 0 if x is None else x.row_stride,
+        "weight_stride": 0 if weight is None else weight.row_stride,
+        "weights_stride": out_strides[0],
+        "indices_stride": out_strides[1],
+        **(method_arguments(method) if method else {"renormalize_eps": 0.0, "renormalize_min": 0.0, "scale": 1.0}),
+    }
+    if method is not None and (logits is not None or x is not None):
+        macros |= method_macros(method)
+    if x is not None and weight is not None and method is not None:
+        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype) for view in (x, weight))
+        macros |= {
+            "SOURCE": _PRODUCTS,
+            "DTYPE": layout.DTYPE_CODES[x.dtype],
+            "WEIGHT_DTYPE": layout.DTYPE_CODES[weight.dtype],
+            "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
+        }
+        products = method.num_experts if method.score == "softmax" else top_k
+        warps = min(products, _MAX_WARPS)
+        macros["WARPS"] = warps
+        return Kernel("hash_router", "hash_router_products", macros, min(num_tokens, 2**31 - 1), 32 * warps, fixed)
+    lanes = 32
+    if method is None or logits is None or method.score != "softmax":
+        while lanes // 2 >= top_k:
+            lanes //= 2
+    macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
+    if logits is not None:
+        macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
+    return Kernel("hash_router", "hash_router", macros, *layout.grid_and_block(num_tokens, lanes), fixed)
+
+
+def _reference(
+    method: RoutingMethod | None, number: int, token_ids: Any, table: Any, logits: Any, x: Any, weight: Any, num_valid: Any
+) -> tuple[Any, Any]:
+    valid = check.valid_rows(number, num_valid, len(token_ids))
+    return reference.hash_router(token_ids, table, method, logits, x, weight, valid)
+
+
+_OP = Op(
+    name="hash_router",
+    inputs=("token_ids", "table", "logits", "x", "weight", "num_valid"),
+    result=Routing,
+    check=_check,
+    kernel=_kernel,
+    reference=_reference,
+    takes_number=True,
+)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The k largest entries of each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .order import row_slices, top_indices
+
+
+def topk_select(
+    scores: NDArray[Any],
+    k: int,
+    lengths: NDArray[np.int32] | None = None,
+    starts: NDArray[np.int32] | None = None,
+) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """The k largest entries of each row, or of a window of each row, in the order of ``order.py``.
+
+    Args:
+        scores: [num_rows, num_columns] float32, float16 or bfloat16.
+        k: entries per row, at least 1.
+        lengths: [num_rows] int32, columns in a row's window (default: to the end of the row), cut to what exists.
+        starts: [num_rows] int32, first column of a row's window (default: 0); outside the row, the window is empty.
+
+    Returns:
+        values [num_rows, k] of the dtype of ``scores``, bit copies; indices [num_rows, k] int32, counted from the
+        row's start. Where a window holds fewer than k entries, the rest is -inf and -1.
+
+    >>> topk_select(np.array([[3, 9, 4, 9]], np.float32), 3)
+    (array([[9., 9., 4.]], dtype=float32), array([[1, 3, 2]], dtype=int32))
+    >>> topk_select(np.array([[3, 9, 4, 9]], np.float32), 3, starts=np.array([2], np.int32))
+    (array([[  9.,   4., -inf]], dtype=float32), array([[ 1,  0, -1]], dtype=int32))
+    """
+    num_rows, num_columns = scores.shape
+    begin, end = _windows(num_rows, num_columns, lengths, starts)
+    whole_rows = lengths is None and starts is None
+    column = np.arange(num_columns)
+    width = min(k, num_columns)
+
+    values = np.full((num_rows, k), -np.inf, scores.dtype)
+    indices = np.full((num_rows, k), -1, np.int32)
+    for rows in row_slices(num_rows, num_columns):
+        eligible = None if whole_rows else (column >= begin[rows]) & (column < end[rows])
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            comparable = scores[rows].astype(np.float32, copy=False)  # exact for float16 and bfloat16
+        chosen = top_indices(comparable, width, eligible)
+        found = chosen >= 0
+        entries = np.take_along_axis(scores[rows], np.maximum(chosen, 0), axis=-1)
+        values[rows, :width][found] = entries[found]
+        indices[rows, :width][found] = (chosen - begin[rows])[found]
+    return values, indices
+
+
+def _windows(
+    num_rows: int, num_columns: int, lengths: NDArray[np.int32] | None, starts: NDArray[np.int32] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First column and the column after the last of each row's window, [num_rows, 1]; int64, so that sums hold."""
+    begin = np.zeros(num_rows, np.int64) if starts is None else starts.astype(np.int64)
+    length = np.full(num_rows, num_columns, np.int64) if lengths is None else lengths.astype(np.int64)
+    outside = (begin < 0) | (begin >= num_columns)
+    end = np.where(outside, begin, np.minimum(begin + length, num_columns))
+    return begin[:, None], end[:, None]

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
+//
+// activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits, select
+// on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
+// activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row for
+// the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
+#include "block.cuh"
+#include "num_valid.cuh"
+#include "row.cuh"
+#include "score.cuh"
+#include "select.cuh"
+
+#ifndef NUM_EXPERTS
+#define NUM_EXPERTS 256
+#endif
+#ifndef TOP_K
+#define TOP_K 6
+#endif
+#ifndef DTYPE
+#define DTYPE 0
+#endif
+#ifndef HAS_BIAS
+#define HAS_BIAS 1
+#endif
+#ifndef LANES
+#define LANES 32
+#endif
+#ifndef PER_LANE
+#define PER_LANE 8
+#endif
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+#ifndef WIDE
+#define WIDE 0
+#endif
+
+typedef Scalar<DTYPE>::type logit_t;
+
+static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS");
+
+#if !WIDE
+
+constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
+static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
+
+__device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {
+    RowStatistics row = {0.0f, 0.0f};
+    if (SCORE != SOFTMAX) return row;
+    float highest = __uint_as_float(0xff800000u);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) highest = fmaxf(highest, logits[j]);
+    row.highest = lanes_max<LANES>(highest);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const float share = softmax_share(logits[j], row.highest);
+        sum += is_nan(share) ? 0.0f : share;
+    }
+    row.inverse_sum = 1.0f / lanes_sum<LANES>(sum);
+    return row;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    activation_topk(const logit_t *__restrict__ logits, const float *__restrict__ bias,
+                    const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+                    int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
+                    long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+    const int lane = threadIdx.x % LANES;
+    const int first = lane * PER_LANE;
+    constexpr int ROWS_PER_WARP = 32 / LANES;
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
+    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+
+    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+    float biases[PER_LANE];
+    if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, false>(bias, first, NUM_EXPERTS, biases);
+
+    // Whole warps stay together: a row that does not exist or is padding goes along without being read.
+    for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
+        const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
+        const logit_t *source = logits + row * logits_stride;
+        float values[PER_LANE];
+        if (row < valid) {
+            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source, first, NUM_EXPERTS, values);
+        } else {
+#pragma unroll
+            for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
+        }
+        const RowStatistics statistics = row_statistics(values);
+
+        unsigned keys[PER_LANE];
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            const float score = score_of(values[j], statistics);
+            keys[j] = order_key(HAS_BIAS ? score + biases[j] : score);
+            if (!WHOLE && first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+        }
+        const Winner winner = select_topk<TOP_K, LANES>(keys, lane);
+
+        const bool has_winner = lane < TOP_K && row < valid;
+        float score = 0.0f;
+        if (has_winner) {
+            // Without a bias the key is the score; with one the score is gathered, since biased minus bias loses bits.
+            score = HAS_BIAS ? score_of(to_float(source[winner.column]), statistics) : key_value(winner.key);
+        }
+        const total_t total = RENORMALIZE ? lanes_sum<LANES>(summand(score)) : total_t(0);
+        const float weight = weight_of(score, total, renormalize_eps, renormalize_min, scale);
+        if (lane < TOP_K && row < num_tokens) {
+            weights[row * weights_stride + lane] = has_winner ? weight : 0.0f;
+            indices[row * indices_stride + lane] = has_winner ? winner.column : -1;
+        }
+    }
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(256)
+    activation_topk_wide(const logit_t *__restrict__ logits, const float *__restrict__ bias,
+                         const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+                         int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
+                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+    for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
+        const logit_t *source = logits + row * logits_stride;
+        float *weight = weights + row * weights_stride;
+        int *index = indices + row * indices_stride;
+        if (row >= valid) {
+            for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) {
+                weight[r] = 0.0f;
+                index[r] = -1;
+            }
+            continue;
+        }
+        RowStatistics statistics = {0.0f, 0.0f};
+        if (SCORE == SOFTMAX) {
+            float highest = __uint_as_float(0xff800000u), sum = 0.0f;
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
+                highest = fmaxf(highest, to_float(source[e]));
+            }
+            statistics.highest = block_reduce(highest, __uint_as_float(0xff800000u), Maximum());
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
+                const float share = softmax_share(to_float(source[e]), statistics.highest);
+                sum += is_nan(share) ? 0.0f : share;
+            }
+            statistics.inverse_sum = 1.0f / block_reduce(sum, 0.0f, Sum());
+        }
+
+        unsigned long long last = ~0ull;
+        for (int r = 0; r < TOP_K; ++r) {
+            unsigned long long best = 0;
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
+                const float score = score_of(to_float(source[e]), statistics);
+                const unsigned long long rank = rank_key(order_key(HAS_BIAS ? score + bias[e] : score), e);
+                best = rank < last && rank > best ? rank : best;
+            }
+            last = block_reduce(best, 0ull, Maximum());
+            if (threadIdx.x == r % blockDim.x) {
+                index[r] = column_of(last);
+                weight[r] = score_of(to_float(source[column_of(last)]), statistics);
+            }
+        }
+
+        // Each thread now reads only weights that it wrote itself.
+        total_t sum = 0;
+        for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) sum += summand(weight[r]);
+        const total_t total = block_reduce(sum, total_t(0), Sum());
+        for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) {
+            weight[r] = weight_of(weight[r], total, renormalize_eps, renormalize_min, scale);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Experts by a table of token ids, with uniform weights or weights from the scores of a gate.
+//
+// hash_router: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is wider). Token id,
+// table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
+// hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows of the
+// gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row.
+#include "block.cuh"
+#include "num_valid.cuh"
+#include "score.cuh"
+
+#ifndef TOP_K
+#define TOP_K 6
+#endif
+#ifndef NUM_EXPERTS
+#define NUM_EXPERTS 256
+#endif
+#ifndef TOKEN_ID_BYTES
+#define TOKEN_ID_BYTES 4
+#endif
+#ifndef TABLE_BYTES
+#define TABLE_BYTES 4
+#endif
+#ifndef SOURCE
+#define SOURCE 1
+#endif
+#ifndef DTYPE
+#define DTYPE 0
+#endif
+#ifndef WEIGHT_DTYPE
+#define WEIGHT_DTYPE DTYPE
+#endif
+#ifndef LANES
+#define LANES 8
+#endif
+#ifndef WARPS
+#define WARPS 8
+#endif
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+
+#define UNIFORM 0
+#define LOGITS 1
+#define PRODUCTS 2
+
+template <int BYTES>
+struct Integer {
+    typedef int type;
+};
+template <>
+struct Integer<8> {
+    typedef long long type;
+};
+
+typedef Integer<TOKEN_ID_BYTES>::type token_id_t;
+typedef Integer<TABLE_BYTES>::type expert_t;
+typedef Scalar<DTYPE>::type scalar_t;
+typedef Scalar<WEIGHT_DTYPE>::type gate_t;
+
+__device__ __forceinline__ bool exists(int64_t id, int64_t count) {
+    return id >= 0 && id < count;
+}
+
+#if SOURCE != PRODUCTS
+
+__device__ __forceinline__ RowStatistics row_statistics(const scalar_t *logits, int lane) {
+    RowStatistics row = {0.0f, 0.0f};
+    if (SCORE != SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
+    float highest = __uint_as_float(0xff800000u), sum = 0.0f;
+    for (int e = lane; e < NUM_EXPERTS; e += LANES) highest = fmaxf(highest, to_float(logits[e]));
+    row.highest = lanes_max<LANES>(highest);
+    for (int e = lane; e < NUM_EXPERTS; e += LANES) {
+        const float share = softmax_share(to_float(logits[e]), row.highest);
+        sum += is_nan(share) ? 0.0f : share;
+    }
+    row.inverse_sum = 1.0f / lanes_sum<LANES>(sum);
+    return row;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    hash_router(const token_id_t *__restrict__ token_ids, const expert_t *__restrict__ table,
+                const scalar_t *__restrict__ logits, const void *__restrict__ x, const void *__restrict__ weight,
+                const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+                int num_valid_value, long long num_tokens, long long vocab_size, long long hidden,
+                long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
+                long long weights_stride, long long indices_stride, float renormalize_eps, float renormalize_min,
+                float scale) {
+    constexpr int PLACES = (TOP_K + LANES - 1) / LANES;  // of each lane
+    constexpr int TOKENS_PER_WARP = 32 / LANES;
+    const int lane = threadIdx.x % LANES;
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
+    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+
+    // Whole warps stay together, because lanes vote on bad entries and sum their scores.
+    for (; warp * TOKENS_PER_WARP < num_tokens; warp += warps) {
+        const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
+        const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
+        const bool token_exists = exists(token_id, vocab_size);
+        const expert_t *entries = table + (token_exists ? token_id : 0) * table_stride;
+
+        bool bad = !token_exists;
+#pragma unroll 4
+        for (int p = 0; p < PLACES; ++p) {
+            const int place = p * LANES + lane;
+            if (token_exists && place < TOP_K) bad = bad || !exists(entries[place], NUM_EXPERTS);
+        }
+        bad = lanes_ballot<LANES>(bad) != 0;
+
+        const scalar_t *row_logits = bad || SOURCE != LOGITS ? nullptr : logits + row * logits_stride;
+        const RowStatistics statistics = row_statistics(row_logits, lane);
+        total_t total = 0;
+        if (SOURCE == LOGITS && RENORMALIZE) {
+#pragma unroll 4
+            for (int p = 0; p < PLACES; ++p) {
+                const int place = p * LANES + lane;
+                if (bad || place >= TOP_K) continue;
+                total += summand(score_of(to_float(row_logits[entries[place]]), statistics));
+            }
+            total = lanes_sum<LANES>(total);
+        }
+#pragma unroll 4
+        for (int p = 0; p < PLACES; ++p) {
+            const int place = p * LANES + lane;
+            if (row >= num_tokens || place >= TOP_K) continue;
+            float value = bad ? 0.0f : 1.0f / TOP_K;
+            if (SOURCE == LOGITS && !bad) {
+                const float score = score_of(to_float(row_logits[entries[place]]), statistics);
+                value = weight_of(score, total, renormalize_eps, renormalize_min, scale);
+            }
+            weights[row * weights_stride + place] = value;
+            indices[row * indices_stride + place] = bad ? -1 : static_cast<int>(entries[place]);
+        }
+    }
+}
+
+#else
+
+// The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
+__device__ __forceinline__ float warp_dot(const scalar_t *x, const gate_t *w, int64_t hidden, int lane) {
+    float sum = 0.0f;
+    if (ALIGNED) {  // hidden is a multiple of 8, and every row starts at a 16-byte word
+        for (int64_t i = lane * 8; i < hidden; i += 256) {
+            float a[8], b[8];
+#pragma unroll
+            for (int j = 0; j < 8; j += PER_WORD<scalar_t>) {
+                scalar_t word[PER_WORD<scalar_t>];
+                load_word(x + i + j, word);
+#pragma unroll
+                for (int m = 0; m < PER_WORD<scalar_t>; ++m) a[j + m] = to_float(word[m]);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j += PER_WORD<gate_t>) {
+                gate_t word[PER_WORD<gate_t>];
+                load_word(w + i + j, word);
+#pragma unroll
+                for (int m = 0; m < PER_WORD<gate_t>; ++m) b[j + m] = to_float(word[m]);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum = fmaf(a[j], b[j], sum);
+        }
+    } else {
+        for (int64_t i = lane; i < hidden; i += 32) sum = fmaf(to_float(x[i]), to_float(w[i]), sum);
+    }
+    return lanes_sum<32>(sum);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    hash_router_products(const token_id_t *__restrict__ token_ids, const expert_t *__restrict__ table,
+                         const void *__restrict__ logits, const scalar_t *__restrict__ x,
+                         const gate_t *__restrict__ weight, const int *__restrict__ num_valid,
+                         float *__restrict__ weights, int *__restrict__ indices, int num_valid_value,
+                         long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
+                         long long logits_stride, long long x_stride, long long weight_stride,
+                         long long weights_stride, long long indices_stride, float renormalize_eps,
+                         float renormalize_min, float scale) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+
+    for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
+        float *row_weights = weights + row * weights_stride;
+        int *row_indices = indices + row * indices_stride;
+        const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
+        const bool token_exists = exists(token_id, vocab_size);
+        const expert_t *entries = table + (token_exists ? token_id : 0) * table_stride;
+        bool bad = !token_exists;
+        for (int place = threadIdx.x; token_exists && place < TOP_K; place += blockDim.x) {
+            bad = bad || !exists(entries[place], NUM_EXPERTS);
+        }
+        if (__syncthreads_or(bad)) {
+            for (int place = threadIdx.x; place < TOP_K; place += blockDim.x) {
+                row_weights[place] = 0.0f;
+                row_indices[place] = -1;
+            }
+            continue;
+        }
+
+        const scalar_t *row_x = x + row * x_stride;
+        RowStatistics statistics = {0.0f, 0.0f};
+        if (SCORE == SOFTMAX) {
+            // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that grows.
+            float highest = __uint_as_float(0xff800000u), sum = 0.0f;
+            for (int e = warp; e < NUM_EXPERTS; e += WARPS) {
+                const float logit = warp_dot(row_x, weight + e * weight_stride, hidden, lane);
+                const float higher = fmaxf(highest, logit);
+                const float share = softmax_share(logit, higher);
+                sum = sum * (sum > 0.0f ? softmax_share(highest, higher) : 0.0f) + (is_nan(share) ? 0.0f : share);
+                highest = higher;
+            }
+            statistics.highest = block_reduce(highest, __uint_as_float(0xff800000u), Maximum());
+            sum = lane == 0 && sum > 0.0f ? sum * softmax_share(highest, statistics.highest) : 0.0f;
+            statistics.inverse_sum = 1.0f / block_reduce(sum, 0.0f, Sum());
+        }
+
+        total_t sum = 0;  // of the scores of this warp's places, in its lane 0
+        for (int place = warp; place < TOP_K; place += WARPS) {
+            const int64_t expert = entries[place];
+            const float score = score_of(warp_dot(row_x, weight + expert * weight_stride, hidden, lane), statistics);
+            if (lane == 0) {
+                sum += summand(score);
+                row_weights[place] = score;  // read again below by the same thread
+                row_indices[place] = static_cast<int>(expert);
+            }
+        }
+        const total_t total = RENORMALIZE ? block_reduce(sum, total_t(0), Sum()) : total_t(0);
+        for (int place = warp; lane == 0 && place < TOP_K; place += WARPS) {
+            row_weights[place] = weight_of(row_weights[place], total, renormalize_eps, renormalize_min, scale);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Single instructions that CUDA C++ has no word for without its headers, each with a C++ twin for the kernels' run on a CPU.
+#pragma once
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float half_bits_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// 2**x to 2 ulp; results that would be subnormal are 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// sqrt(x) to 1 ulp.
+__device__ __forceinline__ float fast_sqrt(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x to 1 ulp.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#else
+
+#include <cmath>
+
+inline float half_bits_to_float(unsigned short bits) {
+    const float magnitude = std::ldexp(static_cast<float>(bits & 0x3ff), -24);  // as a subnormal of half
+    const int exponent = (bits >> 10) & 31;
+    float value = magnitude;
+    if (exponent == 31) {
+        value = (bits & 0x3ff) ? __uint_as_float(0x7fc00000u) : __uint_as_float(0x7f800000u);
+    } else if (exponent > 0) {
+        value = std::ldexp(1.0f + static_cast<float>(bits & 0x3ff) / 1024.0f, exponent - 15);
+    }
+    return (bits & 0x8000) ? -value : value;
+}
+
+inline float fast_exp2(float x) {
+    return std::exp2(x);
+}
+
+inline float fast_sqrt(float x) {
+    return std::sqrt(x);
+}
+
+inline float fast_reciprocal(float x) {
+    return 1.0f / x;
+}
+
+#endif

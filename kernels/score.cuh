@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scores of logits and weights of scores, in float32; results that would be subnormal are 0 (compiled with -ftz=true).
+//
+// SCORE: 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax. Sigmoid and sqrt(softplus) stay within 1e-6 relative of
+// float64 over the whole range; softmax within 1e-6 + 6e-8 |x - max|.
+#pragma once
+
+#include "types.cuh"
+#include "warp.cuh"
+
+#ifndef SCORE
+#define SCORE 2
+#endif
+#ifndef RENORMALIZE
+#define RENORMALIZE 1
+#endif
+
+static_assert(SCORE >= 0 && SCORE <= 3, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus) or 3 softmax");
+
+#define IDENTITY 0
+#define SIGMOID 1
+#define SQRTSOFTPLUS 2
+#define SOFTMAX 3
+
+#define NAN_BITS 0x7fc00000u
+#define INFINITY_BITS 0x7f800000u
+
+// What a row's scores need to know of the whole row: nothing, but for softmax.
+struct RowStatistics {
+    float highest;
+    float inverse_sum;
+};
+
+// exp(x * factor) for x * factor in about -580..0: the product with log2(e) is kept in two floats, since the error of one
+// alone grows with x to 5e-6 near underflow. factor_high + factor_low = factor * log2(e).
+__device__ __forceinline__ float precise_exp(float x, float factor_high, float factor_low) {
+    const float high = x * factor_high;
+    const float low = fmaf(x, factor_low, fmaf(x, factor_high, -high));
+    const float power = fast_exp2(high);
+    return fmaf(power, low * 0.693147181f, power);
+}
+
+#define LOG2E_HIGH 1.44269502f
+#define LOG2E_LOW 1.92596299e-8f
+
+// Farther from 0 than 400 every exponential below is 0; the limit keeps infinities out of its arithmetic. NaN stays.
+__device__ __forceinline__ float limited(float magnitude) {
+    return magnitude > 400.0f ? 400.0f : magnitude;
+}
+
+// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its relative
+// accuracy and stays normal down to x = -174. log1p(t) / t on 0..1 is a polynomial (our fit, 2.0e-7 relative).
+__device__ __forceinline__ float sqrtsoftplus(float x) {
+    const float root = precise_exp(limited(fabsf(x)), -0.5f * LOG2E_HIGH, -0.5f * LOG2E_LOW);
+    const float t = root * root;
+    float ratio = -0.008539168164134026f;
+    ratio = fmaf(ratio, t, 0.04408948868513107f);
+    ratio = fmaf(ratio, t, -0.1076815202832222f);
+    ratio = fmaf(ratio, t, 0.17745228111743927f);
+    ratio = fmaf(ratio, t, -0.24495458602905273f);
+    ratio = fmaf(ratio, t, 0.33275479078292847f);
+    ratio = fmaf(ratio, t, -0.4999740421772003f);
+    ratio = fmaf(ratio, t, 0.9999998211860657f);
+    const bool negative = x < 0.0f;
+    const float y = fast_sqrt(negative ? ratio : fmaf(t, ratio, x));
+    return negative ? root * y : y;
+}
+
+// 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)).
+__device__ __forceinline__ float sigmoid(float x) {
+    const float t = precise_exp(limited(fabsf(x)), -LOG2E_HIGH, -LOG2E_LOW);
+    const float y = fast_reciprocal(1.0f + t);
+    return x < 0.0f ? t * y : y;
+}
+
+// exp(x - highest), 1 where x is the highest even if that is infinite.
+__device__ __forceinline__ float softmax_share(float x, float highest) {
+    const float share = precise_exp(limited(highest - x), -LOG2E_HIGH, -LOG2E_LOW);
+    return x == highest ? 1.0f : share;
+}
+
+__device__ __forceinline__ float score_of(float logit, const RowStatistics &row) {
+    if (SCORE == SIGMOID) return sigmoid(logit);
+    if (SCORE == SQRTSOFTPLUS) return sqrtsoftplus(logit);
+    if (SCORE == SOFTMAX) return softmax_share(logit, row.highest) * row.inverse_sum;
+    return __fadd_rn(logit, 0.0f);  // flushes a subnormal, as the others do
+}
+
+__device__ __forceinline__ bool is_nan(float value) {
+    return value != value;
+}
+
+// Sums of scores: identity scores may be as large as floats get, so that their sum needs a wider type.
+template <int Score>
+struct Total {
+    typedef float type;
+};
+template <>
+struct Total<IDENTITY> {
+    typedef double type;
+};
+typedef Total<SCORE>::type total_t;
+
+// What a score adds to the sum by which weights are divided: nothing if it is NaN.
+__device__ __forceinline__ total_t summand(float score) {
+    return is_nan(score) ? total_t(0) : total_t(score);
+}
+
+// A chosen expert's weight from its score and the sum of the chosen scores that are not NaN. Score NaN gives NaN; an
+// infinite sum gives NaN to infinite scores and 0 to the others; a sum of 0 gives 0.
+__device__ __forceinline__ float weight_of(float score, total_t total, float renormalize_eps, float renormalize_min,
+                                           float scale) {
+    if (!RENORMALIZE) return score * scale;
+    if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf met
+    const total_t sum = total + renormalize_eps;
+    const total_t divisor = sum < renormalize_min ? total_t(renormalize_min) : sum;
+    const bool nothing = total == total_t(0) || divisor == total_t(0);
+    return static_cast<float>(nothing ? score * total_t(0) : score / divisor * scale);
+}

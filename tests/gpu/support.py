@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of every op with their right answers, and kernels that keep a stream busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from cupy_router import RoutingMethod, activation_topk, hash_router, topk_select
+from tests import compare, frameworks, inputs
+from tests.backends import DTYPES
+
+METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
+
+
+class Call(NamedTuple):
+    """An op with arrays for it; `check` takes its two results as NumPy arrays."""
+
+    op: Callable[..., Any]
+    arrays: dict[str, np.ndarray]
+    options: dict[str, Any]
+    check: Callable[[np.ndarray, np.ndarray], None]
+
+    def __call__(self, arrays: dict[str, Any], **more: Any) -> Any:
+        return self.op(**arrays, **self.options, **more)
+
+
+NAMES = ("topk_select", "topk_select of wide rows", "activation_topk", "hash_router", "hash_router of x")
+
+
+@cache
+def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
+    """The same shapes and dtypes for every seed, other values."""
+    if name.startswith("topk_select"):
+        columns, k = (256, 8) if name == "topk_select" else (5000, 600)
+        scores = inputs.normal((n, columns), dtype, seed=100 + seed)
+        lengths = inputs.rng(101, seed).integers(0, columns + 1, n).astype(np.int32)
+        return Call(topk_select, {"scores": scores, "lengths": lengths}, {"k": k}, _exactly(scores, k, lengths))
+    if name == "activation_topk":
+        logits = inputs.normal((n, 256), dtype, seed=102 + seed)
+        bias = inputs.normal((256,), seed=103 + seed, scale=0.1)
+        return Call(activation_topk, {"logits": logits, "bias": bias}, {"method": METHOD}, _routes(logits, bias))
+    ids = inputs.rng(104, seed).integers(0, 500, n).astype(np.int32)
+    ids[::9] = -1
+    arrays: dict[str, np.ndarray] = {
+        "token_ids": ids,
+        "table": inputs.rng(105, seed).integers(0, 256, (500, 6), np.int32),
+    }
+    if name == "hash_router":
+        arrays["logits"] = logits = inputs.normal((n, 256), dtype, seed=106 + seed)
+        return Call(hash_router, arrays, {"method": METHOD}, _hashes(arrays, logits, 2e-6))
+    arrays["x"] = x = inputs.normal((n, 512), dtype, seed=107 + seed)
+    arrays["weight"] = weight = inputs.normal((256, 512), dtype, seed=108 + seed, scale=512**-0.5)
+    logits = (x.astype(np.float64) @ weight.astype(np.float64).T).astype(np.float32)
+    return Call(hash_router, arrays, {"method": METHOD}, _hashes(arrays, logits, 2e-5))
+
+
+def _exactly(scores: np.ndarray, k: int, lengths: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
+    want = compare.topk(scores, k, lengths)
+
+    def check(values: np.ndarray, indices: np.ndarray) -> None:
+        np.testing.assert_array_equal(indices, want[1])
+        compare.assert_same_bits(values, want[0])
+
+    return check
+
+
+def _routes(logits: np.ndarray, bias: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
+    want = compare.route(logits, METHOD, bias)
+    return lambda weights, indices: compare.assert_routes(compare.Routing(weights, indices), want, logits, METHOD, bias)
+
+
+def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> Callable[[np.ndarray, np.ndarray], None]:
+    want = compare.hashed(arrays["token_ids"], arrays["table"], METHOD, logits, 256)
+
+    def check(weights: np.ndarray, indices: np.ndarray) -> None:
+        np.testing.assert_array_equal(indices, want.indices)
+        compare.assert_weights_close(weights, want.weights, rtol)
+
+    return check
+
+
+def on_gpu(name: str) -> Any:
+    """The framework of that name with arrays on the GPU, or a skip."""
+    framework = frameworks.ON_GPU[name]()
+    if name == "torch" and not framework.torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    return framework
+
+
+def upload(framework: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: framework.array(a) for name, a in arrays.items()}
+
+
+def empty_out(framework: Any, result: Any) -> Any:
+    """Arrays like those of a result, for `out=`, filled with what no result holds."""
+    return type(result)(*(framework.array(np.full(a.shape, 77, _dtype(a))) for a in result))
+
+
+def _dtype(array: Any) -> Any:
+    return DTYPES[str(array.dtype).removeprefix("torch.")]
+
+
+@cache
+def _kernel() -> Any:
+    import cupy
+
+    source = r"""
+    extern "C" __global__ void spin(long long nanoseconds) {
+        long long start, now;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+        do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - start < nanoseconds);
+    }"""
+    return cupy.RawKernel(source, "spin")
+
+
+def spin(milliseconds: float, stream: Any = None) -> None:
+    """Keep a stream (CuPy's current one, or any with `__cuda_stream__`) busy; the first call compiles, with 0."""
+    import cupy
+
+    arguments = (np.int64(milliseconds * 1e6),)
+    if stream is None:
+        _kernel()((1,), (1,), arguments)
+        return
+    with cupy.cuda.Stream.from_external(stream):
+        _kernel()((1,), (1,), arguments)
+
+
+class Raw:
+    """A stream as its handle and nothing else."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the first use of a kernel takes: compiled in under half a second, loaded from CuPy's disk cache in 50 ms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Seconds of the first two uses of a kernel in a process, the second after the libraries are loaded.
+FIRST_USES = """
+import json, time
+import cupy, cupy_router
+scores = cupy.zeros((4, 256), cupy.float32)
+ids, table = cupy.zeros(4, cupy.int32), cupy.zeros((10, 6), cupy.int32)
+cupy.cuda.Device().synchronize()
+seconds = {}
+for name, use in (
+    ("process", lambda: cupy_router.topk_select(scores, 8)),
+    ("activation_topk", lambda: cupy_router.activation_topk(scores, "deepseek-v4-flash")),
+    ("topk_select", lambda: cupy_router.topk_select(scores, 40)),
+    ("hash_router", lambda: cupy_router.hash_router(ids, table)),
+):
+    begin = time.perf_counter()
+    use()
+    cupy.cuda.Device().synchronize()
+    seconds[name] = time.perf_counter() - begin
+print(json.dumps(seconds))
+"""
+
+
+def first_uses(cache: Path) -> dict[str, float]:
+    environment = {**os.environ, "CUPY_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USES], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+@pytest.mark.acceptance("first use: 0.5 s cold, 50 ms from disk")
+def test_first_use_of_a_kernel(tmp_path: Path, record_property: Any, pytestconfig: pytest.Config) -> None:
+    cold = first_uses(tmp_path)
+    warm = [first_uses(tmp_path) for _ in range(3)]
+    best = {name: min(run[name] for run in warm) for name in cold}
+    record_property("first_use_seconds", {"cold": cold, "from disk": best})
+    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        for label, seconds in (("cold", cold), ("from disk", best)):
+            figures = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
+            reporter.write_line(f"first use of a kernel, {label}: {figures}")
+    assert max(cold.values()) < 0.5
+    assert max(seconds for name, seconds in best.items() if name != "process") < 0.05
+
+
+@pytest.mark.acceptance("first use: many processes at once")
+def test_many_processes_fill_one_cache(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        for done in [threads.submit(first_uses, tmp_path) for _ in range(6)]:
+            assert done.result()
+
+
+def test_a_corrupt_cache_entry_is_a_miss(tmp_path: Path) -> None:
+    first_uses(tmp_path)
+    entries = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert entries
+    for path in entries:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert first_uses(tmp_path)

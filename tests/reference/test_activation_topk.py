@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupy_router.method import SCORES, RoutingMethod
+from cupy_router.reference.activation_topk import activation_topk
+from tests.reference import brute_force
+from tests.reference.strategies import dtypes, matrices, methods, thorough
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@thorough
+@given(st.data(), dtypes, st.integers(0, 3), st.integers(1, 12), st.booleans(), st.booleans())
+def test_matches_brute_force(
+    data: st.DataObject, dtype: str, tokens: int, experts: int, with_bias: bool, padded: bool
+) -> None:
+    method = data.draw(methods(experts))
+    logits = data.draw(matrices((tokens, experts), dtype))
+    bias = data.draw(matrices((1, experts), "float32"))[0] if with_bias else None
+    num_valid = data.draw(st.integers(0, tokens)) if padded else None
+
+    weights, indices = activation_topk(logits, method, bias, num_valid)
+
+    assert weights.shape == indices.shape == (tokens, method.top_k)
+    assert weights.dtype == np.float32
+    assert indices.dtype == np.int32
+    for r, row in enumerate(logits.astype(float).tolist()):
+        if num_valid is not None and r >= num_valid:
+            expected: tuple[list[float], list[int]] = [0.0] * method.top_k, [-1] * method.top_k
+        else:
+            expected = brute_force.route(row, method, None if bias is None else bias.tolist())
+        assert indices[r].tolist() == expected[1]
+        np.testing.assert_allclose(weights[r], expected[0], rtol=3e-7)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("experts", [1, 36, 256, 1000])
+def test_many_rows_and_each_row_alone(score: str, experts: int) -> None:
+    """More rows than one pass takes, in a strided array; bit by bit what each row gives alone."""
+    rng = np.random.default_rng(experts)
+    logits = rng.standard_normal((700_000 // experts, experts + 3)).astype(np.float32)[:, 1:-2]
+    bias = rng.standard_normal(experts).astype(np.float32)
+    method = RoutingMethod(experts, min(experts, 8), score)
+    weights, indices = activation_topk(logits, method, bias)
+    for r in [*range(0, len(logits), len(logits) // 7), len(logits) - 1]:
+        alone = activation_topk(logits[r : r + 1].copy(), method, bias)
+        np.testing.assert_array_equal(weights[r], alone[0][0])
+        np.testing.assert_array_equal(indices[r], alone[1][0])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_all_experts_can_be_chosen(score: str) -> None:
+    logits = np.random.default_rng(3).standard_normal((5, 300)).astype(np.float32)
+    method = RoutingMethod(300, 300, score, renormalize=False)
+    weights, indices = activation_topk(logits, method)
+    np.testing.assert_array_equal(np.sort(indices), np.broadcast_to(np.arange(300), (5, 300)))
+    assert (np.diff(weights) <= 0).all()
+
+
+def test_a_row_of_nan_gives_the_first_experts() -> None:
+    weights, indices = activation_topk(np.full((1, 9), np.nan, np.float32), RoutingMethod(9, 4))
+    assert indices.tolist() == [[0, 1, 2, 3]]
+    assert np.isnan(weights).all()
+
+
+def test_selection_is_in_float32() -> None:
+    """At 8 a float32 step is 2**-20: scores that differ by less tie, and the lower index wins."""
+    logits = np.array([[0.5, 0.5 + 2**-23, 0.25]], np.float32)
+    method = RoutingMethod(3, 2, "identity", renormalize=False)
+    assert activation_topk(logits, method)[1].tolist() == [[1, 0]]
+    assert activation_topk(logits, method, np.full(3, 8.08, np.float32))[1].tolist() == [[0, 1]]
+
+
+def test_bias_does_not_weigh() -> None:
+    logits = np.array([[1.0, 2.0, 3.0]], np.float32)
+    weights, indices = activation_topk(logits, RoutingMethod(3, 2, "identity"), np.array([1e4, -1e4, 0], np.float32))
+    assert indices.tolist() == [[0, 2]]
+    np.testing.assert_array_equal(weights, np.array([[0.25, 0.75]], np.float32))
+
+
+def test_subnormal_selection_values_tie() -> None:
+    logits = np.array([[0.0, 1e-39, 1.5e-38, 2e-38]], np.float32)
+    method = RoutingMethod(4, 4, "identity", renormalize=False)
+    assert activation_topk(logits, method)[1].tolist() == [[3, 2, 0, 1]]
+    # Minus 1.5e-38: the sum of the last is 5e-39, which flushes to 0 like that of the one before it.
+    bias = np.array([0, 0, -1.5e-38, -1.5e-38], np.float32)
+    assert activation_topk(logits, method, bias)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_subnormal_bias_is_zero() -> None:
+    logits = np.full((1, 2), 2e-38, np.float32)
+    bias = np.array([0, 1e-39], np.float32)
+    assert activation_topk(logits, RoutingMethod(2, 2, "identity"), bias)[1].tolist() == [[0, 1]]

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device made of g++: kernels compiled for the CPU, each CUDA thread a fiber (include/cuda_cpu.h), behind the same two
+calls as CUDA. `compiler.BACKENDS["cpu"] = SimtBackend()` makes the ops run their kernels on NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+from cupy_router.compiler import CompileError
+
+SCHEDULES = ("round_robin", "reversed", "shuffled", "run_ahead")
+SANITIZERS = ("address", "thread")
+
+_INCLUDE = Path(__file__).with_name("include")
+_FLAGS = (
+    "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -w "
+    "-ffp-contract=off "  # as written; the GPU contracts to FMA where it likes, so floats are compared with a tolerance
+    "-fno-strict-aliasing"  # kernels read float rows as uint4, which CUDA compilers allow
+).split()
+_SANITIZER_FLAGS = {
+    None: [],
+    "address": "-g1 -fsanitize=address,undefined -fno-sanitize=object-size -fno-sanitize-recover=all "
+    "-fsanitize-sections=simt_shared".split(),
+    "thread": "-g1 -fsanitize=thread".split(),
+}
+_LAUNCH = """
+}}  // namespace: everything above has internal linkage, so that shared variables of templates may lie in one section
+static const unsigned simt_cluster[3] = {{{cluster}}}, simt_bounds[] = {{{bounds}}};
+extern "C" __attribute__((visibility("default"))) const char* simt_launch(
+    simt::Geometry* simt_g, unsigned simt_schedule, unsigned long long simt_seed, double simt_limit, void** simt_parameters) {{
+    for (int i = 0; i < 3; ++i) simt_g->cluster[i] = simt_cluster[i] ? simt_cluster[i] : 1;
+    simt_g->max_threads = simt_bounds[0];
+    return simt::run({function}, *simt_g, (simt::Schedule)simt_schedule, simt_seed, simt_limit, simt_parameters);
+}}
+"""
+_lock = threading.Lock()  # one launch at a time: a library has one set of shared variables and one scheduler
+
+
+class KernelFault(RuntimeError):
+    """A kernel did what must not be. `name` is the kind of fault, the message says which threads, masks and lines."""
+
+    def __init__(self, function: str, report: str) -> None:
+        super().__init__(f"{function}: {report}")
+        self.name = re.split(r" in block|:|$", report.splitlines()[0], maxsplit=1)[0]
+
+
+@cache
+def why_not() -> str | None:
+    """Why kernels cannot run on this machine's CPU; None if they can."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return f"kernels run on the CPU of x86-64 or ARM Linux only, this is {sys.platform} on {platform.machine()}"
+    if shutil.which(_compiler()) is None:
+        return f"{_compiler()} is missing: kernels run on the CPU by way of g++ (set CXX to name another)"
+    return None
+
+
+def sanitizer_library(sanitizer: str) -> str:
+    """The run-time library that a process has to preload to run kernels under this sanitizer."""
+    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+    return _output(_compiler(), f"-print-file-name={name}").strip()
+
+
+class SimtBackend:
+    """The `Backend` of cupy_router.compiler. `schedule`, `seed` and `time_limit` (CPU seconds a launch) may be changed between
+    launches. `sanitizer`: None, "address" (with undefined behaviour) or "thread"; the process has to preload its library,
+    which is what :mod:`tests.simt.sanitized` is for."""
+
+    def __init__(
+        self, schedule: str = "run_ahead", seed: int = 0, sanitizer: str | None = None, time_limit: float = 60.0
+    ) -> None:
+        reason = why_not()
+        if reason is not None:
+            raise RuntimeError(reason)
+        if sanitizer is not None and sanitizer_library(sanitizer) not in os.environ.get("LD_PRELOAD", ""):
+            raise RuntimeError(f"sanitizer={sanitizer!r} needs LD_PRELOAD={sanitizer_library(sanitizer)}")
+        self.schedule = schedule
+        self.seed = seed
+        self.sanitizer = sanitizer
+        self.time_limit = time_limit
+        self._kernels: list[tuple[str, ctypes._NamedFuncPointer]] = []
+
+    def build(self, source: str, function: str, device: int = 0) -> int:
+        library = ctypes.CDLL(str(build_library(source, function, self.sanitizer)))
+        entry = library.simt_launch
+        entry.restype = ctypes.c_char_p
+        entry.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_double, ctypes.c_void_p]
+        self._kernels.append((function, entry))
+        return len(self._kernels)
+
+    def launch(
+        self, handle: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int,
+        shared_bytes: int, stream: int, kernel_params: int, extra: int,
+    ) -> None:  # fmt: skip
+        function, entry = self._kernels[handle - 1]
+        geometry = (ctypes.c_uint * 11)(gx, gy, gz, bx, by, bz, 1, 1, 1, 0, shared_bytes)
+        with _lock:
+            report = entry(geometry, SCHEDULES.index(self.schedule), self.seed, self.time_limit, kernel_params)
+        if report is not None:
+            raise KernelFault(function, report.decode())
+
+    def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
+        if num_bytes > 227 * 1024:
+            raise ValueError(f"a block may have at most 227 KB of shared memory, got {num_bytes} bytes")
+
+    def use(self, device: int) -> int | None:
+        return None
+
+
+def build_library(source: str, function: str, sanitizer: str | None = None) -> Path:
+    """The shared library of one kernel, compiled unless an earlier run left it in the cache."""
+    flags = [*_FLAGS, *_SANITIZER_FLAGS[sanitizer]]
+    if platform.machine() == "x86_64":
+        flags.append("-fcf-protection=none")  # a fiber starts by a return
+    text = _cpu_source(source, function)
+    key = hashlib.sha256(repr((text, flags, _compiler_and_headers())).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    library = folder / f"{function}-{sanitizer or 'plain'}-{key}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        (Path(work) / "kernel.cpp").write_text(text)
+        command = [_compiler(), *flags, f"-fdebug-prefix-map={work}=.", "kernel.cpp", "-o", "kernel.so"]
+        done = subprocess.run(command, cwd=work, env=_clean_environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"{' '.join(command)}\n{done.stderr.strip()}")
+        os.replace(Path(work) / "kernel.so", library)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: CUPY_ROUTER_SIMT_CACHE, or a folder in the user's cache."""
+    chosen = os.environ.get("CUPY_ROUTER_SIMT_CACHE")
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(user) / "cupy_router" / "simt"
+
+
+def _cpu_source(source: str, function: str) -> str:
+    """The kernel's text between the runtime and an entry that knows the kernel's type and attributes."""
+    found = re.search(rf'extern\s+"C"\s+__global__([^;{{}}"]*?)\b{function}\s*\(', re.sub(r"//[^\n]*", "", source))
+    if found is None:
+        raise CompileError(f'there is no extern "C" __global__ void {function}(...)')
+    cluster = _arguments(found[1], "__cluster_dims__")
+    launch = _LAUNCH.format(function=function, cluster=cluster, bounds=_arguments(found[1], "__launch_bounds__") or "0")
+    return f'#include "{_INCLUDE / "cuda_cpu.h"}"\nnamespace {{\n#line 1 "{function}.cu"\n{source}\n{launch}'
+
+
+def _arguments(declaration: str, attribute: str) -> str:
+    """What stands in the parentheses of an attribute, "" without it."""
+    start = declaration.find(attribute)
+    if start < 0:
+        return ""
+    start = declaration.index("(", start) + 1
+    depth, end = 1, start
+    while depth:
+        depth += {"(": 1, ")": -1}.get(declaration[end], 0)
+        end += 1
+    return declaration[start : end - 1]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
+@cache
+def _output(*command: str) -> str:
+    return subprocess.run(command, env=_clean_environment(), capture_output=True, text=True, check=True).stdout
+
+
+def _compiler_and_headers() -> str:
+    headers = [path.read_text() for path in sorted(_INCLUDE.glob("*.h"))]
+    return _output(_compiler(), "--version") + "".join(headers)

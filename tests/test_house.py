@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rules: who may know whom, what a source looks like, what one op consists of."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cupy_router"
+SOURCES = sorted(
+    path
+    for folder in (".ci", "benchmarks", "cupy_router", "kernels", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
+)
+MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
+OPS = ["activation_topk", "hash_router", "topk_select"]
+
+# Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
+MAY_IMPORT = {
+    "compiler": set(),
+    "results": set(),
+    "method": set(),
+    "launcher": {"compiler"},
+    "arrays": {"compiler"},
+    "reference": {"method"},
+    "ops": {"arrays", "compiler", "launcher", "method", "reference", "results"},
+    "__init__": {"method", "ops", "results"},
+    "cli": {"__init__", "compiler", "method", "results"},
+    "__main__": {"cli"},
+}
+ROOMS = {path.stem for path in PACKAGE.iterdir()}
+FRAMEWORKS = {"cupy", "jax", "torch"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    """The modules that the statements of a tree import, with their full names."""
+    package = ["cupy_router", *path.parent.relative_to(PACKAGE).parts]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            # `from package import name` may import a module or a name of one: both spellings are looked at below.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
+    rooms = set()
+    for name in imports(tree, path):
+        first, _, rest = name.partition(".")
+        if first == "cupy_router":
+            room = rest.split(".")[0]
+            rooms.add(room if room in ROOMS else "__init__")
+    return rooms - {room_of(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_rooms_it_may(path: Path) -> None:
+    allowed = MAY_IMPORT[room_of(path)]
+    assert rooms_imported(ast.parse(path.read_text()), path) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("statement", "rooms"),
+    [
+        ("import cupy_router.ops.topk_select", {"ops"}),
+        ("from cupy_router import compiler, RoutingMethod", {"compiler", "__init__"}),
+        ("from ..method import RoutingMethod", {"method"}),
+        ("from .. import ops", {"ops"}),
+        ("from . import order", set()),
+        ("def f():\n    from cupy_router.cli.demo import run", {"cli"}),
+        ("import numpy", set()),
+    ],
+)
+def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
+    assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_frameworks_are_imported_inside_functions_or_in_their_own_module(path: Path) -> None:
+    at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = {name.split(".")[0] for node in at_import for name in imports(node, path)} & FRAMEWORKS
+    own = {path.stem.removeprefix("_")} if room_of(path) == "arrays" else set()
+    assert found <= own
+
+
+def test_no_public_name_and_no_command_imports_a_framework() -> None:
+    code = """
+import sys
+import cupy_router
+[getattr(cupy_router, name) for name in cupy_router.__all__]
+import cupy_router.cli
+print(*sorted({"cupy", "jax", "torch"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def readers(text: str) -> Iterator[tuple[str, str]]:
+    """Each line of a kernel file, and who reads it: "gpu" after #ifdef __CUDACC__, "cpu" after its #else, or "both"."""
+    stack = ["both"]
+    for line in text.splitlines():
+        directive = "".join(line.split())
+        if directive.startswith("#if"):
+            stack.append("gpu" if directive == "#ifdef__CUDACC__" else stack[-1])
+        elif directive.startswith("#else") and stack[-2:] == ["both", "gpu"]:
+            stack[-1] = "cpu"
+        elif directive.startswith("#endif"):
+            stack.pop()
+        yield line, stack[-1]
+
+
+def test_readers_follow_nested_conditions() -> None:
+    text = """both
+#ifdef __CUDACC__
+gpu
+#if __CUDA_ARCH__ >= 800
+gpu
+#else
+gpu
+#endif
+#else  // a twin
+cpu
+#endif
+both"""
+    assert [line == reader for line, reader in readers(text) if not line.startswith("#")] == [True] * 6
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").iterdir()), ids=lambda path: path.name)
+def test_kernels_include_only_headers_of_their_folder(path: Path) -> None:
+    assert path.suffix in {".cu", ".cuh"}
+    headers = {f'"{header.name}"' for header in path.parent.glob("*.cuh")}
+    for line, reader in readers(path.read_text()):
+        include = re.match(r"\s*#\s*include\s+(\S+)", line)
+        if include:  # a C++ twin, which the GPU never sees, may use the standard library
+            assert include[1] in headers or (reader == "cpu" and include[1].startswith("<")), line
+        if re.search(r"\basm\b", line.partition("//")[0]):
+            assert path.suffix == ".cuh", "PTX lives in headers"
+            assert reader == "gpu", f"no C++ twin: {line}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_is_one_kernel_one_op_file_one_reference_one_test_one_benchmark(op: str) -> None:
+    parts = [f"kernels/{op}.cu", f"cupy_router/ops/{op}.py", f"cupy_router/reference/{op}.py", f"tests/test_{op}.py"]
+    missing = [part for part in [*parts, f"benchmarks/bench_{op}.py"] if not (ROOT / part).is_file()]
+    assert not missing
+
+
+def test_every_op_is_known_here() -> None:
+    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[a-z]*.py"))] == OPS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_have_a_licence_line_and_are_short(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    comment = "#" if path.suffix in {".py", ".sh", ""} else "//"
+    top = lines[1:] if lines[:1] and lines[0].startswith("#!") else lines
+    assert top[:1] == [f"{comment} SPDX-License-Identifier: Apache-2.0"]
+    assert len(lines) <= 400, "more than one idea?"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built wheel: what is in it, and that it works in a new environment, outside the checkout, with nothing but its
+dependencies."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+pytest.importorskip("build", reason="the package `build` is not installed")
+pytest.importorskip("hatchling", reason="the package `hatchling` is not installed")
+pytest.importorskip("pip", reason="the package `pip` is not installed")
+
+ROOT = Path(__file__).parents[1]
+SUBSET = "layout or padding or lengths or out_is_filled or method"
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    env = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "CUPY_ROUTER_KERNELS"}}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, so that this one is known to be complete as well."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a new environment with NumPy, ml_dtypes, the wheel, and no other package.
+
+    The two dependencies are linked from where the tests run, so that no network is needed; pip still checks them.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=os.name != "nt")
+    link_packages(folder, "numpy", "ml_dtypes")
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
+    run(sys.executable, "-m", "pip", "--python", python, "check", cwd=folder)
+    return folder
+
+
+def link_packages(environment: Path, *names: str) -> None:
+    """Make packages of this environment, and what they require, visible in another one."""
+    base = {"base": str(environment), "platbase": str(environment)}
+    site_packages = Path(sysconfig.get_path("purelib", vars=base))
+    for name in names:
+        package = metadata.distribution(name)
+        for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            if not (site_packages / top).exists():
+                (site_packages / top).symlink_to(str(package.locate_file(top)))
+        requirements = map(Requirement, package.requires or [])
+        link_packages(environment, *(r.name for r in requirements if r.marker is None or r.marker.evaluate()))
+
+
+def test_wheel_and_checkout_have_the_same_files(wheel: Path) -> None:
+    in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cupy_router/")}
+    package = [path for path in (ROOT / "cupy_router").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    kernels = {f"cupy_router/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.cu*")}
+    assert in_wheel == {path.relative_to(ROOT).as_posix() for path in package} | kernels
+    assert {"cupy_router/py.typed", "cupy_router/data/minilm_router.npz"} <= in_wheel
+    assert len(kernels) >= 4
+
+
+def test_wheel_carries_licence_and_notice(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.rpartition("/")[2] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+def test_demo_and_info_run_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+    command = environment / "bin" / "cupy-router"
+    assert "FAILED" not in run(command, "demo", cwd=tmp_path)
+    printed = run(command, "info", cwd=tmp_path)
+    assert f"kernels   {environment}" in printed
+    assert "No module named 'cupy'" in printed
+
+
+def test_wheel_reads_its_own_kernels(environment: Path, tmp_path: Path) -> None:
+    code = "from cupy_router import compiler as c; print(c.kernel_folders()[0]); print(c.expand('topk_select'))"
+    folder, text = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).split("\n", 1)
+    assert Path(folder).is_relative_to(environment)
+    assert 'extern "C" __global__' in text
+
+
+def test_tests_of_the_ops_pass_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+    link_packages(environment, "pytest", "hypothesis")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    where = "import cupy_router; print(cupy_router.__file__)"
+    assert Path(run(environment / "bin" / "python", "-c", where, cwd=tmp_path)).is_relative_to(environment)
+    files = [f"tests/test_{stem}.py" for stem in ("activation_topk", "hash_router", "topk_select", "method")]
+    printed = run(environment / "bin" / "python", "-m", "pytest", "-q", "-k", SUBSET, *files, cwd=tmp_path)
+    passed = re.search(r"^(\d+) passed", printed, re.M)
+    assert passed is not None
+    assert int(passed[1]) >= 100

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's examples and commands and the docstrings' examples do what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import cupy_router
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = {code.split()[1].split(".")[0]: code for code in re.findall(r"```python\n(.*?)```", README, re.S)}
+NO_EXAMPLES = re.compile(r"\.(__main__|_cupy|_jax|_torch)$")  # modules that run a command or need a framework
+MODULES = ["cupy_router"] + [
+    module.name
+    for module in pkgutil.walk_packages(cupy_router.__path__, "cupy_router.")
+    if not NO_EXAMPLES.search(module.name)
+]
+
+
+@pytest.mark.parametrize("framework", ["cupy", "jax", "numpy", "torch"])
+def test_readme_example_prints_what_its_comments_say(framework: str, request: pytest.FixtureRequest) -> None:
+    if framework == "cupy" and request.config.getoption("--backend") != "gpu":
+        pytest.skip("CuPy's arrays need a GPU: only with --backend=gpu")
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    code = EXAMPLES[framework]
+    said = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, f"README.md: {framework}", "exec"), {})
+    assert printed.getvalue().splitlines() == said
+    assert len(said) >= 2
+
+
+@pytest.mark.parametrize("framework", ["cupy", "jax", "numpy", "torch"])
+def test_readme_example_is_about_ten_lines(framework: str) -> None:
+    assert len([line for line in EXAMPLES[framework].splitlines() if line]) <= 11
+
+
+def test_readme_has_both_commands_on_one_line_each() -> None:
+    commands = re.findall(r"^python3 -m venv \.venv && .*$", README, re.M)
+    assert len(commands) == 2
+    assert commands[0].endswith("cupy-router demo")
+    assert commands[1].endswith("pytest")
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    pattern = re.search(r"grep -m 1 -E '(.*)' README.md", (ROOT / ".ci/run").read_text())
+    assert pattern is not None
+    matches = [line for line in README.splitlines() if re.search(pattern[1], line)]
+    assert matches == re.findall(r"^.*/pytest$", README, re.M)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failures == 0
+
+
+@pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "RoutingMethod", "presets"])
+def test_every_public_function_has_an_example(name: str) -> None:
+    found = doctest.DocTestFinder(recurse=False).find(getattr(cupy_router, name), name)
+    assert any(example.examples for example in found)
