@@ -67,24 +67,27 @@ class Launch:
         if shared_bytes > _DEFAULT_SHARED:
             function.backend.allow_shared(function.handle, function.device, shared_bytes)
         self.function = function
-        self.fixed = tuple(fixed.values())
-        self.shape = (grid, 1, 1, block, 1, 1, shared_bytes)
+        self._fixed = tuple(fixed.values())
+        self._shape = (grid, 1, 1, block, 1, 1, shared_bytes)
+        self._format = signature.format
+        self._handle, self._device = function.handle, function.device
+        self._use, self._enqueue = function.backend.use, function.backend.launch
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         """Enqueue on `stream`. The host does not wait; TypeError if a value does not fit its parameter."""
-        function = self.function
-        signature = function.signature
-        record = _records.by_format.get(signature.format)
+        record = _records.by_format.get(self._format)
         if record is None:
-            record = _records.by_format[signature.format] = _Record(signature)
+            record = _records.by_format[self._format] = _Record(self.function.signature)
         try:
-            record.pack_into(record.buffer, 0, *varying, *self.fixed)
+            record.pack_into(record.buffer, 0, *varying, *self._fixed)
         except struct.error as error:
+            signature = self.function.signature
             raise TypeError(f"{signature.function}({', '.join(signature.names)}): {error}") from None
-        backend = function.backend
-        previous = backend.use(function.device)
+        previous = self._use(self._device)
+        if previous is None:
+            self._enqueue(self._handle, *self._shape, stream, record.address, 0)
+            return
         try:
-            backend.launch(function.handle, *self.shape, stream, record.address, 0)
+            self._enqueue(self._handle, *self._shape, stream, record.address, 0)
         finally:
-            if previous is not None:
-                backend.use(previous)
+            self._use(previous)

@@ -4,7 +4,7 @@
 #pragma once
 
 // The first `bytes` (0 to 16) are copied and the rest of the 16 is zero; nothing is read behind them.
-__device__ __forceinline__ void copy_async16(void *shared, const void *global, int bytes = 16) {
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, int bytes = 16) {
 #ifdef __CUDACC__
     const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");

@@ -35,9 +35,9 @@ __device__ __forceinline__ void cluster_barrier() {
 
 // A pointer to the same __shared__ variable in the block of that rank: for loads, stores and atomics.
 template <typename T>
-__device__ __forceinline__ T *cluster_map(T *shared, unsigned rank) {
+__device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {
 #ifdef __CUDACC__
-    T *mapped;
+    T* mapped;
     asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
     return mapped;
 #else

@@ -137,26 +137,26 @@ extern "C" __global__ void __launch_bounds__(128)
 
 #else
 
+template <typename T>
+__device__ __forceinline__ void load_eight(const T *source, float (&target)[8]) {
+    constexpr int WORD = 16 / sizeof(T);
+#pragma unroll
+    for (int j = 0; j < 8; j += WORD) {
+        T word[WORD];
+        load_word(source + j, word);
+#pragma unroll
+        for (int i = 0; i < WORD; ++i) target[j + i] = to_float(word[i]);
+    }
+}
+
 // The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
 __device__ __forceinline__ float warp_dot(const scalar_t *x, const gate_t *w, int64_t hidden, int lane) {
     float sum = 0.0f;
     if (ALIGNED) {  // hidden is a multiple of 8, and every row starts at a 16-byte word
         for (int64_t i = lane * 8; i < hidden; i += 256) {
             float a[8], b[8];
-#pragma unroll
-            for (int j = 0; j < 8; j += PER_WORD<scalar_t>) {
-                scalar_t word[PER_WORD<scalar_t>];
-                load_word(x + i + j, word);
-#pragma unroll
-                for (int m = 0; m < PER_WORD<scalar_t>; ++m) a[j + m] = to_float(word[m]);
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j += PER_WORD<gate_t>) {
-                gate_t word[PER_WORD<gate_t>];
-                load_word(w + i + j, word);
-#pragma unroll
-                for (int m = 0; m < PER_WORD<gate_t>; ++m) b[j + m] = to_float(word[m]);
-            }
+            load_eight(x + i, a);
+            load_eight(w + i, b);
 #pragma unroll
             for (int j = 0; j < 8; ++j) sum = fmaf(a[j], b[j], sum);
         }

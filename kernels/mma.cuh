@@ -9,10 +9,11 @@
 
 #ifdef __CUDACC__
 
-#define MMA_M16N8K16(type)                                                                                           \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-        "{%0, %1, %2, %3};"                                                                                          \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
+#define MMA_M16N8K16(type)                                     \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+        "{%0, %1, %2, %3};"                                    \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 __device__ __forceinline__ void mma_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -36,10 +37,10 @@ struct MmaFragments {
 };
 
 template <float (*to_float)(unsigned short)>
-SIMT_RUNTIME inline void mma_all_lanes(simt::Thread *lanes, unsigned) {
+SIMT_RUNTIME inline void mma_all_lanes(simt::Thread* lanes, unsigned) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
-        const MmaFragments &mine = *reinterpret_cast<MmaFragments *>(lanes[lane].value);
+        const MmaFragments& mine = *reinterpret_cast<MmaFragments*>(lanes[lane].value);
         const int row = lane / 4, column = lane % 4 * 2;
         for (int i = 0; i < 8; ++i) {  // word i / 2, half i % 2
             const int k = column + i % 2;
@@ -48,7 +49,7 @@ SIMT_RUNTIME inline void mma_all_lanes(simt::Thread *lanes, unsigned) {
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
-        const MmaFragments &mine = *reinterpret_cast<MmaFragments *>(lanes[lane].value);
+        const MmaFragments& mine = *reinterpret_cast<MmaFragments*>(lanes[lane].value);
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
             double sum = mine.d[i];
@@ -66,8 +67,8 @@ inline void mma_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 
 inline void mma_float16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     const MmaFragments mine = {d, a, b};
-    simt::collective("mma_float16", 0xffffffffu, reinterpret_cast<uintptr_t>(&mine),
-                     mma_all_lanes<simt::half_to_float>, simt::Site::here());
+    simt::collective("mma_float16", 0xffffffffu, reinterpret_cast<uintptr_t>(&mine), mma_all_lanes<simt::half_to_float>,
+                     simt::Site::here());
 }
 
 #endif

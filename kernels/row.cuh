@@ -5,14 +5,15 @@
 #include "types.cuh"
 
 // Columns first .. first + PerLane - 1 of a row as float; NaN from column `end` on. Whole: there is no such column.
-// Aligned: the row starts at a multiple of 16 bytes, and whole words are read at once.
+// Aligned: rows start at whole words, the longest of up to 16 bytes that PerLane is a multiple of, and are read by words.
 template <typename T, int PerLane, bool Whole, bool Aligned>
 __device__ __forceinline__ void load_columns(const T *row, int first, int end, float (&values)[PerLane]) {
-    constexpr int WORD = Aligned ? PER_WORD<T> : 1;
+    constexpr int LONGEST = 16 / sizeof(T);
+    constexpr int WORD = !Aligned ? 1 : PerLane % LONGEST == 0 ? LONGEST : 4;
 #pragma unroll
     for (int j = 0; j < PerLane; j += WORD) {
         if (WORD > 1 && (Whole || first + j + WORD <= end)) {
-            T word[PER_WORD<T>];
+            T word[WORD > 1 ? WORD : 4];
             load_word(row + first + j, word);
 #pragma unroll
             for (int i = 0; i < WORD; ++i) values[j + i] = to_float(word[i]);

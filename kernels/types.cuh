@@ -42,17 +42,26 @@ struct Scalar<2> {
     typedef BFloat16 type;
 };
 
-template <typename T>
-constexpr int PER_WORD = 16 / sizeof(T);  // elements in a 16-byte word
+// Unsigned words of 8 and 16 bytes.
+template <int BYTES>
+struct Word {
+    typedef uint4 type;
+};
+template <>
+struct Word<8> {
+    typedef uint2 type;
+};
 
-// Read the PER_WORD elements of an aligned 16-byte word, by the read-only path.
-template <typename T>
-__device__ __forceinline__ void load_word(const T *source, T (&target)[PER_WORD<T>]) {
+// Read N adjacent elements that form an aligned word, by the read-only path.
+template <typename T, int N>
+__device__ __forceinline__ void load_word(const T *source, T (&target)[N]) {
+    typedef typename Word<N * sizeof(T)>::type word_t;
+    static_assert(sizeof(word_t) == N * sizeof(T), "words have 8 or 16 bytes");
     union {
-        uint4 word;
-        T elements[PER_WORD<T>];
+        word_t word;
+        T elements[N];
     };
-    word = __ldg(reinterpret_cast<const uint4 *>(source));
+    word = __ldg(reinterpret_cast<const word_t *>(source));
 #pragma unroll
-    for (int i = 0; i < PER_WORD<T>; ++i) target[i] = elements[i];
+    for (int i = 0; i < N; ++i) target[i] = elements[i];
 }

@@ -83,7 +83,7 @@ def weigh(chosen: np.ndarray, method: Any) -> np.ndarray:
                 divisor = np.maximum(divisor, method.renormalize_min)
             share = np.where((total == 0) | np.isinf(w).any(axis=-1, keepdims=True), 0, w / divisor)
             w = np.where(finite, share, np.nan)
-        return (w * method.scale).astype(np.float32)
+        return np.asarray(w * method.scale, np.float32)
 
 
 def route(logits: np.ndarray, method: Any, bias: np.ndarray | None = None, num_valid: int | None = None) -> Routing:
@@ -172,7 +172,8 @@ def assert_routes(
     exact: the selection values of different logits are further apart than rounding, so that order and sets must agree.
     """
     rows, k = logits.shape[0], method.top_k
-    assert (got.indices.dtype, got.indices.shape) == (np.int32, (rows, k))
+    assert str(got.indices.dtype) == "int32"
+    assert got.indices.shape == (rows, k)
     assert_selects_validly(got.indices, logits.shape[1])
     scores = score(logits, method.score)
     values = selection(scores, bias)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,10 +72,14 @@ class AcceptanceTable:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not hasattr(session.config, "workerinput"):  # the workers of pytest-xdist leave it to their controller
-            self.path.write_text(json.dumps(dict(sorted(self.counts.items())), indent=1) + "\n")
+            self.path.write_text(json.dumps(dict(self._rows()), indent=1) + "\n")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("acceptance items: passed tests")
-        for item, row in sorted(self.counts.items()):
+        for item, row in self._rows():
             failed = f"  ({row['failed']} failed)" if row["failed"] else ""
             terminalreporter.line(f"{row['passed']:5}  {item}{failed}")
+
+    def _rows(self) -> list[tuple[str, dict[str, int]]]:
+        """Items in alphabetical order, numbers in them by size."""
+        return sorted(self.counts.items(), key=lambda pair: [part.zfill(9) for part in re.split(r"(\d+)", pair[0])])

@@ -34,8 +34,8 @@ class PyTorch:
     def numpy(self, array: Any) -> np.ndarray:
         array = array.detach().cpu()
         if array.dtype == self.torch.bfloat16:
-            return array.view(self.torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return array.numpy()
+            return np.asarray(array.view(self.torch.int16)).view(ml_dtypes.bfloat16)
+        return np.asarray(array)
 
 
 class JAX:
@@ -82,8 +82,9 @@ class CuPy:
 
     def numpy(self, array: Any) -> np.ndarray:
         if array.dtype == ml_dtypes.bfloat16:
-            return self.cupy.asnumpy(array.view(np.uint16)).view(array.dtype)
-        return self.cupy.asnumpy(array)
+            array = array.view(np.uint16)
+            return np.asarray(self.cupy.asnumpy(array)).view(ml_dtypes.bfloat16)
+        return np.asarray(self.cupy.asnumpy(array))
 
 
 ON_CPU: dict[str, Any] = {"numpy": NumPy, "torch": PyTorch, "jax": JAX, "array_api_strict": Strict}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ def distinct(rows: int, columns: int, dtype: str = "float32", seed: int = 0) -> 
     """Each row a permutation of equally spaced values in [-4, 4]: gaps far above rounding for up to 1000 columns."""
     grid = np.linspace(-4, 4, columns).astype(DTYPES[dtype])
     return rng(seed, columns).permuted(np.broadcast_to(grid, (rows, columns)), axis=1)
+
+
+def row_views(xp: Any, array: Any) -> list[Any]:
+    """Legal layouts of a NumPy or CuPy matrix: rows in reverse, every other one, one repeated, a column on its own."""
+    return [array[::-1], array[::2], xp.broadcast_to(array[1:2], (3, array.shape[1])), array.T[:, :1], array[:, :1]]
 
 
 # -- Logits of routers -------------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def from_bits(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return values.astype(DTYPES[dtype])
+        return np.asarray(values, DTYPES[dtype])
 
 
 def _shared_bits(base: int) -> Callable[..., np.ndarray]:
@@ -222,7 +228,7 @@ def one_bin(candidates: int) -> Callable[..., np.ndarray]:
         for row in x:
             at = draw.permutation(columns)[: min(candidates, columns)]
             row[at] = 1 + draw.integers(0, 2**14, at.size) * np.float32(2**-23)
-        return x.astype(DTYPES[dtype])
+        return cast(x, dtype)
 
     return make
 

@@ -53,6 +53,11 @@ def test_number_of_tokens(backend: Backend, n: int, experts: int, k: int) -> Non
     route(backend, inputs.normal((n, experts)), RoutingMethod(experts, k))
 
 
+def test_so_many_tokens_that_warps_share_blocks(backend: Backend) -> None:
+    n = backend.rows(1090, 256, exactly=True)
+    route(backend, inputs.normal((n, 256), seed=29), RoutingMethod(256, 6))
+
+
 def pairs() -> Iterator[Any]:
     """Every number of experts with every score and dtype, every k from 1 to 32, bias and renormalisation mixed in."""
     for i in range(4 * len(inputs.EXPERTS)):
@@ -190,13 +195,13 @@ def test_small_scores_keep_their_order(backend: Backend) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("score", inputs.SCORES)
-def test_what_the_sum_gets(backend: Backend, field: dict[str, float], score: str) -> None:
+def test_what_the_sum_gets(backend: Backend, field: dict[str, Any], score: str) -> None:
     logits = np.abs(inputs.normal((20, 64), seed=35))
     route(backend, logits, RoutingMethod(64, 4, score, scale=1.5, **field))
 
 
 @pytest.mark.parametrize("field", [{}, {"renormalize_eps": 1e-20}, {"renormalize_min": 1e-12}], ids=str)
-def test_a_sum_of_zero_gives_weights_zero(backend: Backend, field: dict[str, float]) -> None:
+def test_a_sum_of_zero_gives_weights_zero(backend: Backend, field: dict[str, Any]) -> None:
     for score, value in (("sigmoid", -200.0), ("sqrtsoftplus", -400.0), ("identity", 0.0)):
         got = route(backend, np.full((2, 64), value, np.float32), RoutingMethod(64, 4, score, **field))
         np.testing.assert_array_equal(got.weights, np.zeros((2, 4)))
@@ -288,13 +293,13 @@ def test_a_misaligned_bias(backend: Backend) -> None:
 
 @pytest.mark.acceptance("strided rows")
 def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
-    logits, method = inputs.distinct(6, 64), RoutingMethod(64, 3)
-    repeat = backend.xp.broadcast_to
-    for view in (lambda a: a[::-1], lambda a: a[::2], lambda a: repeat(a[1:2], (3, 64)), lambda a: a[:, :1]):
-        values = view(logits)
-        chosen = method if values.shape[1] == 64 else RoutingMethod(1, 1)
-        result = activation_topk(view(backend.array(logits)), chosen)
-        np.testing.assert_array_equal(backend.numpy(result.indices), compare.route(values, chosen).indices)
+    logits = inputs.distinct(6, 64)
+    for view, host in zip(
+        inputs.row_views(backend.xp, backend.array(logits)), inputs.row_views(np, logits), strict=True
+    ):
+        method = RoutingMethod(host.shape[1], 1, "sigmoid")
+        result = activation_topk(view, method)
+        np.testing.assert_array_equal(backend.numpy(result.indices), compare.route(host, method).indices)
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)

@@ -107,6 +107,23 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
     np.testing.assert_array_equal(reversed_rows.indices, want[1][::-1])
 
 
+def test_the_c_exchange_api_sees_what_the_attributes_say() -> None:
+    """PyTorch is read by its attributes; its exchange API, by which other types are read, has to agree."""
+    torch = pytest.importorskip("torch")
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this PyTorch has no DLPack C exchange API")
+    from cupy_router.arrays import _exchange, _torch
+
+    exchange, tensor = _exchange.Exchange(torch.Tensor), torch.randn(6, 40)
+    for layout in (tensor, tensor[::2], tensor[:, 5:], tensor[:1].expand(3, 40), tensor[0], torch.zeros(0, 4)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.float64):
+            given = layout.to(dtype)
+            one, other = (reader.view("x", given, None) for reader in (exchange, _torch.FRAMEWORK))
+            for field in ("pointer", "shape", "strides", "dtype", "device"):
+                assert getattr(one, field) == getattr(other, field)
+            assert exchange.current_stream(given) is None
+
+
 def test_results_outlive_the_inputs_and_share_no_memory() -> None:
     scores = inputs.normal((4, 8))
     result = topk_select(scores, 8)

@@ -75,7 +75,7 @@ def look_up(
 def dot_tolerance(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """What float32 accumulation may do to a weight: a random walk of roundings in the logit, of slope 1, twice."""
     terms = np.sqrt((x.astype(np.float64) ** 2) @ (weight.astype(np.float64) ** 2).T).max(-1, initial=0)
-    return 2 * np.finfo(np.float32).eps * 8 * terms
+    return np.asarray(2 * np.finfo(np.float32).eps * 8 * terms)
 
 
 # -- Uniform weights ---------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_what_logits_hold(backend: Backend, kind: str, score: str, renormalize: 
     [{"renormalize_eps": 1e-20}, {"renormalize_eps": 0.5}, {"renormalize_min": 1e-12}, {"renormalize_min": 9.0}],
     ids=str,
 )
-def test_what_the_sum_gets(backend: Backend, field: dict[str, float]) -> None:
+def test_what_the_sum_gets(backend: Backend, field: dict[str, Any]) -> None:
     method = RoutingMethod(64, 6, scale=1.5, **field)
     look_up(backend, token_ids(21), tables(64, 6), method, logits=inputs.normal((21, 64)))
 

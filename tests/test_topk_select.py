@@ -205,15 +205,20 @@ def test_layout(backend: Backend, columns: int, dtype: str, row_pad: int, offset
 @pytest.mark.acceptance("strided rows")
 def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
     scores = inputs.normal((6, 100))
-    repeat = backend.xp.broadcast_to
-    for view in (lambda a: a[::-1], lambda a: a[::2], lambda a: a.T[:, :1], lambda a: repeat(a[1:2], (3, 100))):
-        result = topk_select(view(backend.array(scores)), 1)
-        np.testing.assert_array_equal(backend.numpy(result.indices), compare.topk(view(scores), 1)[1])
+    for view, host in zip(
+        inputs.row_views(backend.xp, backend.array(scores)), inputs.row_views(np, scores), strict=True
+    ):
+        result = topk_select(view, 1)
+        np.testing.assert_array_equal(backend.numpy(result.indices), compare.topk(host, 1)[1])
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
 def test_more_rows_than_a_grid_is_high(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(70_000, 8, exactly=True), 8)), 3)
+
+
+def test_so_many_rows_that_warps_share_blocks(backend: Backend) -> None:
+    select(backend, inputs.normal((backend.rows(1090, 256, exactly=True), 256)), 8)
 
 
 @pytest.mark.parametrize("columns", [16, 4000])

@@ -52,8 +52,11 @@ class Framework:
         """The stream that the framework is enqueueing on for this array's device."""
         raise NotImplementedError
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
-        """A key of all that a plan depends on, the address, and what must outlive the kernel (None: stream order does)."""
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+        """The address, and all else that a plan depends on. On the hot path: about 1 us.
+
+        What has to be kept until the kernel is done, because stream order does not keep it, is added to `owners`.
+        """
         raise NotImplementedError
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
@@ -68,7 +71,7 @@ class Framework:
         """Within it, `empty` allocates for `stream` and `deliver` hands over from it."""
         raise NotImplementedError
 
-    def deliver(self, array: Any) -> Any:
+    def deliver(self, array: Any, like: Any) -> Any:
         """An array of :meth:`empty`, once its kernel is enqueued, as the caller gets it."""
         return array
 

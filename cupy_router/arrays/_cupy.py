@@ -31,10 +31,9 @@ class CuPy(Framework):
     def current_stream(self, array: Any) -> int | None:
         return int(cupy.cuda.get_current_stream(array.data.device_id).ptr)
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
         data = array.data
-        pointer = data.ptr
-        return (pointer & 15, array.dtype, array.shape, array.strides, data.device_id), pointer, None
+        return data.ptr, (array.dtype, array.shape, array.strides, data.device_id)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         if any(step % array.itemsize for step in array.strides):

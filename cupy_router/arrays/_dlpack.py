@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anything else that speaks DLPack, read from its capsule with ctypes; results are CuPy arrays, or NumPy for CPU memory.
+"""Anything else that speaks DLPack, read from its capsule with ctypes.
+
+Results are of the caller's own namespace where it follows the array API standard, else CuPy arrays, or NumPy for CPU memory.
 
 The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
 """
@@ -98,11 +100,11 @@ class DLPack(Framework):
 
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
         capsule, tensor, readonly = self.export(array, stream)
-        pointer = _address(tensor)
+        owners += (capsule, array)
         kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
-        return (pointer & 15, kind, *_shape(tensor)), pointer, (capsule, array)
+        return _address(tensor), (kind, *_shape(tensor))
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         try:
@@ -135,8 +137,13 @@ class DLPack(Framework):
 
         return _cupy.on_stream(stream, like.__dlpack_device__()[1])
 
+    def deliver(self, array: Any, like: Any) -> Any:
+        """An array of the caller's own namespace where it has one (the array API standard), else as allocated."""
+        namespace = getattr(like, "__array_namespace__", None)
+        return array if namespace is None else namespace().from_dlpack(array)
+
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
-        return values
+        return self.deliver(values, like)
 
 
 class _Memory(np.ndarray[Any, Any]):
@@ -154,7 +161,7 @@ def _host(
     ends = [(length - 1) * step for length, step in zip(shape, strides, strict=True)]
     first, last = sum(min(end, 0) for end in ends), sum(max(end, 0) for end in ends)
     memory = (ctypes.c_ubyte * ((last - first + 1) * size)).from_address(pointer + first * size)
-    array = _Memory(shape, DTYPES[dtype], memory, -first * size, tuple(step * size for step in strides))
+    array = _Memory(shape, DTYPES[dtype], memoryview(memory), -first * size, tuple(step * size for step in strides))
     array.capsule = owner
     return array
 

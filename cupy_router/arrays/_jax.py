@@ -16,7 +16,7 @@ import numpy as np
 
 from cupy_router.arrays import Framework, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
-from cupy_router.arrays._numpy import NAMES
+from cupy_router.arrays._numpy import DTYPES, NAMES
 
 ARRAY_TYPES = (jax.Array,)
 
@@ -32,11 +32,11 @@ class JAX(Framework):
 
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
         device = _device("an array", array)
-        owner = array.__dlpack__(stream=consumer_stream(stream)) if device[0] == "cuda" else None
-        pointer = array.unsafe_buffer_pointer()
-        return (pointer & 15, array.dtype, array.shape, device), pointer, owner
+        if device[0] == "cuda":
+            owners.append(array.__dlpack__(stream=consumer_stream(stream)))
+        return array.unsafe_buffer_pointer(), ("jax", array.dtype, array.shape, device)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         device = _device(name, array)
@@ -61,10 +61,8 @@ class JAX(Framework):
             return _numpy.FRAMEWORK.empty(shape, dtype, like)
         import cupy
 
-        from cupy_router.arrays import _cupy
-
         with cupy.cuda.Device(_device("the first array", like)[1]):
-            array = cupy.empty(shape, _cupy.DTYPES[dtype])
+            array = cupy.empty(shape, DTYPES[dtype])
         return array, array.data.ptr
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
@@ -72,7 +70,7 @@ class JAX(Framework):
 
         return _cupy.on_stream(stream, _device("the first array", like)[1])
 
-    def deliver(self, array: Any) -> Any:
+    def deliver(self, array: Any, like: Any) -> Any:
         if isinstance(array, np.ndarray):
             return self.from_host(array, None)
         with array.device:

@@ -23,8 +23,8 @@ class NumPy(Framework):
     def current_stream(self, array: Any) -> int | None:
         return None
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
-        return ("cpu", array.dtype, array.shape, array.strides), array.ctypes.data, None
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+        return array.ctypes.data, ("cpu", array.dtype, array.shape, array.strides)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         if any(step % array.itemsize for step in array.strides) if array.itemsize else False:

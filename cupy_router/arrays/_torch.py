@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,20 +19,18 @@ DTYPES = {name: getattr(torch, name) for name in ITEM_SIZES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # 0.1 us, where torch.cuda.current_stream() takes 6; absent from builds of PyTorch without CUDA, which hold no CUDA tensors.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class PyTorch(Framework):
     name = "torch"
 
     def current_stream(self, array: Any) -> int | None:
-        if array.is_cuda and _raw_stream is not None:
-            return int(_raw_stream(array.device.index))
-        return None
+        index = array.get_device()  # -1 on the CPU
+        return _raw_stream(index) if index >= 0 and array.is_cuda and _raw_stream is not None else None
 
-    def describe(self, array: Any, stream: int) -> tuple[Hashable, int, object]:
-        pointer = array.data_ptr()
-        return (pointer & 15, array.dtype, array.shape, array.stride(), array.device), pointer, None
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+        return array.data_ptr(), (array.dtype, array.shape, array.stride(), array.get_device())
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         kind, index = array.device.type, array.device.index
@@ -55,7 +53,8 @@ class PyTorch(Framework):
         return tensor, tensor.data_ptr()
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))
+        context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))
+        return context
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         if values.dtype == ml_dtypes.bfloat16:
@@ -66,9 +65,9 @@ class PyTorch(Framework):
 def _host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The memory of a CPU tensor; PyTorch has no NumPy dtype for bfloat16, so the bits are reinterpreted."""
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
+    return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
 
 
 FRAMEWORK = PyTorch()

@@ -61,7 +61,7 @@ _MAX_PLANS = 4096
 _plans: dict[Hashable, _Plan] = {}
 
 
-def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any, number: int = -1) -> Any:
+def run(op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1) -> Any:
     """One call of an op; `number` is num_valid as an int, -1 for all rows."""
     try:
         if compiler.WATCHING and compiler.changed():
@@ -69,15 +69,16 @@ def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any,
         first = inputs[0]
         framework = FRAMEWORKS.get(type(first)) or framework_of(op.inputs[0], first)
         current = framework.current_stream(first)
-        handle = current if stream is None else stream_handle(stream)
-        if out is not None and (not isinstance(out, tuple) or len(out) != 2):
+        if out is not None and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"out must be a {op.result.__name__} of two arrays, got {type(out).__name__}")
-        if current is None or handle is None:
+        if stream is not None:
+            handle = stream_handle(stream)
+            if current is not None and handle != current:
+                with framework.on_stream(handle, first):
+                    return _run_on_device(op, options, inputs, out, framework, handle, number, list(inputs))
+        if current is None:
             return _run_on_host(op, options, inputs, out, framework, number)
-        if handle != current:
-            with framework.on_stream(handle, first):
-                return _run_on_device(op, options, inputs, out, framework, handle, number, list(inputs))
-        return _run_on_device(op, options, inputs, out, framework, handle, number, [])
+        return _run_on_device(op, options, inputs, out, framework, current, number, [])
     except TypeError as error:
         raise TypeError(f"{op.name}: {error}") from error
     except ValueError as error:
@@ -87,34 +88,33 @@ def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any,
 def _run_on_device(
     op: Op,
     options: Hashable,
-    inputs: Sequence[Any],
+    inputs: tuple[Any, ...],
     out: Any,
     framework: Framework,
     stream: int,
     number: int,
     owners: list[object],
 ) -> Any:
-    key: list[Hashable] = [op.name, options]
+    key: list[Hashable] = [op.name, options, framework]
     pointers: list[int] = []
-    for array in inputs if out is None else (*inputs, *out):
+    for array in inputs if out is None else inputs + tuple(out):
         if array is None:
             key.append(None)
             pointers.append(0)
             continue
         kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers)), array)
-        description, pointer, owner = kind.describe(array, stream)
-        key.append(description)
+        pointer, facts = kind.describe(array, stream, owners)
+        key.append(facts)
+        key.append(pointer & 15)
         pointers.append(pointer)
-        if owner is not None:
-            owners.append(owner)
-    full_key = tuple(key)
-    plan = _plans.get(full_key)
+    plan_key = tuple(key)
+    plan = _plans.get(plan_key)
     if plan is None:
         views, out_views, outputs = _checked(op, options, inputs, out, stream)
         plan = _Plan(outputs, _planned(op, options, views, out_views, outputs))
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        _plans[full_key] = plan
+        _plans[plan_key] = plan
     if number >= 0:
         check.integer("num_valid", number, 0, plan.outputs[0][0][0])
 
@@ -124,27 +124,30 @@ def _run_on_device(
             array, pointer = framework.empty(shape, dtype, inputs[0])
             results.append(array)
             pointers.append(pointer)
-    if plan.launch is not None:
+    launch = plan.launch
+    if launch is not None:
         if op.takes_number:
             pointers.append(number)
-        plan.launch(stream, pointers)
+        launch(stream, pointers)
         if owners:
-            keep_until_done(owners, stream, plan.launch.function.device)
-    return op.result(*map(framework.deliver, results)) if out is None else out
+            keep_until_done(owners, stream, launch.function.device)
+    if out is not None:
+        return out
+    return op.result(*(framework.deliver(array, inputs[0]) for array in results))
 
 
 def _run_on_host(
-    op: Op, options: Hashable, inputs: Sequence[Any], out: Any, framework: Framework, number: int
+    op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, framework: Framework, number: int
 ) -> Any:
     views, out_views, outputs = _checked(op, options, inputs, out, None)
     if number >= 0:
         check.integer("num_valid", number, 0, outputs[0][0][0])
     if compiler.backend(views[0].device[0]) is None:  # type: ignore[union-attr]  # the first array is never left out
         results = op.reference(options, number, *(view and view.host for view in views))
-        for view, values in zip(out_views, results, strict=True) if out_views else ():
-            view.host[...] = values
+        for view, values in zip(out_views, results, strict=False):
+            view.host[...] = values  # type: ignore[index]  # views of CPU arrays of allowed dtypes have it
     else:
-        results = tuple(np.empty(shape, DTYPES[dtype]) for shape, dtype in outputs)
+        results = np.empty(outputs[0][0], DTYPES[outputs[0][1]]), np.empty(outputs[1][0], DTYPES[outputs[1][1]])
         launch = _planned(op, options, views, out_views, outputs)
         targets = [view.pointer for view in out_views] or [array.ctypes.data for array in results]
         if launch is not None:

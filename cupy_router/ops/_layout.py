@@ -6,7 +6,7 @@ from __future__ import annotations
 MAX_COLUMNS = 1024
 MAX_K = 32
 
-WORD_BYTES = 16
+WORD = 4  # columns that a lane reads at once, at the least
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
@@ -16,19 +16,19 @@ def fits(num_columns: int, k: int) -> bool:
     return num_columns <= MAX_COLUMNS and k <= MAX_K
 
 
-def lanes_and_columns(num_columns: int, k: int, dtype: str) -> tuple[int, int]:
-    """Lanes that share a row, and adjacent columns that each of them holds: whole 16-byte words, 32 columns at the most."""
-    word = WORD_BYTES // SIZES[dtype]
-    words = -(-num_columns // word)
+def lanes_and_columns(num_columns: int, k: int) -> tuple[int, int]:
+    """Lanes that share a row, and adjacent columns that each of them holds: a multiple of 4, at most 32."""
+    words = max(1, -(-num_columns // WORD))
     lanes = 32
     while lanes // 2 >= max(words, k):
         lanes //= 2
-    return lanes, -(-words // lanes) * word
+    return lanes, -(-words // lanes) * WORD
 
 
-def aligned(pointer: int, row_stride: int, dtype: str) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    return pointer % WORD_BYTES == 0 and row_stride * SIZES[dtype] % WORD_BYTES == 0
+def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
+    """Whether every row starts at a multiple of the words in which `columns` adjacent columns are read, 16 bytes at most."""
+    size = min(16, (columns & -columns) * SIZES[dtype])
+    return pointer % size == 0 and row_stride * SIZES[dtype] % size == 0
 
 
 def grid_and_block(num_rows: int, lanes: int) -> tuple[int, int]:

@@ -104,11 +104,11 @@ def _kernel(
     }
     if not layout.fits(num_experts, method.top_k):
         return Kernel("activation_topk", "activation_topk_wide", macros | {"WIDE": 1}, min(num_tokens, 2**31 - 1), _WIDE_BLOCK, fixed)
-    lanes, columns = layout.lanes_and_columns(num_experts, method.top_k, logits.dtype)
+    lanes, columns = layout.lanes_and_columns(num_experts, method.top_k)
     macros |= {
         "LANES": lanes,
         "PER_LANE": columns,
-        "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype)),
+        "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
     }
     return Kernel("activation_topk", "activation_topk", macros, *layout.grid_and_block(num_tokens, lanes), fixed)
 

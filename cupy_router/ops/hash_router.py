@@ -154,7 +154,7 @@ def _kernel(
     if method is not None and (logits is not None or x is not None):
         macros |= method_macros(method)
     if x is not None and weight is not None and method is not None:
-        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype) for view in (x, weight))
+        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
         macros |= {
             "SOURCE": _PRODUCTS,
             "DTYPE": layout.DTYPE_CODES[x.dtype],

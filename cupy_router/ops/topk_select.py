@@ -83,14 +83,14 @@ def _kernel(
     }
     if not layout.fits(num_columns, k):
         return Kernel("topk_select", "topk_select_wide", macros | {"WIDE": 1}, min(num_rows, 2**31 - 1), _WIDE_BLOCK, fixed)
-    lanes, columns = layout.lanes_and_columns(num_columns, k, scores.dtype)
+    lanes, columns = layout.lanes_and_columns(num_columns, k)
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
-        "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype)),
+        "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
     }
     return Kernel("topk_select", "topk_select", macros, *layout.grid_and_block(num_rows, lanes), fixed)
 

@@ -90,6 +90,27 @@ def test_arrays_of_two_devices_are_named(framework: str) -> None:
         activation_topk(logits, METHOD, bias=gpu.array(bias))
 
 
+def test_torch_tensors_without_strides_are_refused() -> None:
+    torch = on_gpu("torch").torch
+    with pytest.raises(ValueError, match="scores"):
+        topk_select(torch.zeros(4, 16, device="cuda").to_sparse(), 2)
+    with pytest.raises(ValueError, match="lengths"):
+        topk_select(torch.zeros(4, 16, device="cuda"), 2, lengths=torch.zeros(4, device="meta", dtype=torch.int32))
+
+
+def test_the_c_exchange_api_tells_the_current_stream() -> None:
+    torch = on_gpu("torch").torch
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this PyTorch has no DLPack C exchange API")
+    from cupy_router.arrays import _exchange
+
+    exchange, tensor = _exchange.Exchange(torch.Tensor), torch.zeros(3, 4, device="cuda")
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            assert exchange.current_stream(tensor) == stream.cuda_stream
+    assert exchange.view("x", tensor, 0).pointer == tensor.data_ptr()
+
+
 class OnlyDLPack:
     """CUDA memory of a framework that nobody knows."""
 
@@ -100,7 +121,8 @@ class OnlyDLPack:
         return self.array.__dlpack__(**wanted)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
+        kind, index = self.array.__dlpack_device__()
+        return int(kind), int(index)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -74,7 +74,7 @@ def counted(cupy: Any) -> Iterator[list[int]]:
     """The sizes of all that is taken from CuPy's pool meanwhile."""
     sizes: list[int] = []
 
-    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc]
         name = "Counter"
 
         def malloc_postprocess(self, **kwargs: Any) -> None:

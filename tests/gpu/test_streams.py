@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ class Streams:
     def new(self) -> Any:
         return self.module.Stream() if self.is_torch else self.module.Stream(non_blocking=True)
 
-    def use(self, stream: Any) -> AbstractContextManager[Any]:
+    def use(self, stream: Any) -> Any:
         return self.module.stream(stream) if self.is_torch else stream
 
     def handle(self, stream: Any) -> int:
@@ -168,7 +167,7 @@ def test_repeats_under_load_from_another_stream(streams: Streams, name: str) -> 
 # -- JAX, whose streams nobody sees ------------------------------------------------------------------------------------
 
 
-def slow(jax: Any) -> Callable[[Any], Any]:
+def slow(jax: Any) -> Any:
     """A jitted function that gives its argument back after about a tenth of a second of matrix products."""
     numpy = jax.numpy
 

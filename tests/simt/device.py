@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device made of g++: kernels compiled for the CPU, each CUDA thread a fiber (include/cuda_cpu.h), behind the same two
-calls as CUDA. `compiler.BACKENDS["cpu"] = SimtBackend()` makes the ops run their kernels on NumPy arrays."""
+"""A device made of g++: kernels compiled for the CPU, each CUDA thread a fiber, see include/cuda_cpu.h.
+
+`compiler.BACKENDS["cpu"] = SimtBackend()` makes the ops run their kernels on NumPy arrays.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cupy_router.compiler import CompileError
 
@@ -38,10 +44,10 @@ _LAUNCH = """
 }}  // namespace: everything above has internal linkage, so that shared variables of templates may lie in one section
 static const unsigned simt_cluster[3] = {{{cluster}}}, simt_bounds[] = {{{bounds}}};
 extern "C" __attribute__((visibility("default"))) const char* simt_launch(
-    simt::Geometry* simt_g, unsigned simt_schedule, unsigned long long simt_seed, double simt_limit, void** simt_parameters) {{
+    simt::Geometry* simt_g, unsigned simt_order, unsigned long long simt_seed, double simt_limit, void** simt_args) {{
     for (int i = 0; i < 3; ++i) simt_g->cluster[i] = simt_cluster[i] ? simt_cluster[i] : 1;
     simt_g->max_threads = simt_bounds[0];
-    return simt::run({function}, *simt_g, (simt::Schedule)simt_schedule, simt_seed, simt_limit, simt_parameters);
+    return simt::run({function}, *simt_g, (simt::Schedule)simt_order, simt_seed, simt_limit, simt_args);
 }}
 """
 _lock = threading.Lock()  # one launch at a time: a library has one set of shared variables and one scheduler
@@ -72,9 +78,11 @@ def sanitizer_library(sanitizer: str) -> str:
 
 
 class SimtBackend:
-    """The `Backend` of cupy_router.compiler. `schedule`, `seed` and `time_limit` (CPU seconds a launch) may be changed between
-    launches. `sanitizer`: None, "address" (with undefined behaviour) or "thread"; the process has to preload its library,
-    which is what :mod:`tests.simt.sanitized` is for."""
+    """The `Backend` of cupy_router.compiler whose device is the CPU.
+
+    `schedule`, `seed` and `time_limit` (CPU seconds a launch) may be changed between launches. `sanitizer` is None,
+    "address" (and undefined behaviour) or "thread"; the process has to preload its library: see tests.simt.sanitized.
+    """
 
     def __init__(
         self, schedule: str = "run_ahead", seed: int = 0, sanitizer: str | None = None, time_limit: float = 60.0
@@ -115,6 +123,27 @@ class SimtBackend:
 
     def use(self, device: int) -> int | None:
         return None
+
+
+def launch(
+    backend: SimtBackend, source: str, function: str, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Build and launch a kernel by itself; gives `args` back, with arrays as the kernel left them.
+
+    Arrays go as pointers, scalars as NumPy scalars of the parameter's own type.
+    """
+    values = [
+        ctypes.c_void_p(arg.ctypes.data)
+        if isinstance(arg, np.ndarray)
+        else np.ctypeslib.as_ctypes_type(arg.dtype)(arg.item())
+        for arg in args
+    ]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    gx, gy, gz = (*grid, 1, 1)[:3]
+    bx, by, bz = (*block, 1, 1)[:3]
+    handle = backend.build(source, function, 0)
+    backend.launch(handle, gx, gy, gz, bx, by, bz, 0, 0, ctypes.addressof(pointers), 0)
+    return tuple(args)
 
 
 def build_library(source: str, function: str, sanitizer: str | None = None) -> Path:

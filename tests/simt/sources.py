@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of the small kernels here: probes, which use every intrinsic, and broken ones. All of them are valid CUDA."""
+"""The small kernels of these tests: probes, which use every intrinsic, and broken ones. All are valid CUDA."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from tests.simt.device import SimtBackend, build_library, launch
 
 PROBES = Path(__file__).with_name("probes")
 BROKEN = Path(__file__).with_name("broken")
@@ -15,6 +21,18 @@ def source(name: str) -> str:
     """The text of probes/<name>.cu or broken/<name>.cu, with the headers of kernels/ that it includes."""
     path = next(folder / f"{name}.cu" for folder in (PROBES, BROKEN) if (folder / f"{name}.cu").exists())
     return _expanded(path)
+
+
+def run(backend: SimtBackend, name: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any) -> None:
+    """Launch probes/<name>.cu or broken/<name>.cu on arrays and NumPy scalars."""
+    grid, block = (shape if isinstance(shape, tuple) else (shape,) for shape in (grid, block))
+    launch(backend, source(name), name, grid, block, args)
+
+
+def build_all(jobs: Iterable[tuple[str, str | None]]) -> None:
+    """Compile (name, sanitizer) side by side, so that the tests find them in the cache."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: build_library(source(job[0]), *job), jobs))
 
 
 def _expanded(path: Path) -> str:

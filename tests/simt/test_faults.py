@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that the executor catches things: every kernel in broken/ is right with faulty=0, and with faulty=1 its fault is
-reported by name, or shows in the result under the schedule that is made for it."""
+"""Proof that the executor catches things.
+
+Every kernel in broken/ is right with faulty=0; with faulty=1 its fault is reported by name, or shows in the result.
+"""
 
 from __future__ import annotations
-
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from tests.simt import device, sanitized
-from tests.simt.device import SCHEDULES, KernelFault, SimtBackend
-from tests.simt.sanitized import Call, Report, call_sanitized, run_sanitized
-from tests.simt.sources import BROKEN, source
+from tests.simt import device
+from tests.simt.device import SCHEDULES, KernelFault, SimtBackend, launch
+from tests.simt.sanitized import Call, call_sanitized, run_sanitized, why_not_sanitized
+from tests.simt.sources import BROKEN, build_all, source
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
 
@@ -78,13 +77,10 @@ VISIBLE = {  # under which schedules the result is wrong, and whether NaN gives 
 
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
-    """All libraries that the tests below want, side by side."""
-    jobs = [(name, None) for name in RIGHT] + [(name, which) for name, (which, _) in SANITIZED.items()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: device.build_library(source(job[0]), job[0], job[1]), jobs))
+    build_all([*((name, None) for name in RIGHT), *((name, which) for name, (which, _) in SANITIZED.items())])
 
 
-def arguments(name: str, faulty: bool) -> tuple[object, ...]:
+def arguments(faulty: bool) -> tuple[object, ...]:
     return X.copy(), np.zeros(N, np.float32), np.int32(N), np.int32(faulty)
 
 
@@ -95,7 +91,7 @@ def is_right(name: str, out: np.ndarray) -> bool:
 
 def run(name: str, faulty: bool, schedule: str) -> np.ndarray:
     backend = SimtBackend(schedule, seed=1, time_limit=0.5)
-    out: np.ndarray = sanitized.launch(source(name), name, (BLOCKS,), (64,), arguments(name, faulty), backend)[1]
+    out: np.ndarray = launch(backend, source(name), name, (BLOCKS,), (64,), arguments(faulty))[1]
     return out
 
 
@@ -131,8 +127,10 @@ def test_the_result_shows(name: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("sanitizer", device.SANITIZERS)
 def test_sanitizers_find_nothing_without_the_fault(sanitizer: str) -> None:
+    skip_without(sanitizer)
     names = sorted(name for name, (which, _) in SANITIZED.items() if which == sanitizer)
-    report = sanitize([("tests.simt.sanitized:launch", name, False) for name in names], sanitizer)
+    launches = [(source(name), name, (BLOCKS,), (64,), arguments(False)) for name in names]
+    report = call_sanitized([Call("tests.simt.sanitized:launch_here", args) for args in launches], sanitizer=sanitizer)
     assert (report.fault, len(report.results)) == (None, len(names)), report.text
     for name, result in zip(names, report.results, strict=True):
         assert is_right(name, result[1])
@@ -142,19 +140,13 @@ def test_sanitizers_find_nothing_without_the_fault(sanitizer: str) -> None:
 def test_a_sanitizer_reports(name: str) -> None:
     sanitizer, fault = SANITIZED[name]
     skip_without(sanitizer)
-    report = run_sanitized(source(name), name, (BLOCKS,), (64,), arguments(name, True), sanitizer=sanitizer)
+    report = run_sanitized(source(name), name, (BLOCKS,), (64,), arguments(True), sanitizer=sanitizer)
     assert report.fault == fault, report.text
     assert f"{name}.cu:" in report.text
     assert report.results == []
 
 
-def sanitize(launches: list[tuple[str, str, bool]], sanitizer: str) -> Report:
-    skip_without(sanitizer)
-    calls = [Call(f, (source(n), n, (BLOCKS,), (64,), arguments(n, faulty))) for f, n, faulty in launches]
-    return call_sanitized(calls, sanitizer=sanitizer)
-
-
 def skip_without(sanitizer: str) -> None:
-    reason = sanitized.why_not_sanitized(sanitizer)
+    reason = why_not_sanitized(sanitizer)
     if reason is not None:
         pytest.skip(reason)

@@ -3,7 +3,7 @@
 #include "cluster.cuh"
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(64)
-    missing_cluster_barrier(const float *x, float *out, int n, int faulty) {
+    missing_cluster_barrier(const float* x, float* out, int n, int faulty) {
     __shared__ float part[64];
     const int i = blockIdx.x * 64 + threadIdx.x;
     part[threadIdx.x] = x[i];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fault: among equal values the higher index wins. One warp per row of 32: out = the indices of the eight largest.
-extern "C" __global__ void __launch_bounds__(64) swapped_tie(const float *x, float *out, int n, int faulty) {
+extern "C" __global__ void __launch_bounds__(64) swapped_tie(const float* x, float* out, int n, int faulty) {
     const int lane = threadIdx.x % 32, row = (blockIdx.x * 64 + threadIdx.x) / 32;
     float value = x[row * 32 + lane];
     for (int round = 0; round < 8; ++round) {

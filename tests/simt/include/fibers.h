@@ -178,7 +178,8 @@ SIMT_RUNTIME static char* stacks(size_t count) {
         memory = static_cast<char*>(mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
         capacity = count;
 #ifndef __SANITIZE_THREAD__
-        for (size_t i = 0; i < count; ++i) mprotect(memory + i * kStackBytes, kPageBytes, PROT_NONE);  // catches overflow
+        for (size_t i = 0; i < count; ++i)
+            mprotect(memory + i * kStackBytes, kPageBytes, PROT_NONE);  // catches overflow
 #endif
     }
     forget_accesses(memory, memory + count * kStackBytes, false);

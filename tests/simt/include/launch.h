@@ -87,7 +87,8 @@ struct Geometry {  // as Python passes it
 
 SIMT_RUNTIME static bool acceptable(const Geometry& g) {
     const uint64_t threads = uint64_t{g.block[0]} * g.block[1] * g.block[2];
-    if (!threads || threads > 1024 || g.block[2] > 64) say("bad launch: block (%u, %u, %u)", g.block[0], g.block[1], g.block[2]);
+    if (!threads || threads > 1024 || g.block[2] > 64)
+        say("bad launch: block (%u, %u, %u)", g.block[0], g.block[1], g.block[2]);
     else if (g.max_threads && threads > g.max_threads)
         say("bad launch: %u threads a block, but __launch_bounds__(%u)", (unsigned)threads, g.max_threads);
     for (int i = 0; i < 3 && !report_length; ++i)
@@ -97,7 +98,8 @@ SIMT_RUNTIME static bool acceptable(const Geometry& g) {
 #ifndef SIMT_SANITIZED  // red zones would count as shared memory
     const size_t shared = __stop_simt_shared - __start_simt_shared;
     if (!report_length && (shared < g.dynamic_shared || shared > g.dynamic_shared + (48u << 10)))
-        say("bad launch: %zu bytes of shared memory, of which %u dynamic; 48 KB may be static", shared, g.dynamic_shared);
+        say("bad launch: %zu bytes of shared memory, of which %u dynamic; 48 KB may be static", shared,
+            g.dynamic_shared);
 #endif
     return !report_length;
 }
@@ -142,7 +144,8 @@ SIMT_RUNTIME static const char* run(void (*kernel)(A...), const Geometry& g, Sch
         const Traps traps(time_limit);
 #endif
         for (unsigned i = 0; i < order.size() && !report_length; ++i) {
-            const unsigned x = order[i] % clusters.x, y = order[i] / clusters.x % clusters.y, z = order[i] / clusters.x / clusters.y;
+            const unsigned x = order[i] % clusters.x, y = order[i] / clusters.x % clusters.y,
+                           z = order[i] / clusters.x / clusters.y;
             char* memory = stacks(cluster.x * cluster.y * cluster.z * blockDim.x * blockDim.y * blockDim.z);
             run_cluster({x * cluster.x, y * cluster.y, z * cluster.z}, cluster, memory);
 #ifdef __SANITIZE_ADDRESS__

@@ -1,115 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Who runs when: the blocks of a grid one cluster after another, the threads of a cluster taking turns. A thread runs
-// until it waits in a barrier or a warp collective; it may go on once all whom it waits for are there. When nobody can
-// go on, the reason is written down thread by thread and the launch ends with that report.
+// Who runs when: the blocks of a grid one cluster after another, the threads of a cluster taking turns. When nobody can
+// go on, the reason is written down thread by thread, and the launch ends with that report.
 #pragma once
-#include <stdarg.h>
-#include <stdio.h>
-
-#include <vector>
-
-#include "fibers.h"
-#include "vector_types.h"
-
-static uint3 threadIdx, blockIdx;
-static dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
-
-// __shared__ variables are static and lie in a section of their own, whose ends the linker names.
-extern "C" __attribute__((weak, visibility("hidden"))) char __start_simt_shared[], __stop_simt_shared[];
+#include "threads.h"
 
 namespace simt {
 
-enum class Schedule : unsigned { kRoundRobin, kReversed, kShuffled, kRunAhead };
-enum class Wait : unsigned char { kNothing, kBlock, kCluster, kWarp, kExited };
-
-struct Site {  // a line of a kernel file
-    const char* file;
-    int line;
-    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-};
-
-struct Copy {  // an asynchronous copy under way
-    void* to;
-    const void* from;
-    unsigned bytes, group;
-};
-
-struct Thread;
-typedef void (*Combine)(Thread* lanes, unsigned mask);  // what a warp collective computes, once for all its lanes
-
-struct Thread {
-    Fiber fiber;
-    struct Block* block;
-    unsigned number, lane;
-    uint3 index;
-    Wait wait = Wait::kNothing;
-    // what it waits in
-    const char* operation;
-    Site site;
-    unsigned mask;
-    Combine combine;
-    // what it brings to a warp collective and takes from it
-    uint64_t value, result;
-    unsigned source;
-    // the collectives whose lowest lane it is: lanes arrived, collectives done, and tags for four collectives in turn
-    int arrived = 0;
-    unsigned generation = 0;
-    Tag tags[4];
-    Copy copies[16];
-    unsigned num_copies = 0, copy_group = 0;
-};
-
-struct Block {
-    uint3 index;
-    unsigned rank, size;
-    Thread* threads;
-    unsigned exited = 0, arrived = 0, votes = 0, result = 0, generation = 0;
-    Tag tags[2];
-    std::vector<char> shared;  // its shared memory while another block of the cluster runs
-};
-
-struct Launch {
-    Schedule schedule;
-    uint64_t random;
-    void (*kernel)();
-    void** parameters;
-    void (*call)();
-    std::vector<Block> blocks;  // of the cluster that runs now
-    std::vector<Thread> threads;
-    unsigned arrived, generation;  // at the cluster's barrier
-    Tag tags[2], end_tag;
-};
-
-static Launch* launch = nullptr;
-static Thread* self = nullptr;    // the thread that runs now
 static Block* resident = nullptr;  // whose shared memory is in place
-static char report[16384];        // empty, or why the launch ended early
-static size_t report_length = 0;
-
-__attribute__((format(printf, 1, 2))) SIMT_RUNTIME static void say(const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    const size_t room = sizeof report - report_length;
-    const int length = vsnprintf(report + report_length, room, format, arguments);
-    va_end(arguments);
-    report_length += (size_t)length < room ? (size_t)length : room - 1;
-}
-
-// The running thread gives up the launch: first line the name of the fault, then who and where.
-__attribute__((format(printf, 3, 4))) SIMT_RUNTIME static void fault(Site site, const char* name, const char* format, ...) {
-    char detail[512];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(detail, sizeof detail, format, arguments);
-    va_end(arguments);
-    say("%s in block (%u, %u, %u)\n  thread %u (warp %u, lane %u): %s", name, blockIdx.x, blockIdx.y, blockIdx.z,
-        self->number, self->number / 32, self->lane, detail);
-    if (site.line) say(" at %s:%d", site.file, site.line);
-    Thread& left_behind = *self;
-    self = nullptr;
-    switch_fiber(left_behind.fiber, host);
-}
 
 SIMT_RUNTIME static uint64_t random_below(uint64_t bound) {
     uint64_t& x = launch->random;
@@ -125,86 +22,6 @@ SIMT_RUNTIME static void shuffle(std::vector<T>& order) {
         order[i - 1] = order[j], order[j] = swapped;
     }
 }
-
-SIMT_RUNTIME static unsigned lane() { return self->lane; }
-
-// -- What a thread does when it has to wait ----------------------------------------------------------------------------
-
-SIMT_RUNTIME static void yield() {
-    Thread& me = *self;
-    switch_fiber(me.fiber, host);
-}
-
-SIMT_RUNTIME static int block_barrier(const char* operation, int vote, Site site) {
-    Thread& me = *self;
-    Block& block = *me.block;
-    Tag* tag = &block.tags[block.generation % 2];  // two in turn: who runs ahead to the next barrier uses the other
-    me.wait = Wait::kBlock, me.operation = operation, me.site = site;
-    block.votes += vote != 0;
-    release(tag);
-    if (++block.arrived == block.size) {
-        for (unsigned i = 0; i < block.size; ++i) block.threads[i].wait = Wait::kNothing;
-        block.result = block.votes;
-        block.votes = block.arrived = 0;
-        ++block.generation;
-    }
-    yield();
-    acquire(tag);
-    return (int)block.result;
-}
-
-SIMT_RUNTIME static void cluster_barrier(Site site = Site::here()) {
-    Thread& me = *self;
-    Tag* tag = &launch->tags[launch->generation % 2];
-    me.wait = Wait::kCluster, me.operation = "the cluster barrier", me.site = site;
-    release(tag);
-    if (++launch->arrived == launch->threads.size()) {
-        for (Thread& thread : launch->threads) thread.wait = Wait::kNothing;
-        launch->arrived = 0;
-        ++launch->generation;
-    }
-    yield();
-    acquire(tag);
-}
-
-// Lanes of the thread's warp that were launched: fewer than 32 in the last warp of an odd block.
-SIMT_RUNTIME static unsigned launched_lanes(const Thread& thread) {
-    const unsigned count = thread.block->size - (thread.number - thread.lane);
-    return count < 32 ? (1u << count) - 1 : 0xFFFFFFFFu;
-}
-
-// Waits for exactly the lanes in `mask`, which have to come with the same mask to the same intrinsic. The last to come
-// computes for all.
-SIMT_RUNTIME static uint64_t collective(const char* operation, unsigned mask, uint64_t value, Combine combine, Site site,
-                                        unsigned source = 0) {
-    Thread& me = *self;
-    if (!(mask >> me.lane & 1)) fault(site, "lane outside its own mask", "%s with mask 0x%08x", operation, mask);
-    Thread* lanes = &me - me.lane;
-    const unsigned members = mask & launched_lanes(me);
-    Thread& lowest = lanes[__builtin_ctz(members)];
-    Tag* tag = &lowest.tags[lowest.generation % 4];
-    me.wait = Wait::kWarp, me.operation = operation, me.site = site, me.mask = mask, me.combine = combine;
-    me.value = value, me.source = source;
-    release(tag);
-    bool complete = ++lowest.arrived >= __builtin_popcount(members);
-    for (unsigned lane = 0; complete && lane < 32; ++lane)
-        if (members >> lane & 1)
-            complete = lanes[lane].wait == Wait::kWarp && lanes[lane].mask == mask && lanes[lane].combine == combine;
-    if (complete) {
-        acquire(tag);
-        combine(lanes, members);
-        release(tag);
-        for (unsigned lane = 0; lane < 32; ++lane)
-            if (members >> lane & 1) lanes[lane].wait = Wait::kNothing;
-        lowest.arrived -= __builtin_popcount(members);
-        ++lowest.generation;
-    }
-    yield();
-    acquire(tag);
-    return me.result;
-}
-
-// -- What the host does ------------------------------------------------------------------------------------------------
 
 SIMT_RUNTIME static void enter_block(Block& block) {  // puts its shared memory in place of the last block's
     blockIdx = block.index;
@@ -271,10 +88,8 @@ SIMT_RUNTIME static bool same_wait(const Thread& a, const Thread& b) {
 SIMT_RUNTIME static unsigned missing_lanes(const Thread& thread) {
     unsigned missing = 0;
     const Thread* lanes = &thread - thread.lane;
-    for (unsigned lane = 0; lane < 32; ++lane)
-        if (thread.mask & launched_lanes(thread) & 1u << lane)
-            if (lanes[lane].wait != Wait::kWarp || lanes[lane].mask != thread.mask || lanes[lane].combine != thread.combine)
-                missing |= 1u << lane;
+    for (unsigned lane : Lanes{thread.mask & launched_lanes(thread)})
+        if (!same_collective(thread, lanes[lane])) missing |= 1u << lane;
     return missing;
 }
 
@@ -288,7 +103,8 @@ SIMT_RUNTIME static void report_deadlock() {
               : at_barrier ? "barrier not reached by all threads"
                            : "cluster barrier not reached by all threads");
     for (const Block& block : launch->blocks) {
-        say("%s block (%u, %u, %u)", launch->blocks.size() > 1 ? "\n " : " in", block.index.x, block.index.y, block.index.z);
+        say("%s block (%u, %u, %u)", launch->blocks.size() > 1 ? "\n " : " in", block.index.x, block.index.y,
+            block.index.z);
         for (unsigned first = 0, next; first < block.size; first = next) {
             const Thread& thread = block.threads[first];
             for (next = first + 1; next < block.size && same_wait(thread, block.threads[next]);) ++next;
@@ -298,7 +114,8 @@ SIMT_RUNTIME static void report_deadlock() {
             if (thread.wait == Wait::kExited || thread.wait == Wait::kNothing) continue;
             if (thread.wait == Wait::kWarp) say(" (warp %u)", thread.number / 32);
             say(" in %s", thread.operation);
-            if (thread.wait == Wait::kWarp) say(" with mask 0x%08x, missing lanes 0x%08x", thread.mask, missing_lanes(thread));
+            if (thread.wait == Wait::kWarp)
+                say(" with mask 0x%08x, missing lanes 0x%08x", thread.mask, missing_lanes(thread));
             say(" at %s:%d", thread.site.file, thread.site.line);
         }
     }
@@ -314,7 +131,8 @@ SIMT_RUNTIME static void run_cluster(uint3 first, dim3 cluster, char* stack_memo
         Block& block = launch->blocks[b];
         block.rank = b;
         block.size = size;
-        block.index = {first.x + b % cluster.x, first.y + b / cluster.x % cluster.y, first.z + b / cluster.x / cluster.y};
+        block.index = {first.x + b % cluster.x, first.y + b / cluster.x % cluster.y,
+                       first.z + b / cluster.x / cluster.y};
         block.threads = &launch->threads[b * size];
         if (blocks > 1) block.shared.assign(__stop_simt_shared - __start_simt_shared, (char)0xFF);
         for (unsigned i = 0; i < size; ++i) {

@@ -2,9 +2,9 @@
 // Each block sums its part of x through a ring of two buffers: while one is added up, the other is on its way.
 #include "async_copy.cuh"
 
-extern "C" __global__ void __launch_bounds__(32) async_copy(const float *x, float *sums, int chunks, int count) {
+extern "C" __global__ void __launch_bounds__(32) async_copy(const float* x, float* sums, int chunks, int count) {
     __shared__ __align__(16) float ring[2][128];
-    const float *part = x + static_cast<long long>(blockIdx.x) * count;
+    const float* part = x + static_cast<long long>(blockIdx.x) * count;
     float sum = 0.0f;
     for (int chunk = 0; chunk <= chunks; ++chunk) {
         if (chunk < chunks) {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every atomic on a cell of its own, from every thread of every block; x holds one value per thread. The last cells take
 // what a block votes at its barriers.
-extern "C" __global__ void __launch_bounds__(64)
-    atomics(const int *x, int *ints, unsigned *words, long long *longs, unsigned long long *wides, float *floats,
-            double *doubles) {
+extern "C" __global__ void __launch_bounds__(64) atomics(const int* x, int* ints, unsigned* words, long long* longs,
+                                                         unsigned long long* wides, float* floats, double* doubles) {
     const int value = x[blockIdx.x * blockDim.x + threadIdx.x];
     const unsigned bits = value;
     const unsigned long long wide = static_cast<unsigned long long>(bits) * 0x100000001ull;

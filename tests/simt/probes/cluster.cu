@@ -4,7 +4,7 @@
 #include "cluster.cuh"
 
 extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(64)
-    cluster(const int *values, int *histograms, int *marks, int *greetings) {
+    cluster(const int* values, int* histograms, int* marks, int* greetings) {
     __shared__ int counts[8];
     __shared__ int mark, greeting;
     const unsigned rank = cluster_rank(), size = cluster_size(), number = blockIdx.x / size;

@@ -7,9 +7,7 @@ __device__ float half_to_float(unsigned short word) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(word));
     return value;
 }
-__device__ float bfloat16_to_float(unsigned short word) {
-    return __uint_as_float(static_cast<unsigned>(word) << 16);
-}
+__device__ float bfloat16_to_float(unsigned short word) { return __uint_as_float(static_cast<unsigned>(word) << 16); }
 __device__ unsigned short float_to_half(float value) {
     unsigned short word;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(value));
@@ -24,8 +22,8 @@ __device__ unsigned short float_to_bfloat16(float value) {
 #endif
 
 extern "C" __global__ void __launch_bounds__(256)
-    conversions(unsigned *from_half, unsigned *from_bfloat16, const float *values, unsigned short *to_half,
-                unsigned short *to_bfloat16, int count) {
+    conversions(unsigned* from_half, unsigned* from_bfloat16, const float* values, unsigned short* to_half,
+                unsigned short* to_bfloat16, int count) {
     const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     for (int word = first; word < 65536; word += step) {
         from_half[word] = __float_as_uint(simt::half_to_float(word));

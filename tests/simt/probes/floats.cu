@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every float intrinsic once per pair (x, y), one row of results for each; integers as their bits.
-extern "C" __global__ void __launch_bounds__(64) floats(const float *x, const float *y, float *out, int count) {
+extern "C" __global__ void __launch_bounds__(64) floats(const float* x, const float* y, float* out, int count) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     const float a = x[i], b = y[i];
-    float *next = out + i;
+    float* next = out + i;
 #define RECORD(result) (*next = (result), next += count)
 #define RECORD_INTEGER(result) RECORD(__int_as_float(static_cast<int>(result)))
     RECORD(__fadd_rn(a, b));

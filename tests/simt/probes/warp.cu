@@ -2,11 +2,11 @@
 // One warp: every warp intrinsic once, one row of 32 results for each; sm_80 and later.
 #define FULL 0xffffffffu
 
-extern "C" __global__ void __launch_bounds__(32) warp(const int *x, long long *out) {
+extern "C" __global__ void __launch_bounds__(32) warp(const int* x, long long* out) {
     const int lane = threadIdx.x;
     const int value = x[lane];
     const unsigned bits = value;
-    long long *next = out + lane;
+    long long* next = out + lane;
 #define RECORD(result) (*next = static_cast<long long>(result), next += 32)
     RECORD(__shfl_sync(FULL, value, lane * 7 + 3));
     RECORD(__shfl_sync(FULL, value, 5, 8));

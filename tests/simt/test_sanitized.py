@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels and whole ops in a sanitized child: clean where they are right, and one element too far is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupy_router
+from tests.simt import device
+from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
+from tests.simt.sources import KERNELS, source
+from tests.simt.transport import pack, unpack
+
+pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
+
+RNG = np.random.default_rng(4)
+
+
+@pytest.fixture(params=device.SANITIZERS)
+def sanitizer(request: pytest.FixtureRequest) -> str:
+    reason = why_not_sanitized(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+def test_transport_keeps_shape_strides_and_misalignment() -> None:
+    base = RNG.normal(size=1000).astype(np.float32)
+    arrays: dict[str, np.ndarray] = {
+        "rows": base[3:993].reshape(9, 110)[:, :100],
+        "backwards": base[::-2],
+        "empty": np.zeros((0, 7), np.int64),
+        "bfloat16": base.astype(ml_dtypes.bfloat16)[5:9],
+        "frozen": np.broadcast_to(base[:1], (4, 1)),
+    }
+    for name, copy in unpack(pack(arrays)).items():
+        array = arrays[name]
+        np.testing.assert_array_equal(copy, array)
+        assert (copy.dtype, copy.strides, copy.flags.writeable) == (array.dtype, array.strides, array.flags.writeable)
+        assert array.size == 0 or (copy.ctypes.data - array.ctypes.data) % 16 == 0
+
+
+def test_probes_are_clean(sanitizer: str) -> None:
+    def ints(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    half, single = np.zeros(256, np.uint16), np.zeros(1000, np.float32)
+    atomics = [ints(9), np.zeros(9, np.uint32), np.zeros(2, np.int64), np.zeros(7, np.uint64), single[:1], np.zeros(1)]
+    launches = [
+        ("warp", (1,), (32,), (ints(32), np.zeros((31, 32), np.int64))),
+        ("atomics", (2,), (64,), (ints(128), *atomics)),
+        ("mma", (1,), (32,), (half, half[:128], single[:128], single[:128].copy(), np.int32(0))),
+        ("cluster", (8,), (64,), (ints(512), ints(16), ints(8), ints(8))),
+        ("async_copy", (1,), (32,), (single, single[:1].copy(), np.int32(8), np.int32(1000))),
+    ]
+    calls = [Call("tests.simt.sanitized:launch_here", (source(name), name, *rest)) for name, *rest in launches]
+    report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")
+    assert (report.fault, len(report.results)) == (None, len(calls)), report.text
+    np.testing.assert_array_equal(report.results[0][1][11], [-0] * 32)
+    assert report.results[3][1].tolist() == [256, 0, 0, 0, 0, 0, 0, 0] * 2
+
+
+def test_ops_are_clean(sanitizer: str) -> None:
+    rows = RNG.normal(size=5 * 300 + 1).astype(np.float32)[1:].reshape(5, 300)[:, :256]
+    halves = RNG.normal(size=(6, 60)).astype(ml_dtypes.bfloat16)
+    lengths = np.array([0, 1, 59, 60, 100, 7], np.int32)
+    method = cupy_router.RoutingMethod(256, 6, "sqrtsoftplus", scale=1.5)
+    calls = [
+        Call("cupy_router:topk_select", (rows, 8)),
+        Call("cupy_router:topk_select", (halves, 60), {"lengths": lengths}),
+        Call("cupy_router:activation_topk", (rows, method), {"bias": rows[0].copy(), "num_valid": 4}),
+    ]
+    report = call_sanitized(calls, sanitizer=sanitizer)
+    assert (report.fault, len(report.results)) == (None, len(calls)), report.text
+    for call, result in zip(calls, report.results, strict=True):
+        expected = getattr(cupy_router, call.function.split(":")[1])(*call.args, **call.kwargs)  # here: the reference
+        np.testing.assert_array_equal(result[1], expected[1])
+        np.testing.assert_allclose(result[0].astype(np.float32), expected[0].astype(np.float32), rtol=1e-5)
+
+
+def test_a_fault_within_an_op_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of the data is that of a user's call: op, compiler, launcher; only the kernel file is a wrong one."""
+    reason = why_not_sanitized("address")
+    if reason is not None:
+        pytest.skip(reason)
+    text = (KERNELS / "topk_select.cu").read_text()
+    body = text.index("{", text.index('extern "C" __global__'))
+    wrong = "if (threadIdx.x == 0 && blockIdx.x == 0) indices[num_rows * indices_stride] = 1;\n"
+    (tmp_path / "topk_select.cu").write_text(text[: body + 1] + wrong + text[body + 1 :])
+    monkeypatch.setenv("CUPY_ROUTER_KERNELS", str(tmp_path))
+    report = call_sanitized([Call("cupy_router:topk_select", (RNG.normal(size=(5, 64)).astype(np.float32), 4))])
+    assert report.fault == "global memory out of bounds", report.text
+    assert "topk_select.cu:" in report.text
+
+
+def test_other_failures_are_errors(sanitizer: str) -> None:
+    with pytest.raises(RuntimeError, match="k must be in"):
+        call_sanitized([Call("cupy_router:topk_select", (np.zeros((5, 64), np.float32), 65))], sanitizer=sanitizer)
+
+
+def test_a_sanitizer_wants_its_library() -> None:
+    with pytest.raises(RuntimeError, match="LD_PRELOAD"):
+        device.SimtBackend(sanitizer="thread")
