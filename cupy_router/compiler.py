@@ -42,7 +42,22 @@ class Backend(Protocol):
     def use(self, device: int) -> int | None:
         """Make the device current in this thread; the device to go back to, or None."""
 
-    launch: Any  # (handle, gx, gy, gz, bx, by, bz, shared_bytes, stream, kernel_params, extra), as cuLaunchKernel
+    def launch(  # as cuLaunchKernel
+        self,
+        handle: int,
+        gx: int,
+        gy: int,
+        gz: int,
+        bx: int,
+        by: int,
+        bz: int,
+        shared_bytes: int,
+        stream: int,
+        kernel_params: int,
+        extra: int,
+        /,
+    ) -> None:
+        """Enqueue; `kernel_params` is the address of an array of pointers, one to each argument."""
 
 
 class CudaBackend:

@@ -32,6 +32,9 @@
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif
+#ifndef BIAS_ALIGNED
+#define BIAS_ALIGNED 1
+#endif
 #ifndef WIDE
 #define WIDE 0
 #endif
@@ -44,6 +47,7 @@ static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS"
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
+constexpr int WINNER_LANES = power_of_two_from(TOP_K);
 
 __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {
     RowStatistics row = {0.0f, 0.0f};
@@ -75,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(128)
 
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     float biases[PER_LANE];
-    if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, false>(bias, first, NUM_EXPERTS, biases);
+    if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, first, NUM_EXPERTS, biases);
 
     // Whole warps stay together: a row that does not exist or is padding goes along without being read.
     for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
@@ -94,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
             const float score = score_of(values[j], statistics);
-            keys[j] = order_key(HAS_BIAS ? score + biases[j] : score);
+            keys[j] = sum_order_key(HAS_BIAS ? score + biases[j] : score);
             if (!WHOLE && first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
         }
         const Winner winner = select_topk<TOP_K, LANES>(keys, lane);
@@ -103,9 +107,9 @@ extern "C" __global__ void __launch_bounds__(128)
         float score = 0.0f;
         if (has_winner) {
             // Without a bias the key is the score; with one the score is gathered, since biased minus bias loses bits.
-            score = HAS_BIAS ? score_of(to_float(source[winner.column]), statistics) : key_value(winner.key);
+            score = HAS_BIAS ? score_of(to_float(source[winner.column]), statistics) : sum_key_value(winner.key);
         }
-        const total_t total = RENORMALIZE ? lanes_sum<LANES>(summand(score)) : total_t(0);
+        const total_t total = RENORMALIZE ? lanes_sum<WINNER_LANES>(summand(score)) : total_t(0);
         const float weight = weight_of(score, total, renormalize_eps, renormalize_min, scale);
         if (lane < TOP_K && row < num_tokens) {
             weights[row * weights_stride + lane] = has_winner ? weight : 0.0f;
@@ -152,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(256)
             unsigned long long best = 0;
             for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
                 const float score = score_of(to_float(source[e]), statistics);
-                const unsigned long long rank = rank_key(order_key(HAS_BIAS ? score + bias[e] : score), e);
+                const unsigned long long rank = rank_key(sum_order_key(HAS_BIAS ? score + bias[e] : score), e);
                 best = rank < last && rank > best ? rank : best;
             }
             last = block_reduce(best, 0ull, Maximum());

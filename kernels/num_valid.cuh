@@ -5,6 +5,6 @@
 #include "types.cuh"
 
 __device__ __forceinline__ int64_t valid_rows(const int *num_valid, int num_valid_value, int64_t num_rows) {
-    if (num_valid != nullptr) return min(max(static_cast<int64_t>(__ldg(num_valid)), int64_t(0)), num_rows);
-    return num_valid_value < 0 ? num_rows : min(static_cast<int64_t>(num_valid_value), num_rows);
+    const int count = num_valid != nullptr ? max(__ldg(num_valid), 0) : num_valid_value;  // -1: all
+    return count < 0 ? num_rows : min(static_cast<int64_t>(count), num_rows);
 }

@@ -31,9 +31,18 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
+// The bits of a float that arithmetic made: the hardware's only NaN is 0x7fffffff.
+__device__ __forceinline__ unsigned canonical_bits(float sum) {
+    return __float_as_uint(sum);
+}
+
 #else
 
 #include <cmath>
+
+inline unsigned canonical_bits(float sum) {
+    return sum != sum ? 0x7fffffffu : __float_as_uint(sum);
+}
 
 inline float half_bits_to_float(unsigned short bits) {
     const float magnitude = std::ldexp(static_cast<float>(bits & 0x3ff), -24);  // as a subnormal of half

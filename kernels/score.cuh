@@ -31,27 +31,23 @@ struct RowStatistics {
     float inverse_sum;
 };
 
-// exp(x * factor) for x * factor in about -580..0: the product with log2(e) is kept in two floats, since the error of one
-// alone grows with x to 5e-6 near underflow. factor_high + factor_low = factor * log2(e).
-__device__ __forceinline__ float precise_exp(float x, float factor_high, float factor_low) {
-    const float high = x * factor_high;
-    const float low = fmaf(x, factor_low, fmaf(x, factor_high, -high));
-    const float power = fast_exp2(high);
-    return fmaf(power, low * 0.693147181f, power);
+// exp(-magnitude * factor) for a magnitude up to infinity: its product with log2(e) is kept in two floats, since the error of
+// one alone grows to 5e-6 near underflow. high + low = factor * log2(e).
+__device__ __forceinline__ float precise_exp(float magnitude, float high, float low) {
+    const float exponent = magnitude * high;
+    const float rest = fmaf(magnitude, low, fmaf(magnitude, high, -exponent));
+    const float power = fast_exp2(-exponent);
+    // Where the product overflows, the rest is -inf or NaN, and fmaxf takes -1; the power, 0, stays 0. NaN makes the power NaN.
+    return fmaf(power * -0.693147181f, fmaxf(rest, -1.0f), power);
 }
 
 #define LOG2E_HIGH 1.44269502f
 #define LOG2E_LOW 1.92596299e-8f
 
-// Farther from 0 than 400 every exponential below is 0; the limit keeps infinities out of its arithmetic. NaN stays.
-__device__ __forceinline__ float limited(float magnitude) {
-    return magnitude > 400.0f ? 400.0f : magnitude;
-}
-
 // sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its relative
 // accuracy and stays normal down to x = -174. log1p(t) / t on 0..1 is a polynomial (our fit, 2.0e-7 relative).
 __device__ __forceinline__ float sqrtsoftplus(float x) {
-    const float root = precise_exp(limited(fabsf(x)), -0.5f * LOG2E_HIGH, -0.5f * LOG2E_LOW);
+    const float root = precise_exp(fabsf(x), 0.5f * LOG2E_HIGH, 0.5f * LOG2E_LOW);
     const float t = root * root;
     float ratio = -0.008539168164134026f;
     ratio = fmaf(ratio, t, 0.04408948868513107f);
@@ -68,14 +64,14 @@ __device__ __forceinline__ float sqrtsoftplus(float x) {
 
 // 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)).
 __device__ __forceinline__ float sigmoid(float x) {
-    const float t = precise_exp(limited(fabsf(x)), -LOG2E_HIGH, -LOG2E_LOW);
+    const float t = precise_exp(fabsf(x), LOG2E_HIGH, LOG2E_LOW);
     const float y = fast_reciprocal(1.0f + t);
     return x < 0.0f ? t * y : y;
 }
 
 // exp(x - highest), 1 where x is the highest even if that is infinite.
 __device__ __forceinline__ float softmax_share(float x, float highest) {
-    const float share = precise_exp(limited(highest - x), -LOG2E_HIGH, -LOG2E_LOW);
+    const float share = precise_exp(highest - x, LOG2E_HIGH, LOG2E_LOW);
     return x == highest ? 1.0f : share;
 }
 
@@ -101,6 +97,14 @@ struct Total<IDENTITY> {
 };
 typedef Total<SCORE>::type total_t;
 
+__device__ __forceinline__ float reciprocal(float divisor) {
+    return fast_reciprocal(divisor);
+}
+
+__device__ __forceinline__ double reciprocal(double divisor) {
+    return 1.0 / divisor;
+}
+
 // What a score adds to the sum by which weights are divided: nothing if it is NaN.
 __device__ __forceinline__ total_t summand(float score) {
     return is_nan(score) ? total_t(0) : total_t(score);
@@ -115,5 +119,5 @@ __device__ __forceinline__ float weight_of(float score, total_t total, float ren
     const total_t sum = total + renormalize_eps;
     const total_t divisor = sum < renormalize_min ? total_t(renormalize_min) : sum;
     const bool nothing = total == total_t(0) || divisor == total_t(0);
-    return static_cast<float>(nothing ? score * total_t(0) : score / divisor * scale);
+    return static_cast<float>(nothing ? score * total_t(0) : score * reciprocal(divisor) * scale);
 }

@@ -2,91 +2,109 @@
 // The TopK best of a row whose keys lie in the registers of Lanes threads, PerLane adjacent columns each.
 //
 // Each lane first orders its own best few keys ("heads"). A round then compares one head per lane: the warp's maximum, and
-// of the lanes that have it the lowest, which by the layout also has the lowest columns. A lane whose heads are used up looks
-// at all of its keys again; that is rare and exact. Code is straight, with selects instead of branches: lanes that go
-// different ways cost more than they save.
+// of the lanes that have it the lowest, which by the layout also has the lowest columns. Two heads per lane are enough for
+// most rows; if a lane turns out to hold more winners than heads, the row is selected again from all keys, which is slower
+// and exact. Code is straight, with selects instead of branches: lanes that go different ways cost more than they save.
 #pragma once
 
 #include "order.cuh"
 #include "warp.cuh"
+
+#ifndef MAX_HEADS
+#define MAX_HEADS 2
+#endif
 
 struct Winner {
     unsigned key;  // NO_KEY: the row has no such entry
     int column;
 };
 
-template <int PerLane, int Heads>
+// The lane's best Heads keys in order, and their positions among the lane's columns.
+template <int Heads>
 struct LaneHeads {
     unsigned key[Heads];
-    int slot[Heads];  // position among the lane's columns
+    int slot[Heads];
 
-    // Insert the keys one by one; a later equal key stays behind, so lower columns come first.
-    __device__ __forceinline__ explicit LaneHeads(const unsigned (&keys)[PerLane]) {
+    // Insert the j-th key; it stays behind equal ones, so that lower columns come first.
+    __device__ __forceinline__ void insert(int j, unsigned value) {
+        bool above[Heads];
 #pragma unroll
-        for (int j = 0; j < PerLane; ++j) {
-            bool above[Heads];
+        for (int h = 0; h < Heads; ++h) above[h] = h >= j || value > key[h];  // place j and later ones are still empty
 #pragma unroll
-            for (int h = 0; h < Heads; ++h) above[h] = h >= j || keys[j] > key[h];
-#pragma unroll
-            for (int h = Heads - 1; h >= 0; --h) {
-                if (h > j) continue;  // that place is not filled yet
-                const bool above_previous = h > 0 && above[h > 0 ? h - 1 : 0];
-                const unsigned new_key = above_previous ? key[h > 0 ? h - 1 : 0] : keys[j];
-                const int new_slot = above_previous ? slot[h > 0 ? h - 1 : 0] : j;
-                key[h] = above[h] ? new_key : key[h];
-                slot[h] = above[h] ? new_slot : slot[h];
-            }
+        for (int h = Heads - 1; h >= 0; --h) {
+            if (h > j) continue;
+            const bool shifts = h > 0 && above[h > 0 ? h - 1 : 0];
+            slot[h] = above[h] ? (shifts ? slot[h > 0 ? h - 1 : 0] : j) : slot[h];
+            key[h] = above[h] ? (shifts ? key[h > 0 ? h - 1 : 0] : value) : key[h];
         }
     }
 
     __device__ __forceinline__ void pop(bool yes) {
 #pragma unroll
-        for (int h = 0; h < Heads; ++h) {
-            const unsigned next_key = h + 1 < Heads ? key[h + 1 < Heads ? h + 1 : h] : NO_KEY;
-            key[h] = yes ? next_key : key[h];
-            if (h + 1 < Heads) slot[h] = yes ? slot[h + 1 < Heads ? h + 1 : h] : slot[h];
+        for (int h = 0; h + 1 < Heads; ++h) {
+            key[h] = yes ? key[h + 1] : key[h];
+            slot[h] = yes ? slot[h + 1] : slot[h];
         }
+        key[Heads - 1] = yes ? NO_KEY : key[Heads - 1];
     }
+};
 
-    // The best key behind the entry (last, last_slot) becomes the head.
-    __device__ __forceinline__ void refill(bool yes, const unsigned (&keys)[PerLane], unsigned last, int last_slot) {
+// One round: the best head of the row, and whether it is this lane's. In lane `round` it becomes the winner.
+template <int Lanes, int PerLane>
+__device__ __forceinline__ bool select_round(unsigned key, int slot, int lane, int round, Winner &winner) {
+    const unsigned best = lanes_max<Lanes>(key);
+    const int owner = __ffs(static_cast<int>(lanes_ballot<Lanes>(key == best))) - 1;
+    const int column = __shfl_sync(FULL_WARP, lane * PerLane + slot, owner, Lanes);
+    winner.key = lane == round ? best : winner.key;
+    winner.column = lane == round ? column : winner.column;
+    return lane == owner;
+}
+
+// From all keys: each round, each lane looks for its best key behind the one it gave last.
+template <int TopK, int Lanes, int PerLane>
+__device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane], int lane) {
+    Winner winner = {NO_KEY, 0};
+    unsigned last = ~0u;
+    int last_slot = -1;
+#pragma unroll 1
+    for (int round = 0; round < TopK; ++round) {
         unsigned best = NO_KEY;
         int best_slot = 0;
 #pragma unroll
         for (int j = 0; j < PerLane; ++j) {
-            const bool behind = keys[j] < last || (keys[j] == last && j > last_slot);
-            const bool better = behind && keys[j] > best;
+            const bool behind = (keys[j] < last) | ((keys[j] == last) & (j > last_slot));
+            const bool better = behind & (keys[j] > best);
             best = better ? keys[j] : best;
             best_slot = better ? j : best_slot;
         }
-        key[0] = yes ? best : key[0];
-        slot[0] = yes ? best_slot : slot[0];
+        const bool mine = select_round<Lanes, PerLane>(best, best_slot, lane, round, winner);
+        last = mine ? best : last;
+        last_slot = mine ? best_slot : last_slot;
     }
-};
+    return winner;
+}
 
 // The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part.
 template <int TopK, int Lanes, int PerLane>
 __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], int lane) {
     static_assert(TopK <= Lanes, "one lane holds one winner");
-    constexpr int WANTED = TopK < 3 ? TopK : 3;
-    constexpr int Heads = WANTED < PerLane ? WANTED : PerLane;
-    LaneHeads<PerLane, Heads> heads(keys);
+    constexpr int WANTED = TopK < MAX_HEADS ? TopK : MAX_HEADS;
+    constexpr int HEADS = WANTED < PerLane ? WANTED : PerLane;
+    LaneHeads<HEADS> heads;
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) heads.insert(j, keys[j]);
+
     Winner winner = {NO_KEY, 0};
+    bool exhausted = false;  // this lane gave all its heads before the last round
 #pragma unroll
     for (int round = 0; round < TopK; ++round) {
-        const unsigned best = lanes_max<Lanes>(heads.key[0]);
-        const int owner = __ffs(static_cast<int>(lanes_ballot<Lanes>(heads.key[0] == best))) - 1;
-        const int column = __shfl_sync(FULL_WARP, lane * PerLane + heads.slot[0], owner, Lanes);
-        winner.key = lane == round ? best : winner.key;
-        winner.column = lane == round ? column : winner.column;
+        const bool mine = select_round<Lanes, PerLane>(heads.key[0], heads.slot[0], lane, round, winner);
         if (round + 1 == TopK) break;
-        const bool mine = lane == owner;
-        const int slot = heads.slot[0];
         heads.pop(mine);
-        if (Heads < PerLane && round + 1 >= Heads) {
-            const bool empty = mine && heads.key[0] == NO_KEY;
-            if (__any_sync(FULL_WARP, empty)) heads.refill(empty, keys, best, slot);
-        }
+        if (HEADS < PerLane && round + 1 >= HEADS) exhausted |= mine & (heads.key[0] == NO_KEY);
+    }
+    if (HEADS < PerLane && TopK > HEADS && __any_sync(FULL_WARP, exhausted)) {
+        winner = select_exactly<TopK, Lanes>(keys, lane);
     }
     return winner;
 }

@@ -181,13 +181,13 @@ __device__ __forceinline__ bool behind(const score_t *values, const int *indices
 // neighbours at a distance, always the better one forward; so entries beyond the end would never move and are left out.
 template <typename Behind, typename Swap>
 __device__ __forceinline__ void block_sort(int count, Behind is_behind, Swap swap) {
-    int size = 2;
-    while (size < count) size *= 2;
-    for (int width = 2; width <= size && count > 1; width *= 2) {
-        for (int distance = width / 2; distance > 0; distance /= 2) {
-            for (int pair = threadIdx.x; pair < size / 2; pair += BLOCK) {
-                const int low = pair / distance * 2 * distance + pair % distance;
-                const int high = distance == width / 2 ? low / width * width + width - 1 - low % width : low + distance;
+    for (int level = 0; count > 1 && 1ll << level < count; ++level) {
+        for (int bit = level; bit >= 0; --bit) {
+            const int64_t distance = 1ll << bit;
+            for (int64_t pair = threadIdx.x;; pair += BLOCK) {
+                const int64_t low = pair >> bit << (bit + 1) | (pair & (distance - 1));
+                if (low >= count) break;
+                const int64_t high = bit == level ? low ^ (2 * distance - 1) : low + distance;
                 if (high < count && is_behind(low, high)) swap(low, high);
             }
             __syncthreads();

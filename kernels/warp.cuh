@@ -4,6 +4,10 @@
 
 #include "types.cuh"
 
+__device__ constexpr int power_of_two_from(int count) {
+    return count <= 1 ? 1 : 2 * power_of_two_from((count + 1) / 2);
+}
+
 // From sm_80 on a whole warp has an instruction for it.
 template <int Lanes>
 __device__ __forceinline__ unsigned lanes_max(unsigned value) {

@@ -9,6 +9,7 @@ not imported already.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections import deque
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
@@ -121,22 +122,26 @@ def stream_handle(stream: Any) -> int:
     return int(protocol()[1])
 
 
-_in_flight: deque[tuple[Any, list[object]]] = deque()
+in_flight: deque[tuple[Any, list[object]]] = deque()
+_in_flight_lock = threading.Lock()
 
 
 def keep_until_done(owners: list[object], stream: int, device: int) -> None:
-    """Keep what an enqueued kernel reads until it has finished: an event, looked at whenever this is called again.
+    """Keep what an enqueued kernel reads until it has finished, and let go what earlier kernels are done with.
 
     For memory that its framework could reuse before then because the kernel runs on a stream the framework does not know.
-    Under graph capture nothing is kept: a graph's memory is its owner's business, and an event could not be queried.
+    An event tells when; it is looked at by later calls, never waited for. Under graph capture nothing is kept or let go: a
+    graph's memory is its owner's business, and events cannot be queried.
     """
     import cupy
 
     if cupy.cuda.runtime.streamIsCapturing(stream):
         return
-    while _in_flight and _in_flight[0][0].done:
-        _in_flight.popleft()
-    with cupy.cuda.Device(device):
-        event = cupy.cuda.Event(disable_timing=True)
-        cupy.cuda.runtime.eventRecord(event.ptr, stream)
-    _in_flight.append((event, owners))
+    with _in_flight_lock:
+        while in_flight and in_flight[0][0].done:
+            in_flight.popleft()
+        if owners:
+            with cupy.cuda.Device(device):
+                event = cupy.cuda.Event(disable_timing=True)
+                cupy.cuda.runtime.eventRecord(event.ptr, stream)
+            in_flight.append((event, owners))

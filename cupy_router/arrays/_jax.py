@@ -18,7 +18,7 @@ from cupy_router.arrays import Framework, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import DTYPES, NAMES
 
-ARRAY_TYPES = (jax.Array,)
+ARRAY_TYPES = (jax.Array, jax.core.Tracer)
 
 
 class JAX(Framework):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_router import compiler
-from cupy_router.arrays import FRAMEWORKS, Framework, View, framework_of, keep_until_done, stream_handle
+from cupy_router.arrays import FRAMEWORKS, Framework, View, framework_of, in_flight, keep_until_done, stream_handle
 from cupy_router.arrays._numpy import DTYPES
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
@@ -79,6 +79,15 @@ def run(op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: An
         if current is None:
             return _run_on_host(op, options, inputs, out, framework, number)
         return _run_on_device(op, options, inputs, out, framework, current, number, [])
+    except compiler.CompileError:
+        raise
+    except RuntimeError:
+        # A framework may refuse to describe an array, such as a sparse one; the checks know the better sentence.
+        try:
+            _checked(op, options, inputs, out, None)
+        except ValueError as error:
+            raise ValueError(f"{op.name}: {error}") from error
+        raise
     except TypeError as error:
         raise TypeError(f"{op.name}: {error}") from error
     except ValueError as error:
@@ -129,7 +138,7 @@ def _run_on_device(
         if op.takes_number:
             pointers.append(number)
         launch(stream, pointers)
-        if owners:
+        if owners or in_flight:
             keep_until_done(owners, stream, launch.function.device)
     if out is not None:
         return out

@@ -109,6 +109,7 @@ def _kernel(
         "LANES": lanes,
         "PER_LANE": columns,
         "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
+        "BIAS_ALIGNED": int(bias is not None and layout.aligned(bias.pointer, num_experts, bias.dtype, columns)),
     }
     return Kernel("activation_topk", "activation_topk", macros, *layout.grid_and_block(num_tokens, lanes), fixed)
 

@@ -88,6 +88,8 @@ def test_arrays_of_two_devices_are_named(framework: str) -> None:
         activation_topk(gpu.array(logits), METHOD, bias=bias)
     with pytest.raises(ValueError, match=r"logits.*cpu.*bias.*cuda:0"):
         activation_topk(logits, METHOD, bias=gpu.array(bias))
+    with pytest.raises(ValueError, match=r"num_valid.*cpu"):
+        activation_topk(gpu.array(logits), METHOD, num_valid=np.array(3, np.int32))
 
 
 def test_torch_tensors_without_strides_are_refused() -> None:

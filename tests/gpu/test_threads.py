@@ -31,7 +31,7 @@ def test_eight_threads(framework: str, cupy: Any) -> None:
     cases = [call(name, seed) for name in NAMES for seed in range(3)]
     uploaded = [upload(gpu, case.arrays) for case in cases]
     cupy.cuda.Device().synchronize()
-    start = threading.Barrier(THREADS)
+    start = threading.Barrier(THREADS, timeout=60)
 
     def work(number: int) -> None:
         stream = cupy.cuda.Stream(non_blocking=True)
@@ -53,7 +53,7 @@ def test_eight_threads_compile_together(cupy: Any) -> None:
     logits = inputs.normal((17, experts))
     on_device = cupy.asarray(logits)
     cupy.cuda.Device().synchronize()
-    start = threading.Barrier(THREADS)
+    start = threading.Barrier(THREADS, timeout=60)
 
     def work(number: int) -> None:
         for k in (3, 5, 7):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -32,7 +34,8 @@ _INCLUDE = Path(__file__).with_name("include")
 _FLAGS = (
     "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -w "
     "-ffp-contract=off "  # as written; the GPU contracts to FMA where it likes, so floats are compared with a tolerance
-    "-fno-strict-aliasing"  # kernels read float rows as uint4, which CUDA compilers allow
+    "-fno-strict-aliasing "  # kernels read float rows as uint4, which CUDA compilers allow
+    "-fcf-protection=none"  # a fiber starts by a return
 ).split()
 _SANITIZER_FLAGS = {
     None: [],
@@ -50,6 +53,7 @@ extern "C" __attribute__((visibility("default"))) const char* simt_launch(
     return simt::run({function}, *simt_g, (simt::Schedule)simt_order, simt_seed, simt_limit, simt_args);
 }}
 """
+_KEPT_SECONDS = 14 * 24 * 3600
 _lock = threading.Lock()  # one launch at a time: a library has one set of shared variables and one scheduler
 
 
@@ -64,8 +68,8 @@ class KernelFault(RuntimeError):
 @cache
 def why_not() -> str | None:
     """Why kernels cannot run on this machine's CPU; None if they can."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return f"kernels run on the CPU of x86-64 or ARM Linux only, this is {sys.platform} on {platform.machine()}"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"kernels run on the CPU of x86-64 Linux only, this is {sys.platform} on {platform.machine()}"
     if shutil.which(_compiler()) is None:
         return f"{_compiler()} is missing: kernels run on the CPU by way of g++ (set CXX to name another)"
     return None
@@ -149,15 +153,18 @@ def launch(
 def build_library(source: str, function: str, sanitizer: str | None = None) -> Path:
     """The shared library of one kernel, compiled unless an earlier run left it in the cache."""
     flags = [*_FLAGS, *_SANITIZER_FLAGS[sanitizer]]
-    if platform.machine() == "x86_64":
-        flags.append("-fcf-protection=none")  # a fiber starts by a return
     text = _cpu_source(source, function)
     key = hashlib.sha256(repr((text, flags, _compiler_and_headers())).encode()).hexdigest()[:32]
     folder = cache_folder()
     library = folder / f"{function}-{sanitizer or 'plain'}-{key}.so"
     if library.exists():
+        os.utime(library)
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.so"):  # of kernels that have been edited since
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                old.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as work:
         (Path(work) / "kernel.cpp").write_text(text)
         command = [_compiler(), *flags, f"-fdebug-prefix-map={work}=.", "kernel.cpp", "-o", "kernel.so"]

@@ -3,8 +3,8 @@
 
 A sanitizer has to be in a process from its start, so calls run in a child Python that preloads it: kernels by
 themselves (:func:`run_sanitized`) or whole ops, with compiler, launcher and argument packing (:func:`call_sanitized`).
-Arrays are copied there into memory of exactly their own size, strides and misalignment kept, so that one element too far
-is found.
+Arrays are copied there into memory of exactly their own size, strides and misalignment kept, so that one element too
+far is found.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 // The machinery itself is not instrumented: it touches all stacks and all shared memory, on purpose.
 #define SIMT_RUNTIME __attribute__((no_sanitize("address", "thread", "undefined")))
 
-#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#ifndef SIMT_UCONTEXT
 #define SIMT_FAST_SWITCH 1
-// Ten lines of assembly instead of swapcontext, which makes a system call each time: about 19 times faster.
+// Ten lines of assembly instead of swapcontext, which makes a system call each time: about 19 times faster. With
+// -DSIMT_UCONTEXT the portable one is used, a start for other processors.
 extern "C" void simt_switch(void** save, void* load);
 __asm__(R"(
 .text

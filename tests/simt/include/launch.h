@@ -6,9 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/time.h>
-#ifdef __x86_64__
 #include <xmmintrin.h>
-#endif
 
 #include <utility>
 
@@ -18,21 +16,12 @@ namespace simt {
 
 // -- Floating point as CuPy compiles it: subnormals flushed (-ftz=true) -------------------------------------------------
 
-#if defined(__x86_64__)
-inline unsigned flush_subnormals() {
+// Sets the host's float mode for the launch; the fibers share it.
+struct FlushSubnormals {
     const unsigned before = _mm_getcsr();
-    _mm_setcsr(before | 0x8040);  // flush to zero, denormals are zero
-    return before;
-}
-inline void restore_float_mode(unsigned before) { _mm_setcsr(before); }
-#elif defined(__aarch64__)
-inline uint64_t flush_subnormals() {
-    const uint64_t before = __builtin_aarch64_get_fpcr64();
-    __builtin_aarch64_set_fpcr64(before | 1u << 24);
-    return before;
-}
-inline void restore_float_mode(uint64_t before) { __builtin_aarch64_set_fpcr64(before); }
-#endif
+    FlushSubnormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
+    ~FlushSubnormals() { _mm_setcsr(before); }
+};
 
 // -- Crashes and endless loops (the sanitizers have their own handlers) -------------------------------------------------
 
@@ -138,8 +127,8 @@ SIMT_RUNTIME static const char* run(void (*kernel)(A...), const Geometry& g, Sch
     for (unsigned i = 0; i < order.size(); ++i) order[i] = schedule == Schedule::kReversed ? order.size() - 1 - i : i;
     if (schedule >= Schedule::kShuffled) shuffle(order);
 
-    const auto float_mode = flush_subnormals();
     {
+        const FlushSubnormals float_mode;
 #ifndef SIMT_SANITIZED
         const Traps traps(time_limit);
 #endif
@@ -153,7 +142,6 @@ SIMT_RUNTIME static const char* run(void (*kernel)(A...), const Geometry& g, Sch
 #endif
         }
     }
-    restore_float_mode(float_mode);
     acquire(&state.end_tag);
     return report_length ? report : nullptr;
 }

@@ -55,6 +55,9 @@ inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) {
     simt::collective("__syncwarp", mask, 0, simt::combine_nothing, site);
 }
 
+inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __trap(SIMT_SITE) { simt::fault(site, "trap", "__trap"); }
+
 template <class T>
 T simt_shuffle(const char* name, unsigned mask, T value, unsigned source, simt::Site site) {
     return simt::unpack<T>(simt::collective(name, mask, simt::pack(value), simt::combine_shuffle, site, source));

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVRTC by ctypes, so that several versions work side by side and none needs a GPU, a driver or CuPy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from cupy_router.compiler import CompileError
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
+
+# As cupy_router.compiler and CuPy compile, but with ptxas telling what it does.
+_OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel needs: registers of a thread, bytes of spilled registers and stack of a thread, shared bytes of a block."""
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+class Nvrtc:
+    """One NVRTC library."""
+
+    def __init__(self, library: Path) -> None:
+        self.path = library
+        for builtins in sorted(library.parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(builtins))  # NVRTC asks for it by name alone, which then finds what is loaded already
+        self._library = ctypes.CDLL(str(library))
+        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    @cached_property
+    def version(self) -> str:
+        """Such as "12.9.86": the release that the library writes into PTX, since nvrtcVersion leaves out the last part."""
+        ptx = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
+        found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx)
+        assert found is not None, ptx
+        return found[1]
+
+    def resources(self, source: str, function: str, architecture: str) -> Resources:
+        """Compile to machine code and read what it needs from the log; CompileError with file and line."""
+        log = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
+        return parse_log(log, function, architecture)
+
+    def _compile(self, source: str, options: list[str], wanted: str) -> str:
+        program = ctypes.c_void_p()
+        self._check(self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+        try:
+            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            if self._library.nvrtcCompileProgram(program, len(options), encoded):
+                raise CompileError(self._text(program, "ProgramLog"))
+            return self._text(program, wanted)
+        finally:
+            self._library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _text(self, program: ctypes.c_void_p, what: str) -> str:
+        size = ctypes.c_size_t()
+        self._check(getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+        text = ctypes.create_string_buffer(size.value)
+        self._check(getattr(self._library, f"nvrtcGet{what}")(program, text))
+        return text.value.decode()
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"{self.path}: {self._library.nvrtcGetErrorString(status).decode()}")
+
+
+def parse_log(log: str, function: str, architecture: str) -> Resources:
+    """The lines of ptxas about one kernel; ValueError if it says nothing of it."""
+    marks = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", log)
+    for name, target, text in zip(marks[1::3], marks[2::3], marks[3::3], strict=True):
+        if (name, target) == (function, architecture):
+            numbers = {
+                what: int(found[1]) if (found := re.search(rf"(\d+) {words}", text)) else None
+                for what, words in {
+                    "registers": "registers", "stack": "bytes stack frame",
+                    "stores": "bytes spill stores", "loads": "bytes spill loads", "shared": "bytes smem",
+                }.items()
+            }  # fmt: skip
+            required = numbers["registers"], numbers["stores"], numbers["loads"], numbers["stack"]
+            if None not in required:
+                registers, stores, loads, stack = (number or 0 for number in required)
+                return Resources(registers, stores + loads, stack, numbers["shared"] or 0)
+    raise ValueError(f"the log does not say what {function} needs on {architecture}:\n{log}")
+
+
+@cache
+def libraries() -> dict[str, Nvrtc]:
+    """All NVRTC libraries here, by version: of the installed wheels, and of the folders that the environment names."""
+    named = [Path(folder) for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
+    missing = [folder for folder in named if not any(folder.glob("libnvrtc.so.*"))]
+    if missing:
+        raise FileNotFoundError(f"{FOLDERS} names folders without libnvrtc.so: {', '.join(map(str, missing))}")
+    folders = [*named, *(folder for path in sys.path for folder in sorted(Path(path).glob("nvidia/*/lib")))]
+    found = (Nvrtc(library) for folder in folders for library in sorted(folder.glob("libnvrtc.so.*")))
+    by_version: dict[str, Nvrtc] = {}
+    for nvrtc in found:
+        by_version.setdefault(nvrtc.version, nvrtc)
+    return dict(sorted(by_version.items(), key=lambda pair: [int(part) for part in pair[0].split(".")]))

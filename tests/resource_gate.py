@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel specialisation in use needs on every architecture, kept in tests/resources/ and not allowed to grow.
+
+    python -m tests.resource_gate            compare with the tables, as tests/test_compile.py does
+    python -m tests.resource_gate --update   write the tables of the NVRTC versions that are installed
+
+A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. Spilled registers and
+stacks are refused even by --update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tests import nvrtc
+from tests.nvrtc import ARCHITECTURES, Resources
+from tests.specialisations import Specialisation, specialisations
+
+FOLDER = Path(__file__).with_name("resources")
+UPDATE = "python -m tests.resource_gate --update"
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What the warps on one multiprocessor share, from the CUDA programming guide: compute capabilities, limits."""
+
+    warps: int
+    blocks: int
+    shared_kilobytes: int
+    shared_step: int = 128  # bytes, in which shared memory is given out
+    shared_reserved: int = 1024  # bytes of each block that the system takes
+
+
+MULTIPROCESSORS = {
+    "sm_75": Multiprocessor(32, 16, 64, shared_step=256, shared_reserved=0),
+    "sm_80": Multiprocessor(64, 32, 164),
+    "sm_86": Multiprocessor(48, 16, 100),
+    "sm_89": Multiprocessor(48, 24, 100),
+    "sm_90": Multiprocessor(64, 32, 228),
+    "sm_90a": Multiprocessor(64, 32, 228),
+    "sm_100": Multiprocessor(64, 32, 228),
+    "sm_120": Multiprocessor(48, 24, 100),
+}
+_PARTITIONS, _PARTITION_REGISTERS, _REGISTER_STEP = 4, 16384, 256  # of every architecture above
+
+
+def occupancy(architecture: str, block: int, registers: int, shared: int) -> int:
+    """Per cent of the warps of a multiprocessor that blocks of this kind can fill."""
+    limits = MULTIPROCESSORS[architecture]
+    warps = -(-block // 32)
+    warp_registers = max(1, -(-registers * 32 // _REGISTER_STEP)) * _REGISTER_STEP
+    block_shared = -(-(shared + limits.shared_reserved) // limits.shared_step) * limits.shared_step
+    blocks = min(
+        limits.blocks,
+        limits.warps // warps,
+        _PARTITION_REGISTERS // warp_registers * _PARTITIONS // warps,
+        limits.shared_kilobytes * 1024 // block_shared if block_shared else limits.blocks,
+    )
+    return 100 * blocks * warps // limits.warps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. All but the occupancy may only fall, the occupancy may only rise."""
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    occupancy: int
+
+    @classmethod
+    def of(cls, specialisation: Specialisation, architecture: str, needs: Resources) -> Row:
+        shared = needs.shared + specialisation.shared_bytes
+        filled = occupancy(architecture, specialisation.block, needs.registers, shared)
+        return cls(needs.registers, needs.spills, needs.stack, shared, filled)
+
+    def worse_than(self, before: Row) -> list[str]:
+        """What is worse now, such as "registers 40 -> 48"."""
+        return [
+            f"{field.name} {old} -> {new}"
+            for field in fields(self)
+            for old, new in [(getattr(before, field.name), getattr(self, field.name))]
+            if (new < old if field.name == "occupancy" else new > old)
+        ]
+
+
+Table = dict[tuple[str, str], Row]  # (specialisation, architecture) -> what it needs
+
+
+def measure(version: str, wanted: Sequence[Specialisation], architectures: Sequence[str] = ARCHITECTURES) -> Table:
+    """Compile everything with one NVRTC. In processes: it compiles one program at a time in each."""
+    todo = [(one, architecture) for one in wanted for architecture in architectures]
+    path = nvrtc.libraries()[version].path
+    jobs = [(str(path), one.source, one.function, architecture) for one, architecture in todo]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        needs = pool.map(_resources, jobs, chunksize=4)
+        return {(str(one), arch): Row.of(one, arch, need) for (one, arch), need in zip(todo, needs, strict=True)}
+
+
+_opened: dict[str, nvrtc.Nvrtc] = {}
+
+
+def _resources(job: tuple[str, str, str, str]) -> Resources:
+    path, source, function, architecture = job
+    if path not in _opened:
+        _opened[path] = nvrtc.Nvrtc(Path(path))
+    return _opened[path].resources(source, function, architecture)
+
+
+# -- Tables ------------------------------------------------------------------------------------------------------------
+
+_TITLE = """NVRTC {version}: what each kernel specialisation needs; written by `{update}`
+registers of a thread, bytes that it spills and bytes of its stack, shared bytes of a block, occupancy in per cent
+"""
+_COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def table_file(version: str) -> Path:
+    return FOLDER / f"nvrtc-{version}.txt"
+
+
+def tables() -> dict[str, Path]:
+    """The files by exact version of NVRTC."""
+    return {path.stem.removeprefix("nvrtc-"): path for path in sorted(FOLDER.glob("nvrtc-*.txt"))}
+
+
+def write(version: str, table: Table) -> None:
+    lines = [_TITLE.format(version=version, update=UPDATE)]
+    width = max(map(len, ARCHITECTURES))
+    previous = ""
+    for (name, architecture), row in table.items():
+        if name != previous:
+            lines.append(f"\n{name}" if previous else name)
+        previous = name
+        values = "  ".join(f"{column} {getattr(row, column):{_WIDTHS[column]}}" for column in _COLUMNS)
+        lines.append(f"    {architecture:{width}}  {values}")
+    FOLDER.mkdir(exist_ok=True)
+    table_file(version).write_text("\n".join(lines) + "\n")
+
+
+_WIDTHS = {"registers": 3, "spills": 1, "stack": 1, "shared": 5, "occupancy": 3}
+
+
+def read(version: str) -> Table:
+    table: Table = {}
+    name = ""
+    for line in table_file(version).read_text().splitlines()[2:]:
+        words = line.split()
+        if line.startswith(" "):
+            table[name, words[0]] = Row(**{key: int(value) for key, value in zip(words[1::2], words[2::2], strict=True)})
+        elif words:
+            name = line
+    return table
+
+
+def differences(before: Table, now: Table) -> Iterator[str]:
+    """One line for everything that must not be: what grew, spills, stacks, and specialisations that only one table has."""
+    for key, row in now.items():
+        name = f"{key[1]:8} {key[0]}"
+        if row.spills or row.stack:
+            yield f"{name}: {row.spills} bytes spilled, {row.stack} bytes of stack; none are allowed"
+        elif key not in before:
+            yield f"{name}: is not in the table"
+        elif worse := row.worse_than(before[key]):
+            yield f"{name}: {', '.join(worse)}"
+    for key in before.keys() - now.keys():
+        yield f"{key[1]:8} {key[0]}: is in the table, but not in use"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.resource_gate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--update", action="store_true", help="write the tables")
+    update = parser.parse_args().update
+    bad = 0
+    wanted = specialisations()
+    for version in nvrtc.libraries():
+        now = measure(version, wanted)
+        before = read(version) if version in tables() else {}
+        lines = [line for line in differences(before, now)]
+        print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows, {len(lines)} differences for the worse")
+        print("".join(f"    {line}\n" for line in lines), end="")
+        refused = [key for key, row in now.items() if row.spills or row.stack]
+        if update and not refused:
+            write(version, now)
+        bad += len(refused) if update else len(lines)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
