@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How everything is timed, and how results are kept.
 
-GPU time: calls are captured in a CUDA graph, one after the other, and the graph is replayed; the figure is the median replay
-divided by the number of calls. "warm" calls read the same inputs, which stay in L2; "cold" calls rotate over inputs of more
-than twice the L2. Host time: the median over batches of calls, with the GPU idle at the start of each batch.
+GPU time: calls are captured in a CUDA graph, one after the other, and the graph is replayed; the figure is the median
+replay divided by the number of calls. "warm" calls read the same inputs, which stay in L2; "cold" calls rotate over
+inputs of more than twice the L2. Host time: the median over batches of calls, with the GPU idle at the start of each
+batch.
 """
 
 from __future__ import annotations

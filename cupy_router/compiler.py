@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
 
-A kernel's text is expanded first: `#include "x.cuh"` is replaced by the file, with `#line` marks so that errors point at
-`kernels/x.cuh(line)`, and the macros become `#define` lines on top. So headers and macros are part of the text, the text is
-the key of CuPy's disk cache, and a second process loads what the first compiled.
+A kernel's text is expanded first: `#include "x.cuh"` is replaced by the file, with `#line` marks so that errors point
+at `kernels/x.cuh(line)`, and the macros become `#define` lines on top. So headers and macros are part of the text, the
+text is the key of CuPy's disk cache, and a second process loads what the first compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
+
+from cupy_router.watch import Watch
 
 Macros = tuple[tuple[str, int], ...]
 
@@ -86,7 +88,9 @@ class CudaBackend:
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
         limit = self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         if num_bytes > limit:
-            raise ValueError(f"a block may have at most {limit} bytes of shared memory on cuda:{device}, got {num_bytes}")
+            raise ValueError(
+                f"a block may have at most {limit} bytes of shared memory on cuda:{device}, got {num_bytes}"
+            )
         with self._cupy.cuda.Device(device):
             self._modules[handle].max_dynamic_shared_size_bytes = num_bytes
 
@@ -148,7 +152,7 @@ def require_cuda() -> ModuleType:
 
 
 def kernel_folders() -> list[Path]:
-    """Where kernel files are looked for, first match wins: CUPY_ROUTER_KERNELS, then the package's or the checkout's own."""
+    """Where kernel files are looked for, in this order: CUPY_ROUTER_KERNELS, the package's or the checkout's own."""
     override = os.environ.get("CUPY_ROUTER_KERNELS")
     return [Path(override), _OWN] if override else [_OWN]
 
@@ -157,35 +161,24 @@ _PACKAGE = Path(__file__).parent
 _INSTALLED = (_PACKAGE / "kernels").is_dir()
 _OWN = _PACKAGE / "kernels" if _INSTALLED else _PACKAGE.parent / "kernels"
 
-# Kernel files of an installed wheel do not change; those of a checkout or of CUPY_ROUTER_KERNELS may, while a process runs.
+# Kernel files of an installed wheel do not change; those of a checkout or of CUPY_ROUTER_KERNELS may, while a process
+# runs.
 WATCHING = not _INSTALLED or "CUPY_ROUTER_KERNELS" in os.environ
 
-_Stamp = tuple[int, int] | None
-_watched: dict[str, _Stamp] = {}
+_watch = Watch()
 _watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
 _lock = threading.RLock()
 
 
-def _stamp(path: str) -> _Stamp:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
 def changed() -> bool:
-    """Whether a kernel file that was read has changed since; then everything compiled is forgotten. Only if WATCHING."""
+    """Whether a kernel file that was read has changed; then all that was compiled is forgotten. Asked if WATCHING."""
     global _watched_override
-    if os.environ.get("CUPY_ROUTER_KERNELS") == _watched_override:
-        for path, stamp in _watched.items():
-            if _stamp(path) != stamp:
-                break
-        else:
-            return False
+    override = os.environ.get("CUPY_ROUTER_KERNELS")
+    if override == _watched_override and not _watch.changed():
+        return False
     with _lock:
-        _watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
-        _watched.clear()
+        _watched_override = override
+        _watch.clear()
         _functions.clear()
         _texts.clear()
     return True
@@ -195,7 +188,7 @@ def _read(name: str) -> tuple[str, Path]:
     """The text of a kernel file and where it lies, and from now on a watch on every place where it could appear."""
     for folder in kernel_folders():
         path = folder / name
-        _watched[str(path)] = _stamp(str(path))
+        _watch.add(path)
         if path.is_file():
             return path.read_text(), path
     raise CompileError(f"kernel file {name} is not in {' or '.join(map(str, kernel_folders()))}")
@@ -248,7 +241,9 @@ def _signature(declaration: str, function: str) -> Signature:
         kind = " ".join(re.sub(r"\bconst\b|__restrict__", "", kind).split())
         code = "P" if "*" in kind else _TYPES.get(kind)
         if code is None:
-            raise CompileError(f"{function}: parameter {name} has type {kind}; allowed are pointers and {', '.join(_TYPES)}")
+            raise CompileError(
+                f"{function}: parameter {name} has type {kind}; allowed are pointers and {', '.join(_TYPES)}"
+            )
         names.append(name)
         codes.append(code)
     return Signature(function, tuple(names), "".join(codes))
@@ -258,7 +253,7 @@ def signature(kernel: str, function: str) -> Signature:
     """The parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
     found = re.search(_KERNEL.format(name=function), re.sub(r"//[^\n]*", "", expand(kernel)))
     if found is None:
-        raise CompileError(f"kernels/{kernel}.cu has no extern \"C\" __global__ void {function}(...)")
+        raise CompileError(f'kernels/{kernel}.cu has no extern "C" __global__ void {function}(...)')
     return _signature(found[1], function)
 
 

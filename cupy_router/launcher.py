@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed arguments -> launch; knows nothing of routing.
 
-The driver takes an array of pointers, one per kernel parameter, and checks neither number nor type. So names, order, types
-and ranges are checked here against the parameters that the kernel file declares, once per :class:`Launch`; a call then packs
-its values with `struct`, which checks types and ranges again, into a buffer that the thread reuses.
+The driver takes an array of pointers, one per kernel parameter, and checks neither number nor type. So names, order,
+types and ranges are checked here against the parameters that the kernel file declares, once per :class:`Launch`; a call
+then packs its values with `struct`, which checks types and ranges again, into a buffer that the thread reuses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _records = _Records()
 class Launch:
     """A kernel with all but its varying arguments: `varying` names the leading parameters, `fixed` gives the others.
 
-    TypeError if these are not exactly the parameters of the kernel, in its order; ValueError for an impossible grid or block.
+    TypeError if these are not exactly the parameters of the kernel, in its order; ValueError for an impossible grid or
+    block.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
-// activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits, select
-// on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
-// activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row for
-// the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
+// activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits,
+// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
+// activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row
+// for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
 #include "block.cuh"
 #include "num_valid.cuh"
 #include "row.cuh"
@@ -67,8 +67,8 @@ __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PE
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    activation_topk(const logit_t *__restrict__ logits, const float *__restrict__ bias,
-                    const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+    activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
+                    const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
                     int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
                     long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
     const int lane = threadIdx.x % LANES;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(128)
     // Whole warps stay together: a row that does not exist or is padding goes along without being read.
     for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-        const logit_t *source = logits + row * logits_stride;
+        const logit_t* source = logits + row * logits_stride;
         float values[PER_LANE];
         if (row < valid) {
             load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source, first, NUM_EXPERTS, values);
@@ -121,15 +121,15 @@ extern "C" __global__ void __launch_bounds__(128)
 #else
 
 extern "C" __global__ void __launch_bounds__(256)
-    activation_topk_wide(const logit_t *__restrict__ logits, const float *__restrict__ bias,
-                         const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+    activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
+                         const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
                          int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
                          long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
-        const logit_t *source = logits + row * logits_stride;
-        float *weight = weights + row * weights_stride;
-        int *index = indices + row * indices_stride;
+        const logit_t* source = logits + row * logits_stride;
+        float* weight = weights + row * weights_stride;
+        int* index = indices + row * indices_stride;
         if (row >= valid) {
             for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) {
                 weight[r] = 0.0f;

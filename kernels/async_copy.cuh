@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0
-// Copies of 16 bytes from global to shared memory that run while the thread goes on; sm_80 and later. Both addresses are
-// multiples of 16 bytes. What a thread copied is there for itself after its wait, for others after a barrier behind that.
+// SPDX-License-Identifier: Apache-2.0 Copies of 16 bytes from global to shared memory that run while the thread goes
+// on; sm_80 and later. Both addresses are multiples of 16 bytes. What a thread copied is there for itself after its
+// wait, for others after a barrier behind that.
 #pragma once
 
 // The first `bytes` (0 to 16) are copied and the rest of the 16 is zero; nothing is read behind them.

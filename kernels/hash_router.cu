@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Experts by a table of token ids, with uniform weights or weights from the scores of a gate.
 //
-// hash_router: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is wider). Token id,
-// table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
-// hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows of the
-// gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row.
+// hash_router: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is wider). Token
+// id, table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
+// hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows
+// of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row.
 #include "block.cuh"
 #include "num_valid.cuh"
 #include "score.cuh"
@@ -58,13 +58,11 @@ typedef Integer<TABLE_BYTES>::type expert_t;
 typedef Scalar<DTYPE>::type scalar_t;
 typedef Scalar<WEIGHT_DTYPE>::type gate_t;
 
-__device__ __forceinline__ bool exists(int64_t id, int64_t count) {
-    return id >= 0 && id < count;
-}
+__device__ __forceinline__ bool exists(int64_t id, int64_t count) { return id >= 0 && id < count; }
 
 #if SOURCE != PRODUCTS
 
-__device__ __forceinline__ RowStatistics row_statistics(const scalar_t *logits, int lane) {
+__device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, int lane) {
     RowStatistics row = {0.0f, 0.0f};
     if (SCORE != SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
     float highest = __uint_as_float(0xff800000u), sum = 0.0f;
@@ -79,9 +77,9 @@ __device__ __forceinline__ RowStatistics row_statistics(const scalar_t *logits, 
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    hash_router(const token_id_t *__restrict__ token_ids, const expert_t *__restrict__ table,
-                const scalar_t *__restrict__ logits, const void *__restrict__ x, const void *__restrict__ weight,
-                const int *__restrict__ num_valid, float *__restrict__ weights, int *__restrict__ indices,
+    hash_router(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
+                const scalar_t* __restrict__ logits, const void* __restrict__ x, const void* __restrict__ weight,
+                const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
                 int num_valid_value, long long num_tokens, long long vocab_size, long long hidden,
                 long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
                 long long weights_stride, long long indices_stride, float renormalize_eps, float renormalize_min,
@@ -98,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(128)
         const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
         const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
         const bool token_exists = exists(token_id, vocab_size);
-        const expert_t *entries = table + (token_exists ? token_id : 0) * table_stride;
+        const expert_t* entries = table + (token_exists ? token_id : 0) * table_stride;
 
         bool bad = !token_exists;
 #pragma unroll 4
@@ -108,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         bad = lanes_ballot<LANES>(bad) != 0;
 
-        const scalar_t *row_logits = bad || SOURCE != LOGITS ? nullptr : logits + row * logits_stride;
+        const scalar_t* row_logits = bad || SOURCE != LOGITS ? nullptr : logits + row * logits_stride;
         const RowStatistics statistics = row_statistics(row_logits, lane);
         total_t total = 0;
         if (SOURCE == LOGITS && RENORMALIZE) {
@@ -138,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #else
 
 template <typename T>
-__device__ __forceinline__ void load_eight(const T *source, float (&target)[8]) {
+__device__ __forceinline__ void load_eight(const T* source, float (&target)[8]) {
     constexpr int WORD = 16 / sizeof(T);
 #pragma unroll
     for (int j = 0; j < 8; j += WORD) {
@@ -150,7 +148,7 @@ __device__ __forceinline__ void load_eight(const T *source, float (&target)[8]) 
 }
 
 // The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
-__device__ __forceinline__ float warp_dot(const scalar_t *x, const gate_t *w, int64_t hidden, int lane) {
+__device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, int64_t hidden, int lane) {
     float sum = 0.0f;
     if (ALIGNED) {  // hidden is a multiple of 8, and every row starts at a 16-byte word
         for (int64_t i = lane * 8; i < hidden; i += 256) {
@@ -167,23 +165,22 @@ __device__ __forceinline__ float warp_dot(const scalar_t *x, const gate_t *w, in
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    hash_router_products(const token_id_t *__restrict__ token_ids, const expert_t *__restrict__ table,
-                         const void *__restrict__ logits, const scalar_t *__restrict__ x,
-                         const gate_t *__restrict__ weight, const int *__restrict__ num_valid,
-                         float *__restrict__ weights, int *__restrict__ indices, int num_valid_value,
+    hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
+                         const void* __restrict__ logits, const scalar_t* __restrict__ x,
+                         const gate_t* __restrict__ weight, const int* __restrict__ num_valid,
+                         float* __restrict__ weights, int* __restrict__ indices, int num_valid_value,
                          long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
-                         long long logits_stride, long long x_stride, long long weight_stride,
-                         long long weights_stride, long long indices_stride, float renormalize_eps,
-                         float renormalize_min, float scale) {
+                         long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
+                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
 
     for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
-        float *row_weights = weights + row * weights_stride;
-        int *row_indices = indices + row * indices_stride;
+        float* row_weights = weights + row * weights_stride;
+        int* row_indices = indices + row * indices_stride;
         const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
         const bool token_exists = exists(token_id, vocab_size);
-        const expert_t *entries = table + (token_exists ? token_id : 0) * table_stride;
+        const expert_t* entries = table + (token_exists ? token_id : 0) * table_stride;
         bool bad = !token_exists;
         for (int place = threadIdx.x; token_exists && place < TOP_K; place += blockDim.x) {
             bad = bad || !exists(entries[place], NUM_EXPERTS);
@@ -196,10 +193,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             continue;
         }
 
-        const scalar_t *row_x = x + row * x_stride;
+        const scalar_t* row_x = x + row * x_stride;
         RowStatistics statistics = {0.0f, 0.0f};
         if (SCORE == SOFTMAX) {
-            // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that grows.
+            // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that
+            // grows.
             float highest = __uint_as_float(0xff800000u), sum = 0.0f;
             for (int e = warp; e < NUM_EXPERTS; e += WARPS) {
                 const float logit = warp_dot(row_x, weight + e * weight_stride, hidden, lane);

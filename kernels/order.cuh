@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0
-// The order of scores, in one place: an unsigned key that is larger for a better score. Descending value, -0.0 equal to
-// +0.0, subnormals exact, NaN of any kind lowest. Equal keys go to the lower index, which whoever compares them sees to.
+// SPDX-License-Identifier: Apache-2.0 The order of scores, in one place: an unsigned key that is larger for a better
+// score. Descending value, -0.0 equal to +0.0, subnormals exact, NaN of any kind lowest. Equal keys go to the lower
+// index, which whoever compares them sees to.
 #pragma once
 
 #include "ptx.cuh"
@@ -17,9 +17,9 @@ __device__ __forceinline__ unsigned order_key(float value) {
     return magnitude > 0x7f800000u ? NAN_KEY : key;
 }
 
-// The same order for a value that arithmetic made: -0.0 cannot come out of a sum with +0.0, and a NaN is the canonical one,
-// 0x7fffffff. So flipping the bits of negatives and the sign of others orders them, and adding 2 turns NaN from the highest
-// key into 1. Half the instructions of order_key.
+// The same order for a value that arithmetic made: -0.0 cannot come out of a sum with +0.0, and a NaN is the canonical
+// one, 0x7fffffff. So flipping the bits of negatives and the sign of others orders them, and adding 2 turns NaN from
+// the highest key into 1. Half the instructions of order_key.
 __device__ __forceinline__ unsigned sum_order_key(float sum) {
     const unsigned bits = canonical_bits(sum);
     const unsigned flips = static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u;

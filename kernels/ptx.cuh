@@ -1,5 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0
-// Single instructions that CUDA C++ has no word for without its headers, each with a C++ twin for the kernels' run on a CPU.
+// SPDX-License-Identifier: Apache-2.0 Single instructions that CUDA C++ has no word for without its headers, each with
+// a C++ twin for the kernels' run on a CPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -32,17 +32,13 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
 }
 
 // The bits of a float that arithmetic made: the hardware's only NaN is 0x7fffffff.
-__device__ __forceinline__ unsigned canonical_bits(float sum) {
-    return __float_as_uint(sum);
-}
+__device__ __forceinline__ unsigned canonical_bits(float sum) { return __float_as_uint(sum); }
 
 #else
 
 #include <cmath>
 
-inline unsigned canonical_bits(float sum) {
-    return sum != sum ? 0x7fffffffu : __float_as_uint(sum);
-}
+inline unsigned canonical_bits(float sum) { return sum != sum ? 0x7fffffffu : __float_as_uint(sum); }
 
 inline float half_bits_to_float(unsigned short bits) {
     const float magnitude = std::ldexp(static_cast<float>(bits & 0x3ff), -24);  // as a subnormal of half
@@ -56,16 +52,10 @@ inline float half_bits_to_float(unsigned short bits) {
     return (bits & 0x8000) ? -value : value;
 }
 
-inline float fast_exp2(float x) {
-    return std::exp2(x);
-}
+inline float fast_exp2(float x) { return std::exp2(x); }
 
-inline float fast_sqrt(float x) {
-    return std::sqrt(x);
-}
+inline float fast_sqrt(float x) { return std::sqrt(x); }
 
-inline float fast_reciprocal(float x) {
-    return 1.0f / x;
-}
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 #endif

@@ -5,9 +5,10 @@
 #include "types.cuh"
 
 // Columns first .. first + PerLane - 1 of a row as float; NaN from column `end` on. Whole: there is no such column.
-// Aligned: rows start at whole words, the longest of up to 16 bytes that PerLane is a multiple of, and are read by words.
+// Aligned: rows start at whole words, the longest of up to 16 bytes that PerLane is a multiple of, and are read by
+// words.
 template <typename T, int PerLane, bool Whole, bool Aligned>
-__device__ __forceinline__ void load_columns(const T *row, int first, int end, float (&values)[PerLane]) {
+__device__ __forceinline__ void load_columns(const T* row, int first, int end, float (&values)[PerLane]) {
     constexpr int LONGEST = 16 / sizeof(T);
     constexpr int WORD = !Aligned ? 1 : PerLane % LONGEST == 0 ? LONGEST : 4;
 #pragma unroll

@@ -31,21 +31,22 @@ struct RowStatistics {
     float inverse_sum;
 };
 
-// exp(-magnitude * factor) for a magnitude up to infinity: its product with log2(e) is kept in two floats, since the error of
-// one alone grows to 5e-6 near underflow. high + low = factor * log2(e).
+// exp(-magnitude * factor) for a magnitude up to infinity: its product with log2(e) is kept in two floats, since the
+// error of one alone grows to 5e-6 near underflow. high + low = factor * log2(e).
 __device__ __forceinline__ float precise_exp(float magnitude, float high, float low) {
     const float exponent = magnitude * high;
     const float rest = fmaf(magnitude, low, fmaf(magnitude, high, -exponent));
     const float power = fast_exp2(-exponent);
-    // Where the product overflows, the rest is -inf or NaN, and fmaxf takes -1; the power, 0, stays 0. NaN makes the power NaN.
+    // Where the product overflows, the rest is -inf or NaN, and fmaxf takes -1; the power, 0, stays 0. NaN makes the
+    // power NaN.
     return fmaf(power * -0.693147181f, fmaxf(rest, -1.0f), power);
 }
 
 #define LOG2E_HIGH 1.44269502f
 #define LOG2E_LOW 1.92596299e-8f
 
-// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its relative
-// accuracy and stays normal down to x = -174. log1p(t) / t on 0..1 is a polynomial (our fit, 2.0e-7 relative).
+// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its
+// relative accuracy and stays normal down to x = -174. log1p(t) / t on 0..1 is a polynomial (our fit, 2.0e-7 relative).
 __device__ __forceinline__ float sqrtsoftplus(float x) {
     const float root = precise_exp(fabsf(x), 0.5f * LOG2E_HIGH, 0.5f * LOG2E_LOW);
     const float t = root * root;
@@ -75,16 +76,14 @@ __device__ __forceinline__ float softmax_share(float x, float highest) {
     return x == highest ? 1.0f : share;
 }
 
-__device__ __forceinline__ float score_of(float logit, const RowStatistics &row) {
+__device__ __forceinline__ float score_of(float logit, const RowStatistics& row) {
     if (SCORE == SIGMOID) return sigmoid(logit);
     if (SCORE == SQRTSOFTPLUS) return sqrtsoftplus(logit);
     if (SCORE == SOFTMAX) return softmax_share(logit, row.highest) * row.inverse_sum;
     return __fadd_rn(logit, 0.0f);  // flushes a subnormal, as the others do
 }
 
-__device__ __forceinline__ bool is_nan(float value) {
-    return value != value;
-}
+__device__ __forceinline__ bool is_nan(float value) { return value != value; }
 
 // Sums of scores: identity scores may be as large as floats get, so that their sum needs a wider type.
 template <int Score>
@@ -97,18 +96,12 @@ struct Total<IDENTITY> {
 };
 typedef Total<SCORE>::type total_t;
 
-__device__ __forceinline__ float reciprocal(float divisor) {
-    return fast_reciprocal(divisor);
-}
+__device__ __forceinline__ float reciprocal(float divisor) { return fast_reciprocal(divisor); }
 
-__device__ __forceinline__ double reciprocal(double divisor) {
-    return 1.0 / divisor;
-}
+__device__ __forceinline__ double reciprocal(double divisor) { return 1.0 / divisor; }
 
 // What a score adds to the sum by which weights are divided: nothing if it is NaN.
-__device__ __forceinline__ total_t summand(float score) {
-    return is_nan(score) ? total_t(0) : total_t(score);
-}
+__device__ __forceinline__ total_t summand(float score) { return is_nan(score) ? total_t(0) : total_t(score); }
 
 // A chosen expert's weight from its score and the sum of the chosen scores that are not NaN. Score NaN gives NaN; an
 // infinite sum gives NaN to infinite scores and 0 to the others; a sum of 0 gives 0.

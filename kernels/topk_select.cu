@@ -2,9 +2,9 @@
 // The k largest scores of each row, sorted, exact: descending, equal scores by lower column, NaN last, bit copies out.
 //
 // topk_select: LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the r-th best.
-// topk_select_wide (WIDE): one block per row for every other size. Four passes over the row find the key of the k-th best
-// byte by byte from histograms; a pass in column order then copies what is above it and the first of what equals it to the
-// outputs, which are sorted there (in shared memory up to SORT_CAPACITY entries, else in place).
+// topk_select_wide (WIDE): one block per row for every other size. Four passes over the row find the key of the k-th
+// best byte by byte from histograms; a pass in column order then copies what is above it and the first of what equals
+// it to the outputs, which are sorted there (in shared memory up to SORT_CAPACITY entries, else in place).
 #include "order.cuh"
 #include "row.cuh"
 #include "select.cuh"
@@ -39,7 +39,7 @@ struct Span {
     int length;
 };
 
-__device__ __forceinline__ Span row_span(const int *lengths, const int *starts, int64_t row, int num_columns) {
+__device__ __forceinline__ Span row_span(const int* lengths, const int* starts, int64_t row, int num_columns) {
     const int start = starts != nullptr ? starts[row] : 0;
     if (start < 0 || start >= num_columns) return {0, 0};
     const int rest = num_columns - start;
@@ -58,8 +58,8 @@ __device__ __forceinline__ score_t minus_infinity() {
 #if !WIDE
 
 extern "C" __global__ void __launch_bounds__(128)
-    topk_select(const score_t *__restrict__ scores, const int *__restrict__ lengths, const int *__restrict__ starts,
-                score_t *__restrict__ values, int *__restrict__ indices, long long num_rows, int num_columns, int k,
+    topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
+                score_t* __restrict__ values, int* __restrict__ indices, long long num_rows, int num_columns, int k,
                 long long scores_stride, long long values_stride, long long indices_stride) {
     const int lane = threadIdx.x % LANES;
     constexpr int ROWS_PER_WARP = 32 / LANES;
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128)
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
         const bool row_exists = row < num_rows;
         const Span span = row_exists ? row_span(lengths, starts, row, num_columns) : Span{0, 0};
-        const score_t *source = scores + row * scores_stride + span.start;
+        const score_t* source = scores + row * scores_stride + span.start;
         const int first = lane * PER_LANE;
 
         unsigned keys[PER_LANE];
@@ -110,7 +110,7 @@ struct Threshold {
 };
 
 // Exclusive sum over the block's threads of (a, b), and the totals. Every thread takes part.
-__device__ __forceinline__ void block_scan(int a, int b, int &before_a, int &before_b, int &total_a, int &total_b) {
+__device__ __forceinline__ void block_scan(int a, int b, int& before_a, int& before_b, int& total_a, int& total_b) {
     __shared__ int sums[2][NUM_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int sum_a = a, sum_b = b;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void block_scan(int a, int b, int &before_a, int &bef
 
 // The key of the k-th best of `length` entries, k <= length: its bytes from the highest, each from a histogram of the
 // entries that share the bytes above.
-__device__ __forceinline__ Threshold find_threshold(const score_t *source, int length, int k) {
+__device__ __forceinline__ Threshold find_threshold(const score_t* source, int length, int k) {
     __shared__ int histogram[RADIX];
     __shared__ unsigned chosen_bin;
     __shared__ int chosen_rest;
@@ -173,7 +173,7 @@ __device__ __forceinline__ Threshold find_threshold(const score_t *source, int l
 }
 
 // Whether entry a stands behind entry b, of outputs that are being sorted.
-__device__ __forceinline__ bool behind(const score_t *values, const int *indices, int a, int b) {
+__device__ __forceinline__ bool behind(const score_t* values, const int* indices, int a, int b) {
     return rank_key(order_key(to_float(values[a])), indices[a]) < rank_key(order_key(to_float(values[b])), indices[b]);
 }
 
@@ -195,7 +195,7 @@ __device__ __forceinline__ void block_sort(int count, Behind is_behind, Swap swa
     }
 }
 
-__device__ __forceinline__ void sort_outputs(score_t *values, int *indices, const score_t *source, int count) {
+__device__ __forceinline__ void sort_outputs(score_t* values, int* indices, const score_t* source, int count) {
     if (count <= SORT_CAPACITY) {
         __shared__ unsigned long long ranks[SORT_CAPACITY];
         for (int i = threadIdx.x; i < count; i += BLOCK) {
@@ -230,14 +230,14 @@ __device__ __forceinline__ void sort_outputs(score_t *values, int *indices, cons
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    topk_select_wide(const score_t *__restrict__ scores, const int *__restrict__ lengths,
-                     const int *__restrict__ starts, score_t *values, int *indices, long long num_rows, int num_columns,
+    topk_select_wide(const score_t* __restrict__ scores, const int* __restrict__ lengths,
+                     const int* __restrict__ starts, score_t* values, int* indices, long long num_rows, int num_columns,
                      int k, long long scores_stride, long long values_stride, long long indices_stride) {
     for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
         const Span span = row_span(lengths, starts, row, num_columns);
-        const score_t *source = scores + row * scores_stride + span.start;
-        score_t *row_values = values + row * values_stride;
-        int *row_indices = indices + row * indices_stride;
+        const score_t* source = scores + row * scores_stride + span.start;
+        score_t* row_values = values + row * values_stride;
+        int* row_indices = indices + row * indices_stride;
 
         const int count = min(k, span.length);
         Threshold threshold = {NO_KEY, 0};  // all keys are above: everything is taken

@@ -16,13 +16,9 @@ struct BFloat16 {
     unsigned short bits;
 };
 
-__device__ __forceinline__ float to_float(float value) {
-    return value;
-}
+__device__ __forceinline__ float to_float(float value) { return value; }
 
-__device__ __forceinline__ float to_float(Float16 value) {
-    return half_bits_to_float(value.bits);
-}
+__device__ __forceinline__ float to_float(Float16 value) { return half_bits_to_float(value.bits); }
 
 __device__ __forceinline__ float to_float(BFloat16 value) {
     return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
@@ -54,14 +50,14 @@ struct Word<8> {
 
 // Read N adjacent elements that form an aligned word, by the read-only path.
 template <typename T, int N>
-__device__ __forceinline__ void load_word(const T *source, T (&target)[N]) {
+__device__ __forceinline__ void load_word(const T* source, T (&target)[N]) {
     typedef typename Word<N * sizeof(T)>::type word_t;
     static_assert(sizeof(word_t) == N * sizeof(T), "words have 8 or 16 bytes");
     union {
         word_t word;
         T elements[N];
     };
-    word = __ldg(reinterpret_cast<const word_t *>(source));
+    word = __ldg(reinterpret_cast<const word_t*>(source));
 #pragma unroll
     for (int i = 0; i < N; ++i) target[i] = elements[i];
 }

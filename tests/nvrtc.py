@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from cupy_router import compiler
 from cupy_router.compiler import CompileError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
 
-# As cupy_router.compiler and CuPy compile, but with ptxas telling what it does.
-_OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
+# As the package compiles and CuPy completes it, with ptxas telling what it does.
+_OPTIONS = (*compiler._OPTIONS, "-ftz=true", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel needs: registers of a thread, bytes of spilled registers and stack of a thread, shared bytes of a block."""
+    """What a kernel needs: registers, spilled bytes and stack bytes of a thread, shared bytes of a block."""
 
     registers: int
     spills: int
@@ -42,7 +43,7 @@ class Nvrtc:
 
     @cached_property
     def version(self) -> str:
-        """Such as "12.9.86": the release that the library writes into PTX, since nvrtcVersion leaves out the last part."""
+        """Such as "12.9.86": what the library writes into PTX, since nvrtcVersion leaves out the last part."""
         ptx = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
         found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx)
         assert found is not None, ptx
@@ -55,7 +56,9 @@ class Nvrtc:
 
     def _compile(self, source: str, options: list[str], wanted: str) -> str:
         program = ctypes.c_void_p()
-        self._check(self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+        self._check(
+            self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+        )
         try:
             encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             if self._library.nvrtcCompileProgram(program, len(options), encoded):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that compiles and launches nothing, but notes what it was asked for and reads back what the driver would read."""
+"""A backend that compiles and launches nothing: it notes what is asked of it and reads what the driver would read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from cupy_router import compiler
 
 _DEFINE = re.compile(r"#define (\w+) (-?\d+)$")
 _FILE = re.compile(r'#line 1 "kernels/(\w+)\.cu"')
-_TYPES = {"*": ctypes.c_uint64, "int": ctypes.c_int32, "long long": ctypes.c_int64, "float": ctypes.c_float}
+_TYPES: dict[str, Any] = {
+    "*": ctypes.c_uint64,
+    "int": ctypes.c_int32,
+    "long long": ctypes.c_int64,
+    "float": ctypes.c_float,
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def head(source: str) -> list[str]:
 
 
 def declared(source: str, function: str) -> list[tuple[str, str]]:
-    """Names and C types of a kernel's parameters, "*" for pointers, from its text: found without cupy_router's own parser."""
+    """Names and C types ("*": pointer) of a kernel's parameters, from its text but not by cupy_router's own parser."""
     text = re.sub(r"//.*|\bconst\b|__restrict__", " ", source)
     start = re.search(rf"\bvoid\b[^;{{}}]*?\b{function}\s*\(", text)
     assert start is not None, f"no kernel {function}"

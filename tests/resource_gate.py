@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel specialisation in use needs on every architecture, kept in tests/resources/ and not allowed to grow.
+"""What every kernel specialisation in use needs on every architecture: tables in tests/resources/ that may not grow.
 
     python -m tests.resource_gate            compare with the tables, as tests/test_compile.py does
     python -m tests.resource_gate --update   write the tables of the NVRTC versions that are installed
 
-A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. Spilled registers and
-stacks are refused even by --update.
+A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. Spilled
+registers and stacks are refused even by --update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -120,7 +120,7 @@ def _resources(job: tuple[str, str, str, str]) -> Resources:
 _TITLE = """NVRTC {version}: what each kernel specialisation needs; written by `{update}`
 registers of a thread, bytes that it spills and bytes of its stack, shared bytes of a block, occupancy in per cent
 """
-_COLUMNS = tuple(field.name for field in fields(Row))
+_WIDTHS = {"registers": 3, "spills": 1, "stack": 1, "shared": 5, "occupancy": 3}
 
 
 def table_file(version: str) -> Path:
@@ -140,13 +140,10 @@ def write(version: str, table: Table) -> None:
         if name != previous:
             lines.append(f"\n{name}" if previous else name)
         previous = name
-        values = "  ".join(f"{column} {getattr(row, column):{_WIDTHS[column]}}" for column in _COLUMNS)
+        values = "  ".join(f"{column} {getattr(row, column):{digits}}" for column, digits in _WIDTHS.items())
         lines.append(f"    {architecture:{width}}  {values}")
     FOLDER.mkdir(exist_ok=True)
     table_file(version).write_text("\n".join(lines) + "\n")
-
-
-_WIDTHS = {"registers": 3, "spills": 1, "stack": 1, "shared": 5, "occupancy": 3}
 
 
 def read(version: str) -> Table:
@@ -155,43 +152,60 @@ def read(version: str) -> Table:
     for line in table_file(version).read_text().splitlines()[2:]:
         words = line.split()
         if line.startswith(" "):
-            table[name, words[0]] = Row(**{key: int(value) for key, value in zip(words[1::2], words[2::2], strict=True)})
+            table[name, words[0]] = Row(
+                **{key: int(value) for key, value in zip(words[1::2], words[2::2], strict=True)}
+            )
         elif words:
             name = line
     return table
 
 
-def differences(before: Table, now: Table) -> Iterator[str]:
-    """One line for everything that must not be: what grew, spills, stacks, and specialisations that only one table has."""
-    for key, row in now.items():
-        name = f"{key[1]:8} {key[0]}"
-        if row.spills or row.stack:
-            yield f"{name}: {row.spills} bytes spilled, {row.stack} bytes of stack; none are allowed"
-        elif key not in before:
-            yield f"{name}: is not in the table"
-        elif worse := row.worse_than(before[key]):
-            yield f"{name}: {', '.join(worse)}"
-    for key in before.keys() - now.keys():
-        yield f"{key[1]:8} {key[0]}: is in the table, but not in use"
+def differences(before: Table, now: Table) -> list[str]:
+    """One line for all that must not be: spills, stacks, what grew, and specialisations that only one table has."""
+    lines = refused(now)
+    for (name, architecture), row in now.items():
+        old = before.get((name, architecture))
+        worse = row.worse_than(old) if old is not None else []
+        if worse:
+            lines.append(f"{architecture:8} {name}: {', '.join(worse)}")
+    lines += [f"{'new':8} {name}: is not in the table" for name in _names(now.keys() - before.keys())]
+    return lines + [f"{'old':8} {name}: is in the table, but not in use" for name in _names(before.keys() - now.keys())]
+
+
+def refused(now: Table) -> list[str]:
+    """Registers that go to memory make a kernel slow however few they are, so no table may hold any."""
+    return [
+        f"{architecture:8} {name}: spills {row.spills} bytes, has {row.stack} bytes of stack; none are allowed"
+        for (name, architecture), row in now.items()
+        if row.spills or row.stack
+    ]
+
+
+def _names(keys: Iterable[tuple[str, str]]) -> list[str]:
+    return sorted({name for name, _ in keys})
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.resource_gate", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.resource_gate", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--update", action="store_true", help="write the tables")
     update = parser.parse_args().update
-    bad = 0
+    failed = False
     wanted = specialisations()
     for version in nvrtc.libraries():
         now = measure(version, wanted)
-        before = read(version) if version in tables() else {}
-        lines = [line for line in differences(before, now)]
-        print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows, {len(lines)} differences for the worse")
+        lines = differences(read(version) if version in tables() else {}, now)
+        print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows")
         print("".join(f"    {line}\n" for line in lines), end="")
-        refused = [key for key, row in now.items() if row.spills or row.stack]
-        if update and not refused:
+        if not update:
+            failed |= bool(lines)
+        elif refused(now):
+            failed = True
+            print(f"    {table_file(version).name} is left as it is")
+        else:
             write(version, now)
-        bad += len(refused) if update else len(lines)
-    return int(bad > 0)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel specialisation in use: what the ops ask to be compiled for the presets, the benchmarks and some corners.
 
-Nothing is listed by its macros. Calls are made, in part by the benchmark scripts themselves, with NumPy's memory in place of
-the GPU's, while a :class:`Recorder` stands in for the device; so the list is what the ops really plan.
+Nothing is listed by its macros. Calls are made, in part by the benchmark scripts themselves, with NumPy's memory in the
+place of the GPU's, while a :class:`Recorder` stands in for the device; so the list is what the ops really plan.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _presets() -> None:
 
 
 def _corners() -> None:
-    """The widest rows and the most winners that a warp takes, narrow rows with limits, every score, the kernels for any size."""
+    """The widest rows and most winners that a warp takes, rows with limits, every score, the kernels for any size."""
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
@@ -114,7 +114,7 @@ def _benchmarks() -> None:
     """The GPU part of every benchmark script, each call made once instead of timed."""
     for path in sorted(BENCHMARKS.glob("bench_*.py")):
         script = importlib.import_module(f"benchmarks.{path.stem}")
-        timing = {
+        timing: dict[str, Any] = {
             "cold_inputs": lambda make, *_, **__: [make()],
             "graph_microseconds": _call_once,
             "torch_graph_microseconds": lambda *_, **__: (0.0, 0.0),

@@ -25,7 +25,8 @@ OPS = ["activation_topk", "hash_router", "topk_select"]
 
 # Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
 MAY_IMPORT = {
-    "compiler": set(),
+    "watch": set(),
+    "compiler": {"watch"},
     "results": set(),
     "method": set(),
     "launcher": {"compiler"},

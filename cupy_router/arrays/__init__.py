@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The boundary: any framework's array in, the caller's framework out, and its stream.
 
-A :class:`Framework` is looked up by the type of an array. CUDA arrays of known frameworks are read through plain attributes,
-which is the cheapest way there is; everything else comes through DLPack. Nothing here imports a framework that the caller has
-not imported already.
+A :class:`Framework` is looked up by the type of an array. CUDA arrays of known frameworks are read through plain
+attributes, which is the cheapest way there is; everything else comes through DLPack. Nothing here imports a framework
+that the caller has not imported already.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+
+Allocator = Callable[[], tuple[Any, int]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class View:
 
 
 class Framework:
-    """How arrays of one framework are read and made. `stream` is a CUDA stream handle as an int, None for CPU memory."""
+    """How arrays of one framework are read and made. `stream` is a CUDA stream as an int, None for CPU memory."""
 
     name: str
+    delivers = False  # whether results need `deliver` before the caller gets them
 
     def current_stream(self, array: Any) -> int | None:
         """The stream that the framework is enqueueing on for this array's device."""
@@ -64,16 +67,16 @@ class Framework:
         """Everything about the array, for checks and for the reference."""
         raise NotImplementedError
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        """An uninitialised array on the device of `like`, and its address."""
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+        """What makes an uninitialised array on the device of `like`, and its address, whenever it is called."""
         raise NotImplementedError
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
-        """Within it, `empty` allocates for `stream` and `deliver` hands over from it."""
+        """Within it, an allocator allocates for `stream` and `deliver` hands over from it."""
         raise NotImplementedError
 
     def deliver(self, array: Any, like: Any) -> Any:
-        """An array of :meth:`empty`, once its kernel is enqueued, as the caller gets it."""
+        """An array of :meth:`allocator`, once its kernel is enqueued, as the caller gets it."""
         return array
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
@@ -107,7 +110,9 @@ def _find(name: str, kind: type) -> Framework:
         from cupy_router.arrays import _dlpack, _exchange
 
         return _exchange.Exchange(kind) if hasattr(kind, "__dlpack_c_exchange_api__") else _dlpack.FRAMEWORK
-    raise TypeError(f"{name} must be an array of CuPy, PyTorch, JAX, NumPy or another DLPack framework, got {kind.__name__}")
+    raise TypeError(
+        f"{name} must be an array of CuPy, PyTorch, JAX, NumPy or another DLPack framework, got {kind.__name__}"
+    )
 
 
 def stream_handle(stream: Any) -> int:
@@ -129,9 +134,9 @@ _in_flight_lock = threading.Lock()
 def keep_until_done(owners: list[object], stream: int, device: int) -> None:
     """Keep what an enqueued kernel reads until it has finished, and let go what earlier kernels are done with.
 
-    For memory that its framework could reuse before then because the kernel runs on a stream the framework does not know.
-    An event tells when; it is looked at by later calls, never waited for. Under graph capture nothing is kept or let go: a
-    graph's memory is its owner's business, and events cannot be queried.
+    For memory that its framework could reuse before then because the kernel runs on a stream the framework does not
+    know. An event tells when; it is looked at by later calls, never waited for. Under graph capture nothing is kept or
+    let go: a graph's memory is its owner's business, and events cannot be queried.
     """
     import cupy
 

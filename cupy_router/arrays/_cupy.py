@@ -9,7 +9,7 @@ from typing import Any
 
 import cupy
 
-from cupy_router.arrays import Framework, View
+from cupy_router.arrays import Allocator, Framework, View
 from cupy_router.arrays._numpy import DTYPES, NAMES
 
 ARRAY_TYPES = (cupy.ndarray,)
@@ -33,7 +33,8 @@ class CuPy(Framework):
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
         data = array.data
-        return data.ptr, (array.dtype, array.shape, array.strides, data.device_id)
+        pointer = data.ptr
+        return pointer, (array.dtype, array.shape, array.strides, data.device_id, pointer & 15)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         if any(step % array.itemsize for step in array.strides):
@@ -49,17 +50,26 @@ class CuPy(Framework):
             host=None,
         )
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        index = like.data.device_id
-        if index != cupy.cuda.runtime.getDevice():
-            with cupy.cuda.Device(index):
-                array = cupy.empty(shape, DTYPES[dtype])
-        else:
-            array = cupy.empty(shape, DTYPES[dtype])
-        return array, array.data.ptr
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+        return allocator(shape, dtype, like.data.device_id)
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         return on_stream(stream, like.data.device_id)
+
+
+def allocator(shape: tuple[int, ...], dtype: str, index: int) -> Allocator:
+    """From CuPy's pool on a device, for CuPy's current stream."""
+    runtime, empty, dtype_ = cupy.cuda.runtime, cupy.empty, DTYPES[dtype]
+
+    def allocate() -> tuple[Any, int]:
+        if runtime.getDevice() == index:
+            array = empty(shape, dtype_)
+        else:
+            with cupy.cuda.Device(index):
+                array = empty(shape, dtype_)
+        return array, array.data.ptr
+
+    return allocate
 
 
 class on_stream(AbstractContextManager[None]):

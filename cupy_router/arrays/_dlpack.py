@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anything else that speaks DLPack, read from its capsule with ctypes.
 
-Results are of the caller's own namespace where it follows the array API standard, else CuPy arrays, or NumPy for CPU memory.
+Results are of the caller's own namespace where it follows the array API standard, else CuPy arrays, or NumPy for CPU
+memory.
 
 The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import ITEM_SIZES, Framework, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, View
 from cupy_router.arrays._numpy import DTYPES
 
 CPU, CUDA = 1, 2
@@ -78,6 +79,7 @@ def _address(tensor: Tensor) -> int:
 
 class DLPack(Framework):
     name = "dlpack"
+    delivers = True
 
     def export(self, array: Any, stream: int | None) -> tuple[object, Tensor, bool]:
         """What keeps the memory, its tensor, and whether it is read-only; `stream` will wait for the producer."""
@@ -104,7 +106,8 @@ class DLPack(Framework):
         capsule, tensor, readonly = self.export(array, stream)
         owners += (capsule, array)
         kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
-        return _address(tensor), (kind, *_shape(tensor))
+        pointer = _address(tensor)
+        return pointer, (kind, *_shape(tensor), pointer & 15)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         try:
@@ -121,16 +124,10 @@ class DLPack(Framework):
             host = _host(_address(tensor), shape, strides, dtype, (capsule, array))
         return View(name, _address(tensor), shape, strides, dtype, device, readonly, host)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        kind, index = like.__dlpack_device__()
-        if kind != CUDA:
-            array = np.empty(shape, DTYPES[dtype])
-            return array, array.ctypes.data
-        import cupy
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+        from cupy_router.arrays import _cupy
 
-        with cupy.cuda.Device(index):
-            on_device = cupy.empty(shape, DTYPES[dtype])
-        return on_device, on_device.data.ptr
+        return _cupy.allocator(shape, dtype, like.__dlpack_device__()[1])
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         from cupy_router.arrays import _cupy

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types with DLPack's C exchange API: a tensor view and the current stream by two C calls, without a capsule.
 
-The API is a struct of function pointers in a capsule on the type (dlpack.h 1.2 and later, `DLPackExchangeAPI`); ctypes calls
-them. It does not synchronise, so work goes on the stream that the producer says it is working on.
+The API is a struct of function pointers in a capsule on the type (dlpack.h 1.2 and later, `DLPackExchangeAPI`); ctypes
+calls them. It does not synchronise, so work goes on the stream that the producer says it is working on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ class _API(ctypes.Structure):
         ("from_object", ctypes.c_void_p),
         ("to_object", ctypes.c_void_p),
         ("tensor_from_object", ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(_dlpack.Tensor))),
-        ("current_stream", ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))),
+        (
+            "current_stream",
+            ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)),
+        ),
     ]
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """JAX arrays: immutable, dense, and computed on streams of XLA's own.
 
-`__dlpack__(stream=ours)` makes our stream wait for the producer; the capsule it returns keeps the buffer from being reused
-and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream after ours.
+`__dlpack__(stream=ours)` makes our stream wait for the producer; the capsule it returns keeps the buffer from being
+reused and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream
+after ours.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import Framework, View
+from cupy_router.arrays import Allocator, Framework, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
-from cupy_router.arrays._numpy import DTYPES, NAMES
+from cupy_router.arrays._numpy import NAMES
 
 ARRAY_TYPES = (jax.Array, jax.core.Tracer)
 
 
 class JAX(Framework):
     name = "jax"
+    delivers = True
 
     def current_stream(self, array: Any) -> int | None:
         kind, index = _device("the first array", array)
@@ -36,7 +38,8 @@ class JAX(Framework):
         device = _device("an array", array)
         if device[0] == "cuda":
             owners.append(array.__dlpack__(stream=consumer_stream(stream)))
-        return array.unsafe_buffer_pointer(), ("jax", array.dtype, array.shape, device)
+        pointer = array.unsafe_buffer_pointer()
+        return pointer, ("jax", array.dtype, array.shape, device, pointer & 15)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         device = _device(name, array)
@@ -54,16 +57,10 @@ class JAX(Framework):
             host=np.asarray(array) if device[0] == "cpu" else None,
         )
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        if _device("the first array", like)[0] == "cpu":
-            from cupy_router.arrays import _numpy
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+        from cupy_router.arrays import _cupy
 
-            return _numpy.FRAMEWORK.empty(shape, dtype, like)
-        import cupy
-
-        with cupy.cuda.Device(_device("the first array", like)[1]):
-            array = cupy.empty(shape, DTYPES[dtype])
-        return array, array.data.ptr
+        return _cupy.allocator(shape, dtype, _device("the first array", like)[1])
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         from cupy_router.arrays import _cupy
@@ -71,8 +68,6 @@ class JAX(Framework):
         return _cupy.on_stream(stream, _device("the first array", like)[1])
 
     def deliver(self, array: Any, like: Any) -> Any:
-        if isinstance(array, np.ndarray):
-            return self.from_host(array, None)
         with array.device:
             return jax.dlpack.from_dlpack(array)
 

@@ -40,10 +40,6 @@ class NumPy(Framework):
             host=array,
         )
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> tuple[Any, int]:
-        array = np.empty(shape, DTYPES[dtype])
-        return array, array.ctypes.data
-
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         return values
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every op runs: a kind of call is checked and planned once, then a call is pointers and a launch.
 
-A plan depends on all that the checks looked at (shapes, strides, dtypes, devices, options) but not on addresses beyond their
-alignment, so a call whose key is known needs no check but that of `num_valid`.
+A plan depends on all that the checks looked at (shapes, strides, dtypes, devices, options) but not on addresses beyond
+their alignment, so a call whose key is known needs no check but that of `num_valid`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_router import compiler
-from cupy_router.arrays import FRAMEWORKS, Framework, View, framework_of, in_flight, keep_until_done, stream_handle
+from cupy_router.arrays import (
+    FRAMEWORKS,
+    Allocator,
+    Framework,
+    View,
+    framework_of,
+    in_flight,
+    keep_until_done,
+    stream_handle,
+)
 from cupy_router.arrays._numpy import DTYPES
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
@@ -23,7 +32,8 @@ Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
 
 
 class Kernel(NamedTuple):
-    """The kernel for one kind of call. Its parameters are inputs, outputs, `num_valid_value` if the op has one, then `fixed`."""
+    """The kernel for one kind of call. Its parameters are inputs, outputs, `num_valid_value` if the op has one, then
+    `fixed`."""
 
     file: str
     function: str
@@ -53,7 +63,8 @@ class Op:
 
 
 class _Plan(NamedTuple):
-    outputs: tuple[Output, Output]
+    num_rows: int
+    allocators: tuple[Allocator, Allocator]
     launch: Launch | None  # None: no rows, nothing to do
 
 
@@ -106,34 +117,33 @@ def _run_on_device(
 ) -> Any:
     key: list[Hashable] = [op.name, options, framework]
     pointers: list[int] = []
-    for array in inputs if out is None else inputs + tuple(out):
+    for array in inputs if out is None else (*inputs, *out):
         if array is None:
             key.append(None)
             pointers.append(0)
-            continue
-        kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers)), array)
-        pointer, facts = kind.describe(array, stream, owners)
-        key.append(facts)
-        key.append(pointer & 15)
-        pointers.append(pointer)
+        else:
+            kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers)), array)
+            pointer, facts = kind.describe(array, stream, owners)
+            key.append(facts)
+            pointers.append(pointer)
     plan_key = tuple(key)
     plan = _plans.get(plan_key)
     if plan is None:
         views, out_views, outputs = _checked(op, options, inputs, out, stream)
-        plan = _Plan(outputs, _planned(op, options, views, out_views, outputs))
+        first, second = (framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs)
+        plan = _Plan(outputs[0][0][0], (first, second), _planned(op, options, views, out_views, outputs))
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[plan_key] = plan
-    if number >= 0:
-        check.integer("num_valid", number, 0, plan.outputs[0][0][0])
+    num_rows, (allocate_first, allocate_second), launch = plan
+    if number > num_rows:
+        check.integer("num_valid", number, 0, num_rows)
 
-    results = []
     if out is None:
-        for shape, dtype in plan.outputs:
-            array, pointer = framework.empty(shape, dtype, inputs[0])
-            results.append(array)
-            pointers.append(pointer)
-    launch = plan.launch
+        first, pointer = allocate_first()
+        pointers.append(pointer)
+        second, pointer = allocate_second()
+        pointers.append(pointer)
     if launch is not None:
         if op.takes_number:
             pointers.append(number)
@@ -142,7 +152,9 @@ def _run_on_device(
             keep_until_done(owners, stream, launch.function.device)
     if out is not None:
         return out
-    return op.result(*(framework.deliver(array, inputs[0]) for array in results))
+    if framework.delivers:
+        return op.result(framework.deliver(first, inputs[0]), framework.deliver(second, inputs[0]))
+    return op.result(first, second)
 
 
 def _run_on_host(

@@ -40,14 +40,18 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     if number is None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {number}")
+        raise ValueError(
+            f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {number}"
+        )
     return number
 
 
 def strides(view: View) -> None:
     """The last axis is contiguous; rows may lie any distance apart."""
     if view.shape and view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
-        raise ValueError(f"{view.name} must be contiguous along its last axis, got strides {list(view.strides)} of {view}")
+        raise ValueError(
+            f"{view.name} must be contiguous along its last axis, got strides {list(view.strides)} of {view}"
+        )
 
 
 def one_device(views: Sequence[View]) -> None:

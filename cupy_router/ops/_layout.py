@@ -26,7 +26,8 @@ def lanes_and_columns(num_columns: int, k: int) -> tuple[int, int]:
 
 
 def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
-    """Whether every row starts at a multiple of the words in which `columns` adjacent columns are read, 16 bytes at most."""
+    """Whether every row starts at a multiple of the words in which `columns` adjacent columns are read, 16 bytes at
+    most."""
     size = min(16, (columns & -columns) * SIZES[dtype])
     return pointer % size == 0 and row_stride * SIZES[dtype] % size == 0
 

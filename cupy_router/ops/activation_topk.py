@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-
 from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
@@ -21,7 +20,13 @@ _WIDE_BLOCK = 256
 
 
 def activation_topk(
-    logits: Any, method: RoutingMethod | str, *, bias: Any = None, num_valid: Any = None, out: Any = None, stream: Any = None
+    logits: Any,
+    method: RoutingMethod | str,
+    *,
+    bias: Any = None,
+    num_valid: Any = None,
+    out: Any = None,
+    stream: Any = None,
 ) -> Routing:
     """Score the logits of each token, choose its top_k experts by score plus bias, and weigh them by their scores.
 
@@ -31,20 +36,21 @@ def activation_topk(
         bias: [num_experts] float32, added to the scores for the selection alone.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the device of the logits, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
-        stream: work is enqueued on the current stream of the logits' framework unless an object with `__cuda_stream__` or
+        out: a :class:`Routing` of preallocated arrays, filled in place and returned. stream: work is enqueued on the
+        current stream of the logits' framework unless an object with `__cuda_stream__` or
             an int handle is given here. The host never waits.
 
     Returns:
-        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, by descending score + bias;
-        equal values: lower index first; NaN below -inf. Arrays are of the logits' framework, on their device.
+        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, by descending score +
+        bias; equal values: lower index first; NaN below -inf. Arrays are of the logits' framework, on their device.
 
     Raises:
         TypeError: something is no array, or has a dtype that is not allowed.
         ValueError: ranks, shapes, strides, devices or num_valid are wrong.
         RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
 
-    The scores are those of routing_maths: sqrt(log(1 + exp(x))) as in DeepSeek-V4, sigmoid, softmax, or the logit itself.
+    The scores are those of routing_maths: sqrt(log(1 + exp(x))) as in DeepSeek-V4, sigmoid, softmax, or the logit
+    itself.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, activation_topk
@@ -62,7 +68,9 @@ def _check(method: RoutingMethod, logits: View, bias: View | None, num_valid: Vi
     check.rank(logits, "num_tokens, num_experts")
     num_tokens, num_experts = logits.shape
     if num_experts != method.num_experts:
-        raise ValueError(f"logits must have num_experts = {method.num_experts} columns, as the method has, got {logits}")
+        raise ValueError(
+            f"logits must have num_experts = {method.num_experts} columns, as the method has, got {logits}"
+        )
     if bias is not None:
         check.dtype(bias, ("float32",))
         check.shape(bias, (num_experts,), "num_experts")
@@ -103,7 +111,14 @@ def _kernel(
         **method_arguments(method),
     }
     if not layout.fits(num_experts, method.top_k):
-        return Kernel("activation_topk", "activation_topk_wide", macros | {"WIDE": 1}, min(num_tokens, 2**31 - 1), _WIDE_BLOCK, fixed)
+        return Kernel(
+            "activation_topk",
+            "activation_topk_wide",
+            macros | {"WIDE": 1},
+            min(num_tokens, 2**31 - 1),
+            _WIDE_BLOCK,
+            fixed,
+        )
     lanes, columns = layout.lanes_and_columns(num_experts, method.top_k)
     macros |= {
         "LANES": lanes,

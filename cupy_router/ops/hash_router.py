@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
@@ -39,21 +38,19 @@ def hash_router(
     renormalised and scaled; with x and weight only the dot products that are needed are computed.
 
     Args:
-        token_ids: [num_tokens] int32 or int64.
-        table: [vocab_size, top_k] int32 or int64, expert ids.
-        method: a :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits or x.
-        logits: [num_tokens, num_experts] float32, float16 or bfloat16.
-        x: [num_tokens, hidden] float32, float16 or bfloat16, instead of logits.
-        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x.
+        token_ids: [num_tokens] int32 or int64. table: [vocab_size, top_k] int32 or int64, expert ids. method: a
+        :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits or x.
+        logits: [num_tokens, num_experts] float32, float16 or bfloat16. x: [num_tokens, hidden] float32, float16 or
+        bfloat16, instead of logits. weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the same device, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
-        stream: work is enqueued on the current stream of the token ids' framework unless an object with `__cuda_stream__`
+        out: a :class:`Routing` of preallocated arrays, filled in place and returned. stream: work is enqueued on the
+        current stream of the token ids' framework unless an object with `__cuda_stream__`
             or an int handle is given here. The host never waits.
 
     Returns:
-        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, in the table's order. A token
-        id outside the table, or a table entry that is no expert, gives the whole row indices -1 and weights 0.
+        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, in the table's order. A
+        token id outside the table, or a table entry that is no expert, gives the whole row indices -1 and weights 0.
 
     Raises:
         TypeError: something is no array, or has a dtype that is not allowed.
@@ -176,7 +173,14 @@ def _kernel(
 
 
 def _reference(
-    method: RoutingMethod | None, number: int, token_ids: Any, table: Any, logits: Any, x: Any, weight: Any, num_valid: Any
+    method: RoutingMethod | None,
+    number: int,
+    token_ids: Any,
+    table: Any,
+    logits: Any,
+    x: Any,
+    weight: Any,
+    num_valid: Any,
 ) -> tuple[Any, Any]:
     valid = check.valid_rows(number, num_valid, len(token_ids))
     return reference.hash_router(token_ids, table, method, logits, x, weight, valid)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 from cupy_router.arrays import View
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
@@ -22,17 +21,15 @@ def topk_select(
 ) -> TopK:
     """The k largest scores of each row and their columns, by descending score; equal scores, lower column first.
 
-    Exact on every input: -0.0 equals +0.0, subnormals are ordered, NaN ranks below -inf. Row r has only the columns from
-    `starts[r]` (default 0) for `lengths[r]` (default: to the end), cut to what exists; a start outside the row or a length
-    <= 0 makes it empty. Indices count from the row's start.
+    Exact on every input: -0.0 equals +0.0, subnormals are ordered, NaN ranks below -inf. Row r has only the columns
+    from `starts[r]` (default 0) for `lengths[r]` (default: to the end), cut to what exists; a start outside the row or
+    a length <= 0 makes it empty. Indices count from the row's start.
 
     Args:
-        scores: [num_rows, num_columns] float32, float16 or bfloat16.
-        k: at least 1; at most num_columns unless `lengths` or `starts` are given.
-        lengths: [num_rows] int32, or None.
-        starts: [num_rows] int32, or None.
-        out: a :class:`TopK` of preallocated arrays, filled in place and returned.
-        stream: work is enqueued on the current stream of the scores' framework unless an object with `__cuda_stream__` or
+        scores: [num_rows, num_columns] float32, float16 or bfloat16. k: at least 1; at most num_columns unless
+        `lengths` or `starts` are given. lengths: [num_rows] int32, or None. starts: [num_rows] int32, or None. out: a
+        :class:`TopK` of preallocated arrays, filled in place and returned. stream: work is enqueued on the current
+        stream of the scores' framework unless an object with `__cuda_stream__` or
             an int handle is given here. The host never waits.
 
     Returns:
@@ -68,9 +65,7 @@ def _check(k: int, scores: View, lengths: View | None, starts: View | None) -> t
     return ((num_rows, k), scores.dtype), ((num_rows, k), "int32")
 
 
-def _kernel(
-    k: int, out_strides: Sequence[int], scores: View, lengths: View | None, starts: View | None
-) -> Kernel:
+def _kernel(k: int, out_strides: Sequence[int], scores: View, lengths: View | None, starts: View | None) -> Kernel:
     num_rows, num_columns = scores.shape
     macros = {"DTYPE": layout.DTYPE_CODES[scores.dtype]}
     fixed: dict[str, int | float] = {
@@ -82,7 +77,9 @@ def _kernel(
         "indices_stride": out_strides[1],
     }
     if not layout.fits(num_columns, k):
-        return Kernel("topk_select", "topk_select_wide", macros | {"WIDE": 1}, min(num_rows, 2**31 - 1), _WIDE_BLOCK, fixed)
+        return Kernel(
+            "topk_select", "topk_select_wide", macros | {"WIDE": 1}, min(num_rows, 2**31 - 1), _WIDE_BLOCK, fixed
+        )
     lanes, columns = layout.lanes_and_columns(num_columns, k)
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {

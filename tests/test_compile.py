@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every specialisation in use, compiled by NVRTC for every architecture; what it needs may not grow. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cupy_router import compiler, presets
+from tests import nvrtc, resource_gate
+from tests.nvrtc import ARCHITECTURES, Resources
+from tests.resource_gate import Row, occupancy
+from tests.specialisations import Specialisation, specialisations
+
+KERNELS = compiler.kernel_folders()[-1]
+INSTALL = "pip install nvidia-cuda-nvrtc-cu12 (12.x) or nvidia-cuda-nvrtc (13.x)"
+
+
+def any_nvrtc() -> nvrtc.Nvrtc:
+    """The oldest that is here, or a skip."""
+    found = list(nvrtc.libraries().values())
+    return found[0] if found else pytest.skip(f"NVRTC is not here: {INSTALL}")
+
+
+@cache
+def in_use() -> list[Specialisation]:
+    pytest.importorskip("cupy", reason="the benchmarks, whose specialisations are wanted, import CuPy")
+    pytest.importorskip("torch", reason="the benchmarks, whose specialisations are wanted, import PyTorch")
+    return specialisations()
+
+
+# -- The gate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", resource_gate.tables())
+def test_no_kernel_needs_more_than_before(version: str) -> None:
+    """On failure: make the kernel leaner, or accept with the command below and say why in the commit."""
+    if version not in nvrtc.libraries():
+        message = f"NVRTC {version} is not here: {INSTALL}; set {nvrtc.FOLDERS} to keep several"
+        if nvrtc.FOLDERS in os.environ:  # whoever names folders wants every table checked
+            pytest.fail(message)
+        pytest.skip(message)
+    found = resource_gate.differences(resource_gate.read(version), resource_gate.measure(version, in_use()))
+    assert not found, "\n".join([f"NVRTC {version}", *found, f"to accept: {resource_gate.UPDATE}"])
+
+
+def test_both_generations_of_nvrtc_have_a_table() -> None:
+    assert {version.partition(".")[0] for version in resource_gate.tables()} == {"12", "13"}
+
+
+KERNEL = """#line 1 "kernels/planted.cu"
+extern "C" __global__ void __launch_bounds__(128) planted(const float *x, float *y, int n) {
+#ifdef STACK
+    float local[64];
+    for (int i = 0; i < 64; ++i) local[i * n % 64] = x[i];
+    y[threadIdx.x] = local[n % 64];
+#else
+    float sum = 0;
+    float local[REGISTERS];
+    for (int i = 0; i < REGISTERS; ++i) local[i] = x[i];
+    __syncthreads();
+    for (int i = 0; i < REGISTERS; ++i) sum = sum * local[i] + x[threadIdx.x] * local[REGISTERS - 1 - i];
+    y[threadIdx.x] = sum;
+#endif
+}
+"""
+
+
+def planted(**macros: int) -> resource_gate.Table:
+    source = "".join(f"#define {name} {value}\n" for name, value in macros.items()) + KERNEL
+    specialisation = Specialisation("planted", (), "planted", 128, 0)
+    needs = any_nvrtc().resources(source, "planted", "sm_90")
+    return {("planted", "sm_90"): Row.of(specialisation, "sm_90", needs)}
+
+
+def test_the_gate_sees_a_kernel_that_grew() -> None:
+    before, now = planted(REGISTERS=8), planted(REGISTERS=60)
+    (line,) = resource_gate.differences(before, now)
+    assert re.fullmatch(r"sm_90 +planted: registers \d+ -> \d+, occupancy \d+ -> \d+", line)
+    assert resource_gate.differences(now, before) == []
+
+
+def test_the_gate_refuses_a_stack() -> None:
+    table = planted(STACK=1)
+    (line,) = resource_gate.differences(table, table)
+    assert re.fullmatch(r"sm_90 +planted: spills 0 bytes, has 256 bytes of stack; none are allowed", line)
+    assert resource_gate.refused(table) == [line]
+
+
+def test_the_gate_names_what_only_one_table_has() -> None:
+    row = Row(32, 0, 0, 0, 100)
+    before, now = {("gone", "sm_80"): row, ("gone", "sm_90"): row}, {("added", "sm_90"): row}
+    added, gone = resource_gate.differences(before, now)
+    assert (added.split(), gone.split()) == (
+        "new added: is not in the table".split(),
+        "old gone: is in the table, but not in use".split(),
+    )
+
+
+@pytest.mark.parametrize("field", ["registers", "spills", "stack", "shared", "occupancy"])
+def test_each_number_counts(field: str) -> None:
+    row = Row(40, 8, 8, 1024, 75)
+    more = replace(row, **{field: getattr(row, field) + 1})
+    worse, better = (row, more) if field == "occupancy" else (more, row)
+    assert worse.worse_than(better) == [f"{field} {getattr(better, field)} -> {getattr(worse, field)}"]
+    assert better.worse_than(worse) == []
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource_gate, "FOLDER", tmp_path / "resources")
+    table = {
+        (name, architecture): Row(32 + i, 0, 0, 128 * i, 100 - i)
+        for name in ("first A=1 B=2", "second")
+        for i, architecture in enumerate(ARCHITECTURES)
+    }
+    resource_gate.write("1.2.3", table)
+    assert list(resource_gate.tables()) == ["1.2.3"]
+    assert resource_gate.read("1.2.3") == table
+    text = resource_gate.table_file("1.2.3").read_text()
+    resource_gate.write("1.2.3", resource_gate.read("1.2.3"))
+    assert resource_gate.table_file("1.2.3").read_text() == text
+
+
+# -- What is in use ----------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_is_in_use_in_every_dtype() -> None:
+    found = [(one.function, dict(one.macros)) for one in in_use()]
+    for method in presets().values():
+        for dtype in range(3):
+            for function in ("activation_topk", "hash_router", "hash_router_products"):
+                wanted = {"NUM_EXPERTS": method.num_experts, "TOP_K": method.top_k, "DTYPE": dtype}
+                assert any(name == function and wanted.items() <= macros.items() for name, macros in found), wanted
+
+
+def test_every_kernel_is_in_use() -> None:
+    declared = set()
+    for path in KERNELS.glob("*.cu"):
+        declared |= set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", path.read_text()))
+    assert declared == {one.function for one in in_use()}
+
+
+def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
+    before = dict(compiler.BACKENDS), compiler._functions
+    assert specialisations() == in_use()
+    assert (dict(compiler.BACKENDS), compiler._functions) == before
+
+
+def test_no_block_is_larger_than_the_kernel_is_bound_for() -> None:
+    for one in in_use():
+        text = one.source[: one.source.index(f"{one.function}(")]
+        bound = re.findall(r"__launch_bounds__\(([^)]*)\)", text)[-1]
+        defaults = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)$", text, re.M)}
+        assert one.block <= eval(bound, {}, defaults | dict(one.macros)), one
+
+
+# -- Compiling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", sorted(path.stem for path in KERNELS.glob("*.cu")))
+def test_every_kernel_file_compiles_alone(kernel: str) -> None:
+    """With the defaults of its macros, as an editor or a reader would try it."""
+    for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
+        for architecture in ARCHITECTURES:
+            assert nvrtc_.resources(compiler.expand(kernel), kernel, architecture).registers > 0
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in KERNELS.glob("*.cuh")))
+def test_every_header_compiles_alone(header: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It includes what it needs."""
+    (tmp_path / "alone.cu").write_text(f'#include "{header}"\nextern "C" __global__ void alone() {{}}\n')
+    monkeypatch.setenv("CUPY_ROUTER_KERNELS", str(tmp_path))
+    assert any_nvrtc().resources(compiler.expand("alone"), "alone", "sm_90").stack == 0
+
+
+def test_errors_name_file_and_line() -> None:
+    source = compiler.expand("topk_select", {"TOP_K": 33})  # more winners than lanes
+    with pytest.raises(compiler.CompileError, match=r"kernels/\w+\.cuh?\(\d+\): error: static assertion failed"):
+        any_nvrtc().resources(source, "topk_select", "sm_90")
+
+
+# -- Reading logs, counting warps --------------------------------------------------------------------------------------
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'other' for 'sm_80'
+ptxas info    : Function properties for other
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers, 380 bytes cmem[0]
+ptxas info    : Compiling entry function 'kernel' for 'sm_80'
+ptxas info    : Function properties for kernel
+    40 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 40 bytes cumulative stack size, 2068 bytes smem, 432 bytes cmem[0]
+"""
+
+
+def test_the_log_is_read() -> None:
+    assert nvrtc.parse_log(LOG, "kernel", "sm_80") == Resources(96, 40, 40, 2068)
+    assert nvrtc.parse_log(LOG, "other", "sm_80") == Resources(12, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("log", "function", "architecture"),
+    [("", "kernel", "sm_80"), (LOG, "kernel", "sm_90"), (LOG, "kern", "sm_80"), (LOG[:-120], "kernel", "sm_80")],
+)
+def test_a_log_that_does_not_say_it_is_an_error(log: str, function: str, architecture: str) -> None:
+    with pytest.raises(ValueError, match=f"{function} needs on {architecture}"):
+        nvrtc.parse_log(log, function, architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "block", "registers", "shared", "percent"),
+    [
+        ("sm_90", 128, 32, 0, 100),
+        ("sm_90", 128, 33, 0, 75),  # 40 registers: 12 warps in each quarter
+        ("sm_90", 128, 64, 0, 50),
+        ("sm_90", 256, 128, 0, 25),
+        ("sm_90", 128, 255, 0, 12),  # two blocks of 4 warps
+        ("sm_90", 32, 32, 0, 50),  # 32 blocks of one warp
+        ("sm_90", 512, 32, 32768, 100),  # 4 blocks, each with 33 KB
+        ("sm_90", 512, 32, 60000, 75),  # 3 blocks fit into 228 KB
+        ("sm_75", 32, 32, 0, 50),
+        ("sm_75", 1024, 64, 32769, 100),
+        ("sm_75", 512, 32, 32768, 100),  # nothing is reserved there
+        ("sm_75", 512, 32, 32769, 50),
+        ("sm_80", 128, 40, 0, 75),
+        ("sm_86", 32, 32, 0, 33),
+        ("sm_89", 32, 32, 0, 50),
+        ("sm_120", 1024, 40, 0, 66),
+        ("sm_120", 512, 40, 51200, 33),  # one block of 51 KB of 100
+    ],
+)  # fmt: skip
+def test_occupancy(architecture: str, block: int, registers: int, shared: int, percent: int) -> None:
+    assert occupancy(architecture, block, registers, shared) == percent
+
+
+def test_occupancy_is_known_for_every_architecture() -> None:
+    assert tuple(resource_gate.MULTIPROCESSORS) == ARCHITECTURES
