@@ -47,6 +47,7 @@ static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS"
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
+constexpr bool BOUNDED = HAS_BOUND && TOP_K < LANES && TOP_K < NUM_EXPERTS;
 constexpr int WINNER_LANES = power_of_two_from(TOP_K);
 
 __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {
@@ -64,6 +65,60 @@ __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PE
     }
     row.inverse_sum = 1.0f / lanes_sum<LANES>(sum);
     return row;
+}
+
+struct Chosen {
+    int column;
+    float score;  // without bias
+};
+
+// Select on scores. Without a bias the key is the score; with one the score is gathered, since biased minus bias loses bits.
+__device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
+                                                 const RowStatistics& statistics, const logit_t* row, int lane,
+                                                 bool valid) {
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const float score = score_of(logits[j], statistics);
+        keys[j] = sum_order_key(HAS_BIAS ? score + biases[j] : score);
+        if (!WHOLE && lane * PER_LANE + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+    }
+    // After a choice by bounds this one is rare and may take its time.
+    const Winner winner = BOUNDED ? select_exactly<TOP_K, LANES>(keys, lane) : select_topk<TOP_K, LANES>(keys, lane);
+    float score = sum_key_value(winner.key);
+    if (HAS_BIAS && valid && lane < TOP_K) score = score_of(to_float(row[winner.column]), statistics);
+    return {winner.column, score};
+}
+
+// Select on cheap bounds of the scores, then score the winners alone. True if that must be the exact choice: the winners are
+// in order, and none of the others could reach the last of them even if its score were as far off as it can be.
+__device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
+                                                 const logit_t* row, const float* bias, int lane, bool valid,
+                                                 Chosen& chosen) {
+    constexpr unsigned MASK = power_of_two_from(PER_LANE) - 1;
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const float bound = score_bound(logits[j]);
+        keys[j] = tagged_key<MASK>(HAS_BIAS ? bound + biases[j] : bound, j);
+        if (!WHOLE && lane * PER_LANE + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+    }
+    Winner winner = {NO_KEY, 0};
+    const bool best = select_tagged<BOUNDED ? TOP_K + 1 : 1, LANES, PER_LANE, MASK>(keys, lane, winner);
+    chosen.column = winner.column;
+    float value = 0.0f;
+    if (valid && lane < TOP_K) {
+        chosen.score = score_of(to_float(row[winner.column]), RowStatistics());
+        value = HAS_BIAS ? chosen.score + bias[winner.column] : chosen.score;
+    }
+    const unsigned key = sum_order_key(value);
+    const unsigned next_key = __shfl_down_sync(FULL_WARP, key, 1, LANES);
+    const int next_column = __shfl_down_sync(FULL_WARP, winner.column, 1, LANES);
+    const float others = tagged_key_ceiling<MASK>(__shfl_down_sync(FULL_WARP, winner.key, 1, LANES));
+    const bool in_order = (key > next_key) | ((key == next_key) & (winner.column < next_column));
+    const bool out_of_reach = others < value - fmaf(fabsf(value), 2.5e-7f, BOUND_ERROR);
+    const bool sure = lane + 1 < TOP_K ? in_order : out_of_reach;
+    return best && !__any_sync(FULL_WARP, valid & (lane < TOP_K) & !sure);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -94,26 +149,18 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         const RowStatistics statistics = row_statistics(values);
 
-        unsigned keys[PER_LANE];
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            const float score = score_of(values[j], statistics);
-            keys[j] = sum_order_key(HAS_BIAS ? score + biases[j] : score);
-            if (!WHOLE && first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
-        }
-        const Winner winner = select_topk<TOP_K, LANES>(keys, lane);
+        Chosen chosen = {0, 0.0f};
+        bool sure = false;
+        if (BOUNDED) sure = choose_by_bounds(values, biases, source, bias, lane, row < valid, chosen);
+        if (!sure) chosen = choose_exactly(values, biases, statistics, source, lane, row < valid);
 
         const bool has_winner = lane < TOP_K && row < valid;
-        float score = 0.0f;
-        if (has_winner) {
-            // Without a bias the key is the score; with one the score is gathered, since biased minus bias loses bits.
-            score = HAS_BIAS ? score_of(to_float(source[winner.column]), statistics) : sum_key_value(winner.key);
-        }
+        const float score = has_winner ? chosen.score : 0.0f;
         const total_t total = RENORMALIZE ? lanes_sum<WINNER_LANES>(summand(score)) : total_t(0);
         const float weight = weight_of(score, total, renormalize_eps, renormalize_min, scale);
         if (lane < TOP_K && row < num_tokens) {
             weights[row * weights_stride + lane] = has_winner ? weight : 0.0f;
-            indices[row * indices_stride + lane] = has_winner ? winner.column : -1;
+            indices[row * indices_stride + lane] = has_winner ? chosen.column : -1;
         }
     }
 }

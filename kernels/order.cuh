@@ -26,6 +26,21 @@ __device__ __forceinline__ unsigned sum_order_key(float sum) {
     return (bits ^ flips) + 2u;
 }
 
+// A key of sum_order_key's order with a position in its low bits, the higher the lower the position; NaN is highest here.
+template <unsigned Mask>
+__device__ __forceinline__ unsigned tagged_key(float sum, unsigned position) {
+    const unsigned bits = canonical_bits(sum);
+    const unsigned flips = static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u;
+    return ((bits ^ flips) & ~Mask) | (Mask - position);
+}
+
+// What no value with this tagged key exceeds.
+template <unsigned Mask>
+__device__ __forceinline__ float tagged_key_ceiling(unsigned key) {
+    const unsigned flipped = key | Mask;
+    return __uint_as_float(flipped ^ (static_cast<int>(flipped) < 0 ? 0x80000000u : 0xffffffffu));
+}
+
 // The value of a key of sum_order_key.
 __device__ __forceinline__ float sum_key_value(unsigned key) {
     const unsigned flipped = key - 2u;

@@ -17,6 +17,13 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
+// log2(x), with an absolute error of 2**-22 for x in 0.5..2.
+__device__ __forceinline__ float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // sqrt(x) to 1 ulp.
 __device__ __forceinline__ float fast_sqrt(float x) {
     float y;
@@ -53,6 +60,8 @@ inline float half_bits_to_float(unsigned short bits) {
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
+
+inline float fast_log2(float x) { return std::log2(x); }
 
 inline float fast_sqrt(float x) { return std::sqrt(x); }
 

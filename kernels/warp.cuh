@@ -8,6 +8,8 @@ __device__ constexpr int power_of_two_from(int count) {
     return count <= 1 ? 1 : 2 * power_of_two_from((count + 1) / 2);
 }
 
+__device__ constexpr int min_int(int a, int b) { return a < b ? a : b; }
+
 // From sm_80 on a whole warp has an instruction for it.
 template <int Lanes>
 __device__ __forceinline__ unsigned lanes_max(unsigned value) {

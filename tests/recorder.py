@@ -36,7 +36,7 @@ class Launch:
     shared_bytes: int
     stream: int
     device: int
-    arguments: dict[str, int | float]
+    arguments: dict[str, Any]
     addresses: tuple[int, ...] = field(repr=False)
 
 

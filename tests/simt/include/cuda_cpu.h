@@ -26,7 +26,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static
+#define __constant__
 #define __shared__ static __attribute__((used, section("simt_shared")))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __forceinline__ inline __attribute__((always_inline))
@@ -35,5 +35,6 @@
 #define __launch_bounds__(...)  // checked at the launch
 #define __cluster_dims__(...)   // the launch knows
 #define __builtin_assume(condition) ((void)0)
+#undef assert
 #define assert(condition) \
     ((condition) ? (void)0 : simt::fault(simt::Site::here(__FILE__, __LINE__), "assertion", "%s", #condition))

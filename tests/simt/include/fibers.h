@@ -169,22 +169,24 @@ SIMT_RUNTIME static void forget_accesses(char* begin, char* end, bool keep_conte
     (void)begin, (void)end, (void)keep_contents;
 }
 
-// One mapping holds the stacks of all threads that live at once; it only grows, and is reused by later launches.
-SIMT_RUNTIME static char* stacks(size_t count) {
-    static char* memory = nullptr;
-    static size_t capacity = 0;
-    if (count > capacity) {
-        if (memory) munmap(memory, capacity * kStackBytes);
+// The stacks of all threads that live at once, for the time of a launch: hundreds of kernels may be loaded.
+struct Stacks {
+    char* memory;
+    size_t bytes;
+    SIMT_RUNTIME explicit Stacks(size_t count) : bytes(count * kStackBytes) {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        memory = static_cast<char*>(mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, flags, -1, 0));
-        capacity = count;
+        memory = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
 #ifndef __SANITIZE_THREAD__
         for (size_t i = 0; i < count; ++i)
             mprotect(memory + i * kStackBytes, kPageBytes, PROT_NONE);  // catches overflow
 #endif
     }
-    forget_accesses(memory, memory + count * kStackBytes, false);
-    return memory;
-}
+    SIMT_RUNTIME ~Stacks() {
+#ifdef __SANITIZE_ADDRESS__
+        ASAN_UNPOISON_MEMORY_REGION(memory, bytes);  // a launch that ended early leaves frames behind
+#endif
+        munmap(memory, bytes);
+    }
+};
 
 }  // namespace simt

@@ -128,6 +128,7 @@ SIMT_RUNTIME static const char* run(void (*kernel)(A...), const Geometry& g, Sch
     if (schedule >= Schedule::kShuffled) shuffle(order);
 
     {
+        const Stacks stacks(cluster.x * cluster.y * cluster.z * blockDim.x * blockDim.y * blockDim.z);
         const FlushSubnormals float_mode;
 #ifndef SIMT_SANITIZED
         const Traps traps(time_limit);
@@ -135,11 +136,8 @@ SIMT_RUNTIME static const char* run(void (*kernel)(A...), const Geometry& g, Sch
         for (unsigned i = 0; i < order.size() && !report_length; ++i) {
             const unsigned x = order[i] % clusters.x, y = order[i] / clusters.x % clusters.y,
                            z = order[i] / clusters.x / clusters.y;
-            char* memory = stacks(cluster.x * cluster.y * cluster.z * blockDim.x * blockDim.y * blockDim.z);
-            run_cluster({x * cluster.x, y * cluster.y, z * cluster.z}, cluster, memory);
-#ifdef __SANITIZE_ADDRESS__
-            if (report_length) ASAN_UNPOISON_MEMORY_REGION(memory, state.threads.size() * kStackBytes);
-#endif
+            forget_accesses(stacks.memory, stacks.memory + stacks.bytes, false);
+            run_cluster({x * cluster.x, y * cluster.y, z * cluster.z}, cluster, stacks.memory);
         }
     }
     acquire(&state.end_tag);

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of an op, with all that matters of its arrays: how it runs on a backend, what must come out, how it is kept."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cupy_router
+from cupy_router import RoutingMethod
+from cupy_router.reference import activation_topk, hash_router, topk_select
+from tests import compare
+from tests.backends import DTYPES, Backend
+
+FOLDER = Path(__file__).with_name("cases")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`layouts` has for some arrays the elements between their rows and in front of them; `out_padding` those between
+    the rows of preallocated results, -1 for results that the op allocates."""
+
+    op: str
+    arrays: dict[str, np.ndarray]
+    method: RoutingMethod | None = None
+    options: dict[str, int] = field(default_factory=dict)  # k or num_valid
+    layouts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    out_padding: int = -1
+    schedule: str = "run_ahead"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of both results."""
+        if self.op == "topk_select":
+            return len(self.arrays["scores"]), self.options["k"]
+        if self.op == "hash_router":
+            return len(self.arrays["token_ids"]), self.arrays["table"].shape[1]
+        assert self.method is not None
+        return len(self.arrays["logits"]), self.method.top_k
+
+    @property
+    def num_valid(self) -> int:
+        """How many rows are valid."""
+        if "num_valid" in self.arrays:
+            return min(max(int(self.arrays["num_valid"].reshape(())), 0), self.shape[0])
+        return self.options.get("num_valid", self.shape[0])
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in self.arrays.items())
+        more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding}
+        return f"Case({self.op}, {{{arrays}}}, {self.method}, {more}, {self.schedule})"
+
+
+def arguments(case: Case, backend: Backend) -> dict[str, Any]:
+    """The op's arguments but for `out`, arrays on the backend."""
+    given: dict[str, Any] = {name: backend.array(a, *case.layouts.get(name, (0, 0))) for name, a in case.arrays.items()}
+    given |= case.options
+    return given if case.method is None else given | {"method": case.method}
+
+
+class Canvas:
+    """Memory for a result, every byte of it marked, so that what is written beside the result can be seen."""
+
+    MARK = 0x5A
+    BEFORE = 3  # elements in front of the result
+
+    def __init__(self, shape: tuple[int, int], padding: int, dtype: Any, backend: Backend) -> None:
+        self.backend = backend
+        self.shape = shape
+        self.stride = shape[1] + padding
+        size = shape[0] * self.stride + 2 * self.BEFORE
+        self.memory = backend.upload(np.full(size * np.dtype(dtype).itemsize, self.MARK, np.uint8).view(dtype))
+        self.array = self._result(self.memory)
+
+    def _result(self, memory: Any) -> Any:
+        rows, width = self.shape
+        return memory[self.BEFORE : self.BEFORE + rows * self.stride].reshape(rows, self.stride)[:, :width]
+
+    def is_clean(self) -> bool:
+        """Whether all but the result still has its mark."""
+        now = self.backend.numpy(self.memory)
+        beside = np.ones(now.shape, bool)
+        self._result(beside)[...] = False
+        return bool((now[beside].view(np.uint8) == self.MARK).all())
+
+
+def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+    """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
+    op, given = getattr(cupy_router, case.op), arguments(case, backend)
+    if case.out_padding < 0:
+        result = op(**given)
+    else:
+        first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
+        canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in (first, np.int32)]
+        kind = cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing
+        out = kind(*(canvas.array for canvas in canvases))
+        result = op(**given, out=out)
+        assert result is out
+        assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
+    for name, array in case.arrays.items():
+        compare.assert_same_bits(backend.numpy(given[name]), array)  # inputs are only read
+    return backend.numpy(result[0]), backend.numpy(result[1])
+
+
+def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """What the NumPy reference says."""
+    arrays, method = case.arrays, case.method
+    if case.op == "topk_select":
+        return topk_select.topk_select(arrays["scores"], case.options["k"], arrays.get("lengths"), arrays.get("starts"))
+    if case.op == "activation_topk":
+        assert method is not None
+        return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), case.num_valid)
+    more = {name: arrays.get(name) for name in ("logits", "x", "weight")}
+    return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more, num_valid=case.num_valid)
+
+
+def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
+    """AssertionError unless the results are those of the reference, bit by bit where no float is rounded."""
+    first, indices = got
+    want = wanted(case)
+    assert first.shape == indices.shape == case.shape
+    if case.op == "topk_select":
+        np.testing.assert_array_equal(indices, want[1])
+        compare.assert_same_bits(first, want[0])
+        return
+    valid, arrays, method = case.num_valid, case.arrays, case.method
+    compare.assert_same_bits(first[valid:], want[0][valid:])
+    compare.assert_same_bits(indices[valid:], want[1][valid:])
+    ours, reference = (compare.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
+    if case.op == "activation_topk":
+        compare.assert_routes(ours, reference, arrays["logits"][:valid], method, arrays.get("bias"))
+        return
+    np.testing.assert_array_equal(ours.indices, reference.indices)
+    if method is None or not {"logits", "x"} & arrays.keys():
+        compare.assert_same_bits(ours.weights, reference.weights)
+        return
+    good = reference.indices[:, 0] >= 0
+    compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
+    rtol = compare.tolerance(logits(case)[:valid][good], reference.indices[good], method)
+    compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
+
+
+def logits(case: Case) -> np.ndarray:
+    """Those of a hash_router case; the products of its x and weight are exact."""
+    if "logits" in case.arrays:
+        return case.arrays["logits"]
+    with np.errstate(invalid="ignore"):
+        x, weight = (case.arrays[name].astype(np.float64) for name in ("x", "weight"))
+        return np.asarray(x @ weight.T, np.float32)
+
+
+# -- Files -------------------------------------------------------------------------------------------------------------
+
+
+def save(case: Case, path: Path) -> None:
+    """As JSON, arrays by their bytes: a failing case stays what it is, however cases are drawn later."""
+    content = {
+        "op": case.op,
+        "method": None if case.method is None else asdict(case.method),
+        "options": case.options,
+        "layouts": case.layouts,
+        "out_padding": case.out_padding,
+        "schedule": case.schedule,
+        "arrays": {
+            name: {
+                "dtype": str(array.dtype),
+                "shape": array.shape,
+                "zlib": base64.b64encode(zlib.compress(array.tobytes(), 9)).decode(),
+            }
+            for name, array in case.arrays.items()
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(path: Path) -> Case:
+    content = json.loads(path.read_text())
+    arrays = {
+        name: np.frombuffer(zlib.decompress(base64.b64decode(packed["zlib"])), DTYPES[packed["dtype"]])
+        .reshape(packed["shape"])
+        .copy()
+        for name, packed in content.pop("arrays").items()
+    }
+    method = content.pop("method")
+    layouts = {name: tuple(layout) for name, layout in content.pop("layouts").items()}
+    return Case(arrays=arrays, layouts=layouts, method=RoutingMethod(**method) if method else None, **content)

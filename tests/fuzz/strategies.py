@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is fuzzed: settings, each of which means one compiled kernel, and the cases that hypothesis draws for a setting."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from cupy_router import RoutingMethod
+from cupy_router.method import SCORES
+from tests.backends import DTYPES
+from tests.fuzz.case import Case
+from tests.inputs import WORD, from_bits
+from tests.reference.strategies import INFINITY, values
+from tests.simt.device import SCHEDULES
+
+FLOATS = ("float32", "float16", "bfloat16")
+INTS = ("int32", "int64")
+COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 384, 512, 576, 896, 1000, 1023, 1024)
+WIDE_COLUMNS = (1025, 1500, 2000)
+TOP_K = (1, 2, 3, 6, 8, 10, 16, 31, 32)
+
+Layouts = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides which kernel an op compiles."""
+
+    op: str
+    columns: int
+    k: int
+    dtype: str = "float32"
+    aligned: bool = True
+    score: str = "sqrtsoftplus"
+    renormalize: bool = True
+    given: frozenset[str] = frozenset()  # optional arrays
+    ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
+    weight_dtype: str = "float32"
+
+    @property
+    def wide(self) -> bool:
+        """Whether a row is too long, or too many are wanted of it, for the kernels that keep it in registers."""
+        return self.columns > 1024 or self.k > 32
+
+    def __str__(self) -> str:
+        parts = [self.op, self.dtype, f"{self.columns}", f"k{self.k}"]
+        parts += [] if self.op == "topk_select" else [self.score, *(["renormalized"] if self.renormalize else [])]
+        parts += [] if self.op != "hash_router" else [*self.ids, self.weight_dtype]
+        return "-".join([*parts, *sorted(self.given), "aligned" if self.aligned else "misaligned"])
+
+
+def settings(seed: int = 0, count: int = 72) -> list[Setting]:
+    """So many different settings, half of them of activation_topk. Other seeds, other settings."""
+    rng = random.Random(seed)
+    makers = [_topk_select, _activation_topk, _activation_topk, _hash_router]
+    found: dict[Setting, None] = {
+        Setting("topk_select", 3000, 600, dtype, aligned=False, given=frozenset({"lengths"})): None for dtype in FLOATS
+    }
+    while len(found) < count:
+        found[makers[len(found) % 4](rng)] = None
+    return list(found)
+
+
+def _size(rng: random.Random) -> tuple[int, int]:
+    columns = rng.choice(COLUMNS)
+    return columns, min(rng.choice(TOP_K), columns)
+
+
+def _topk_select(rng: random.Random) -> Setting:
+    columns, k = _size(rng)
+    given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
+    return Setting("topk_select", columns, k, rng.choice(FLOATS), rng.random() < 0.5, given=given)
+
+
+def _activation_topk(rng: random.Random) -> Setting:
+    columns, k = _size(rng)
+    if rng.random() < 0.15:
+        columns, k = rng.choice(WIDE_COLUMNS), rng.choice((1, 6, 40))
+    return Setting(
+        "activation_topk", columns, k, rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES), rng.random() < 0.7,
+        frozenset({"bias"} if rng.random() < 0.6 else ()),
+    )  # fmt: skip
+
+
+def _hash_router(rng: random.Random) -> Setting:
+    columns, k = _size(rng)
+    source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
+    return Setting(
+        "hash_router", columns, rng.choice((k, 40)), rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES),
+        rng.random() < 0.7, frozenset(source), (rng.choice(INTS), rng.choice(INTS)), rng.choice(FLOATS),
+    )  # fmt: skip
+
+
+# -- Cases -------------------------------------------------------------------------------------------------------------
+
+
+def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
+    """Calls that compile this setting's kernel and no other."""
+    draw = {"topk_select": _topk_select_case, "activation_topk": _activation_topk_case, "hash_router": _hash_router_case}
+    return draw[setting.op](setting, min(max_rows, max(4, 4000 // setting.columns)))
+
+
+@st.composite
+def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
+    columns, k = setting.columns, setting.k
+    if setting.wide:  # one kernel for all sizes
+        columns = draw(st.integers(1025, 3000) | st.integers(1, 40))
+        k = draw(st.integers(33, 700))
+    rows, layout = draw(_rows(setting, columns, max_rows))
+    arrays = {"scores": draw(_bits((rows, columns), setting.dtype))}
+    edges = st.sampled_from([0, 1, k - 1, k, k + 1, columns - 1, columns, columns + 1, -1, 2**31 - 1, -(2**31)])
+    for name in sorted(setting.given):
+        arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
+    return Case("topk_select", arrays, None, {"k": k}, {"scores": layout}, draw(_padding), draw(_schedules))
+
+
+@st.composite
+def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
+    rows, layout = draw(_rows(setting, setting.columns, max_rows))
+    arrays = {"logits": draw(_floats((rows, setting.columns), setting.dtype))}
+    layouts = {"logits": layout}
+    if "bias" in setting.given:
+        arrays["bias"] = draw(_floats((setting.columns,), "float32", _biases))
+        layouts["bias"] = (0, 0 if setting.aligned else 1)
+    options = draw(_num_valid(arrays, rows))
+    return Case("activation_topk", arrays, draw(_methods(setting)), options, layouts, draw(_padding), draw(_schedules))
+
+
+@st.composite
+def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
+    rows, layout = draw(_rows(setting, setting.columns, max_rows))
+    vocab_size = draw(st.integers(1, 50))
+    limits = {"int32": [-(2**31), 2**31 - 1], "int64": [-(2**63), 2**63 - 1, 2**32, -(2**32)]}
+    bad_ids = st.sampled_from([-1, vocab_size, *limits[setting.ids[0]]])
+    bad_experts = st.sampled_from([-1, setting.columns, *limits[setting.ids[1]]])
+    arrays = {
+        "token_ids": draw(_integers(rows, setting.ids[0], st.integers(0, vocab_size - 1), bad_ids)),
+        "table": draw(
+            _integers(vocab_size * setting.k, setting.ids[1], st.integers(0, setting.columns - 1), bad_experts)
+        ).reshape(vocab_size, setting.k),
+    }
+    layouts: Layouts = {"table": (draw(st.integers(0, 3)), draw(st.integers(0, 1)))}
+    if "logits" in setting.given:
+        arrays["logits"], layouts["logits"] = draw(_floats((rows, setting.columns), setting.dtype)), layout
+    elif "x" in setting.given:
+        hidden = 8 * draw(st.integers(1, 40)) if setting.aligned else draw(st.integers(1, 300))
+        for name, (count, dtype) in {"x": (rows, setting.dtype), "weight": (setting.columns, setting.weight_dtype)}.items():
+            arrays[name] = draw(_small_integers((count, hidden), dtype))
+            layouts[name] = draw(_layout(setting.aligned, hidden))
+    options = draw(_num_valid(arrays, rows))
+    method = draw(_methods(setting)) if setting.given else None
+    return Case("hash_router", arrays, method, options, layouts, draw(_padding), draw(_schedules))
+
+
+_schedules = st.sampled_from(SCHEDULES)
+_padding = st.sampled_from([-1, 0, 1, 7])
+
+
+@st.composite
+def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
+    """Number of rows and their layout. A single row is as aligned as its base, so aligned settings draw others too."""
+    layout = draw(_layout(setting.aligned, columns))
+    return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or not setting.aligned or columns % 8 == 0)), layout
+
+
+@st.composite
+def _layout(draw: st.DrawFn, aligned: bool, columns: int) -> tuple[int, int]:
+    """Elements between rows and in front of them; aligned: every row starts at 16 bytes, whatever the dtype."""
+    if aligned:
+        return -columns % 8 + 8 * draw(st.integers(0, 1)), 8 * draw(st.integers(0, 1))
+    return draw(st.integers(0, 5)), draw(st.sampled_from([1, 3]))
+
+
+@st.composite
+def _num_valid(draw: st.DrawFn, arrays: dict[str, np.ndarray], rows: int) -> dict[str, int]:
+    """As an option, or as one more array, or not at all."""
+    kind = draw(st.sampled_from(["none", "int", "scalar", "vector"]))
+    if kind == "int":
+        return {"num_valid": draw(st.integers(0, rows))}
+    if kind != "none":
+        number = draw(st.integers(0, rows) | st.sampled_from([-(2**31), -1, rows + 1, 2**31 - 1]))
+        arrays["num_valid"] = np.full(() if kind == "scalar" else (1,), number, np.int32)
+    return {}
+
+
+@st.composite
+def _methods(draw: st.DrawFn, setting: Setting) -> RoutingMethod:
+    method = RoutingMethod(setting.columns, setting.k, setting.score, renormalize=setting.renormalize) \
+        if setting.k <= setting.columns else RoutingMethod(setting.k, setting.k, setting.score)
+    eps = draw(st.sampled_from([0.0, 1e-20, 0.25]))
+    minimum = draw(st.sampled_from([None, 0.0, 1e-12, 0.5])) if eps == 0 else None
+    scale = draw(st.sampled_from([1.0, 1.5, 2.5, 0.0, -2.0, 1e30]))
+    return replace(method, renormalize_eps=eps, renormalize_min=minimum, scale=scale)
+
+
+# -- Values ------------------------------------------------------------------------------------------------------------
+
+_seeds = st.integers(0, 2**32 - 1)
+_biases = st.sampled_from([0.0, 1e4, -1e4, 0.5, 8.08, np.inf, -np.inf, np.nan, 1e-40]) | values
+
+
+@st.composite
+def _floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = values) -> np.ndarray:
+    """Few values and so many ties, or normal ones, or those with a few special ones among them."""
+    few = np.array(draw(st.lists(elements, min_size=1, max_size=6)), np.float32)
+    kind = draw(st.sampled_from(["few", "normal", "sprinkled"]))
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.choice(few, shape)
+    if kind != "few":
+        normal = rng.standard_normal(shape, np.float32) * np.float32(draw(st.sampled_from([0.01, 1.0, 20.0])))
+        drawn = np.where(rng.random(shape) < (0.1 if kind == "sprinkled" else 0.0), drawn, normal)
+    with np.errstate(over="ignore"):
+        return np.asarray(drawn, DTYPES[dtype])
+
+
+@st.composite
+def _bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Any bit patterns: few of them, neighbours that differ in their lowest bits, all of them, or normal values."""
+    size = 8 * np.dtype(WORD[dtype]).itemsize
+    infinity, sign = INFINITY[dtype], 1 << (size - 1)
+    edges = [0, 1, infinity - 1, infinity, infinity + 1, infinity | infinity >> 1]
+    few = draw(st.lists(st.sampled_from([s + e for e in edges for s in (0, sign)]) | st.integers(0, 2**size - 1),
+                        min_size=1, max_size=6))  # fmt: skip
+    kind = draw(st.sampled_from(["few", "neighbours", "all", "normal"]))
+    rng = np.random.default_rng(draw(_seeds))
+    bits = rng.choice(np.array(few, np.int64), shape)
+    if kind == "neighbours":
+        bits = (bits + rng.integers(0, 2 ** draw(st.integers(0, size - 1)), shape)) % 2**size
+    elif kind == "all":
+        bits = rng.integers(0, 2**size, shape)
+    elif kind == "normal":
+        return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+    return from_bits(bits, dtype)
+
+
+@st.composite
+def _small_integers(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Dot products of such values are exact in float32; now and then one is infinite or NaN."""
+    largest = draw(st.integers(0, 8))
+    special = draw(st.sampled_from([0.0, 0.0, np.inf, -np.inf, np.nan]))
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.integers(-largest, largest + 1, shape).astype(np.float32)
+    return np.where(rng.random(shape) < 0.001, np.float32(special), drawn).astype(DTYPES[dtype])
+
+
+@st.composite
+def _integers(draw: st.DrawFn, count: int, dtype: str, good: Any, bad: Any = None) -> np.ndarray:
+    """From a few good ones, about one in ten of them bad where there are such."""
+    few = np.array(draw(st.lists(good, min_size=1, max_size=20)), DTYPES[dtype])
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.choice(few, count)
+    if bad is not None and draw(st.booleans()):
+        drawn = np.where(rng.random(count) < 0.1, np.array(draw(bad), DTYPES[dtype]), drawn)
+    return np.asarray(drawn, DTYPES[dtype])
