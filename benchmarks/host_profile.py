@@ -1,49 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each microsecond of an eager call from PyTorch goes: `python -m benchmarks.host_profile`."""
+"""Where each microsecond of an eager call from PyTorch goes, and what comes before the first call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import harness
-from cupy_router import RoutingMethod, activation_topk, compiler
-from cupy_router.arrays import framework_of
-from cupy_router.ops import _call
+from benchmarks.bars import FIRST_CALL, HOST, IMPORT
+from benchmarks.harness import Action
+from benchmarks.rows import OURS, Row
+from cupy_router import RoutingMethod, activation_topk
+
+CELL = {"op": "activation_topk", "E": 256, "k": 6, "n": 64}
+STARTS = 5
+
+_IMPORT = """
+import time
+begin = time.perf_counter()
+import cupy_router
+cupy_router.activation_topk
+print(time.perf_counter() - begin)
+"""
+_FIRST_CALL = """
+import time
+import cupy, cupy_router
+logits, route = cupy.zeros((64, 256), cupy.float32), cupy_router.activation_topk
+cupy.cuda.Device().synchronize()
+begin = time.perf_counter()
+route(logits, "deepseek-v4-flash")
+cupy.cuda.Device().synchronize()
+print(time.perf_counter() - begin)
+"""
 
 
-def rows() -> list[dict[str, Any]]:
+def part_rows() -> list[Row]:
+    """The call as a whole, its parts one by one, and calls of PyTorch to compare with."""
+    import torch
+
     method = RoutingMethod(256, 6)
-    logits, bias = torch.randn(64, 256, device="cuda"), torch.randn(256, device="cuda")
+    logits, bias = torch.randn(64, 256, device="cuda"), torch.zeros(256, device="cuda")
     out = activation_topk(logits, method, bias=bias)
-    activation_topk(logits, method, bias=bias, out=out)
-    framework = framework_of("logits", logits)
-    key, plan = list(_call._plans.items())[-1]
-    assert plan.launch is not None
-    launch = plan.launch
-    stream = framework.current_stream(logits) or 0
-    pointers = [logits.data_ptr(), bias.data_ptr(), 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
-    backend = launch.function.backend
-    parts: dict[str, Callable[[], Any]] = {
-        "activation_topk": lambda: activation_topk(logits, method, bias=bias),
-        "activation_topk, out=": lambda: activation_topk(logits, method, bias=bias, out=out),
-        "torch.relu": lambda: torch.relu(logits),
-        "torch.empty": lambda: torch.empty((64, 6), dtype=torch.float32, device=logits.device),
-        "Tensor.new_empty": lambda: logits.new_empty((64, 6)),
-        "torch.empty_like": lambda: torch.empty_like(out.weights),
-        "an output allocated": lambda: framework.empty((64, 6), "float32", logits),
-        "a tensor described": lambda: framework.describe(logits, stream, []),
-        "current stream": lambda: framework.current_stream(logits),
-        "plan looked up": lambda: _call._plans.get(key),
-        "arguments packed, kernel launched": lambda: launch(stream, pointers),
-        "device checked": lambda: backend.use(0),
-        "kernel files looked at (a checkout only)": lambda: compiler.WATCHING and compiler.changed(),
+    parts: dict[tuple[str, str], Action] = {
+        (OURS, "torch"): lambda: activation_topk(logits, method, bias=bias),
+        (OURS, "torch, out="): lambda: activation_topk(logits, method, bias=bias, out=out),
+        ("PyTorch", "torch.relu"): lambda: torch.relu(logits),
+        ("PyTorch", "torch.empty"): lambda: torch.empty((64, 6), dtype=torch.float32, device=logits.device),
+        ("PyTorch", "torch.empty_like"): lambda: torch.empty_like(out.weights),
+        ("PyTorch", "Tensor.new_empty"): lambda: logits.new_empty((64, 6)),
     }
-    times = {name: harness.host_microseconds(call, torch.cuda.synchronize, batches=100) for name, call in parts.items()}
-    return [{"what": "host", "part": name, "us": round(time, 2)} for name, time in times.items()]
+    # These are no public names: what has gone is left out.
+    for name, call in (harness.attempt("parts of the call", lambda: _inner_parts(logits, bias, out)) or {}).items():
+        if harness.attempt(name[1], lambda call=call: (call(), True)):
+            parts[name] = call
+    return [harness.barred(row, HOST.get(row["part"])) for row in harness.host_rows(parts, CELL, "part")]
+
+
+def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Action]:
+    from cupy_router import compiler
+    from cupy_router.arrays import framework_of
+    from cupy_router.ops import _call
+
+    framework = framework_of("logits", logits)
+    stream = framework.current_stream(logits) or 0
+    parts: dict[tuple[str, str], Action] = {
+        (OURS, "current stream"): lambda: framework.current_stream(logits),
+        (OURS, "a tensor described"): lambda: framework.describe(logits, stream, []),
+        (OURS, "an output allocated"): framework.allocator((64, 6), "float32", logits),
+        (OURS, "kernel files looked at (a checkout only)"): compiler.changed,
+    }
+    activation_topk(logits, RoutingMethod(256, 6), bias=bias, out=out)
+    key, plan = list(_call._plans.items())[-1]
+    launch = plan.launch
+    if launch is not None:
+        pointers = [logits.data_ptr(), bias.data_ptr(), 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
+        parts[OURS, "plan looked up"] = lambda: _call._plans.get(key)
+        parts[OURS, "arguments packed, kernel launched"] = lambda: launch(stream, pointers)
+        parts[OURS, "device checked"] = lambda: launch.function.backend.use(0)
+    return parts
+
+
+def start_rows() -> list[Row]:
+    """Importing the package, and the first call once CuPy is imported and the context is there. Kernels are cached."""
+    rows = []
+    for part, code, bar in (("import cupy_router", _IMPORT, IMPORT), ("first call", _FIRST_CALL, FIRST_CALL)):
+        times = [_seconds(code) * 1e6 for _ in range(STARTS + 1)][1:]  # the first may fill caches
+        low, median, high = statistics.quantiles(times, n=4)
+        row = {
+            "what": "host",
+            "op": "activation_topk",
+            "by": OURS,
+            "part": part,
+            "us": round(median),
+            "spread_us": round(high - low),
+        }
+        rows.append(harness.barred(row, bar))
+    return rows
+
+
+def _seconds(code: str) -> float:
+    root = Path(__file__).parents[1]
+    return float(subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout)
+
+
+def measure(quick: bool) -> list[Row]:
+    return part_rows() + (harness.attempt("start", start_rows) or [])
 
 
 if __name__ == "__main__":
-    harness.save("host_profile", rows())
+    harness.main("host_profile", measure)

@@ -47,7 +47,7 @@ static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS"
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
-constexpr bool BOUNDED = HAS_BOUND && TOP_K < LANES && TOP_K < NUM_EXPERTS;
+constexpr bool BOUNDED = HAS_BOUND && !FEW_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS;
 constexpr int WINNER_LANES = power_of_two_from(TOP_K);
 
 __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {

@@ -95,40 +95,43 @@ extern "C" __global__ void __launch_bounds__(128)
     for (; warp * TOKENS_PER_WARP < num_tokens; warp += warps) {
         const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
         const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
-        const bool token_exists = exists(token_id, vocab_size);
-        const expert_t* entries = table + (token_exists ? token_id : 0) * table_stride;
+        bool bad = !exists(token_id, vocab_size);
+        const expert_t* entries = table + (bad ? 0 : token_id) * table_stride;
 
-        bool bad = !token_exists;
-#pragma unroll 4
+        int64_t experts[PLACES];
+#pragma unroll
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
-            if (token_exists && place < TOP_K) bad = bad || !exists(entries[place], NUM_EXPERTS);
+            experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
         }
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) bad |= !exists(experts[p], NUM_EXPERTS);
         bad = lanes_ballot<LANES>(bad) != 0;
 
-        const scalar_t* row_logits = bad || SOURCE != LOGITS ? nullptr : logits + row * logits_stride;
-        const RowStatistics statistics = row_statistics(row_logits, lane);
-        total_t total = 0;
-        if (SOURCE == LOGITS && RENORMALIZE) {
-#pragma unroll 4
+        float values[PLACES];
+        if (SOURCE == LOGITS) {
+            const scalar_t* row_logits = bad ? nullptr : logits + row * logits_stride;
+            const RowStatistics statistics = row_statistics(row_logits, lane);
+            total_t total = 0;
+#pragma unroll
             for (int p = 0; p < PLACES; ++p) {
-                const int place = p * LANES + lane;
-                if (bad || place >= TOP_K) continue;
-                total += summand(score_of(to_float(row_logits[entries[place]]), statistics));
+                const bool counts = !bad && p * LANES + lane < TOP_K;
+                values[p] = counts ? score_of(to_float(row_logits[experts[p]]), statistics) : 0.0f;
+                total += summand(values[p]);
             }
-            total = lanes_sum<LANES>(total);
+            total = RENORMALIZE ? lanes_sum<LANES>(total) : total_t(0);
+#pragma unroll
+            for (int p = 0; p < PLACES; ++p) {
+                values[p] = weight_of(values[p], total, renormalize_eps, renormalize_min, scale);
+            }
         }
-#pragma unroll 4
+#pragma unroll
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
             if (row >= num_tokens || place >= TOP_K) continue;
-            float value = bad ? 0.0f : 1.0f / TOP_K;
-            if (SOURCE == LOGITS && !bad) {
-                const float score = score_of(to_float(row_logits[entries[place]]), statistics);
-                value = weight_of(score, total, renormalize_eps, renormalize_min, scale);
-            }
-            weights[row * weights_stride + place] = value;
-            indices[row * indices_stride + place] = bad ? -1 : static_cast<int>(entries[place]);
+            const float weight = SOURCE == LOGITS ? values[p] : 1.0f / TOP_K;
+            weights[row * weights_stride + place] = bad ? 0.0f : weight;
+            indices[row * indices_stride + place] = bad ? -1 : static_cast<int>(experts[p]);
         }
     }
 }

@@ -11,6 +11,10 @@
 #include "order.cuh"
 #include "warp.cuh"
 
+#ifndef FEW_ROWS
+#define FEW_ROWS 0
+#endif
+
 struct Winner {
     unsigned key;  // NO_KEY: the row has no such entry
     int column;
@@ -108,13 +112,13 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
     return winner;
 }
 
-// How many of a lane's best keys are kept: of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one of
-// 32 lanes.
+// How many of a lane's best keys are kept. Of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one of
+// 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more.
 template <int TopK, int PerLane>
-constexpr int HEADS = min_int(PerLane, TopK <= 2    ? TopK
-                                       : TopK <= 8  ? 3
-                                       : TopK <= 16 ? 4
-                                                    : 6);
+constexpr int HEADS = min_int(PerLane, min_int(TopK, (TopK <= 8    ? 3
+                                                      : TopK <= 16 ? 4
+                                                                   : 6) +
+                                                         FEW_ROWS));
 
 // The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part.
 template <int TopK, int Lanes, int PerLane>

@@ -106,6 +106,8 @@ def _find(name: str, kind: type) -> Framework:
             module = importlib.import_module(f"cupy_router.arrays.{room}")
             if issubclass(kind, module.ARRAY_TYPES):
                 return module.FRAMEWORK  # type: ignore[no-any-return]  # modules are not typed by their content
+            if room == "_jax" and hasattr(kind, "__dlpack__"):
+                raise TypeError(f"{name} is a JAX tracer: call the op outside jax.jit, on arrays that hold values")
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         from cupy_router.arrays import _dlpack, _exchange
 

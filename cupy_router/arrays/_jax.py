@@ -19,7 +19,7 @@ from cupy_router.arrays import Allocator, Framework, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
-ARRAY_TYPES = (jax.Array, jax.core.Tracer)
+ARRAY_TYPES = (jax.Array,)
 
 
 class JAX(Framework):
@@ -76,8 +76,6 @@ class JAX(Framework):
 
 
 def _device(name: str, array: Any) -> tuple[str, int]:
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{name} is a JAX tracer: call the op outside jax.jit, on arrays that hold values")
     if len(array.devices()) != 1:
         raise ValueError(f"{name} must lie on one device, got a JAX array on {len(array.devices())} devices")
     kind, index = array.__dlpack_device__()

@@ -32,6 +32,11 @@ def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
     return pointer % size == 0 and row_stride * SIZES[dtype] % size == 0
 
 
+def few(num_rows: int) -> bool:
+    """Whether rows are so few that the slowest of them decides, rather than all that there is to do."""
+    return num_rows <= 8192
+
+
 def grid_and_block(num_rows: int, lanes: int) -> tuple[int, int]:
     """Few rows spread over the multiprocessors a warp at a time; many share blocks of four warps."""
     warps = -(-num_rows * lanes // 32)

@@ -121,6 +121,7 @@ def _kernel(
         )
     lanes, columns = layout.lanes_and_columns(num_experts, method.top_k)
     macros |= {
+        "FEW_ROWS": int(layout.few(num_tokens)),
         "LANES": lanes,
         "PER_LANE": columns,
         "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),

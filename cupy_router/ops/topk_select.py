@@ -84,6 +84,7 @@ def _kernel(k: int, out_strides: Sequence[int], scores: View, lengths: View | No
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
+        "FEW_ROWS": int(layout.few(num_rows)),
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),

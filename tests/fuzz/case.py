@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of an op, with all that matters of its arrays: how it runs on a backend, what must come out, how it is kept."""
+"""One call of an op with its arrays: how it runs on a backend, what must come out of it, how it is kept in a file."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: settings, each of which means one compiled kernel, and the cases that hypothesis draws for a setting."""
+"""What is fuzzed: settings, each of which is one compiled kernel, and the cases that hypothesis draws for each."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,10 @@ def _activation_topk(rng: random.Random) -> Setting:
 def _hash_router(rng: random.Random) -> Setting:
     columns, k = _size(rng)
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
+    k = rng.choice((k, min(40, columns)))
     return Setting(
-        "hash_router", columns, rng.choice((k, 40)), rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES),
-        rng.random() < 0.7, frozenset(source), (rng.choice(INTS), rng.choice(INTS)), rng.choice(FLOATS),
+        "hash_router", columns, k, rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES), rng.random() < 0.7,
+        frozenset(source), (rng.choice(INTS), rng.choice(INTS)), rng.choice(FLOATS),
     )  # fmt: skip
 
 
@@ -101,7 +102,11 @@ def _hash_router(rng: random.Random) -> Setting:
 
 def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
     """Calls that compile this setting's kernel and no other."""
-    draw = {"topk_select": _topk_select_case, "activation_topk": _activation_topk_case, "hash_router": _hash_router_case}
+    draw = {
+        "topk_select": _topk_select_case,
+        "activation_topk": _activation_topk_case,
+        "hash_router": _hash_router_case,
+    }
     return draw[setting.op](setting, min(max_rows, max(4, 4000 // setting.columns)))
 
 
@@ -149,7 +154,10 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         arrays["logits"], layouts["logits"] = draw(_floats((rows, setting.columns), setting.dtype)), layout
     elif "x" in setting.given:
         hidden = 8 * draw(st.integers(1, 40)) if setting.aligned else draw(st.integers(1, 300))
-        for name, (count, dtype) in {"x": (rows, setting.dtype), "weight": (setting.columns, setting.weight_dtype)}.items():
+        for name, (count, dtype) in {
+            "x": (rows, setting.dtype),
+            "weight": (setting.columns, setting.weight_dtype),
+        }.items():
             arrays[name] = draw(_small_integers((count, hidden), dtype))
             layouts[name] = draw(_layout(setting.aligned, hidden))
     options = draw(_num_valid(arrays, rows))
@@ -165,7 +173,9 @@ _padding = st.sampled_from([-1, 0, 1, 7])
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
     """Number of rows and their layout. A single row is as aligned as its base, so aligned settings draw others too."""
     layout = draw(_layout(setting.aligned, columns))
-    return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or not setting.aligned or columns % 8 == 0)), layout
+    return draw(
+        st.integers(0, max_rows).filter(lambda rows: rows != 1 or not setting.aligned or columns % 8 == 0)
+    ), layout
 
 
 @st.composite
@@ -190,12 +200,13 @@ def _num_valid(draw: st.DrawFn, arrays: dict[str, np.ndarray], rows: int) -> dic
 
 @st.composite
 def _methods(draw: st.DrawFn, setting: Setting) -> RoutingMethod:
-    method = RoutingMethod(setting.columns, setting.k, setting.score, renormalize=setting.renormalize) \
-        if setting.k <= setting.columns else RoutingMethod(setting.k, setting.k, setting.score)
     eps = draw(st.sampled_from([0.0, 1e-20, 0.25]))
     minimum = draw(st.sampled_from([None, 0.0, 1e-12, 0.5])) if eps == 0 else None
     scale = draw(st.sampled_from([1.0, 1.5, 2.5, 0.0, -2.0, 1e30]))
-    return replace(method, renormalize_eps=eps, renormalize_min=minimum, scale=scale)
+    return RoutingMethod(
+        setting.columns, setting.k, setting.score, renormalize=setting.renormalize,
+        renormalize_eps=eps, renormalize_min=minimum, scale=scale,
+    )  # fmt: skip
 
 
 # -- Values ------------------------------------------------------------------------------------------------------------

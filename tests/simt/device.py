@@ -34,6 +34,7 @@ _INCLUDE = Path(__file__).with_name("include")
 _FLAGS = (
     "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -w "
     "-ffp-contract=off "  # as written; the GPU contracts to FMA where it likes, so floats are compared with a tolerance
+    "-fdata-sections -Wl,-T,shared.ld "  # see _SHARED
     "-fno-strict-aliasing "  # kernels read float rows as uint4, which CUDA compilers allow
     "-fcf-protection=none"  # a fiber starts by a return
 ).split()
@@ -43,6 +44,9 @@ _SANITIZER_FLAGS = {
     "-fsanitize-sections=simt_shared".split(),
     "thread": "-g1 -fsanitize=thread".split(),
 }
+# All __shared__ variables in one place. g++ forgets the section of those in templates, but they are the only zeroed static
+# variables within functions: the runtime has none, and kernels that had one would share it among the threads of a block.
+_SHARED = "SECTIONS { simt_shared : { *(simt_shared) *(.bss._ZZ*) } } INSERT AFTER .data;\n"
 _LAUNCH = """
 }}  // namespace: everything above has internal linkage, so that shared variables of templates may lie in one section
 static const unsigned simt_cluster[3] = {{{cluster}}}, simt_bounds[] = {{{bounds}}};
@@ -154,7 +158,7 @@ def build_library(source: str, function: str, sanitizer: str | None = None) -> P
     """The shared library of one kernel, compiled unless an earlier run left it in the cache."""
     flags = [*_FLAGS, *_SANITIZER_FLAGS[sanitizer]]
     text = _cpu_source(source, function)
-    key = hashlib.sha256(repr((text, flags, _compiler_and_headers())).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((text, flags, _SHARED, _compiler_and_headers())).encode()).hexdigest()[:32]
     folder = cache_folder()
     library = folder / f"{function}-{sanitizer or 'plain'}-{key}.so"
     if library.exists():
@@ -167,6 +171,7 @@ def build_library(source: str, function: str, sanitizer: str | None = None) -> P
                 old.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as work:
         (Path(work) / "kernel.cpp").write_text(text)
+        (Path(work) / "shared.ld").write_text(_SHARED)
         command = [_compiler(), *flags, f"-fdebug-prefix-map={work}=.", "kernel.cpp", "-o", "kernel.so"]
         done = subprocess.run(command, cwd=work, env=_clean_environment(), capture_output=True, text=True)
         if done.returncode:

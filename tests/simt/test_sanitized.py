@@ -18,7 +18,7 @@ from tests.simt.transport import pack, unpack
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
 
 RNG = np.random.default_rng(4)
-PROBED = ("warp", "atomics", "mma", "cluster", "async_copy")
+PROBED = ("shared", "warp", "atomics", "mma", "cluster", "async_copy")
 
 
 @pytest.fixture(params=device.SANITIZERS)
@@ -57,6 +57,7 @@ def test_probes_are_clean(sanitizer: str) -> None:
     half, single = np.zeros(256, np.uint16), np.zeros(1000, np.float32)
     atomics = [ints(9), np.zeros(9, np.uint32), np.zeros(2, np.int64), np.zeros(7, np.uint64), single[:1], np.zeros(1)]
     launches = [
+        ((3,), (32,), (ints(3, 32, 5),)),
         ((1,), (32,), (ints(32), np.zeros((31, 32), np.int64))),
         ((2,), (64,), (ints(128), *atomics)),
         ((1,), (32,), (half, half[:128], single[:128], single[:128].copy(), np.int32(0))),
@@ -69,7 +70,7 @@ def test_probes_are_clean(sanitizer: str) -> None:
     ]
     report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")
     assert (report.fault, len(report.results)) == (None, len(calls)), report.text
-    assert report.results[3][1].tolist() == [256, 0, 0, 0, 0, 0, 0, 0] * 2, "the kernels did run"
+    assert report.results[4][1].tolist() == [256, 0, 0, 0, 0, 0, 0, 0] * 2, "the kernels did run"
 
 
 def test_ops_are_clean(sanitizer: str) -> None:

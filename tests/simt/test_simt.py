@@ -132,6 +132,12 @@ def test_crashes_are_reported_and_survived(kind: int, name: str, detail: str) ->
     assert np.float32(1e-40) * np.float32(1) != 0, "the float mode is restored"
 
 
+def test_shared_memory_is_new_for_every_block(cpu: SimtBackend) -> None:
+    found = np.zeros((3, 32, 5), np.int32)
+    run(cpu, "shared", 3, 32, found)
+    np.testing.assert_array_equal(found, np.full((3, 32, 5), -1))
+
+
 def test_other_threads_may_launch() -> None:
     cpu, x = SimtBackend(), np.zeros((8, 64), np.int32)
     args = [(np.int32(0), row, np.int32(0)) for row in x]

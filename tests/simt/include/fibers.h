@@ -89,12 +89,12 @@ SIMT_RUNTIME static void prepare(Fiber& fiber, char* stack, void (*entry)()) {
 #endif
 }
 
+// Destroying a fiber of ThreadSanitizer makes its accesses unreportable, keeping it costs a megabyte: the latest 512 stay.
+static void* dismissed[512];
+static unsigned num_dismissed = 0;
 SIMT_RUNTIME static void dismiss(Fiber& fiber) {
 #ifdef __SANITIZE_THREAD__
-    // Destroying one makes its accesses unreportable, keeping one costs a megabyte: so the latest 512 stay.
-    static void* kept[512];
-    static unsigned count = 0;
-    void*& oldest = kept[count++ % 512];
+    void*& oldest = dismissed[num_dismissed++ % 512];
     if (oldest) __tsan_destroy_fiber(oldest);
     oldest = fiber.tsan;
 #endif

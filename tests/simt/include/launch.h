@@ -28,6 +28,7 @@ struct FlushSubnormals {
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
 static struct sigaction old_actions[4];
 static pthread_t launching_thread;
+static char signal_stack[64 << 10];
 
 SIMT_RUNTIME static void on_signal(int number, siginfo_t* information, void*) {
     if (!pthread_equal(pthread_self(), launching_thread) && number == SIGVTALRM) {
@@ -49,7 +50,6 @@ struct Traps {
     stack_t old_stack;
     itimerval old_timer;
     explicit Traps(double time_limit) {
-        static char signal_stack[64 << 10];
         launching_thread = pthread_self();
         const stack_t stack = {signal_stack, 0, sizeof signal_stack};
         sigaltstack(&stack, &old_stack);

@@ -42,10 +42,10 @@ T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
 }
 
 // A fence orders the thread after every earlier fence of the launch: enough for "write, fence, count; last one reads".
+static simt::Tag simt_fences;
 inline void __threadfence() {
-    static simt::Tag tag;
-    simt::release(&tag);
-    simt::acquire(&tag);
+    simt::release(&simt_fences);
+    simt::acquire(&simt_fences);
 }
 inline void __threadfence_block() { __threadfence(); }
 inline void __threadfence_system() { __threadfence(); }

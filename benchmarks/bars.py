@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The times asked for on an H100, in microseconds, and the cells in which they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.rows import Row, select
+
+# n -> bar, warm but for the last, which does not fit into L2.
+ACTIVATION_TOPK = {
+    256: {1: 2.0, 16: 2.05, 64: 2.15, 1024: 2.4, 8192: 6.2, 65536: 40.0},
+    384: {1: 2.25, 16: 2.3, 64: 2.35, 1024: 2.6, 8192: 7.5, 65536: 52.0},
+}
+HASH_ROUTER_LOGITS = {1: 1.5, 16: 1.5, 64: 1.6, 1024: 1.8, 8192: 2.6}  # warm, with 256 experts and with 384
+TOPK_SELECT = {(256, 8): {64: 2.2, 8192: 7.0, 65536: 42.0}, (384, 6): {64: 2.2, 8192: 7.5}}  # cold
+
+HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # activation_topk, for each call
+IMPORT = 150_000.0
+FIRST_CALL = 60_000.0  # kernels in the disk cache, CuPy imported, CUDA context there
+
+
+def bar_16_bit(rows: Iterable[Row]) -> None:
+    """Give bfloat16 and float16 rows their bar: the float32 row of the same run, and the larger spread of the two."""
+    rows = list(rows)
+    for wide in rows:
+        if "bar_us" not in wide or wide.get("dtype") != "float32":
+            continue
+        same = {name: wide[name] for name in ("what", "op", "by", "E", "k", "n", "cache")}
+        for dtype in ("bfloat16", "float16"):
+            for row in select(rows, **same, dtype=dtype, data=None):
+                row["bar_us"] = round(wide["us"] + max(wide["spread_us"], row["spread_us"]), 3)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The floor: kernels of floor.cu, which only read the bytes and write the outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cupy
+
+from benchmarks.harness import gpu_row
+from benchmarks.rows import Row
+
+_TEXT = (Path(__file__).parent / "floor.cu").read_text()
+_BLOCK = 128
+_SHAPES = (1, 4)  # words in flight per thread; the fastest counts
+
+
+def read_rows(inputs: list[Any], out: Any, cell: Row) -> Row:
+    """The fastest way to read all of the rows and to write `out`, rotating over the inputs."""
+    weights, indices = out
+    num_words = inputs[0].nbytes // 16  # leaves out a last word that is not whole
+    candidates = []
+    for words in _SHAPES:
+        kernel = cupy.RawKernel(_TEXT, "read_rows", options=(f"-DWORDS={words}",))
+        grid = max(1, -(-num_words // (words * _BLOCK)))
+
+        def call(i: int, kernel: Any = kernel, grid: int = grid) -> None:
+            array = inputs[i % len(inputs)]
+            kernel((grid,), (_BLOCK,), (array, weights, indices, cupy.int64(num_words), cupy.int64(indices.size)))
+
+        candidates.append(gpu_row(call, cell, "floor", rotation=len(inputs)))
+    return min(candidates, key=lambda row: row["us"])
+
+
+def read_entries(token_ids: Any, table: Any, logits: Any, out: Any, cell: Row) -> Row:
+    """To read a token's row of the table and the logits it names, all of 4 bytes, and to write `out`."""
+    weights, indices = out
+    kernel = cupy.RawKernel(_TEXT, "read_entries")
+    sizes = cupy.int64(indices.size), cupy.int32(table.shape[1]), cupy.int32(logits.shape[1])
+    grid = -(-indices.size // _BLOCK)
+
+    def call(i: int) -> None:
+        kernel((grid,), (_BLOCK,), (token_ids, table, logits, weights, indices, *sizes))
+
+    return gpu_row(call, cell, "floor")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plot per op, docs/<op>.svg, from the results: `python -m benchmarks.plot`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import rows as results
+from benchmarks.rows import OURS, Row, select
+
+DOCS = Path(__file__).parents[1] / "docs"
+AXES = {"n": "rows", "E": "columns", "k": "k"}
+STYLES: dict[str, dict[str, Any]] = {
+    OURS: {"color": "#1b6ca8", "linewidth": 2.2, "marker": "o", "zorder": 3},
+    "floor": {"color": "#555555", "linestyle": "--", "label": "floor: memory alone"},
+    "Triton": {"color": "#d9822b", "marker": "s"},
+    "torch.compile": {"color": "#8c4fb0", "marker": "D"},
+    "PyTorch": {"color": "#b8312f", "marker": "^", "label": "PyTorch, eager"},
+    "PyTorch with cuBLAS": {"color": "#b8312f", "marker": "^"},
+    "torch.topk": {"color": "#b8312f", "marker": "^"},
+}
+
+
+class Panel(NamedTuple):
+    """Time over one quantity, the others fixed."""
+
+    over: str
+    fixed: dict[str, Any]
+
+
+_NORMAL = {"what": "gpu", "data": None}
+PANELS = {
+    "activation_topk": [
+        Panel("n", {"E": 256, "k": 6, "dtype": "float32"}),
+        Panel("n", {"E": 384, "k": 6, "dtype": "float32"}),
+        Panel("E", {"n": 8192, "k": 6, "dtype": "float32"}),
+        Panel("k", {"n": 8192, "E": 256, "dtype": "float32"}),
+    ],
+    "topk_select": [
+        Panel("n", {"E": 256, "k": 8, "dtype": "float32", "cache": "cold"}),
+        Panel("n", {"E": 384, "k": 6, "dtype": "float32", "cache": "cold"}),
+        Panel("E", {"n": 8192, "k": 6, "dtype": "float32", "cache": "warm"}),
+        Panel("k", {"n": 8192, "E": 256, "dtype": "float32", "cache": "warm"}),
+    ],
+    "hash_router": [
+        Panel("n", {"source": "logits", "E": 256, "dtype": "float32"}),
+        Panel("n", {"source": "logits", "E": 384, "dtype": "float32"}),
+        Panel("n", {"source": "products", "E": 256}),
+        Panel("n", {"source": "products", "E": 384}),
+    ],
+}
+
+
+def curves(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
+    """The points of each line of a panel."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in select(rows, **_NORMAL, **panel.fixed):
+        lines.setdefault(row["by"], []).append((row[panel.over], row["us"]))
+    return {by: sorted(points) for by, points in lines.items()}
+
+
+def draw(op: str, content: dict[str, Any], path: Path) -> None:
+    """Write the plot of an op."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # The same results give the same file.
+    with mpl.rc_context({"svg.hashsalt": "cupy_router", "font.size": 9}):
+        panels = [(panel, lines) for panel in PANELS[op] if (lines := curves(content["rows"], panel))]
+        if not panels:
+            raise ValueError(f"no results of {op} to plot")
+        columns = min(2, len(panels))
+        figure = Figure(figsize=(4.6 * columns, 3.3 * -(-len(panels) // columns)), layout="constrained")
+        all_axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+        for axes, (panel, lines) in zip(all_axes, panels, strict=False):
+            for by in sorted(lines, key=lambda by: (by != OURS, by != "floor", by)):
+                axes.plot(*zip(*lines[by], strict=True), **({"label": by, "markersize": 4} | STYLES.get(by, {})))
+            axes.set(xscale="log", yscale="log", xlabel=AXES[panel.over], ylabel="microseconds")
+            axes.set_title(", ".join(f"{AXES.get(n, n)} {v}" if n in AXES else str(v) for n, v in panel.fixed.items()))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(which="both", alpha=0.25)
+            axes.legend(fontsize=7)
+        for axes in all_axes[len(panels) :]:
+            axes.remove()
+        environment = content["environment"]
+        gpu = environment.get("gpu", {}).get("name", "unknown GPU")
+        figure.suptitle(f"{op} on {gpu}, {environment.get('date')}, commit {environment.get('commit')}", fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder for the plots")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    options = parser.parse_args(arguments)
+    for op in PANELS:
+        source = options.results / f"{op}.json"
+        if source.is_file():
+            path = options.output / f"{op}.{options.format}"
+            draw(op, results.load(source), path)
+            print(f"wrote {path}")
+        else:
+            print(f"left out: {op}: there is no {source}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

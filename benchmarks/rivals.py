@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users have without us: the ops written in plain PyTorch, eager or compiled. Needs nothing but PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import softplus
+
+
+def router(logits: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
+    """activation_topk, as models are written: softplus, sqrt, add, topk, gather, sum, div, mul."""
+    scores = softplus(logits).sqrt()
+    indices = (scores + bias).topk(k, dim=-1).indices
+    weights = scores.gather(1, indices)
+    return weights / weights.sum(dim=-1, keepdim=True) * scale, indices
+
+
+def hash_layer(token_ids: Any, table: Any, logits: Any, scale: float) -> tuple[Any, Any]:
+    """hash_router with logits. `table` is int64, as `gather` wants it."""
+    indices = table[token_ids]
+    weights = softplus(logits.gather(1, indices)).sqrt()
+    return weights / weights.sum(dim=-1, keepdim=True) * scale, indices
+
+
+def hash_layer_products(token_ids: Any, table: Any, x: Any, weight: Any, scale: float) -> tuple[Any, Any]:
+    """hash_router with x and weight: cuBLAS computes all products, of which a few are needed."""
+    return hash_layer(token_ids, table, torch.mm(x, weight.T).float(), scale)
+
+
+def compiled(function: Any) -> Any:
+    """torch.compile, for the shapes of its arguments alone."""
+    return torch.compile(function, dynamic=False)
+
+
+def tensor(array: Any) -> Any:
+    """A CuPy array as a tensor on the same memory; bfloat16 goes as its bits."""
+    if str(array.dtype) == "bfloat16":
+        return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
+    return torch.from_dlpack(array)

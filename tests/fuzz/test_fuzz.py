@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls against the reference: kernels executed by the CPU (--backend=simt), under sanitizers, or on a GPU.
+
+A failing case is written to cases/, as small as hypothesis can make it, and is a test from then on. For longer runs:
+
+    CUPY_ROUTER_FUZZ_CASES     how many cases (2,160)
+    CUPY_ROUTER_FUZZ_KERNELS   over how many compiled kernels (72)
+    CUPY_ROUTER_FUZZ_SEED      which kernels and cases (0); the same seed gives the same ones
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase
+
+from cupy_router import Routing, RoutingMethod, TopK, compiler
+from tests.backends import Backend
+from tests.fuzz import case as cases_room
+from tests.fuzz.case import FOLDER, Canvas, Case, arguments, check, load, run, save
+from tests.fuzz.strategies import Setting, cases, settings
+from tests.recorder import recording
+from tests.simt.device import SCHEDULES, build_library
+from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
+
+CASES = int(os.environ.get("CUPY_ROUTER_FUZZ_CASES", "2160"))
+KERNELS = int(os.environ.get("CUPY_ROUTER_FUZZ_KERNELS", "72"))
+SEED = int(os.environ.get("CUPY_ROUTER_FUZZ_SEED", "0"))
+
+SETTINGS = settings(SEED, KERNELS)
+SANITIZED = SETTINGS[:: max(1, len(SETTINGS) // 20)][:20]
+GROUP = 5  # settings that share a sanitized process, whose start takes seconds
+HOST = Backend()  # NumPy arrays
+
+
+def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
+    """Hypothesis without its own memory of failures: ours are files that everybody has."""
+    return hypothesis.settings(
+        max_examples=max_examples, phases=phases, database=None, deadline=None, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+def free_path(op: str) -> Path:
+    """A file of cases/ that does not exist yet."""
+    number = 1
+    while (FOLDER / f"{op}_{number}.json").exists():
+        number += 1
+    return FOLDER / f"{op}_{number}.json"
+
+
+def prove(case: Case, backend: Backend) -> None:
+    """Run it and compare; AssertionError if it is wrong."""
+    if backend.name == "simt":
+        simt: Any = compiler.BACKENDS["cpu"]
+        simt.schedule, simt.seed = case.schedule, len(case.arrays)
+    check(case, run(case, backend))
+
+
+# -- Kernels that the cases need ---------------------------------------------------------------------------------------
+
+
+@cache
+def kernels(setting: Setting) -> dict[str, str]:
+    """Sources by function, of the smallest case that launches something."""
+    quiet = configured(1000, Phase.generate, Phase.shrink)
+    smallest = hypothesis.find(cases(setting), lambda case: case.shape[0] > 0, settings=quiet)
+    with recording() as recorder:
+        run(smallest, HOST)
+    return {launch.function: source for launch, source in zip(recorder.launches, recorder.sources, strict=True)}
+
+
+def build(wanted: list[Setting], sanitizer: str | None) -> None:
+    """Compile for the CPU side by side, what the cache lacks."""
+    texts = [(source, function) for setting in wanted for function, source in kernels(setting).items()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: build_library(pair[0], pair[1], sanitizer), texts))
+
+
+@pytest.fixture(scope="module")
+def built(backend: Backend) -> None:
+    if backend.name == "simt" and "PYTEST_XDIST_WORKER" not in os.environ:  # workers compile side by side as it is
+        build(SETTINGS, None)
+
+
+@pytest.fixture
+def path() -> Callable[[str], Path]:
+    """Where a failing case goes: one file a test, which shrinking writes again and again."""
+    chosen: dict[str, Path] = {}
+    return lambda op: chosen.setdefault(op, free_path(op))
+
+
+# -- Fuzzing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_cases(setting: Setting, backend: Backend, built: None, path: Callable[[str], Path]) -> None:
+    fatal = False
+
+    @hypothesis.seed(SEED)
+    @configured(-(-CASES // len(SETTINGS)), Phase.generate, Phase.shrink)
+    @hypothesis.given(cases(setting))
+    def proves(case: Case) -> None:
+        nonlocal fatal
+        try:
+            prove(case, backend)
+        except Exception as error:
+            if not fatal:
+                save(case, path(case.op))
+            # After an illegal access every call on the GPU fails: only the first one says something.
+            fatal = type(error).__name__ in ("CUDARuntimeError", "CUDADriverError")
+            raise
+
+    try:
+        proves()
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}; the case was saved as {path(setting.op)}") from error
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_saved_cases(path: Path, backend: Backend) -> None:
+    prove(load(path), backend)
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("group", range(0, len(SANITIZED), GROUP))
+@pytest.mark.parametrize(("sanitizer", "count", "max_rows"), [("address", 12, 20), ("thread", 6, 3)])
+def test_sanitized_cases(
+    sanitizer: str, count: int, max_rows: int, group: int, backend: Backend, path: Callable[[str], Path]
+) -> None:
+    """Arrays lie in memory of exactly their size; to ThreadSanitizer, every thread of a block is one, which takes long."""
+    if backend.name != "simt":
+        pytest.skip("sanitizers are for kernels that the CPU executes")
+    reason = why_not_sanitized(sanitizer)
+    if reason is not None:
+        pytest.skip(reason)
+    chosen = SANITIZED[group : group + GROUP]
+    build(chosen, sanitizer)
+    todo = [case for setting in chosen for case in drawn(setting, count, max_rows)]
+    schedule = SCHEDULES[group // GROUP % len(SCHEDULES)]
+    report = call_sanitized([call(case) for case in todo], sanitizer=sanitizer, schedule=schedule, seed=group)
+    for number, case in enumerate(todo):
+        try:
+            assert number < len(report.results), f"{report.fault}: {report.text}"
+            check(case, report.results[number])
+        except AssertionError as error:
+            save(case, path(case.op))
+            raise AssertionError(f"{case}: the case was saved as {path(case.op)}") from error
+    assert report.fault is None, report.text
+
+
+def drawn(setting: Setting, count: int, max_rows: int) -> list[Case]:
+    found: list[Case] = []
+
+    @hypothesis.seed(SEED)
+    @configured(count, Phase.generate)
+    @hypothesis.given(cases(setting, max_rows))
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found
+
+
+def call(case: Case) -> Call:
+    """The op itself, for another process; results go into strided arrays if the case has such."""
+    given = arguments(case, HOST)
+    if case.out_padding >= 0:
+        first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
+        arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in (first, np.int32))
+        given["out"] = (TopK if case.op == "topk_select" else Routing)(*arrays)
+    return Call(f"cupy_router:{case.op}", (), given)
+
+
+# -- The fuzzer itself -------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_different_and_repeatable() -> None:
+    found = settings(5, 60)
+    assert found == settings(5, 60)
+    assert found != settings(6, 60)
+    assert len(set(found)) == len({str(setting) for setting in found}) == 60
+    assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router"}
+
+
+@pytest.mark.parametrize("setting", SANITIZED, ids=str)
+def test_a_setting_is_one_kernel(setting: Setting) -> None:
+    """Whatever is drawn: so few kernels are compiled for so many cases."""
+    (function,) = kernels(setting)
+    with recording() as recorder:
+        for case in drawn(setting, 30, 40):
+            run(case, HOST)
+    assert recorder.launches
+    assert recorder.sources == [kernels(setting)[function]]
+
+
+@pytest.mark.parametrize("setting", SANITIZED, ids=str)
+def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
+    for case in drawn(setting, 3, 10):
+        check(case, cases_room.wanted(case))
+        save(case, tmp_path / "kept.json")
+        kept = load(tmp_path / "kept.json")
+        assert repr(kept) == repr(case)
+        for name, array in case.arrays.items():
+            assert (kept.arrays[name].dtype, kept.arrays[name].tobytes()) == (array.dtype, array.tobytes())
+
+
+LOGITS = np.array([[1, 2, 3, 4], [5, 6, 8, 7]], np.float32)
+PLANTED = {
+    "topk_select": Case("topk_select", {"scores": LOGITS}, None, {"k": 2}),
+    "activation_topk": Case("activation_topk", {"logits": LOGITS}, RoutingMethod(4, 2)),
+    "hash_router": Case(
+        "hash_router",
+        {"token_ids": np.array([0, 1]), "table": np.array([[1, 2], [3, 0]]), "logits": LOGITS},
+        RoutingMethod(4, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
+@pytest.mark.parametrize("result", [0, 1])
+def test_a_wrong_result_is_found(case: Case, result: int) -> None:
+    good = cases_room.wanted(case)
+    check(case, good)
+    for row in range(2):
+        bad = good[0].copy(), good[1].copy()
+        bad[result][row] = bad[result][row, ::-1] if result else bad[result][row] * np.float32(1.00001)
+        with pytest.raises(AssertionError):
+            check(case, bad)
+
+
+@pytest.mark.parametrize("at", [(0, -1), (0, 2), (1, 2), (1, 4)])
+def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
+    canvas = Canvas((2, 2), 2, np.float32, HOST)
+    canvas.array[...] = 1
+    assert canvas.is_clean()
+    row, column = at
+    canvas.memory[Canvas.BEFORE + row * canvas.stride + column] = 0
+    assert not canvas.is_clean()
+
+
+def test_files_of_cases_never_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fuzz.test_fuzz.FOLDER", tmp_path)
+    for number in (1, 2, 3):
+        assert free_path("topk_select") == tmp_path / f"topk_select_{number}.json"
+        save(PLANTED["topk_select"], free_path("topk_select"))
+    assert free_path("hash_router").name == "hash_router_1.json"
