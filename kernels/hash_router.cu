@@ -104,19 +104,24 @@ extern "C" __global__ void __launch_bounds__(128)
             const int place = p * LANES + lane;
             experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
         }
+        // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
+        float values[PLACES];
 #pragma unroll
-        for (int p = 0; p < PLACES; ++p) bad |= !exists(experts[p], NUM_EXPERTS);
+        for (int p = 0; p < PLACES; ++p) {
+            const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
+            values[p] = 0.0f;
+            if (SOURCE == LOGITS && good) values[p] = to_float(logits[row * logits_stride + experts[p]]);
+            bad |= !good;
+        }
         bad = lanes_ballot<LANES>(bad) != 0;
 
-        float values[PLACES];
         if (SOURCE == LOGITS) {
-            const scalar_t* row_logits = bad ? nullptr : logits + row * logits_stride;
-            const RowStatistics statistics = row_statistics(row_logits, lane);
+            const RowStatistics statistics = row_statistics(bad ? nullptr : logits + row * logits_stride, lane);
             total_t total = 0;
 #pragma unroll
             for (int p = 0; p < PLACES; ++p) {
                 const bool counts = !bad && p * LANES + lane < TOP_K;
-                values[p] = counts ? score_of(to_float(row_logits[experts[p]]), statistics) : 0.0f;
+                values[p] = counts ? score_of(values[p], statistics) : 0.0f;
                 total += summand(values[p]);
             }
             total = RENORMALIZE ? lanes_sum<LANES>(total) : total_t(0);

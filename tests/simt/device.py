@@ -44,8 +44,8 @@ _SANITIZER_FLAGS = {
     "-fsanitize-sections=simt_shared".split(),
     "thread": "-g1 -fsanitize=thread".split(),
 }
-# All __shared__ variables in one place. g++ forgets the section of those in templates, but they are the only zeroed static
-# variables within functions: the runtime has none, and kernels that had one would share it among the threads of a block.
+# All __shared__ variables in one place. g++ forgets the section of those in templates, but knows them as zeroed static
+# variables within functions, of which the runtime has none.
 _SHARED = "SECTIONS { simt_shared : { *(simt_shared) *(.bss._ZZ*) } } INSERT AFTER .data;\n"
 _LAUNCH = """
 }}  // namespace: everything above has internal linkage, so that shared variables of templates may lie in one section
