@@ -46,12 +46,11 @@ class Problem:
             self.cell |= {"data": data}
             self.logits, self.bias = DATA[data](self.logits, self.bias)
 
+    def call(self, i: int = 0) -> Routing:
+        return activation_topk(self.logits[i % len(self.logits)], self.method, bias=self.bias, out=self.out)
+
     def ours(self) -> Row:
-        logits, count = self.logits, len(self.logits)
-        method, bias, out = self.method, self.bias, self.out
-        return gpu_row(
-            lambda i: activation_topk(logits[i % count], method, bias=bias, out=out), self.cell, rotation=count
-        )
+        return gpu_row(self.call, self.cell, rotation=len(self.logits))
 
     def floor(self) -> Row:
         return floor.read_rows(self.logits, self.out, self.cell)
@@ -78,8 +77,7 @@ class Problem:
             def route(x: Any) -> Any:
                 return function(x, bias, k, SCALE)
 
-        activation_topk(self.logits[0], self.method, bias=self.bias, out=self.out)
-        check_same_choice(self.out.indices, route(logits[0])[1])
+        check_same_choice(self.call().indices, route(logits[0])[1])
         count = len(logits)
         return gpu_row(lambda i: route(logits[i % count]), self.cell, name, rotation=count, torch=True)
 

@@ -37,8 +37,8 @@ class Change(NamedTuple):
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[Change], list[str]]:
     """Our rows in both runs, and how each rival changed."""
-    before = {results.key(row): row for row in old}
-    pairs = [Change(before[key], row) for row in new if (key := results.key(row)) in before]
+    before = {results.key(row): row for row in old if "us" in row}
+    pairs = [Change(before[key], row) for row in new if "us" in row and (key := results.key(row)) in before]
     ratios: dict[str, list[float]] = {}
     for pair in pairs:
         if pair.new["by"] != OURS:

@@ -121,7 +121,7 @@ __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE]
     return best && !__any_sync(FULL_WARP, valid & (lane < TOP_K) & !sure);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                     const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
                     int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
@@ -136,12 +136,12 @@ extern "C" __global__ void __launch_bounds__(128)
     float biases[PER_LANE];
     if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, first, NUM_EXPERTS, biases);
 
-    // Whole warps stay together: a row that does not exist or is padding goes along without being read.
+    // Whole warps stay together: a row that does not exist goes along without being read.
     for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
         const logit_t* source = logits + row * logits_stride;
         float values[PER_LANE];
-        if (row < valid) {
+        if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
             load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source, first, NUM_EXPERTS, values);
         } else {
 #pragma unroll
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(128)
         Chosen chosen = {0, 0.0f};
         bool sure = false;
         if (BOUNDED) sure = choose_by_bounds(values, biases, source, bias, lane, row < valid, chosen);
-        if (!sure) chosen = choose_exactly(values, biases, statistics, source, lane, row < valid);
+        if (!BOUNDED || UNLIKELY(!sure)) chosen = choose_exactly(values, biases, statistics, source, lane, row < valid);
 
         const bool has_winner = lane < TOP_K && row < valid;
         const float score = has_winner ? chosen.score : 0.0f;

@@ -76,7 +76,7 @@ __device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, 
     return row;
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     hash_router(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
                 const scalar_t* __restrict__ logits, const void* __restrict__ x, const void* __restrict__ weight,
                 const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
@@ -147,12 +147,7 @@ template <typename T>
 __device__ __forceinline__ void load_eight(const T* source, float (&target)[8]) {
     constexpr int WORD = 16 / sizeof(T);
 #pragma unroll
-    for (int j = 0; j < 8; j += WORD) {
-        T word[WORD];
-        load_word(source + j, word);
-#pragma unroll
-        for (int i = 0; i < WORD; ++i) target[j + i] = to_float(word[i]);
-    }
+    for (int i = 0; i < 8; i += WORD) load_floats<T, WORD>(source + i, target + i);
 }
 
 // The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.

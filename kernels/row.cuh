@@ -10,14 +10,11 @@
 template <typename T, int PerLane, bool Whole, bool Aligned>
 __device__ __forceinline__ void load_columns(const T* row, int first, int end, float (&values)[PerLane]) {
     constexpr int LONGEST = 16 / sizeof(T);
-    constexpr int WORD = !Aligned ? 1 : PerLane % LONGEST == 0 ? LONGEST : 4;
+    constexpr int WORD = PerLane % LONGEST == 0 ? LONGEST : 4;
 #pragma unroll
     for (int j = 0; j < PerLane; j += WORD) {
-        if (WORD > 1 && (Whole || first + j + WORD <= end)) {
-            T word[WORD > 1 ? WORD : 4];
-            load_word(row + first + j, word);
-#pragma unroll
-            for (int i = 0; i < WORD; ++i) values[j + i] = to_float(word[i]);
+        if (Aligned && (Whole || first + j + WORD <= end)) {
+            load_floats<T, WORD>(row + first + j, values + j);
         } else {
 #pragma unroll
             for (int i = 0; i < WORD; ++i) {

@@ -138,7 +138,7 @@ __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], i
         heads.pop(mine);
         if (KEPT < PerLane && round + 1 >= KEPT) exhausted |= mine & (heads.key[0] == NO_KEY);
     }
-    if (KEPT < PerLane && TopK > KEPT && __any_sync(FULL_WARP, exhausted)) {
+    if (KEPT < PerLane && TopK > KEPT && UNLIKELY(__any_sync(FULL_WARP, exhausted))) {
         winner = select_exactly<TopK, Lanes>(keys, lane);
     }
     return winner;

@@ -57,7 +57,7 @@ __device__ __forceinline__ score_t minus_infinity() {
 
 #if !WIDE
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256)
     topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
                 score_t* __restrict__ values, int* __restrict__ indices, long long num_rows, int num_columns, int k,
                 long long scores_stride, long long values_stride, long long indices_stride) {

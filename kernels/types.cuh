@@ -8,6 +8,9 @@ typedef long long int64_t;
 
 #define FULL_WARP 0xffffffffu
 
+// Code behind it is laid out of the way: at small sizes much of a kernel's time is the fetching of its instructions.
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+
 struct Float16 {
     unsigned short bits;
 };
@@ -38,26 +41,43 @@ struct Scalar<2> {
     typedef BFloat16 type;
 };
 
-// Unsigned words of 8 and 16 bytes.
-template <int BYTES>
-struct Word {
-    typedef uint4 type;
-};
-template <>
-struct Word<8> {
-    typedef uint2 type;
+// The floats in a 32-bit word, the one at the lower address first.
+__device__ __forceinline__ void word_to_floats(unsigned word, float, float* target) {
+    target[0] = __uint_as_float(word);
+}
+
+__device__ __forceinline__ void word_to_floats(unsigned word, BFloat16, float* target) {
+    target[0] = __uint_as_float(word << 16);
+    target[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+__device__ __forceinline__ void word_to_floats(unsigned word, Float16, float* target) {
+    target[0] = half_bits_to_float(static_cast<unsigned short>(word));
+    target[1] = half_bits_to_float(static_cast<unsigned short>(word >> 16));
+}
+
+// Words of 32 bits that are read at once, by the read-only path.
+template <int N>
+struct Words {
+    unsigned word[N];
 };
 
-// Read N adjacent elements that form an aligned word, by the read-only path.
+__device__ __forceinline__ Words<2> load_words(const void* source, Words<2>) {
+    const uint2 read = __ldg(static_cast<const uint2*>(source));
+    return {{read.x, read.y}};
+}
+
+__device__ __forceinline__ Words<4> load_words(const void* source, Words<4>) {
+    const uint4 read = __ldg(static_cast<const uint4*>(source));
+    return {{read.x, read.y, read.z, read.w}};
+}
+
+// Read N adjacent elements of 8 or 16 bytes together, at an address that is a multiple of that, as float.
 template <typename T, int N>
-__device__ __forceinline__ void load_word(const T* source, T (&target)[N]) {
-    typedef typename Word<N * sizeof(T)>::type word_t;
-    static_assert(sizeof(word_t) == N * sizeof(T), "words have 8 or 16 bytes");
-    union {
-        word_t word;
-        T elements[N];
-    };
-    word = __ldg(reinterpret_cast<const word_t*>(source));
+__device__ __forceinline__ void load_floats(const T* source, float* target) {
+    constexpr int WORDS = N * sizeof(T) / 4;
+    static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes are read at once");
+    const Words<WORDS> words = load_words(source, Words<WORDS>());
 #pragma unroll
-    for (int i = 0; i < N; ++i) target[i] = elements[i];
+    for (int i = 0; i < WORDS; ++i) word_to_floats(words.word[i], T(), target + i * (4 / sizeof(T)));
 }

@@ -46,7 +46,11 @@ _SANITIZER_FLAGS = {
 }
 # All __shared__ variables in one place. g++ forgets the section of those in templates, but knows them as zeroed static
 # variables within functions, of which the runtime has none.
-_SHARED = "SECTIONS { simt_shared : { *(simt_shared) *(.bss._ZZ*) } } INSERT AFTER .data;\n"
+_SHARED = """
+SECTIONS {
+    simt_shared : { HIDDEN(simt_shared_begin = .); *(simt_shared) *(.bss._ZZ*) HIDDEN(simt_shared_end = .); }
+} INSERT AFTER .data;
+"""
 _LAUNCH = """
 }}  // namespace: everything above has internal linkage, so that shared variables of templates may lie in one section
 static const unsigned simt_cluster[3] = {{{cluster}}}, simt_bounds[] = {{{bounds}}};

@@ -85,7 +85,7 @@ SIMT_RUNTIME static bool acceptable(const Geometry& g) {
             say("bad launch: grid (%u, %u, %u) of clusters (%u, %u, %u)", g.grid[0], g.grid[1], g.grid[2], g.cluster[0],
                 g.cluster[1], g.cluster[2]);
 #ifndef SIMT_SANITIZED  // red zones would count as shared memory
-    const size_t shared = __stop_simt_shared - __start_simt_shared;
+    const size_t shared = simt_shared_end - simt_shared_begin;
     if (!report_length && (shared < g.dynamic_shared || shared > g.dynamic_shared + (48u << 10)))
         say("bad launch: %zu bytes of shared memory, of which %u dynamic; 48 KB may be static", shared,
             g.dynamic_shared);

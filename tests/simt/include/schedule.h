@@ -26,13 +26,13 @@ SIMT_RUNTIME static void shuffle(std::vector<T>& order) {
 SIMT_RUNTIME static void enter_block(Block& block) {  // puts its shared memory in place of the last block's
     blockIdx = block.index;
     if (resident == &block) return;
-    const size_t bytes = __stop_simt_shared - __start_simt_shared;
-    if (resident) raw_copy(resident->shared.data(), __start_simt_shared, bytes);
-    forget_accesses(__start_simt_shared, __stop_simt_shared, true);
+    const size_t bytes = simt_shared_end - simt_shared_begin;
+    if (resident) raw_copy(resident->shared.data(), simt_shared_begin, bytes);
+    forget_accesses(simt_shared_begin, simt_shared_end, true);
     if (launch->blocks.size() > 1)
-        raw_copy(__start_simt_shared, block.shared.data(), bytes);
+        raw_copy(simt_shared_begin, block.shared.data(), bytes);
     else
-        raw_fill(__start_simt_shared, 0xFF, bytes);  // a float that nobody wrote reads as NaN
+        raw_fill(simt_shared_begin, 0xFF, bytes);  // a float that nobody wrote reads as NaN
     resident = &block;
 }
 
@@ -134,7 +134,7 @@ SIMT_RUNTIME static void run_cluster(uint3 first, dim3 cluster, char* stack_memo
         block.index = {first.x + b % cluster.x, first.y + b / cluster.x % cluster.y,
                        first.z + b / cluster.x / cluster.y};
         block.threads = &launch->threads[b * size];
-        if (blocks > 1) block.shared.assign(__stop_simt_shared - __start_simt_shared, (char)0xFF);
+        if (blocks > 1) block.shared.assign(simt_shared_end - simt_shared_begin, (char)0xFF);
         for (unsigned i = 0; i < size; ++i) {
             Thread& thread = block.threads[i];
             thread.block = &block;

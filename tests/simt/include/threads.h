@@ -14,8 +14,8 @@ static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// __shared__ variables are static and lie in a section of their own, whose ends the linker names.
-extern "C" __attribute__((weak, visibility("hidden"))) char __start_simt_shared[], __stop_simt_shared[];
+// __shared__ variables are static and lie in a section of their own, whose ends the linker names (device.py tells it).
+extern "C" __attribute__((visibility("hidden"))) char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
 

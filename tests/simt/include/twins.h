@@ -13,7 +13,7 @@ template <class T>
 SIMT_RUNTIME static T* cluster_map(T* shared, unsigned rank) {
     if (rank >= cluster_size()) fault({}, "no such block in the cluster", "rank %u of %u", rank, cluster_size());
     if (rank == self->block->rank) return shared;
-    return reinterpret_cast<T*>(launch->blocks[rank].shared.data() + ((char*)shared - __start_simt_shared));
+    return reinterpret_cast<T*>(launch->blocks[rank].shared.data() + ((char*)shared - simt_shared_begin));
 }
 
 // Asynchronous copies run at once under the first two schedules and as late as allowed under the others: a kernel that

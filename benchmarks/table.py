@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables in Markdown files, generated from the results: `python -m benchmarks.table`, never typed.
+
+A table stands between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. `--check` writes nothing and exits
+with 1 if a file does not hold what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows as results
+from benchmarks.rows import OURS, Row, markdown_table, microseconds, select
+
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+NONE = "Not measured yet."
+CLIFF = 1.5
+BY = {  # in this order
+    OURS: "**cupy_router**",
+    "floor": "floor: memory alone",
+    "Triton": "Triton, plainly written",
+    "torch.compile": "torch.compile",
+    "PyTorch": "PyTorch, eager",
+    "torch.topk": "torch.topk",
+}
+MAIN = [
+    {"op": "activation_topk", "E": 256, "k": 6},
+    {"op": "activation_topk", "E": 384, "k": 6},
+    {"op": "topk_select", "E": 256, "k": 8, "cache": "cold"},
+    {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
+]
+MAIN_N = (1, 16, 64, 1024, 8192, 65536)
+
+Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content
+
+
+def _rows(files: Files, *names: str) -> list[Row]:
+    return [row for name in names for row in files.get(name, {}).get("rows", [])]
+
+
+def _ops(files: Files) -> list[Row]:
+    return _rows(files, *sorted({cell["op"] for cell in MAIN}))
+
+
+def source(content: dict[str, Any]) -> str:
+    """Where figures are from."""
+    environment = content["environment"]
+    gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
+    parts = [
+        gpu.get("name", "unknown GPU"),
+        f"driver {gpu.get('driver_version', 'unknown')}",
+        f"NVRTC {environment.get('nvrtc', 'unknown')}",
+        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
+        f"commit {environment.get('commit', 'unknown')}",
+        str(environment.get("date", "no date")),
+    ]
+    return ", ".join(parts)
+
+
+def speed(files: Files) -> str:
+    """Time on the GPU and on the host beside floor and rivals, for users."""
+    blocks = []
+    for cell in MAIN:
+        rows = select(_ops(files), what="gpu", dtype="float32", data=None, **cell)
+        by_n = {by: {row["n"]: row for row in rows if row["by"] == by} for by in BY}
+        sizes = [n for n in MAIN_N if n in by_n[OURS]]
+        if not sizes:
+            continue
+        title = f"`{cell['op']}`, {cell['E']} columns, k = {cell['k']}" + (", cold" if "cache" in cell else "")
+        lines = [
+            [BY[by], *(microseconds(cells[n]["us"]) if n in cells else "" for n in sizes)]
+            for by, cells in by_n.items()
+            if any(n in cells for n in sizes)
+        ]
+        blocks.append(markdown_table([title, *(f"n = {n}" for n in sizes)], lines))
+    calls = select(_rows(files, "activation_topk"), what="host")
+    if calls:
+        lines = [[_call(row), microseconds(row["us"])] for row in calls]
+        blocks.append(markdown_table(["eager call, time on the host", "us"], lines))
+    if not blocks:
+        return NONE
+    head = "Microseconds, float32. Time on the GPU by graph replay; warm, but for n = 65536 and where it says cold."
+    return "\n\n".join([head, *blocks, f"{source(next(iter(files.values())))}."])
+
+
+def _call(row: Row) -> str:
+    name = row.get("call") or row["part"]
+    return f"`{row['op']}` from {name}" if row["by"] == OURS and "call" in row else f"{row['by']}: {name}"
+
+
+def bars(files: Files) -> str:
+    """Every cell that has a bar, measured beside it."""
+    return results.bars_table([*_ops(files), *_rows(files, "host_profile")], markdown=True) or NONE
+
+
+def cliffs(files: Files) -> str:
+    """Each size of the sweeps against the next smaller one, in time."""
+    lines = []
+    for op, over, fixed in (
+        ("activation_topk", "E", {"k": 6}),
+        ("activation_topk", "k", {"E": 256}),
+        ("topk_select", "E", {"k": 6}),
+        ("topk_select", "k", {"E": 256}),
+    ):
+        for n in (64, 8192):
+            rows = select(
+                _ops(files), op=op, what="gpu", by=OURS, n=n, dtype="float32", cache="warm", data=None, **fixed
+            )
+            rows.sort(key=lambda row: int(row[over]))
+            for small, large in pairwise(rows):
+                ratio = max(large["us"] / small["us"], small["us"] / large["us"])
+                lines.append((ratio, op, over, n, small, large))
+    shown = [
+        [f"`{op}`, n = {n}", f"{over} {small[over]} to {large[over]}", microseconds(small["us"]),
+         microseconds(large["us"]), f"{ratio:.2f}", "yes" if ratio <= CLIFF else "no"]
+        for ratio, op, over, n, small, large in sorted(lines, key=lambda line: -line[0])[:12]
+    ]  # fmt: skip
+    heads = ["the largest steps", "from, to", "us", "us", "ratio", f"within {CLIFF}"]
+    return markdown_table(heads, shown) if shown else NONE
+
+
+def host(files: Files) -> str:
+    """Where each microsecond of a call goes, before and after: host_profile_before.json and host_profile.json."""
+    before, after = (
+        {row["part"]: row for row in _rows(files, name)} for name in ("host_profile_before", "host_profile")
+    )
+    lines = [
+        [part, *(microseconds(rows[part]["us"]) if part in rows else "" for rows in (before, after))]
+        for part in dict.fromkeys([*after, *before])
+    ]
+    return markdown_table(["microseconds on the host", "before", "after"], lines) if lines else NONE
+
+
+def counters(files: Files) -> str:
+    """What ncu counted."""
+    rows = _rows(files, "ncu")
+    if not rows:
+        return NONE
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("what", "op", "by", "cell")))
+    return markdown_table(
+        ["kernel", *(name.replace("_", " ") for name in names)],
+        [[row["cell"], *(f"{row[name]:,g}" if name in row else "" for name in names)] for row in rows],
+    )
+
+
+TABLES: dict[str, Callable[[Files], str]] = {
+    "benchmarks": speed,
+    "bars": bars,
+    "cliffs": cliffs,
+    "host": host,
+    "ncu": counters,
+}
+
+
+def filled(text: str, files: Files) -> str:
+    """The text of a Markdown file with its tables as the results have them."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        block = f"{begin}\n\n{table(files)}\n\n{end}"
+        text = re.sub(f"{begin}.*?{end}", lambda found, block=block: block, text, flags=re.S)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None, files: Iterable[Path] = FILES) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
+    options = parser.parse_args(arguments)
+    content = {path.stem: results.load(path) for path in sorted(options.results.glob("*.json"))}
+    outdated = []
+    for path in files:
+        text = path.read_text()
+        new = filled(text, content)
+        if new != text:
+            outdated.append(path)
+            if not options.check:
+                path.write_text(new)
+    for path in outdated:
+        print(f"{path} {'is out of date: run python -m benchmarks.table' if options.check else 'written'}")
+    return 1 if options.check and outdated else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

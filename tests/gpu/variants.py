@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small call of every variant of every kernel, with ties and NaN: what the sanitizers and the soak run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cupy_router import RoutingMethod
+from cupy_router.method import SCORES
+from tests import inputs
+from tests.backends import DTYPES
+from tests.fuzz.case import Case
+
+FLOATS = ("float32", "float16", "bfloat16")
+ROWS, FEW_ROWS = 33, 5
+DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, elements in front
+
+
+def cases() -> list[Case]:
+    return [*_topk_select(), *_activation_topk(), *_hash_router()]
+
+
+def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
+    """A third normal, a third of few values, a third with NaN."""
+    scores = inputs.normal((rows, columns), dtype, seed=rows)
+    scores[1::3] = np.round(scores[1::3].astype(np.float32))
+    scores[2::3, ::7] = np.nan
+    return scores
+
+
+def _topk_select() -> Iterator[Case]:
+    def case(rows: int, columns: int, k: int, dtype: str, layout: tuple[int, int], **limits: np.ndarray) -> Case:
+        arrays = {"scores": _scores(rows, columns, dtype), **limits}
+        return Case("topk_select", arrays, None, {"k": k}, {"scores": layout}, layout[0] - 1)
+
+    def limits(rows: int, columns: int) -> dict[str, np.ndarray]:
+        numbers = np.arange(rows, dtype=np.int32) * 37
+        return {"lengths": numbers % (columns + 2) - 1, "starts": (numbers * 5) % (columns + 2) - 1}
+
+    for dtype in FLOATS:
+        for layout in (DENSE, STRIDED, MISALIGNED):
+            yield case(ROWS, 256, 8, dtype, layout)
+            yield case(FEW_ROWS, 3000, 600, dtype, layout)
+        for columns, k, rows in ((36, 6, ROWS), (1000, 32, ROWS), (3000, 40, FEW_ROWS)):
+            both = limits(rows, columns)
+            yield case(rows, columns, k, dtype, DENSE, lengths=both["lengths"])
+            yield case(rows, columns, k, dtype, DENSE, **both)
+    for columns, k in ((1, 1), (8, 2), (384, 6), (1024, 1)):
+        yield case(ROWS, columns, k, "float32", DENSE)
+    yield case(2, 9000, 5000, "float32", DENSE)  # more winners than are sorted in shared memory
+    yield case(2, 9000, 9000, "float16", DENSE)
+
+
+def _bias(experts: int) -> np.ndarray:
+    return np.where(np.arange(experts) % 5 == 0, np.float32(8.08), inputs.normal((experts,), seed=1))
+
+
+def _activation_topk() -> Iterator[Case]:
+    def case(rows: int, method: RoutingMethod, dtype: str, layout: tuple[int, int], bias: bool, **more: Any) -> Case:
+        arrays = {"logits": _scores(rows, method.num_experts, dtype)}
+        if bias:
+            arrays["bias"] = _bias(method.num_experts)
+        layouts = {"logits": layout, "bias": (0, layout[1])}
+        numbers = {name: array for name, array in more.items() if isinstance(array, np.ndarray)}
+        options = {name: number for name, number in more.items() if isinstance(number, int)}
+        return Case("activation_topk", arrays | numbers, method, options, layouts, layout[0] - 1)
+
+    for score in SCORES:
+        narrow = RoutingMethod(256, 6, score, renormalize_eps=1e-20, scale=2.5)
+        for dtype in FLOATS:
+            yield case(ROWS, narrow, dtype, DENSE, bias=True)
+            yield case(ROWS, replace(narrow, num_experts=384, top_k=8), dtype, MISALIGNED, bias=False)
+            yield case(FEW_ROWS, replace(narrow, num_experts=1500, top_k=40), dtype, DENSE, bias=True)
+        for experts, k in ((1, 1), (8, 2), (36, 6), (160, 8), (1000, 32)):
+            yield case(
+                ROWS, replace(narrow, num_experts=experts, top_k=k, renormalize=k != 8), "float32", STRIDED, True
+            )
+    method = RoutingMethod(256, 6)
+    for more in ({"num_valid": 20}, {"num_valid": 0}, {"num_valid": np.full((), 20, np.int32)}):
+        yield case(ROWS, method, "float32", DENSE, True, **more)
+        yield case(FEW_ROWS, replace(method, num_experts=1500), "float32", DENSE, False, num_valid=3)
+
+
+def _hash_router() -> Iterator[Case]:
+    def case(rows: int, k: int, ids: str, table: str, method: RoutingMethod | None, **gate: np.ndarray) -> Case:
+        experts = 300 if method is None else method.num_experts
+        numbers = np.arange(rows) * 7 % 50
+        numbers[3::8] = (-1, 50, 2**31 - 1, -(2**31))[k % 4]
+        entries = inputs.rng(2, k).integers(0, experts, (50, k))
+        entries[5::9, k - 1] = experts if method is not None else -1
+        arrays = {"token_ids": numbers.astype(DTYPES[ids]), "table": entries.astype(DTYPES[table]), **gate}
+        return Case("hash_router", arrays, method, {}, {"table": (k % 3, 0)}, k % 3 - 1)
+
+    for ids in ("int32", "int64"):
+        for table in ("int32", "int64"):
+            for k in (1, 6, 8, 40):
+                yield case(ROWS, k, ids, table, None)
+    for score in SCORES:
+        for k in (6, 32, 40):
+            for dtype in FLOATS:
+                method = RoutingMethod(256, k, score)
+                yield case(ROWS, k, "int32", "int32", method, logits=_scores(ROWS, 256, dtype))
+        dtypes = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float16"))
+        for (dtype, weight_dtype), hidden in zip(dtypes, (512, 512, 264, 77), strict=True):
+            x, weight = _products((FEW_ROWS, hidden), dtype), _products((64, hidden), weight_dtype)
+            yield case(FEW_ROWS, 6, "int64", "int32", RoutingMethod(64, 6, score), x=x, weight=weight)
+            odd = case(FEW_ROWS, 12, "int32", "int64", RoutingMethod(64, 12, score), x=x, weight=weight)
+            yield replace(odd, layouts={"x": MISALIGNED, "weight": MISALIGNED})
+
+
+def _products(shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Small integers, whose dot products are exact."""
+    return inputs.rng(3, *shape).integers(-4, 5, shape).astype(DTYPES[dtype])

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with results of benchmarks: compare, plot, tables, on small made-up files. The measuring needs a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import compare, ncu, plot, rows, table
+from benchmarks.bars import bar_16_bit
+from benchmarks.rows import OURS, Row
+from cupy_router import RoutingMethod, activation_topk, hash_router
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"gpu": {"name": "Some GPU", "driver_version": "1.2"}, "commit": "abc", "date": "2026-01-02"}
+CELL = {"what": "gpu", "op": "activation_topk", "E": 256, "k": 6, "dtype": "float32", "cache": "warm"}
+ROWS: list[Row] = [
+    CELL | {"by": OURS, "n": 1, "us": 2.0, "spread_us": 0.02, "bar_us": 2.0},
+    CELL | {"by": OURS, "n": 64, "us": 2.21, "spread_us": 0.03, "bar_us": 2.15},
+    CELL | {"by": "floor", "n": 1, "us": 1.25, "spread_us": 0.01},
+    CELL | {"by": "floor", "n": 64, "us": 1.5, "spread_us": 0.01},
+    CELL | {"by": "PyTorch", "n": 64, "us": 123.4, "spread_us": 0.1},
+    {"what": "host", "op": "activation_topk", "E": 256, "by": OURS, "call": "cupy", "us": 14.0, "spread_us": 0.4}
+    | {"bar_us": 15.0, "garbage": 0},
+]
+
+
+def written(folder: Path, changed: list[Row] = ROWS, name: str = "activation_topk") -> Path:
+    rows.save(folder / f"{name}.json", ENVIRONMENT, changed)
+    return folder / f"{name}.json"
+
+
+def with_change(number: int, **figures: Any) -> list[Row]:
+    return [row | figures if i == number else row for i, row in enumerate(ROWS)]
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert rows.load(written(tmp_path)) == {"environment": ENVIRONMENT, "rows": ROWS}
+
+
+@pytest.mark.parametrize(
+    ("number", "figures", "code"),
+    [
+        (0, {}, 0),
+        (0, {"us": 2.039}, 0),  # both spreads together are 0.04
+        (0, {"us": 2.05}, 1),
+        (0, {"us": 2.05, "spread_us": 0.04}, 0),
+        (0, {"us": 1.0}, 0),
+        (0, {"bar_us": 1.0}, 0),
+        (2, {"us": 9.0}, 0),  # a rival
+        (5, {"us": 15.0}, 1),
+        (5, {"garbage": 3}, 1),
+    ],
+)
+def test_compare_finds_what_became_slower_by_more_than_the_spread(
+    number: int, figures: dict[str, Any], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = written(tmp_path / "old"), written(tmp_path / "new", with_change(number, **figures))
+    assert compare.main([str(old), str(new)]) == code
+    assert compare.main([str(old.parent), str(new.parent)]) == code
+    said = capsys.readouterr().out
+    assert f"{code} of 3 rows became slower" in said
+    assert (rows.label(ROWS[number]) in said) == (code == 1)
+
+
+def test_compare_says_how_the_floor_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare.main([str(written(tmp_path / "old")), str(written(tmp_path / "new", with_change(3, us=3.0)))])
+    assert "PyTorch: 1.000 x, floor: 1.500 x" in capsys.readouterr().out
+
+
+def test_compare_wants_something_in_common(tmp_path: Path) -> None:
+    other = [row | {"E": 384} for row in ROWS]
+    assert compare.main([str(written(tmp_path / "old")), str(written(tmp_path / "new", other))]) == 2
+
+
+def test_bars_are_met_or_not() -> None:
+    words = [line.split()[-3:] for line in rows.bars_table(ROWS).splitlines()]
+    assert words == [
+        ["measured", "bar", "met"],
+        ["2.00", "2.00", "yes"],
+        ["2.21", "2.15", "no"],
+        ["14.0", "15.0", "yes"],
+    ]
+    assert not rows.met(ROWS[5] | {"garbage": 1})
+    assert rows.bars_table(ROWS[2:5]) == ""
+
+
+def test_16_bit_rows_are_held_against_the_float32_row_of_the_run() -> None:
+    narrow = CELL | {"by": OURS, "dtype": "float16", "n": 64, "us": 2.0, "spread_us": 0.05}
+    others = [narrow | {"n": 1024}, narrow | {"n": 64, "data": "equal"}]
+    measured = [dict(row) for row in [*ROWS, narrow, *others]]
+    bar_16_bit(measured)
+    assert [row.get("bar_us") for row in measured[-3:]] == [2.26, None, None]
+    assert measured[:-3] == ROWS
+
+
+def test_tables_hold_the_figures_and_their_source(tmp_path: Path) -> None:
+    written(tmp_path)
+    text = tmp_path / "README.md"
+    text.write_text(
+        "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbetween\n<!-- bars -->\n<!-- /bars -->\nafter\n"
+    )
+    arguments = ["--results", str(tmp_path)]
+    assert table.main([*arguments, "--check"], [text]) == 1
+    assert "old" in text.read_text()
+    assert table.main(arguments, [text]) == 0
+    assert table.main([*arguments, "--check"], [text]) == 0
+    lines = text.read_text().splitlines()
+    assert "| **cupy_router** | 2.00 | 2.21 |" in lines
+    assert "| PyTorch, eager |  | 123 |" in lines
+    assert "| `activation_topk` from cupy | 14.0 |" in lines
+    assert "Some GPU, driver 1.2, NVRTC unknown, commit abc, 2026-01-02." in lines
+    assert [lines[0], lines[-1], "between" in lines, "old" in lines] == ["before", "after", True, False]
+    assert len([line for line in lines if line.endswith("| no |")]) == 1
+
+
+def test_cliffs_are_steps_between_neighbouring_sizes() -> None:
+    sweep = [CELL | {"by": OURS, "n": 64, "E": E, "us": us} for E, us in ((64, 2.0), (8, 1.9), (72, 3.2))]
+    lines = table.cliffs({"activation_topk": {"rows": sweep}}).splitlines()[2:]
+    assert [line.split(" | ")[1:] for line in lines] == [
+        ["E 64 to 72", "2.00", "3.20", "1.60", "no |"],
+        ["E 8 to 64", "1.90", "2.00", "1.05", "yes |"],
+    ]
+
+
+def test_host_profile_stands_before_and_after() -> None:
+    part = {"what": "host", "part": "current stream", "us": 0.5}
+    files = {"host_profile_before": {"rows": [part, part | {"part": "gone", "us": 3.0}]}}
+    files["host_profile"] = {"rows": [part | {"us": 0.25}]}
+    assert table.host(files).splitlines()[2:] == ["| current stream | 0.50 | 0.25 |", "| gone | 3.00 |  |"]
+
+
+def test_every_table_can_be_made_without_results() -> None:
+    assert {function({}) for function in table.TABLES.values()} == {table.NONE}
+
+
+def test_tables_in_the_repository_are_those_of_its_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main(["--check"]) == 0, capsys.readouterr().out
+    found = re.findall(r"<!-- (\w+) -->", (ROOT / "benchmarks/README.md").read_text())
+    assert found == [name for name in table.TABLES if name != "benchmarks"]
+
+
+def test_plot_draws_each_line_once_and_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with the dev extra)")
+    written(tmp_path)
+    for folder in ("one", "two"):
+        assert plot.main(["--results", str(tmp_path), "--output", str(tmp_path / folder)]) == 0
+    drawn = (tmp_path / "one/activation_topk.svg").read_text()
+    assert drawn == (tmp_path / "two/activation_topk.svg").read_text()
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["activation_topk.svg"]
+    for text in ("floor: memory alone", "PyTorch, eager", "cupy_router", "Some GPU, 2026-01-02, commit abc"):
+        assert text in drawn  # a comment holds the text of each label
+
+
+def test_curves_are_sorted_and_leave_special_data_out() -> None:
+    panel = plot.PANELS["activation_topk"][0]
+    lines = plot.curves([*reversed(ROWS), ROWS[0] | {"data": "equal"}, ROWS[0] | {"E": 384}], panel)
+    assert lines == {OURS: [(1, 2.0), (64, 2.21)], "floor": [(1, 1.25), (64, 1.5)], "PyTorch": [(64, 123.4)]}
+
+
+def test_counters_of_ncu_are_medians_in_microseconds() -> None:
+    names = ["duration_us", "registers", "l2_bytes"]
+    heads = ['"ID"', '"Kernel Name"', *(f'"{ncu.METRICS[name]}"' for name in names)]
+    launches = ['"0","k","2,500","40","1,024"', '"1","k","2,100","40","1,024"', '"2","k","2,200","40","n/a"']
+    text = "\n".join(["==PROF== something", ",".join(heads), '"","","ns","register/thread","byte"', *launches])
+    assert ncu.parse(text) == {"duration_us": 2.2, "registers": 40.0, "l2_bytes": 1024.0}
+    with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM"):
+        ncu.parse("==ERROR== ERR_NVGPUCTRPERM")
+
+
+def test_looking_at_results_needs_python_alone() -> None:
+    code = """
+import sys
+import benchmarks.compare, benchmarks.ncu, benchmarks.plot, benchmarks.table
+print(*sorted({"cupy", "jax", "matplotlib", "numpy", "torch", "triton"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_pytorch_rivals_do_what_the_ops_do() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks import rivals
+
+    random = np.random.default_rng(0)
+    logits, bias = (random.standard_normal(shape, np.float32) for shape in ((33, 60), 60))
+    method = RoutingMethod(60, 6, "sqrtsoftplus", scale=2.5)
+    expert_table = random.integers(0, 60, (100, 6))
+    token_ids = random.integers(0, 100, 33)
+    x, weight = (random.standard_normal(shape, np.float32) for shape in ((33, 16), (60, 16)))
+    tensors = [torch.from_numpy(array) for array in (token_ids, expert_table)]
+    for ours, theirs in (
+        (
+            activation_topk(logits, method, bias=bias),
+            rivals.router(torch.from_numpy(logits), torch.from_numpy(bias), 6, 2.5),
+        ),
+        (
+            hash_router(token_ids, expert_table, method, logits=logits),
+            rivals.hash_layer(*tensors, torch.from_numpy(logits), 2.5),
+        ),
+        (
+            hash_router(token_ids, expert_table, method, x=x, weight=weight),
+            rivals.hash_layer_products(*tensors, torch.from_numpy(x), torch.from_numpy(weight), 2.5),
+        ),
+    ):
+        np.testing.assert_array_equal(theirs[1].numpy(), ours[1])
+        np.testing.assert_allclose(theirs[0].numpy(), ours[0], rtol=1e-4)
