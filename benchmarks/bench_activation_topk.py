@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cupy
@@ -56,7 +57,7 @@ class Problem:
         return floor.read_rows(self.logits, self.out, self.cell)
 
     def rivals(self, names: Sequence[str]) -> list[Row]:
-        rows = (attempt(f"{name} {self.cell}", lambda name=name: self._rival(name)) for name in names)
+        rows = (attempt(f"{name} {self.cell}", partial(self._rival, name)) for name in names)
         return [row for row in rows if row is not None]
 
     def _rival(self, name: str) -> Row:
@@ -163,7 +164,7 @@ def _triton_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    return barred_rows(compiled=not quick) + ([] if quick else sweep_rows()) + call_rows()
+    return call_rows() + barred_rows(compiled=not quick) + ([] if quick else sweep_rows())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cupy
@@ -52,7 +53,7 @@ class Problem:
         return floor.read_entries(self.token_ids, self.table, self.arrays["logits"], self.out, self.cell)
 
     def rivals(self, names: Sequence[str]) -> list[Row]:
-        rows = (attempt(f"{name} {self.cell}", lambda name=name: self._rival(name)) for name in names)
+        rows = (attempt(f"{name} {self.cell}", partial(self._rival, name)) for name in names)
         return [row for row in rows if row is not None]
 
     def _rival(self, name: str) -> Row:
@@ -69,7 +70,7 @@ class Problem:
             def route() -> Any:
                 return rivals_triton.hash_layer(token_ids, table, arrays[0], scale, out)
         else:
-            layer = rivals.hash_layer_products if "x" in self.arrays else rivals.hash_layer
+            layer: Callable[..., Any] = rivals.hash_layer_products if "x" in self.arrays else rivals.hash_layer
             function = rivals.compiled(layer) if name == "torch.compile" else layer
             wide_table = table.long()
 
@@ -129,8 +130,8 @@ def _torch_calls(problem: Problem) -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    rows = logits_rows(tuple(HASH_ROUTER_LOGITS) if quick else ALL_N, compiled=not quick)
-    return rows + ([] if quick else sweep_rows()) + call_rows()
+    rows = call_rows() + logits_rows(tuple(HASH_ROUTER_LOGITS) if quick else ALL_N, compiled=not quick)
+    return rows + ([] if quick else sweep_rows())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,14 @@ def part_rows() -> list[Row]:
     }
     # These are no public names: what has gone is left out.
     for name, call in (harness.attempt("parts of the call", lambda: _inner_parts(logits, bias, out)) or {}).items():
-        if harness.attempt(name[1], lambda call=call: (call(), True)):
+        if harness.attempt(name[1], partial(_runs, call)):
             parts[name] = call
     return harness.host_rows(parts, CELL, "part")
+
+
+def _runs(call: Action) -> bool:
+    call()
+    return True
 
 
 def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Action]:

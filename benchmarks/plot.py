@@ -66,6 +66,7 @@ def draw(op: str, content: dict[str, Any], path: Path) -> None:
     """Write the plot of an op."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     # The same results give the same file.
     with mpl.rc_context({"svg.hashsalt": "cupy_router", "font.size": 9}):
@@ -78,15 +79,20 @@ def draw(op: str, content: dict[str, Any], path: Path) -> None:
         for axes, (panel, lines) in zip(all_axes, panels, strict=False):
             for by in sorted(lines, key=lambda by: (by != OURS, by != "floor", by)):
                 axes.plot(*zip(*lines[by], strict=True), **({"label": by, "markersize": 4} | STYLES.get(by, {})))
-            axes.set(xscale="log", yscale="log", xlabel=AXES[panel.over], ylabel="microseconds")
+            axes.set_xscale("log", base=10 if panel.over == "n" else 2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
+            axes.set(xlabel=AXES[panel.over], ylabel="microseconds")
             axes.set_title(", ".join(f"{AXES.get(n, n)} {v}" if n in AXES else str(v) for n, v in panel.fixed.items()))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.grid(which="both", alpha=0.25)
+            axes.grid(alpha=0.25)
             axes.legend(fontsize=7)
         for axes in all_axes[len(panels) :]:
             axes.remove()
         environment = content["environment"]
-        gpu = environment.get("gpu", {}).get("name", "unknown GPU")
+        gpu = environment.get("gpu", {}).get("name") or "unknown GPU"
         figure.suptitle(f"{op} on {gpu}, {environment.get('date')}, commit {environment.get('commit')}", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -85,12 +85,11 @@ def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
-def bars_table(rows: Iterable[Row], *, markdown: bool = False) -> str:
+def bars_table(rows: Iterable[Row]) -> str:
     """Measured beside the bar for every row that has one; empty if none has."""
     barred = [row for row in rows if "bar_us" in row]
     lines = [
         (label(row), microseconds(row["us"]), microseconds(row["bar_us"]), "yes" if met(row) else "no")
         for row in barred
     ]
-    table = markdown_table if markdown else text_table
-    return table(("microseconds", "measured", "bar", "met"), lines) if lines else ""
+    return text_table(("microseconds", "measured", "bar", "met"), lines) if lines else ""

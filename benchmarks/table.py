@@ -29,12 +29,13 @@ BY = {  # in this order
     "PyTorch": "PyTorch, eager",
     "torch.topk": "torch.topk",
 }
-MAIN = [
+MAIN: list[dict[str, Any]] = [
     {"op": "activation_topk", "E": 256, "k": 6},
     {"op": "activation_topk", "E": 384, "k": 6},
     {"op": "topk_select", "E": 256, "k": 8, "cache": "cold"},
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
+OPS = ("activation_topk", "topk_select", "hash_router")
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
 Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content
@@ -45,7 +46,7 @@ def _rows(files: Files, *names: str) -> list[Row]:
 
 
 def _ops(files: Files) -> list[Row]:
-    return _rows(files, *sorted({cell["op"] for cell in MAIN}))
+    return _rows(files, *OPS)
 
 
 def source(content: dict[str, Any]) -> str:
@@ -53,7 +54,7 @@ def source(content: dict[str, Any]) -> str:
     environment = content["environment"]
     gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
     parts = [
-        gpu.get("name", "unknown GPU"),
+        gpu.get("name") or "unknown GPU",
         f"driver {gpu.get('driver_version', 'unknown')}",
         f"NVRTC {environment.get('nvrtc', 'unknown')}",
         *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
@@ -61,6 +62,11 @@ def source(content: dict[str, Any]) -> str:
         str(environment.get("date", "no date")),
     ]
     return ", ".join(parts)
+
+
+def sources(files: Files, *names: str) -> str:
+    """The runs that these files are from, each once."""
+    return "; ".join(dict.fromkeys(source(files[name]) for name in names if name in files)) + "."
 
 
 def speed(files: Files) -> str:
@@ -86,7 +92,7 @@ def speed(files: Files) -> str:
     if not blocks:
         return NONE
     head = "Microseconds, float32. Time on the GPU by graph replay; warm, but for n = 65536 and where it says cold."
-    return "\n\n".join([head, *blocks, f"{source(next(iter(files.values())))}."])
+    return "\n\n".join([head, *blocks, sources(files, *OPS)])
 
 
 def _call(row: Row) -> str:
@@ -95,8 +101,31 @@ def _call(row: Row) -> str:
 
 
 def bars(files: Files) -> str:
-    """Every cell that has a bar, measured beside it."""
-    return results.bars_table([*_ops(files), *_rows(files, "host_profile")], markdown=True) or NONE
+    """Every cell that has a bar, measured beside it; bold where it is missed."""
+    barred = [row for row in [*_ops(files), *_rows(files, "host_profile")] if "bar_us" in row]
+    lines: dict[str, dict[int, Row]] = {}
+    for row in select(barred, what="gpu"):
+        name = results.label({name: value for name, value in row.items() if name not in ("what", "by", "n")})
+        lines.setdefault(name, {})[row["n"]] = row
+    sizes = sorted({n for cells in lines.values() for n in cells})
+    blocks = []
+    if lines:
+        heads = ["on the GPU: measured (bar), us", *(f"n = {n}" for n in sizes)]
+        blocks.append(
+            markdown_table(heads, [[name, *map(_held, map(cells.get, sizes))] for name, cells in lines.items()])
+        )
+    if calls := select(barred, what="host"):
+        blocks.append(
+            markdown_table(["on the host", "measured (bar), us"], [[_call(row), _held(row)] for row in calls])
+        )
+    return "\n\n".join([*blocks, sources(files, *OPS, "host_profile")]) if blocks else NONE
+
+
+def _held(row: Row | None) -> str:
+    if row is None:
+        return ""
+    measured = microseconds(row["us"])
+    return f"{measured if results.met(row) else f'**{measured}**'} ({microseconds(row['bar_us'])})"
 
 
 def cliffs(files: Files) -> str:
@@ -163,7 +192,7 @@ def filled(text: str, files: Files) -> str:
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         block = f"{begin}\n\n{table(files)}\n\n{end}"
-        text = re.sub(f"{begin}.*?{end}", lambda found, block=block: block, text, flags=re.S)
+        text = re.sub(f"{begin}.*?{end}", block.replace("\\", r"\\"), text, flags=re.S)
     return text
 
 

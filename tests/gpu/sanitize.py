@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -160,24 +158,7 @@ def report(tool: str, every: int, timeout: float) -> dict[str, Any]:
     return {"tool": tool, **figures, "planted_errors": planted["errors"], "ok": clean and bool(planted["errors"])}
 
 
-def environment() -> dict[str, Any]:
-    import cupy
-
-    version = subprocess.run([find_sanitizer(), "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"Version ([\d.]+)", version)
-    return {
-        "gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "compute_sanitizer": found[1] if found else version.strip(),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "cupy": cupy.__version__,
-        "cupy_router": cupy_router.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
@@ -185,20 +166,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=170.0, help="seconds for each process")
     parser.add_argument("--calls", type=int, metavar="N", help="only make every Nth call, here and now")
     parser.add_argument("--planted", choices=TOOLS, help="only make the fault that this tool is for")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(given)
     if chosen.planted:
         make_fault(chosen.planted)
         return 0
     if chosen.calls:
         print(f"{_MARK}{make_calls(ExactBackend(), cases()[:: chosen.calls])}")
         return 0
+    from benchmarks.harness import environment  # which needs CuPy
+
     # Once without a tool: all kernels are compiled then, and wrong results are seen before anything else.
     warm = run_tool([sys.executable, "-m", "tests.gpu.sanitize", "--calls", "1"], chosen.timeout)
     print(f"no tool: {warm['calls']} calls, exit {warm['exit']}, {warm['seconds']} s")
     if warm["exit"]:
         print(warm["text"][-6000:])
         return 1
-    content: dict[str, Any] = {"environment": environment(), "tools": []}
+    version = subprocess.run([find_sanitizer(), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"Version ([\d.]+)", version)
+    about = {"compute_sanitizer": found[1] if found else version.strip()}
+    content: dict[str, Any] = {"environment": environment() | about, "tools": []}
     for tool in chosen.tools:
         row = report(tool, chosen.every, chosen.timeout)
         content["tools"].append(row)

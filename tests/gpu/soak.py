@@ -4,7 +4,8 @@
     python -m tests.gpu.soak [--output FILE.json] [--threads 8] [--streams 4] [--calls 2000]
 
 Every result is compared on the GPU, on its own stream, with the first result of the same case, bit by bit; that one is
-compared with the reference. Device memory in use is read after a tenth of the calls, when all pools are warm, and at the end.
+compared with the reference. Device memory in use is read when all pools are warm, after a tenth of the calls, and at
+the end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 import cupy_router
+from cupy_router import presets
+from tests import inputs
 from tests.backends import Backend, GpuBackend
 from tests.fuzz.case import Case, arguments, check
 from tests.gpu.variants import cases
@@ -95,77 +98,106 @@ class Gpu(Host):
 
 
 class Soak:
-    """The calls of all threads on one device."""
+    """The calls of all threads on one device. `streams` has for each thread its streams, each with its counter."""
 
     def __init__(self, device: Host, chosen: Sequence[Case], threads: int, streams: int, calls: int) -> None:
-        self.device = device
-        self.threads, self.streams, self.calls = threads, streams, calls
+        self.device, self.calls = device, calls
         self.ops = [getattr(cupy_router, case.op) for case in chosen]
         self.given = [arguments(case, device.backend) for case in chosen]
         self.first = [op(**given) for op, given in zip(self.ops, self.given, strict=True)]
         device.synchronize()
         for case, result in zip(chosen, self.first, strict=True):
             check(case, (device.backend.numpy(result[0]), device.backend.numpy(result[1])))
-        self.warm = threading.Barrier(threads + 1)
-        self.go_on = threading.Barrier(threads + 1)
+        self.streams = [[(device.stream(), device.counter()) for _ in range(streams)] for _ in range(threads)]
+        device.synchronize()
         self.failures: list[str] = []
-        self.differences = 0
-        self._lock = threading.Lock()
 
     def run(self) -> dict[str, Any]:
-        """The figures. Threads stop at their first error, which is among them."""
+        """The figures. A thread stops at its first error, which is among them."""
         begin = time.monotonic()
-        workers = [threading.Thread(target=self._guarded, args=(number,)) for number in range(self.threads)]
+        warm = min(self.calls, max(len(self.ops), self.calls // 10))  # every stream has then seen every case
+        self._phase(range(warm))
+        used = self.device.used_bytes()
+        self._phase(range(warm, self.calls))
+        growth = self.device.used_bytes() - used
+        counters = [counter for lanes in self.streams for _, counter in lanes]
+        different = sum(int(self.device.backend.numpy(counter)[0]) for counter in counters)
+        return {
+            "threads": len(self.streams),
+            "streams": len(self.streams[0]),
+            "calls_per_stream": self.calls,
+            "calls": len(counters) * self.calls,
+            "cases": len(self.ops),
+            "different_bytes": different,
+            "memory_growth": growth,
+            "failures": self.failures,
+            "seconds": round(time.monotonic() - begin, 1),
+            "ok": different == 0 and not self.failures and growth <= MEMORY_SLACK,
+        }
+
+    def _phase(self, turns: range) -> None:
+        """These turns of all threads, to their end on the device."""
+        workers = [threading.Thread(target=self._work, args=(number, turns)) for number in range(len(self.streams))]
         for worker in workers:
             worker.start()
-        self.warm.wait()
-        self.device.synchronize()
-        before = self.device.used_bytes()
-        self.go_on.wait()
         for worker in workers:
             worker.join()
         self.device.synchronize()
-        growth = self.device.used_bytes() - before
-        return {
-            "threads": self.threads, "streams": self.streams, "calls_per_stream": self.calls, "cases": len(self.ops),
-            "calls": self.threads * self.streams * self.calls, "different_bytes": self.differences,
-            "memory_growth": growth, "failures": self.failures, "seconds": round(time.monotonic() - begin, 1),
-            "ok": not self.differences and not self.failures and growth <= MEMORY_SLACK,
-        }  # fmt: skip
 
-    def _guarded(self, number: int) -> None:
+    def _work(self, number: int, turns: range) -> None:
         try:
-            self._work(number)
+            for turn in turns:
+                for place, (stream, counter) in enumerate(self.streams[number]):
+                    self._call((number * 31 + place * 7 + turn) % len(self.ops), turn, stream, counter)
         except Exception as error:
             self.failures.append(f"thread {number}: {type(error).__name__}: {error}")
-            for barrier in (self.warm, self.go_on):
-                if barrier.n_waiting or not barrier.broken:
-                    barrier.abort()
-
-    def _work(self, number: int) -> None:
-        device = self.device
-        streams = [device.stream() for _ in range(self.streams)]
-        counters = [device.counter() for _ in streams]
-        device.synchronize()
-        warm_at = max(1, self.calls // 10)
-        for turn in range(self.calls):
-            if turn == warm_at - 1 or self.calls == 0:
-                self.warm.wait()
-                self.go_on.wait()
-            for place, stream in enumerate(streams):
-                self._call((number * 31 + place * 7 + turn) % len(self.ops), turn, stream, counters[place])
-        device.synchronize()
-        with self._lock:
-            self.differences += sum(int(device.backend.numpy(counter)[0]) for counter in counters)
 
     def _call(self, at: int, turn: int, stream: Any, counter: Any) -> None:
         """On the current stream, or on one that is passed while another is current."""
         op, given = self.ops[at], self.given[at]
-        if turn % 2 or stream is None:
+        if turn % 2:
+            result = op(**given, stream=stream)
+        else:
             with self.device.on(stream):
                 result = op(**given)
-        else:
-            result = op(**given, stream=stream)
         with self.device.on(stream):
             for got, want in zip(result, self.first[at], strict=True):
                 self.device.count_differences(got, want, counter)
+
+
+def mixed_cases() -> list[Case]:
+    """Some of the variants, and calls of the sizes that are in use."""
+    large = []
+    for rows, columns, k in ((1, 256, 8), (1024, 384, 6), (8, 32768, 512)):
+        large.append(Case("topk_select", {"scores": inputs.normal((rows, columns), seed=1)}, None, {"k": k}))
+    for rows, method in ((1, "deepseek-v4-flash"), (64, "deepseek-v4-pro"), (8192, "deepseek-v4-flash")):
+        chosen = presets()[method]
+        logits = inputs.normal((rows, chosen.num_experts), "bfloat16", seed=2)
+        bias = inputs.normal((chosen.num_experts,), seed=3, scale=0.1)
+        large.append(Case("activation_topk", {"logits": logits, "bias": bias}, chosen))
+        draw = inputs.rng(4, rows)
+        table = draw.integers(0, chosen.num_experts, (1000, chosen.top_k)).astype(np.int32)
+        ids = draw.integers(0, 1000, rows).astype(np.int32)
+        large.append(Case("hash_router", {"token_ids": ids, "table": table, "logits": logits}, chosen))
+    return [*cases()[::4], *large]
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.soak")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--streams", type=int, default=4, help="of each thread")
+    parser.add_argument("--calls", type=int, default=2000, help="on each stream")
+    chosen = parser.parse_args(given)
+    figures = Soak(Gpu(), mixed_cases(), chosen.threads, chosen.streams, chosen.calls).run()
+    print("  ".join(f"{key}={value}" for key, value in figures.items()))
+    if chosen.output:
+        from benchmarks.harness import environment  # which needs CuPy
+
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        chosen.output.write_text(json.dumps({"environment": environment()} | figures, indent=1) + "\n")
+    return 0 if figures["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

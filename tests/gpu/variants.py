@@ -49,7 +49,7 @@ def _topk_select() -> Iterator[Case]:
             both = limits(rows, columns)
             yield case(rows, columns, k, dtype, DENSE, lengths=both["lengths"])
             yield case(rows, columns, k, dtype, DENSE, **both)
-    for columns, k in ((1, 1), (8, 2), (384, 6), (1024, 1)):
+    for columns, k in ((1, 1), (8, 2), (16, 3), (32, 6), (64, 9), (384, 6), (1024, 1)):
         yield case(ROWS, columns, k, "float32", DENSE)
     yield case(2, 9000, 5000, "float32", DENSE)  # more winners than are sorted in shared memory
     yield case(2, 9000, 9000, "float16", DENSE)
@@ -82,7 +82,7 @@ def _activation_topk() -> Iterator[Case]:
     method = RoutingMethod(256, 6)
     for more in ({"num_valid": 20}, {"num_valid": 0}, {"num_valid": np.full((), 20, np.int32)}):
         yield case(ROWS, method, "float32", DENSE, True, **more)
-        yield case(FEW_ROWS, replace(method, num_experts=1500), "float32", DENSE, False, num_valid=3)
+    yield case(FEW_ROWS, replace(method, num_experts=1500), "float32", DENSE, False, num_valid=3)
 
 
 def _hash_router() -> Iterator[Case]:
