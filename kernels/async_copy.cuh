@@ -13,6 +13,18 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, i
 #endif
 }
 
+// One aligned word of 4 bytes.
+template <typename T>
+__device__ __forceinline__ void copy_async4(T* shared, const T* global) {
+    static_assert(sizeof(T) == 4, "words of 4 bytes");
+#ifdef __CUDACC__
+    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
+#else
+    *shared = *global;
+#endif
+}
+
 // Ends a group: all copies that this thread started since the last one.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef __CUDACC__

@@ -4,7 +4,17 @@
 
 #include "types.cuh"
 
+// The number as it came; for kernels that have better things to wait for first.
+__device__ __forceinline__ int fetch_valid(const int *num_valid, int num_valid_value) {
+    return num_valid != nullptr ? __ldg(num_valid) : num_valid_value;
+}
+
+// What it means: a count in memory is clamped, a negative value stands for all rows.
+__device__ __forceinline__ int64_t clamp_valid(int fetched, bool from_memory, int64_t num_rows) {
+    if (fetched < 0) return from_memory ? 0 : num_rows;
+    return min(static_cast<int64_t>(fetched), num_rows);
+}
+
 __device__ __forceinline__ int64_t valid_rows(const int *num_valid, int num_valid_value, int64_t num_rows) {
-    if (num_valid != nullptr) return min(max(static_cast<int64_t>(__ldg(num_valid)), int64_t(0)), num_rows);
-    return num_valid_value < 0 ? num_rows : min(static_cast<int64_t>(num_valid_value), num_rows);
+    return clamp_valid(fetch_valid(num_valid, num_valid_value), num_valid != nullptr, num_rows);
 }
