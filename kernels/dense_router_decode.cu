@@ -140,7 +140,7 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     dense_router_decode(const x_t* __restrict__ x, const gate_t* __restrict__ weight, const float* __restrict__ bias,
                         const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
                         unsigned* counters, float* partials, int num_valid_value, long long num_tokens,

@@ -9,6 +9,7 @@
 // and the whole slice, its lanes divide that. Every sum is taken in a fixed order, so that results are repeatable.
 #pragma once
 
+#include "eight.cuh"
 #include "mma.cuh"
 #include "warp.cuh"
 
@@ -71,29 +72,6 @@ static_assert(TENSOR_CORES || LAYERS == 1, "without tensor cores a warp has the 
 static_assert(!TENSOR_CORES || (EXPERTS_PER_WARP % 16 == 0 && DTYPE == WEIGHT_DTYPE && DTYPE != 0),
               "tiles of one type");
 
-// 8 neighbours of a row; those from `end` on are 0. Only whole words lie before `end` if ALIGNED.
-template <typename T>
-__device__ __forceinline__ void load_eight(const T* row, int column, int end, T (&target)[8]) {
-    constexpr int WORD = 16 / sizeof(T);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) target[j] = T();
-    if (ALIGNED) {
-        if (column >= end) return;
-#pragma unroll
-        for (int j = 0; j < 8; j += WORD) {
-            T word[WORD];
-            load_word(row + column + j, word);
-#pragma unroll
-            for (int i = 0; i < WORD; ++i) target[j + i] = word[i];
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            if (column + j < end) target[j] = row[column + j];
-        }
-    }
-}
-
 #if TENSOR_CORES
 
 constexpr int STEP = 32;  // hidden elements of four lanes with a word each, and of two products
@@ -104,20 +82,6 @@ constexpr int STEPS = quotient(quotient(HIDDEN, STEP), SLICES* LAYERS);  // of a
 constexpr int BATCHES = at_least_1(quotient(STEPS, at_least_1(IN_FLIGHT / (2 * M_TILES + N_TILES))));
 constexpr int BATCH = at_least_1(quotient(STEPS, BATCHES));  // steps whose loads are all under way before the first use
 constexpr bool EVEN = ALIGNED && HIDDEN == BATCHES * BATCH * STEP * SLICES * LAYERS;  // no step ends early
-
-// Eight 16-bit floats, in the four words of two fragments.
-__device__ __forceinline__ uint4 load_fragments(const gate_t* row, int column, int end, bool exists) {
-    if (ALIGNED) {
-        return exists && (EVEN || column < end) ? __ldg(reinterpret_cast<const uint4*>(row + column))
-                                                : uint4{0u, 0u, 0u, 0u};
-    }
-    gate_t eight[8];
-    load_eight(row, column, exists ? end : 0, eight);
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = eight[2 * i].bits | static_cast<unsigned>(eight[2 * i + 1].bits) << 16;
-    return {words[0], words[1], words[2], words[3]};
-}
 
 __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     if (DTYPE == 2) {
@@ -152,32 +116,34 @@ __device__ __forceinline__ void products(const x_t* x, const gate_t* weight, int
     float sums[CHAINS][M_TILES][N_TILES][4] = {};
 #pragma unroll 1
     for (int step = 0; step < STEPS; step += BATCH) {
-        uint4 a[BATCH][M_TILES][2], b[BATCH][N_TILES];
+        Eight<gate_t> a[BATCH][M_TILES][2];
+        Eight<x_t> b[BATCH][N_TILES];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int column = begin + (step + i) * STEP;
+            const int column = begin + (step + i) * STEP, left = EVEN ? 8 : end - column;
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m) {
-                a[i][m][0] = load_fragments(experts[m][0], column, end, true);
-                a[i][m][1] = load_fragments(experts[m][1], column, end, true);
+                a[i][m][0] = load_eight<ALIGNED>(experts[m][0] + column, left);
+                a[i][m][1] = load_eight<ALIGNED>(experts[m][1] + column, left);
             }
 #pragma unroll
             for (int t = 0; t < N_TILES; ++t) {  // nothing is read where there is no token
-                const bool exists = 8 * t + lane / 4 < num_tokens;
-                b[i][t] = load_fragments(tokens[t], column, end, exists);
+                b[i][t] = load_eight<ALIGNED>(tokens[t] + column, 8 * t + lane / 4 < num_tokens ? left : 0);
             }
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m) {
-                const uint4 &upper = a[i][m][0], &lower = a[i][m][1];
-                const unsigned first[4] = {upper.x, lower.x, upper.y, lower.y};
-                const unsigned second[4] = {upper.z, lower.z, upper.w, lower.w};
 #pragma unroll
                 for (int t = 0; t < N_TILES; ++t) {
-                    multiply(sums[0][m][t], first, {b[i][t].x, b[i][t].y});
-                    multiply(sums[CHAINS - 1][m][t], second, {b[i][t].z, b[i][t].w});
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const unsigned *upper = a[i][m][0].words + 2 * half, *lower = a[i][m][1].words + 2 * half;
+                        const unsigned* token = b[i][t].words + 2 * half;
+                        float (&target)[4] = sums[half % CHAINS][m][t];
+                        multiply(target, {upper[0], lower[0], upper[1], lower[1]}, {token[0], token[1]});
+                    }
                 }
             }
         }
@@ -212,24 +178,21 @@ __device__ __forceinline__ void products(const x_t* x, const gate_t* weight, int
 #pragma unroll UNROLL
     for (int step = 0; step < STEPS; ++step) {
         const int column = slice * SLICE + step * 256 + lane * 8;
-        gate_t w[EXPERTS_PER_WARP][8];
-        x_t v[TOKENS][8];
+        Eight<gate_t> w[EXPERTS_PER_WARP];
+        Eight<x_t> v[TOKENS];
 #pragma unroll
         for (int e = 0; e < EXPERTS_PER_WARP; ++e) {
             const int expert = min(first_expert + own_experts + e, NUM_EXPERTS - 1);
-            load_eight(weight + expert * weight_stride, column, end, w[e]);
+            w[e] = load_eight<ALIGNED>(weight + expert * weight_stride + column, end - column);
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            load_eight(x + (t < num_tokens ? t : 0) * x_stride, column, t < num_tokens ? end : 0, v[t]);
+            v[t] = load_eight<ALIGNED>(x + t * x_stride + column, t < num_tokens ? end - column : 0);
         }
 #pragma unroll
         for (int e = 0; e < EXPERTS_PER_WARP; ++e) {
 #pragma unroll
-            for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-                for (int j = 0; j < 8; ++j) sums[e][t] = fmaf(to_float(w[e][j]), to_float(v[t][j]), sums[e][t]);
-            }
+            for (int t = 0; t < TOKENS; ++t) sums[e][t] = dot(w[e], v[t], sums[e][t]);
         }
     }
 #pragma unroll

@@ -4,7 +4,7 @@
 
 #include "types.cuh"
 
-// The number as it came; for kernels that have better things to wait for first.
+// The number as it came, for kernels that wait for other things first.
 __device__ __forceinline__ int fetch_valid(const int *num_valid, int num_valid_value) {
     return num_valid != nullptr ? __ldg(num_valid) : num_valid_value;
 }
