@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight: GPU time, bfloat16."""
+"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight; GPU time."""
 
 from __future__ import annotations
 

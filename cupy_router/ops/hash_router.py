@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 from cupy_router.arrays import View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
