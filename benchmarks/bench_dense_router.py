@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight; GPU time."""
+"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight: GPU time"""
 
 from __future__ import annotations
 
