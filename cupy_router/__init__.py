@@ -16,21 +16,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cupy_router.method import RoutingMethod, presets
     from cupy_router.ops.activation_topk import activation_topk
+    from cupy_router.ops.dense_router import dense_router
     from cupy_router.ops.hash_router import hash_router
     from cupy_router.ops.topk_select import topk_select
     from cupy_router.results import Routing, TopK
+    from cupy_router.router import Router
 
 __version__ = "0.1.0"
 
-__all__ = ["Routing", "RoutingMethod", "TopK", "activation_topk", "hash_router", "presets", "topk_select"]
+__all__ = [
+    "Router",
+    "Routing",
+    "RoutingMethod",
+    "TopK",
+    "activation_topk",
+    "dense_router",
+    "hash_router",
+    "presets",
+    "topk_select",
+]
 
 # Each name is imported from its room when it is first used, so that `import cupy_router` costs next to nothing.
 _ROOMS = {
     "Routing": "results",
     "TopK": "results",
+    "Router": "router",
     "RoutingMethod": "method",
     "presets": "method",
     "activation_topk": "ops.activation_topk",
+    "dense_router": "ops.dense_router",
     "hash_router": "ops.hash_router",
     "topk_select": "ops.topk_select",
 }

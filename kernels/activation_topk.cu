@@ -72,7 +72,8 @@ struct Chosen {
     float score;  // without bias
 };
 
-// Select on scores. Without a bias the key is the score; with one the score is gathered, since biased minus bias loses bits.
+// Select on scores. Without a bias the key is the score; with one the score is gathered, since biased minus bias loses
+// bits.
 __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
                                                  const RowStatistics& statistics, const logit_t* row, int lane,
                                                  bool valid) {
@@ -90,8 +91,9 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PER_LANE]
     return {winner.column, score};
 }
 
-// Select on cheap bounds of the scores, then score the winners alone. True if that must be the exact choice: the winners are
-// in order, and none of the others could reach the last of them even if its score were as far off as it can be.
+// Select on cheap bounds of the scores, then score the winners alone. True if that must be the exact choice: the
+// winners are in order, and none of the others could reach the last of them even if its score were as far off as it can
+// be.
 __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
                                                  const logit_t* row, const float* bias, int lane, bool valid,
                                                  Chosen& chosen) {

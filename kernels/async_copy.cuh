@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 Copies of 16 bytes from global to shared memory that run while the thread goes
+// SPDX-License-Identifier: Apache-2.0
+// Copies of 16 bytes from global to shared memory that run while the thread goes
 // on; sm_80 and later. Both addresses are multiples of 16 bytes. What a thread copied is there for itself after its
 // wait, for others after a barrier behind that.
 #pragma once
@@ -10,6 +11,18 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, i
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
 #else
     simt::copy_async(shared, global, bytes);
+#endif
+}
+
+// One aligned word of 4 bytes.
+template <typename T>
+__device__ __forceinline__ void copy_async4(T* shared, const T* global) {
+    static_assert(sizeof(T) == 4, "words of 4 bytes");
+#ifdef __CUDACC__
+    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(global) : "memory");
+#else
+    *shared = *global;
 #endif
 }
 

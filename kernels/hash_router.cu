@@ -4,8 +4,11 @@
 // hash_router: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is wider). Token
 // id, table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
 // hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows
-// of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row.
+// of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row. PARTS >
+// 0: PARTS warps share each of the token's dot products, with the loads of UNROLL words of both factors under way at
+// once; nothing waits for the check of the table's entries. The grid has a block for every token.
 #include "block.cuh"
+#include "eight.cuh"
 #include "num_valid.cuh"
 #include "score.cuh"
 
@@ -35,6 +38,15 @@
 #endif
 #ifndef WARPS
 #define WARPS 8
+#endif
+#ifndef PARTS
+#define PARTS 0
+#endif
+#ifndef UNROLL
+#define UNROLL 4
+#endif
+#ifndef HIDDEN
+#define HIDDEN 4096  // with PARTS > 0
 #endif
 #ifndef ALIGNED
 #define ALIGNED 1
@@ -143,31 +155,96 @@ extern "C" __global__ void __launch_bounds__(256)
 
 #else
 
-template <typename T>
-__device__ __forceinline__ void load_eight(const T* source, float (&target)[8]) {
-    constexpr int WORD = 16 / sizeof(T);
+#if PARTS
+
+static_assert(SCORE != SOFTMAX && TOP_K * PARTS == WARPS && WARPS <= 32, "a warp for each part of a token's products");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+    hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
+                         const void* __restrict__ logits, const scalar_t* __restrict__ x,
+                         const gate_t* __restrict__ weight, const int* __restrict__ num_valid,
+                         float* __restrict__ weights, int* __restrict__ indices, int num_valid_value,
+                         long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
+                         long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
+                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+    constexpr int STEP = 256 * PARTS;  // elements that the warps of a product read at once
+    constexpr bool WHOLE_STEPS = ALIGNED && HIDDEN % (STEP * UNROLL) == 0;
+    __shared__ float sums[PARTS][TOP_K];
+    const int lane = threadIdx.x % 32, place = threadIdx.x / 32 % TOP_K, part = threadIdx.x / 32 / TOP_K;
+
+    const int64_t row = blockIdx.x;
+    const int64_t token_id = static_cast<int64_t>(token_ids[row]);  // of padding as well, so that neither load waits
+    const bool is_valid = row < valid_rows(num_valid, num_valid_value, num_tokens);
+    const int first = part * 256 + lane * 8;
+    const scalar_t* own_x = x + row * x_stride + first;
+    const auto left = [&](int column) { return WHOLE_STEPS ? 8 : HIDDEN - first - column; };
+    Eight<scalar_t> a[UNROLL];
 #pragma unroll
-    for (int i = 0; i < 8; i += WORD) load_floats<T, WORD>(source + i, target + i);
+    for (int i = 0; i < UNROLL; ++i) a[i] = load_eight<ALIGNED>(own_x + i * STEP, left(i * STEP));
+
+    const bool token_exists = is_valid && exists(token_id, vocab_size);
+    const bool has_entry = token_exists && lane < TOP_K;
+    const expert_t entry = has_entry ? table[token_id * table_stride + lane] : expert_t(0);
+    const bool bad = __any_sync(FULL_WARP, !token_exists || !exists(entry, NUM_EXPERTS));
+    const int expert = static_cast<int>(entry);
+    const int own_expert = __shfl_sync(FULL_WARP, expert, place);
+    const gate_t* own_weight = weight + (bad ? 0 : own_expert) * weight_stride + first;
+
+    float part_sums[UNROLL] = {};
+#pragma unroll 1
+    for (int column = 0; column < HIDDEN; column += UNROLL * STEP) {
+        Eight<gate_t> b[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            b[i] = load_eight<ALIGNED>(own_weight + column + i * STEP, left(column + i * STEP));
+        }
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) part_sums[i] = dot(a[i], b[i], part_sums[i]);
+        if (column + UNROLL * STEP >= HIDDEN) break;
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            const int next = column + (UNROLL + i) * STEP;
+            a[i] = load_eight<ALIGNED>(own_x + next, left(next));
+        }
+    }
+    float sum = part_sums[0];
+#pragma unroll
+    for (int i = 1; i < UNROLL; ++i) sum += part_sums[i];
+    sum = lanes_sum<32>(sum);
+    if (lane == 0) sums[part][place] = sum;
+    __syncthreads();
+
+    if (threadIdx.x < 32) {
+        float score = 0.0f;
+        if (lane < TOP_K && !bad) {
+            float logit = sums[0][lane];
+#pragma unroll
+            for (int p = 1; p < PARTS; ++p) logit += sums[p][lane];
+            const RowStatistics none = {0.0f, 0.0f};
+            score = score_of(logit, none);
+        }
+        const total_t total = RENORMALIZE ? lanes_sum<32>(summand(score)) : total_t(0);
+        const float value = weight_of(score, total, renormalize_eps, renormalize_min, scale);
+        if (lane < TOP_K) {
+            weights[row * weights_stride + lane] = bad ? 0.0f : value;
+            indices[row * indices_stride + lane] = bad ? -1 : expert;
+        }
+    }
 }
+
+#else
 
 // The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
 __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, int64_t hidden, int lane) {
     float sum = 0.0f;
-    if (ALIGNED) {  // hidden is a multiple of 8, and every row starts at a 16-byte word
-        for (int64_t i = lane * 8; i < hidden; i += 256) {
-            float a[8], b[8];
-            load_eight(x + i, a);
-            load_eight(w + i, b);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum = fmaf(a[j], b[j], sum);
-        }
-    } else {
-        for (int64_t i = lane; i < hidden; i += 32) sum = fmaf(to_float(x[i]), to_float(w[i]), sum);
+    for (int64_t i = lane * 8; i < hidden; i += 256) {
+        const int left = static_cast<int>(hidden - i);
+        sum = dot(load_eight<ALIGNED>(x + i, left), load_eight<ALIGNED>(w + i, left), sum);
     }
     return lanes_sum<32>(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
                          const void* __restrict__ logits, const scalar_t* __restrict__ x,
                          const gate_t* __restrict__ weight, const int* __restrict__ num_valid,
@@ -230,5 +307,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         }
     }
 }
+
+#endif
 
 #endif

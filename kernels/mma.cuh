@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 Tensor cores by mma.sync.m16n8k16: d[16][8] += a[16][16] * b[16][8], a and b of
+// SPDX-License-Identifier: Apache-2.0
+// Tensor cores by mma.sync.m16n8k16: d[16][8] += a[16][16] * b[16][8], a and b of
 // 16-bit floats, d of float32; sm_80 and later. All 32 lanes take part. With row = lane / 4 and column = lane % 4 * 2,
 // a lane holds a: 4 words, each of two neighbours along k, the first in the low half: a[row][column..], a[row +
 // 8][column..], a[row][column + 8..], a[row + 8][column + 8..] b: 2 words: b[column..][row], b[column + 8..][row], two

@@ -1,10 +1,21 @@
-// SPDX-License-Identifier: Apache-2.0 Rows from num_valid on are padding: a count in device memory, which a CUDA graph
+// SPDX-License-Identifier: Apache-2.0
+// Rows from num_valid on are padding: a count in device memory, which a CUDA graph
 // may change between replays, or a value.
 #pragma once
 
 #include "types.cuh"
 
+// The number as it came, for kernels that wait for other things first.
+__device__ __forceinline__ int fetch_valid(const int* num_valid, int num_valid_value) {
+    return num_valid != nullptr ? __ldg(num_valid) : num_valid_value;
+}
+
+// What it means: a count in memory is clamped, a negative value stands for all rows.
+__device__ __forceinline__ int64_t clamp_valid(int fetched, bool from_memory, int64_t num_rows) {
+    if (fetched < 0) return from_memory ? 0 : num_rows;
+    return min(static_cast<int64_t>(fetched), num_rows);
+}
+
 __device__ __forceinline__ int64_t valid_rows(const int* num_valid, int num_valid_value, int64_t num_rows) {
-    const int count = num_valid != nullptr ? max(__ldg(num_valid), 0) : num_valid_value;  // -1: all
-    return count < 0 ? num_rows : min(static_cast<int64_t>(count), num_rows);
+    return clamp_valid(fetch_valid(num_valid, num_valid_value), num_valid != nullptr, num_rows);
 }

@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 The order of scores, in one place: an unsigned key that is larger for a better
+// SPDX-License-Identifier: Apache-2.0
+// The order of scores, in one place: an unsigned key that is larger for a better
 // score. Descending value, -0.0 equal to +0.0, subnormals exact, NaN of any kind lowest. Equal keys go to the lower
 // index, which whoever compares them sees to.
 #pragma once
@@ -26,7 +27,8 @@ __device__ __forceinline__ unsigned sum_order_key(float sum) {
     return (bits ^ flips) + 2u;
 }
 
-// A key of sum_order_key's order with a position in its low bits, the higher the lower the position; NaN is highest here.
+// A key of sum_order_key's order with a position in its low bits, the higher the lower the position; NaN is highest
+// here.
 template <unsigned Mask>
 __device__ __forceinline__ unsigned tagged_key(float sum, unsigned position) {
     const unsigned bits = canonical_bits(sum);

@@ -1,4 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0 Single instructions that CUDA C++ has no word for without its headers, each with
+// SPDX-License-Identifier: Apache-2.0
+// Single instructions that CUDA C++ has no word for without its headers, each with
 // a C++ twin for the kernels' run on a CPU.
 #pragma once
 

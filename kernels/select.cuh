@@ -61,8 +61,8 @@ __device__ __forceinline__ bool select_round(unsigned key, int slot, int lane, i
     return lane == owner;
 }
 
-// The same for keys with positions in their low bits (see Bounds): a lane's best few need no positions beside them, and the
-// minimum and maximum of two keys order them.
+// The same for keys with positions in their low bits (see Bounds): a lane's best few need no positions beside them, and
+// the minimum and maximum of two keys order them.
 template <int Heads>
 struct TaggedHeads {
     unsigned key[Heads];
@@ -112,8 +112,8 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
     return winner;
 }
 
-// How many of a lane's best keys are kept. Of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one of
-// 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more.
+// How many of a lane's best keys are kept. Of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one
+// of 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more.
 template <int TopK, int PerLane>
 constexpr int HEADS = min_int(PerLane, min_int(TopK, (TopK <= 8    ? 3
                                                       : TopK <= 16 ? 4
@@ -144,8 +144,8 @@ __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], i
     return winner;
 }
 
-// The same for tagged keys, whose low bits, Mask, hold Mask - position. Keys that agree above them count as equal. False
-// if a lane turned out to hold more winners than heads; then the winners are not the best.
+// The same for tagged keys, whose low bits, Mask, hold Mask - position. Keys that agree above them count as equal.
+// False if a lane turned out to hold more winners than heads; then the winners are not the best.
 template <int TopK, int Lanes, int PerLane, unsigned Mask>
 __device__ __forceinline__ bool select_tagged(const unsigned (&keys)[PerLane], int lane, Winner& winner) {
     static_assert(TopK <= Lanes, "one lane holds one winner");

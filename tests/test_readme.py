@@ -18,7 +18,9 @@ import cupy_router
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = {code.split()[1].split(".")[0]: code for code in re.findall(r"```python\n(.*?)```", README, re.S)}
-NO_EXAMPLES = re.compile(r"\.(__main__|_cupy|_jax|_torch)$")  # modules that run a command or need a framework
+NO_EXAMPLES = re.compile(
+    r"\.(__main__|_cupy|_jax|_torch|torch(\.\w+)?)$"
+)  # modules that run a command or need a framework
 MODULES = ["cupy_router"] + [
     module.name
     for module in pkgutil.walk_packages(cupy_router.__path__, "cupy_router.")
@@ -65,7 +67,9 @@ def test_docstring_examples(name: str) -> None:
     assert failures == 0
 
 
-@pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "RoutingMethod", "presets"])
+@pytest.mark.parametrize(
+    "name", ["topk_select", "activation_topk", "dense_router", "hash_router", "RoutingMethod", "Router", "presets"]
+)
 def test_every_public_function_has_an_example(name: str) -> None:
     found = doctest.DocTestFinder(recurse=False).find(getattr(cupy_router, name), name)
     assert any(example.examples for example in found)

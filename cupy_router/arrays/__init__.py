@@ -89,6 +89,9 @@ FRAMEWORKS: dict[type, Framework] = {}
 # The room of each framework, by the top-level package that defines (a base of) the array's type.
 _ROOMS = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
 
+# Rooms on top that are loaded as soon as arrays of a framework are in use: this one teaches torch.compile the ops.
+_COMPANIONS = {"_torch": "cupy_router.torch"}
+
 
 def framework_of(name: str, array: Any) -> Framework:
     """The framework of an array argument; TypeError if it is no array."""
@@ -105,6 +108,8 @@ def _find(name: str, kind: type) -> Framework:
         if room is not None and base is not object:
             module = importlib.import_module(f"cupy_router.arrays.{room}")
             if issubclass(kind, module.ARRAY_TYPES):
+                if room in _COMPANIONS:
+                    importlib.import_module(_COMPANIONS[room])
                 return module.FRAMEWORK  # type: ignore[no-any-return]  # modules are not typed by their content
             if room == "_jax" and hasattr(kind, "__dlpack__"):
                 raise TypeError(f"{name} is a JAX tracer: call the op outside jax.jit, on arrays that hold values")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy_router
-from cupy_router import compiler
+from cupy_router import compiler, gemm
 
 from . import terminal
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         terminal.field("device", device)
     terminal.field("driver", ask(driver_version))
     terminal.field("nvrtc", ask(nvrtc_version))
+    terminal.field("cublas", cublas_version())
     terminal.field("cupy", cupy_packages())
     for name in ("torch", "jax", "numpy", "ml_dtypes"):
         terminal.field(name, version_of(name))  # by metadata: importing PyTorch would take seconds
@@ -69,6 +70,12 @@ def ask(question: Callable[[Any], str]) -> str:
 
 def nvrtc_version(cupy: Any) -> str:
     return "{}.{}".format(*cupy.cuda.nvrtc.getVersion())
+
+
+def cublas_version() -> str:
+    """What dense_router multiplies many tokens by, or what it does without."""
+    reason = gemm.why_no_cublas()
+    return gemm.cublas_version() if reason is None else f"not available, the decode kernel takes any n: {reason}"
 
 
 def driver_version(cupy: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,16 @@ class Kernel(NamedTuple):
     grid: int
     block: int
     fixed: dict[str, int | float]
+    shared_bytes: int = 0
+
+
+class Work(Protocol):
+    """What a call enqueues, if not one kernel: called as a `Launch` is, with `function` for one of its kernels."""
+
+    function: compiler.Function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        """Enqueue on `stream`: addresses of inputs and outputs, then `num_valid_value` if the op has one."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Op:
     inputs: tuple[str, ...]
     result: Any  # the named tuple that is returned
     check: Callable[..., tuple[Output, Output]]  # (options, *views) -> what the results are to look like
-    kernel: Callable[..., Kernel]  # (options, output row strides, *views) -> the kernel to launch
+    kernel: Callable[..., Kernel | Work]  # (options, output row strides, *views) -> what to enqueue
     reference: Callable[..., tuple[Any, Any]]  # (options, number, *host arrays) -> the results
     takes_number: bool  # whether num_valid may be an int; then the kernel has an int parameter num_valid_value
 
@@ -65,15 +75,23 @@ class Op:
 class _Plan(NamedTuple):
     num_rows: int
     allocators: tuple[Allocator, Allocator]
-    launch: Launch | None  # None: no rows, nothing to do
+    launch: Work | None  # None: no rows, nothing to do
 
 
 _MAX_PLANS = 4096
 _plans: dict[Hashable, _Plan] = {}
 
 
-def run(op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1) -> Any:
-    """One call of an op; `number` is num_valid as an int, -1 for all rows."""
+# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
+tracer: Any = None
+
+
+def run(
+    op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1, eager: bool = False
+) -> Any:
+    """One call of an op; `number` is num_valid as an int, -1 for all rows; `eager` calls are never traced."""
+    if tracer is not None and not eager and tracer.is_tracing():
+        return tracer.run(op, options, inputs, out, stream, number)
     try:
         if compiler.WATCHING and compiler.changed():
             _plans.clear()
@@ -207,12 +225,19 @@ def _planned(
     views: Sequence[View | None],
     out_views: Sequence[View],
     outputs: tuple[Output, Output],
-) -> Launch | None:
+) -> Work | None:
     if outputs[0][0][0] == 0:
         return None
     row_strides = [view.row_stride for view in out_views] or [shape[-1] for shape, _ in outputs]
     device = views[0].device  # type: ignore[union-attr]  # the first array is never left out
-    kernel = op.kernel(options, row_strides, *views)
-    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device)
+    work = op.kernel(options, row_strides, *views)
+    if not isinstance(work, Kernel):
+        return work
     varying = (*op.inputs, *op.result._fields, *(("num_valid_value",) if op.takes_number else ()))
-    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed)
+    return launch_of(work, varying, device)
+
+
+def launch_of(kernel: Kernel, varying: tuple[str, ...], device: tuple[str, int]) -> Launch:
+    """The compiled kernel with all but its leading arguments."""
+    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device)
+    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes)

@@ -38,7 +38,8 @@ def few(num_rows: int) -> bool:
 
 
 def grid_and_block(num_rows: int, lanes: int) -> tuple[int, int]:
-    """Few rows spread over the multiprocessors a warp at a time; many share blocks, which start slower than warps run."""
+    """Few rows spread over the multiprocessors a warp at a time; many share blocks, which start slower than warps
+    run."""
     warps = -(-num_rows * lanes // 32)
     block = 32 if warps <= 128 else 64 if warps <= 16384 else 256
     return min(-(-num_rows * lanes // block), 2**31 - 1), block

@@ -98,7 +98,7 @@ def method_arguments(method: RoutingMethod) -> dict[str, float]:
     }
 
 
-def _kernel(
+def kernel(
     method: RoutingMethod, out_strides: Sequence[int], logits: View, bias: View | None, num_valid: View | None
 ) -> Kernel:
     num_tokens, num_experts = logits.shape
@@ -139,7 +139,7 @@ _OP = Op(
     inputs=("logits", "bias", "num_valid"),
     result=Routing,
     check=_check,
-    kernel=_kernel,
+    kernel=kernel,
     reference=_reference,
     takes_number=True,
 )

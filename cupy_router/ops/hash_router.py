@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cupy_router.arrays import View
+from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
@@ -16,7 +17,8 @@ from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
-_MAX_WARPS = 8
+_MAX_WARPS = 8  # of a token where each has dot products of its own
+_SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
 
 
@@ -78,7 +80,7 @@ def hash_router(
     return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]
 
 
-def _check(
+def check_call(
     method: RoutingMethod | None,
     token_ids: View,
     table: View | None,
@@ -119,7 +121,7 @@ def _check(
     return (shape, weight_dtype), (shape, index_dtype)
 
 
-def _kernel(
+def kernel(
     method: RoutingMethod | None,
     out_strides: Sequence[int],
     token_ids: View,
@@ -158,10 +160,18 @@ def _kernel(
             "WEIGHT_DTYPE": layout.DTYPE_CODES[weight.dtype],
             "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
         }
-        products = method.num_experts if method.score == "softmax" else top_k
-        warps = min(products, _MAX_WARPS)
+        softmax, hidden = method.score == "softmax", x.shape[1]
+        if softmax or top_k > layout.MAX_K or num_tokens > MAX_GRID:
+            warps = min(method.num_experts if softmax else top_k, _MAX_WARPS)
+        else:
+            parts = max(1, min(_SHARING_WARPS // top_k, _MAX_PARTS, -(-hidden // 256)))
+            warps = top_k * parts
+            in_flight = 7 // (1 + ("float32" in (x.dtype, weight.dtype))) // (1 + (warps > _SHARING_WARPS))
+            steps = max(1, -(-hidden // (256 * parts)))
+            batches = -(-steps // in_flight)
+            macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
-        return Kernel("hash_router", "hash_router_products", macros, min(num_tokens, 2**31 - 1), 32 * warps, fixed)
+        return Kernel("hash_router", "hash_router_products", macros, min(num_tokens, MAX_GRID), 32 * warps, fixed)
     lanes = 32
     if method is None or logits is None or method.score != "softmax":
         while lanes // 2 >= top_k:
@@ -172,7 +182,7 @@ def _kernel(
     return Kernel("hash_router", "hash_router", macros, *layout.grid_and_block(num_tokens, lanes), fixed)
 
 
-def _reference(
+def reference_call(
     method: RoutingMethod | None,
     number: int,
     token_ids: Any,
@@ -190,8 +200,8 @@ _OP = Op(
     name="hash_router",
     inputs=("token_ids", "table", "logits", "x", "weight", "num_valid"),
     result=Routing,
-    check=_check,
-    kernel=_kernel,
-    reference=_reference,
+    check=check_call,
+    kernel=kernel,
+    reference=reference_call,
     takes_number=True,
 )

@@ -138,7 +138,7 @@ def test_saved_cases(path: Path, backend: Backend) -> None:
 def test_sanitized_cases(
     sanitizer: str, count: int, max_rows: int, group: int, backend: Backend, path: Callable[[str], Path]
 ) -> None:
-    """Arrays lie in memory of exactly their size; each thread of a block is one to ThreadSanitizer, which takes long."""
+    """Arrays have memory of exactly their size; to ThreadSanitizer each thread of a block is one, which takes long."""
     if backend.name != "simt":
         pytest.skip("sanitizers are for kernels that the CPU executes")
     reason = why_not_sanitized(sanitizer)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cupy_router import RoutingMethod, activation_topk, hash_router, topk_select
+from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
 from tests import compare, frameworks, inputs
 from tests.backends import DTYPES
 
@@ -29,7 +29,10 @@ class Call(NamedTuple):
         return self.op(**arrays, **self.options, **more)
 
 
-NAMES = ("topk_select", "topk_select of wide rows", "activation_topk", "hash_router", "hash_router of x")
+NAMES = (
+    "topk_select", "topk_select of wide rows", "activation_topk", "hash_router", "hash_router of x",
+    "dense_router", "dense_router prefill",
+)  # fmt: skip
 
 
 @cache
@@ -44,6 +47,15 @@ def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
         logits = inputs.normal((n, 256), dtype, seed=102 + seed)
         bias = inputs.normal((256,), seed=103 + seed, scale=0.1)
         return Call(activation_topk, {"logits": logits, "bias": bias}, {"method": METHOD}, _routes(logits, bias))
+    if name.startswith("dense_router"):
+        # Small integers, whose products and sums float32 holds exactly, so that every path has the same right answer.
+        n, path = (n, "prefill") if name.endswith("prefill") else (min(n, 64), "decode")
+        x = (inputs.rng(120, seed).integers(-8, 9, (n, 512)) / 16).astype(DTYPES[dtype])
+        weight = (inputs.rng(121, seed).integers(-8, 9, (256, 512)) / 64).astype(DTYPES[dtype])
+        bias = inputs.normal((256,), seed=122 + seed, scale=0.1)
+        logits = x.astype(np.float32) @ weight.astype(np.float32).T
+        arrays = {"x": x, "weight": weight, "bias": bias}
+        return Call(dense_router, arrays, {"method": METHOD, "path": path}, _routes(logits, bias))
     ids = inputs.rng(104, seed).integers(0, 500, n).astype(np.int32)
     ids[::9] = -1
     arrays: dict[str, np.ndarray] = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import RoutingMethod, activation_topk, hash_router, topk_select
+from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
 from tests import frameworks, inputs
 from tests.gpu.support import NAMES, call, empty_out, on_gpu, upload
 
@@ -34,6 +34,8 @@ def big_calls(gpu: Any) -> dict[str, Any]:
         "activation_topk": lambda: activation_topk(scores, method),
         "hash_router": lambda: hash_router(ids, table, method, logits=scores),
         "hash_router of x": lambda: hash_router(ids, table, few, x=scores, weight=weight),
+        "dense_router": lambda: dense_router(scores, weight, few),
+        "dense_router prefill": lambda: dense_router(scores, weight, few, path="prefill"),
     }
 
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dense_router's decode kernel in many tilings: GPU time of each, checked against the first; for choosing among them.
+
+python -m benchmarks.sweep_dense_router [--tokens 1 4 16 64] [--variants 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from itertools import zip_longest
+from typing import Any
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+from benchmarks import harness
+from cupy_router import RoutingMethod, compiler, presets
+from cupy_router.launcher import Launch
+from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops._dense_decode import Tiling
+from cupy_router.reference import dense_router as reference
+
+SHAPES = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
+DTYPE = "bfloat16"
+VARYING = ("x", "weight", "bias", "num_valid", "weights", "indices", "counters", "partials", "num_valid_value")
+
+
+def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[Tiling]:
+    """The chosen tiling, FMA for few tokens, and by estimate the best with up to two blocks a multiprocessor."""
+    chosen = decode.choose(num_tokens, num_experts, hidden, DTYPE, DTYPE)
+    found = [chosen]
+    if num_tokens <= 4:
+        for warps, experts_per_warp in ((8, 2), (4, 4), (8, 1)):
+            experts = warps * experts_per_warp
+            for blocks in (132, 264):
+                slices = max(1, blocks // -(-num_experts // experts))
+                found.append(Tiling(num_tokens, slices, experts, experts_per_warp, warps, 0, False))
+    candidates = set(_candidates(num_tokens, num_experts)) - set(found)
+    ranked = sorted(candidates, key=lambda t: t.nanoseconds(num_tokens, num_experts, hidden, 2))
+    kinds: dict[tuple[int, int, int], list[Tiling]] = {}
+    for tiling in ranked:  # the best of each kind first, then the second best
+        kinds.setdefault((tiling.tokens, tiling.experts_per_block, tiling.share), []).append(tiling)
+    found += [tiling for row in zip_longest(*kinds.values()) for tiling in row if tiling is not None]
+    return found[:most]
+
+
+def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
+    for tokens in {num_tokens, min(num_tokens, 8), min(num_tokens, 16), min(num_tokens, 32)}:
+        groups = -(-num_tokens // tokens)
+        shares = (0,) if tokens > 16 and groups > 1 else (0, 1, 2) if groups == 1 and tokens > 1 else (0,)
+        for experts in (16, 32, 64):
+            tiles = -(-num_experts // experts)
+            for share in shares:
+                for blocks in (66, 132, 264):
+                    slices = blocks // (groups * tiles)
+                    for warps in (4, 8, 16):
+                        for experts_per_warp in (16, 32):
+                            along = experts // experts_per_warp
+                            if not 1 <= slices <= 32 or along == 0 or warps % along:
+                                continue
+                            tiling = Tiling(tokens, slices, experts, experts_per_warp, warps, share)
+                            if tiling.shared_bytes(num_experts) <= 46 * 1024 and (share or tokens <= 16):
+                                yield tiling
+
+
+def compiled(method: RoutingMethod, num_tokens: int, hidden: int, tiling: Tiling) -> Any:
+    """The plan and its function; also run by other processes, which leave the machine code in CuPy's disk cache."""
+    plan = decode.plan(method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, has_bias=True, tiling=tiling)
+    return plan, compiler.compile(decode.FILE, decode.FUNCTION, plan.macros, ("cuda", 0))
+
+
+def _compile_only(job: tuple[RoutingMethod, int, int, Tiling]) -> None:
+    with suppress(Exception):  # told when it is measured
+        compiled(*job)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A copy of a bfloat16 array, by way of its bits."""
+    bits: np.ndarray = cupy.asnumpy(array.view(cupy.uint16))
+    return bits.view(ml_dtypes.bfloat16)
+
+
+class Case:
+    """The arrays of one shape, and the check of what a tiling gives for them."""
+
+    def __init__(self, method: RoutingMethod, num_tokens: int, hidden: int) -> None:
+        self.method, self.num_tokens, self.hidden = method, num_tokens, hidden
+        shape = (method.num_experts, hidden)
+        make = lambda: (cupy.random.standard_normal(shape, dtype=cupy.float32) / hidden**0.5).astype(DTYPE)  # noqa: E731
+        self.x = cupy.random.standard_normal((num_tokens, hidden), dtype=cupy.float32).astype(DTYPE)
+        self.weights = harness.cold_inputs(make, 2 * method.num_experts * hidden)
+        self.bias = cupy.random.standard_normal(method.num_experts, dtype=cupy.float32)
+        self.out = tuple(cupy.zeros((num_tokens, method.top_k), dtype) for dtype in (cupy.float32, cupy.int32))
+        self.counters = cupy.zeros(decode.COUNTERS, cupy.uint32)
+        x, weight = to_host(self.x), to_host(self.weights[0])
+        self.want = reference.dense_router(x, weight, method, self.bias.get())
+
+    def measure(self, tiling: Tiling) -> dict[str, Any]:
+        plan, function = compiled(self.method, self.num_tokens, self.hidden, tiling)
+        self.counters.fill(0)  # whatever the variant before did
+        k = self.method.top_k
+        fixed = decode.fixed_arguments(self.method, self.num_tokens, self.hidden, self.hidden, k, k)
+        launch = Launch(function, plan.grid, plan.block, VARYING, fixed)
+        partials = cupy.empty(plan.partials, cupy.float32)
+        arrays = (*self.out, self.counters, partials)
+
+        def call(i: int, weights: Any) -> None:
+            x, weight = self.x, weights[i % len(weights)]
+            pointers = [a.data.ptr if a is not None else 0 for a in (x, weight, self.bias, None, *arrays)]
+            launch(cupy.cuda.get_current_stream().ptr, [*pointers, -1])
+
+        warm, spread = harness.graph_microseconds(lambda i: call(i, self.weights[:1]))
+        cold, _ = harness.graph_microseconds(lambda i: call(i, self.weights), calls=max(50, len(self.weights)))
+        return {"us": warm, "cold": cold, "spread": spread, "blocks": plan.grid, "ok": self._check(call)}
+
+    def _check(self, call: Any) -> str:
+        for array in self.out:
+            array.fill(0)
+        call(0, self.weights[:1])
+        weights, indices = (array.get() for array in self.out)
+        for _ in range(200):
+            call(0, self.weights[:1])
+        again = [array.get() for array in self.out]
+        repeatable = (again[0] == weights).all() and (again[1] == indices).all() and not self.counters.any()
+        wrong = int((indices != self.want[1]).any(-1).sum())
+        same = indices == self.want[1]
+        error = np.max(np.abs(weights - self.want[0])[same] / self.want[0][same], initial=0)
+        return f"{'' if repeatable else 'NOT REPEATABLE '}{wrong} rows differ, weights {error:.0e}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--variants", type=int, default=20)
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    jobs = [
+        (presets()[preset], n, hidden, tiling)
+        for preset, hidden in SHAPES.items()
+        for n in options.tokens
+        for tiling in tilings(n, presets()[preset].num_experts, hidden, options.variants)
+    ]
+    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_only, jobs, chunksize=2))
+    print(f"{len(jobs)} variants compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    case: Case | None = None
+    rows: list[tuple[float, str]] = []
+    for i, (method, n, hidden, tiling) in enumerate(jobs):
+        if case is None or (case.method, case.num_tokens, case.hidden) != (method, n, hidden):
+            case = Case(method, n, hidden)
+            rows = []
+            print(f"\nE {method.num_experts}  H {hidden}  n {n}   (> is the choice of the plan)")
+            print("    warm   cold spread blocks   est tokens slices experts/block /warp warps share  product")
+        t, mark = tiling, ">" if not rows else " "
+        try:
+            m = case.measure(tiling)
+            estimate = t.nanoseconds(n, method.num_experts, hidden, 2) / 1000
+            text = (
+                f"{mark} {m['us']:6.2f} {m['cold']:6.2f} {m['spread']:6.2f} {m['blocks']:6} {estimate:5.2f}"
+                f" {t.tokens:6} {t.slices:6} {t.experts_per_block:13} {t.experts_per_warp:5} {t.warps:5} {t.share:5}"
+                f"  {'mma' if t.tensor_cores else 'fma'}  {m['ok']}"
+            )
+            rows.append((m["us"], text))
+        except Exception as error:  # one variant that does not run is no reason to lose the others
+            rows.append((1e9, f"{mark} failed: {tiling}: {error}"))
+        if i + 1 == len(jobs) or jobs[i + 1][:3] != (method, n, hidden):
+            print("\n".join(text for _, text in sorted(rows)), flush=True)
+    print(f"{time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

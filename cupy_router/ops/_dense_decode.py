@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels/dense_router_decode.cu is compiled and launched for a shape: chosen from shapes alone.
+
+The kernel's parameters are the inputs (x, weight, bias, num_valid), the outputs (weights, indices), the scratch memory
+(counters, partials), `num_valid_value`, and then those of :func:`fixed_arguments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import _layout as layout
+from cupy_router.ops.activation_topk import method_arguments, method_macros
+
+FILE = FUNCTION = "dense_router_decode"
+MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, layout.MAX_COLUMNS, layout.MAX_K
+COUNTERS = 128  # as many as any plan needs, so that partial sums of all plans may lie behind them in one buffer
+
+_MULTIPROCESSORS = 132  # of an H100; blocks beyond them share
+_SHARED_BYTES = 46 * 1024  # static; a little is left for the hand-over
+# Bytes a nanosecond, from L2 to a multiprocessor while all read and while it alone does; nanoseconds of what routes.
+_READ_BY_ALL, _READ_ALONE = 51.0, 113.0
+_ROUTING, _ROUTING_TOKEN, _LOOKING = 800.0, 60.0, 400.0
+
+
+class DecodePlan(NamedTuple):
+    """A launch of the kernel, and the scratch memory that it needs."""
+
+    macros: dict[str, int]
+    grid: int
+    block: int
+    counters: int  # uint32 words, zero before the first launch and left zero by each
+    partials: int  # floats of any value, on a 16-byte boundary
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the product is divided: see the macros of the same names in the kernel."""
+
+    tokens: int
+    slices: int
+    experts_per_block: int
+    experts_per_warp: int
+    warps: int
+    share: int = 0
+    tensor_cores: bool = True
+
+    def groups(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.tokens)
+
+    def tiles(self, num_experts: int) -> int:
+        return -(-num_experts // self.experts_per_block)
+
+    def shared_bytes(self, num_experts: int) -> int:
+        layers = self.warps * self.experts_per_warp // self.experts_per_block
+        row = 128 * -(-num_experts // 128)
+        routed = self.share or self.tokens
+        return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + row)
+
+    def nanoseconds(self, num_tokens: int, num_experts: int, hidden: int, itemsize: int) -> float:
+        """A rough model of what differs between tilings: reading the factors, reading the partial sums, routing."""
+        groups, tiles = self.groups(num_tokens), self.tiles(num_experts)
+        layers = self.warps * self.experts_per_warp // self.experts_per_block
+        steps = -(-max(1, -(-hidden // 32)) // (self.slices * layers))
+        tokens = min(self.tokens, num_tokens)
+        block = steps * layers * 32 * itemsize * (self.experts_per_block + tokens)
+        read = block * -(-groups * tiles * self.slices // _MULTIPROCESSORS) / _READ_BY_ALL
+        routed = min(self.share or tokens, tokens)
+        partials = self.slices * tiles * self.experts_per_block * routed * 4 / _READ_ALONE
+        return read + partials + _ROUTING + _ROUTING_TOKEN * routed + (_LOOKING if self.share else 0.0)
+
+
+def plan(
+    method: RoutingMethod,
+    x_dtype: str,
+    weight_dtype: str,
+    num_tokens: int,
+    hidden: int,
+    *,
+    aligned: bool,
+    has_bias: bool,
+    tiling: Tiling | None = None,
+) -> DecodePlan:
+    """The launch for 1 to 64 tokens. `aligned`: rows of both start at 16-byte words, hidden is a multiple of 8."""
+    if tiling is None:
+        tiling = choose(num_tokens, method.num_experts, hidden, x_dtype, weight_dtype)
+    macros = method_macros(method) | {
+        "HIDDEN": hidden,
+        "DTYPE": layout.DTYPE_CODES[x_dtype],
+        "WEIGHT_DTYPE": layout.DTYPE_CODES[weight_dtype],
+        "HAS_BIAS": int(has_bias),
+        "ALIGNED": int(aligned),
+        "TENSOR_CORES": int(tiling.tensor_cores),
+        "TOKENS": tiling.tokens,
+        "SLICES": tiling.slices,
+        "EXPERTS_PER_BLOCK": tiling.experts_per_block,
+        "EXPERTS_PER_WARP": tiling.experts_per_warp,
+        "WARPS": tiling.warps,
+        "SHARE": tiling.share,
+    }
+    groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_experts)
+    blocks = groups * tiles * tiling.slices
+    partials = blocks * tiling.tokens * tiling.experts_per_block
+    return DecodePlan(macros, blocks, 32 * tiling.warps, COUNTERS, partials)
+
+
+def fixed_arguments(
+    method: RoutingMethod, num_tokens: int, x_stride: int, weight_stride: int, weights_stride: int, indices_stride: int
+) -> dict[str, int | float]:
+    """The kernel's last parameters, in its order."""
+    return {
+        "num_tokens": num_tokens,
+        "x_stride": x_stride,
+        "weight_stride": weight_stride,
+        "weights_stride": weights_stride,
+        "indices_stride": indices_stride,
+        **method_arguments(method),
+    }
+
+
+def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
+    """Tensor cores multiply 16-bit floats of one type; all else is float32 FMA."""
+    return x_dtype == weight_dtype != "float32"
+
+
+def choose(num_tokens: int, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str) -> Tiling:
+    """The tiling with the shortest estimate; the same for all counts of tokens that it serves as well."""
+    if not tensor_cores(x_dtype, weight_dtype):
+        return _fma(num_tokens, num_experts, hidden)
+    tilings = _tensor_core_tilings(num_tokens, num_experts, hidden)
+    return min(tilings, key=lambda tiling: tiling.nanoseconds(num_tokens, num_experts, hidden, 2))
+
+
+def _tensor_core_tilings(num_tokens: int, num_experts: int, hidden: int) -> Iterator[Tiling]:
+    least = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
+    for tokens in {least, min(least, 8), min(least, 16)}:
+        shares = (0,) if tokens > 16 else (0, 1) if tokens >= max(num_tokens, 8) else (0,)
+        if tokens > 16:
+            shares = (1,)
+        for experts_per_block in (16, 32, 64):
+            experts_per_warp = min(experts_per_block, 16 if tokens <= 16 else 32)
+            for share in shares:
+                for slices in range(1, min(24, max(1, hidden // 64)) + 1):
+                    for warps in (16, 8, 4):
+                        tiling = Tiling(tokens, slices, experts_per_block, experts_per_warp, warps, share)
+                        fits = tiling.shared_bytes(num_experts) <= _SHARED_BYTES
+                        if fits and warps * 32 * 4 >= num_experts:
+                            yield tiling
+
+
+def _fma(num_tokens: int, num_experts: int, hidden: int) -> Tiling:
+    """Whole slices for warps with two experts each, in about one block a multiprocessor."""
+    tokens = next((tokens for tokens in (1, 2) if tokens >= num_tokens), 4)
+    groups, tiles = -(-num_tokens // tokens), -(-num_experts // 16)
+    slices = max(1, min(16, -(-hidden // 256), _MULTIPROCESSORS // (groups * tiles)))
+    return Tiling(tokens, slices, 16, 2, 8, tensor_cores=False)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dense_router: gate product, score, bias, top-k and weights; one launch for few tokens, cuBLAS first for many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cupy_router import gemm, scratch
+from cupy_router.arrays import View
+from cupy_router.compiler import require_cuda
+from cupy_router.launcher import Launch
+from cupy_router.method import RoutingMethod, resolve
+from cupy_router.ops import _checks as check
+from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops import _layout as layout
+from cupy_router.ops import activation_topk as scoring
+from cupy_router.ops._call import Kernel, Op, Output, Work, launch_of, run
+from cupy_router.ops._slices import ByProduct, Slices
+from cupy_router.reference import dense_router as reference
+from cupy_router.results import Routing
+
+PATHS = ("decode", "prefill")
+DECODE_TOKENS = 64  # up to so many tokens one launch is faster than two; at most decode.MAX_TOKENS
+
+_COUNTER_BYTES = 4 * decode.COUNTERS  # in front of the partial sums, in one piece of scratch memory
+_OUTPUTS = ("weights", "indices")
+
+
+def dense_router(
+    x: Any,
+    weight: Any,
+    method: RoutingMethod | str,
+    *,
+    bias: Any = None,
+    path: str | None = None,
+    num_valid: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Routing:
+    """Multiply each token with the gate, score the logits, choose top_k experts by score plus bias, weigh them.
+
+    Logits are accumulated and kept in float32, whatever the dtypes of x and weight; float32 inputs are multiplied as
+    they are, without tf32. Results are bitwise repeatable; the rounding of logits may change with the number of tokens.
+
+    Args:
+        x: [num_tokens, hidden] float32, float16 or bfloat16.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype need not be that of x.
+        method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
+        bias: [num_experts] float32, added to the scores for the selection alone.
+        path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts; "prefill" is cuBLAS and a
+            second kernel, for any size; None chooses by size.
+        num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
+            one-element int32 array on the device of x, clamped, which a CUDA graph may change between replays.
+        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        stream: work is enqueued on the current stream of the framework of x unless an object with `__cuda_stream__` or
+            an int handle is given here. The host never waits.
+
+    Returns:
+        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, by descending score +
+        bias; equal values: lower index first; NaN below -inf. Arrays are of the framework of x, on its device.
+
+    Raises:
+        TypeError: something is no array, or has a dtype that is not allowed.
+        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or the path is unknown or made for less.
+        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing, or cuBLAS where nothing else would do.
+
+    >>> import numpy as np
+    >>> from cupy_router import RoutingMethod, dense_router
+    >>> x, gate = np.array([[1.0, 2.0]], np.float32), np.array([[3, 0], [0, 1], [0, 2]], np.float32)
+    >>> dense_router(x, gate, RoutingMethod(3, 2, "identity", renormalize=False))
+    Routing(weights=array([[4., 3.]], dtype=float32), indices=array([[2, 0]], dtype=int32))
+    """
+    if path is not None and path not in PATHS:
+        raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
+    number, num_valid = check.split_num_valid(num_valid)
+    options = resolve(method), path
+    return run(_OP, options, (x, weight, bias, num_valid), out, stream, number)  # type: ignore[no-any-return]
+
+
+def _check(
+    options: tuple[RoutingMethod, str | None], x: View, weight: View | None, bias: View | None, num_valid: View | None
+) -> tuple[Output, Output]:
+    method, path = options
+    check.dtype(x, check.FLOATS)
+    check.rank(x, "num_tokens, hidden")
+    num_tokens, hidden = x.shape
+    if hidden < 1:
+        raise ValueError(f"x must have at least one column, got {x}")
+    check_gate(method, weight, bias, hidden)
+    check.num_valid(num_valid)
+    if path == "decode" and (num_tokens > decode.MAX_TOKENS or not layout.fits(method.num_experts, method.top_k)):
+        raise ValueError(
+            f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts and top_k "
+            f"{decode.MAX_K}, got {num_tokens} tokens and {method}"
+        )
+    shape = (num_tokens, method.top_k)
+    return (shape, method.weight_dtype), (shape, method.index_dtype)
+
+
+def check_gate(method: RoutingMethod, weight: View | None, bias: View | None, hidden: int | None = None) -> None:
+    """The gate and its bias by themselves; `hidden` None: as many columns as the gate has."""
+    if weight is None:
+        raise TypeError("weight must be an array, got None")
+    check.dtype(weight, check.FLOATS)
+    check.rank(weight, "num_experts, hidden")
+    check.shape(weight, (method.num_experts, weight.shape[1] if hidden is None else hidden), "num_experts, hidden")
+    if bias is not None:
+        check.dtype(bias, ("float32",))
+        check.shape(bias, (method.num_experts,), "num_experts")
+
+
+# -- Where a call runs -------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    options: tuple[RoutingMethod, str | None],
+    out_strides: Sequence[int],
+    x: View,
+    weight: View,
+    bias: View | None,
+    num_valid: View | None,
+) -> Work:
+    method, path = options
+    num_tokens = x.shape[0]
+    arrays = {"x": x, "weight": weight, "bias": bias, "num_valid": num_valid}
+    fused = layout.fits(method.num_experts, method.top_k) and runs_decode(x.device)
+    if path is None:
+        path = "decode" if fused and num_tokens <= DECODE_TOKENS else "prefill"
+    if path == "decode":
+        if not fused:
+            raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
+        return _Decode(method, out_strides, num_tokens, x, weight, bias)
+    obstacle = gemm.why_not(x.device)
+    if obstacle is None:
+        names = ("logits", "bias", "num_valid", *_OUTPUTS)
+
+        def plan(logits: View) -> Launch:
+            kernel = scoring.kernel(method, out_strides, logits, bias, num_valid)
+            return launch_of(kernel, (*names, "num_valid_value"), x.device)
+
+        return ByProduct(arrays, _OUTPUTS, out_strides, x, weight, names, plan)
+    if not fused:
+        limits = f"{decode.MAX_EXPERTS} experts, top_k {decode.MAX_K} or a GPU of compute capability below 8.0"
+        raise RuntimeError(f"more than {limits} need cuBLAS: {obstacle}")
+    return _DecodeSlices(arrays, out_strides, method, x, weight, bias)
+
+
+def runs_decode(device: tuple[str, int]) -> bool:
+    """Whether the fused kernel's instructions are known there: those of sm_80."""
+    return device[0] == "cpu" or int(require_cuda().cuda.Device(device[1]).compute_capability) >= 80
+
+
+class _Decode:
+    """The fused kernel, with the scratch memory of the stream that it is called on."""
+
+    def __init__(
+        self,
+        method: RoutingMethod,
+        out_strides: Sequence[int],
+        num_tokens: int,
+        x: View,
+        weight: View,
+        bias: View | None,
+    ) -> None:
+        hidden = x.shape[1]
+        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+        plan = decode.plan(
+            method, x.dtype, weight.dtype, num_tokens, hidden,
+            aligned=both_aligned and hidden % 8 == 0, has_bias=bias is not None,
+        )  # fmt: skip
+        fixed = decode.fixed_arguments(method, num_tokens, x.row_stride, weight.row_stride, *out_strides)
+        varying = (*_OP.inputs, *_OUTPUTS, "counters", "partials", "num_valid_value")
+        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed)
+        self._launch = launch_of(kernel, varying, x.device)
+        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
+        self.function = self._launch.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        counters = scratch.buffer(self._device, stream, "decode", self._scratch_bytes)
+        self._launch(stream, (*varying[:-1], counters, counters + _COUNTER_BYTES, varying[-1]))
+
+
+class _DecodeSlices(Slices):
+    """Any number of tokens by the fused kernel: what is done without cuBLAS."""
+
+    def __init__(
+        self,
+        arrays: dict[str, View | None],
+        out_strides: Sequence[int],
+        method: RoutingMethod,
+        x: View,
+        weight: View,
+        bias: View | None,
+    ) -> None:
+        super().__init__(arrays, _OUTPUTS, out_strides, decode.MAX_TOKENS)
+        sizes = {self.rows, self.num_tokens % self.rows or self.rows}
+        self._by_rows = {rows: _Decode(method, out_strides, rows, x, weight, bias) for rows in sizes}
+        self.function = self._by_rows[self.rows].function
+
+    def enqueue_slice(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
+        self._by_rows[rows](stream, [*(arrays[name] for name in (*_OP.inputs, *_OUTPUTS)), number])
+
+
+def _reference(
+    options: tuple[RoutingMethod, str | None], number: int, x: Any, weight: Any, bias: Any, num_valid: Any
+) -> tuple[Any, Any]:
+    return reference.dense_router(x, weight, options[0], bias, check.valid_rows(number, num_valid, len(x)))
+
+
+_OP = Op(
+    name="dense_router",
+    inputs=("x", "weight", "bias", "num_valid"),
+    result=Routing,
+    check=_check,
+    kernel=_plan,
+    reference=_reference,
+    takes_number=True,
+)

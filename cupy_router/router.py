@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router: a method with the arrays of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_router import checkpoint, huggingface
+from cupy_router.arrays import View, framework_of
+from cupy_router.method import RoutingMethod, resolve
+from cupy_router.ops import _checks as check
+from cupy_router.ops import _hash_layer, dense_router
+from cupy_router.results import Routing
+
+
+class Router:
+    """A layer's router: ``router(x)`` is ``dense_router``, with a table ``router(x, token_ids)`` is ``hash_router``.
+
+    Args:
+        method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; may be left out of a hash router, whose
+            weights are then uniform.
+        bias: [num_experts] float32, added to the scores for the selection alone; only without a table.
+        table: [vocab_size, top_k] int32 or int64, the experts of each token id; makes it a hash router.
+
+    The arrays are held as they are, without a copy: what is written into them later counts. They have to be of one
+    device, but not of one framework.
+
+    Raises:
+        TypeError: something is no array, or has a dtype that is not allowed.
+        ValueError: shapes, strides or devices are wrong, or arguments do not go together.
+
+    >>> import numpy as np
+    >>> from cupy_router import Router, RoutingMethod
+    >>> router = Router(RoutingMethod(3, 2), weight=np.array([[3, 0], [0, 1], [0, 2]], np.float32))
+    >>> router
+    Router(RoutingMethod(num_experts=3, top_k=2, score='sqrtsoftplus'), weight=float32 [3, 2] on cpu)
+    >>> router(np.array([[1.0, 2.0]], np.float32)).indices
+    array([[2, 0]], dtype=int32)
+    """
+
+    def __init__(self, method: RoutingMethod | str, *, weight: Any = None, bias: Any = None, table: Any = None) -> None:
+        self.method = resolve(method)
+        self.weight, self.bias, self.table = weight, bias, table
+        self._follows = False  # whether the arrays are copied to wherever x lies
+        self._copies: dict[tuple[str, int], Router] = {}
+        with _named("Router"):
+            self._described = self._validate()
+
+    def _validate(self) -> str:
+        """What the repr says of the arrays, if nothing is wrong with them."""
+        arrays = {"weight": self.weight, "bias": self.bias, "table": self.table}
+        views = {name: _view(name, array) for name, array in arrays.items() if array is not None}
+        table = views.get("table")
+        if table is None:
+            dense_router.check_gate(self.method, views.get("weight"), views.get("bias"))
+        elif "bias" in views:
+            raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
+        else:
+            check.dtype(table, check.INTS)
+            check.rank(table, "vocab_size, top_k")
+            check.shape(table, (table.shape[0], self.method.top_k), "vocab_size, top_k")
+            if "weight" in views:
+                dense_router.check_gate(self.method, views["weight"], None)
+        check.one_device(list(views.values()))
+        for view in views.values():
+            check.strides(view)
+        return ", ".join(f"{name}={view}" for name, view in views.items())
+
+    @property
+    def is_hash(self) -> bool:
+        """Whether a table decides which experts are chosen."""
+        return self.table is not None
+
+    def __repr__(self) -> str:
+        return f"Router({self.method!r}, {self._described})"
+
+    def __call__(
+        self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
+    ) -> Routing:
+        """Experts and weights of each token; everything but the arrays of the layer is as for `dense_router`.
+
+        Args:
+            x: [num_tokens, hidden] float32, float16 or bfloat16.
+            token_ids: [num_tokens] int32 or int64; needed by a hash router, ignored by others.
+            num_valid, out, stream: as for :func:`cupy_router.dense_router`.
+
+        Returns:
+            Routing of arrays of the framework of x, on its device.
+        """
+        if tracer is not None and tracer.is_tracing():
+            return tracer.route(self, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]
+        return self.route(x, token_ids, num_valid, out, stream)
+
+    def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
+        """A call that is not being traced."""
+        if self._follows:
+            return self._beside(x).route(x, token_ids, num_valid, out, stream)
+        if self.table is None:
+            return dense_router.dense_router(
+                x, self.weight, self.method, bias=self.bias, num_valid=num_valid, out=out, stream=stream
+            )
+        return _hash_layer.hash_layer(self.method, x, token_ids, self.table, self.weight, num_valid, out, stream)
+
+    # -- Checkpoints ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], prefix: str, method: RoutingMethod | str) -> Router:
+        """The router at `prefix` of a state dict, under the names of DeepSeek or of Hugging Face.
+
+        Args:
+            state: from keys to arrays of any framework.
+            prefix: names a layer, its sparse block or the router: "layers.3", "layers.3.ffn" or "layers.3.ffn.gate" for
+                a gate called "layers.3.ffn.gate.weight"; likewise "model.layers.3.mlp". A last dot may be there or not.
+            method: as for the constructor.
+
+        The bias is `gate.bias` or `e_score_correction_bias`, converted to float32 if it is not; the table is `tid2eid`.
+
+        Raises:
+            TypeError, ValueError: a key is missing, or its array has the wrong shape or dtype; the message names it.
+
+        >>> import numpy as np
+        >>> identity = np.eye(4, dtype=np.float32)
+        >>> state = {"layers.3.ffn.gate.weight": identity, "layers.3.ffn.gate.bias": np.zeros(4, np.float32)}
+        >>> Router.from_state_dict(state, "layers.3", RoutingMethod(4, 2))(identity[2:3]).indices
+        array([[2, 0]], dtype=int32)
+        """
+        with _named("Router.from_state_dict"):
+            return cls._from_keys(state, huggingface.router_keys(state, prefix), method)
+
+    @classmethod
+    def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
+        """The router at `prefix` of a safetensors file, or of a folder or index of the files of one checkpoint.
+
+        Only this router's arrays are read, into CPU memory. They are copied to a GPU once, when the first x comes from
+        there.
+
+        Raises:
+            ImportError: the library `safetensors` is missing: install cupy-router[safetensors].
+            OSError: there is no such file.
+            TypeError, ValueError: as for :meth:`from_state_dict`, or it is no safetensors file.
+        """
+        with _named("Router.from_safetensors"):
+            files = checkpoint.files_by_key(Path(path))
+            keys = huggingface.router_keys(files, prefix)
+            state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
+            router = cls._from_keys(state, keys, method)
+        router._follows = True
+        return router
+
+    @classmethod
+    def _from_keys(cls, state: Mapping[str, Any], keys: huggingface.Keys, method: RoutingMethod | str) -> Router:
+        method = resolve(method)
+        weight = state[keys.weight]
+        bias = None if keys.bias is None else _as_bias(keys.bias, state[keys.bias], method.num_experts)
+        table = None if keys.table is None else state[keys.table]
+        try:
+            return cls(method, weight=weight, bias=bias, table=table)
+        except (TypeError, ValueError) as error:
+            # The argument that an error is about comes first in it; say which key that was.
+            message = str(error).removeprefix("Router: ")
+            name = message.partition(" ")[0]
+            key = getattr(keys, name, None)
+            raise type(error)(message if key is None else f"{key} is the {name}: {message}") from error
+
+    def _beside(self, x: Any) -> Router:
+        """This router with its arrays on the device of x."""
+        device = _view("x", x).device
+        found = self._copies.get(device)
+        if found is None:
+            move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
+            arrays = {"weight": self.weight, "bias": self.bias, "table": self.table}
+            moved = {name: None if array is None else move(array) for name, array in arrays.items()}
+            found = self._copies[device] = Router(self.method, **moved)
+        return found
+
+
+# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
+tracer: Any = None
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors begin with who raised them."""
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _view(name: str, array: Any) -> View:
+    framework = framework_of(name, array)
+    return framework.view(name, array, framework.current_stream(array))
+
+
+def _as_bias(key: str, array: Any, num_experts: int) -> Any:
+    """[num_experts] float32; some checkpoints keep the bias in bfloat16, some in a row of its own."""
+    view = _view(key, array)
+    check.dtype(view, check.FLOATS)
+    if view.shape == (1, num_experts):
+        array = array.reshape(num_experts)
+    if view.dtype == "float32":
+        return array
+    return array.astype(np.float32) if hasattr(array, "astype") else array.float()  # PyTorch has no astype
+
+
+def _to_gpu(index: int) -> Any:
+    from cupy_router.compiler import require_cuda
+
+    cupy = require_cuda()
+
+    def move(array: np.ndarray[Any, Any]) -> Any:
+        with cupy.cuda.Device(index):
+            moved = cupy.asarray(np.ascontiguousarray(array).view(np.uint8)).view(array.dtype)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may read it from now on
+        return moved
+
+    return move

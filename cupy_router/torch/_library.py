@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas, implementations and fakes of the ops, and how a traced call becomes one of them.
+
+Arguments that are no tensors become the first ones of the schema: a method is its key in the registry (-1: none), a
+Router likewise. Implementations for CPU and CUDA are the ops themselves, past the question whether something is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cupy_router.ops import _call, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.results import Routing
+from cupy_router.torch._registry import key_of, router_key, router_of, value_of
+
+_NO_METHOD = -1
+
+_SCHEMAS = {
+    "topk_select": "int k, Tensor scores, Tensor? lengths, Tensor? starts",
+    "activation_topk": "int method, Tensor logits, Tensor? bias, Tensor? num_valid, SymInt num_valid_value",
+    "hash_router": "int method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
+    "Tensor? num_valid, SymInt num_valid_value",
+    "dense_router": "int method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? num_valid, "
+    "SymInt num_valid_value",
+    "router": "int router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value",
+}
+
+is_tracing = torch.compiler.is_compiling
+
+
+# -- From a traced call to a node of the graph -------------------------------------------------------------------------
+
+
+def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: Any) -> Any:
+    """A call of an op while a graph is traced."""
+    _refuse(op.name, out, stream)
+    if op.name == "topk_select":
+        return op.result(*torch.ops.cupy_router.topk_select(options, *inputs))
+    if op.name == "dense_router":
+        method, path = options
+        return op.result(*torch.ops.cupy_router.dense_router(key_of(method), path or "", *inputs, number))
+    key = _NO_METHOD if options is None else key_of(options)
+    if op.name == "hash_router":
+        return op.result(*torch.ops.cupy_router.hash_router(key, *inputs, number))
+    return op.result(*torch.ops.cupy_router.activation_topk(key, *inputs, number))
+
+
+def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
+    """A call of a Router while a graph is traced; the graph does not see the router's arrays."""
+    _refuse("Router", out, stream)
+    number = num_valid if isinstance(num_valid, int) else -1
+    counts = None if isinstance(num_valid, int) else num_valid
+    return Routing(*torch.ops.cupy_router.router(router_key(router), x, token_ids, counts, number))
+
+
+def _refuse(name: str, out: Any, stream: Any) -> None:
+    if out is not None or stream is not None:
+        raise ValueError(f"{name}: out and stream cannot be given inside torch.compile or torch.export")
+
+
+# -- From a node of the graph to the op --------------------------------------------------------------------------------
+
+
+def _topk_select(k: int, *inputs: Any) -> Any:
+    return tuple(_call.run(topk_select._OP, k, inputs, None, None, eager=True))
+
+
+def _activation_topk(method: int, *inputs: Any) -> Any:
+    return tuple(_call.run(activation_topk._OP, value_of(method), inputs[:-1], None, None, inputs[-1], eager=True))
+
+
+def _hash_router(method: int, *inputs: Any) -> Any:
+    options = None if method == _NO_METHOD else value_of(method)
+    return tuple(_call.run(hash_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
+
+
+def _dense_router(method: int, path: str, *inputs: Any) -> Any:
+    options = value_of(method), path or None
+    return tuple(_call.run(dense_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
+
+
+def _router(router: int, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
+    return tuple(router_of(router).route(x, token_ids, number if number >= 0 else num_valid, None, None))
+
+
+# -- What results look like --------------------------------------------------------------------------------------------
+
+
+def _routing_like(first: Any, top_k: Any) -> tuple[Any, Any]:
+    shape = (first.shape[0], top_k)
+    return first.new_empty(shape, dtype=torch.float32), first.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_topk_select(k: int, scores: Any, lengths: Any, starts: Any) -> Any:
+    shape = (scores.shape[0], k)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_activation_topk(method: int, logits: Any, *others: Any) -> Any:
+    return _routing_like(logits, value_of(method).top_k)
+
+
+def _fake_hash_router(method: int, token_ids: Any, table: Any, *others: Any) -> Any:
+    return _routing_like(token_ids, table.shape[1])
+
+
+def _fake_dense_router(method: int, path: str, x: Any, *others: Any) -> Any:
+    return _routing_like(x, value_of(method).top_k)
+
+
+def _fake_router(router: int, x: Any, *others: Any) -> Any:
+    return _routing_like(x, router_of(router).method.top_k)
+
+
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "topk_select": (_topk_select, _fake_topk_select),
+    "activation_topk": (_activation_topk, _fake_activation_topk),
+    "hash_router": (_hash_router, _fake_hash_router),
+    "dense_router": (_dense_router, _fake_dense_router),
+    "router": (_router, _fake_router),
+}
+
+_library = torch.library.Library("cupy_router", "DEF")
+for _name, (_implementation, _fake) in _OPS.items():
+    _library.define(f"{_name}({_SCHEMAS[_name]}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _implementation, "CUDA")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # results have no gradient, as in eager calls
+    torch.library.register_fake(f"cupy_router::{_name}", _fake, lib=_library)

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// From hidden states to experts in one launch, for few tokens: gate product, score, bias, top-k, renormalisation.
+//
+// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SLICES parts of hidden, and
+// leaves its float32 partial sums in global memory. There are blocks for every tile of experts, slice and group of
+// tokens; counters say when all blocks of a group have arrived. SHARE = 0: the last block to arrive adds a group's
+// partial sums up, slice by slice, and routes its tokens. SHARE > 0: there is one group, and the first blocks each
+// route SHARE of its tokens. A block that has waited too long leaves, and the last block to arrive does its part as
+// well.
+#include "async_copy.cuh"
+#include "gate_product.cuh"
+#include "handover.cuh"
+#include "num_valid.cuh"
+#include "route_row.cuh"
+#include "select.cuh"
+
+#ifndef TOP_K
+#define TOP_K 6
+#endif
+#ifndef HAS_BIAS
+#define HAS_BIAS 1
+#endif
+#ifndef SHARE
+#define SHARE 0
+#endif
+#ifndef KEEP_LOGITS
+#define KEEP_LOGITS 0  // for tests: the logits are left in place of the first slice's partial sums
+#endif
+
+static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS && TOP_K <= 32, "a lane holds a winner");
+
+// Floats that are read and written as one word.
+template <int N>
+struct __align__(4 * N) Floats {
+    float value[N];
+};
+
+constexpr int GROUP_BLOCKS = TILES * SLICES;
+constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes at once
+constexpr int PER_LANE = 4 * quotient(NUM_EXPERTS, 128);
+constexpr int REDUCTION_FLOATS = LAYERS * TOKENS * ROW;
+constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
+__shared__ __align__(16) float shared_floats[REDUCTION_FLOATS > SCORE_FLOATS ? REDUCTION_FLOATS : SCORE_FLOATS];
+__shared__ float shared_bias[32 * PER_LANE];
+
+// Add the block's layers up and store them where the slice's sums of these tokens lie.
+__device__ __forceinline__ void store_partials(float* partials, int first_expert, int num_tokens) {
+    constexpr int N = TOKENS * EXPERTS_PER_BLOCK >= 4 * THREADS ? 4 : 1;
+    constexpr int WORDS = EXPERTS_PER_BLOCK / N;
+#pragma unroll
+    for (int round = 0; round < quotient(TOKENS * WORDS, THREADS); ++round) {
+        const unsigned i = round * THREADS + threadIdx.x;
+        const int token = i / WORDS, expert = i % WORDS * N;
+        if (token >= num_tokens) break;
+        Floats<N> sum = *reinterpret_cast<const Floats<N>*>(&shared_floats[token * ROW + expert]);
+#pragma unroll
+        for (int layer = 1; layer < LAYERS; ++layer) {
+            const float* source = &shared_floats[(layer * TOKENS + token) * ROW + expert];
+            const Floats<N> more = *reinterpret_cast<const Floats<N>*>(source);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum.value[j] += more.value[j];
+        }
+        *reinterpret_cast<Floats<N>*>(&partials[token * COLUMNS + first_expert + expert]) = sum;
+    }
+}
+
+__device__ constexpr int longest_word() {
+    for (int n = 4; n > 1; n /= 2) {
+        if (ROUTED * COLUMNS / n >= THREADS && COLUMNS % n == 0) return n;
+    }
+    return 1;
+}
+
+// Logits of the tokens first .. first + count - 1 from the slices' partial sums, in order, and their scores (softmax,
+// which needs whole rows: logits) in shared memory.
+__device__ __forceinline__ void gather_scores(float* partials, int first, int count) {
+    constexpr int N = longest_word();
+    constexpr int WORDS = COLUMNS / N;
+    static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
+#pragma unroll 2
+    for (int round = 0; round < quotient(ROUTED * WORDS, THREADS); ++round) {
+        const unsigned i = round * THREADS + threadIdx.x;
+        const int token = i / WORDS, expert = i % WORDS * N;
+        if (token >= count) break;
+        float* source = partials + (first + token) * COLUMNS + expert;
+        Floats<N> slices[SLICES];
+#pragma unroll
+        for (int s = 0; s < SLICES; ++s) {
+            slices[s] = *reinterpret_cast<const Floats<N>*>(source + s * (TOKENS * COLUMNS));
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            float logit = slices[0].value[j];
+#pragma unroll
+            for (int s = 1; s < SLICES; ++s) logit += slices[s].value[j];
+            if (KEEP_LOGITS) source[j] = logit;
+            const RowStatistics none = {0.0f, 0.0f};
+            if (expert + j < 32 * PER_LANE) {
+                shared_floats[token * (32 * PER_LANE) + expert + j] = SCORE == SOFTMAX ? logit : score_of(logit, none);
+            }
+        }
+    }
+}
+
+struct Results {
+    float* weights;
+    int* indices;
+    int64_t weights_stride, indices_stride;
+    float renormalize_eps, renormalize_min, scale;
+};
+
+// One warp: a row of scores in shared memory to the experts and weights of a token.
+__device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const Results& results) {
+    const int lane = threadIdx.x % 32, first = lane * PER_LANE;
+    float values[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j += 4) {
+        const Floats<4> word = *reinterpret_cast<const Floats<4>*>(&scores[first + j]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[j + i] = first + j + i < NUM_EXPERTS ? word.value[i] : __uint_as_float(NAN_BITS);
+        }
+    }
+    const RowStatistics statistics = row_statistics<32>(values);
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const float score = SCORE == SOFTMAX ? score_of(values[j], statistics) : values[j];
+        keys[j] = order_key(HAS_BIAS ? score + shared_bias[first + j] : score);
+        if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+    }
+    const Winner winner = select_topk<TOP_K, 32>(keys, lane);
+    float score = 0.0f;
+    if (lane < TOP_K) score = scores[winner.column];
+    if (SCORE == SOFTMAX && lane < TOP_K) score = score_of(score, statistics);
+    const float weight = winner_weight<32>(score, results.renormalize_eps, results.renormalize_min, results.scale);
+    if (lane < TOP_K) {
+        results.weights[token * results.weights_stride + lane] = valid ? weight : 0.0f;
+        results.indices[token * results.indices_stride + lane] = valid ? winner.column : -1;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+    dense_router_decode(const x_t* __restrict__ x, const gate_t* __restrict__ weight, const float* __restrict__ bias,
+                        const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
+                        unsigned* counters, float* partials, int num_valid_value, long long num_tokens,
+                        long long x_stride, long long weight_stride, long long weights_stride, long long indices_stride,
+                        float renormalize_eps, float renormalize_min, float scale) {
+    const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SLICES, group = blockIdx.x / GROUP_BLOCKS;
+    const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
+    const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
+    float* group_partials = partials + static_cast<int64_t>(group) * SLICES * TOKENS * COLUMNS;
+
+    // What routing needs besides the sums is under way before the products, and here in time even if this block routes.
+    const int fetched_valid = fetch_valid(num_valid, num_valid_value);
+    if (HAS_BIAS) {
+#pragma unroll
+        for (int round = 0; round < quotient(NUM_EXPERTS, THREADS); ++round) {
+            const int expert = round * THREADS + threadIdx.x;
+            if (expert < NUM_EXPERTS) copy_async4(&shared_bias[expert], bias + expert);
+        }
+        copy_async_commit();
+    }
+    products(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, slice, count, shared_floats);
+    if (HAS_BIAS) copy_async_wait<0>();
+    __syncthreads();
+    store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
+
+    const int valid = static_cast<int>(clamp_valid(fetched_valid, num_valid != nullptr, num_tokens));
+    const Results results = {weights, indices, weights_stride, indices_stride, renormalize_eps, renormalize_min, scale};
+    const auto route_tokens = [&](int first, int tokens) {
+        gather_scores(group_partials, first, tokens);
+        __syncthreads();
+        for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
+            const int token = first_token + first + t;
+            route(&shared_floats[t * 32 * PER_LANE], token, token < valid, results);
+        }
+    };
+    if (SHARE == 0) {
+        if (last_to_arrive(&counters[group], GROUP_BLOCKS)) route_tokens(0, count);
+        return;
+    }
+    constexpr int STRIDE = SHARE > 0 ? SHARE : 1;
+    const int shares = min((count + STRIDE - 1) / STRIDE, GROUP_BLOCKS);
+    unsigned* left = counters + 1;  // a flag for each share
+    const bool has_share = blockIdx.x < shares;
+    const Arrival arrival = arrive_and_look(&counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
+    if (arrival == LEFT) return;
+    const auto route_share = [&](int share) {
+        for (int first = share * STRIDE; first < count; first += shares * STRIDE) {
+            __syncthreads();
+            route_tokens(first, min(count - first, STRIDE));
+        }
+    };
+    if (has_share) route_share(blockIdx.x);
+    if (arrival == SEEN_COMPLETE) return;
+    __threadfence();  // between counting and looking at the flags
+    const bool raised = threadIdx.x < shares && load_acquire(&left[threadIdx.x]) != 0;
+    if (raised) left[threadIdx.x] = 0;
+    if (!__syncthreads_or(raised)) return;
+    for (int share = 0; share < shares; ++share) {
+        if (__syncthreads_or(raised && threadIdx.x == share)) route_share(share);
+    }
+}

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers out of state dicts and safetensors files, under the names of DeepSeek and of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_router import Router, Routing, dense_router, huggingface
+from tests import compare, frameworks, inputs
+from tests.backends import DTYPES, Backend
+from tests.test_router import BIAS, EXPERTS, METHOD, assert_same, gate, table, to_host, tokens
+
+STYLES = {
+    "deepseek": ("layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.3.ffn.gate.tid2eid", "layers.3"),
+    "hugging face": (
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.3.mlp.gate.e_score_correction_bias",
+        "model.layers.3.mlp.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "minimax": (
+        "model.layers.3.block_sparse_moe.gate.weight",
+        "model.layers.3.block_sparse_moe.e_score_correction_bias",
+        "model.layers.3.block_sparse_moe.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "afmoe": (
+        "model.layers.3.mlp.router.gate.weight",
+        "model.layers.3.mlp.expert_bias",
+        "model.layers.3.mlp.router.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "a gate by itself": ("weight", "bias", "tid2eid", ""),
+}
+
+
+def prefixes(style: str) -> list[str]:
+    """Every folder from the layer's down to that of the gate, with and without the dot."""
+    weight, *_, layer = STYLES[style]
+    folders, parts = [layer], weight.split(".")
+    folders += [".".join(parts[:i]) for i in range(layer.count(".") + 2, len(parts)) if layer]
+    return [*folders, f"{folders[-1]}." if layer else ""]
+
+
+def neighbours(style: str) -> dict[str, np.ndarray]:
+    """Keys of other layers and other modules, which must not be mistaken for the router's."""
+    weight, bias, tid2eid, layer = STYLES[style]
+    wrong = np.zeros(3, np.float32)
+    others = {f"{layer}.mlp.experts.0.gate_proj.weight": wrong, f"{layer}.self_attn.gate.weight": wrong}
+    for number in (1, 30, 33):
+        others |= {key.replace(".3.", f".{number}."): wrong for key in (weight, bias, tid2eid) if ".3." in key}
+    return others if layer else {}
+
+
+@pytest.mark.parametrize("kind", ["dense", "biased", "hash"])
+@pytest.mark.parametrize(("style", "prefix"), [(style, prefix) for style in STYLES for prefix in prefixes(style)])
+def test_key_names(style: str, prefix: str, kind: str) -> None:
+    weight, bias, tid2eid, _ = STYLES[style]
+    state: dict[str, Any] = neighbours(style) | {weight: gate()}
+    if kind == "biased":
+        state[bias] = BIAS
+    elif kind == "hash":
+        state[tid2eid] = table("int64")
+    router = Router.from_state_dict(state, prefix, METHOD)
+    assert router.weight is state[weight]
+    assert router.bias is (BIAS if kind == "biased" else None)
+    assert router.table is state.get(tid2eid)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+def test_state_dicts_of_any_framework_and_dtype(name: str, dtype: str) -> None:
+    framework = frameworks.ON_CPU[name]()
+    bias = np.linspace(-1, 1, EXPERTS).astype(DTYPES[dtype])
+    state = {"gate.weight": framework.array(gate(dtype)), "gate.bias": framework.array(bias)}
+    router = Router.from_state_dict(state, "", METHOD)
+    assert router.weight is state["gate.weight"]
+    assert (router.bias is state["gate.bias"]) == (dtype == "float32")
+    compare.assert_same_bits(framework.numpy(router.bias), bias.astype(np.float32))
+    got = Routing(*map(framework.numpy, router(framework.array(tokens(9, dtype)))))
+    assert_same(got, dense_router(tokens(9, dtype), gate(dtype), METHOD, bias=bias.astype(np.float32)))
+
+
+def test_a_bias_in_a_row_of_its_own() -> None:
+    state = {"mlp.gate.weight": gate(), "mlp.moe_statics.e_score_correction_bias": BIAS[None]}
+    np.testing.assert_array_equal(Router.from_state_dict(state, "", METHOD).bias, BIAS)
+
+
+@pytest.mark.parametrize(
+    ("state", "prefix", "error", "words"),
+    [
+        ({}, "layers.3", ValueError, r"no gate at prefix 'layers\.3': looked for .* the keys there are none"),
+        ({"layers.30.gate.weight": gate()}, "layers.3", ValueError, "the keys there are none"),
+        ({"a.gate.bias": BIAS}, "a", ValueError, r"no gate at prefix 'a': .* the keys there are a\.gate\.bias"),
+        ({"a.gate.weight": gate()[:3]}, "a", ValueError, r"a\.gate\.weight is the weight: .* got float32 \[3, 40\]"),
+        ({"a.gate.weight": gate(), "a.gate.bias": BIAS[:3]}, "a", ValueError, r"a\.gate\.bias is the bias: .*\[3\]"),
+        (
+            {"a.gate.weight": gate(), "a.gate.bias": BIAS.astype(np.int32)},
+            "a",
+            TypeError,
+            r"a\.gate\.bias must be float32 or float16 or bfloat16, got int32",
+        ),
+        (
+            {"a.gate.weight": gate(), "a.gate.tid2eid": table()[:, 1:]},
+            "a",
+            ValueError,
+            r"a\.gate\.tid2eid is the table: .* got int32 \[50, 3\]",
+        ),
+        (
+            {"a.mlp.router.weight": gate(), "a.mlp.router.bias": BIAS},
+            "a",
+            ValueError,
+            r"a\.mlp\.router\.bias is a bias on the logits, which a Router does not take yet",
+        ),
+    ],
+)
+def test_keys_that_are_missing_or_misshapen(state: dict[str, Any], prefix: str, error: type, words: str) -> None:
+    with pytest.raises(error, match=f"^Router.from_state_dict: .*{words}") as caught:
+        Router.from_state_dict(state, prefix, METHOD)
+    assert "\n" not in str(caught.value)
+
+
+def test_transformers_state_dicts() -> None:
+    """The names under which transformers itself keeps the routers of DeepSeek-V3 and DeepSeek-V4."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+
+    config = transformers.DeepseekV4Config(
+        vocab_size=20, hidden_size=32, n_routed_experts=8, num_experts_per_tok=2, num_hidden_layers=4,
+        mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+    )  # fmt: skip
+    blocks = [v4.DeepseekV4SparseMoeBlock(config, layer) for layer in (0, 1)]
+    small = transformers.DeepseekV3Config(hidden_size=32, n_routed_experts=8, moe_intermediate_size=16)
+    blocks.append(v3.DeepseekV3MoE(small))
+    found = [huggingface.router_keys(block.state_dict(), "") for block in blocks]
+    assert found[0] == ("gate.weight", None, "gate.tid2eid")
+    assert found[1] == found[2] == ("gate.weight", "gate.e_score_correction_bias", None)
+
+
+# -- Files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def save() -> Any:
+    return pytest.importorskip("safetensors.numpy", reason="safetensors is not installed").save_file
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("style", ["deepseek", "hugging face"])
+def test_a_safetensors_file(backend: Backend, style: str, dtype: str, tmp_path: Path, save: Any) -> None:
+    """Arrays come to where x lies, so that one Router serves CPU and GPU."""
+    weight, bias, tid2eid, prefix = STYLES[style]
+    dense = neighbours(style) | {weight: gate(dtype), bias: BIAS.astype(DTYPES[dtype])}
+    hashed = {weight: gate(dtype), tid2eid: table("int64")}
+    x, ids = backend.array(tokens(9, dtype)), backend.array(np.arange(9))
+    for state in (dense, hashed):
+        save(state, tmp_path / "file.safetensors")
+        from_file = Router.from_safetensors(tmp_path / "file.safetensors", prefix, METHOD)
+        on_device = {key: backend.array(value) for key, value in state.items()}
+        assert_same(
+            to_host(backend, from_file(x, ids)),
+            to_host(backend, Router.from_state_dict(on_device, prefix, METHOD)(x, ids)),
+        )
+        assert str(from_file.weight.dtype) == dtype
+
+
+def test_checkpoints_of_several_files(tmp_path: Path, save: Any) -> None:
+    weight, bias, _, prefix = STYLES["hugging face"]
+    save({weight: gate()}, tmp_path / "one.safetensors")
+    save({bias: BIAS}, tmp_path / "two.safetensors")
+    for path in (tmp_path, str(tmp_path)):
+        np.testing.assert_array_equal(Router.from_safetensors(path, prefix, METHOD).bias, BIAS)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {weight: "one.safetensors", bias: "two.safetensors"}}))
+    (tmp_path / "broken.safetensors").write_bytes(b"never read, since the index does not name it")
+    for path in (tmp_path, index):
+        router = Router.from_safetensors(path, prefix, METHOD)
+        np.testing.assert_array_equal(router.weight, gate())
+        np.testing.assert_array_equal(router.bias, BIAS)
+
+
+def test_files_that_are_missing_or_no_safetensors(tmp_path: Path, save: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        Router.from_safetensors(tmp_path / "none.safetensors", "", METHOD)
+    with pytest.raises(FileNotFoundError, match="there is no safetensors file in"):
+        Router.from_safetensors(tmp_path, "", METHOD)
+    (tmp_path / "broken.safetensors").write_bytes(b"not at all such a file")
+    with pytest.raises(ValueError, match=r"Router\.from_safetensors: .*broken\.safetensors is no safetensors file"):
+        Router.from_safetensors(tmp_path / "broken.safetensors", "", METHOD)
+    save({"gate.bias": BIAS}, tmp_path / "biased.safetensors")
+    with pytest.raises(ValueError, match=r"Router\.from_safetensors: no gate at prefix 'layers\.0'"):
+        Router.from_safetensors(tmp_path / "biased.safetensors", "layers.0", METHOD)

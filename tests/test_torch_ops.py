@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops under torch.compile(fullgraph=True), torch.export and torch.library, on CPU tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupy_router
+from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
+from tests import inputs
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+registry = pytest.importorskip("cupy_router.torch._registry")
+
+METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
+WEIGHT = torch.from_numpy(inputs.normal((16, 8), seed=80))
+BIAS = torch.from_numpy(inputs.normal((16,), seed=81))
+TABLE = torch.from_numpy(np.stack([inputs.rng(82, r).permutation(16)[:4] for r in range(30)]))
+DENSE = Router(METHOD, weight=WEIGHT, bias=BIAS)
+HASH = Router(METHOD, weight=WEIGHT, table=TABLE)
+OF_NUMPY = Router(METHOD, weight=WEIGHT.numpy(), bias=BIAS.numpy())
+
+CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "topk_select": lambda x, ids, count: topk_select(x, 3),
+    "topk_select with lengths": lambda x, ids, count: topk_select(x, 3, lengths=ids, starts=ids // 8),
+    "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),
+    "activation_topk of a preset": lambda x, ids, count: activation_topk(x.repeat(1, 32), "deepseek-v4-flash"),
+    "activation_topk with num_valid": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, num_valid=count),
+    "hash_router alone": lambda x, ids, count: hash_router(ids, TABLE),
+    "hash_router of logits": lambda x, ids, count: hash_router(ids, TABLE, METHOD, logits=x @ WEIGHT.T, num_valid=2),
+    "hash_router of x": lambda x, ids, count: hash_router(ids, TABLE, METHOD, x=x, weight=WEIGHT),
+    "dense_router": lambda x, ids, count: dense_router(x, WEIGHT, METHOD, bias=BIAS, num_valid=count),
+    "dense_router prefill": lambda x, ids, count: dense_router(x, WEIGHT, METHOD, path="prefill", num_valid=1),
+    "a dense Router": lambda x, ids, count: DENSE(x),
+    "a dense Router with num_valid": lambda x, ids, count: DENSE(x, num_valid=count),
+    "a dense Router with a number": lambda x, ids, count: DENSE(x, num_valid=2),
+    "a hash Router": lambda x, ids, count: HASH(x, ids),
+    "a Router of NumPy arrays": lambda x, ids, count: OF_NUMPY(x),
+}
+
+
+def arguments(n: int) -> tuple[Any, Any, Any]:
+    x = torch.from_numpy(inputs.normal((n, 8), seed=83 + n))
+    ids = torch.from_numpy(inputs.rng(84, n).integers(0, 30, n, np.int32))
+    return x, ids, torch.tensor([n // 2], dtype=torch.int32)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert type(got) is type(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_compiles_into_one_graph(name: str) -> None:
+    """Also for other numbers of tokens, and without a gradient, as in an eager call."""
+    call = CALLS[name]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *given: (call(*given), given[0] * 2), backend="aot_eager", fullgraph=True)
+    for n in (5, 7, 9):
+        given = arguments(n)
+        assert_same(compiled(*given)[0], call(*given))
+
+
+class Model(torch.nn.Module):  # type: ignore[misc]
+    """Layers that share code and differ in their routers, methods and gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        gates = [inputs.normal((16, 8), seed=90 + i) for i in range(3)]
+        self.routers = [Router(RoutingMethod(16, 2 + i), weight=torch.from_numpy(g)) for i, g in enumerate(gates)]
+        self.gate = torch.nn.Parameter(WEIGHT.clone())
+        self.methods = [RoutingMethod(16, 3, score) for score in inputs.SCORES]
+
+    def forward(self, x: Any) -> list[Any]:
+        found = [router(x.tanh()) for router in self.routers]
+        found += [dense_router(x.tanh(), self.gate, method) for method in self.methods]
+        return [(weights * 2, indices) for weights, indices in found]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> None:
+    torch.compiler.reset()
+    model = Model()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for n in (4, 6):
+        x = arguments(n)[0]
+        for got, want in zip(compiled(x), model(x), strict=True):
+            assert_same(got, want)
+            assert not got[0].requires_grad
+            assert not want[0].requires_grad
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_exports(strict: bool) -> None:
+    x = arguments(6)[0]
+    model = Model()
+    program = torch.export.export(model, (x,), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if "cupy_router" in str(node.target)]
+    assert targets == 3 * ["cupy_router.router.default"] + 4 * ["cupy_router.dense_router.default"]
+    for got, want in zip(program.module()(x), model(x), strict=True):
+        assert_same(tuple(got), want)
+
+
+def samples() -> dict[str, tuple[Any, ...]]:
+    x, ids, count = arguments(6)
+    key, logits = registry.key_of(METHOD), arguments(6)[0] @ WEIGHT.T
+    return {
+        "topk_select": (3, x, ids, None),
+        "activation_topk": (key, logits, BIAS, count, -1),
+        "hash_router": (key, ids, TABLE, None, x, WEIGHT, None, 4),
+        "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, -1),
+        "router": (registry.router_key(HASH), x, ids, None, -1),
+    }
+
+
+@pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router", "router"])
+def test_opcheck(name: str) -> None:
+    results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, samples()[name])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name, given in samples().items():
+        if name == "hash_router":
+            given = (*given[:3], arguments(6)[0] @ WEIGHT.T, None, None, None, -1)
+        real = [
+            a.to(dtype) if isinstance(a, torch.Tensor) and a.shape[:1] == (6,) and a.is_floating_point() else a
+            for a in given
+        ]
+        op = getattr(torch.ops.cupy_router, name)
+        want = op(*real)
+        with FakeTensorMode() as mode:
+            got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in real))
+        for a, b in zip(got, want, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", ["out", "stream"])
+def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
+    x = arguments(5)[0]
+    given = {"out": topk_select(x, 2)} if name == "out" else {"stream": 0}
+    for call in (lambda x: topk_select(x, 2, **given), lambda x: DENSE(x, **given)):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="out and stream cannot be given inside"):
+            torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
+def test_equal_methods_share_a_key_and_routers_never_do() -> None:
+    assert registry.key_of(METHOD) == registry.key_of(RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5))
+    assert registry.key_of(METHOD) != registry.key_of(RoutingMethod(16, 4, scale=1.5))
+    same = Router(METHOD, weight=WEIGHT, bias=BIAS)
+    key = registry.router_key(same)
+    assert key not in (registry.router_key(DENSE), registry.key_of(METHOD))
+    assert registry.router_of(key) is same
+    del same
+    with pytest.raises(RuntimeError, match="a Router that is gone: keep it as long as the graph"):
+        registry.router_of(key)
+
+
+def test_eager_calls_pass_no_dispatcher() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, ids, count = arguments(5)
+    logits = x @ WEIGHT.T
+    with Watch():
+        activation_topk(logits, METHOD, num_valid=count)
+        DENSE(x)
+        HASH(x, ids)
+    assert not [name for name in seen if "cupy_router" in name]
+
+
+PROGRAM = """
+import sys
+from cupy_router import Router, RoutingMethod
+import torch
+assert "cupy_router.torch" not in sys.modules
+router = Router(RoutingMethod(16, 4), weight=torch.eye(16))
+assert "torch._dynamo" not in sys.modules
+x = torch.eye(16)[:3]
+compiled = torch.compile(lambda x: router(x + 0), backend="eager", fullgraph=True)
+print(compiled(x).indices.tolist() == router(x).indices.tolist())
+"""
+
+
+def test_a_router_of_tensors_compiles_without_another_import() -> None:
+    root = Path(cupy_router.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
