@@ -9,6 +9,7 @@ from typing import Any
 import cupy
 
 from benchmarks import harness
+from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, dense_router, gemm, hash_router, presets
 
 HIDDEN = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
@@ -25,12 +26,11 @@ def results(num_tokens: int, method: RoutingMethod) -> Routing:
     return Routing(cupy.empty(shape, cupy.float32), cupy.empty(shape, cupy.int32))
 
 
-def timed(call: Callable[[int], Any], calls: int = 50, **row: Any) -> dict[str, Any]:
-    time, spread = harness.graph_microseconds(call, calls)
-    return row | {"us": round(time, 3), "spread_us": round(spread, 3)}
+def timed(call: Callable[[int], Any], path: str, rotation: int = 1, by: str = OURS, **cell: Any) -> Row:
+    return harness.gpu_row(call, {"op": "dense_router", "path": path} | cell, by, rotation=rotation)
 
 
-def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[dict[str, Any]]:
+def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts = method.num_experts
     gates = harness.cold_inputs(lambda: normal(experts, hidden, scale=hidden**-0.5), 2 * experts * hidden)
     bias = cupy.random.standard_normal(experts, dtype=cupy.float32)
@@ -41,29 +41,26 @@ def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[dict[str, Any]]:
             def call(i: int, x: Any = x, weights: Any = weights, out: Any = out) -> Any:
                 return dense_router(x, weights[i % len(weights)], method, bias=bias, path="decode", out=out)
 
-            calls = max(50, len(weights))  # every gate is read once in a replay
-            yield timed(call, calls, what="decode", E=experts, H=hidden, k=method.top_k, n=n, cache=cache)
+            yield timed(call, "decode", len(weights), E=experts, H=hidden, k=method.top_k, n=n, cache=cache)
 
 
-def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[dict[str, Any]]:
+def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts, n = method.num_experts, PREFILL_TOKENS
     x, weight, bias = normal(n, hidden), normal(experts, hidden), cupy.zeros(experts, cupy.float32)
     logits, out = cupy.empty((n, experts), cupy.float32), results(n, method)
-    rows = gemm.Matrix("bfloat16", hidden, hidden)
-    product = gemm.product(("cuda", 0), rows, rows, experts)
+    x_matrix, weight_matrix = (gemm.Matrix("bfloat16", rows, hidden, hidden) for rows in (n, experts))
+    product = gemm.product(("cuda", 0), x_matrix, weight_matrix)
 
     def cublas(i: int) -> None:
         stream = cupy.cuda.get_current_stream().ptr
         product.multiply(stream, x.data.ptr, weight.data.ptr, logits.data.ptr, n)
 
-    shape = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
-    yield timed(cublas, 10, what="cuBLAS alone", **shape)
-    yield timed(
-        lambda i: dense_router(x, weight, method, bias=bias, path="prefill", out=out), 10, what="prefill", **shape
-    )
+    shape: dict[str, Any] = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
+    yield timed(cublas, "prefill", by="cuBLAS alone", **shape)
+    yield timed(lambda i: dense_router(x, weight, method, bias=bias, path="prefill", out=out), "prefill", **shape)
 
 
-def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[dict[str, Any]]:
+def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts, k = method.num_experts, method.top_k
     table = cupy.random.randint(0, experts, (VOCAB_SIZE, k)).astype(cupy.int32)
     weight = normal(experts, hidden)
@@ -74,10 +71,14 @@ def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[dict[str, Any]]:
         def call(i: int, x: Any = x, token_ids: Any = token_ids, out: Any = out) -> Any:
             return hash_router(token_ids, table, method, x=x, weight=weight, out=out)
 
-        yield timed(call, what="hash layer", E=experts, H=hidden, k=k, n=n, cache="warm")
+        yield timed(call, "hash layer", E=experts, H=hidden, k=k, n=n, cache="warm")
+
+
+def measure(quick: bool) -> list[Row]:
+    shapes = [(presets()[preset], hidden) for preset, hidden in HIDDEN.items()]
+    parts = (decode_rows, hash_rows, prefill_rows)
+    return [row for shape in shapes for part in parts for row in part(*shape)]
 
 
 if __name__ == "__main__":
-    shapes = [(presets()[preset], hidden) for preset, hidden in HIDDEN.items()]
-    parts = (decode_rows, hash_rows, prefill_rows)
-    harness.save("dense_router", [row for shape in shapes for part in parts for row in part(*shape)])
+    harness.main("dense_router", measure)

@@ -39,24 +39,31 @@ GARBAGE_CALLS = 100
 
 Call = Callable[[int], Any]  # call number i, on the i-th set of inputs
 Action = Callable[[], Any]
+Time = tuple[float, float]  # median and spread in microseconds
 
 
 # -- Time on the GPU ---------------------------------------------------------------------------------------------------
 
 
 def gpu_row(call: Call, cell: Row, by: str = OURS, *, rotation: int = 1, torch: bool = False) -> Row:
-    """Time a call on the GPU. `rotation`: how many inputs it rotates over. `torch`: PyTorch captures it, not CuPy."""
+    """A row with the time of a call on the GPU. `rotation`: how many inputs it rotates over."""
+    time, spread = graph_microseconds(call, rotation, torch=torch)
+    return {"what": "gpu"} | cell | {"by": by, "us": round(time, 3), "spread_us": round(spread, 3)}
+
+
+def graph_microseconds(call: Call, calls: int = 1, *, torch: bool = False) -> Time:
+    """Time a call on the GPU, with at least so many calls in a graph. `torch`: PyTorch captures it, not CuPy."""
     capture = _capture_by_torch if torch else _capture
     cupy.cuda.Device().synchronize()  # inputs were made on another stream
     probe_calls = 8
     probe = capture(call, probe_calls)
     estimate = min(probe() for _ in range(3)) / probe_calls
-    calls = max(rotation, min(500, max(5, int(REPLAY_MICROSECONDS / estimate))))
+    calls = max(calls, min(500, max(5, int(REPLAY_MICROSECONDS / estimate))))
     rounds = []
     for _ in range(ROUNDS):
         replay = capture(call, calls)
         rounds.append([replay() / calls for _ in range(REPLAYS)])
-    return _row({"what": "gpu"} | cell | {"by": by}, rounds)
+    return _median_and_spread(rounds)
 
 
 def _capture(call: Call, calls: int) -> Callable[[], float]:
@@ -111,11 +118,19 @@ def _capture_by_torch(call: Call, calls: int) -> Callable[[], float]:
 
 def inputs(shape: tuple[int, int], dtype: str, *, cold: bool) -> list[Any]:
     """Standard normal matrices: one, or so many that a round over them misses L2."""
-    size = shape[0] * shape[1] * cupy.dtype(dtype).itemsize
-    count = -(-COLD_BYTES // size) if cold else 1
+
+    def make() -> Any:
+        return cupy.random.standard_normal(shape, dtype=cupy.float32).astype(dtype)
+
+    return cold_inputs(make, shape[0] * shape[1] * cupy.dtype(dtype).itemsize) if cold else [make()]
+
+
+def cold_inputs(make: Callable[[], Any], num_bytes: int) -> list[Any]:
+    """So many inputs of so many bytes that a round over them misses L2."""
+    count = max(2, -(-COLD_BYTES // num_bytes))
     if count > 4096:
-        raise ValueError(f"{shape} is too small to be read cold")
-    return [cupy.random.standard_normal(shape, dtype=cupy.float32).astype(dtype) for _ in range(count)]
+        raise ValueError(f"{num_bytes} bytes are too few to be read cold")
+    return [make() for _ in range(count)]
 
 
 def warm_up(seconds: float = 0.5) -> None:
@@ -156,10 +171,12 @@ def host_rows(calls: Mapping[tuple[str, str], Action], cell: Row, name: str = "c
                 rounds[call].append(times)
     finally:
         gc.enable()
-    return [
-        _row({"what": "host"} | cell | {"by": call[0], name: call[1]}, rounds[call]) | {"garbage": garbage(function)}
-        for call, function in calls.items()
-    ]
+    rows = []
+    for (by, label), function in calls.items():
+        median, spread = _median_and_spread(rounds[by, label])
+        row = {"what": "host"} | cell | {"by": by, name: label, "us": round(median, 3), "spread_us": round(spread, 3)}
+        rows.append(row | {"garbage": garbage(function)})
+    return rows
 
 
 def garbage(call: Action) -> int:
@@ -178,11 +195,10 @@ def garbage(call: Action) -> int:
 # -- Rows and files ----------------------------------------------------------------------------------------------------
 
 
-def _row(cell: Row, rounds: list[list[float]]) -> Row:
+def _median_and_spread(rounds: list[list[float]]) -> Time:
     low, median, high = statistics.quantiles([time for times in rounds for time in times], n=4)
     medians = [statistics.median(times) for times in rounds]
-    spread = max(high - low, max(medians) - min(medians))
-    return cell | {"us": round(median, 3), "spread_us": round(spread, 3)}
+    return median, max(high - low, max(medians) - min(medians))
 
 
 def barred(row: Row, bar: float | None) -> Row:
