@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
@@ -30,6 +31,12 @@ _FIXED: dict[str, Any] = {
     "weight_dtype": "float32",
     "index_dtype": "int32",
 }
+
+
+# Every method of this process by its number, for callers that can carry an integer but no object.
+numbered: list[RoutingMethod] = []
+_numbers: dict[tuple[Any, ...], int] = {}
+_numbering = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +100,7 @@ class RoutingMethod:
     # Every call of an op looks a method up in caches, so key and hash are made once; no fields of the dataclass.
     _key: ClassVar[tuple[Any, ...]]
     _hash: ClassVar[int]
+    number: ClassVar[int]  # the same for equal methods of this process, see `numbered`
 
     def __post_init__(self) -> None:
         num_experts = _integer("num_experts", self.num_experts, MAX_EXPERTS, "2**31 - 1")
@@ -121,6 +129,11 @@ class RoutingMethod:
         key = tuple(getattr(self, field.name) for field in fields(self))
         object.__setattr__(self, "_key", key)
         object.__setattr__(self, "_hash", hash(key))
+        with _numbering:
+            number = _numbers.setdefault(key, len(numbered))
+            if number == len(numbered):
+                numbered.append(self)
+        object.__setattr__(self, "number", number)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.results import Routing
+
+# Every router of this process by its number, for callers that can carry an integer but no object.
+numbered: MutableMapping[int, Router] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class Router:
@@ -51,6 +57,19 @@ class Router:
         self._copies: dict[tuple[str, int], Router] = {}
         with _named("Router"):
             self._described = self._validate()
+        self._enter()
+
+    def _enter(self) -> None:
+        self.number = next(_numbers)
+        numbered[self.number] = self
+
+    # A copy is a router of its own, under a number of its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "number"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enter()
 
     def _validate(self) -> str:
         """What the repr says of the arrays, if nothing is wrong with them."""

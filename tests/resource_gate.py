@@ -95,9 +95,9 @@ class Row:
 Table = dict[tuple[str, str], Row]  # (specialisation, architecture) -> what it needs
 
 
-def measure(version: str, wanted: Sequence[Specialisation], architectures: Sequence[str] = ARCHITECTURES) -> Table:
+def measure(version: str, wanted: Sequence[Specialisation]) -> Table:
     """Compile everything with one NVRTC. In processes: it compiles one program at a time in each."""
-    todo = [(one, architecture) for one in wanted for architecture in architectures]
+    todo = [(one, architecture) for one in wanted for architecture in one.architectures]
     path = nvrtc.libraries()[version].path
     jobs = [(str(path), one.source, one.function, architecture) for one, architecture in todo]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

@@ -8,7 +8,9 @@ place of the GPU's, while a :class:`Recorder` stands in for the device; so the l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,15 @@ from unittest import mock
 
 import numpy as np
 
-from cupy_router import RoutingMethod, activation_topk, compiler, hash_router, presets, topk_select
+from cupy_router import RoutingMethod, activation_topk, compiler, dense_router, gemm, hash_router, presets, topk_select
 from tests.backends import DTYPES
+from tests.nvrtc import ARCHITECTURES
 from tests.recorder import recording
 
 FLOATS = ("float32", "float16", "bfloat16")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCAB_SIZE, HIDDEN = 1000, 4096
+FROM_SM_80 = ("dense_router_decode",)  # the op refuses path "decode" on older GPUs
 
 
 @dataclass(frozen=True, order=True)
@@ -43,17 +47,22 @@ class Specialisation:
     def source(self) -> str:
         return compiler.expand(self.kernel, self.macros)
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Those that it is compiled for."""
+        return tuple(a for a in ARCHITECTURES if a != "sm_75" or self.function not in FROM_SM_80)
+
 
 def specialisations() -> list[Specialisation]:
     """In a fixed order, without repetitions."""
     largest: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]] = {}
-    with recording() as recorder:
+    with recording() as recorder, mock.patch.object(gemm, "product", lambda *_: mock.MagicMock(row_bytes=0)):
         for calls in (_presets, _benchmarks, _corners):
             calls()
-        for launch in recorder.launches:
-            key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
-            block, shared_bytes = largest.get(key, (0, 0))
-            largest[key] = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
+    for launch in recorder.launches:
+        key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
+        block, shared_bytes = largest.get(key, (0, 0))
+        largest[key] = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
     return sorted(Specialisation(*key, *sizes) for key, sizes in largest.items())
 
 
@@ -63,19 +72,20 @@ def _matrix(rows: int, columns: int, dtype: str, misaligned: bool = False) -> An
 
 
 def _presets() -> None:
-    """Every dtype, aligned or not, enough rows for blocks of full size."""
-    n = 8192
+    """Every dtype, few rows and many; few, since that is rare, also misaligned."""
     for method in presets().values():
         bias = np.zeros(method.num_experts, np.float32)
         table = np.zeros((VOCAB_SIZE, method.top_k), np.int32)
-        ids = np.zeros(n, np.int32)
         for dtype in FLOATS:
-            for misaligned in (False, True):
-                activation_topk(_matrix(n, method.num_experts, dtype, misaligned), method, bias=bias)
-            hash_router(ids, table, method, logits=_matrix(n, method.num_experts, dtype))
             weight = _matrix(method.num_experts, HIDDEN, dtype)
-            hash_router(ids[:4], table, method, x=_matrix(4, HIDDEN, dtype), weight=weight)
-        hash_router(ids.astype(np.int64), table)
+            activation_topk(_matrix(64, method.num_experts, dtype, misaligned=True), method, bias=bias)
+            for n in (64, 65536):
+                activation_topk(_matrix(n, method.num_experts, dtype), method, bias=bias)
+                hash_router(np.zeros(n, np.int32), table, method, logits=_matrix(n, method.num_experts, dtype))
+            x = _matrix(16, HIDDEN, dtype)
+            hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight)
+            dense_router(x, weight, method, bias=bias, path="decode")
+        hash_router(np.zeros(65536, np.int64), table)
 
 
 def _corners() -> None:
@@ -83,6 +93,7 @@ def _corners() -> None:
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
+        gemm._packer(("cpu", 0), gemm.Matrix(dtype, 4096, HIDDEN, HIDDEN))(0, (0, 0, 4096))
     topk_select(_matrix(4096, 1000, "float32"), 32)
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
@@ -93,36 +104,73 @@ def _corners() -> None:
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))
     weight = _matrix(256, HIDDEN, "float32", misaligned=True)
     hash_router(ids[:4], table, softmax, x=_matrix(4, HIDDEN, "bfloat16"), weight=weight)
+    # So many tokens that the gate product comes in slices, each with its own count of valid rows.
+    x, gate = _matrix(100_000, 8, "float32"), _matrix(1000, 8, "float32")
+    dense_router(x, gate, RoutingMethod(1000, 8), num_valid=np.zeros(1, np.int32))
 
 
 # -- Benchmarks --------------------------------------------------------------------------------------------------------
 
 
+class _Zeros(np.ndarray):  # type: ignore[type-arg]
+    """Memory that nobody touches, whatever is computed with it."""
+
+    def astype(self, dtype: Any, *_: Any, **__: Any) -> Any:
+        return np.zeros(self.shape, dtype).view(_Zeros)
+
+    def __mul__(self, other: object) -> _Zeros:
+        return self
+
+
 class _NumPyAsCuPy:
-    """NumPy under CuPy's name. "Random" memory is zeros that nobody touches."""
+    """NumPy under CuPy's name; "random" numbers are zeros."""
 
     random = SimpleNamespace(
-        standard_normal=lambda shape, dtype: np.zeros(shape, dtype),
-        randint=lambda low, high, shape: np.zeros(shape, np.int64),
+        standard_normal=lambda shape, dtype: np.zeros(shape, dtype).view(_Zeros),
+        randint=lambda low, high, shape: np.zeros(shape, np.int64).view(_Zeros),
     )
+    RawKernel = mock.MagicMock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
 
 def _benchmarks() -> None:
-    """The GPU part of every benchmark script, each call made once instead of timed."""
-    for path in sorted(BENCHMARKS.glob("bench_*.py")):
-        script = importlib.import_module(f"benchmarks.{path.stem}")
-        timing: dict[str, Any] = {
-            "cold_inputs": lambda make, *_, **__: [make()],
-            "graph_microseconds": _call_once,
-            "torch_graph_microseconds": lambda *_, **__: (0.0, 0.0),
-        }
-        with mock.patch.object(script, "cupy", _NumPyAsCuPy()), mock.patch.multiple(script.harness, **timing):
-            script.gpu_rows()
+    """What the benchmark scripts measure of ours when they are quick, each call made once."""
+    with _imported_anew("benchmarks", cupy=_NumPyAsCuPy()):
+        harness = importlib.import_module("benchmarks.harness")
+        harness.gpu_row, harness.host_rows = _gpu_row, _host_rows  # type: ignore[attr-defined]
+        harness.cold_inputs = lambda make, *_, **__: [make()]  # type: ignore[attr-defined]
+        harness.attempt = lambda what, function: None  # type: ignore[attr-defined]  # rivals
+        for path in sorted(BENCHMARKS.glob("bench_*.py")):
+            importlib.import_module(f"benchmarks.{path.stem}").measure(True)
 
 
-def _call_once(call: Callable[[int], Any], *_: Any, **__: Any) -> tuple[float, float]:
-    call(0)
-    return 0.0, 0.0
+@contextmanager
+def _imported_anew(package: str, **modules: Any) -> Iterator[None]:
+    """Within it, a package is imported as if for the first time, with these modules; afterwards it is as it was."""
+
+    def taken() -> dict[str, Any]:
+        names = [name for name in sys.modules if name.partition(".")[0] == package or name in modules]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = taken()
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        taken()
+        sys.modules.update(before)
+
+
+def _gpu_row(call: Callable[[int], Any], cell: dict[str, Any], by: str = "cupy_router", **_: Any) -> dict[str, Any]:
+    if by == "cupy_router":
+        call(0)
+    return {"what": "gpu"} | cell | {"by": by, "us": 1.0, "spread_us": 0.0}
+
+
+def _host_rows(calls: Mapping[tuple[str, str], Callable[[], Any]], cell: dict[str, Any], **_: Any) -> list[Any]:
+    for (by, _name), call in calls.items():
+        if by == "cupy_router":
+            call()
+    return []

@@ -15,7 +15,7 @@ from cupy_router import compiler, presets
 from tests import nvrtc, resource_gate
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.resource_gate import Row, occupancy
-from tests.specialisations import Specialisation, specialisations
+from tests.specialisations import FROM_SM_80, Specialisation, specialisations
 
 KERNELS = compiler.kernel_folders()[-1]
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12 (12.x) or nvidia-cuda-nvrtc (13.x)"
@@ -29,8 +29,6 @@ def any_nvrtc() -> nvrtc.Nvrtc:
 
 @cache
 def in_use() -> list[Specialisation]:
-    pytest.importorskip("cupy", reason="the benchmarks, whose specialisations are wanted, import CuPy")
-    pytest.importorskip("torch", reason="the benchmarks, whose specialisations are wanted, import PyTorch")
     return specialisations()
 
 
@@ -151,14 +149,6 @@ def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
     assert (dict(compiler.BACKENDS), compiler._functions) == before
 
 
-def test_no_block_is_larger_than_the_kernel_is_bound_for() -> None:
-    for one in in_use():
-        text = one.source[: one.source.index(f"{one.function}(")]
-        bound = re.findall(r"__launch_bounds__\(([^)]*)\)", text)[-1]
-        defaults = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)$", text, re.M)}
-        assert one.block <= eval(bound, {}, defaults | dict(one.macros)), one
-
-
 # -- Compiling ---------------------------------------------------------------------------------------------------------
 
 
@@ -166,8 +156,14 @@ def test_no_block_is_larger_than_the_kernel_is_bound_for() -> None:
 def test_every_kernel_file_compiles_alone(kernel: str) -> None:
     """With the defaults of its macros, as an editor or a reader would try it."""
     for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
-        for architecture in ARCHITECTURES:
+        for architecture in Specialisation(kernel, (), kernel, 32, 0).architectures:
             assert nvrtc_.resources(compiler.expand(kernel), kernel, architecture).registers > 0
+
+
+@pytest.mark.parametrize("kernel", FROM_SM_80)
+def test_kernels_that_are_left_out_need_newer_instructions(kernel: str) -> None:
+    with pytest.raises(compiler.CompileError, match="requires .target sm_80"):
+        any_nvrtc().resources(compiler.expand(kernel), kernel, "sm_75")
 
 
 @pytest.mark.parametrize("header", sorted(path.name for path in KERNELS.glob("*.cuh")))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,13 +112,13 @@ def test_a_model_exports(strict: bool) -> None:
 
 def samples() -> dict[str, tuple[Any, ...]]:
     x, ids, count = arguments(6)
-    key, logits = registry.key_of(METHOD), arguments(6)[0] @ WEIGHT.T
+    key, logits = METHOD.number, arguments(6)[0] @ WEIGHT.T
     return {
         "topk_select": (3, x, ids, None),
         "activation_topk": (key, logits, BIAS, count, -1),
         "hash_router": (key, ids, TABLE, None, x, WEIGHT, None, 4),
         "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, -1),
-        "router": (registry.router_key(HASH), x, ids, None, -1),
+        "router": (HASH.number, x, ids, None, -1),
     }
 
 
@@ -156,16 +157,18 @@ def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
             torch.compile(call, backend="eager", fullgraph=True)(x)
 
 
-def test_equal_methods_share_a_key_and_routers_never_do() -> None:
-    assert registry.key_of(METHOD) == registry.key_of(RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5))
-    assert registry.key_of(METHOD) != registry.key_of(RoutingMethod(16, 4, scale=1.5))
-    same = Router(METHOD, weight=WEIGHT, bias=BIAS)
-    key = registry.router_key(same)
-    assert key not in (registry.router_key(DENSE), registry.key_of(METHOD))
-    assert registry.router_of(key) is same
-    del same
+def test_equal_methods_share_a_number_and_routers_never_do() -> None:
+    assert METHOD.number == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).number
+    assert METHOD.number != RoutingMethod(16, 4, scale=1.5).number
+    assert registry.method_of(METHOD.number) == METHOD
+    router = Router(METHOD, weight=WEIGHT, bias=BIAS)
+    twin = copy.deepcopy(router)
+    assert len({router.number, twin.number, DENSE.number}) == 3
+    assert registry.router_of(twin.number) is twin
+    number = router.number
+    del router
     with pytest.raises(RuntimeError, match="a Router that is gone: keep it as long as the graph"):
-        registry.router_of(key)
+        registry.router_of(number)
 
 
 def test_eager_calls_pass_no_dispatcher() -> None:

@@ -7,7 +7,6 @@ The kernel's parameters are the inputs (x, weight, bias, num_valid), the outputs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +20,6 @@ COUNTERS = 128  # as many as any plan needs, so that partial sums of all plans m
 
 _MULTIPROCESSORS = 132  # of an H100; blocks beyond them share
 _SHARED_BYTES = 46 * 1024  # static; a little is left for the hand-over
-# Bytes a nanosecond, from L2 to a multiprocessor while all read and while it alone does; nanoseconds of what routes.
-_READ_BY_ALL, _READ_ALONE = 51.0, 113.0
-_ROUTING, _ROUTING_TOKEN, _LOOKING = 800.0, 60.0, 400.0
 
 
 class DecodePlan(NamedTuple):
@@ -59,18 +55,6 @@ class Tiling:
         row = 128 * -(-num_experts // 128)
         routed = self.share or self.tokens
         return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + row)
-
-    def nanoseconds(self, num_tokens: int, num_experts: int, hidden: int, itemsize: int) -> float:
-        """A rough model of what differs between tilings: reading the factors, reading the partial sums, routing."""
-        groups, tiles = self.groups(num_tokens), self.tiles(num_experts)
-        layers = self.warps * self.experts_per_warp // self.experts_per_block
-        steps = -(-max(1, -(-hidden // 32)) // (self.slices * layers))
-        tokens = min(self.tokens, num_tokens)
-        block = steps * layers * 32 * itemsize * (self.experts_per_block + tokens)
-        read = block * -(-groups * tiles * self.slices // _MULTIPROCESSORS) / _READ_BY_ALL
-        routed = min(self.share or tokens, tokens)
-        partials = self.slices * tiles * self.experts_per_block * routed * 4 / _READ_ALONE
-        return read + partials + _ROUTING + _ROUTING_TOKEN * routed + (_LOOKING if self.share else 0.0)
 
 
 def plan(
@@ -127,28 +111,20 @@ def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
 
 
 def choose(num_tokens: int, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str) -> Tiling:
-    """The tiling with the shortest estimate; the same for all counts of tokens that it serves as well."""
+    """The tiling for a shape; the same for all counts of tokens that it serves as well. Measured by
+    `python -m benchmarks.sweep_dense_router`: one group of tokens, so that the gate is read once, a block for each
+    multiprocessor, and many warps in it as long as their sums fit."""
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(num_tokens, num_experts, hidden)
-    tilings = _tensor_core_tilings(num_tokens, num_experts, hidden)
-    return min(tilings, key=lambda tiling: tiling.nanoseconds(num_tokens, num_experts, hidden, 2))
-
-
-def _tensor_core_tilings(num_tokens: int, num_experts: int, hidden: int) -> Iterator[Tiling]:
-    least = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
-    for tokens in {least, min(least, 8), min(least, 16)}:
-        shares = (0,) if tokens > 16 else (0, 1) if tokens >= max(num_tokens, 8) else (0,)
-        if tokens > 16:
-            shares = (1,)
-        for experts_per_block in (16, 32, 64):
-            experts_per_warp = min(experts_per_block, 16 if tokens <= 16 else 32)
-            for share in shares:
-                for slices in range(1, min(24, max(1, hidden // 64)) + 1):
-                    for warps in (16, 8, 4):
-                        tiling = Tiling(tokens, slices, experts_per_block, experts_per_warp, warps, share)
-                        fits = tiling.shared_bytes(num_experts) <= _SHARED_BYTES
-                        if fits and warps * 32 * 4 >= num_experts:
-                            yield tiling
+    tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
+    experts, all_warps = (16, (16, 8, 4)) if tokens <= 16 else (32, (4, 8, 16))
+    slices = max(1, min(_MULTIPROCESSORS // -(-num_experts // experts), 24, hidden // 64))
+    for warps in all_warps:
+        tiling = Tiling(tokens, slices, experts, experts, warps, share=int(tokens >= 4))
+        if tiling.shared_bytes(num_experts) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
+            return tiling
+    # So many experts beside so many tokens: several groups read the gate, each finished by its last block.
+    return Tiling(8, slices, 16, 16, 8)
 
 
 def _fma(num_tokens: int, num_experts: int, hidden: int) -> Tiling:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schemas, implementations and fakes of the ops, and how a traced call becomes one of them.
 
-Arguments that are no tensors become the first ones of the schema: a method is its key in the registry (-1: none), a
-Router likewise. Implementations for CPU and CUDA are the ops themselves, past the question whether something is traced.
+Arguments that are no tensors become the first ones of the schema: a method is its number (-1: none), a Router likewise.
+Implementations for CPU and CUDA are the ops themselves, past the question whether something is traced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from cupy_router.ops import _call, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.results import Routing
-from cupy_router.torch._registry import key_of, router_key, router_of, value_of
+from cupy_router.torch._registry import method_of, router_of
 
 _NO_METHOD = -1
 
@@ -41,8 +41,8 @@ def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: A
         return op.result(*torch.ops.cupy_router.topk_select(options, *inputs))
     if op.name == "dense_router":
         method, path = options
-        return op.result(*torch.ops.cupy_router.dense_router(key_of(method), path or "", *inputs, number))
-    key = _NO_METHOD if options is None else key_of(options)
+        return op.result(*torch.ops.cupy_router.dense_router(method.number, path or "", *inputs, number))
+    key = _NO_METHOD if options is None else options.number
     if op.name == "hash_router":
         return op.result(*torch.ops.cupy_router.hash_router(key, *inputs, number))
     return op.result(*torch.ops.cupy_router.activation_topk(key, *inputs, number))
@@ -53,7 +53,7 @@ def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream:
     _refuse("Router", out, stream)
     number = num_valid if isinstance(num_valid, int) else -1
     counts = None if isinstance(num_valid, int) else num_valid
-    return Routing(*torch.ops.cupy_router.router(router_key(router), x, token_ids, counts, number))
+    return Routing(*torch.ops.cupy_router.router(router.number, x, token_ids, counts, number))
 
 
 def _refuse(name: str, out: Any, stream: Any) -> None:
@@ -69,16 +69,16 @@ def _topk_select(k: int, *inputs: Any) -> Any:
 
 
 def _activation_topk(method: int, *inputs: Any) -> Any:
-    return tuple(_call.run(activation_topk._OP, value_of(method), inputs[:-1], None, None, inputs[-1], eager=True))
+    return tuple(_call.run(activation_topk._OP, method_of(method), inputs[:-1], None, None, inputs[-1], eager=True))
 
 
 def _hash_router(method: int, *inputs: Any) -> Any:
-    options = None if method == _NO_METHOD else value_of(method)
+    options = None if method == _NO_METHOD else method_of(method)
     return tuple(_call.run(hash_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
 
 
 def _dense_router(method: int, path: str, *inputs: Any) -> Any:
-    options = value_of(method), path or None
+    options = method_of(method), path or None
     return tuple(_call.run(dense_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
 
 
@@ -100,7 +100,7 @@ def _fake_topk_select(k: int, scores: Any, lengths: Any, starts: Any) -> Any:
 
 
 def _fake_activation_topk(method: int, logits: Any, *others: Any) -> Any:
-    return _routing_like(logits, value_of(method).top_k)
+    return _routing_like(logits, method_of(method).top_k)
 
 
 def _fake_hash_router(method: int, token_ids: Any, table: Any, *others: Any) -> Any:
@@ -108,7 +108,7 @@ def _fake_hash_router(method: int, token_ids: Any, table: Any, *others: Any) -> 
 
 
 def _fake_dense_router(method: int, path: str, x: Any, *others: Any) -> Any:
-    return _routing_like(x, value_of(method).top_k)
+    return _routing_like(x, method_of(method).top_k)
 
 
 def _fake_router(router: int, x: Any, *others: Any) -> Any:
