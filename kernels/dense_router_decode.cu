@@ -93,7 +93,7 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
             float logit = slices[0].value[j];
 #pragma unroll
             for (int s = 1; s < SLICES; ++s) logit += slices[s].value[j];
-            if (KEEP_LOGITS) source[j] = logit;
+            if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SLICES * TOKENS * COLUMNS) + j] = logit;
             const RowStatistics none = {0.0f, 0.0f};
             if (expert + j < 32 * PER_LANE) {
                 shared_floats[token * (32 * PER_LANE) + expert + j] = SCORE == SOFTMAX ? logit : score_of(logit, none);
