@@ -4,8 +4,8 @@
     python -m tests.resource_gate            compare with the tables, as tests/test_compile.py does
     python -m tests.resource_gate --update   write the tables of the NVRTC versions that are installed
 
-A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. Spilled
-registers and stacks are refused even by --update.
+A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. What presets
+and benchmarks use may neither spill registers nor have a stack, which even --update refuses; corners just may not grow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES, Resources
-from tests.specialisations import Specialisation, specialisations
+from tests.specialisations import CORNER, Specialisation, specialisations
 
 FOLDER = Path(__file__).with_name("resources")
 UPDATE = "python -m tests.resource_gate --update"
@@ -120,7 +120,7 @@ def _resources(job: tuple[str, str, str, str]) -> Resources:
 _TITLE = """NVRTC {version}: what each kernel specialisation needs; written by `{update}`
 registers of a thread, bytes that it spills and bytes of its stack, shared bytes of a block, occupancy in per cent
 """
-_WIDTHS = {"registers": 3, "spills": 1, "stack": 1, "shared": 5, "occupancy": 3}
+_WIDTHS = {"registers": 3, "spills": 3, "stack": 3, "shared": 5, "occupancy": 3}
 
 
 def table_file(version: str) -> Path:
@@ -173,11 +173,11 @@ def differences(before: Table, now: Table) -> list[str]:
 
 
 def refused(now: Table) -> list[str]:
-    """Registers that go to memory make a kernel slow however few they are, so no table may hold any."""
+    """Registers that go to memory make a kernel slow, however few they are. Of the corners the table tells them."""
     return [
         f"{architecture:8} {name}: spills {row.spills} bytes, has {row.stack} bytes of stack; none are allowed"
         for (name, architecture), row in now.items()
-        if row.spills or row.stack
+        if (row.spills or row.stack) and not name.endswith(CORNER)
     ]
 
 

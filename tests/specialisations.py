@@ -27,6 +27,7 @@ from tests.recorder import recording
 FLOATS = ("float32", "float16", "bfloat16")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCAB_SIZE, HIDDEN = 1000, 4096
+CORNER = "(corner)"
 FROM_SM_80 = ("dense_router_decode",)  # the op refuses path "decode" on older GPUs
 
 
@@ -37,11 +38,13 @@ class Specialisation:
     function: str
     macros: tuple[tuple[str, int], ...]
     kernel: str
-    block: int
-    shared_bytes: int
+    block: int = 32
+    shared_bytes: int = 0
+    is_corner: bool = False  # neither the presets nor the benchmarks use it
 
     def __str__(self) -> str:
-        return " ".join([self.function, *(f"{name}={value}" for name, value in self.macros)])
+        macros = (f"{name}={value}" for name, value in self.macros)
+        return " ".join([self.function, *macros, *([CORNER] if self.is_corner else [])])
 
     @property
     def source(self) -> str:
@@ -55,15 +58,25 @@ class Specialisation:
 
 def specialisations() -> list[Specialisation]:
     """In a fixed order, without repetitions."""
-    largest: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]] = {}
-    with recording() as recorder, mock.patch.object(gemm, "product", lambda *_: mock.MagicMock(row_bytes=0)):
-        for calls in (_presets, _benchmarks, _corners):
+    used, all_ = _largest(_presets, _benchmarks), _largest(_presets, _benchmarks, _corners)
+    return sorted(
+        Specialisation(function, macros, kernel, *sizes, is_corner=(function, macros, kernel) not in used)
+        for (function, macros, kernel), sizes in all_.items()
+    )
+
+
+def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:
+    """Function, macros and kernel of all that is launched, with the largest block and dynamic shared memory."""
+    found: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]] = {}
+    no_product = mock.patch.object(gemm, "product", return_value=mock.MagicMock(row_bytes=0))
+    with recording() as recorder, no_product:
+        for calls in parts:
             calls()
     for launch in recorder.launches:
         key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
-        block, shared_bytes = largest.get(key, (0, 0))
-        largest[key] = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
-    return sorted(Specialisation(*key, *sizes) for key, sizes in largest.items())
+        block, shared_bytes = found.get(key, (0, 0))
+        found[key] = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
+    return found
 
 
 def _matrix(rows: int, columns: int, dtype: str, misaligned: bool = False) -> Any:
@@ -112,7 +125,7 @@ def _corners() -> None:
 # -- Benchmarks --------------------------------------------------------------------------------------------------------
 
 
-class _Zeros(np.ndarray):  # type: ignore[type-arg]
+class _Zeros(np.ndarray):
     """Memory that nobody touches, whatever is computed with it."""
 
     def astype(self, dtype: Any, *_: Any, **__: Any) -> Any:

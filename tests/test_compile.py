@@ -15,7 +15,7 @@ from cupy_router import compiler, presets
 from tests import nvrtc, resource_gate
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.resource_gate import Row, occupancy
-from tests.specialisations import FROM_SM_80, Specialisation, specialisations
+from tests.specialisations import CORNER, FROM_SM_80, Specialisation, specialisations
 
 KERNELS = compiler.kernel_folders()[-1]
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12 (12.x) or nvidia-cuda-nvrtc (13.x)"
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128) planted(const float *x, float 
 
 def planted(**macros: int) -> resource_gate.Table:
     source = "".join(f"#define {name} {value}\n" for name, value in macros.items()) + KERNEL
-    specialisation = Specialisation("planted", (), "planted", 128, 0)
+    specialisation = Specialisation("planted", (), "planted", 128)
     needs = any_nvrtc().resources(source, "planted", "sm_90")
     return {("planted", "sm_90"): Row.of(specialisation, "sm_90", needs)}
 
@@ -88,6 +88,11 @@ def test_the_gate_refuses_a_stack() -> None:
     (line,) = resource_gate.differences(table, table)
     assert re.fullmatch(r"sm_90 +planted: spills 0 bytes, has 256 bytes of stack; none are allowed", line)
     assert resource_gate.refused(table) == [line]
+    (key,) = table
+    corner = {(f"{key[0]} {CORNER}", key[1]): table[key]}
+    assert resource_gate.differences(corner, corner) == []
+    (line,) = resource_gate.differences({name: replace(row, stack=255) for name, row in corner.items()}, corner)
+    assert line.endswith(": stack 255 -> 256")
 
 
 def test_the_gate_names_what_only_one_table_has() -> None:
@@ -156,13 +161,13 @@ def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
 def test_every_kernel_file_compiles_alone(kernel: str) -> None:
     """With the defaults of its macros, as an editor or a reader would try it."""
     for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
-        for architecture in Specialisation(kernel, (), kernel, 32, 0).architectures:
+        for architecture in Specialisation(kernel, (), kernel).architectures:
             assert nvrtc_.resources(compiler.expand(kernel), kernel, architecture).registers > 0
 
 
 @pytest.mark.parametrize("kernel", FROM_SM_80)
 def test_kernels_that_are_left_out_need_newer_instructions(kernel: str) -> None:
-    with pytest.raises(compiler.CompileError, match="requires .target sm_80"):
+    with pytest.raises(compiler.CompileError, match=r"requires \.target sm_80"):
         any_nvrtc().resources(compiler.expand(kernel), kernel, "sm_75")
 
 

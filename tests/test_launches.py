@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops launch for arrays on a GPU, recorded: kernel, macros, grid, block and every argument by its name.
 
-The arrays are descriptions of device memory that does not exist, so that they may be of any size.
+The arrays are descriptions of device memory that does not exist, so that they may be of any size. Of the macros, those that
+say what is computed are checked; how it is tuned is the ops' own affair, as long as every row has its threads.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, TopK, activation_topk, hash_router, topk_select
+from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, View
 from cupy_router.ops import _call
 from tests.recorder import Launch, Recorder, recording
@@ -94,6 +96,19 @@ def only(recorder: Recorder) -> Launch:
     return launch
 
 
+def assert_kernel(launch: Launch, kernel: str, function: str, **macros: int) -> None:
+    """These macros, and perhaps others."""
+    assert (launch.kernel, launch.function) == (kernel, function)
+    assert launch.macros | macros == launch.macros
+
+
+def assert_rows_share_warps(launch: Launch, n: int) -> None:
+    """LANES threads for each of n rows, and no block too many."""
+    threads = launch.grid[0] * launch.block[0]
+    assert (launch.grid[1:], launch.block[1:], launch.block[0] % 32) == ((1, 1), (1, 1), 0)
+    assert threads - launch.block[0] < n * launch.macros["LANES"] <= threads
+
+
 # -- Every argument of every kernel ------------------------------------------------------------------------------------
 
 
@@ -102,9 +117,9 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
     lengths, starts = Array(0x2004, (7,), "int32"), Array(0x3008, (7,), "int32")
     result = topk_select(scores, 8, lengths=lengths, starts=starts)
     launch = only(recorder)
-    assert (launch.kernel, launch.function) == ("topk_select", "topk_select")
-    assert launch.macros == {"DTYPE": 1, "TOP_K": 8, "LANES": 32, "PER_LANE": 8, "WHOLE_ROWS": 0, "ALIGNED": 0}
-    assert (launch.grid, launch.block, launch.shared_bytes, launch.stream) == ((7, 1, 1), (32, 1, 1), 0, 77)
+    assert_kernel(launch, "topk_select", "topk_select", DTYPE=1, TOP_K=8, WHOLE_ROWS=0, ALIGNED=0)
+    assert_rows_share_warps(launch, 7)
+    assert (launch.shared_bytes, launch.stream) == (0, 77)
     assert launch.arguments == {
         "scores": 0x10000000000, "lengths": 0x2004, "starts": 0x3008,
         "values": result.values.pointer, "indices": result.indices.pointer,
@@ -119,8 +134,7 @@ def test_topk_select_of_wide_rows(recorder: Recorder, fake: Fake) -> None:
     out = TopK(Array(0x500, (3, 600), "bfloat16", row_stride=700), Array(0x600, (3, 600), "int32", row_stride=800))
     assert topk_select(Array(0x400, (3, 5000), "bfloat16"), 600, out=out) is out
     launch = only(recorder)
-    assert (launch.kernel, launch.function) == ("topk_select", "topk_select_wide")
-    assert launch.macros == {"DTYPE": 2, "WIDE": 1}
+    assert_kernel(launch, "topk_select", "topk_select_wide", DTYPE=2, WIDE=1)
     assert (launch.grid, launch.block) == ((3, 1, 1), (512, 1, 1))
     assert launch.arguments == {
         "scores": 0x400, "lengths": 0, "starts": 0, "values": 0x500, "indices": 0x600,
@@ -139,16 +153,13 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
     num_valid = Array(0x3004, (1,), "int32")
     result = activation_topk(logits, method, bias=bias, num_valid=num_valid)
     launch = only(recorder)
-    macros = {"NUM_EXPERTS": columns, "TOP_K": 6, "SCORE": 3, "RENORMALIZE": 1, "DTYPE": 2, "HAS_BIAS": 1}
+    method_macros = {"NUM_EXPERTS": columns, "TOP_K": 6, "SCORE": 3, "RENORMALIZE": 1, "DTYPE": 2, "HAS_BIAS": 1}
     if columns == 384:
-        assert launch.function == "activation_topk"
-        macros |= {"LANES": 32, "PER_LANE": 12, "ALIGNED": 1, "BIAS_ALIGNED": 1}
-        assert (launch.grid, launch.block) == ((33, 1, 1), (32, 1, 1))
+        assert_kernel(launch, "activation_topk", "activation_topk", **method_macros, ALIGNED=1, BIAS_ALIGNED=1)
+        assert_rows_share_warps(launch, 33)
     else:
-        assert launch.function == "activation_topk_wide"
-        macros |= {"WIDE": 1}
+        assert_kernel(launch, "activation_topk", "activation_topk_wide", **method_macros, WIDE=1)
         assert (launch.grid, launch.block) == ((33, 1, 1), (256, 1, 1))
-    assert (launch.kernel, launch.macros) == ("activation_topk", macros)
     assert launch.arguments == {
         "logits": 0x1000, "bias": 0x2000, "num_valid": 0x3004,
         "weights": result.weights.pointer, "indices": result.indices.pointer,
@@ -166,19 +177,18 @@ HASH_ARGUMENTS = {
 HASH_MACROS = {"TOKEN_ID_BYTES": 8, "TABLE_BYTES": 4, "TOP_K": 6}
 
 
-def assert_hashes(launch: Launch, result: Routing, arguments: dict[str, Any], macros: dict[str, int]) -> None:
+def assert_hash_arguments(launch: Launch, result: Routing, arguments: dict[str, Any]) -> None:
     results = {"weights": result.weights.pointer, "indices": result.indices.pointer}
-    assert launch.kernel == "hash_router"
     assert launch.arguments == HASH_ARGUMENTS | results | arguments
-    assert launch.macros == HASH_MACROS | macros
 
 
 def test_hash_router_with_uniform_weights(recorder: Recorder, fake: Fake) -> None:
     result = hash_router(IDS, TABLE, num_valid=20)
     launch = only(recorder)
-    assert (launch.function, launch.grid, launch.block) == ("hash_router", (9, 1, 1), (32, 1, 1))  # 8 lanes a token
+    assert_kernel(launch, "hash_router", "hash_router", **HASH_MACROS, NUM_EXPERTS=2**31, SOURCE=0)
+    assert_rows_share_warps(launch, 33)
     numbers = {"num_valid_value": 20, "renormalize_eps": 0.0, "renormalize_min": 0.0, "scale": 1.0}
-    assert_hashes(launch, result, numbers, {"NUM_EXPERTS": 2**31, "SOURCE": 0, "LANES": 8})
+    assert_hash_arguments(launch, result, numbers)
 
 
 def test_hash_router_with_logits(recorder: Recorder, fake: Fake) -> None:
@@ -186,10 +196,11 @@ def test_hash_router_with_logits(recorder: Recorder, fake: Fake) -> None:
     logits = Array(0x300, (33, 256), "float16", row_stride=300)
     result = hash_router(IDS, TABLE, method, logits=logits)
     launch = only(recorder)
-    assert (launch.function, launch.grid, launch.block) == ("hash_router", (9, 1, 1), (32, 1, 1))
+    method_macros = {"NUM_EXPERTS": 256, "SCORE": 1, "RENORMALIZE": 0}
+    assert_kernel(launch, "hash_router", "hash_router", **HASH_MACROS, **method_macros, SOURCE=1, DTYPE=1)
+    assert_rows_share_warps(launch, 33)
     more = {"logits": 0x300, "logits_stride": 300, "renormalize_eps": 0.5, "renormalize_min": -math.inf, "scale": 3.0}
-    macros = {"NUM_EXPERTS": 256, "SCORE": 1, "RENORMALIZE": 0, "SOURCE": 1, "LANES": 8, "DTYPE": 1}
-    assert_hashes(launch, result, more, macros)
+    assert_hash_arguments(launch, result, more)
 
 
 def test_hash_router_with_products(recorder: Recorder, fake: Fake) -> None:
@@ -198,13 +209,42 @@ def test_hash_router_with_products(recorder: Recorder, fake: Fake) -> None:
     weight = Array(0x2000, (256, 4096), "bfloat16", row_stride=2**32)
     result = hash_router(IDS, TABLE, method, x=x, weight=weight)
     launch = only(recorder)
-    assert (launch.function, launch.grid, launch.block) == ("hash_router_products", (33, 1, 1), (6 * 32, 1, 1))
+    method_macros = {"NUM_EXPERTS": 256, "SCORE": 2, "RENORMALIZE": 1}
+    sources = {"SOURCE": 2, "DTYPE": 0, "WEIGHT_DTYPE": 2, "ALIGNED": 1}
+    assert_kernel(launch, "hash_router", "hash_router_products", **HASH_MACROS, **method_macros, **sources)
+    assert (launch.grid, launch.block) == ((33, 1, 1), (32 * launch.macros["WARPS"], 1, 1))
     more = {
         "x": 0x1000, "weight": 0x2000, "hidden": 4096, "x_stride": 4104, "weight_stride": 2**32,
         "renormalize_eps": 0.0, "renormalize_min": -math.inf, "scale": 1.0,
     }  # fmt: skip
-    macros = {"NUM_EXPERTS": 256, "SCORE": 2, "RENORMALIZE": 1, "SOURCE": 2, "DTYPE": 0, "WEIGHT_DTYPE": 2}
-    assert_hashes(launch, result, more, macros | {"ALIGNED": 1, "WARPS": 6})
+    assert_hash_arguments(launch, result, more)
+
+
+def test_dense_router_of_few_tokens() -> None:
+    """On NumPy arrays, since its plan asks a GPU for its compute capability."""
+    method = RoutingMethod(256, 6, renormalize_eps=0.25, scale=1.5)
+    x = np.zeros((4, 600), np.float16)[:, :512]
+    weight, bias = np.zeros((256, 512), np.float32), np.zeros(256, np.float32)
+    with recording() as recorder:
+        weights, indices = dense_router(x, weight, method, bias=bias, num_valid=3)
+    launch = only(recorder)
+    assert_kernel(
+        launch, "dense_router_decode", "dense_router_decode", NUM_EXPERTS=256, TOP_K=6, SCORE=2, RENORMALIZE=1,
+        HIDDEN=512, DTYPE=1, WEIGHT_DTYPE=0, HAS_BIAS=1, ALIGNED=1,
+    )  # fmt: skip
+    tiles = -(-256 // launch.macros["EXPERTS_PER_BLOCK"])
+    groups = -(-4 // launch.macros["TOKENS"])
+    assert launch.grid == (groups * tiles * launch.macros["SLICES"], 1, 1)
+    assert launch.block == (32 * launch.macros["WARPS"], 1, 1)
+    counters, partials = launch.arguments["counters"], launch.arguments["partials"]
+    assert launch.arguments == {
+        "x": x.ctypes.data, "weight": weight.ctypes.data, "bias": bias.ctypes.data, "num_valid": 0,
+        "weights": weights.ctypes.data, "indices": indices.ctypes.data, "counters": counters, "partials": partials,
+        "num_valid_value": 3, "num_tokens": 4, "x_stride": 600, "weight_stride": 512, "weights_stride": 6,
+        "indices_stride": 6, "renormalize_eps": 0.25, "renormalize_min": -math.inf, "scale": 1.5,
+    }  # fmt: skip
+    assert partials % 16 == 0
+    assert partials - counters >= 4 * groups
 
 
 # -- Shapes of launches ------------------------------------------------------------------------------------------------
@@ -290,7 +330,8 @@ def test_kinds_of_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
             activation_topk(Array(0x1000, (7, 384)), METHOD, num_valid=number)
             assert recorder.launches[-1].arguments["num_valid_value"] == (-1 if number is None else number)
     assert len(recorder.launches) == 2 * 17
-    assert len(recorder.sources) == 6  # topk_select of k 8 and 9, misaligned, two more dtypes; activation_topk
+    kinds = {(launch.function, *sorted(launch.macros.items())) for launch in recorder.launches}
+    assert len(recorder.sources) == len(kinds) < 10
 
 
 def test_the_kernel_runs_on_the_device_of_the_arrays(recorder: Recorder, fake: Fake) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import cupy_router
 from cupy_router import RoutingMethod
-from cupy_router.reference import activation_topk, hash_router, topk_select
+from cupy_router.ops import _call, _layout
+from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare
 from tests.backends import DTYPES, Backend
 
@@ -24,7 +27,8 @@ FOLDER = Path(__file__).with_name("cases")
 @dataclass(frozen=True)
 class Case:
     """`layouts` has for some arrays the elements between their rows and in front of them; `out_padding` those between
-    the rows of preallocated results, -1 for results that the op allocates."""
+    the rows of preallocated results, -1 for results that the op allocates. `many`: by the kernel that is meant for many
+    rows, however few there are."""
 
     op: str
     arrays: dict[str, np.ndarray]
@@ -32,6 +36,7 @@ class Case:
     options: dict[str, int] = field(default_factory=dict)  # k or num_valid
     layouts: dict[str, tuple[int, int]] = field(default_factory=dict)
     out_padding: int = -1
+    many: bool = False
     schedule: str = "run_ahead"
 
     @property
@@ -42,7 +47,7 @@ class Case:
         if self.op == "hash_router":
             return len(self.arrays["token_ids"]), self.arrays["table"].shape[1]
         assert self.method is not None
-        return len(self.arrays["logits"]), self.method.top_k
+        return len(self.arrays["x" if self.op == "dense_router" else "logits"]), self.method.top_k
 
     @property
     def num_valid(self) -> int:
@@ -53,7 +58,7 @@ class Case:
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in self.arrays.items())
-        more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding}
+        more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding, "many": self.many}
         return f"Case({self.op}, {{{arrays}}}, {self.method}, {more}, {self.schedule})"
 
 
@@ -92,20 +97,39 @@ class Canvas:
 
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
-    op, given = getattr(cupy_router, case.op), arguments(case, backend)
+    given = arguments(case, backend)
     if case.out_padding < 0:
-        result = op(**given)
+        result = call(case.op, case.many, **given)
     else:
         first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
         canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in (first, np.int32)]
         kind = cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing
         out = kind(*(canvas.array for canvas in canvases))
-        result = op(**given, out=out)
+        result = call(case.op, case.many, **given, out=out)
         assert result is out
         assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
     for name, array in case.arrays.items():
         compare.assert_same_bits(backend.numpy(given[name]), array)  # inputs are only read
     return backend.numpy(result[0]), backend.numpy(result[1])
+
+
+def call(op: str, many: bool, **given: Any) -> Any:
+    """The op; `many` as in a case."""
+    with _as_of_many_rows() if many else nullcontext():
+        return getattr(cupy_router, op)(**given)
+
+
+class _as_of_many_rows(AbstractContextManager[None]):
+    """Within it, kernels are chosen as for many rows. What was planned so is forgotten, because the op would use it."""
+
+    def __enter__(self) -> None:
+        _call._plans.clear()
+        self.patch = mock.patch.object(_layout, "few", return_value=False)
+        self.patch.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.patch.stop()
+        _call._plans.clear()
 
 
 def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -116,6 +140,9 @@ def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.op == "activation_topk":
         assert method is not None
         return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), case.num_valid)
+    if case.op == "dense_router":
+        assert method is not None
+        return dense_router.dense_router(arrays["x"], arrays["weight"], method, arrays.get("bias"), case.num_valid)
     more = {name: arrays.get(name) for name in ("logits", "x", "weight")}
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more, num_valid=case.num_valid)
 
@@ -133,8 +160,8 @@ def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
     compare.assert_same_bits(first[valid:], want[0][valid:])
     compare.assert_same_bits(indices[valid:], want[1][valid:])
     ours, reference = (compare.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
-    if case.op == "activation_topk":
-        compare.assert_routes(ours, reference, arrays["logits"][:valid], method, arrays.get("bias"))
+    if case.op in ("activation_topk", "dense_router"):
+        compare.assert_routes(ours, reference, logits(case)[:valid], method, arrays.get("bias"))
         return
     np.testing.assert_array_equal(ours.indices, reference.indices)
     if method is None or not {"logits", "x"} & arrays.keys():
@@ -147,7 +174,7 @@ def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def logits(case: Case) -> np.ndarray:
-    """Those of a hash_router case; the products of its x and weight are exact."""
+    """Given, or the products of x and weight, which are exact."""
     if "logits" in case.arrays:
         return case.arrays["logits"]
     with np.errstate(invalid="ignore"):
@@ -162,10 +189,11 @@ def save(case: Case, path: Path) -> None:
     """As JSON, arrays by their bytes: a failing case stays what it is, however cases are drawn later."""
     content = {
         "op": case.op,
-        "method": None if case.method is None else asdict(case.method),
+        "method": None if case.method is None else _set(case.method),
         "options": case.options,
         "layouts": case.layouts,
         "out_padding": case.out_padding,
+        "many": case.many,
         "schedule": case.schedule,
         "arrays": {
             name: {
@@ -178,6 +206,11 @@ def save(case: Case, path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _set(method: RoutingMethod) -> dict[str, Any]:
+    """The fields of a method that differ from their defaults."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
 
 
 def load(path: Path) -> Case:

@@ -39,8 +39,11 @@ class Setting:
     score: str = "sqrtsoftplus"
     renormalize: bool = True
     given: frozenset[str] = frozenset()  # optional arrays
+    many: bool = False  # the kernel for many rows
     ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
     weight_dtype: str = "float32"
+    hidden: int = 0
+    rows: int = -1  # so many where that matters
 
     @property
     def wide(self) -> bool:
@@ -49,52 +52,79 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.op, self.dtype, f"{self.columns}", f"k{self.k}"]
-        parts += [] if self.op == "topk_select" else [self.score, *(["renormalized"] if self.renormalize else [])]
-        parts += [] if self.op != "hash_router" else [*self.ids, self.weight_dtype]
-        return "-".join([*parts, *sorted(self.given), "aligned" if self.aligned else "misaligned"])
+        if self.op != "topk_select":
+            parts += [self.score, *(["renormalized"] if self.renormalize else [])]
+        if self.op == "hash_router":
+            parts += [f"ids:{'/'.join(self.ids)}"]
+        if self.hidden:
+            parts += [f"hidden{self.hidden}", f"weight:{self.weight_dtype}"]
+        parts += [f"{self.rows}rows"] if self.rows >= 0 else []
+        return "-".join(
+            [*parts, *sorted(self.given), *(["many"] if self.many else []), "mis" * (not self.aligned) + "aligned"]
+        )
 
 
 def settings(seed: int = 0, count: int = 72) -> list[Setting]:
-    """So many different settings, half of them of activation_topk. Other seeds, other settings."""
+    """So many different settings, most of them of activation_topk. Other seeds, other settings."""
     rng = random.Random(seed)
-    makers = [_topk_select, _activation_topk, _activation_topk, _hash_router]
+    makers = [_activation_topk, _topk_select, _hash_router, _activation_topk, _dense_router]
     found: dict[Setting, None] = {
         Setting("topk_select", 3000, 600, dtype, aligned=False, given=frozenset({"lengths"})): None for dtype in FLOATS
     }
     while len(found) < count:
-        found[makers[len(found) % 4](rng)] = None
+        found[makers[len(found) % len(makers)](rng)] = None
     return list(found)
 
 
-def _size(rng: random.Random) -> tuple[int, int]:
-    columns = rng.choice(COLUMNS)
-    return columns, min(rng.choice(TOP_K), columns)
+def _common(rng: random.Random, columns: int) -> dict[str, Any]:
+    """What all ops have, and the method of those that have one."""
+    return {
+        "columns": columns,
+        "k": min(rng.choice(TOP_K), columns),
+        "dtype": rng.choice(FLOATS),
+        "aligned": rng.random() < 0.5,
+        "score": rng.choice(SCORES),
+        "renormalize": rng.random() < 0.7,
+    }
 
 
 def _topk_select(rng: random.Random) -> Setting:
-    columns, k = _size(rng)
+    common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True}
     given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
-    return Setting("topk_select", columns, k, rng.choice(FLOATS), rng.random() < 0.5, given=given)
+    return Setting("topk_select", **common, given=given, many=rng.random() < 0.5)
 
 
 def _activation_topk(rng: random.Random) -> Setting:
-    columns, k = _size(rng)
-    if rng.random() < 0.15:
-        columns, k = rng.choice(WIDE_COLUMNS), rng.choice((1, 6, 40))
-    return Setting(
-        "activation_topk", columns, k, rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES), rng.random() < 0.7,
-        frozenset({"bias"} if rng.random() < 0.6 else ()),
-    )  # fmt: skip
+    wide = rng.random() < 0.15
+    common = _common(rng, rng.choice(WIDE_COLUMNS if wide else COLUMNS))
+    if wide:
+        common["k"] = rng.choice((1, 6, 40))
+    return Setting("activation_topk", **common, given=_bias(rng), many=not wide and rng.random() < 0.5)
+
+
+def _bias(rng: random.Random) -> frozenset[str]:
+    return frozenset({"bias"} if rng.random() < 0.6 else ())
 
 
 def _hash_router(rng: random.Random) -> Setting:
-    columns, k = _size(rng)
+    common = _common(rng, rng.choice(COLUMNS))
+    common["k"] = rng.choice((common["k"], min(40, common["columns"])))
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
-    k = rng.choice((k, min(40, columns)))
     return Setting(
-        "hash_router", columns, k, rng.choice(FLOATS), rng.random() < 0.5, rng.choice(SCORES), rng.random() < 0.7,
-        frozenset(source), (rng.choice(INTS), rng.choice(INTS)), rng.choice(FLOATS),
+        "hash_router", **common, given=frozenset(source), ids=(rng.choice(INTS), rng.choice(INTS)),
+        **(_gate(rng, common["aligned"]) if "x" in source else {}),
     )  # fmt: skip
+
+
+def _dense_router(rng: random.Random) -> Setting:
+    common = _common(rng, rng.choice(COLUMNS))
+    rows = rng.choice((1, 3, 8, 17, 40, 64))
+    return Setting("dense_router", **common, given=_bias(rng), rows=rows, **_gate(rng, common["aligned"]))
+
+
+def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
+    hidden = rng.choice((8, 40, 264, 520) if aligned else (1, 7, 77, 300))
+    return {"hidden": hidden, "weight_dtype": rng.choice(FLOATS)}
 
 
 # -- Cases -------------------------------------------------------------------------------------------------------------
@@ -106,6 +136,7 @@ def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
         "topk_select": _topk_select_case,
         "activation_topk": _activation_topk_case,
         "hash_router": _hash_router_case,
+        "dense_router": _dense_router_case,
     }
     return draw[setting.op](setting, min(max_rows, max(4, 4000 // setting.columns)))
 
@@ -121,7 +152,8 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     edges = st.sampled_from([0, 1, k - 1, k, k + 1, columns - 1, columns, columns + 1, -1, 2**31 - 1, -(2**31)])
     for name in sorted(setting.given):
         arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
-    return Case("topk_select", arrays, None, {"k": k}, {"scores": layout}, draw(_padding), draw(_schedules))
+    layouts = {"scores": layout}
+    return Case("topk_select", arrays, None, {"k": k}, layouts, draw(_padding), setting.many, draw(_schedules))
 
 
 @st.composite
@@ -129,11 +161,19 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     rows, layout = draw(_rows(setting, setting.columns, max_rows))
     arrays = {"logits": draw(_floats((rows, setting.columns), setting.dtype))}
     layouts = {"logits": layout}
-    if "bias" in setting.given:
-        arrays["bias"] = draw(_floats((setting.columns,), "float32", _biases))
-        layouts["bias"] = (0, 0 if setting.aligned else 1)
-    options = draw(_num_valid(arrays, rows))
-    return Case("activation_topk", arrays, draw(_methods(setting)), options, layouts, draw(_padding), draw(_schedules))
+    options = draw(_bias_and_num_valid(setting, arrays, layouts))
+    method = draw(_methods(setting))
+    return Case("activation_topk", arrays, method, options, layouts, draw(_padding), setting.many, draw(_schedules))
+
+
+@st.composite
+def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
+    arrays: dict[str, np.ndarray] = {}
+    layouts: Layouts = {}
+    draw(_factors(setting, setting.rows, arrays, layouts))
+    options = draw(_bias_and_num_valid(setting, arrays, layouts))
+    method = draw(_methods(setting))
+    return Case("dense_router", arrays, method, options, layouts, draw(_padding), False, draw(_schedules))
 
 
 @st.composite
@@ -153,16 +193,10 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     if "logits" in setting.given:
         arrays["logits"], layouts["logits"] = draw(_floats((rows, setting.columns), setting.dtype)), layout
     elif "x" in setting.given:
-        hidden = 8 * draw(st.integers(1, 40)) if setting.aligned else draw(st.integers(1, 300))
-        for name, (count, dtype) in {
-            "x": (rows, setting.dtype),
-            "weight": (setting.columns, setting.weight_dtype),
-        }.items():
-            arrays[name] = draw(_small_integers((count, hidden), dtype))
-            layouts[name] = draw(_layout(setting.aligned, hidden))
+        draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(arrays, rows))
     method = draw(_methods(setting)) if setting.given else None
-    return Case("hash_router", arrays, method, options, layouts, draw(_padding), draw(_schedules))
+    return Case("hash_router", arrays, method, options, layouts, draw(_padding), False, draw(_schedules))
 
 
 _schedules = st.sampled_from(SCHEDULES)
@@ -184,6 +218,24 @@ def _layout(draw: st.DrawFn, aligned: bool, columns: int) -> tuple[int, int]:
     if aligned:
         return -columns % 8 + 8 * draw(st.integers(0, 1)), 8 * draw(st.integers(0, 1))
     return draw(st.integers(0, 5)), draw(st.sampled_from([1, 3]))
+
+
+@st.composite
+def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.ndarray], layouts: Layouts) -> None:
+    """x and weight, put among the arrays."""
+    for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.columns, setting.weight_dtype)):
+        arrays[name] = draw(_small_integers((count, setting.hidden), dtype))
+        layouts[name] = draw(_layout(setting.aligned, setting.hidden))
+
+
+@st.composite
+def _bias_and_num_valid(
+    draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], layouts: Layouts
+) -> dict[str, int]:
+    if "bias" in setting.given:
+        arrays["bias"] = draw(_floats((setting.columns,), "float32", _biases))
+        layouts["bias"] = (0, 0 if setting.aligned else 1)
+    return draw(_num_valid(arrays, len(next(iter(arrays.values())))))
 
 
 @st.composite

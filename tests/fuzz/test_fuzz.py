@@ -179,7 +179,7 @@ def call(case: Case) -> Call:
         first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
         arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in (first, np.int32))
         given["out"] = (TopK if case.op == "topk_select" else Routing)(*arrays)
-    return Call(f"cupy_router:{case.op}", (), given)
+    return Call("tests.fuzz.case:call", (case.op, case.many), given)
 
 
 # -- The fuzzer itself -------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_settings_are_different_and_repeatable() -> None:
     assert found == settings(5, 60)
     assert found != settings(6, 60)
     assert len(set(found)) == len({str(setting) for setting in found}) == 60
-    assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router"}
+    assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
 
 
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
@@ -219,6 +219,7 @@ LOGITS = np.array([[1, 2, 3, 4], [5, 6, 8, 7]], np.float32)
 PLANTED = {
     "topk_select": Case("topk_select", {"scores": LOGITS}, None, {"k": 2}),
     "activation_topk": Case("activation_topk", {"logits": LOGITS}, RoutingMethod(4, 2)),
+    "dense_router": Case("dense_router", {"x": LOGITS, "weight": np.eye(4, dtype=np.float32)}, RoutingMethod(4, 2)),
     "hash_router": Case(
         "hash_router",
         {"token_ids": np.array([0, 1]), "table": np.array([[1, 2], [3, 0]]), "logits": LOGITS},
