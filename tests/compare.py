@@ -81,7 +81,8 @@ def weigh(chosen: np.ndarray, method: Any) -> np.ndarray:
             divisor = total + method.renormalize_eps
             if method.renormalize_min is not None:
                 divisor = np.maximum(divisor, method.renormalize_min)
-            share = np.where((total == 0) | np.isinf(w).any(axis=-1, keepdims=True), 0, w / divisor)
+            nothing = (total == 0) | (divisor == 0) | np.isinf(w).any(axis=-1, keepdims=True)
+            share = np.where(nothing, 0, w / divisor)
             w = np.where(finite, share, np.nan)
         return np.asarray(w * method.scale, np.float32)
 

@@ -24,6 +24,7 @@ from tests.nvrtc import ARCHITECTURES, Resources
 from tests.specialisations import CORNER, Specialisation, specialisations
 
 FOLDER = Path(__file__).with_name("resources")
+NEW, OLD = "new", "old"
 UPDATE = "python -m tests.resource_gate --update"
 
 
@@ -168,8 +169,8 @@ def differences(before: Table, now: Table) -> list[str]:
         worse = row.worse_than(old) if old is not None else []
         if worse:
             lines.append(f"{architecture:8} {name}: {', '.join(worse)}")
-    lines += [f"{'new':8} {name}: is not in the table" for name in _names(now.keys() - before.keys())]
-    return lines + [f"{'old':8} {name}: is in the table, but not in use" for name in _names(before.keys() - now.keys())]
+    lines += [f"{NEW:8} {name}: is not in the table" for name in _names(now.keys() - before.keys())]
+    return lines + [f"{OLD:8} {name}: is in the table, but not in use" for name in _names(before.keys() - now.keys())]
 
 
 def refused(now: Table) -> list[str]:
@@ -197,7 +198,9 @@ def main() -> int:
         now = measure(version, wanted)
         lines = differences(read(version) if version in tables() else {}, now)
         print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows")
-        print("".join(f"    {line}\n" for line in lines), end="")
+        for line in lines:
+            if not (update and line.startswith((NEW, OLD))):
+                print(f"    {line}")
         if not update:
             failed |= bool(lines)
         elif refused(now):

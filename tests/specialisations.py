@@ -58,11 +58,10 @@ class Specialisation:
 
 def specialisations() -> list[Specialisation]:
     """In a fixed order, without repetitions."""
-    used, all_ = _largest(_presets, _benchmarks), _largest(_presets, _benchmarks, _corners)
-    return sorted(
-        Specialisation(function, macros, kernel, *sizes, is_corner=(function, macros, kernel) not in used)
-        for (function, macros, kernel), sizes in all_.items()
-    )
+    used = _largest(_presets, _benchmarks, _besides)
+    found = [Specialisation(*key, *sizes) for key, sizes in used.items()]
+    corners = [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
+    return sorted(found + corners)
 
 
 def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:
@@ -101,12 +100,19 @@ def _presets() -> None:
         hash_router(np.zeros(65536, np.int64), table)
 
 
-def _corners() -> None:
-    """The widest rows and most winners that a warp takes, rows with limits, every score, the kernels for any size."""
+def _besides() -> None:
+    """What else users of the presets meet: limits of rows, wide rows, products that are prepared."""
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
         gemm._packer(("cpu", 0), gemm.Matrix(dtype, 4096, HIDDEN, HIDDEN))(0, (0, 0, 4096))
+    # So many tokens that the gate product comes in slices, each with its own count of valid rows.
+    x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
+    dense_router(x, gate, "deepseek-v4-flash", bias=np.zeros(256, np.float32), num_valid=np.zeros(1, np.int32))
+
+
+def _corners() -> None:
+    """The widest rows and most winners that a warp takes, every score, the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
@@ -117,9 +123,6 @@ def _corners() -> None:
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))
     weight = _matrix(256, HIDDEN, "float32", misaligned=True)
     hash_router(ids[:4], table, softmax, x=_matrix(4, HIDDEN, "bfloat16"), weight=weight)
-    # So many tokens that the gate product comes in slices, each with its own count of valid rows.
-    x, gate = _matrix(100_000, 8, "float32"), _matrix(1000, 8, "float32")
-    dense_router(x, gate, RoutingMethod(1000, 8), num_valid=np.zeros(1, np.int32))
 
 
 # -- Benchmarks --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ CASES = cases()
 def launches() -> list[Launch]:
     with recording() as recorder:
         for case in CASES:
-            sanitize.call(case, Backend())
+            sanitize.call_exactly(case, Backend())
     return recorder.launches
 
 
@@ -42,7 +42,7 @@ def test_a_wrong_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         first, indices = wanted(case)
         return first, indices[:, ::-1]
 
-    monkeypatch.setattr(sanitize, "call", swapped)
+    monkeypatch.setattr(sanitize, "call_exactly", swapped)
     with pytest.raises(AssertionError):
         sanitize.make_calls(Backend(), CASES)
 
@@ -58,12 +58,16 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
         assert called("topk_select_wide", DTYPE=dtype)
+        assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
+        assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)
         for score in range(4):
             assert called("activation_topk", DTYPE=dtype, ALIGNED=flag, SCORE=score)
             assert called("activation_topk", HAS_BIAS=flag, RENORMALIZE=1, SCORE=score)
             assert called("activation_topk_wide", DTYPE=dtype, SCORE=score)
             assert called("hash_router", DTYPE=dtype, SCORE=score, SOURCE=1)
             assert called("hash_router_products", SCORE=score, ALIGNED=flag)
+            assert called("dense_router_decode", SCORE=score, TENSOR_CORES=flag)
+        assert called("dense_router_decode", ALIGNED=flag)
     for token_id_bytes, table_bytes in product((4, 8), repeat=2):
         assert called("hash_router", SOURCE=0, TOKEN_ID_BYTES=token_id_bytes, TABLE_BYTES=table_bytes)
     for lanes in (2, 4, 8, 16, 32):
@@ -152,7 +156,7 @@ def test_every_tool_has_its_fault() -> None:
 
 # -- The soak ----------------------------------------------------------------------------------------------------------
 
-FEW = CASES[::20]
+FEW = [case for case in CASES if not case.many][::20]
 
 
 def test_a_soak_compares_every_result() -> None:
@@ -219,5 +223,6 @@ def test_a_soak_starts_only_from_right_results(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_soak_mixes_all_ops_and_the_sizes_in_use() -> None:
     mixed = soak.mixed_cases()
-    assert {case.op for case in mixed} == {"topk_select", "activation_topk", "hash_router"}
-    assert max(case.shape[0] for case in mixed) == 8192
+    assert {case.op for case in mixed} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
+    assert max(case.shape[0] for case in mixed) == 10_000
+    assert not any(case.many for case in mixed)

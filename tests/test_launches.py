@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops launch for arrays on a GPU, recorded: kernel, macros, grid, block and every argument by its name.
 
-The arrays are descriptions of device memory that does not exist, so that they may be of any size. Of the macros, those that
-say what is computed are checked; how it is tuned is the ops' own affair, as long as every row has its threads.
+The arrays are descriptions of device memory that does not exist, so that they may be of any size. Of the macros, those
+that say what is computed are checked; how it is tuned is the ops' own affair, as long as every row has its threads.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, el
 
 
 def cases() -> list[Case]:
-    return [*_topk_select(), *_activation_topk(), *_hash_router()]
+    return [*_topk_select(), *_activation_topk(), *_hash_router(), *_dense_router()]
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
@@ -44,6 +44,7 @@ def _topk_select() -> Iterator[Case]:
     for dtype in FLOATS:
         for layout in (DENSE, STRIDED, MISALIGNED):
             yield case(ROWS, 256, 8, dtype, layout)
+            yield replace(case(ROWS, 384, 6, dtype, layout), many=True)
             yield case(FEW_ROWS, 3000, 600, dtype, layout)
         for columns, k, rows in ((36, 6, ROWS), (1000, 32, ROWS), (3000, 40, FEW_ROWS)):
             both = limits(rows, columns)
@@ -73,6 +74,7 @@ def _activation_topk() -> Iterator[Case]:
         narrow = RoutingMethod(256, 6, score, renormalize_eps=1e-20, scale=2.5)
         for dtype in FLOATS:
             yield case(ROWS, narrow, dtype, DENSE, bias=True)
+            yield replace(case(ROWS, narrow, dtype, STRIDED, bias=True), many=True)
             yield case(ROWS, replace(narrow, num_experts=384, top_k=8), dtype, MISALIGNED, bias=False)
             yield case(FEW_ROWS, replace(narrow, num_experts=1500, top_k=40), dtype, DENSE, bias=True)
         for experts, k in ((1, 1), (8, 2), (36, 6), (160, 8), (1000, 32)):
@@ -110,6 +112,21 @@ def _hash_router() -> Iterator[Case]:
             yield case(FEW_ROWS, 6, "int64", "int32", RoutingMethod(64, 6, score), x=x, weight=weight)
             odd = case(FEW_ROWS, 12, "int32", "int64", RoutingMethod(64, 12, score), x=x, weight=weight)
             yield replace(odd, layouts={"x": MISALIGNED, "weight": MISALIGNED})
+
+
+def _dense_router() -> Iterator[Case]:
+    """One launch for few tokens, cuBLAS and a second one for 100."""
+    dtypes = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("float16", "float16"))
+    for i, score in enumerate(SCORES):
+        method = RoutingMethod(72, 6, score, renormalize_eps=1e-20)
+        layout = (DENSE, MISALIGNED)[i % 2]
+        for j, (rows, hidden) in enumerate(((1, 264), (5, 512), (40, 264), (64, 77), (100, 77))):
+            dtype, weight_dtype = dtypes[(i + j) % len(dtypes)]
+            x, weight = _products((rows, hidden), dtype), _products((72, hidden), weight_dtype)
+            arrays = {"x": x, "weight": weight, "bias": _bias(72)}
+            yield Case("dense_router", arrays, method, {}, {"x": layout, "weight": layout}, rows % 2 - 1)
+    x, weight = _products((9, 512), "bfloat16"), _products((256, 512), "bfloat16")
+    yield Case("dense_router", {"x": x, "weight": weight}, RoutingMethod(256, 8), {"num_valid": 5})
 
 
 def _products(shape: tuple[int, int], dtype: str) -> np.ndarray:
