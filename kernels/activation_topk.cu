@@ -35,6 +35,9 @@
 #ifndef BIAS_ALIGNED
 #define BIAS_ALIGNED 1
 #endif
+#ifndef MANY_ROWS
+#define MANY_ROWS 0  // choose by bounds: less to do for all rows, more for a few of them
+#endif
 #ifndef WIDE
 #define WIDE 0
 #endif
@@ -47,7 +50,7 @@ static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS"
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
-constexpr bool BOUNDED = HAS_BOUND && !FEW_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS;
+constexpr bool BOUNDED = HAS_BOUND && MANY_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS;
 constexpr int WINNER_LANES = power_of_two_from(TOP_K);
 
 __device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {

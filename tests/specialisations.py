@@ -91,7 +91,7 @@ def _presets() -> None:
         for dtype in FLOATS:
             weight = _matrix(method.num_experts, HIDDEN, dtype)
             activation_topk(_matrix(64, method.num_experts, dtype, misaligned=True), method, bias=bias)
-            for n in (64, 65536):
+            for n in (64, 8192, 65536):
                 activation_topk(_matrix(n, method.num_experts, dtype), method, bias=bias)
                 hash_router(np.zeros(n, np.int32), table, method, logits=_matrix(n, method.num_experts, dtype))
             x = _matrix(16, HIDDEN, dtype)

@@ -60,6 +60,7 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select_wide", DTYPE=dtype)
         assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
         assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)
+        assert called("activation_topk", DTYPE=dtype, MANY_ROWS=flag)
         for score in range(4):
             assert called("activation_topk", DTYPE=dtype, ALIGNED=flag, SCORE=score)
             assert called("activation_topk", HAS_BIAS=flag, RENORMALIZE=1, SCORE=score)
@@ -156,7 +157,7 @@ def test_every_tool_has_its_fault() -> None:
 
 # -- The soak ----------------------------------------------------------------------------------------------------------
 
-FEW = [case for case in CASES if not case.many][::20]
+FEW = [case for case in CASES if not case.as_of_rows][::20]
 
 
 def test_a_soak_compares_every_result() -> None:
@@ -225,4 +226,4 @@ def test_the_soak_mixes_all_ops_and_the_sizes_in_use() -> None:
     mixed = soak.mixed_cases()
     assert {case.op for case in mixed} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
     assert max(case.shape[0] for case in mixed) == 10_000
-    assert not any(case.many for case in mixed)
+    assert not any(case.as_of_rows for case in mixed)

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "reference": {"method"},
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
-    "torch": {"ops", "results", "router"},
+    "torch": {"ops", "results", "router", "method"},
     "__init__": {"method", "ops", "results", "router"},
     "cli": {"__init__", "compiler", "gemm", "method", "results"},
     "__main__": {"cli"},

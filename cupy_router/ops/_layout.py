@@ -34,7 +34,12 @@ def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
 
 def few(num_rows: int) -> bool:
     """Whether rows are so few that the slowest of them decides, rather than all that there is to do."""
-    return num_rows <= 8192
+    return num_rows <= 2048
+
+
+def many(num_rows: int) -> bool:
+    """Whether rows are so many that only what there is to do decides, however long the slowest of them takes."""
+    return num_rows > 16384
 
 
 def grid_and_block(num_rows: int, lanes: int) -> tuple[int, int]:

@@ -122,6 +122,7 @@ def kernel(
     lanes, columns = layout.lanes_and_columns(num_experts, method.top_k)
     macros |= {
         "FEW_ROWS": int(layout.few(num_tokens)),
+        "MANY_ROWS": int(layout.many(num_tokens)),
         "LANES": lanes,
         "PER_LANE": columns,
         "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),

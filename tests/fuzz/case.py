@@ -27,8 +27,8 @@ FOLDER = Path(__file__).with_name("cases")
 @dataclass(frozen=True)
 class Case:
     """`layouts` has for some arrays the elements between their rows and in front of them; `out_padding` those between
-    the rows of preallocated results, -1 for results that the op allocates. `many`: by the kernel that is meant for many
-    rows, however few there are."""
+    the rows of preallocated results, -1 for results that the op allocates. With `as_of_rows` the kernel is that for so
+    many rows, however few there are."""
 
     op: str
     arrays: dict[str, np.ndarray]
@@ -36,7 +36,7 @@ class Case:
     options: dict[str, int] = field(default_factory=dict)  # k or num_valid
     layouts: dict[str, tuple[int, int]] = field(default_factory=dict)
     out_padding: int = -1
-    many: bool = False
+    as_of_rows: int = 0
     schedule: str = "run_ahead"
 
     @property
@@ -58,7 +58,8 @@ class Case:
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in self.arrays.items())
-        more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding, "many": self.many}
+        more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding}
+        more |= {"as_of_rows": self.as_of_rows}
         return f"Case({self.op}, {{{arrays}}}, {self.method}, {more}, {self.schedule})"
 
 
@@ -99,13 +100,13 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
     given = arguments(case, backend)
     if case.out_padding < 0:
-        result = call(case.op, case.many, **given)
+        result = call(case.op, case.as_of_rows, **given)
     else:
         first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
         canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in (first, np.int32)]
         kind = cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing
         out = kind(*(canvas.array for canvas in canvases))
-        result = call(case.op, case.many, **given, out=out)
+        result = call(case.op, case.as_of_rows, **given, out=out)
         assert result is out
         assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
     for name, array in case.arrays.items():
@@ -113,18 +114,21 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     return backend.numpy(result[0]), backend.numpy(result[1])
 
 
-def call(op: str, many: bool, **given: Any) -> Any:
-    """The op; `many` as in a case."""
-    with _as_of_many_rows() if many else nullcontext():
+def call(op: str, as_of_rows: int, **given: Any) -> Any:
+    """The op; `as_of_rows` as in a case."""
+    with _AsOfRows(as_of_rows) if as_of_rows else nullcontext():
         return getattr(cupy_router, op)(**given)
 
 
-class _as_of_many_rows(AbstractContextManager[None]):
-    """Within it, kernels are chosen as for many rows. What was planned so is forgotten, because the op would use it."""
+class _AsOfRows(AbstractContextManager[None]):
+    """Within it, kernels are chosen as for so many rows. What was planned so is forgotten, or it would be used again."""
+
+    def __init__(self, rows: int) -> None:
+        few, many = _layout.few(rows), _layout.many(rows)
+        self.patch = mock.patch.multiple(_layout, few=lambda num_rows: few, many=lambda num_rows: many)
 
     def __enter__(self) -> None:
         _call._plans.clear()
-        self.patch = mock.patch.object(_layout, "few", return_value=False)
         self.patch.start()
 
     def __exit__(self, *_: Any) -> None:
@@ -193,7 +197,7 @@ def save(case: Case, path: Path) -> None:
         "options": case.options,
         "layouts": case.layouts,
         "out_padding": case.out_padding,
-        "many": case.many,
+        "as_of_rows": case.as_of_rows,
         "schedule": case.schedule,
         "arrays": {
             name: {

@@ -22,6 +22,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
 COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 384, 512, 576, 896, 1000, 1023, 1024)
 WIDE_COLUMNS = (1025, 1500, 2000)
+AS_OF_ROWS = (0, 5000, 65536)  # what few rows are, some and many
 TOP_K = (1, 2, 3, 6, 8, 10, 16, 31, 32)
 
 Layouts = dict[str, tuple[int, int]]
@@ -39,7 +40,7 @@ class Setting:
     score: str = "sqrtsoftplus"
     renormalize: bool = True
     given: frozenset[str] = frozenset()  # optional arrays
-    many: bool = False  # the kernel for many rows
+    as_of_rows: int = 0  # the kernel for so many rows
     ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
     weight_dtype: str = "float32"
     hidden: int = 0
@@ -60,7 +61,12 @@ class Setting:
             parts += [f"hidden{self.hidden}", f"weight:{self.weight_dtype}"]
         parts += [f"{self.rows}rows"] if self.rows >= 0 else []
         return "-".join(
-            [*parts, *sorted(self.given), *(["many"] if self.many else []), "mis" * (not self.aligned) + "aligned"]
+            [
+                *parts,
+                *sorted(self.given),
+                *([f"as{self.as_of_rows}"] if self.as_of_rows else []),
+                "aligned" if self.aligned else "misaligned",
+            ]
         )
 
 
@@ -91,7 +97,7 @@ def _common(rng: random.Random, columns: int) -> dict[str, Any]:
 def _topk_select(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True}
     given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
-    return Setting("topk_select", **common, given=given, many=rng.random() < 0.5)
+    return Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS))
 
 
 def _activation_topk(rng: random.Random) -> Setting:
@@ -99,7 +105,7 @@ def _activation_topk(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(WIDE_COLUMNS if wide else COLUMNS))
     if wide:
         common["k"] = rng.choice((1, 6, 40))
-    return Setting("activation_topk", **common, given=_bias(rng), many=not wide and rng.random() < 0.5)
+    return Setting("activation_topk", **common, given=_bias(rng), as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
 
 
 def _bias(rng: random.Random) -> frozenset[str]:
@@ -153,7 +159,7 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     for name in sorted(setting.given):
         arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
     layouts = {"scores": layout}
-    return Case("topk_select", arrays, None, {"k": k}, layouts, draw(_padding), setting.many, draw(_schedules))
+    return Case("topk_select", arrays, None, {"k": k}, layouts, draw(_padding), setting.as_of_rows, draw(_schedules))
 
 
 @st.composite
@@ -163,7 +169,9 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     layouts = {"logits": layout}
     options = draw(_bias_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
-    return Case("activation_topk", arrays, method, options, layouts, draw(_padding), setting.many, draw(_schedules))
+    return Case(
+        "activation_topk", arrays, method, options, layouts, draw(_padding), setting.as_of_rows, draw(_schedules)
+    )
 
 
 @st.composite
@@ -173,7 +181,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     draw(_factors(setting, setting.rows, arrays, layouts))
     options = draw(_bias_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
-    return Case("dense_router", arrays, method, options, layouts, draw(_padding), False, draw(_schedules))
+    return Case("dense_router", arrays, method, options, layouts, draw(_padding), 0, draw(_schedules))
 
 
 @st.composite
@@ -196,7 +204,7 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(arrays, rows))
     method = draw(_methods(setting)) if setting.given else None
-    return Case("hash_router", arrays, method, options, layouts, draw(_padding), False, draw(_schedules))
+    return Case("hash_router", arrays, method, options, layouts, draw(_padding), 0, draw(_schedules))
 
 
 _schedules = st.sampled_from(SCHEDULES)
@@ -269,12 +277,16 @@ _biases = st.sampled_from([0.0, 1e4, -1e4, 0.5, 8.08, np.inf, -np.inf, np.nan, 1
 
 @st.composite
 def _floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = values) -> np.ndarray:
-    """Few values and so many ties, or normal ones, or those with a few special ones among them."""
+    """Few values and so many ties, close neighbours of these, normal ones, or normal ones with some special ones."""
     few = np.array(draw(st.lists(elements, min_size=1, max_size=6)), np.float32)
-    kind = draw(st.sampled_from(["few", "normal", "sprinkled"]))
+    kind = draw(st.sampled_from(["few", "neighbours", "normal", "sprinkled"]))
     rng = np.random.default_rng(draw(_seeds))
     drawn = rng.choice(few, shape)
-    if kind != "few":
+    if kind == "neighbours":
+        spread = np.float32(draw(st.sampled_from([1e-7, 1e-6, 1e-5, 1e-3])))
+        with np.errstate(all="ignore"):
+            drawn = drawn * (1 + spread * rng.standard_normal(shape, np.float32))
+    elif kind != "few":
         normal = rng.standard_normal(shape, np.float32) * np.float32(draw(st.sampled_from([0.01, 1.0, 20.0])))
         drawn = np.where(rng.random(shape) < (0.1 if kind == "sprinkled" else 0.0), drawn, normal)
     with np.errstate(over="ignore"):

@@ -78,7 +78,7 @@ def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, np.ndarray]:
         first = case.arrays["scores"].dtype if case.op == "topk_select" else np.dtype(np.float32)
         arrays = (backend.array(np.ones(case.shape, dtype), case.out_padding) for dtype in (first, np.dtype(np.int32)))
         given["out"] = (cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing)(*arrays)
-    result = call(case.op, case.many, **given)
+    result = call(case.op, case.as_of_rows, **given)
     return backend.numpy(result[0]), backend.numpy(result[1])
 
 

@@ -44,7 +44,7 @@ def _topk_select() -> Iterator[Case]:
     for dtype in FLOATS:
         for layout in (DENSE, STRIDED, MISALIGNED):
             yield case(ROWS, 256, 8, dtype, layout)
-            yield replace(case(ROWS, 384, 6, dtype, layout), many=True)
+            yield replace(case(ROWS, 384, 6, dtype, layout), as_of_rows=65536)
             yield case(FEW_ROWS, 3000, 600, dtype, layout)
         for columns, k, rows in ((36, 6, ROWS), (1000, 32, ROWS), (3000, 40, FEW_ROWS)):
             both = limits(rows, columns)
@@ -74,7 +74,8 @@ def _activation_topk() -> Iterator[Case]:
         narrow = RoutingMethod(256, 6, score, renormalize_eps=1e-20, scale=2.5)
         for dtype in FLOATS:
             yield case(ROWS, narrow, dtype, DENSE, bias=True)
-            yield replace(case(ROWS, narrow, dtype, STRIDED, bias=True), many=True)
+            for rows in (5000, 65536):
+                yield replace(case(ROWS, narrow, dtype, STRIDED, bias=True), as_of_rows=rows)
             yield case(ROWS, replace(narrow, num_experts=384, top_k=8), dtype, MISALIGNED, bias=False)
             yield case(FEW_ROWS, replace(narrow, num_experts=1500, top_k=40), dtype, DENSE, bias=True)
         for experts, k in ((1, 1), (8, 2), (36, 6), (160, 8), (1000, 32)):
