@@ -76,14 +76,12 @@ def weigh(chosen: np.ndarray, method: Any) -> np.ndarray:
     w = chosen.astype(np.float64)
     with np.errstate(all="ignore"):
         if method.renormalize:
-            finite = np.isfinite(w)
-            total = np.where(finite, w, 0).sum(axis=-1, keepdims=True)
+            total = np.nansum(w, axis=-1, keepdims=True)
+            total = np.where(np.isnan(total), np.inf, total)  # infinities of both signs
             divisor = total + method.renormalize_eps
             if method.renormalize_min is not None:
                 divisor = np.maximum(divisor, method.renormalize_min)
-            nothing = (total == 0) | (divisor == 0) | np.isinf(w).any(axis=-1, keepdims=True)
-            share = np.where(nothing, 0, w / divisor)
-            w = np.where(finite, share, np.nan)
+            w = np.where((total == 0) | (divisor == 0), w * 0, w / divisor)
         return np.asarray(w * method.scale, np.float32)
 
 

@@ -121,7 +121,7 @@ def call(op: str, as_of_rows: int, **given: Any) -> Any:
 
 
 class _AsOfRows(AbstractContextManager[None]):
-    """Within it, kernels are chosen as for so many rows. What was planned so is forgotten, or it would be used again."""
+    """Within it, kernels are chosen as for so many rows. What was planned so is forgotten afterwards."""
 
     def __init__(self, rows: int) -> None:
         few, many = _layout.few(rows), _layout.many(rows)
