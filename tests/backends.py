@@ -99,7 +99,8 @@ class GpuBackend(Backend):
             array = self.xp.ascontiguousarray(array)
         if array.size == 0:
             return np.empty(array.shape, array.dtype)
-        return np.asarray(self.xp.asnumpy(array.view(np.uint8))).view(array.dtype)
+        words = self.xp.ascontiguousarray(array).reshape(-1).view(np.uint8)  # CuPy's copies know no bfloat16
+        return np.asarray(self.xp.asnumpy(words)).view(array.dtype).reshape(array.shape)
 
 
 BACKENDS = {"reference": Backend, "simt": SimtBackend, "gpu": GpuBackend}
