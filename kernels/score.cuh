@@ -37,9 +37,9 @@ __device__ __forceinline__ float precise_exp(float magnitude, float high, float 
     const float exponent = magnitude * high;
     const float rest = fmaf(magnitude, low, fmaf(magnitude, high, -exponent));
     const float power = fast_exp2(-exponent);
-    // A factor, not a summand, since that could be subnormal. Where the product overflows, the rest is -inf or NaN, and
-    // fmaxf takes -1; the power, 0, stays 0. NaN makes the power NaN.
-    return power * fmaf(fmaxf(rest, -1.0f), -0.693147181f, 1.0f);
+    // A factor, not a summand, since that could be subnormal. Where the power is 0 the rest may be anything; fmaxf makes
+    // it a number and fabsf keeps the 0 positive. NaN makes the power NaN.
+    return power * fabsf(fmaf(fmaxf(rest, -1.0f), -0.693147181f, 1.0f));
 }
 
 #define LOG2E_HIGH 1.44269502f
