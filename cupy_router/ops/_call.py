@@ -111,6 +111,8 @@ def run(
     except compiler.CompileError:
         raise
     except RuntimeError:
+        if compiler.why_no_cuda() is not None:
+            raise
         # A framework may refuse to describe an array, such as a sparse one; the checks know the better sentence.
         try:
             _checked(op, options, inputs, out, None)
