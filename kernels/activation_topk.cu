@@ -7,6 +7,7 @@
 // for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
 #include "block.cuh"
 #include "num_valid.cuh"
+#include "route_row.cuh"
 #include "row.cuh"
 #include "score.cuh"
 #include "select.cuh"
@@ -52,23 +53,6 @@ constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr bool BOUNDED = HAS_BOUND && MANY_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS;
 constexpr int WINNER_LANES = power_of_two_from(TOP_K);
-
-__device__ __forceinline__ RowStatistics row_statistics(const float (&logits)[PER_LANE]) {
-    RowStatistics row = {0.0f, 0.0f};
-    if (SCORE != SOFTMAX) return row;
-    float highest = __uint_as_float(0xff800000u);
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) highest = fmaxf(highest, logits[j]);
-    row.highest = lanes_max<LANES>(highest);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const float share = softmax_share(logits[j], row.highest);
-        sum += is_nan(share) ? 0.0f : share;
-    }
-    row.inverse_sum = 1.0f / lanes_sum<LANES>(sum);
-    return row;
-}
 
 struct Chosen {
     int column;
@@ -152,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
             for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
         }
-        const RowStatistics statistics = row_statistics(values);
+        const RowStatistics statistics = row_statistics<LANES>(values);
 
         Chosen chosen = {0, 0.0f};
         bool sure = false;
