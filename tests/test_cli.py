@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cupy_router
-from cupy_router import cli, compiler
+from cupy_router import cli, compiler, gemm
 from cupy_router.cli import demo, info, terminal
 
 
@@ -73,6 +73,7 @@ def test_demo_and_info_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
     cupy = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(gemm, "why_no_cublas", lambda: "no library.")
     assert cli.main(["demo"]) == 0
     assert "runs on   NVIDIA H100 80GB HBM3, by the CUDA kernels" in capsys.readouterr().out
     assert (cupy.to_device, cupy.to_host) == (3, 6)  # token ids, table and logits; three results of two arrays
@@ -80,6 +81,7 @@ def test_demo_and_info_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
     printed = capsys.readouterr().out
     assert "  backend   CUDA kernels; NumPy reference for CPU arrays\n" in printed
     assert "  device    0: NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB\n" in printed
+    assert "  cublas    not available, the decode kernel takes any n: no library.\n" in printed
     assert re.search(r"^  driver    .*, up to CUDA 13\.1\n  nvrtc     12\.9$", printed, re.M)
 
 
