@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cupy_router.ops.topk_select import topk_select
     from cupy_router.results import Routing, TopK
     from cupy_router.router import Router
+    from cupy_router.score_function import ScoreFunction
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingMethod",
+    "ScoreFunction",
     "TopK",
     "activation_topk",
     "dense_router",
@@ -42,6 +44,7 @@ _ROOMS = {
     "TopK": "results",
     "Router": "router",
     "RoutingMethod": "method",
+    "ScoreFunction": "score_function",
     "presets": "method",
     "activation_topk": "ops.activation_topk",
     "dense_router": "ops.dense_router",

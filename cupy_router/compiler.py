@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 from cupy_router.watch import Watch
 
 Macros = tuple[tuple[str, int], ...]
+Headers = tuple[tuple[str, str], ...]
 
 _OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
@@ -194,30 +195,34 @@ def _read(name: str) -> tuple[str, Path]:
     raise CompileError(f"kernel file {name} is not in {' or '.join(map(str, kernel_folders()))}")
 
 
-def _lines(name: str, seen: set[str]) -> Iterator[str]:
+def _lines(name: str, headers: Mapping[str, str], seen: set[str]) -> Iterator[str]:
     seen.add(name)
-    text, _ = _read(name)
+    text = headers[name] if name in headers else _read(name)[0]
     yield f'#line 1 "kernels/{name}"'
     for number, line in enumerate(text.splitlines(), 1):
         include = _INCLUDE.match(line)
         if include is None:
             yield line
         elif include[1] not in seen:
-            yield from _lines(include[1], seen)
+            yield from _lines(include[1], headers, seen)
             yield f'#line {number + 1} "kernels/{name}"'
         else:
             yield ""
 
 
-_texts: dict[str, str] = {}
+_texts: dict[tuple[str, Headers], str] = {}
 
 
-def expand(kernel: str, macros: Macros | Mapping[str, int] = ()) -> str:
-    """The text of kernels/<kernel>.cu with its headers and macros: all that a compiler needs."""
+def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Headers = ()) -> str:
+    """The text of kernels/<kernel>.cu with its headers and macros: all that a compiler needs.
+
+    `headers` are texts that take the place of kernel files.
+    """
     with _lock:
-        text = _texts.get(kernel)
+        text = _texts.get((kernel, headers))
         if text is None:
-            text = _texts[kernel] = "\n".join(_lines(f"{kernel}.cu", set())) + "\n"
+            lines = _lines(f"{kernel}.cu", dict(headers), set())
+            text = _texts[kernel, headers] = "\n".join(lines) + "\n"
     return "".join(f"#define {name} {value}\n" for name, value in dict(macros).items()) + text
 
 
@@ -267,12 +272,18 @@ class Function:
     device: int
 
 
-_functions: dict[tuple[str, str, Macros, str, int], Function] = {}
+_functions: dict[tuple[str, str, Macros, Headers, str, int], Function] = {}
 
 
-def compile(kernel: str, function: str, macros: Mapping[str, int], device: tuple[str, int]) -> Function:
-    """The function of kernels/<kernel>.cu for these macros on this device, compiled once per process."""
-    key = (kernel, function, tuple(sorted(macros.items())), *device)
+def compile(
+    kernel: str,
+    function: str,
+    macros: Mapping[str, int],
+    device: tuple[str, int],
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Function:
+    """The function of kernels/<kernel>.cu for these macros and headers on this device, compiled once per process."""
+    key = (kernel, function, tuple(sorted(macros.items())), tuple(sorted(headers.items())), *device)
     found = _functions.get(key)
     if found is not None:
         return found
@@ -281,6 +292,6 @@ def compile(kernel: str, function: str, macros: Mapping[str, int], device: tuple
         if found is None:
             where = backend(device[0])
             assert where is not None, "ops ask for a backend before they ask for a kernel"
-            handle = where.build(expand(kernel, key[2]), function, device[1])
+            handle = where.build(expand(kernel, key[2], key[3]), function, device[1])
             found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
     return found

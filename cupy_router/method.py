@@ -10,27 +10,18 @@ from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
 
+from cupy_router.score_function import ScoreFunction
+
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
 MAX_EXPERTS = 2**31 - 1  # indices are int32
 FLOAT32_TINY = 2.0**-126  # the smallest normal float32; kernels flush what is smaller to 0
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
-# Fields of the contract that only accept their default so far.
-_FIXED: dict[str, Any] = {
-    "logit_scale": 1.0,
-    "logit_softcap": None,
-    "score_after_topk": False,
-    "bias_on": "score",
-    "num_groups": 1,
-    "top_groups": 1,
-    "group_score": "max",
-    "num_shared_experts": 0,
-    "shared_weight": 1.0,
-    "shared_in_normalizer": False,
-    "weight_dtype": "float32",
-    "index_dtype": "int32",
-}
+BIAS_TARGETS = ("score", "logits")
+GROUP_SCORES = ("max", "top2")
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+INDEX_DTYPES = ("int32", "int64")
 
 
 # Every method of this process by its number, for callers that can carry an integer but no object.
@@ -41,27 +32,41 @@ _numbering = threading.Lock()
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingMethod:
-    """From a token's logits to its experts and their weights.
+    """From a token's logits to its experts and their weights, as data.
 
     Each logit becomes a score; the ``top_k`` experts with the highest score (plus bias, if the call has one) are
-    chosen; the scores of the chosen, without the bias, become their weights.
+    chosen; the scores of the chosen, without the bias, become their weights. docs/methods.md has the mathematics.
 
     Args:
         num_experts: experts to choose from, 1 to 2**31 - 1.
         top_k: experts per token, 1 to ``num_experts``.
         score: what a logit x becomes: ``"sqrtsoftplus"`` is sqrt(log(1 + exp(x))), ``"sigmoid"`` is
             1 / (1 + exp(-x)), ``"softmax"`` is exp(x) over the sum of exp of all logits of the token, and
-            ``"identity"`` is x.
+            ``"identity"`` is x; or a :class:`ScoreFunction` of your own.
+        logit_scale: logits, with the call's ``logit_bias`` added, are multiplied by this first.
+        logit_softcap: then they become c * tanh(logit / c) for this c; more than 0.
+        score_after_topk: choose by logits and score only the chosen; softmax is then over these alone.
+        bias_on: what the call's ``bias`` is added to for the choice: ``"score"``, or ``"logits"``, by which the choice
+            then is. With ``score_after_topk`` only logits can have one.
+        num_groups: experts form so many groups of neighbours; a divisor of ``num_experts``.
+        top_groups: only experts of so many best groups can be chosen; 1 to ``num_groups``.
+        group_score: what makes a group good: the ``"max"`` of its experts' selection values, or the sum of its
+            ``"top2"``.
         renormalize: divide a token's weights by their sum.
         renormalize_eps: added to that sum; 0 or more.
         renormalize_min: the sum counts as at least this; 0 or more, and only where ``renormalize_eps`` is 0.
         scale: every weight is multiplied by this at the end.
-
-    The remaining fields accept only their defaults yet.
+        num_shared_experts: results get so many more columns, for experts that serve every token; their indices follow
+            those of the others, from ``num_experts`` on.
+        shared_weight: what shared experts weigh.
+        shared_in_normalizer: shared experts have logits too, in columns behind the others; they and the chosen weigh
+            sigmoid(logit) over the sum of these, times ``scale``. Only for sigmoid scores that are renormalised.
+        weight_dtype: of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        index_dtype: of the indices: ``"int32"`` or ``"int64"``.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of range, unknown or not supported yet.
+        ValueError: a field is out of range or unknown, or fields do not go together.
 
     Methods are immutable, compare by their fields and can be keys of a dictionary.
 
@@ -78,7 +83,7 @@ class RoutingMethod:
 
     num_experts: int
     top_k: int
-    score: str = "sqrtsoftplus"
+    score: str | ScoreFunction = "sqrtsoftplus"
     _: KW_ONLY
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -103,27 +108,53 @@ class RoutingMethod:
     number: ClassVar[int]  # the same for equal methods of this process, see `numbered`
 
     def __post_init__(self) -> None:
-        num_experts = _integer("num_experts", self.num_experts, MAX_EXPERTS, "2**31 - 1")
+        num_experts = _integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
+        top_k = _integer("top_k", self.top_k, 1, num_experts, f"num_experts = {num_experts}")
         checked: dict[str, Any] = {
             "num_experts": num_experts,
-            "top_k": _integer("top_k", self.top_k, num_experts, f"num_experts = {num_experts}"),
-            "score": _score(self.score),
-            "renormalize": _boolean("renormalize", self.renormalize),
+            "top_k": top_k,
+            "score": self.score if isinstance(self.score, ScoreFunction) else _one_of("score", self.score, SCORES),
+            "logit_scale": _real("logit_scale", self.logit_scale),
+            "bias_on": _one_of("bias_on", self.bias_on, BIAS_TARGETS),
+            "num_groups": _integer("num_groups", self.num_groups, 1, num_experts, f"num_experts = {num_experts}"),
+            "group_score": _one_of("group_score", self.group_score, GROUP_SCORES),
             "renormalize_eps": _real("renormalize_eps", self.renormalize_eps, nonnegative=True),
             "scale": _real("scale", self.scale),
+            "num_shared_experts": _integer(
+                "num_shared_experts", self.num_shared_experts, 0, MAX_EXPERTS - num_experts, "2**31 - 1 - num_experts"
+            ),
+            "shared_weight": _real("shared_weight", self.shared_weight),
+            "weight_dtype": _one_of("weight_dtype", self.weight_dtype, WEIGHT_DTYPES),
+            "index_dtype": _one_of("index_dtype", self.index_dtype, INDEX_DTYPES),
         }
+        for name in ("score_after_topk", "renormalize", "shared_in_normalizer"):
+            checked[name] = _boolean(name, getattr(self, name))
+        num_groups = checked["num_groups"]
+        top_groups = _integer("top_groups", self.top_groups, 1, num_groups, f"num_groups = {num_groups}")
+        checked["top_groups"] = top_groups
+        if self.logit_softcap is not None:
+            checked["logit_softcap"] = _real("logit_softcap", self.logit_softcap, nonnegative=True)
+            if checked["logit_softcap"] == 0.0:
+                raise ValueError("RoutingMethod: logit_softcap is 0, but must be more than 0, or None")
         if self.renormalize_min is not None:
             checked["renormalize_min"] = _real("renormalize_min", self.renormalize_min, nonnegative=True)
-            if checked["renormalize_eps"] != 0.0:
-                raise ValueError(
-                    f"RoutingMethod: renormalize_eps is {self.renormalize_eps!r} and renormalize_min is "
-                    f"{self.renormalize_min!r}, but only one of them may be set"
-                )
-        for name, default in _FIXED.items():
-            value = getattr(self, name)
-            if not (value is default or value == default):
-                raise ValueError(f"RoutingMethod: {name} = {value!r} is not supported yet, only {default!r} is")
-            checked[name] = default
+        if num_experts % num_groups:
+            raise ValueError(
+                f"RoutingMethod: num_groups is {num_groups}, but must divide num_experts = {num_experts} evenly"
+            )
+        eligible = num_experts // num_groups * top_groups
+        if top_k > eligible:
+            raise ValueError(
+                f"RoutingMethod: top_k is {top_k}, but the best {top_groups} of {num_groups} groups have only "
+                f"{eligible} of the {num_experts} experts"
+            )
+        if checked["renormalize_eps"] != 0.0 and self.renormalize_min is not None:
+            raise ValueError(
+                f"RoutingMethod: renormalize_eps is {self.renormalize_eps!r} and renormalize_min is "
+                f"{self.renormalize_min!r}, but only one of them may be set"
+            )
+        if checked["shared_in_normalizer"]:
+            _check_shared_in_normalizer(checked)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         key = tuple(getattr(self, field.name) for field in fields(self))
@@ -134,6 +165,21 @@ class RoutingMethod:
             if number == len(numbered):
                 numbered.append(self)
         object.__setattr__(self, "number", number)
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the logits, rows of the gate: the experts, and shared experts that have logits."""
+        return self.num_experts + (self.num_shared_experts if self.shared_in_normalizer else 0)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the results: top_k chosen experts, then the shared ones."""
+        return self.top_k + self.num_shared_experts
+
+    @property
+    def selects_on_logits(self) -> bool:
+        """Whether experts are chosen by logits rather than by scores."""
+        return self.score_after_topk or self.bias_on == "logits"
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -157,24 +203,36 @@ class RoutingMethod:
         self.__post_init__()
 
 
-def _integer(name: str, value: Any, highest: int, limit: str) -> int:
+def _check_shared_in_normalizer(checked: dict[str, Any]) -> None:
+    """Weights are then a softmax of log(sigmoid(logit)), which leaves no room for other normalisers."""
+    needed = {"score": "sigmoid", "renormalize": True, "renormalize_eps": 0.0, "renormalize_min": None}
+    wrong = [name for name, value in needed.items() if checked.get(name) != value]
+    if wrong:
+        raise ValueError(
+            f"RoutingMethod: shared_in_normalizer needs {wrong[0]} = {needed[wrong[0]]!r}, got {checked[wrong[0]]!r}"
+        )
+    if checked["num_shared_experts"] == 0:
+        raise ValueError("RoutingMethod: shared_in_normalizer needs num_shared_experts of 1 or more, got 0")
+
+
+def _integer(name: str, value: Any, lowest: int, highest: int, limit: str) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be an int") from None
-    if not 1 <= number <= highest:
-        raise ValueError(f"RoutingMethod: {name} is {number}, but must be from 1 to {limit}")
+    if not lowest <= number <= highest:
+        raise ValueError(f"RoutingMethod: {name} is {number}, but must be from {lowest} to {limit}")
     return number
 
 
-def _score(value: Any) -> str:
-    allowed = ", ".join(map(repr, SCORES))
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    listed = ", ".join(map(repr, allowed)) + (" or a ScoreFunction" if name == "score" else "")
     if not isinstance(value, str):
-        raise TypeError(f"RoutingMethod: score is {value!r}, but must be one of the strings {allowed}")
-    if value not in SCORES:
-        raise ValueError(f"RoutingMethod: score is {value!r}, but must be one of {allowed}")
+        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be one of {listed}")
+    if value not in allowed:
+        raise ValueError(f"RoutingMethod: {name} is {value!r}, but must be one of {listed}")
     return str(value)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 class Routing(NamedTuple):
     """Which experts process each token, and with what weights.
 
-    weights: [num_tokens, top_k] float32.
-    indices: [num_tokens, top_k] int32, expert ids; -1 marks a row without a result (padding, bad token id).
+    weights: [num_tokens, top_k (+ shared experts)] float32, or the method's weight_dtype.
+    indices: the same shape, int32, or the method's index_dtype: expert ids; -1 marks a row without a result (padding,
+        bad token id).
     """
 
     weights: Any

@@ -17,6 +17,7 @@ from cupy_router.arrays import View, framework_of
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
+from cupy_router.ops import activation_topk as scoring
 from cupy_router.results import Routing
 
 # Every router of this process by its number, for callers that can carry an integer but no object.
@@ -31,7 +32,9 @@ class Router:
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
         weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; may be left out of a hash router, whose
             weights are then uniform.
-        bias: [num_experts] float32, added to the scores for the selection alone; only without a table.
+        bias: [num_experts] float32, added for the selection alone; only without a table.
+        logit_bias: [num_experts] float32, added to the logits; needs a weight.
+        expert_scale: [num_experts] float32, a factor of the weight of each expert; needs a weight.
         table: [vocab_size, top_k] int32 or int64, the experts of each token id; makes it a hash router.
 
     The arrays are held as they are, without a copy: what is written into them later counts. They have to be of one
@@ -50,9 +53,19 @@ class Router:
     array([[2, 0]], dtype=int32)
     """
 
-    def __init__(self, method: RoutingMethod | str, *, weight: Any = None, bias: Any = None, table: Any = None) -> None:
+    def __init__(
+        self,
+        method: RoutingMethod | str,
+        *,
+        weight: Any = None,
+        bias: Any = None,
+        logit_bias: Any = None,
+        expert_scale: Any = None,
+        table: Any = None,
+    ) -> None:
         self.method = resolve(method)
         self.weight, self.bias, self.table = weight, bias, table
+        self.logit_bias, self.expert_scale = logit_bias, expert_scale
         self._follows = False  # whether the arrays are copied to wherever x lies
         self._copies: dict[tuple[str, int], Router] = {}
         with _named("Router"):
@@ -73,23 +86,28 @@ class Router:
 
     def _validate(self) -> str:
         """What the repr says of the arrays, if nothing is wrong with them."""
-        arrays = {"weight": self.weight, "bias": self.bias, "table": self.table}
-        views = {name: _view(name, array) for name, array in arrays.items() if array is not None}
+        views = {name: _view(name, array) for name, array in self._arrays().items() if array is not None}
         table = views.get("table")
-        if table is None:
-            dense_router.check_gate(self.method, views.get("weight"), views.get("bias"))
-        elif "bias" in views:
-            raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
-        else:
+        layer = views.get("bias"), views.get("logit_bias"), views.get("expert_scale")
+        if table is None or "weight" in views:
+            dense_router.check_gate(self.method, views.get("weight"))
+            scoring.check_layer(self.method, *layer)
+        elif layer[1] is not None or layer[2] is not None:
+            raise ValueError("logit_bias and expert_scale need a weight, without which weights are uniform")
+        if table is not None:
+            if "bias" in views:
+                raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
             check.dtype(table, check.INTS)
             check.rank(table, "vocab_size, top_k")
             check.shape(table, (table.shape[0], self.method.top_k), "vocab_size, top_k")
-            if "weight" in views:
-                dense_router.check_gate(self.method, views["weight"], None)
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
         return ", ".join(f"{name}={view}" for name, view in views.items())
+
+    def _arrays(self) -> dict[str, Any]:
+        """The arrays of the layer by the names of their arguments, None for what it does not have."""
+        return {name: getattr(self, name) for name in ("weight", "bias", "logit_bias", "expert_scale", "table")}
 
     @property
     def is_hash(self) -> bool:
@@ -122,9 +140,13 @@ class Router:
             return self._beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
             return dense_router.dense_router(
-                x, self.weight, self.method, bias=self.bias, num_valid=num_valid, out=out, stream=stream
-            )
-        return _hash_layer.hash_layer(self.method, x, token_ids, self.table, self.weight, num_valid, out, stream)
+                x, self.weight, self.method, bias=self.bias, logit_bias=self.logit_bias,
+                expert_scale=self.expert_scale, num_valid=num_valid, out=out, stream=stream,
+            )  # fmt: skip
+        return _hash_layer.hash_layer(
+            self.method, x, token_ids, self.table, self.weight, self.logit_bias, self.expert_scale,
+            num_valid, out, stream,
+        )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -193,8 +215,7 @@ class Router:
         found = self._copies.get(device)
         if found is None:
             move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
-            arrays = {"weight": self.weight, "bias": self.bias, "table": self.table}
-            moved = {name: None if array is None else move(array) for name, array in arrays.items()}
+            moved = {name: None if array is None else move(array) for name, array in self._arrays().items()}
             found = self._copies[device] = Router(self.method, **moved)
         return found
 

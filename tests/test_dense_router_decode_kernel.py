@@ -128,7 +128,7 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     steps = -(-x.shape[1] // (16 * macros["SLICES"] * layers)) if macros["TENSOR_CORES"] else 0
     errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
     assert (errors <= bound * norms + compare.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
-    want = activation_topk(logits, run.method, run.bias, len(x) if valid is None else valid)
+    want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)
     np.testing.assert_array_equal(indices, want[1])
     chosen = compare.tolerance(logits, np.maximum(indices, 0), run.method)
     compare.assert_weights_close(weights, want[0], chosen, run.method.scale)

@@ -7,8 +7,9 @@ their alignment, so a call whose key is known needs no check but that of `num_va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ class Kernel(NamedTuple):
     grid: int
     block: int
     fixed: dict[str, int | float]
+    headers: Mapping[str, str] = MappingProxyType({})  # texts that take the place of kernel files
     shared_bytes: int = 0
 
 
@@ -241,5 +243,5 @@ def _planned(
 
 def launch_of(kernel: Kernel, varying: tuple[str, ...], device: tuple[str, int]) -> Launch:
     """The compiled kernel with all but its leading arguments."""
-    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device)
+    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device, kernel.headers)
     return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes)

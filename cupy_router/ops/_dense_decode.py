@@ -7,6 +7,7 @@ The kernel's parameters are the inputs (x, weight, bias, num_valid), the outputs
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from cupy_router.ops import _layout as layout
 from cupy_router.ops.activation_topk import method_arguments, method_macros
 
 FILE = FUNCTION = "dense_router_decode"
-MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, layout.MAX_COLUMNS, layout.MAX_K
+MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, layout.MAX_COLUMNS, layout.MAX_LANES
 COUNTERS = 128  # as many as any plan needs, so that partial sums of all plans may lie behind them in one buffer
 
 _MULTIPROCESSORS = 132  # of an H100; blocks beyond them share
@@ -65,17 +66,17 @@ def plan(
     hidden: int,
     *,
     aligned: bool,
-    has_bias: bool,
+    given: Collection[str] = (),
     tiling: Tiling | None = None,
 ) -> DecodePlan:
-    """The launch for 1 to 64 tokens. `aligned`: rows of both start at 16-byte words, hidden is a multiple of 8."""
+    """The launch for 1 to 64 tokens. `aligned`: rows of both start at 16-byte words, hidden is a multiple of 8.
+    `given`: which of bias, logit_bias and expert_scale there are."""
     if tiling is None:
-        tiling = choose(num_tokens, method.num_experts, hidden, x_dtype, weight_dtype)
-    macros = method_macros(method) | {
+        tiling = choose(num_tokens, method.num_logits, hidden, x_dtype, weight_dtype)
+    macros = method_macros(method, given) | {
         "HIDDEN": hidden,
         "DTYPE": layout.DTYPE_CODES[x_dtype],
         "WEIGHT_DTYPE": layout.DTYPE_CODES[weight_dtype],
-        "HAS_BIAS": int(has_bias),
         "ALIGNED": int(aligned),
         "TENSOR_CORES": int(tiling.tensor_cores),
         "TOKENS": tiling.tokens,
@@ -85,7 +86,7 @@ def plan(
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
     }
-    groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_experts)
+    groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_logits)
     blocks = groups * tiles * tiling.slices
     partials = blocks * tiling.tokens * tiling.experts_per_block
     return DecodePlan(macros, blocks, 32 * tiling.warps, COUNTERS, partials)

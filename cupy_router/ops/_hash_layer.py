@@ -15,30 +15,41 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import hash_router as hashing
 from cupy_router.ops._call import Kernel, Op, Output, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct
+from cupy_router.ops.activation_topk import row_bytes
 from cupy_router.results import Routing
 
 # Only the dot products that are needed, if they read at most so many times what the whole gate is: they read from L2,
 # and cuBLAS takes 6 us for even the smallest product. Measured: level at 8 (E 384, H 7168) to 13 (E 256, H 4096).
 GATES_READ = 8
 
-_TAKEN = ("token_ids", "table", "logits", "x", "weight", "num_valid", "weights", "indices")  # by kernels/hash_router.cu
 _OUTPUTS = ("weights", "indices")
+_TAKEN = (*hashing.INPUTS, *_OUTPUTS)  # by kernels/hash_router.cu
 
 
 def hash_layer(
-    method: RoutingMethod, x: Any, token_ids: Any, table: Any, weight: Any, num_valid: Any, out: Any, stream: Any
+    method: RoutingMethod,
+    x: Any,
+    token_ids: Any,
+    table: Any,
+    weight: Any,
+    logit_bias: Any,
+    expert_scale: Any,
+    num_valid: Any,
+    out: Any,
+    stream: Any,
 ) -> Routing:
     """`hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights; results as x."""
     number, num_valid = check.split_num_valid(num_valid)
-    return run(_OP, method, (x, token_ids, table, weight, num_valid), out, stream, number)  # type: ignore[no-any-return]
+    inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
+    return run(_OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def _check(
-    method: RoutingMethod, x: View, token_ids: View | None, table: View, weight: View | None, num_valid: View | None
+    method: RoutingMethod, x: View, token_ids: View | None, table: View, weight: View | None, *others: View | None
 ) -> tuple[Output, Output]:
     if token_ids is None:
         raise TypeError("token_ids must be an array, got None: a hash layer routes by token id")
-    return hashing.check_call(method, token_ids, table, None, None if weight is None else x, weight, num_valid)
+    return hashing.check_call(method, token_ids, table, None, None if weight is None else x, weight, *others)
 
 
 def _plan(
@@ -48,22 +59,27 @@ def _plan(
     token_ids: View,
     table: View,
     weight: View | None,
+    logit_bias: View | None,
+    expert_scale: View | None,
     num_valid: View | None,
 ) -> Work:
     num_tokens = token_ids.shape[0]
+    layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
     few = num_tokens * method.top_k <= GATES_READ * method.num_experts
     if weight is None or few or gemm.why_not(x.device) is not None:
         gated = None if weight is None else x
-        kernel = hashing.kernel(method, out_strides, token_ids, table, None, gated, weight, num_valid)
+        kernel = hashing.kernel(
+            method, out_strides, token_ids, table, None, gated, weight, **layer, num_valid=num_valid
+        )
         return _XFirst(kernel, x.device)
 
     def plan(logits: View) -> Launch:
         ids = replace(token_ids, shape=logits.shape[:1])
-        kernel = hashing.kernel(method, out_strides, ids, table, logits, None, None, num_valid)
+        kernel = hashing.kernel(method, out_strides, ids, table, logits, None, None, **layer, num_valid=num_valid)
         return launch_of(kernel, (*_TAKEN, "num_valid_value"), x.device)
 
-    arrays = {"x": x, "token_ids": token_ids, "table": table, "weight": weight, "num_valid": num_valid}
-    return ByProduct(arrays, _OUTPUTS, out_strides, x, weight, _TAKEN, plan)
+    arrays = {"x": x, "token_ids": token_ids, "table": table, "weight": weight, **layer, "num_valid": num_valid}
+    return ByProduct(arrays, _OUTPUTS, row_bytes(method, out_strides), x, weight, _TAKEN, plan)
 
 
 class _XFirst:
@@ -79,15 +95,15 @@ class _XFirst:
 
 
 def _reference(
-    method: RoutingMethod, number: int, x: Any, token_ids: Any, table: Any, weight: Any, num_valid: Any
+    method: RoutingMethod, number: int, x: Any, token_ids: Any, table: Any, weight: Any, *others: Any
 ) -> tuple[Any, Any]:
     gated = None if weight is None else x
-    return hashing.reference_call(method, number, token_ids, table, None, gated, weight, num_valid)
+    return hashing.reference_call(method, number, token_ids, table, None, gated, weight, *others)
 
 
 _OP = Op(
     name="Router",
-    inputs=("x", "token_ids", "table", "weight", "num_valid"),
+    inputs=("x", "token_ids", "table", "weight", "logit_bias", "expert_scale", "num_valid"),
     result=Routing,
     check=_check,
     kernel=_plan,

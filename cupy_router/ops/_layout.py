@@ -3,24 +3,45 @@
 
 from __future__ import annotations
 
+from cupy_router.method import RoutingMethod
+
 MAX_COLUMNS = 1024
-MAX_K = 32
+MAX_LANES = 32
 
 WORD = 4  # columns that a lane reads at once, at the least
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
-def fits(num_columns: int, k: int) -> bool:
-    """Whether a warp can hold a row of this many columns and select k of them."""
-    return num_columns <= MAX_COLUMNS and k <= MAX_K
+def fits(num_columns: int, lanes_needed: int) -> bool:
+    """Whether a warp can hold a row of this many columns, and its lanes what is needed of them."""
+    return num_columns <= MAX_COLUMNS and lanes_needed <= MAX_LANES
 
 
-def lanes_and_columns(num_columns: int, k: int) -> tuple[int, int]:
+def fits_method(method: RoutingMethod) -> bool:
+    """Whether a warp can hold a row of logits and choose from it."""
+    needed = lanes_needed(method)
+    if not fits(method.num_logits, needed):
+        return False
+    # A lane's neighbours are of two groups at most.
+    size = method.num_experts // method.num_groups
+    return not _grouped(method) or lanes_and_columns(method.num_logits, needed)[1] <= size
+
+
+def lanes_needed(method: RoutingMethod) -> int:
+    """A lane holds a column of the results, and a lane the value of a group."""
+    return max(method.num_columns, method.num_groups if _grouped(method) else 1)
+
+
+def _grouped(method: RoutingMethod) -> bool:
+    return method.top_groups < method.num_groups
+
+
+def lanes_and_columns(num_columns: int, lanes_needed: int) -> tuple[int, int]:
     """Lanes that share a row, and adjacent columns that each of them holds: a multiple of 4, at most 32."""
     words = max(1, -(-num_columns // WORD))
-    lanes = 32
-    while lanes // 2 >= max(words, k):
+    lanes = MAX_LANES
+    while lanes // 2 >= max(words, lanes_needed):
         lanes //= 2
     return lanes, -(-words // lanes) * WORD
 

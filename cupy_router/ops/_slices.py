@@ -22,11 +22,11 @@ class Slices:
     """Something enqueued slice by slice; `arrays` are those of the op by name, in the order in which they are called.
 
     views: the inputs by name, None for those left out.
-    out_strides: elements from row to row of the two results, whose items have 4 bytes.
+    out_steps: bytes from row to row of the two results.
     """
 
     def __init__(
-        self, views: Mapping[str, View | None], outputs: Sequence[str], out_strides: Sequence[int], rows: int
+        self, views: Mapping[str, View | None], outputs: Sequence[str], out_steps: Sequence[int], rows: int
     ) -> None:
         given = {name: view for name, view in views.items() if view is not None}
         first = next(iter(given.values()))
@@ -36,7 +36,7 @@ class Slices:
         self._names = (*views, *outputs)
         by_row = {name: view for name, view in given.items() if name in _BY_ROW}
         self._steps = {name: view.row_stride * ITEM_SIZES[view.dtype] for name, view in by_row.items()}
-        self._steps |= {name: 4 * stride for name, stride in zip(outputs, out_strides, strict=True)}
+        self._steps |= dict(zip(outputs, out_steps, strict=True))
         self._num_slices = -(-self.num_tokens // self.rows)
         self._counts_needed = self._num_slices > 1 and "num_valid" in given
         backend = compiler.backend(self.device[0])
@@ -90,7 +90,7 @@ class ByProduct(Slices):
         self,
         views: Mapping[str, View | None],
         outputs: Sequence[str],
-        out_strides: Sequence[int],
+        out_steps: Sequence[int],
         x: View,
         weight: View,
         names: Sequence[str],
@@ -99,7 +99,7 @@ class ByProduct(Slices):
         num_outputs = weight.shape[0]
         self._product = gemm.product(x.device, _matrix(x), _matrix(weight))
         rows = max(1, min(BUDGET // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
-        super().__init__(views, outputs, out_strides, rows)
+        super().__init__(views, outputs, out_steps, rows)
         self._row_bytes, self._taken, self._plan = 4 * num_outputs, tuple(names), plan
         self._num_outputs = num_outputs
         self._launches: dict[int, Launch] = {}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cupy_router import gemm, scratch
@@ -33,6 +33,8 @@ def dense_router(
     method: RoutingMethod | str,
     *,
     bias: Any = None,
+    logit_bias: Any = None,
+    expert_scale: Any = None,
     path: str | None = None,
     num_valid: Any = None,
     out: Any = None,
@@ -45,9 +47,12 @@ def dense_router(
 
     Args:
         x: [num_tokens, hidden] float32, float16 or bfloat16.
-        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype need not be that of x.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype need not be that of x. With the
+            method's `shared_in_normalizer` it has num_shared_experts more rows.
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        bias: [num_experts] float32, added to the scores for the selection alone.
+        bias: [num_experts] float32, added for the selection alone: to the scores, or to the logits (`bias_on`).
+        logit_bias: [num_experts] float32, added to the logits first of all: the bias of a linear layer.
+        expert_scale: [num_experts] float32, a factor of the weight of each expert, last of all.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts; "prefill" is cuBLAS and a
             second kernel, for any size; None chooses by size.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
@@ -57,8 +62,9 @@ def dense_router(
             an int handle is given here. The host never waits.
 
     Returns:
-        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, by descending score +
-        bias; equal values: lower index first; NaN below -inf. Arrays are of the framework of x, on its device.
+        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method
+        says otherwise, by descending score + bias; equal values: lower index first; NaN below -inf; shared experts
+        last. Arrays are of the framework of x, on its device.
 
     Raises:
         TypeError: something is no array, or has a dtype that is not allowed.
@@ -75,11 +81,18 @@ def dense_router(
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
     number, num_valid = check.split_num_valid(num_valid)
     options = resolve(method), path
-    return run(_OP, options, (x, weight, bias, num_valid), out, stream, number)  # type: ignore[no-any-return]
+    inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
+    return run(_OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def _check(
-    options: tuple[RoutingMethod, str | None], x: View, weight: View | None, bias: View | None, num_valid: View | None
+    options: tuple[RoutingMethod, str | None],
+    x: View,
+    weight: View | None,
+    bias: View | None,
+    logit_bias: View | None,
+    expert_scale: View | None,
+    num_valid: View | None,
 ) -> tuple[Output, Output]:
     method, path = options
     check.dtype(x, check.FLOATS)
@@ -87,27 +100,25 @@ def _check(
     num_tokens, hidden = x.shape
     if hidden < 1:
         raise ValueError(f"x must have at least one column, got {x}")
-    check_gate(method, weight, bias, hidden)
+    check_gate(method, weight, hidden)
+    scoring.check_layer(method, bias, logit_bias, expert_scale)
     check.num_valid(num_valid)
-    if path == "decode" and (num_tokens > decode.MAX_TOKENS or not layout.fits(method.num_experts, method.top_k)):
+    if path == "decode" and (num_tokens > decode.MAX_TOKENS or not layout.fits_method(method)):
         raise ValueError(
-            f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts and top_k "
-            f"{decode.MAX_K}, got {num_tokens} tokens and {method}"
+            f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
+            f"columns of results and {decode.MAX_K} groups, none of them smaller than what a thread holds, "
+            f"got {num_tokens} tokens and {method}"
         )
-    shape = (num_tokens, method.top_k)
-    return (shape, method.weight_dtype), (shape, method.index_dtype)
+    return scoring.results(method, num_tokens)
 
 
-def check_gate(method: RoutingMethod, weight: View | None, bias: View | None, hidden: int | None = None) -> None:
-    """The gate and its bias by themselves; `hidden` None: as many columns as the gate has."""
+def check_gate(method: RoutingMethod, weight: View | None, hidden: int | None = None) -> None:
+    """The gate by itself; `hidden` None: as many columns as the gate has."""
     if weight is None:
         raise TypeError("weight must be an array, got None")
     check.dtype(weight, check.FLOATS)
     check.rank(weight, "num_experts, hidden")
-    check.shape(weight, (method.num_experts, weight.shape[1] if hidden is None else hidden), "num_experts, hidden")
-    if bias is not None:
-        check.dtype(bias, ("float32",))
-        check.shape(bias, (method.num_experts,), "num_experts")
+    check.shape(weight, (method.num_logits, weight.shape[1] if hidden is None else hidden), "num_experts, hidden")
 
 
 # -- Where a call runs -------------------------------------------------------------------------------------------------
@@ -119,31 +130,34 @@ def _plan(
     x: View,
     weight: View,
     bias: View | None,
+    logit_bias: View | None,
+    expert_scale: View | None,
     num_valid: View | None,
 ) -> Work:
     method, path = options
     num_tokens = x.shape[0]
-    arrays = {"x": x, "weight": weight, "bias": bias, "num_valid": num_valid}
-    fused = layout.fits(method.num_experts, method.top_k) and runs_decode(x.device)
+    layer = {"bias": bias, "logit_bias": logit_bias, "expert_scale": expert_scale}
+    arrays = {"x": x, "weight": weight, **layer, "num_valid": num_valid}
+    fused = layout.fits_method(method) and runs_decode(x.device)
     if path is None:
         path = "decode" if fused and num_tokens <= DECODE_TOKENS else "prefill"
     if path == "decode":
         if not fused:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
-        return _Decode(method, out_strides, num_tokens, x, weight, bias)
+        return _Decode(method, out_strides, num_tokens, x, weight, layer)
     obstacle = gemm.why_not(x.device)
     if obstacle is None:
-        names = ("logits", "bias", "num_valid", *_OUTPUTS)
+        names = ("logits", *layer, "num_valid", *_OUTPUTS)
 
         def plan(logits: View) -> Launch:
-            kernel = scoring.kernel(method, out_strides, logits, bias, num_valid)
+            kernel = scoring.kernel(method, out_strides, logits, **layer, num_valid=num_valid)
             return launch_of(kernel, (*names, "num_valid_value"), x.device)
 
-        return ByProduct(arrays, _OUTPUTS, out_strides, x, weight, names, plan)
+        return ByProduct(arrays, _OUTPUTS, scoring.row_bytes(method, out_strides), x, weight, names, plan)
     if not fused:
-        limits = f"{decode.MAX_EXPERTS} experts, top_k {decode.MAX_K} or a GPU of compute capability below 8.0"
-        raise RuntimeError(f"more than {limits} need cuBLAS: {obstacle}")
-    return _DecodeSlices(arrays, out_strides, method, x, weight, bias)
+        limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
+        raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
+    return _DecodeSlices(arrays, out_strides, method, x, weight, layer)
 
 
 def runs_decode(device: tuple[str, int]) -> bool:
@@ -161,17 +175,18 @@ class _Decode:
         num_tokens: int,
         x: View,
         weight: View,
-        bias: View | None,
+        layer: Mapping[str, View | None],
     ) -> None:
         hidden = x.shape[1]
         both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
         plan = decode.plan(
-            method, x.dtype, weight.dtype, num_tokens, hidden,
-            aligned=both_aligned and hidden % 8 == 0, has_bias=bias is not None,
+            method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+            given=[name for name, view in layer.items() if view is not None],
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, x.row_stride, weight.row_stride, *out_strides)
         varying = (*_OP.inputs, *_OUTPUTS, "counters", "partials", "num_valid_value")
-        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed)
+        headers = scoring.headers(method)
+        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
         self._launch = launch_of(kernel, varying, x.device)
         self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
         self.function = self._launch.function
@@ -191,11 +206,11 @@ class _DecodeSlices(Slices):
         method: RoutingMethod,
         x: View,
         weight: View,
-        bias: View | None,
+        layer: Mapping[str, View | None],
     ) -> None:
-        super().__init__(arrays, _OUTPUTS, out_strides, decode.MAX_TOKENS)
+        super().__init__(arrays, _OUTPUTS, scoring.row_bytes(method, out_strides), decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(method, out_strides, rows, x, weight, bias) for rows in sizes}
+        self._by_rows = {rows: _Decode(method, out_strides, rows, x, weight, layer) for rows in sizes}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_slice(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
@@ -203,14 +218,24 @@ class _DecodeSlices(Slices):
 
 
 def _reference(
-    options: tuple[RoutingMethod, str | None], number: int, x: Any, weight: Any, bias: Any, num_valid: Any
+    options: tuple[RoutingMethod, str | None],
+    number: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    logit_bias: Any,
+    expert_scale: Any,
+    num_valid: Any,
 ) -> tuple[Any, Any]:
-    return reference.dense_router(x, weight, options[0], bias, check.valid_rows(number, num_valid, len(x)))
+    valid = check.valid_rows(number, num_valid, len(x))
+    return reference.dense_router(
+        x, weight, options[0], bias, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid
+    )
 
 
 _OP = Op(
     name="dense_router",
-    inputs=("x", "weight", "bias", "num_valid"),
+    inputs=("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid"),
     result=Routing,
     check=_check,
     kernel=_plan,

@@ -12,13 +12,16 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
 from cupy_router.ops._call import Kernel, Op, Output, run
-from cupy_router.ops.activation_topk import method_arguments, method_macros
+from cupy_router.ops.activation_topk import check_layer, headers, method_arguments, method_macros, results
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
+INPUTS = ("token_ids", "table", "logits", "x", "weight", "logit_bias", "expert_scale", "num_valid")
+
 _MAX_WARPS = 8  # of a token where each has dot products of its own
 _SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
+_MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
 _UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
 
 
@@ -30,6 +33,8 @@ def hash_router(
     logits: Any = None,
     x: Any = None,
     weight: Any = None,
+    logit_bias: Any = None,
+    expert_scale: Any = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
@@ -40,19 +45,27 @@ def hash_router(
     renormalised and scaled; with x and weight only the dot products that are needed are computed.
 
     Args:
-        token_ids: [num_tokens] int32 or int64. table: [vocab_size, top_k] int32 or int64, expert ids. method: a
-        :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits or x.
-        logits: [num_tokens, num_experts] float32, float16 or bfloat16. x: [num_tokens, hidden] float32, float16 or
-        bfloat16, instead of logits. weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x.
+        token_ids: [num_tokens] int32 or int64.
+        table: [vocab_size, top_k] int32 or int64, expert ids.
+        method: a :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits
+            or x.
+        logits: [num_tokens, num_experts] float32, float16 or bfloat16; with the method's `shared_in_normalizer`
+            [num_tokens, num_experts + num_shared_experts].
+        x: [num_tokens, hidden] float32, float16 or bfloat16, instead of logits.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x. As many rows as logits have
+            columns.
+        logit_bias: [num_experts] float32, added to the logits; only with logits or x.
+        expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the same device, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned. stream: work is enqueued on the
-        current stream of the token ids' framework unless an object with `__cuda_stream__`
-            or an int handle is given here. The host never waits.
+        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        stream: work is enqueued on the current stream of the token ids' framework unless an object with
+            `__cuda_stream__` or an int handle is given here. The host never waits.
 
     Returns:
-        Routing of weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, in the table's order. A
-        token id outside the table, or a table entry that is no expert, gives the whole row indices -1 and weights 0.
+        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method
+        says otherwise, in the table's order, shared experts last. A token id outside the table, or a table entry that
+        is no expert, gives the whole row indices -1 and weights 0.
 
     Raises:
         TypeError: something is no array, or has a dtype that is not allowed.
@@ -76,7 +89,7 @@ def hash_router(
     """
     number, num_valid = check.split_num_valid(num_valid)
     resolved = None if method is None else resolve(method)
-    arrays = (token_ids, table, logits, x, weight, num_valid)
+    arrays = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
     return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]
 
 
@@ -87,6 +100,8 @@ def check_call(
     logits: View | None,
     x: View | None,
     weight: View | None,
+    logit_bias: View | None,
+    expert_scale: View | None,
     num_valid: View | None,
 ) -> tuple[Output, Output]:
     if table is None:
@@ -108,17 +123,25 @@ def check_call(
         raise ValueError(f"table must have top_k = {method.top_k} columns, as the method has, got {table}")
     if method is not None and logits is not None:
         check.dtype(logits, check.FLOATS)
-        check.shape(logits, (num_tokens, method.num_experts), "num_tokens, num_experts")
+        check.shape(logits, (num_tokens, method.num_logits), "num_tokens, num_experts")
     if method is not None and x is not None and weight is not None:
         check.dtype(x, check.FLOATS)
         check.rank(x, "num_tokens, hidden")
         check.shape(x, (num_tokens, x.shape[1]), "num_tokens, hidden")
         check.dtype(weight, check.FLOATS)
-        check.shape(weight, (method.num_experts, x.shape[1]), "num_experts, hidden")
+        check.shape(weight, (method.num_logits, x.shape[1]), "num_experts, hidden")
+    if logits is None and x is None:
+        for view in (logit_bias, expert_scale):
+            if view is not None:
+                raise ValueError(f"{view.name} needs logits or x, without which weights are uniform")
+        if method is not None and method.shared_in_normalizer:
+            raise ValueError("a method with shared_in_normalizer needs logits or x, from which shared experts weigh")
+    elif method is not None:
+        check_layer(method, None, logit_bias, expert_scale)
     check.num_valid(num_valid)
-    shape = (num_tokens, top_k)
-    weight_dtype, index_dtype = (method.weight_dtype, method.index_dtype) if method else ("float32", "int32")
-    return (shape, weight_dtype), (shape, index_dtype)
+    if method is None:
+        return ((num_tokens, top_k), "float32"), ((num_tokens, top_k), "int32")
+    return results(method, num_tokens)
 
 
 def kernel(
@@ -129,6 +152,8 @@ def kernel(
     logits: View | None,
     x: View | None,
     weight: View | None,
+    logit_bias: View | None,
+    expert_scale: View | None,
     num_valid: View | None,
 ) -> Kernel:
     num_tokens, (vocab_size, top_k) = token_ids.shape[0], table.shape
@@ -148,10 +173,11 @@ def kernel(
         "weight_stride": 0 if weight is None else weight.row_stride,
         "weights_stride": out_strides[0],
         "indices_stride": out_strides[1],
-        **(method_arguments(method) if method else {"renormalize_eps": 0.0, "renormalize_min": 0.0, "scale": 1.0}),
+        **method_arguments(method),
     }
-    if method is not None and (logits is not None or x is not None):
-        macros |= method_macros(method)
+    if method is not None:
+        layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
+        macros |= method_macros(method, [name for name, view in layer.items() if view is not None])
     if x is not None and weight is not None and method is not None:
         both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
         macros |= {
@@ -160,9 +186,11 @@ def kernel(
             "WEIGHT_DTYPE": layout.DTYPE_CODES[weight.dtype],
             "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
         }
-        softmax, hidden = method.score == "softmax", x.shape[1]
-        if softmax or top_k > layout.MAX_K or num_tokens > MAX_GRID:
-            warps = min(method.num_experts if softmax else top_k, _MAX_WARPS)
+        whole_rows, hidden = needs_whole_rows(method), x.shape[1]
+        if method.num_columns > _MAX_PRODUCTS:
+            raise ValueError(f"top_k + num_shared_experts must be at most {_MAX_PRODUCTS} with x, got {method}")
+        if whole_rows or method.shared_in_normalizer or method.num_columns > layout.MAX_LANES or num_tokens > MAX_GRID:
+            warps = min(method.num_experts if whole_rows else top_k, _MAX_WARPS)
         else:
             parts = max(1, min(_SHARING_WARPS // top_k, _MAX_PARTS, -(-hidden // 256)))
             warps = top_k * parts
@@ -171,15 +199,22 @@ def kernel(
             batches = -(-steps // in_flight)
             macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
-        return Kernel("hash_router", "hash_router_products", macros, min(num_tokens, MAX_GRID), 32 * warps, fixed)
-    lanes = 32
-    if method is None or logits is None or method.score != "softmax":
-        while lanes // 2 >= top_k:
+        grid = min(num_tokens, MAX_GRID)
+        return Kernel("hash_router", "hash_router_products", macros, grid, 32 * warps, fixed, headers(method))
+    lanes = layout.MAX_LANES
+    if method is None or logits is None or not needs_whole_rows(method):
+        while lanes // 2 >= (top_k if method is None else method.num_columns):
             lanes //= 2
     macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
     if logits is not None:
         macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
-    return Kernel("hash_router", "hash_router", macros, *layout.grid_and_block(num_tokens, lanes), fixed)
+    grid, block = layout.grid_and_block(num_tokens, lanes)
+    return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
+
+
+def needs_whole_rows(method: RoutingMethod) -> bool:
+    """Whether an expert's score depends on the logits of experts that were not chosen."""
+    return method.score == "softmax" and not method.score_after_topk
 
 
 def reference_call(
@@ -190,15 +225,19 @@ def reference_call(
     logits: Any,
     x: Any,
     weight: Any,
+    logit_bias: Any,
+    expert_scale: Any,
     num_valid: Any,
 ) -> tuple[Any, Any]:
     valid = check.valid_rows(number, num_valid, len(token_ids))
-    return reference.hash_router(token_ids, table, method, logits, x, weight, valid)
+    return reference.hash_router(
+        token_ids, table, method, logits, x, weight, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid
+    )
 
 
 _OP = Op(
     name="hash_router",
-    inputs=("token_ids", "table", "logits", "x", "weight", "num_valid"),
+    inputs=INPUTS,
     result=Routing,
     check=check_call,
     kernel=kernel,

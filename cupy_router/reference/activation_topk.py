@@ -9,45 +9,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..method import RoutingMethod
+from .groups import eligible_experts
 from .order import row_slices, top_indices
-from .scoring import flush, score_logits, weigh
+from .scoring import append_shared_indices, flush, no_results, prepare_logits, route_weights, score_logits
 
 
 def activation_topk(
     logits: NDArray[Any],
     method: RoutingMethod,
     bias: NDArray[np.float32] | None = None,
+    *,
+    logit_bias: NDArray[np.float32] | None = None,
+    expert_scale: NDArray[np.float32] | None = None,
     num_valid: int | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Score the logits, choose the experts with the best score plus bias, weigh them by their score.
 
     The bias only selects, it never weighs: the weights come from the scores themselves, gathered, because biased minus
     bias would have lost their low bits.
 
     Args:
-        logits: [num_tokens, num_experts] float32, float16 or bfloat16.
-        method: how to score and weigh.
+        logits: [num_tokens, num_experts] float32, float16 or bfloat16; further columns are shared experts' own.
+        method: how to score, choose and weigh.
         bias: [num_experts] float32, or None.
+        logit_bias: as long as a row of logits, float32, or None: added to them.
+        expert_scale: [num_experts] float32, or None: a factor of each expert's weight.
         num_valid: rows from this one on are padding; None means that there is none.
 
     Returns:
-        weights [num_tokens, top_k] float32 and indices [num_tokens, top_k] int32, in the order of ``order.py`` of the
-        selection values; 0 and -1 in padding.
+        weights and indices [num_tokens, top_k + shared experts], in the method's dtypes and the order of ``order.py``
+        of the selection values; 0 and -1 in padding.
 
     >>> logits = np.array([[2.0, 1.0, 1.0, 0.0]], np.float32)
     >>> activation_topk(logits, RoutingMethod(4, 2, "identity"), bias=np.array([0, 0, 0, 9], np.float32))
     (array([[0., 1.]], dtype=float32), array([[3, 0]], dtype=int32))
     """
-    num_tokens, num_experts = logits.shape
-    weights = np.zeros((num_tokens, method.top_k), np.float32)
-    indices = np.full((num_tokens, method.top_k), -1, np.int32)
-    for rows in row_slices(num_tokens if num_valid is None else num_valid, num_experts):
-        scores = score_logits(logits[rows], method)
-        selection = scores
-        if bias is not None:
-            with np.errstate(all="ignore"):
-                selection = flush(scores + flush(bias))  # in float32, as the order is defined on it
-        chosen = top_indices(selection, method.top_k)
-        indices[rows] = chosen
-        weights[rows] = weigh(np.take_along_axis(scores, chosen, axis=-1), method)
+    num_tokens, num_logits = logits.shape
+    weights, indices = no_results(num_tokens, method.num_columns, method)
+    for rows in row_slices(num_tokens if num_valid is None else num_valid, num_logits):
+        prepared = prepare_logits(logits[rows], method, logit_bias)
+        selection = selection_values(prepared[:, : method.num_experts], method, bias)
+        chosen = top_indices(selection, method.top_k, eligible_experts(selection, method))
+        indices[rows] = append_shared_indices(chosen, method)
+        weights[rows] = route_weights(prepared, chosen, method, expert_scale).astype(weights.dtype)
     return weights, indices
+
+
+def selection_values(
+    logits: NDArray[np.float32], method: RoutingMethod, bias: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """What experts are chosen by: scores, or logits, plus the bias in float32, as the order is defined on it."""
+    values = logits if method.selects_on_logits else score_logits(logits, method)
+    with np.errstate(all="ignore"):
+        return values if bias is None else flush(values + flush(bias))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # gives NumPy the dtype "bfloat16"
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,14 +39,83 @@ def gate_logits(x: NDArray[Any], weight: NDArray[Any]) -> Float32:
     return logits
 
 
-def score_logits(logits: NDArray[Any], method: RoutingMethod) -> Float32:
-    """The score of each logit: [num_tokens, num_experts] of any float dtype in, float32 out.
+def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
+    """Logits as they are scored: bias added, then scaled, then capped; each step in float32.
+
+    >>> prepare_logits(np.array([[1.0, 50.0]]), RoutingMethod(2, 1, logit_scale=2.0, logit_softcap=30.0))
+    array([[ 1.9970423, 29.923738 ]], dtype=float32)
+    """
+    with np.errstate(all="ignore"):
+        prepared = flush(logits.astype(np.float32))
+        if logit_bias is not None:
+            behind = prepared.shape[-1] - len(logit_bias)  # shared experts' logits, which have none
+            prepared = flush(prepared + np.pad(flush(logit_bias), (0, behind)))
+        if method.logit_scale != 1.0:
+            prepared = flush(prepared * np.float32(method.logit_scale))
+        if method.logit_softcap is not None:
+            cap = float(np.float32(method.logit_softcap))
+            prepared = flush((cap * np.tanh(prepared.astype(np.float64) / cap)).astype(np.float32))
+    return prepared
+
+
+def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
+    """The score of each logit: [num_tokens, any number] in and out; softmax is over the columns that there are.
 
     >>> score_logits(np.array([[0.0, np.log(3.0)]]), RoutingMethod(2, 1, "softmax"))
     array([[0.25, 0.75]], dtype=float32)
     """
+    wide = logits.astype(np.float64)
     with np.errstate(all="ignore"):
-        return flush(SCORE_FUNCTIONS[method.score](logits.astype(np.float64)).astype(np.float32))
+        if isinstance(method.score, str):
+            scores = SCORE_FUNCTIONS[method.score](wide)
+        else:
+            scores = np.asarray(method.score.numpy(wide))
+            if scores.shape != wide.shape:
+                raise ValueError(f"{method.score!r} made shape {scores.shape} of an array of shape {wide.shape}")
+        return flush(scores.astype(np.float32))
+
+
+def route_weights(
+    logits: Float32, experts: NDArray[Any], method: RoutingMethod, expert_scale: Float32 | None = None
+) -> Float32:
+    """Weights [num_tokens, top_k + shared] float32 of given experts [num_tokens, top_k], from prepared logits.
+
+    >>> route_weights(np.array([[0.0, 9.0, 0.0]], np.float32), np.array([[0, 2]]), RoutingMethod(3, 2, scale=4.0))
+    array([[2., 2.]], dtype=float32)
+    """
+    routed = logits[:, : method.num_experts]
+    if method.shared_in_normalizer:
+        chosen = np.concatenate(
+            [np.take_along_axis(routed, experts, axis=-1), logits[:, method.num_experts :]], axis=-1
+        )
+        with np.errstate(all="ignore"):
+            weights = (_softmax(_log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
+        return _scale_experts(weights, experts, expert_scale)
+    if method.score_after_topk:
+        scores = score_logits(np.take_along_axis(routed, experts, axis=-1), method)
+    else:
+        scores = np.take_along_axis(score_logits(routed, method), experts, axis=-1)
+    return append_shared(_scale_experts(weigh(scores, method), experts, expert_scale), method)
+
+
+def no_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Weights 0 and indices -1, in the method's dtypes, for rows to be filled in."""
+    weight_dtype, index_dtype = (method.weight_dtype, method.index_dtype) if method else ("float32", "int32")
+    shape = (num_tokens, num_columns)
+    return np.zeros(shape, np.dtype(weight_dtype)), np.full(shape, -1, np.dtype(index_dtype))
+
+
+def append_shared(weights: Float32, method: RoutingMethod) -> Float32:
+    """The weights with those of shared experts that have no logits behind them."""
+    shape = (len(weights), method.num_columns - weights.shape[-1])
+    return np.concatenate([weights, np.full(shape, method.shared_weight, np.float32)], axis=-1)
+
+
+def append_shared_indices(experts: NDArray[Any], method: RoutingMethod) -> NDArray[Any]:
+    """The experts with the shared ones behind them, in the method's dtype."""
+    shared = np.arange(method.num_experts, method.num_experts + method.num_shared_experts)
+    behind = np.broadcast_to(shared, (len(experts), len(shared)))
+    return np.concatenate([experts, behind], axis=-1).astype(method.index_dtype)
 
 
 def weigh(scores: Float32, method: RoutingMethod) -> Float32:
@@ -68,6 +138,19 @@ def weigh(scores: Float32, method: RoutingMethod) -> Float32:
             nothing = (total == 0.0) | (divisor == 0.0)
             weights = np.where(nothing, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
         return flush((weights * method.scale).astype(np.float32))
+
+
+def _scale_experts(weights: Float32, experts: NDArray[Any], expert_scale: Float32 | None) -> Float32:
+    """The weights, those of chosen experts multiplied by the experts' own factors."""
+    if expert_scale is not None:
+        with np.errstate(all="ignore"):
+            weights[:, : experts.shape[-1]] *= flush(expert_scale)[experts]
+    return flush(weights)
+
+
+def _log_sigmoid(x: Float64) -> Float64:
+    logs: Float64 = np.minimum(x, 0.0) - np.log1p(np.exp(-np.abs(x)))
+    return logs
 
 
 def _sqrtsoftplus(x: Float64) -> Float64:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.results import Routing
 from cupy_router.torch._registry import method_of, router_of
@@ -20,11 +21,12 @@ _NO_METHOD = -1
 
 _SCHEMAS = {
     "topk_select": "int k, Tensor scores, Tensor? lengths, Tensor? starts",
-    "activation_topk": "int method, Tensor logits, Tensor? bias, Tensor? num_valid, SymInt num_valid_value",
-    "hash_router": "int method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
+    "activation_topk": "int method, Tensor logits, Tensor? bias, Tensor? logit_bias, Tensor? expert_scale, "
     "Tensor? num_valid, SymInt num_valid_value",
-    "dense_router": "int method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? num_valid, "
-    "SymInt num_valid_value",
+    "hash_router": "int method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
+    "Tensor? logit_bias, Tensor? expert_scale, Tensor? num_valid, SymInt num_valid_value",
+    "dense_router": "int method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? logit_bias, "
+    "Tensor? expert_scale, Tensor? num_valid, SymInt num_valid_value",
     "router": "int router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value",
 }
 
@@ -89,9 +91,10 @@ def _router(router: int, x: Any, token_ids: Any, num_valid: Any, number: int) ->
 # -- What results look like --------------------------------------------------------------------------------------------
 
 
-def _routing_like(first: Any, top_k: Any) -> tuple[Any, Any]:
-    shape = (first.shape[0], top_k)
-    return first.new_empty(shape, dtype=torch.float32), first.new_empty(shape, dtype=torch.int32)
+def _routing_like(first: Any, method: RoutingMethod) -> tuple[Any, Any]:
+    shape = (first.shape[0], method.num_columns)
+    weights = first.new_empty(shape, dtype=getattr(torch, method.weight_dtype))
+    return weights, first.new_empty(shape, dtype=getattr(torch, method.index_dtype))
 
 
 def _fake_topk_select(k: int, scores: Any, lengths: Any, starts: Any) -> Any:
@@ -100,19 +103,20 @@ def _fake_topk_select(k: int, scores: Any, lengths: Any, starts: Any) -> Any:
 
 
 def _fake_activation_topk(method: int, logits: Any, *others: Any) -> Any:
-    return _routing_like(logits, method_of(method).top_k)
+    return _routing_like(logits, method_of(method))
 
 
 def _fake_hash_router(method: int, token_ids: Any, table: Any, *others: Any) -> Any:
-    return _routing_like(token_ids, table.shape[1])
+    uniform = RoutingMethod(table.shape[1], table.shape[1])
+    return _routing_like(token_ids, uniform if method == _NO_METHOD else method_of(method))
 
 
 def _fake_dense_router(method: int, path: str, x: Any, *others: Any) -> Any:
-    return _routing_like(x, method_of(method).top_k)
+    return _routing_like(x, method_of(method))
 
 
 def _fake_router(router: int, x: Any, *others: Any) -> Any:
-    return _routing_like(x, router_of(router).method.top_k)
+    return _routing_like(x, router_of(router).method)
 
 
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

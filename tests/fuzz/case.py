@@ -143,10 +143,10 @@ def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
         return topk_select.topk_select(arrays["scores"], case.options["k"], arrays.get("lengths"), arrays.get("starts"))
     if case.op == "activation_topk":
         assert method is not None
-        return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), case.num_valid)
+        return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), num_valid=case.num_valid)
     if case.op == "dense_router":
         assert method is not None
-        return dense_router.dense_router(arrays["x"], arrays["weight"], method, arrays.get("bias"), case.num_valid)
+        return dense_router.dense_router(arrays["x"], arrays["weight"], method, arrays.get("bias"), num_valid=case.num_valid)
     more = {name: arrays.get(name) for name in ("logits", "x", "weight")}
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more, num_valid=case.num_valid)
 

@@ -24,7 +24,7 @@ def test_matches_brute_force(
     bias = data.draw(matrices((1, experts), "float32"))[0] if with_bias else None
     num_valid = data.draw(st.integers(0, tokens)) if padded else None
 
-    weights, indices = activation_topk(logits, method, bias, num_valid)
+    weights, indices = activation_topk(logits, method, bias, num_valid=num_valid)
 
     assert weights.shape == indices.shape == (tokens, method.top_k)
     assert weights.dtype == np.float32

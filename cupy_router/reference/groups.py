@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts can be chosen when only those of the best groups can."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..method import RoutingMethod
+from .order import top_indices
+from .scoring import flush
+
+
+def eligible_experts(selection: NDArray[np.float32], method: RoutingMethod) -> NDArray[np.bool_] | None:
+    """Where experts are in one of their token's best groups; None if all are.
+
+    A group is worth its best selection value, or the float32 sum of its best two (of one, if it has no more); in both
+    the order is that of ``order.py``: NaN is below everything, equal groups go to the lower one.
+
+    Args:
+        selection: [num_tokens, num_experts] float32.
+        method: how many groups there are, and how many of them count.
+
+    >>> method = RoutingMethod(4, 1, num_groups=2, group_score="top2")
+    >>> eligible_experts(np.array([[5, 0, 3, 3]], np.float32), method)
+    array([[False, False,  True,  True]])
+    """
+    if method.top_groups == method.num_groups:
+        return None
+    size = method.num_experts // method.num_groups
+    grouped = selection.reshape(-1, size)
+    best = top_indices(grouped, min(2 if method.group_score == "top2" else 1, size))
+    with np.errstate(all="ignore"):
+        values = flush(np.take_along_axis(grouped, best, axis=-1).sum(axis=-1, dtype=np.float32))
+    groups = top_indices(values.reshape(-1, method.num_groups), method.top_groups)
+    eligible = np.zeros((len(selection), method.num_groups), np.bool_)
+    np.put_along_axis(eligible, groups, True, axis=-1)
+    return np.repeat(eligible, size, axis=-1)
