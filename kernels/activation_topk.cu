@@ -5,24 +5,15 @@
 // select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
 // activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row
 // for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
-#include "block.cuh"
+#include "groups.cuh"
 #include "num_valid.cuh"
 #include "route_row.cuh"
 #include "row.cuh"
-#include "score.cuh"
 #include "select.cuh"
+#include "weigh.cuh"
 
-#ifndef NUM_EXPERTS
-#define NUM_EXPERTS 256
-#endif
-#ifndef TOP_K
-#define TOP_K 6
-#endif
 #ifndef DTYPE
 #define DTYPE 0
-#endif
-#ifndef HAS_BIAS
-#define HAS_BIAS 1
 #endif
 #ifndef LANES
 #define LANES 32
@@ -34,7 +25,7 @@
 #define ALIGNED 1
 #endif
 #ifndef BIAS_ALIGNED
-#define BIAS_ALIGNED 1
+#define BIAS_ALIGNED 1  // that of both biases
 #endif
 #ifndef MANY_ROWS
 #define MANY_ROWS 0  // choose by bounds: less to do for all rows, more for a few of them
@@ -45,44 +36,64 @@
 
 typedef Scalar<DTYPE>::type logit_t;
 
-static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS, "TOP_K lies in 1..NUM_EXPERTS");
+// The logits of a row, prepared one at a time.
+struct Row {
+    const logit_t* logits;
+    const float* logit_bias;
+    Numbers numbers;
+
+    __device__ __forceinline__ float operator[](int64_t column) const {
+        return prepare(to_float(logits[column]), logit_bias, column, numbers);
+    }
+};
+
+// What an expert is chosen by, but for its bias.
+__device__ __forceinline__ float selection_value(float logit, const RowStatistics& statistics) {
+    return SELECT_ON_LOGITS ? __fadd_rn(logit, 0.0f) : score_of(logit, statistics);
+}
 
 #if !WIDE
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
-constexpr bool BOUNDED = HAS_BOUND && MANY_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS;
-constexpr int WINNER_LANES = power_of_two_from(TOP_K);
+constexpr bool BOUNDED = HAS_BOUND && MANY_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS && !SELECT_ON_LOGITS &&
+                         !WEIGHS_LOGITS && NUM_GROUPS == 0;
+constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
 
 struct Chosen {
     int column;
-    float score;  // without bias
+    float value;  // score, or logit if WEIGHS_LOGITS; without bias
 };
 
 // Select on scores. Without a bias the key is the score; with one the score is gathered, since biased minus bias loses
 // bits.
 __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
-                                                 const RowStatistics& statistics, const logit_t* row, int lane,
+                                                 const RowStatistics& statistics, const Row& row, int lane,
                                                  bool valid) {
+    constexpr bool KEY_IS_VALUE = !HAS_BIAS && bool(SELECT_ON_LOGITS) == WEIGHS_LOGITS;
     unsigned keys[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
-        const float score = score_of(logits[j], statistics);
-        keys[j] = sum_order_key(HAS_BIAS ? score + biases[j] : score);
+        const float value = selection_value(logits[j], statistics);
+        keys[j] = sum_order_key(HAS_BIAS ? value + biases[j] : value);
         if (!WHOLE && lane * PER_LANE + j >= NUM_EXPERTS) keys[j] = NO_KEY;
     }
+    if (NUM_GROUPS > 0) keep_best_groups<LANES>(keys, lane);
     // After a choice by bounds this one is rare and may take its time.
     const Winner winner = BOUNDED ? select_exactly<TOP_K, LANES>(keys, lane) : select_topk<TOP_K, LANES>(keys, lane);
-    float score = sum_key_value(winner.key);
-    if (HAS_BIAS && valid && lane < TOP_K) score = score_of(to_float(row[winner.column]), statistics);
-    return {winner.column, score};
+    float value = sum_key_value(winner.key);
+    if (!KEY_IS_VALUE && valid && lane < TOP_K) {
+        value = row[winner.column];
+        if (!WEIGHS_LOGITS) value = score_of(value, statistics);
+    }
+    return {winner.column, value};
 }
 
 // Select on cheap bounds of the scores, then score the winners alone. True if that must be the exact choice: the
 // winners are in order, and none of the others could reach the last of them even if its score were as far off as it can
 // be.
 __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
-                                                 const logit_t* row, const float* bias, int lane, bool valid,
+                                                 const Row& row, const float* bias, int lane, bool valid,
                                                  Chosen& chosen) {
     constexpr unsigned MASK = power_of_two_from(PER_LANE) - 1;
     unsigned keys[PER_LANE];
@@ -97,8 +108,8 @@ __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE]
     chosen.column = winner.column;
     float value = 0.0f;
     if (valid && lane < TOP_K) {
-        chosen.score = score_of(to_float(row[winner.column]), RowStatistics());
-        value = HAS_BIAS ? chosen.score + bias[winner.column] : chosen.score;
+        chosen.value = score_of(row[winner.column], RowStatistics());
+        value = HAS_BIAS ? chosen.value + bias[winner.column] : chosen.value;
     }
     const unsigned key = sum_order_key(value);
     const unsigned next_key = __shfl_down_sync(FULL_WARP, key, 1, LANES);
@@ -112,9 +123,12 @@ __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE]
 
 extern "C" __global__ void __launch_bounds__(256)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
-                    const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
+                    const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
+                    const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
                     int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
-                    long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+                    long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
+                    float logit_scale, float logit_softcap, float shared_weight) {
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const int lane = threadIdx.x % LANES;
     const int first = lane * PER_LANE;
     constexpr int ROWS_PER_WARP = 32 / LANES;
@@ -122,20 +136,25 @@ extern "C" __global__ void __launch_bounds__(256)
     int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
 
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
-    float biases[PER_LANE];
+    float biases[PER_LANE], logit_biases[PER_LANE];
     if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, first, NUM_EXPERTS, biases);
+    if (HAS_LOGIT_BIAS)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(logit_bias, first, NUM_EXPERTS, logit_biases);
 
     // Whole warps stay together: a row that does not exist goes along without being read.
     for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-        const logit_t* source = logits + row * logits_stride;
+        const Row source = {logits + row * logits_stride, logit_bias, numbers};
         float values[PER_LANE];
         if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
-            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source, first, NUM_EXPERTS, values);
+            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source.logits, first, NUM_EXPERTS, values);
         } else {
 #pragma unroll
             for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
         }
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j)
+            values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
         const RowStatistics statistics = row_statistics<LANES>(values);
 
         Chosen chosen = {0, 0.0f};
@@ -143,71 +162,119 @@ extern "C" __global__ void __launch_bounds__(256)
         if (BOUNDED) sure = choose_by_bounds(values, biases, source, bias, lane, row < valid, chosen);
         if (!BOUNDED || UNLIKELY(!sure)) chosen = choose_exactly(values, biases, statistics, source, lane, row < valid);
 
-        const bool has_winner = lane < TOP_K && row < valid;
-        const float score = has_winner ? chosen.score : 0.0f;
-        const total_t total = RENORMALIZE ? lanes_sum<WINNER_LANES>(summand(score)) : total_t(0);
-        const float weight = weight_of(score, total, renormalize_eps, renormalize_min, scale);
-        if (lane < TOP_K && row < num_tokens) {
-            weights[row * weights_stride + lane] = has_winner ? weight : 0.0f;
-            indices[row * indices_stride + lane] = has_winner ? chosen.column : -1;
+        const int64_t expert[1] = {expert_of(lane, chosen.column)};
+        float weight[1] = {chosen.value};
+        if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[expert[0]];
+        weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, row < valid, expert_scale, numbers);
+        if (lane < OUTPUTS && row < num_tokens) {
+            store_float(weights + row * weights_stride + lane, row < valid ? weight[0] : 0.0f);
+            indices[row * indices_stride + lane] = row < valid ? static_cast<index_t>(expert[0]) : index_t(-1);
         }
     }
 }
 
 #else
 
-extern "C" __global__ void __launch_bounds__(256)
+constexpr int WIDE_THREADS = 256;
+constexpr int PLACES = (OUTPUTS + WIDE_THREADS - 1) / WIDE_THREADS;  // of each thread
+
+__shared__ unsigned group_keys[NUM_GROUPS > 0 ? NUM_GROUPS : 1];
+__shared__ bool group_kept[NUM_GROUPS > 0 ? NUM_GROUPS : 1];
+
+// A row whose experts are scored again in each round.
+struct WideRow {
+    Row row;
+    const float* bias;
+    RowStatistics statistics;
+
+    __device__ __forceinline__ unsigned key(unsigned e) const {
+        const float value = selection_value(row[e], statistics);
+        return sum_order_key(HAS_BIAS ? value + bias[e] : value);
+    }
+};
+
+// A warp at a time looks at a group; then each group counts those before it.
+__device__ __forceinline__ void find_best_groups(const WideRow& row) {
+    const int lane = threadIdx.x % 32;
+    for (unsigned group = threadIdx.x / 32; group < NUM_GROUPS; group += WIDE_THREADS / 32) {
+        BestTwo seen = {NO_KEY, NO_KEY};
+        for (unsigned i = lane; i < GROUP_SIZE; i += 32) seen.insert(row.key(group * GROUP_SIZE + i));
+        const unsigned key = group_key<32>(seen, lane);
+        if (lane == 0) group_keys[group] = key;
+    }
+    __syncthreads();
+    for (unsigned group = threadIdx.x; group < NUM_GROUPS; group += WIDE_THREADS) {
+        const unsigned key = group_keys[group];
+        int rank = 0;
+        for (unsigned other = 0; other < NUM_GROUPS; ++other) {
+            rank += (group_keys[other] > key) | ((group_keys[other] == key) & (other < group));
+        }
+        group_kept[group] = rank < TOP_GROUPS;
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
-                         const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
-                         int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
-                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+                         const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
+                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
+                         index_t* __restrict__ indices, int num_valid_value, long long num_tokens,
+                         long long logits_stride, long long weights_stride, long long indices_stride,
+                         float renormalize_eps, float renormalize_min, float scale, float logit_scale,
+                         float logit_softcap, float shared_weight) {
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
-    for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
-        const logit_t* source = logits + row * logits_stride;
-        float* weight = weights + row * weights_stride;
-        int* index = indices + row * indices_stride;
-        if (row >= valid) {
-            for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) {
-                weight[r] = 0.0f;
-                index[r] = -1;
+    for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
+        weight_t* weight = weights + r * weights_stride;
+        index_t* index = indices + r * indices_stride;
+        if (r >= valid) {
+            for (int output = threadIdx.x; output < OUTPUTS; output += WIDE_THREADS) {
+                store_float(weight + output, 0.0f);
+                index[output] = -1;
             }
             continue;
         }
-        RowStatistics statistics = {0.0f, 0.0f};
-        if (SCORE == SOFTMAX) {
-            float highest = __uint_as_float(0xff800000u), sum = 0.0f;
-            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
-                highest = fmaxf(highest, to_float(source[e]));
-            }
-            statistics.highest = block_reduce(highest, __uint_as_float(0xff800000u), Maximum());
-            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
-                const float share = softmax_share(to_float(source[e]), statistics.highest);
+        WideRow row = {{logits + r * logits_stride, logit_bias, numbers}, bias, {0.0f, 0.0f}};
+        if (WHOLE_ROW_SOFTMAX) {
+            float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += WIDE_THREADS) highest = fmaxf(highest, row.row[e]);
+            row.statistics.highest = BlockTeam::highest(highest);
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += WIDE_THREADS) {
+                const float share = softmax_share(row.row[e], row.statistics.highest);
                 sum += is_nan(share) ? 0.0f : share;
             }
-            statistics.inverse_sum = 1.0f / block_reduce(sum, 0.0f, Sum());
+            row.statistics.inverse_sum = 1.0f / BlockTeam::sum(sum);
         }
+        if (NUM_GROUPS > 0) find_best_groups(row);
 
         unsigned long long last = ~0ull;
-        for (int r = 0; r < TOP_K; ++r) {
+        for (int round = 0; round < TOP_K; ++round) {
             unsigned long long best = 0;
-            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += blockDim.x) {
-                const float score = score_of(to_float(source[e]), statistics);
-                const unsigned long long rank = rank_key(sum_order_key(HAS_BIAS ? score + bias[e] : score), e);
+            for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += WIDE_THREADS) {
+                if (NUM_GROUPS > 0 && !group_kept[e / GROUP_SIZE]) continue;
+                const unsigned long long rank = rank_key(row.key(e), e);
                 best = rank < last && rank > best ? rank : best;
             }
             last = block_reduce(best, 0ull, Maximum());
-            if (threadIdx.x == r % blockDim.x) {
-                index[r] = column_of(last);
-                weight[r] = score_of(to_float(source[column_of(last)]), statistics);
-            }
+            if (threadIdx.x == round % WIDE_THREADS) index[round] = column_of(last);  // read again by this thread
         }
 
-        // Each thread now reads only weights that it wrote itself.
-        total_t sum = 0;
-        for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) sum += summand(weight[r]);
-        const total_t total = block_reduce(sum, total_t(0), Sum());
-        for (int r = threadIdx.x; r < TOP_K; r += blockDim.x) {
-            weight[r] = weight_of(weight[r], total, renormalize_eps, renormalize_min, scale);
+        int64_t experts[PLACES];
+        float values[PLACES];
+#pragma unroll 8
+        for (int p = 0; p < PLACES; ++p) {
+            const int output = p * WIDE_THREADS + threadIdx.x;
+            experts[p] = expert_of(output, output < TOP_K ? static_cast<int64_t>(index[output]) : 0);
+            values[p] = output < WEIGHED ? row.row[experts[p]] : 0.0f;
+            if (!WEIGHS_LOGITS) values[p] = score_of(values[p], row.statistics);
+        }
+        weigh<BlockTeam>(values, experts, threadIdx.x, WIDE_THREADS, true, expert_scale, numbers);
+#pragma unroll 8
+        for (int p = 0; p < PLACES; ++p) {
+            const int output = p * WIDE_THREADS + threadIdx.x;
+            if (output >= OUTPUTS) continue;
+            store_float(weight + output, values[p]);
+            index[output] = static_cast<index_t>(experts[p]);
         }
     }
 }

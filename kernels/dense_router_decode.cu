@@ -9,17 +9,13 @@
 // well.
 #include "async_copy.cuh"
 #include "gate_product.cuh"
+#include "groups.cuh"
 #include "handover.cuh"
 #include "num_valid.cuh"
 #include "route_row.cuh"
 #include "select.cuh"
+#include "weigh.cuh"
 
-#ifndef TOP_K
-#define TOP_K 6
-#endif
-#ifndef HAS_BIAS
-#define HAS_BIAS 1
-#endif
 #ifndef SHARE
 #define SHARE 0
 #endif
@@ -27,7 +23,7 @@
 #define KEEP_LOGITS 0  // for tests: the logits are left in place of the first slice's partial sums
 #endif
 
-static_assert(TOP_K >= 1 && TOP_K <= NUM_EXPERTS && TOP_K <= 32, "a lane holds a winner");
+static_assert(OUTPUTS <= 32, "a lane holds a column of the results");
 
 // Floats that are read and written as one word.
 template <int N>
@@ -37,7 +33,8 @@ struct __align__(4 * N) Floats {
 
 constexpr int GROUP_BLOCKS = TILES * SLICES;
 constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes at once
-constexpr int PER_LANE = 4 * quotient(NUM_EXPERTS, 128);
+constexpr int PER_LANE = 4 * quotient(GATE_ROWS, 128);
+constexpr bool KEEPS_SCORES = !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // rather than logits
 constexpr int REDUCTION_FLOATS = LAYERS * TOKENS * ROW;
 constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
 __shared__ __align__(16) float shared_floats[REDUCTION_FLOATS > SCORE_FLOATS ? REDUCTION_FLOATS : SCORE_FLOATS];
@@ -71,9 +68,10 @@ __device__ constexpr int longest_word() {
     return 1;
 }
 
-// Logits of the tokens first .. first + count - 1 from the slices' partial sums, in order, and their scores (softmax,
-// which needs whole rows: logits) in shared memory.
-__device__ __forceinline__ void gather_scores(float* partials, int first, int count) {
+// Logits of the tokens first .. first + count - 1 from the slices' partial sums, in order, and their scores, or prepared
+// logits, in shared memory.
+__device__ __forceinline__ void gather_scores(float* partials, int first, int count, const float* logit_bias,
+                                              const Numbers& numbers) {
     constexpr int N = longest_word();
     constexpr int WORDS = COLUMNS / N;
     static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
@@ -94,22 +92,25 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
 #pragma unroll
             for (int s = 1; s < SLICES; ++s) logit += slices[s].value[j];
             if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SLICES * TOKENS * COLUMNS) + j] = logit;
-            const RowStatistics none = {0.0f, 0.0f};
-            if (expert + j < 32 * PER_LANE) {
-                shared_floats[token * (32 * PER_LANE) + expert + j] = SCORE == SOFTMAX ? logit : score_of(logit, none);
-            }
+            if (expert + j >= 32 * PER_LANE) continue;
+            const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
+            const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
+            logit = prepare(logit, HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f, numbers);
+            shared_floats[token * (32 * PER_LANE) + expert + j] =
+                KEEPS_SCORES ? score_of(logit, RowStatistics()) : logit;
         }
     }
 }
 
 struct Results {
-    float* weights;
-    int* indices;
+    weight_t* weights;
+    index_t* indices;
     int64_t weights_stride, indices_stride;
-    float renormalize_eps, renormalize_min, scale;
+    const float* expert_scale;
+    Numbers numbers;
 };
 
-// One warp: a row of scores in shared memory to the experts and weights of a token.
+// One warp: a row of scores, or logits, in shared memory to the experts and weights of a token.
 __device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const Results& results) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
     float values[PER_LANE];
@@ -125,27 +126,32 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
     unsigned keys[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
-        const float score = SCORE == SOFTMAX ? score_of(values[j], statistics) : values[j];
-        keys[j] = order_key(HAS_BIAS ? score + shared_bias[first + j] : score);
+        const float value = KEEPS_SCORES       ? values[j]
+                            : SELECT_ON_LOGITS ? __fadd_rn(values[j], 0.0f)
+                                               : score_of(values[j], statistics);
+        keys[j] = sum_order_key(HAS_BIAS ? value + shared_bias[first + j] : value);
         if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
     }
+    if (NUM_GROUPS > 0) keep_best_groups<32>(keys, lane);
     const Winner winner = select_topk<TOP_K, 32>(keys, lane);
-    float score = 0.0f;
-    if (lane < TOP_K) score = scores[winner.column];
-    if (SCORE == SOFTMAX && lane < TOP_K) score = score_of(score, statistics);
-    const float weight = winner_weight<32>(score, results.renormalize_eps, results.renormalize_min, results.scale);
-    if (lane < TOP_K) {
-        results.weights[token * results.weights_stride + lane] = valid ? weight : 0.0f;
-        results.indices[token * results.indices_stride + lane] = valid ? winner.column : -1;
+    const int64_t expert[1] = {expert_of(lane, winner.column)};
+    float weight[1] = {lane < WEIGHED ? scores[expert[0]] : 0.0f};
+    if (!KEEPS_SCORES && !WEIGHS_LOGITS) weight[0] = score_of(weight[0], statistics);
+    weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, results.expert_scale, results.numbers);
+    if (lane < OUTPUTS) {
+        store_float(results.weights + token * results.weights_stride + lane, valid ? weight[0] : 0.0f);
+        results.indices[token * results.indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     dense_router_decode(const x_t* __restrict__ x, const gate_t* __restrict__ weight, const float* __restrict__ bias,
-                        const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
-                        unsigned* counters, float* partials, int num_valid_value, long long num_tokens,
-                        long long x_stride, long long weight_stride, long long weights_stride, long long indices_stride,
-                        float renormalize_eps, float renormalize_min, float scale) {
+                        const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
+                        const int* __restrict__ num_valid, weight_t* __restrict__ weights,
+                        index_t* __restrict__ indices, unsigned* counters, float* partials, int num_valid_value,
+                        long long num_tokens, long long x_stride, long long weight_stride, long long weights_stride,
+                        long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
+                        float logit_scale, float logit_softcap, float shared_weight) {
     const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SLICES, group = blockIdx.x / GROUP_BLOCKS;
     const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
     const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
@@ -167,9 +173,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
 
     const int valid = static_cast<int>(clamp_valid(fetched_valid, num_valid != nullptr, num_tokens));
-    const Results results = {weights, indices, weights_stride, indices_stride, renormalize_eps, renormalize_min, scale};
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
+    const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {
-        gather_scores(group_partials, first, tokens);
+        gather_scores(group_partials, first, tokens, logit_bias, numbers);
         __syncthreads();
         for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
             const int token = first_token + first + t;

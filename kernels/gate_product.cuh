@@ -11,12 +11,10 @@
 #pragma once
 
 #include "eight.cuh"
+#include "method.cuh"
 #include "mma.cuh"
 #include "warp.cuh"
 
-#ifndef NUM_EXPERTS
-#define NUM_EXPERTS 256
-#endif
 #ifndef HIDDEN
 #define HIDDEN 4096
 #endif
@@ -60,7 +58,8 @@ __device__ constexpr int quotient(int a, int b) {  // rounded up
 __device__ constexpr int at_least_1(int a) { return a > 1 ? a : 1; }
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int TILES = quotient(NUM_EXPERTS, EXPERTS_PER_BLOCK);
+constexpr int GATE_ROWS = NUM_LOGITS;
+constexpr int TILES = quotient(GATE_ROWS, EXPERTS_PER_BLOCK);
 constexpr int COLUMNS = TILES * EXPERTS_PER_BLOCK;  // of a row of partial sums
 constexpr int WARPS_ALONG_EXPERTS = EXPERTS_PER_BLOCK / EXPERTS_PER_WARP;
 constexpr int LAYERS = WARPS / WARPS_ALONG_EXPERTS;  // warps that divide a slice among them
@@ -107,8 +106,7 @@ __device__ __forceinline__ void products(const x_t* x, const gate_t* weight, int
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // behind the last expert it is repeated, and not used
             const int expert = first_expert + own_experts + 16 * m + 8 * half + lane / 4;
-            experts[m][half] =
-                weight + (COLUMNS == NUM_EXPERTS ? expert : min(expert, NUM_EXPERTS - 1)) * weight_stride;
+            experts[m][half] = weight + (COLUMNS == GATE_ROWS ? expert : min(expert, GATE_ROWS - 1)) * weight_stride;
         }
     }
 #pragma unroll
@@ -183,7 +181,7 @@ __device__ __forceinline__ void products(const x_t* x, const gate_t* weight, int
         Eight<x_t> v[TOKENS];
 #pragma unroll
         for (int e = 0; e < EXPERTS_PER_WARP; ++e) {
-            const int expert = min(first_expert + own_experts + e, NUM_EXPERTS - 1);
+            const int expert = min(first_expert + own_experts + e, GATE_ROWS - 1);
             w[e] = load_eight<ALIGNED>(weight + expert * weight_stride + column, end - column);
         }
 #pragma unroll

@@ -7,17 +7,10 @@
 // of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row. PARTS >
 // 0: PARTS warps share each of the token's dot products, with the loads of UNROLL words of both factors under way at
 // once; nothing waits for the check of the table's entries. The grid has a block for every token.
-#include "block.cuh"
 #include "eight.cuh"
 #include "num_valid.cuh"
-#include "score.cuh"
+#include "weigh.cuh"
 
-#ifndef TOP_K
-#define TOP_K 6
-#endif
-#ifndef NUM_EXPERTS
-#define NUM_EXPERTS 256
-#endif
 #ifndef TOKEN_ID_BYTES
 #define TOKEN_ID_BYTES 4
 #endif
@@ -56,15 +49,6 @@
 #define LOGITS 1
 #define PRODUCTS 2
 
-template <int BYTES>
-struct Integer {
-    typedef int type;
-};
-template <>
-struct Integer<8> {
-    typedef long long type;
-};
-
 typedef Integer<TOKEN_ID_BYTES>::type token_id_t;
 typedef Integer<TABLE_BYTES>::type expert_t;
 typedef Scalar<DTYPE>::type scalar_t;
@@ -74,14 +58,16 @@ __device__ __forceinline__ bool exists(int64_t id, int64_t count) { return id >=
 
 #if SOURCE != PRODUCTS
 
-__device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, int lane) {
+__device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, const float* logit_bias,
+                                                        const Numbers& numbers, int lane) {
     RowStatistics row = {0.0f, 0.0f};
-    if (SCORE != SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
-    float highest = __uint_as_float(0xff800000u), sum = 0.0f;
-    for (int e = lane; e < NUM_EXPERTS; e += LANES) highest = fmaxf(highest, to_float(logits[e]));
+    if (!WHOLE_ROW_SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
+    const auto logit = [&](int e) { return prepare(to_float(logits[e]), logit_bias, e, numbers); };
+    float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
+    for (int e = lane; e < NUM_EXPERTS; e += LANES) highest = fmaxf(highest, logit(e));
     row.highest = lanes_max<LANES>(highest);
     for (int e = lane; e < NUM_EXPERTS; e += LANES) {
-        const float share = softmax_share(to_float(logits[e]), row.highest);
+        const float share = softmax_share(logit(e), row.highest);
         sum += is_nan(share) ? 0.0f : share;
     }
     row.inverse_sum = 1.0f / lanes_sum<LANES>(sum);
@@ -91,12 +77,14 @@ __device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, 
 extern "C" __global__ void __launch_bounds__(256)
     hash_router(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
                 const scalar_t* __restrict__ logits, const void* __restrict__ x, const void* __restrict__ weight,
-                const int* __restrict__ num_valid, float* __restrict__ weights, int* __restrict__ indices,
+                const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
+                const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
                 int num_valid_value, long long num_tokens, long long vocab_size, long long hidden,
                 long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
                 long long weights_stride, long long indices_stride, float renormalize_eps, float renormalize_min,
-                float scale) {
-    constexpr int PLACES = (TOP_K + LANES - 1) / LANES;  // of each lane
+                float scale, float logit_scale, float logit_softcap, float shared_weight) {
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
+    constexpr int PLACES = (OUTPUTS + LANES - 1) / LANES;  // of each lane
     constexpr int TOKENS_PER_WARP = 32 / LANES;
     const int lane = threadIdx.x % LANES;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
@@ -120,35 +108,35 @@ extern "C" __global__ void __launch_bounds__(256)
         float values[PLACES];
 #pragma unroll
         for (int p = 0; p < PLACES; ++p) {
+            const int place = p * LANES + lane;
             const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
-            values[p] = 0.0f;
-            if (SOURCE == LOGITS && good) values[p] = to_float(logits[row * logits_stride + experts[p]]);
             bad |= !good;
+            experts[p] = expert_of(place, experts[p]);
+            values[p] = 0.0f;
+            if (SOURCE == LOGITS && good && place < WEIGHED) {
+                const float logit = to_float(logits[row * logits_stride + experts[p]]);
+                values[p] = prepare(logit, logit_bias, experts[p], numbers);
+            }
         }
         bad = lanes_ballot<LANES>(bad) != 0;
 
         if (SOURCE == LOGITS) {
-            const RowStatistics statistics = row_statistics(bad ? nullptr : logits + row * logits_stride, lane);
-            total_t total = 0;
+            const scalar_t* row_logits = bad ? nullptr : logits + row * logits_stride;
+            const RowStatistics statistics = row_statistics(row_logits, logit_bias, numbers, lane);
 #pragma unroll
             for (int p = 0; p < PLACES; ++p) {
-                const bool counts = !bad && p * LANES + lane < TOP_K;
-                values[p] = counts ? score_of(values[p], statistics) : 0.0f;
-                total += summand(values[p]);
+                if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
             }
-            total = RENORMALIZE ? lanes_sum<LANES>(total) : total_t(0);
-#pragma unroll
-            for (int p = 0; p < PLACES; ++p) {
-                values[p] = weight_of(values[p], total, renormalize_eps, renormalize_min, scale);
-            }
+            weigh<LaneTeam<LANES>>(values, experts, lane, LANES, !bad, expert_scale, numbers);
         }
 #pragma unroll
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
-            if (row >= num_tokens || place >= TOP_K) continue;
-            const float weight = SOURCE == LOGITS ? values[p] : 1.0f / TOP_K;
-            weights[row * weights_stride + place] = bad ? 0.0f : weight;
-            indices[row * indices_stride + place] = bad ? -1 : static_cast<int>(experts[p]);
+            if (row >= num_tokens || place >= OUTPUTS) continue;
+            float weight = values[p];
+            if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : shared_weight;
+            store_float(weights + row * weights_stride + place, bad ? 0.0f : weight);
+            indices[row * indices_stride + place] = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
         }
     }
 }
@@ -157,16 +145,20 @@ extern "C" __global__ void __launch_bounds__(256)
 
 #if PARTS
 
-static_assert(SCORE != SOFTMAX && TOP_K * PARTS == WARPS && WARPS <= 32, "a warp for each part of a token's products");
+static_assert(!WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32, "only the products of chosen experts are needed");
+static_assert(TOP_K * PARTS == WARPS && WARPS <= 32, "a warp for each part of a token's products");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
                          const void* __restrict__ logits, const scalar_t* __restrict__ x,
-                         const gate_t* __restrict__ weight, const int* __restrict__ num_valid,
-                         float* __restrict__ weights, int* __restrict__ indices, int num_valid_value,
+                         const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
+                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
+                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
                          long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
                          long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
-                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
+                         float logit_scale, float logit_softcap, float shared_weight) {
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     constexpr int STEP = 256 * PARTS;  // elements that the warps of a product read at once
     constexpr bool WHOLE_STEPS = ALIGNED && HIDDEN % (STEP * UNROLL) == 0;
     __shared__ float sums[PARTS][TOP_K];
@@ -215,19 +207,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     __syncthreads();
 
     if (threadIdx.x < 32) {
-        float score = 0.0f;
+        const int64_t experts[1] = {expert_of(lane, expert)};
+        float value[1] = {0.0f};
         if (lane < TOP_K && !bad) {
-            float logit = sums[0][lane];
+            value[0] = sums[0][lane];
 #pragma unroll
-            for (int p = 1; p < PARTS; ++p) logit += sums[p][lane];
-            const RowStatistics none = {0.0f, 0.0f};
-            score = score_of(logit, none);
+            for (int p = 1; p < PARTS; ++p) value[0] += sums[p][lane];
+            value[0] = prepare(value[0], logit_bias, expert, numbers);
+            if (!WEIGHS_LOGITS) value[0] = score_of(value[0], RowStatistics());
         }
-        const total_t total = RENORMALIZE ? lanes_sum<32>(summand(score)) : total_t(0);
-        const float value = weight_of(score, total, renormalize_eps, renormalize_min, scale);
-        if (lane < TOP_K) {
-            weights[row * weights_stride + lane] = bad ? 0.0f : value;
-            indices[row * indices_stride + lane] = bad ? -1 : expert;
+        weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, expert_scale, numbers);
+        if (lane < OUTPUTS) {
+            store_float(weights + row * weights_stride + lane, bad ? 0.0f : value[0]);
+            indices[row * indices_stride + lane] = bad ? index_t(-1) : static_cast<index_t>(experts[0]);
         }
     }
 }
@@ -247,17 +239,22 @@ __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, in
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
                          const void* __restrict__ logits, const scalar_t* __restrict__ x,
-                         const gate_t* __restrict__ weight, const int* __restrict__ num_valid,
-                         float* __restrict__ weights, int* __restrict__ indices, int num_valid_value,
+                         const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
+                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
+                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
                          long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
                          long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
-                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale) {
+                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
+                         float logit_scale, float logit_softcap, float shared_weight) {
+    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
+    constexpr int PLACES = (OUTPUTS + 32 * WARPS - 1) / (32 * WARPS);  // of each thread
+    __shared__ float shared_values[WEIGHED];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
 
     for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
-        float* row_weights = weights + row * weights_stride;
-        int* row_indices = indices + row * indices_stride;
+        weight_t* row_weights = weights + row * weights_stride;
+        index_t* row_indices = indices + row * indices_stride;
         const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
         const bool token_exists = exists(token_id, vocab_size);
         const expert_t* entries = table + (token_exists ? token_id : 0) * table_stride;
@@ -266,45 +263,56 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
             bad = bad || !exists(entries[place], NUM_EXPERTS);
         }
         if (__syncthreads_or(bad)) {
-            for (int place = threadIdx.x; place < TOP_K; place += blockDim.x) {
-                row_weights[place] = 0.0f;
+            for (int place = threadIdx.x; place < OUTPUTS; place += blockDim.x) {
+                store_float(row_weights + place, 0.0f);
                 row_indices[place] = -1;
             }
             continue;
         }
 
         const scalar_t* row_x = x + row * x_stride;
+        const auto logit_of = [&](int64_t e) {
+            return prepare(warp_dot(row_x, weight + e * weight_stride, hidden, lane), logit_bias, e, numbers);
+        };
         RowStatistics statistics = {0.0f, 0.0f};
-        if (SCORE == SOFTMAX) {
+        if (WHOLE_ROW_SOFTMAX) {
             // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that
             // grows.
-            float highest = __uint_as_float(0xff800000u), sum = 0.0f;
+            float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
             for (int e = warp; e < NUM_EXPERTS; e += WARPS) {
-                const float logit = warp_dot(row_x, weight + e * weight_stride, hidden, lane);
+                const float logit = logit_of(e);
                 const float higher = fmaxf(highest, logit);
                 const float share = softmax_share(logit, higher);
                 sum = sum * (sum > 0.0f ? softmax_share(highest, higher) : 0.0f) + (is_nan(share) ? 0.0f : share);
                 highest = higher;
             }
-            statistics.highest = block_reduce(highest, __uint_as_float(0xff800000u), Maximum());
+            statistics.highest = BlockTeam::highest(highest);
             sum = lane == 0 && sum > 0.0f ? sum * softmax_share(highest, statistics.highest) : 0.0f;
-            statistics.inverse_sum = 1.0f / block_reduce(sum, 0.0f, Sum());
+            statistics.inverse_sum = 1.0f / BlockTeam::sum(sum);
         }
 
-        total_t sum = 0;  // of the scores of this warp's places, in its lane 0
-        for (int place = warp; place < TOP_K; place += WARPS) {
-            const int64_t expert = entries[place];
-            const float score = score_of(warp_dot(row_x, weight + expert * weight_stride, hidden, lane), statistics);
-            if (lane == 0) {
-                sum += summand(score);
-                row_weights[place] = score;  // read again below by the same thread
-                row_indices[place] = static_cast<int>(expert);
-            }
+        for (int place = warp; place < WEIGHED; place += WARPS) {
+            const float logit = logit_of(expert_of(place, place < TOP_K ? static_cast<int64_t>(entries[place]) : 0));
+            if (lane == 0) shared_values[place] = WEIGHS_LOGITS ? logit : score_of(logit, statistics);
         }
-        const total_t total = RENORMALIZE ? block_reduce(sum, total_t(0), Sum()) : total_t(0);
-        for (int place = warp; lane == 0 && place < TOP_K; place += WARPS) {
-            row_weights[place] = weight_of(row_weights[place], total, renormalize_eps, renormalize_min, scale);
+        __syncthreads();
+        int64_t experts[PLACES];
+        float values[PLACES];
+#pragma unroll 8
+        for (int p = 0; p < PLACES; ++p) {
+            const int place = p * (32 * WARPS) + threadIdx.x;
+            experts[p] = expert_of(place, place < TOP_K ? static_cast<int64_t>(entries[place]) : 0);
+            values[p] = place < WEIGHED ? shared_values[place] : 0.0f;
         }
+        weigh<BlockTeam>(values, experts, threadIdx.x, 32 * WARPS, true, expert_scale, numbers);
+#pragma unroll 8
+        for (int p = 0; p < PLACES; ++p) {
+            const int place = p * (32 * WARPS) + threadIdx.x;
+            if (place >= OUTPUTS) continue;
+            store_float(row_weights + place, values[p]);
+            row_indices[place] = static_cast<index_t>(experts[p]);
+        }
+        __syncthreads();  // shared_values may be used again
     }
 }
 

@@ -11,6 +11,12 @@ __device__ __forceinline__ float half_bits_to_float(unsigned short bits) {
     return value;
 }
 
+__device__ __forceinline__ unsigned short float_to_half_bits(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
 // 2**x to 2 ulp; results that would be subnormal are 0.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
@@ -58,6 +64,18 @@ inline float half_bits_to_float(unsigned short bits) {
         value = std::ldexp(1.0f + static_cast<float>(bits & 0x3ff) / 1024.0f, exponent - 15);
     }
     return (bits & 0x8000) ? -value : value;
+}
+
+// The nearest, ties to even, by adding what makes the sum's last bit that of the half.
+inline unsigned short float_to_half_bits(float value) {
+    const unsigned sign = __float_as_uint(value) >> 16 & 0x8000u;
+    const float magnitude = std::fabs(value);
+    if (value != value) return 0x7fff;
+    if (magnitude >= 65520.0f) return static_cast<unsigned short>(sign | 0x7c00u);
+    const int exponent = magnitude < 6.103515625e-5f ? -14 : std::ilogb(magnitude);
+    const float units = std::nearbyint(std::ldexp(magnitude, 10 - exponent));  // 1024 to 2048; less if subnormal
+    const unsigned bits = static_cast<unsigned>(units) + (static_cast<unsigned>(exponent + 14) << 10);
+    return static_cast<unsigned short>(sign | bits);
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }

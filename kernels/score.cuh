@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of logits and weights of scores, in float32; results that would be subnormal are 0 (compiled with -ftz=true).
 //
-// SCORE: 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax. Sigmoid and sqrt(softplus) stay within 1e-6 relative of
+// SCORE: 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax, 4 a function of the caller's. Sigmoid and sqrt(softplus) stay within 1e-6 relative of
 // float64 over the whole range; softmax within 1e-6 + 6e-8 |x - max|.
 #pragma once
 
+#include "score_function.cuh"
 #include "types.cuh"
 #include "warp.cuh"
 
@@ -15,12 +16,13 @@
 #define RENORMALIZE 1
 #endif
 
-static_assert(SCORE >= 0 && SCORE <= 3, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus) or 3 softmax");
+static_assert(SCORE >= 0 && SCORE <= 4, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax or 4 own");
 
 #define IDENTITY 0
 #define SIGMOID 1
 #define SQRTSOFTPLUS 2
 #define SOFTMAX 3
+#define OWN 4
 
 #define NAN_BITS 0x7fc00000u
 #define INFINITY_BITS 0x7f800000u
@@ -76,10 +78,17 @@ __device__ __forceinline__ float softmax_share(float x, float highest) {
     return x == highest ? 1.0f : share;
 }
 
+// Sigmoid divided by exp(min(highest, 0)), so that sigmoids far below 1 keep their ratios.
+__device__ __forceinline__ float sigmoid_share(float x, float highest) {
+    const float t = precise_exp(fabsf(x), LOG2E_HIGH, LOG2E_LOW);
+    return softmax_share(x > 0.0f ? 0.0f : x, fminf(highest, 0.0f)) * fast_reciprocal(1.0f + t);
+}
+
 __device__ __forceinline__ float score_of(float logit, const RowStatistics& row) {
     if (SCORE == SIGMOID) return sigmoid(logit);
     if (SCORE == SQRTSOFTPLUS) return sqrtsoftplus(logit);
     if (SCORE == SOFTMAX) return softmax_share(logit, row.highest) * row.inverse_sum;
+    if (SCORE == OWN) logit = score_function(logit);
     return __fadd_rn(logit, 0.0f);  // flushes a subnormal, as the others do
 }
 
@@ -98,13 +107,17 @@ __device__ __forceinline__ float score_bound(float x) {
 
 __device__ __forceinline__ bool is_nan(float value) { return value != value; }
 
-// Sums of scores: identity scores may be as large as floats get, so that their sum needs a wider type.
+// Sums of scores: identity scores and a caller's own may be as large as floats get, so that their sum needs a wider type.
 template <int Score>
 struct Total {
     typedef float type;
 };
 template <>
 struct Total<IDENTITY> {
+    typedef double type;
+};
+template <>
+struct Total<OWN> {
     typedef double type;
 };
 typedef Total<SCORE>::type total_t;

@@ -14,6 +14,9 @@
 #ifndef FEW_ROWS
 #define FEW_ROWS 0
 #endif
+#ifndef NUM_GROUPS
+#define NUM_GROUPS 0
+#endif
 
 struct Winner {
     unsigned key;  // NO_KEY: the row has no such entry
@@ -113,12 +116,13 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
 }
 
 // How many of a lane's best keys are kept. Of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one
-// of 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more.
+// of 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more. So do rows whose
+// winners are crowded into the lanes of the best groups.
 template <int TopK, int PerLane>
 constexpr int HEADS = min_int(PerLane, min_int(TopK, (TopK <= 8    ? 3
                                                       : TopK <= 16 ? 4
                                                                    : 6) +
-                                                         FEW_ROWS));
+                                                         FEW_ROWS + (NUM_GROUPS > 0)));
 
 // The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part.
 template <int TopK, int Lanes, int PerLane>

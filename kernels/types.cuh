@@ -41,6 +41,27 @@ struct Scalar<2> {
     typedef BFloat16 type;
 };
 
+// A signed integer of so many bytes.
+template <int BYTES>
+struct Integer {
+    typedef int type;
+};
+template <>
+struct Integer<8> {
+    typedef long long type;
+};
+
+// To the nearest, ties to even.
+__device__ __forceinline__ void store_float(float* target, float value) { *target = value; }
+
+__device__ __forceinline__ void store_float(Float16* target, float value) { target->bits = float_to_half_bits(value); }
+
+__device__ __forceinline__ void store_float(BFloat16* target, float value) {
+    const unsigned bits = __float_as_uint(value);
+    const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    target->bits = static_cast<unsigned short>(value != value ? 0x7fffu : rounded);
+}
+
 // The floats in a 32-bit word, the one at the lower address first.
 __device__ __forceinline__ void word_to_floats(unsigned word, float, float* target) {
     target[0] = __uint_as_float(word);

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.needs_kernels
 # Errors of a logit in units of the norm of its products. FMA rounds, to either side; tensor cores truncate, so that
 # errors of one accumulator add up step by step.
 FMA_BOUND, STEP_BOUND = 1e-6, 2.0**-23
-VARYING = ("x", "weight", "bias", "num_valid", "weights", "indices", "counters", "partials", "num_valid_value")
+INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
+VARYING = (*INPUTS, "weights", "indices", "counters", "partials", "num_valid_value")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Run:
         x, weight, bias = self.arrays
         for array in self.outputs[:2]:
             array.fill(7)
-        pointers = [0 if a is None else pointer(a) for a in (x, weight, bias, device_num_valid, *self.outputs)]
+        pointers = [
+            0 if a is None else pointer(a) for a in (x, weight, bias, None, None, device_num_valid, *self.outputs)
+        ]
         self.launch(0, [*pointers, num_valid])
         weights, indices, counters, _ = (self.backend.numpy(array) for array in self.outputs)
         assert not counters.any(), "the kernel leaves its counters as it found them"
@@ -102,7 +105,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
     plan = decode.plan(
         method, case.dtype, weight_dtype, len(x), case.hidden,
-        aligned=aligned, has_bias=case.has_bias, tiling=case.tiling,
+        aligned=aligned, given=["bias"] if case.has_bias else [], tiling=case.tiling,
     )  # fmt: skip
     function = compiler.compile(decode.FILE, decode.FUNCTION, plan.macros | {"KEEP_LOGITS": 1}, views[0].device)
     k = case.top_k

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "huggingface": set(),
     "results": set(),
-    "method": set(),
+    "score_function": set(),
+    "method": {"huggingface", "score_function"},
     "launcher": {"compiler"},
     "scratch": {"compiler"},
     "gemm": {"compiler", "launcher", "scratch"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"ops", "results", "router", "method"},
-    "__init__": {"method", "ops", "results", "router"},
+    "__init__": {"method", "ops", "results", "router", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "method", "results"},
     "__main__": {"cli"},
 }

@@ -144,6 +144,7 @@ def test_topk_select_of_wide_rows(recorder: Recorder, fake: Fake) -> None:
 
 
 METHOD = RoutingMethod(384, 6, "softmax", renormalize_min=0.25, scale=2.5)
+NUMBERS = {"logit_scale": 1.0, "logit_softcap": 0.0, "shared_weight": 1.0}  # as the defaults are
 
 
 @pytest.mark.parametrize("columns", [384, 2000])
@@ -161,18 +162,19 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
         assert_kernel(launch, "activation_topk", "activation_topk_wide", **method_macros, WIDE=1)
         assert (launch.grid, launch.block) == ((33, 1, 1), (256, 1, 1))
     assert launch.arguments == {
-        "logits": 0x1000, "bias": 0x2000, "num_valid": 0x3004,
+        "logits": 0x1000, "bias": 0x2000, "logit_bias": 0, "expert_scale": 0, "num_valid": 0x3004,
         "weights": result.weights.pointer, "indices": result.indices.pointer,
         "num_valid_value": -1, "num_tokens": 33, "logits_stride": -5000, "weights_stride": 6, "indices_stride": 6,
-        "renormalize_eps": 0.0, "renormalize_min": 0.25, "scale": 2.5,
+        "renormalize_eps": 0.0, "renormalize_min": 0.25, "scale": 2.5, **NUMBERS,
     }  # fmt: skip
 
 
 IDS, TABLE = Array(0x100, (33,), "int64"), Array(0x200, (1000, 6), "int32", row_stride=9)
 HASH_ARGUMENTS = {
-    "token_ids": 0x100, "table": 0x200, "logits": 0, "x": 0, "weight": 0, "num_valid": 0, "num_valid_value": -1,
+    "token_ids": 0x100, "table": 0x200, "logits": 0, "x": 0, "weight": 0, "logit_bias": 0, "expert_scale": 0,
+    "num_valid": 0, "num_valid_value": -1,
     "num_tokens": 33, "vocab_size": 1000, "hidden": 0, "table_stride": 9, "logits_stride": 0, "x_stride": 0,
-    "weight_stride": 0, "weights_stride": 6, "indices_stride": 6,
+    "weight_stride": 0, "weights_stride": 6, "indices_stride": 6, **NUMBERS,
 }  # fmt: skip
 HASH_MACROS = {"TOKEN_ID_BYTES": 8, "TABLE_BYTES": 4, "TOP_K": 6}
 
@@ -187,7 +189,7 @@ def test_hash_router_with_uniform_weights(recorder: Recorder, fake: Fake) -> Non
     launch = only(recorder)
     assert_kernel(launch, "hash_router", "hash_router", **HASH_MACROS, NUM_EXPERTS=2**31, SOURCE=0)
     assert_rows_share_warps(launch, 33)
-    numbers = {"num_valid_value": 20, "renormalize_eps": 0.0, "renormalize_min": 0.0, "scale": 1.0}
+    numbers = {"num_valid_value": 20, "renormalize_eps": 0.0, "renormalize_min": -math.inf, "scale": 1.0}
     assert_hash_arguments(launch, result, numbers)
 
 
@@ -238,10 +240,11 @@ def test_dense_router_of_few_tokens() -> None:
     assert launch.block == (32 * launch.macros["WARPS"], 1, 1)
     counters, partials = launch.arguments["counters"], launch.arguments["partials"]
     assert launch.arguments == {
-        "x": x.ctypes.data, "weight": weight.ctypes.data, "bias": bias.ctypes.data, "num_valid": 0,
+        "x": x.ctypes.data, "weight": weight.ctypes.data, "bias": bias.ctypes.data, "logit_bias": 0,
+        "expert_scale": 0, "num_valid": 0,
         "weights": weights.ctypes.data, "indices": indices.ctypes.data, "counters": counters, "partials": partials,
         "num_valid_value": 3, "num_tokens": 4, "x_stride": 600, "weight_stride": 512, "weights_stride": 6,
-        "indices_stride": 6, "renormalize_eps": 0.25, "renormalize_min": -math.inf, "scale": 1.5,
+        "indices_stride": 6, "renormalize_eps": 0.25, "renormalize_min": -math.inf, "scale": 1.5, **NUMBERS,
     }  # fmt: skip
     assert partials % 16 == 0
     assert partials - counters >= 4 * groups

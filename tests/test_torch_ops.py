@@ -115,9 +115,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
     key, logits = METHOD.number, arguments(6)[0] @ WEIGHT.T
     return {
         "topk_select": (3, x, ids, None),
-        "activation_topk": (key, logits, BIAS, count, -1),
-        "hash_router": (key, ids, TABLE, None, x, WEIGHT, None, 4),
-        "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, -1),
+        "activation_topk": (key, logits, BIAS, None, BIAS.exp(), count, -1),
+        "hash_router": (key, ids, TABLE, None, x, WEIGHT, BIAS, None, None, 4),
+        "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, None, None, -1),
         "router": (HASH.number, x, ids, None, -1),
     }
 
@@ -134,7 +134,7 @@ def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
 
     for name, given in samples().items():
         if name == "hash_router":
-            given = (*given[:3], arguments(6)[0] @ WEIGHT.T, None, None, None, -1)
+            given = (*given[:3], arguments(6)[0] @ WEIGHT.T, None, None, None, None, None, -1)
         real = [
             a.to(dtype) if isinstance(a, torch.Tensor) and a.shape[:1] == (6,) and a.is_floating_point() else a
             for a in given

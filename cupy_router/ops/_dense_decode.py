@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels/dense_router_decode.cu is compiled and launched for a shape: chosen from shapes alone.
 
-The kernel's parameters are the inputs (x, weight, bias, num_valid), the outputs (weights, indices), the scratch memory
-(counters, partials), `num_valid_value`, and then those of :func:`fixed_arguments`.
+The kernel's parameters are the inputs (x, weight, bias, logit_bias, expert_scale, num_valid), the outputs (weights,
+indices), the scratch memory (counters, partials), `num_valid_value`, and then those of :func:`fixed_arguments`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def activation_topk(
         selection = selection_values(prepared[:, : method.num_experts], method, bias)
         chosen = top_indices(selection, method.top_k, eligible_experts(selection, method))
         indices[rows] = append_shared_indices(chosen, method)
-        weights[rows] = route_weights(prepared, chosen, method, expert_scale).astype(weights.dtype)
+        weights[rows] = route_weights(prepared, chosen, method, expert_scale)
     return weights, indices
 
 

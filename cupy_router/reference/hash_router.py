@@ -73,5 +73,5 @@ def hash_router(
         return weights, indices
     for rows in row_slices(len(tokens), method.num_logits):
         prepared = prepare_logits(logits[rows], method, logit_bias)
-        weights[tokens[rows]] = route_weights(prepared, experts[rows], method, expert_scale).astype(weights.dtype)
+        weights[tokens[rows]] = route_weights(prepared, experts[rows], method, expert_scale)
     return weights, indices

@@ -77,8 +77,10 @@ def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
 
 def route_weights(
     logits: Float32, experts: NDArray[Any], method: RoutingMethod, expert_scale: Float32 | None = None
-) -> Float32:
-    """Weights [num_tokens, top_k + shared] float32 of given experts [num_tokens, top_k], from prepared logits.
+) -> NDArray[Any]:
+    """Weights [num_tokens, top_k + shared] of given experts [num_tokens, top_k], from prepared logits.
+
+    They are computed in float32 and rounded to the method's dtype at the end.
 
     >>> route_weights(np.array([[0.0, 9.0, 0.0]], np.float32), np.array([[0, 2]]), RoutingMethod(3, 2, scale=4.0))
     array([[2., 2.]], dtype=float32)
@@ -90,12 +92,15 @@ def route_weights(
         )
         with np.errstate(all="ignore"):
             weights = (_softmax(_log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
-        return _scale_experts(weights, experts, expert_scale)
-    if method.score_after_topk:
-        scores = score_logits(np.take_along_axis(routed, experts, axis=-1), method)
+        weights = _scale_experts(weights, experts, expert_scale)
     else:
-        scores = np.take_along_axis(score_logits(routed, method), experts, axis=-1)
-    return append_shared(_scale_experts(weigh(scores, method), experts, expert_scale), method)
+        if method.score_after_topk:
+            scores = score_logits(np.take_along_axis(routed, experts, axis=-1), method)
+        else:
+            scores = np.take_along_axis(score_logits(routed, method), experts, axis=-1)
+        weights = append_shared(_scale_experts(weigh(scores, method), experts, expert_scale), method)
+    with np.errstate(over="ignore"):
+        return weights.astype(method.weight_dtype)
 
 
 def no_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -146,7 +146,9 @@ def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
         return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), num_valid=case.num_valid)
     if case.op == "dense_router":
         assert method is not None
-        return dense_router.dense_router(arrays["x"], arrays["weight"], method, arrays.get("bias"), num_valid=case.num_valid)
+        return dense_router.dense_router(
+            arrays["x"], arrays["weight"], method, arrays.get("bias"), num_valid=case.num_valid
+        )
     more = {name: arrays.get(name) for name in ("logits", "x", "weight")}
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more, num_valid=case.num_valid)
 

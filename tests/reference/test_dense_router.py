@@ -47,7 +47,9 @@ def test_it_is_activation_topk_of_the_product(score: str, num_valid: int | None)
     method = RoutingMethod(9, 3, score, scale=2.0)
     logits = (x.astype(np.float64) @ weight.T.astype(np.float64)).astype(np.float32)
     for got, want in zip(
-        dense_router(x, weight, method, bias, num_valid=num_valid), activation_topk(logits, method, bias, num_valid=num_valid), strict=True
+        dense_router(x, weight, method, bias, num_valid=num_valid),
+        activation_topk(logits, method, bias, num_valid=num_valid),
+        strict=True,
     ):
         np.testing.assert_array_equal(got, want)
         assert got.dtype == want.dtype

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Experts in equal groups of neighbours: those outside the best groups cannot be chosen.
+//
+// A group is worth its best selection value, or the sum of its best two; equal groups go to the lower one.
+#pragma once
+
+#include "method.cuh"
+#include "order.cuh"
+
+#ifndef NUM_GROUPS
+#define NUM_GROUPS 0  // all experts can be chosen
+#endif
+#ifndef TOP_GROUPS
+#define TOP_GROUPS 1
+#endif
+#ifndef GROUP_TOP2
+#define GROUP_TOP2 0
+#endif
+
+constexpr int GROUP_SIZE = NUM_EXPERTS / (NUM_GROUPS > 0 ? NUM_GROUPS : 1);
+
+static_assert(NUM_GROUPS == 0 || (GROUP_SIZE * NUM_GROUPS == NUM_EXPERTS && TOP_K <= GROUP_SIZE * TOP_GROUPS),
+              "groups are equal, and the best of them have TOP_K experts");
+
+// The best two keys of what a thread has seen of a group.
+struct BestTwo {
+    unsigned first, second;
+
+    __device__ __forceinline__ void insert(unsigned key) {
+        if (GROUP_TOP2) second = max(second, min(first, key));
+        first = max(first, key);
+    }
+};
+
+// The key of a group's worth, from what each of Lanes lanes saw of it.
+template <int Lanes>
+__device__ __forceinline__ unsigned group_key(BestTwo seen, int lane) {
+    const unsigned best = lanes_max<Lanes>(seen.first);
+    if (!GROUP_TOP2 || GROUP_SIZE == 1) return best;
+    const bool owns_best = lane == __ffs(static_cast<int>(lanes_ballot<Lanes>(seen.first == best))) - 1;
+    const unsigned next = lanes_max<Lanes>(owns_best ? seen.second : seen.first);
+    return sum_order_key(sum_key_value(best) + sum_key_value(next));
+}
+
+// Take the experts that cannot be chosen out of a row that Lanes lanes hold, PerLane adjacent columns each.
+template <int Lanes, int PerLane>
+__device__ __forceinline__ void keep_best_groups(unsigned (&keys)[PerLane], int lane) {
+    static_assert(NUM_GROUPS <= Lanes, "a lane holds a group's key");
+    static_assert(NUM_GROUPS == 0 || PerLane <= GROUP_SIZE, "a lane has columns of two groups at most");
+    constexpr bool STRADDLES = GROUP_SIZE % PerLane != 0;
+    const int own = lane * PerLane / GROUP_SIZE;                // the group of the lane's first column
+    const int split = (own + 1) * GROUP_SIZE - lane * PerLane;  // from here on its columns are of the next one
+    BestTwo of_own = {NO_KEY, NO_KEY}, of_next = {NO_KEY, NO_KEY};
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) {
+        of_own.insert(STRADDLES && j >= split ? NO_KEY : keys[j]);
+        if (STRADDLES) of_next.insert(j >= split ? keys[j] : NO_KEY);
+    }
+    unsigned mine = NO_KEY;  // of the group whose number is that of the lane
+#pragma unroll
+    for (int group = 0; group < NUM_GROUPS; ++group) {
+        const BestTwo none = {NO_KEY, NO_KEY};
+        const BestTwo seen = own == group ? of_own : STRADDLES && own + 1 == group ? of_next : none;
+        const unsigned key = group_key<Lanes>(seen, lane);
+        mine = lane == group ? key : mine;
+    }
+    int rank = 0;
+#pragma unroll
+    for (int group = 0; group < NUM_GROUPS; ++group) {
+        const unsigned other = __shfl_sync(FULL_WARP, mine, group, Lanes);
+        rank += (other > mine) | ((other == mine) & (group < lane));
+    }
+    const unsigned kept = lanes_ballot<Lanes>(lane < NUM_GROUPS && rank < TOP_GROUPS);
+    const bool keeps_own = kept >> own & 1, keeps_next = kept >> own >> 1 & 1;
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) {
+        if (!(STRADDLES && j >= split ? keeps_next : keeps_own)) keys[j] = NO_KEY;
+    }
+}
