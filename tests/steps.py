@@ -27,12 +27,13 @@ class Layer:
         return {name: upload(array) for name, array in vars(self).items() if array is not None}
 
 
-def prepare(row: np.ndarray, method: RoutingMethod, layer: Layer) -> np.ndarray:
-    """float32 logits as they are scored; each operation is rounded by itself."""
-    x = row.astype(np.float32)
-    if layer.logit_bias is not None:
-        x[: method.num_experts] += layer.logit_bias
+def prepare(logits: np.ndarray, method: RoutingMethod, layer: Layer) -> np.ndarray:
+    """float32 logits, of one token or of several, as they are scored; each operation is rounded by itself."""
+    x = compare.flush(logits.astype(np.float32))
     with np.errstate(all="ignore"):
+        if layer.logit_bias is not None:
+            x[..., : method.num_experts] += compare.flush(layer.logit_bias)
+            x = compare.flush(x)
         x = x * np.float32(method.logit_scale)
         if method.logit_softcap is not None:
             cap = method.logit_softcap

@@ -18,7 +18,7 @@ import cupy_router
 from cupy_router import RoutingMethod
 from cupy_router.ops import _call, _layout
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
-from tests import compare
+from tests import compare, steps
 from tests.backends import DTYPES, Backend
 
 FOLDER = Path(__file__).with_name("cases")
@@ -45,9 +45,19 @@ class Case:
         if self.op == "topk_select":
             return len(self.arrays["scores"]), self.options["k"]
         if self.op == "hash_router":
-            return len(self.arrays["token_ids"]), self.arrays["table"].shape[1]
+            width = self.arrays["table"].shape[1]
+            return len(self.arrays["token_ids"]), width if self.method is None else self.method.num_columns
         assert self.method is not None
-        return len(self.arrays["x" if self.op == "dense_router" else "logits"]), self.method.top_k
+        return len(self.arrays["x" if self.op == "dense_router" else "logits"]), self.method.num_columns
+
+    @property
+    def dtypes(self) -> tuple[Any, Any]:
+        """Of both results."""
+        if self.op == "topk_select":
+            return self.arrays["scores"].dtype, np.int32
+        if self.method is None:
+            return np.float32, np.int32
+        return DTYPES[self.method.weight_dtype], DTYPES[self.method.index_dtype]
 
     @property
     def num_valid(self) -> int:
@@ -102,8 +112,7 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, **given)
     else:
-        first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
-        canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in (first, np.int32)]
+        canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in case.dtypes]
         kind = cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing
         out = kind(*(canvas.array for canvas in canvases))
         result = call(case.op, case.as_of_rows, **given, out=out)
@@ -141,16 +150,17 @@ def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
     arrays, method = case.arrays, case.method
     if case.op == "topk_select":
         return topk_select.topk_select(arrays["scores"], case.options["k"], arrays.get("lengths"), arrays.get("starts"))
+    bias = arrays.get("bias")
+    more: dict[str, Any] = {name: arrays.get(name) for name in ("logit_bias", "expert_scale")}
+    more["num_valid"] = case.num_valid
     if case.op == "activation_topk":
         assert method is not None
-        return activation_topk.activation_topk(arrays["logits"], method, arrays.get("bias"), num_valid=case.num_valid)
+        return activation_topk.activation_topk(arrays["logits"], method, bias, **more)
     if case.op == "dense_router":
         assert method is not None
-        return dense_router.dense_router(
-            arrays["x"], arrays["weight"], method, arrays.get("bias"), num_valid=case.num_valid
-        )
-    more = {name: arrays.get(name) for name in ("logits", "x", "weight")}
-    return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more, num_valid=case.num_valid)
+        return dense_router.dense_router(arrays["x"], arrays["weight"], method, bias, **more)
+    more |= {name: arrays.get(name) for name in ("logits", "x", "weight")}
+    return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more)
 
 
 def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
@@ -166,6 +176,13 @@ def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
     compare.assert_same_bits(first[valid:], want[0][valid:])
     compare.assert_same_bits(indices[valid:], want[1][valid:])
     ours, reference = (compare.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
+    if has_steps(case):
+        assert method is not None
+        np.testing.assert_array_equal(ours.indices, reference.indices)
+        good = reference.indices[:, 0] >= 0
+        assert_steps_close(ours.weights[good], reference.weights[good], reference.indices[good], case, good)
+        compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
+        return
     if case.op in ("activation_topk", "dense_router"):
         compare.assert_routes(ours, reference, logits(case)[:valid], method, arrays.get("bias"))
         return
@@ -177,6 +194,37 @@ def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
     compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
     rtol = compare.tolerance(logits(case)[:valid][good], reference.indices[good], method)
     compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
+
+
+def has_steps(case: Case) -> bool:
+    """Whether there is more to it than a score of a logit, a bias and a sum."""
+    plain = {"num_experts", "top_k", "score", "renormalize", "renormalize_eps", "renormalize_min", "scale"}
+    return case.method is not None and bool(_set(case.method).keys() - plain or case.arrays.keys() & LAYER)
+
+
+LAYER = {"logit_bias", "expert_scale"}
+
+
+def assert_steps_close(got: np.ndarray, want: np.ndarray, indices: np.ndarray, case: Case, rows: np.ndarray) -> None:
+    """Weights of the same experts, within the rounding of their steps."""
+    method = case.method
+    assert method is not None
+    layer = steps.Layer(logit_bias=case.arrays.get("logit_bias"))
+    prepared = steps.prepare(logits(case)[: case.num_valid][rows], method, layer)
+    experts = indices[:, : method.top_k].astype(np.int64)
+    with np.errstate(all="ignore"):
+        finite = np.where(np.isfinite(prepared), np.abs(prepared), 0).astype(np.float64)
+        exponent = 1.2e-7 * finite.max(axis=-1, keepdims=True, initial=0)  # of x - max, by a softmax of any kind
+    if method.score == "softmax" or method.shared_in_normalizer:
+        rtol = 3e-6 + exponent
+    else:
+        rtol = compare.tolerance(prepared, experts, method).max(axis=-1, keepdims=True, initial=2e-6)
+    scale = case.arrays.get("expert_scale", np.ones(1, np.float32))
+    tiny = max(1.0, abs(method.scale)) * max(1.0, float(np.abs(scale).max()))
+    if method.weight_dtype == "float16":
+        tiny += 2.0**-25 / compare.TINY  # half of its smallest subnormal
+    rtol += 2 * steps.HALF_ULP[method.weight_dtype]  # both were rounded
+    compare.assert_weights_close(got, want, rtol, tiny)
 
 
 def logits(case: Case) -> np.ndarray:

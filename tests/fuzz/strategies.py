@@ -45,6 +45,16 @@ class Setting:
     weight_dtype: str = "float32"
     hidden: int = 0
     rows: int = -1  # so many where that matters
+    steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
+
+    def method(self, **changes: Any) -> RoutingMethod:
+        return RoutingMethod(
+            self.columns, self.k, self.score, renormalize=self.renormalize, **{**dict(self.steps), **changes}
+        )
+
+    @property
+    def num_logits(self) -> int:
+        return self.method().num_logits
 
     @property
     def wide(self) -> bool:
@@ -60,6 +70,7 @@ class Setting:
         if self.hidden:
             parts += [f"hidden{self.hidden}", f"weight:{self.weight_dtype}"]
         parts += [f"{self.rows}rows"] if self.rows >= 0 else []
+        parts += [f"{name}:{value}" for name, value in self.steps]
         return "-".join(
             [
                 *parts,
@@ -105,7 +116,40 @@ def _activation_topk(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(WIDE_COLUMNS if wide else COLUMNS))
     if wide:
         common["k"] = rng.choice((1, 6, 40))
-    return Setting("activation_topk", **common, given=_bias(rng), as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
+    given = _bias(rng)
+    if rng.random() < 0.5:
+        given |= _steps(rng, common, bool(given))
+    return Setting("activation_topk", **common, given=given, as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
+
+
+def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozenset[str]:
+    """Further steps of a method, put into `common`, and the arrays that go with them. Experts are chosen by logits or
+    by scores that are logits, so that no rounding decides between them."""
+    steps: dict[str, Any] = {}
+    by = rng.choice(("identity", "logits", "after"))
+    if by == "identity":
+        common["score"] = "identity"
+    if by == "logits" or (by == "after" and biased):
+        steps["bias_on"] = "logits"
+    if by == "after":
+        steps["score_after_topk"] = True
+    divisors = [g for g in range(2, min(common["columns"], 40)) if common["columns"] % g == 0]
+    if divisors and rng.random() < 0.6:
+        groups = rng.choice(divisors)
+        fewest = -(-common["k"] * groups // common["columns"])
+        if fewest < groups:
+            steps["num_groups"], steps["top_groups"] = groups, rng.randrange(fewest, groups)
+            steps["group_score"] = rng.choice(("max", "top2"))
+    if rng.random() < 0.3:
+        steps["num_shared_experts"] = rng.choice((1, 3))
+        if common["score"] == "sigmoid":
+            steps["shared_in_normalizer"] = common["renormalize"] = True
+    if rng.random() < 0.5:
+        steps["weight_dtype"], steps["index_dtype"] = rng.choice(FLOATS), rng.choice(INTS)
+    if rng.random() < 0.3:
+        steps["logit_scale"] = rng.choice((0.5, -2.0))
+    common["steps"] = tuple(sorted(steps.items()))
+    return frozenset(name for name in ("logit_bias", "expert_scale") if rng.random() < 0.4)
 
 
 def _bias(rng: random.Random) -> frozenset[str]:
@@ -125,7 +169,10 @@ def _hash_router(rng: random.Random) -> Setting:
 def _dense_router(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS))
     rows = rng.choice((1, 3, 8, 17, 40, 64))
-    return Setting("dense_router", **common, given=_bias(rng), rows=rows, **_gate(rng, common["aligned"]))
+    given = _bias(rng)
+    if rng.random() < 0.4:
+        given |= _steps(rng, common, bool(given))
+    return Setting("dense_router", **common, given=given, rows=rows, **_gate(rng, common["aligned"]))
 
 
 def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
@@ -164,10 +211,10 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
 
 @st.composite
 def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
-    rows, layout = draw(_rows(setting, setting.columns, max_rows))
-    arrays = {"logits": draw(_floats((rows, setting.columns), setting.dtype))}
+    rows, layout = draw(_rows(setting, setting.num_logits, max_rows))
+    arrays = {"logits": draw(_floats((rows, setting.num_logits), setting.dtype))}
     layouts = {"logits": layout}
-    options = draw(_bias_and_num_valid(setting, arrays, layouts))
+    options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
     return Case(
         "activation_topk", arrays, method, options, layouts, draw(_padding), setting.as_of_rows, draw(_schedules)
@@ -179,7 +226,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     arrays: dict[str, np.ndarray] = {}
     layouts: Layouts = {}
     draw(_factors(setting, setting.rows, arrays, layouts))
-    options = draw(_bias_and_num_valid(setting, arrays, layouts))
+    options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
     return Case("dense_router", arrays, method, options, layouts, draw(_padding), 0, draw(_schedules))
 
@@ -231,18 +278,24 @@ def _layout(draw: st.DrawFn, aligned: bool, columns: int) -> tuple[int, int]:
 @st.composite
 def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.ndarray], layouts: Layouts) -> None:
     """x and weight, put among the arrays."""
-    for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.columns, setting.weight_dtype)):
+    for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.num_logits, setting.weight_dtype)):
         arrays[name] = draw(_small_integers((count, setting.hidden), dtype))
         layouts[name] = draw(_layout(setting.aligned, setting.hidden))
 
 
 @st.composite
-def _bias_and_num_valid(
+def _layer_and_num_valid(
     draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], layouts: Layouts
 ) -> dict[str, int]:
-    if "bias" in setting.given:
-        arrays["bias"] = draw(_floats((setting.columns,), "float32", _biases))
-        layouts["bias"] = (0, 0 if setting.aligned else 1)
+    for name in ("bias", "logit_bias"):
+        if name in setting.given:
+            arrays[name] = draw(_floats((setting.columns,), "float32", _biases))
+            layouts[name] = (0, 0 if setting.aligned else 1)
+    if "expert_scale" in setting.given:  # infinite ones would tell 0 from the smallest weights
+        few = st.sampled_from([0.0, 1.0, -1.5, 0.25, 8.0, 1e4])
+        arrays["expert_scale"] = np.resize(
+            np.array(draw(st.lists(few, min_size=1, max_size=9)), np.float32), setting.columns
+        )
     return draw(_num_valid(arrays, len(next(iter(arrays.values())))))
 
 
@@ -260,13 +313,11 @@ def _num_valid(draw: st.DrawFn, arrays: dict[str, np.ndarray], rows: int) -> dic
 
 @st.composite
 def _methods(draw: st.DrawFn, setting: Setting) -> RoutingMethod:
-    eps = draw(st.sampled_from([0.0, 1e-20, 0.25]))
-    minimum = draw(st.sampled_from([None, 0.0, 1e-12, 0.5])) if eps == 0 else None
+    fixed_sum = dict(setting.steps).get("shared_in_normalizer", False)
+    eps = 0.0 if fixed_sum else draw(st.sampled_from([0.0, 1e-20, 0.25]))
+    minimum = draw(st.sampled_from([None, 0.0, 1e-12, 0.5])) if eps == 0 and not fixed_sum else None
     scale = draw(st.sampled_from([1.0, 1.5, 2.5, 0.0, -2.0, 1e30]))
-    return RoutingMethod(
-        setting.columns, setting.k, setting.score, renormalize=setting.renormalize,
-        renormalize_eps=eps, renormalize_min=minimum, scale=scale,
-    )  # fmt: skip
+    return setting.method(renormalize_eps=eps, renormalize_min=minimum, scale=scale)
 
 
 # -- Values ------------------------------------------------------------------------------------------------------------

@@ -176,8 +176,7 @@ def call(case: Case) -> Call:
     """The op itself, for another process; results go into strided arrays if the case has such."""
     given = arguments(case, HOST)
     if case.out_padding >= 0:
-        first = case.arrays["scores"].dtype if case.op == "topk_select" else np.float32
-        arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in (first, np.int32))
+        arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in case.dtypes)
         given["out"] = (TopK if case.op == "topk_select" else Routing)(*arrays)
     return Call("tests.fuzz.case:call", (case.op, case.as_of_rows), given)
 
