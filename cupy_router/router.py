@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,21 @@ class Router:
         self.logit_bias, self.expert_scale = logit_bias, expert_scale
         self._follows = False  # whether the arrays are copied to wherever x lies
         self._copies: dict[tuple[str, int], Router] = {}
-        with _named("Router"):
+        with check.named("Router"):
             self._described = self._validate()
         self._enter()
+
+    @classmethod
+    def of_leaves(cls, method: RoutingMethod, arrays: Mapping[str, Any]) -> Router:
+        """A router of what stands for the arrays of another one, unchecked: a pytree's leaves may be anything."""
+        router = cls.__new__(cls)
+        router.method = method
+        for name, array in arrays.items():
+            setattr(router, name, array)
+        router._follows, router._copies = False, {}
+        router._described = ", ".join(name for name, array in arrays.items() if array is not None)
+        router._enter()
+        return router
 
     def _enter(self) -> None:
         self.number = next(_numbers)
@@ -86,7 +97,7 @@ class Router:
 
     def _validate(self) -> str:
         """What the repr says of the arrays, if nothing is wrong with them."""
-        views = {name: _view(name, array) for name, array in self._arrays().items() if array is not None}
+        views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
         table = views.get("table")
         layer = views.get("bias"), views.get("logit_bias"), views.get("expert_scale")
         if table is None or "weight" in views:
@@ -105,7 +116,7 @@ class Router:
             check.strides(view)
         return ", ".join(f"{name}={view}" for name, view in views.items())
 
-    def _arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, Any]:
         """The arrays of the layer by the names of their arguments, None for what it does not have."""
         return {name: getattr(self, name) for name in ("weight", "bias", "logit_bias", "expert_scale", "table")}
 
@@ -171,7 +182,7 @@ class Router:
         >>> Router.from_state_dict(state, "layers.3", RoutingMethod(4, 2))(identity[2:3]).indices
         array([[2, 0]], dtype=int32)
         """
-        with _named("Router.from_state_dict"):
+        with check.named("Router.from_state_dict"):
             return cls._from_keys(state, huggingface.router_keys(state, prefix), method)
 
     @classmethod
@@ -186,7 +197,7 @@ class Router:
             OSError: there is no such file.
             TypeError, ValueError: as for :meth:`from_state_dict`, or it is no safetensors file.
         """
-        with _named("Router.from_safetensors"):
+        with check.named("Router.from_safetensors"):
             files = checkpoint.files_by_key(Path(path))
             keys = huggingface.router_keys(files, prefix)
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
@@ -215,7 +226,7 @@ class Router:
         found = self._copies.get(device)
         if found is None:
             move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
-            moved = {name: None if array is None else move(array) for name, array in self._arrays().items()}
+            moved = {name: None if array is None else move(array) for name, array in self.arrays().items()}
             found = self._copies[device] = Router(self.method, **moved)
         return found
 
@@ -224,19 +235,10 @@ class Router:
 tracer: Any = None
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors begin with who raised them."""
-    try:
-        yield
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
 def _view(name: str, array: Any) -> View:
     framework = framework_of(name, array)
+    if framework.traced:
+        return framework.outline(name, array)
     return framework.view(name, array, framework.current_stream(array))
 
 

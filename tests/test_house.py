@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"ops", "results", "router", "method"},
+    "jax": {"arrays", "compiler", "method", "ops", "router"},
     "__init__": {"method", "ops", "results", "router", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "method", "results"},
     "__main__": {"cli"},

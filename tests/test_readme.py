@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = [(code.split()[1].split(".")[0], code) for code in re.findall(r"```python\n(.*?)```", README, re.S)]
 NO_EXAMPLES = re.compile(
-    r"\.(__main__|_cupy|_jax|_torch|torch(\.\w+)?)$"
+    r"\.(__main__|_cupy|_jax|_torch|(torch|jax)(\.\w+)?)$"
 )  # modules that run a command or need a framework
 MODULES = ["cupy_router"] + [
     module.name

@@ -22,6 +22,12 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 Allocator = Callable[[], tuple[Any, int]]
 
+TRACED = ("jax", 0)  # the device of what has no memory yet
+
+
+class Traced(Exception):
+    """An argument is a value of a graph that is being traced: it has a shape and a dtype, but no memory yet."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -51,6 +57,7 @@ class Framework:
 
     name: str
     delivers = False  # whether results need `deliver` before the caller gets them
+    traced = False  # whether arrays have no memory yet: everything but `outline` then raises `Traced`
 
     def current_stream(self, array: Any) -> int | None:
         """The stream that the framework is enqueueing on for this array's device."""
@@ -65,6 +72,10 @@ class Framework:
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         """Everything about the array, for checks and for the reference."""
+        raise NotImplementedError
+
+    def outline(self, name: str, array: Any) -> View:
+        """The array without its memory, on the device `TRACED`: for checks while a graph is traced."""
         raise NotImplementedError
 
     def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
@@ -89,8 +100,9 @@ FRAMEWORKS: dict[type, Framework] = {}
 # The room of each framework, by the top-level package that defines (a base of) the array's type.
 _ROOMS = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
 
-# Rooms on top that are loaded as soon as arrays of a framework are in use: this one teaches torch.compile the ops.
-_COMPANIONS = {"_torch": "cupy_router.torch"}
+# Rooms on top that are loaded as soon as arrays of a framework are in use: they teach torch.compile and jax.jit the
+# ops.
+_COMPANIONS = {"_torch": "cupy_router.torch", "_jax": "cupy_router.jax"}
 
 
 def framework_of(name: str, array: Any) -> Framework:
@@ -107,12 +119,12 @@ def _find(name: str, kind: type) -> Framework:
         room = _ROOMS.get(base.__module__.partition(".")[0])
         if room is not None and base is not object:
             module = importlib.import_module(f"cupy_router.arrays.{room}")
-            if issubclass(kind, module.ARRAY_TYPES):
-                if room in _COMPANIONS:
-                    importlib.import_module(_COMPANIONS[room])
-                return module.FRAMEWORK  # type: ignore[no-any-return]  # modules are not typed by their content
-            if room == "_jax" and hasattr(kind, "__dlpack__"):
-                raise TypeError(f"{name} is a JAX tracer: call the op outside jax.jit, on arrays that hold values")
+            # Tracers first: to JAX before 0.9 they are arrays as well.
+            for types, framework in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
+                if issubclass(kind, types):
+                    if room in _COMPANIONS:
+                        importlib.import_module(_COMPANIONS[room])
+                    return getattr(module, framework)  # type: ignore[no-any-return]  # modules are not typed by content
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         from cupy_router.arrays import _dlpack, _exchange
 

@@ -4,6 +4,8 @@
 `__dlpack__(stream=ours)` makes our stream wait for the producer; the capsule it returns keeps the buffer from being
 reused and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream
 after ours.
+
+A tracer is what jax.jit, jax.vmap and jax.grad pass in place of an array: no op can run on it.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import Allocator, Framework, View
+from cupy_router.arrays import TRACED as NO_DEVICE
+from cupy_router.arrays import Allocator, Framework, Traced, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
 ARRAY_TYPES = (jax.Array,)
+TRACERS = (jax.core.Tracer,)
 
 
 class JAX(Framework):
@@ -38,24 +42,25 @@ class JAX(Framework):
         device = _device("an array", array)
         if device[0] == "cuda":
             owners.append(array.__dlpack__(stream=consumer_stream(stream)))
-        pointer = array.unsafe_buffer_pointer()
+        pointer = _pointer(array, device)
         return pointer, ("jax", array.dtype, array.shape, device, pointer & 15)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         device = _device(name, array)
-        strides = [1] * array.ndim
-        for axis in range(array.ndim - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * array.shape[axis + 1]
         return View(
             name=name,
-            pointer=array.unsafe_buffer_pointer(),
+            pointer=_pointer(array, device),
             shape=array.shape,
-            strides=tuple(strides),
+            strides=_dense(array.shape),
             dtype=NAMES.get(array.dtype, str(array.dtype)),
             device=device,
             readonly=True,
             host=np.asarray(array) if device[0] == "cpu" else None,
         )
+
+    def outline(self, name: str, array: Any) -> View:
+        dtype = NAMES.get(array.dtype, str(array.dtype))
+        return View(name, 0, tuple(array.shape), _dense(array.shape), dtype, NO_DEVICE, True, None)
 
     def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
@@ -75,6 +80,26 @@ class JAX(Framework):
         return jax.numpy.asarray(values)
 
 
+class Tracers(JAX):
+    traced = True
+
+    def current_stream(self, array: Any) -> int | None:
+        raise Traced
+
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+        raise Traced
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        raise Traced
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
 def _device(name: str, array: Any) -> tuple[str, int]:
     if len(array.devices()) != 1:
         raise ValueError(f"{name} must lie on one device, got a JAX array on {len(array.devices())} devices")
@@ -82,4 +107,12 @@ def _device(name: str, array: Any) -> tuple[str, int]:
     return ("cuda", index) if kind == CUDA else ("cpu", 0)
 
 
-FRAMEWORK = JAX()
+def _pointer(array: Any, device: tuple[str, int]) -> int:
+    """The address. JAX keeps the GIL while it waits for memory that it has promised, and on a CPU what it waits for may
+    be a Python function that needs the GIL (pure_callback, or an op inside jax.jit): so we wait first."""
+    if device[0] == "cpu":
+        array.block_until_ready()
+    return int(array.unsafe_buffer_pointer())
+
+
+FRAMEWORK, TRACED = JAX(), Tracers()

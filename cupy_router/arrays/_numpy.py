@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -42,6 +44,15 @@ class NumPy(Framework):
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         return values
+
+
+def host_memory(pointer: int, like: View) -> np.ndarray[Any, Any]:
+    """Dense CPU memory that somebody else keeps, with the shape and dtype of a view."""
+    num_bytes = math.prod(like.shape) * ITEM_SIZES[like.dtype]
+    if num_bytes == 0:  # which may have no address
+        return np.empty(like.shape, DTYPES[like.dtype])
+    memory = (ctypes.c_ubyte * num_bytes).from_address(pointer)
+    return np.ndarray(like.shape, DTYPES[like.dtype], memoryview(memory))
 
 
 FRAMEWORK = NumPy()

@@ -8,24 +8,26 @@ their alignment, so a call whose key is known needs no check but that of `num_va
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cupy_router import compiler
+from cupy_router import compiler, scratch
 from cupy_router.arrays import (
     FRAMEWORKS,
     Allocator,
     Framework,
+    Traced,
     View,
     framework_of,
     in_flight,
     keep_until_done,
     stream_handle,
 )
-from cupy_router.arrays._numpy import DTYPES
+from cupy_router.arrays._numpy import DTYPES, host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
 
@@ -76,7 +78,7 @@ class Op:
 
 class _Plan(NamedTuple):
     num_rows: int
-    allocators: tuple[Allocator, Allocator]
+    allocators: tuple[Allocator, ...]
     launch: Work | None  # None: no rows, nothing to do
 
 
@@ -86,6 +88,9 @@ _plans: dict[Hashable, _Plan] = {}
 
 # Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
 tracer: Any = None
+
+# Set by cupy_router.jax: how a call of which an argument is a tracer is put into JAX's graph.
+traced: Any = None
 
 
 def run(
@@ -110,6 +115,8 @@ def run(
         if current is None:
             return _run_on_host(op, options, inputs, out, framework, number)
         return _run_on_device(op, options, inputs, out, framework, current, number, [])
+    except Traced:
+        pass  # goes on below, where errors do not name this one as their context
     except compiler.CompileError:
         raise
     except RuntimeError:
@@ -125,6 +132,7 @@ def run(
         raise TypeError(f"{op.name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{op.name}: {error}") from error
+    return traced.run(op, options, inputs, out, stream, number)
 
 
 def _run_on_device(
@@ -152,11 +160,8 @@ def _run_on_device(
     plan = _plans.get(plan_key)
     if plan is None:
         views, out_views, outputs = _checked(op, options, inputs, out, stream)
-        first, second = (framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs)
-        plan = _Plan(outputs[0][0][0], (first, second), _planned(op, options, views, out_views, outputs))
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[plan_key] = plan
+        allocators = tuple(framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs)
+        plan = _keep(plan_key, _Plan(outputs[0][0][0], allocators, _planned(op, options, views, out_views, outputs)))
     num_rows, (allocate_first, allocate_second), launch = plan
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
@@ -177,6 +182,62 @@ def _run_on_device(
     if framework.delivers:
         return op.result(framework.deliver(first, inputs[0]), framework.deliver(second, inputs[0]))
     return op.result(first, second)
+
+
+def _keep(key: Hashable, plan: _Plan) -> _Plan:
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def work_for(
+    key: Hashable, op: Op, describe: Callable[[], tuple[Hashable, Sequence[View | None], Sequence[View]]]
+) -> Work | None:
+    """What a call enqueues that reads and writes the memory of others; None if there are no rows.
+
+    The key holds all that this depends on. If it is new, `describe` gives the options and the views of inputs and
+    results, whose pointers count for their alignment alone.
+    """
+    if compiler.WATCHING and compiler.changed():
+        _plans.clear()
+    plan = _plans.get(key)
+    if plan is None:
+        options, views, out_views = describe()
+        outputs = op.check(options, *views)
+        for view, (shape, dtype) in zip(out_views, outputs, strict=True):
+            check.dtype(view, (dtype,))
+            check.shape(view, shape, "num_rows, k")
+        kind = out_views[0].device[0]
+        if compiler.backend(kind) is None:
+            work: Work | None = _Reference(op, options, views, out_views)
+        else:
+            with scratch.relaxed() if kind == "cuda" else nullcontext():  # others may be capturing the stream
+                work = _planned(op, options, views, out_views, outputs)
+        plan = _keep(key, _Plan(outputs[0][0][0], (), work))
+    return plan.launch
+
+
+class _Reference:
+    """The reference on CPU memory that is known by its addresses."""
+
+    function: compiler.Function  # there is none
+
+    def __init__(self, op: Op, options: Hashable, views: Sequence[View | None], out_views: Sequence[View]) -> None:
+        self._op, self._options = op, options
+        self._views, self._num_inputs = (*views, *out_views), len(views)
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        *pointers, number = varying if self._op.takes_number else (*varying, -1)
+        arrays = [
+            None if view is None else host_memory(int(at), view) for at, view in zip(pointers, self._views, strict=True)
+        ]
+        inputs, results = arrays[: self._num_inputs], arrays[self._num_inputs :]
+        for array in inputs:
+            if array is not None:
+                array.flags.writeable = False
+        for array, values in zip(results, self._op.reference(self._options, number, *inputs), strict=True):
+            array[...] = values  # type: ignore[index]  # there are always results
 
 
 def _run_on_host(

@@ -4,15 +4,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import View
+from cupy_router.arrays import TRACED, View
 
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors begin with who raised them."""
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def dtype(view: View, allowed: Sequence[str]) -> None:
@@ -55,7 +67,7 @@ def strides(view: View) -> None:
 
 
 def one_device(views: Sequence[View]) -> None:
-    if len({view.device for view in views}) > 1:
+    if len({view.device for view in views} - {TRACED}) > 1:
         raise ValueError(f"all arrays must lie on one device, got {', '.join(f'{v.name} {v}' for v in views)}")
 
 

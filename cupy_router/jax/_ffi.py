@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XLA's typed FFI from Python, without a compiler: C callbacks by ctypes; knows nothing of routing.
+
+XLA calls a handler with a call frame: buffers, attributes, and a table of functions to ask for more, such as the CUDA
+stream. The C layout is that of `xla/ffi/api/c_api.h`, which jaxlib ships (`jax.ffi.include_dir()`); what is used of it
+is the same in versions 0.1 to 0.4. Every struct begins with its own size, by which XLA and we see what the other knows.
+
+ctypes takes the GIL before a callback runs and gives it back behind it. XLA never holds the GIL while it executes, so
+the two cannot wait for each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_MAJOR = 0
+_EXECUTE = 3  # XLA_FFI_ExecutionStage
+_METADATA = 1  # XLA_FFI_Extension_Type
+_BUFFER = 1  # XLA_FFI_ArgType and XLA_FFI_RetType
+_STRING = 4  # XLA_FFI_AttrType
+_COMMAND_BUFFER_COMPATIBLE = 1  # XLA_FFI_Handler_TraitsBits
+_INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
+
+# XLA_FFI_DataType of what the ops take or return.
+DTYPES = {4: "int32", 5: "int64", 10: "float16", 11: "float32", 16: "bfloat16"}
+
+# Places in the table of functions.
+_ERROR_CREATE, _ERROR_GET_MESSAGE, _ERROR_DESTROY, _STREAM_GET, _DEVICE_ORDINAL_GET, _NUM_FUNCTIONS = 0, 1, 2, 4, 17, 18
+
+ATTRIBUTE = "call"  # the only one that a handler reads, a string
+
+_pointer, _size = ctypes.c_void_p, ctypes.c_size_t
+
+
+# -- The C layout ------------------------------------------------------------------------------------------------------
+
+# What every execution reads comes by `struct`, which takes less time than ctypes' fields. N is a size_t, P a
+# pointer. XLA_FFI_CallFrame: struct_size, extension, api, context, stage; then arguments, results and attributes, each
+# struct_size, extension, size, types, (names of attributes,) items.
+_FRAME = "@NP PPi NPqPP NPqPP NPqPPP"
+_BUFFER_FIELDS = "@NP iPqP"  # XLA_FFI_Buffer: struct_size, extension, dtype, data, rank, dims
+_SPAN = "@PN"  # XLA_FFI_ByteSpan: start, size
+_FRAME_BYTES = struct.calcsize(_FRAME)
+
+
+def _reader(format: str) -> Callable[[int], tuple[Any, ...]]:
+    """What reads C fields at an address."""
+    layout = struct.Struct(format)
+    block, unpack = ctypes.c_char * layout.size, layout.unpack_from
+    return lambda address: unpack(block.from_address(address))
+
+
+_read_frame, _read_buffer, _read_span = map(_reader, (_FRAME, _BUFFER_FIELDS, _SPAN))
+
+# By length: at most so many buffers and axes.
+_MOST = 16
+_read_ints, _read_pointers, _read_dims = (
+    [_reader(format.format(n, 8 * n)) for n in range(_MOST + 1)] for format in ("{0}i", "{0}P", "{1}s")
+)
+
+
+class _Sized(ctypes.Structure):
+    """What all structs but the smallest begin with."""
+
+    _fields_ = [("struct_size", _size), ("extension", _pointer)]
+
+
+class _Version(_Sized):
+    _fields_ = [("major", ctypes.c_int), ("minor", ctypes.c_int)]
+
+
+class _Table(_Sized):
+    """XLA_FFI_Api."""
+
+    _fields_ = [("version", _Version), ("internal", _pointer), ("functions", _pointer * _NUM_FUNCTIONS)]
+
+
+class _Extension(ctypes.Structure):
+    _fields_ = [("struct_size", _size), ("type", ctypes.c_int), ("next", _pointer), ("metadata", _pointer)]
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", _size), ("version", _Version), ("traits", ctypes.c_uint32)]
+
+
+class _ErrorCreate(_Sized):
+    _fields_ = [("message", ctypes.c_char_p), ("code", ctypes.c_int)]
+
+
+class _ErrorDetails(_Sized):
+    _fields_ = [("error", _pointer), ("message", ctypes.c_char_p), ("code", ctypes.c_int)]
+
+
+class _StreamGet(_Sized):
+    _fields_ = [("context", _pointer), ("stream", _pointer)]
+
+
+class _DeviceOrdinalGet(_Sized):
+    _fields_ = [("context", _pointer), ("ordinal", ctypes.c_int32)]
+
+
+# These are called with the GIL held: they take a microsecond at most, and giving it up would invite others to run.
+_FUNCTION = ctypes.PYFUNCTYPE(_pointer, _pointer)
+_HANDLER = ctypes.CFUNCTYPE(_pointer, _pointer)
+
+
+# -- Handlers ----------------------------------------------------------------------------------------------------------
+
+
+class Execution(NamedTuple):
+    """What XLA hands to a handler; buffers are dense, inputs come before results."""
+
+    call: bytes  # the attribute
+    num_inputs: int
+    pointers: list[int]
+    facts: tuple[tuple[int, bytes, int], ...]  # of each buffer: XLA's dtype, its dimensions, the address modulo 16
+    device: tuple[str, int]
+    stream: int
+
+
+def shape_and_dtype(fact: tuple[int, bytes, int]) -> tuple[tuple[int, ...], str]:
+    code, dims, _ = fact
+    return struct.unpack(f"{len(dims) // 8}q", dims), DTYPES.get(code, f"XLA type {code}")
+
+
+def handler(name: str, execute: Callable[[Execution], None], on_cuda: bool, command_buffers: bool) -> Any:
+    """A C function that XLA may call from any thread; the caller keeps it for ever.
+
+    What `execute` raises becomes an XLA error with the message, behind the name. `command_buffers`: whether it only
+    enqueues work on the stream, the same for the same buffers, so that XLA may capture it in a command buffer and
+    replay that.
+    """
+
+    def handle(address: int) -> int | None:
+        size, extension, api, context, stage, *lists = _read_frame(address)
+        try:
+            if size < _FRAME_BYTES:
+                raise RuntimeError(f"XLA's call frame has {size} bytes, fewer than in version 0.1")
+            if extension and _answer_metadata(extension, api, command_buffers):
+                return None
+            if stage == _EXECUTE:
+                functions = _known.get(api) or _get_to_know(api)
+                device = ("cuda", functions.device(context)) if on_cuda else ("cpu", 0)
+                stream = functions.stream(context) if on_cuda else 0
+                execute(_read(lists, device, stream))
+        # Also KeyboardInterrupt: whatever ctypes sees raised it ignores, and XLA would take the results for good.
+        except BaseException as error:
+            is_callers = isinstance(error, (TypeError, ValueError))
+            message = str(error) if is_callers else f"{type(error).__name__}: {error}"
+            return _make_error(api, f"{name}: {message}", _INVALID_ARGUMENT if is_callers else _INTERNAL)
+        return None
+
+    return _HANDLER(handle)
+
+
+def _answer_metadata(address: int, api: int, command_buffers: bool) -> bool:
+    """XLA asks each handler, when it is registered, for which version it was made and what may be done with it.
+
+    The answer is XLA's own version, whatever that is: a registration that fails takes JAX's whole backend with it. If
+    we do not know the version, executions say so.
+    """
+    while address:
+        extension = _Extension.from_address(address)
+        if extension.type == _METADATA:
+            metadata = _Metadata.from_address(extension.metadata)
+            version = _Table.from_address(api).version if api else _Version(major=0, minor=1)
+            metadata.version.major, metadata.version.minor = version.major, version.minor
+            metadata.traits = _COMMAND_BUFFER_COMPATIBLE if command_buffers else 0
+            return True
+        address = extension.next
+    return False
+
+
+def _read(lists: list[int], device: tuple[str, int], stream: int) -> Execution:
+    _, _, num_inputs, input_types, inputs, _, _, num_results, result_types, results, _, _, *attributes = lists
+    addresses: list[int] = []
+    pointers: list[int] = []
+    facts: list[tuple[int, bytes, int]] = []
+    for size, types, items in ((num_inputs, input_types, inputs), (num_results, result_types, results)):
+        if size:
+            if size > _MOST or _read_ints[size](types) != (_BUFFER,) * size:
+                raise RuntimeError(f"XLA passes more than {_MOST} arguments, or one that is no buffer")
+            addresses += _read_pointers[size](items)
+    for address in addresses:
+        _, _, dtype, pointer, rank, dims = _read_buffer(address)
+        pointers.append(pointer)
+        if rank > _MOST:
+            raise RuntimeError(f"XLA passes an array of {rank} axes")
+        facts.append((dtype, _read_dims[rank](dims)[0] if rank else b"", pointer & 15))
+    return Execution(_attribute(*attributes), num_inputs, pointers, tuple(facts), device, stream)
+
+
+def _attribute(size: int, types: int, names: int, items: int) -> bytes:
+    if size != 1 or _read_ints[1](types) != (_STRING,):
+        raise RuntimeError(f"a call needs the attribute {ATTRIBUTE!r}, a string, and no other one")
+    (span,) = _read_pointers[1](items)
+    start, length = _read_span(span)
+    return ctypes.string_at(start, length)
+
+
+# -- XLA's functions ---------------------------------------------------------------------------------------------------
+
+
+class _Functions:
+    """XLA's functions, if the table is one that we know."""
+
+    def __init__(self, address: int) -> None:
+        table = _Table.from_address(address)
+        version = table.version
+        if version.major != _MAJOR or table.struct_size < ctypes.sizeof(_Table):
+            raise RuntimeError(
+                f"XLA's FFI has version {version.major}.{version.minor} and a table of {table.struct_size} bytes, "
+                f"but cupy_router knows versions {_MAJOR}.x with {ctypes.sizeof(_Table)} bytes or more: "
+                "install another release of JAX or of cupy_router"
+            )
+        self._table = table
+        self._get_stream = _FUNCTION(table.functions[_STREAM_GET])
+        self._get_ordinal = _FUNCTION(table.functions[_DEVICE_ORDINAL_GET])
+
+    def stream(self, context: int) -> int:
+        """The CUDA stream of an execution."""
+        args = _StreamGet(_used(_StreamGet), None, context)
+        self._check(self._get_stream(ctypes.addressof(args)))
+        return args.stream or 0
+
+    def device(self, context: int) -> int:
+        """The number of its device, which is CUDA's."""
+        args = _DeviceOrdinalGet(_used(_DeviceOrdinalGet), None, context)
+        self._check(self._get_ordinal(ctypes.addressof(args)))
+        return int(args.ordinal)
+
+    def _check(self, error: int | None) -> None:
+        if error:
+            # Version 0.4 renamed GetMessage to GetDetails, which also tells a code: this struct is right for both.
+            args = _ErrorDetails(_used(_ErrorDetails), None, error)
+            _FUNCTION(self._table.functions[_ERROR_GET_MESSAGE])(ctypes.addressof(args))
+            message = (args.message or b"").decode()
+            _FUNCTION(self._table.functions[_ERROR_DESTROY])(ctypes.addressof(args))  # only its `error` is read
+            raise RuntimeError(f"XLA: {message}")
+
+
+_known: dict[int, _Functions] = {}  # by the address of the table, of which each library with XLA in it has one
+
+
+def _get_to_know(address: int) -> _Functions:
+    found = _known[address] = _Functions(address)
+    return found
+
+
+def _make_error(api: int, message: str, code: int) -> int:
+    """The first entry of the table in every version, so that any other difference can be told."""
+    args = _ErrorCreate(_used(_ErrorCreate), None, message.encode(errors="replace"), code)
+    create = _FUNCTION(_Table.from_address(api).functions[_ERROR_CREATE])
+    return create(ctypes.addressof(args)) or 0
+
+
+def _used(kind: type[ctypes.Structure]) -> int:
+    """The size of a struct as XLA counts it: up to its last field, without the padding behind."""
+    name, field_type = kind._fields_[-1][:2]
+    return int(getattr(kind, name).offset) + ctypes.sizeof(field_type)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The custom-call targets: an op each, for CUDA and for CPU memory, and what runs when XLA calls one."""
+
+from __future__ import annotations
+
+import atexit
+import math
+from collections.abc import Hashable, Sequence
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import jax
+
+from cupy_router import compiler
+from cupy_router.arrays import View
+from cupy_router.jax import _exit, _ffi, _text
+from cupy_router.ops import _call, _hash_layer, activation_topk, dense_router, hash_router, topk_select
+
+OPS: dict[str, _call.Op] = {
+    module._OP.name: module._OP for module in (topk_select, activation_topk, hash_router, dense_router, _hash_layer)
+}
+
+# The others use memory of `scratch`, which is one piece more for each capture and never freed: XLA captures anew
+# whenever buffers move.
+_COMMAND_BUFFERS = ("topk_select", "activation_topk", "hash_router")
+
+_handlers: list[Any] = []  # XLA keeps their addresses
+
+
+def target(op: str) -> str:
+    return f"cupy_router.{op}"
+
+
+@cache
+def why_not() -> str | None:
+    """Why ops cannot be traced by this JAX, with the remedy; None if they can."""
+    if jax.__version_info__ < (0, 8):
+        return f"calls inside jax.jit need JAX 0.8 or later, this is {jax.__version__}"
+    return None
+
+
+def register() -> None:
+    """Tell XLA the targets. Platforms that JAX has not started yet, or never will, cost nothing."""
+    if why_not() is not None:
+        return
+    for op in OPS:
+        for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
+            function = _ffi.handler(op, partial(run, op), on_cuda, op in _COMMAND_BUFFERS)
+            _handlers.append(function)
+            jax.ffi.register_ffi_target(target(op), jax.ffi.pycapsule(function), platform=platform)
+    atexit.register(_exit.wait)  # runs before JAX's own, which was registered earlier
+
+
+_decoded = lru_cache(maxsize=4096)(_text.decode)
+
+
+def execute(name: str, execution: _ffi.Execution) -> None:
+    """Enqueue a call of an op on XLA's stream, or run it at once on CPU memory."""
+    op, text = OPS[name], _decoded(execution.call)
+    device, inputs = execution.device, execution.num_inputs
+    key = ("xla", name, execution.call, execution.facts, device, compiler.backend(device[0]))
+    work = _call.work_for(key, op, partial(_describe, op, text, execution))
+    if work is None:
+        return
+    pointers: list[int] = [0] * len(op.inputs)
+    for position, pointer in zip(text.given, execution.pointers, strict=False):
+        pointers[position] = pointer
+    pointers += execution.pointers[inputs:]
+    if op.takes_number:
+        pointers.append(text.number)
+    work(execution.stream, pointers)
+
+
+def _describe(
+    op: _call.Op, text: _text.Text, execution: _ffi.Execution
+) -> tuple[Hashable, Sequence[View | None], Sequence[View]]:
+    names = [op.inputs[position] for position in text.given] + [f"out.{name}" for name in op.result._fields]
+    if len(names) != len(execution.pointers) or len(text.given) != execution.num_inputs:
+        raise RuntimeError(f"{op.name} got {len(execution.pointers)} buffers from XLA, not {', '.join(names)}")
+    buffers = [
+        _view(name, pointer, fact, execution.device)
+        for name, pointer, fact in zip(names, execution.pointers, execution.facts, strict=True)
+    ]
+    views: list[View | None] = [None] * len(op.inputs)
+    for position, view in zip(text.given, buffers, strict=False):
+        views[position] = view
+    return text.options, views, buffers[len(text.given) :]
+
+
+def _view(name: str, pointer: int, fact: tuple[int, bytes, int], device: tuple[str, int]) -> View:
+    shape, dtype = _ffi.shape_and_dtype(fact)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return View(name, pointer, shape, strides, dtype, device, not name.startswith("out."), None)
