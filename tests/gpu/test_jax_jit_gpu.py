@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops inside jax.jit on a GPU: kernels on XLA's stream, from XLA's buffers, with the results of eager calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_router import RoutingMethod, activation_topk, dense_router, topk_select
+from tests import compare, inputs, steps
+from tests.gpu.support import NAMES as SUPPORTED
+from tests.gpu.support import call as supported
+from tests.gpu.support import on_gpu, upload
+from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
+from tests.test_method_steps import METHODS, layer_of
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    framework = on_gpu("jax")
+    if framework.jax.__version_info__ < (0, 8):
+        pytest.skip("calls inside jax.jit need JAX 0.8 or later")
+    return framework
+
+
+# -- Results -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_results_are_right(gpu: Any, name: str, dtype: str) -> None:
+    """Of large calls, against brute force."""
+    case = supported(name, dtype=dtype)
+    result = gpu.jax.jit(lambda arrays: case(arrays))(upload(gpu, case.arrays))
+    assert all(array.devices() == {gpu.device} for array in result)
+    case.check(*map(gpu.numpy, result))
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_traced_call_gives_what_an_eager_call_gives(gpu: Any, name: str, dtype: str) -> None:
+    for n in (1, 9, 64, 65):
+        call = calls(dtype, n)[name]
+        if n <= 64 or "decode" not in name:
+            arrays = upload(gpu, call.arrays)
+            same_bits(gpu.jax.jit(call.function)(**arrays), call(arrays))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tokens(gpu: Any, name: str) -> None:
+    call = calls(n=0)[name]
+    result = gpu.jax.jit(call.function)(**upload(gpu, call.arrays))
+    assert all(array.shape[0] == 0 for array in result)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_of_a_method(gpu: Any, name: str) -> None:
+    method, kind = METHODS[name], list(METHODS).index(name)
+    logits = inputs.distinct(5, method.num_logits)
+    layer = layer_of(method, kind)
+    with gpu.jax.enable_x64(method.index_dtype == "int64"):
+        routed = gpu.jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
+        weights, indices = routed(gpu.array(logits), layer.arguments(gpu.array))
+    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+
+
+@pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_is_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
+    call, size = calls()[name], 3
+    axes = {key: None if key in shared else 0 for key in call.arrays}
+    many = {key: a if key in shared else batch({key: a}, size)[key] for key, a in call.arrays.items()}
+    each = [{key: a if axes[key] is None else a[i] for key, a in many.items()} for i in range(size)]
+    results = [call(upload(gpu, arrays)) for arrays in each]
+    want = type(results[0])(*(gpu.jax.numpy.stack(parts) for parts in zip(*results, strict=True)))
+    mapped = gpu.jax.vmap(lambda arrays: call(arrays), in_axes=(axes,))
+    same_bits(gpu.jax.jit(mapped)(upload(gpu, many)), want)
+
+
+def test_num_valid_is_no_constant(gpu: Any) -> None:
+    logits = gpu.array(inputs.normal((40, 32)))
+    padded = gpu.jax.jit(lambda logits, count: activation_topk(logits, METHOD, num_valid=count))
+    whole = activation_topk(logits, METHOD)
+    for count in (0, 7, 40, 100, -3):
+        got = padded(logits, np.int32(count))
+        rows = min(max(count, 0), 40)
+        np.testing.assert_array_equal(got.indices[:rows], whole.indices[:rows])
+        assert (got.indices[rows:] == -1).all()
+        assert (got.weights[rows:] == 0).all()
+
+
+# -- Streams and memory ------------------------------------------------------------------------------------------------
+
+
+def test_calls_between_slow_operations(gpu: Any) -> None:
+    """Wrong order would be wrong results: what is routed is the end of a long chain, what follows reads the results."""
+    jax = gpu.jax
+    square = gpu.array(np.eye(2048, dtype=np.float32))
+
+    @jax.jit
+    def chain(logits: Any, square: Any) -> Any:
+        for _ in range(20):
+            square = square @ square
+        weights, indices = activation_topk(logits * square[0, 0], METHOD)
+        best = topk_select(weights * square[1, 1], 2)
+        return weights, weights + 1, indices * 2, best
+
+    for seed in range(10):
+        logits = inputs.normal((500, 32), seed=300 + seed)
+        weights, more, indices, best = chain(gpu.array(logits), square)
+        want = compare.route(logits, METHOD)
+        np.testing.assert_array_equal(indices, want.indices * 2)
+        compare.assert_weights_close(np.asarray(weights), want.weights, 2e-6)
+        np.testing.assert_array_equal(more, np.asarray(weights) + 1)
+        np.testing.assert_array_equal(best.indices, compare.topk(np.asarray(weights), 2)[1])
+
+
+def test_the_host_does_not_wait(gpu: Any) -> None:
+    jax = gpu.jax
+    square = gpu.array(np.eye(8192, dtype=np.float32))
+
+    @jax.jit
+    def slow(square: Any, logits: Any) -> Any:
+        for _ in range(30):
+            square = square @ square
+        return activation_topk(logits * square[0, 0], METHOD)
+
+    logits = gpu.array(inputs.normal((64, 32)))
+    jax.block_until_ready(slow(square, logits))
+    begin = time.perf_counter()
+    result = slow(square, logits)
+    dispatched = time.perf_counter() - begin
+    jax.block_until_ready(result)
+    whole = time.perf_counter() - begin
+    print(f"dispatched after {dispatched * 1e3:.2f} ms, ready after {whole * 1e3:.2f} ms")
+    assert dispatched < whole / 3
+
+
+def test_donated_arguments_and_inputs_that_are_kept(gpu: Any) -> None:
+    jax = gpu.jax
+    for name in ("activation_topk", "dense_router", "topk_select"):
+        call = calls()[name]
+        first = next(iter(call.arrays))
+        rest = upload(gpu, {key: array for key, array in call.arrays.items() if key != first})
+        want = call(upload(gpu, call.arrays))
+
+        def both(given: Any, rest: Any, call: Any = call, first: str = first) -> Any:
+            return call({first: given, **rest}), given * 2
+
+        donated = jax.jit(both, donate_argnums=0)
+        for _ in range(5):
+            got, doubled = donated(gpu.array(call.arrays[first]), rest)
+            same_bits(got, want)
+            np.testing.assert_array_equal(doubled, call.arrays[first] * 2)
+        for key, array in rest.items():
+            np.testing.assert_array_equal(array, call.arrays[key])
+
+
+COMMAND_BUFFERS = """
+import numpy as np
+import jax, jax.numpy as jnp
+from cupy_router import activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops import _call
+from tests.jax_calls import METHOD, calls, same_bits
+
+found = calls(n=40)
+arrays = {**found["hash_router of x, padded"].arrays, **found["dense_router"].arrays}
+x, weight, ids, table = (jnp.array(arrays[name]) for name in ("x", "weight", "token_ids", "table"))
+
+def model(x, weight, ids, table):
+    found = []
+    for i in range(6):
+        logits = (x + i) @ weight.T  # exact, whatever XLA makes of it
+        found += [activation_topk(logits, METHOD), hash_router(ids, table, METHOD, logits=logits)]
+        found += [topk_select(found[-1].weights, 2)]
+    return [*found, dense_router(x, weight, METHOD)]
+
+asked = []
+work_for = _call.work_for
+_call.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
+compiled = jax.jit(model)
+for turn in range(30):
+    x = jnp.roll(x, 1, axis=0)
+    held = [jnp.ones(100_000 * turn) for _ in range(turn % 3)]  # so that buffers move
+    for got, want in zip(compiled(x, weight, ids, table), model(x, weight, ids, table), strict=True):
+        same_bits(got, want)
+print("done", len(asked))
+"""
+
+
+@pytest.mark.parametrize("flag", ["", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer="])
+def test_with_and_without_command_buffers(gpu: Any, flag: str) -> None:
+    """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
+    environment = {**os.environ, "XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND_BUFFERS], capture_output=True, text=True, timeout=300, env=environment
+    )
+    if "Unknown flag" in done.stderr:
+        pytest.skip(f"this XLA does not know {flag}")
+    assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
+    print(f"{flag or 'by default'}: {done.stdout.split()[1]} of {30 * 19} calls passed through the handlers")
+
+
+def test_repeated_calls_take_no_more_memory(gpu: Any, cupy: Any) -> None:
+    jax = gpu.jax
+    call = calls(n=300)["dense_router prefill, padded"]
+    arrays, compiled = upload(gpu, call.arrays), jax.jit(call.function)
+    for _ in range(20):
+        jax.block_until_ready(compiled(**arrays))
+    before = cupy.cuda.runtime.memGetInfo()[0]
+    for _ in range(300):
+        jax.block_until_ready(compiled(**arrays))
+    assert before - cupy.cuda.runtime.memGetInfo()[0] < 16 << 20
+
+
+# -- Threads, devices, errors, time ------------------------------------------------------------------------------------
+
+
+def test_eight_threads(gpu: Any) -> None:
+    found = {name: calls(n=33)[name] for name in NAMES}
+    compiled = {name: gpu.jax.jit(call.function) for name, call in found.items()}
+    arrays = {name: upload(gpu, call.arrays) for name, call in found.items()}
+    wanted = {name: call(arrays[name]) for name, call in found.items()}
+
+    def work(turn: int) -> None:
+        for name in (*NAMES[turn:], *NAMES[:turn]):
+            for _ in range(10):
+                same_bits(compiled[name](**arrays[name]), wanted[name])
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(work, turn) for turn in range(8)]:
+            done.result(timeout=240)
+
+
+def test_two_devices(gpu: Any) -> None:
+    jax, jnp = gpu.jax, gpu.jax.numpy
+    devices = jax.devices("gpu")
+    if len(devices) < 2:
+        pytest.skip("needs two CUDA devices")
+    logits, weight = inputs.normal((64, 32)), jnp.array(calls()["dense_router"].arrays["weight"])
+    want = compare.route(logits, METHOD)
+    for device in devices[:2]:
+        got = jax.jit(lambda a: activation_topk(a, METHOD))(jax.device_put(logits, device))
+        assert got.indices.devices() == {device}
+        np.testing.assert_array_equal(got.indices, want.indices)
+    mesh = jax.sharding.Mesh(np.array(devices[:2]), ("tokens",))
+    spec = jax.sharding.PartitionSpec
+    x = jnp.array(calls(n=200)["dense_router"].arrays["x"])
+    sharded = jax.shard_map(
+        lambda x, weight: dense_router(x, weight, METHOD), mesh=mesh,
+        in_specs=(spec("tokens"), spec()), out_specs=spec("tokens"),
+    )  # fmt: skip
+    for _ in range(20):
+        same_bits(jax.jit(sharded)(x, weight), dense_router(x, weight, METHOD))
+
+
+def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_router.ops import _call
+
+    jax = gpu.jax
+    scores = gpu.array(inputs.normal((3, 17)))
+    compiled = jax.jit(lambda a: topk_select(a, 2)).lower(scores).compile()
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_call, "work_for", fail)
+        with pytest.raises(Exception, match="topk_select: RuntimeError: broken"):
+            jax.block_until_ready(compiled(scores))
+    same_bits(compiled(scores), topk_select(scores, 2))
+
+
+def test_a_call_costs_little_more_than_an_addition(gpu: Any) -> None:
+    """The bar is 30 us until ready; the test leaves room for a machine that others use too."""
+    jax = gpu.jax
+    method = RoutingMethod(256, 6)
+    logits = gpu.array(inputs.normal((64, 256)))
+    routed, added = jax.jit(lambda a: activation_topk(a, method)), jax.jit(lambda a: a + a)
+
+    def microseconds(function: Any) -> float:
+        best = float("inf")
+        for _ in range(20):
+            begin = time.perf_counter()
+            for _ in range(50):
+                jax.block_until_ready(function(logits))
+            best = min(best, (time.perf_counter() - begin) / 50 * 1e6)
+        return best
+
+    call, addition = microseconds(routed), microseconds(added)
+    print(f"activation_topk {call:.1f} us, addition {addition:.1f} us")
+    assert call - addition < 60
