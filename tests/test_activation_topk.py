@@ -11,7 +11,7 @@ import pytest
 
 from cupy_router import Routing, RoutingMethod, activation_topk, presets
 from cupy_router.reference.activation_topk import activation_topk as reference
-from tests import compare, inputs
+from tests import compare, inputs, steps
 from tests.backends import Backend
 
 ITEM = pytest.mark.acceptance
@@ -99,6 +99,12 @@ def test_more_experts_than_any_model_has(backend: Backend, experts: int, k: int)
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_presets(backend: Backend, name: str) -> None:
     method = presets()[name]
+    if method.num_groups > 1 or method.score_after_topk:
+        logits = inputs.distinct(backend.rows(40, method.num_experts), method.num_experts)
+        layer = steps.layer_of(method, 1)
+        got = activation_topk(backend.array(logits), name, **layer.arguments(backend.array))
+        steps.assert_right((backend.numpy(got.weights), backend.numpy(got.indices)), logits, method, layer)
+        return
     logits = inputs.normal((backend.rows(200, method.num_experts), method.num_experts), "bfloat16", seed=32)
     bias = np.float32(8.08) + inputs.normal((method.num_experts,), seed=33, scale=0.01)
     by_method = route(backend, logits, method, bias)

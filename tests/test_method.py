@@ -212,7 +212,8 @@ def test_repr_shows_what_differs_and_can_be_evaluated() -> None:
 
 
 def test_presets_of_deepseek_v4() -> None:
-    assert presets() == {
+    found = {name: method for name, method in presets().items() if name.startswith("deepseek-v4")}
+    assert found == {
         "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
         "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
     }
@@ -230,7 +231,7 @@ def test_resolve() -> None:
         assert resolve(name) is preset
     with pytest.raises(ValueError) as unknown:  # noqa: PT011
         resolve("deepseek")
-    assert str(unknown.value) == "method is 'deepseek', but the presets are 'deepseek-v4-flash', 'deepseek-v4-pro'"
+    assert str(unknown.value).startswith("method is 'deepseek', but the presets are 'deepseek-v2', ")
     with pytest.raises(TypeError) as no_method:
         resolve({"num_experts": 8})  # type: ignore[arg-type]
     assert str(no_method.value) == "method is a dict, but must be a RoutingMethod or the name of a preset"
