@@ -17,6 +17,8 @@ TOPK_SELECT = {(256, 8): {64: 2.2, 8192: 7.0, 65536: 42.0}, (384, 6): {64: 2.2, 
 
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # activation_topk, for each call
 IMPORT = 150_000.0
+METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size
+COMPILE = 300_000.0  # a method's kernel
 FIRST_CALL = 60_000.0  # kernels in the disk cache, CuPy imported, CUDA context there
 
 

@@ -83,10 +83,19 @@ def _matrix(rows: int, columns: int, dtype: str, misaligned: bool = False) -> An
     return flat[misaligned : rows * columns + misaligned].reshape(rows, columns)
 
 
+FULL = ("deepseek-v4-flash", "deepseek-v4-pro")
+
+
 def _presets() -> None:
-    """Every dtype, few rows and many; few, since that is rare, also misaligned."""
-    for method in presets().values():
+    """Every dtype, few rows and many; few, since that is rare, also misaligned; hash layers. Other families differ from
+    that in the method alone: of these it is what the benchmark of methods asks for, and a gate in bfloat16."""
+    for name, method in presets().items():
         bias = np.zeros(method.num_experts, np.float32)
+        if name not in FULL:
+            layer: dict[str, Any] = {"logit_bias" if method.score_after_topk else "bias": bias}
+            x, weight = _matrix(16, HIDDEN, "bfloat16"), _matrix(method.num_experts, HIDDEN, "bfloat16")
+            dense_router(x, weight, method, **layer, path="decode")
+            continue
         table = np.zeros((VOCAB_SIZE, method.top_k), np.int32)
         for dtype in FLOATS:
             weight = _matrix(method.num_experts, HIDDEN, dtype)
@@ -112,12 +121,17 @@ def _besides() -> None:
 
 
 def _corners() -> None:
-    """The widest rows and most winners that a warp takes, every score, the kernels for any size."""
+    """The widest rows and most winners that a warp takes, every score and step, the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))
     activation_topk(_matrix(4, 2000, "float32"), RoutingMethod(2000, 40, "softmax"))
+    activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, logit_scale=0.5, logit_softcap=30.0))
+    shared = RoutingMethod(256, 6, "sigmoid", num_shared_experts=2, shared_in_normalizer=True, weight_dtype="bfloat16")
+    activation_topk(_matrix(4096, 258, "bfloat16"), shared, expert_scale=np.zeros(256, np.float32))
+    grouped = RoutingMethod(4096, 64, "sigmoid", num_groups=8, top_groups=4, group_score="top2", index_dtype="int64")
+    activation_topk(_matrix(4, 4096, "bfloat16"), grouped)
     ids, table = np.zeros(4096, np.int64), np.zeros((VOCAB_SIZE, 8), np.int64)
     softmax = RoutingMethod(256, 8, "softmax")
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))
