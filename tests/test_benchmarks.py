@@ -130,6 +130,15 @@ def test_cliffs_are_steps_between_neighbouring_sizes() -> None:
     ]
 
 
+def test_methods_stand_beside_the_plain_one() -> None:
+    cell = {"what": "gpu", "by": OURS, "E": 64, "k": 6, "preset": "some-model"}
+    measured = [cell | {"n": n, "us": us, "bar_us": 3.0} for n, us in ((64, 2.5), (8192, 3.5))]
+    measured += [cell | {"n": n, "us": 2.0, "method": "plain sqrtsoftplus"} for n in (64, 8192)]
+    measured += [{"what": "host", "by": OURS, "part": "compile some-model", "us": 123456}]
+    lines = table.methods({"methods": {"environment": ENVIRONMENT, "rows": measured}}).splitlines()
+    assert lines[2] == "| some-model (E 64, k 6) | 2.50 | 2.00 | 1.25 | 3.50 | 2.00 | **1.75** | 123 |"
+
+
 def test_host_profile_stands_before_and_after() -> None:
     part = {"what": "host", "part": "current stream", "us": 0.5}
     files = {"host_profile_before": {"rows": [part, part | {"part": "gone", "us": 3.0}]}}

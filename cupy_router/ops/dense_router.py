@@ -184,10 +184,9 @@ class _Decode:
             given=[name for name, view in layer.items() if view is not None],
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, x.row_stride, weight.row_stride, *out_strides)
-        varying = (*_OP.inputs, *_OUTPUTS, "counters", "partials", "num_valid_value")
         headers = scoring.headers(method)
         kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
-        self._launch = launch_of(kernel, varying, x.device)
+        self._launch = launch_of(kernel, decode.VARYING, x.device)
         self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
         self.function = self._launch.function
 
@@ -235,7 +234,7 @@ def _reference(
 
 _OP = Op(
     name="dense_router",
-    inputs=("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid"),
+    inputs=decode.INPUTS,
     result=Routing,
     check=_check,
     kernel=_plan,
