@@ -9,6 +9,8 @@ dispatcher: they ask whether something is being traced, and go on as without thi
 
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)
+
+`replace_routers` gives a Hugging Face model our routers.
 """
 
 from __future__ import annotations
@@ -16,5 +18,8 @@ from __future__ import annotations
 from cupy_router import router
 from cupy_router.ops import _call
 from cupy_router.torch import _library
+from cupy_router.torch._replace import replace_routers, restore_routers
+
+__all__ = ["replace_routers", "restore_routers"]
 
 router.tracer = _call.tracer = _library
