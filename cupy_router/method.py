@@ -337,5 +337,10 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     try:
         return _PRESETS[method]
     except KeyError:
-        names = ", ".join(map(repr, sorted(_PRESETS)))
-        raise ValueError(f"method is {method!r}, but the presets are {names}") from None
+        import difflib  # for this sentence alone
+
+        near = difflib.get_close_matches(method, _PRESETS, cutoff=0.5)
+        nearest = f", the nearest are {', '.join(map(repr, near))}" if near else ""
+        raise ValueError(
+            f"method is {method!r}, but must be the name of a preset{nearest} (cupy_router.presets() lists all)"
+        ) from None

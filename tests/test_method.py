@@ -231,7 +231,11 @@ def test_resolve() -> None:
         assert resolve(name) is preset
     with pytest.raises(ValueError) as unknown:  # noqa: PT011
         resolve("deepseek")
-    assert str(unknown.value).startswith("method is 'deepseek', but the presets are 'deepseek-v2', ")
+    near = "'deepseek-v3', 'deepseek-v2', 'deepseek-v4-pro'"
+    assert str(unknown.value) == (
+        f"method is 'deepseek', but must be the name of a preset, the nearest are {near} "
+        "(cupy_router.presets() lists all)"
+    )
     with pytest.raises(TypeError) as no_method:
         resolve({"num_experts": 8})  # type: ignore[arg-type]
     assert str(no_method.value) == "method is a dict, but must be a RoutingMethod or the name of a preset"
