@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+
+from cupy_router.torch import _replace, _swapped
 
 FOLDER = Path(transformers.__file__).parent / "models"
 
@@ -205,3 +208,21 @@ def seeded_on_one_thread() -> Iterator[None]:
         torch.manual_seed(20261125)
         yield
     torch.set_num_threads(threads)
+
+
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one for each call of an op by a swapped module, but for those of the trial before it is swapped."""
+    found: list[str] = []
+    verify = _replace.verify
+    monkeypatch.setattr(_replace, "verify", lambda *args: (verify(*args), found.clear()))
+
+    def counting(name: str, op: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return op(*args, **kwargs)
+
+        return called
+
+    for name in ("activation_topk", "dense_router", "hash_router"):
+        monkeypatch.setattr(_swapped, name, counting(name, getattr(_swapped, name)))
+    return found

@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from cupy_router.torch import _replace, _swapped, replace_routers, restore_routers  # noqa: E402
+from cupy_router.torch import replace_routers, restore_routers  # noqa: E402
 from tests import moe_configs  # noqa: E402
 from tests.moe_configs import NUM_EXPERTS  # noqa: E402
 
@@ -46,21 +46,7 @@ def logits_of(model: Any, **given: Any) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one for each call of an op by a swapped module, but for those of the trial before it is swapped."""
-    found: list[str] = []
-    verify = _replace.verify
-    monkeypatch.setattr(_replace, "verify", lambda *args: (verify(*args), found.clear()))
-
-    def counting(name: str, op: Any) -> Any:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            found.append(name)
-            return op(*args, **kwargs)
-
-        return called
-
-    for name in ("activation_topk", "dense_router", "hash_router"):
-        monkeypatch.setattr(_swapped, name, counting(name, getattr(_swapped, name)))
-    return found
+    return moe_configs.counted_calls(monkeypatch)
 
 
 def test_parameters_stay_where_they_are() -> None:
