@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "scratch": {"compiler"},
     "gemm": {"compiler", "launcher", "scratch"},
     "arrays": {"compiler"},
-    "reference": {"method"},
+    "reference": {"method", "score_function"},
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"ops", "results", "router", "method"},
