@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "reference": {"method", "score_function"},
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "score_function", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
-    "torch": {"ops", "results", "router", "method"},
+    "torch": {"arrays", "ops", "results", "router", "method"},
     "__init__": {"method", "ops", "results", "router", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "method", "results"},
     "__main__": {"cli"},

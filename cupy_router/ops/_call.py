@@ -8,6 +8,7 @@ their alignment, so a call whose key is known needs no check but that of `num_va
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -66,6 +67,7 @@ class Op:
     kernel: Callable[..., Kernel | Work]  # (options, output row strides, *views) -> what to enqueue
     reference: Callable[..., tuple[Any, ...]]  # (options, number, *host arrays) -> the results
     takes_number: bool  # whether num_valid may be an int; then the kernel has an int parameter num_valid_value
+    smooth: tuple[int, ...] = ()  # the inputs by which the first result has a gradient
 
     def argument(self, position: int) -> str:
         """The name of an array argument: inputs, then the fields of `out`."""
@@ -87,16 +89,22 @@ _MAX_PLANS = 4096
 _plans: dict[Hashable, _Plan] = {}
 
 
-# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
+# Set by cupy_router.torch: whether a call is being traced into a graph or wants a gradient, and what is done then.
 tracer: Any = None
 
 
 def run(
     op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1, eager: bool = False
 ) -> Any:
-    """One call of an op; `number` is num_valid as an int, -1 for all rows; `eager` calls are never traced."""
-    if tracer is not None and not eager and tracer.is_tracing():
-        return tracer.run(op, options, inputs, out, stream, number)
+    """One call of an op; `number` is num_valid as an int, -1 for all rows; `eager` calls are just that: neither traced
+    nor differentiated."""
+    if tracer is None and type(inputs[0]) not in FRAMEWORKS:
+        _meet(op, inputs[0])
+    if tracer is not None and not eager:
+        if tracer.is_tracing():
+            return tracer.run(op, options, inputs, out, stream, number)
+        if tracer.is_grad_enabled() and tracer.wants_gradient(op, inputs):
+            return tracer.run_with_gradient(op, options, inputs, out, stream, number)
     try:
         if compiler.WATCHING and compiler.changed():
             _plans.clear()
@@ -129,6 +137,12 @@ def run(
         raise TypeError(f"{op.name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{op.name}: {error}") from error
+
+
+def _meet(op: Op, array: Any) -> None:
+    """The first array of a kind in this process: the first tensor brings cupy_router.torch, which is to be asked."""
+    with suppress(TypeError):  # if it is no array, the call says so
+        framework_of(op.inputs[0], array)
 
 
 def _run_on_device(
