@@ -12,7 +12,7 @@ dispatcher: they ask whether something is being traced or requires grad, and go 
 
 The weights of `activation_topk`, `dense_router`, `hash_router` and a Router have gradients by logits, x, weight,
 logit_bias and expert_scale, where these require grad; indices, and a bias that only selects, have none. Second
-derivatives are refused.
+derivatives are refused. `load_balance` has what losses for the load of experts are made of.
 """
 
 from __future__ import annotations
@@ -20,5 +20,8 @@ from __future__ import annotations
 from cupy_router import router
 from cupy_router.ops import _call
 from cupy_router.torch import _library
+from cupy_router.torch._load_balance import LoadBalance, load_balance
+
+__all__ = ["LoadBalance", "load_balance"]
 
 router.tracer = _call.tracer = _library
