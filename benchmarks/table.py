@@ -32,10 +32,11 @@ BY = {  # in this order
 MAIN: list[dict[str, Any]] = [
     {"op": "activation_topk", "E": 256, "k": 6},
     {"op": "activation_topk", "E": 384, "k": 6},
+    {"op": "activation_topk_backward", "E": 256, "k": 6},
     {"op": "topk_select", "E": 256, "k": 8, "cache": "cold"},
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
-OPS = ("activation_topk", "topk_select", "hash_router")
+OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
 Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content

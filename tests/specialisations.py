@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 
 from cupy_router import RoutingMethod, activation_topk, compiler, dense_router, gemm, hash_router, presets, topk_select
+from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from tests.backends import DTYPES
 from tests.nvrtc import ARCHITECTURES
 from tests.recorder import recording
@@ -83,6 +84,12 @@ def _matrix(rows: int, columns: int, dtype: str, misaligned: bool = False) -> An
     return flat[misaligned : rows * columns + misaligned].reshape(rows, columns)
 
 
+def _backward(n: int, method: RoutingMethod, logits_dtype: str, **options: Any) -> None:
+    shape = (n, method.num_columns)
+    grad_weights, indices = np.zeros(shape, DTYPES[method.weight_dtype]), np.zeros(shape, np.int32)
+    activation_topk_backward(grad_weights, indices, _matrix(n, method.num_logits, logits_dtype), method, **options)
+
+
 FULL = ("deepseek-v4-flash", "deepseek-v4-pro")
 
 
@@ -103,6 +110,8 @@ def _presets() -> None:
             for n in (64, 8192, 65536):
                 activation_topk(_matrix(n, method.num_experts, dtype), method, bias=bias)
                 hash_router(np.zeros(n, np.int32), table, method, logits=_matrix(n, method.num_experts, dtype))
+                if dtype != "float16" and n < 65536:
+                    _backward(n, method, dtype)
             x = _matrix(16, HIDDEN, dtype)
             hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight)
             dense_router(x, weight, method, bias=bias, path="decode")
@@ -132,6 +141,10 @@ def _corners() -> None:
     activation_topk(_matrix(4096, 258, "bfloat16"), shared, expert_scale=np.zeros(256, np.float32))
     grouped = RoutingMethod(4096, 64, "sigmoid", num_groups=8, top_groups=4, group_score="top2", index_dtype="int64")
     activation_topk(_matrix(4, 4096, "bfloat16"), grouped)
+    _backward(4096, RoutingMethod(256, 6), "bfloat16", dtype="float32", repeated=True)
+    _backward(4096, shared, "bfloat16")
+    _backward(4096, RoutingMethod(1000, 32, "softmax"), "float32")
+    _backward(4, RoutingMethod(2000, 40, "softmax"), "float32")
     ids, table = np.zeros(4096, np.int64), np.zeros((VOCAB_SIZE, 8), np.int64)
     softmax = RoutingMethod(256, 8, "softmax")
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))

@@ -16,8 +16,17 @@ HALF_ULP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relativ
 
 
 M = RoutingMethod
-SOFTSIGN = ScoreFunction("softsign", cuda="x / (1.0f + fabsf(x))", numpy=lambda x: x / (1 + np.abs(x)))
-SQUARE = ScoreFunction("square", cuda="float y = x;\nreturn y * y;", numpy=lambda x: x * x)
+SOFTSIGN = ScoreFunction(
+    "softsign", cuda="x / (1.0f + fabsf(x))", numpy=lambda x: x / (1 + np.abs(x)),
+    derivative=ScoreFunction(
+        "softsign-slope", cuda="float y = 1.0f + fabsf(x);\nreturn 1.0f / (y * y);",
+        numpy=lambda x: (1 + np.abs(x)) ** -2.0,
+    ),
+)  # fmt: skip
+SQUARE = ScoreFunction(
+    "square", cuda="float y = x;\nreturn y * y;", numpy=lambda x: x * x,
+    derivative=ScoreFunction("twice", cuda="2 * x", numpy=lambda x: 2 * x),
+)  # fmt: skip
 
 METHODS: dict[str, RoutingMethod] = {
     "logit scale": M(64, 6, "sigmoid", logit_scale=0.25),

@@ -222,4 +222,5 @@ _OP = Op(
     kernel=kernel,
     reference=_reference,
     takes_number=True,
+    smooth=(0, 2, 3),
 )

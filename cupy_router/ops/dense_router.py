@@ -240,4 +240,5 @@ _OP = Op(
     kernel=_plan,
     reference=_reference,
     takes_number=True,
+    smooth=(0, 1, 3, 4),
 )

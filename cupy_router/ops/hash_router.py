@@ -243,4 +243,5 @@ _OP = Op(
     kernel=kernel,
     reference=reference_call,
     takes_number=True,
+    smooth=(2, 3, 4, 5, 6),
 )
