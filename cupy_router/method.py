@@ -274,10 +274,15 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
     except OverflowError:
         number = math.inf
     # Kernels compute in float32 with subnormals as 0: what they cannot represent would be another method there.
-    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX  # False for NaN
+    # So they are with inverses, and what is not negative is divided by.
+    highest = 1.0 / FLOAT32_TINY if nonnegative else FLOAT32_MAX
+    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= highest  # False for NaN
     if not representable or (nonnegative and number < 0.0):
         allowed = "a non-negative number" if nonnegative else "a number"
-        raise ValueError(f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32")
+        inverse = ", as is its inverse" if nonnegative else ""
+        raise ValueError(
+            f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32{inverse}"
+        )
     return number + 0.0  # -0.0 becomes 0.0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+
 
 @dataclass(frozen=True)
 class ScoreFunction:
@@ -70,7 +72,7 @@ class ScoreFunction:
 
     def defined_as(self, function: str) -> str:
         """CUDA C++ that defines it under this name."""
-        is_body = re.search(r"\breturn\b", self.cuda) is not None
+        is_body = re.search(r"\breturn\b", _COMMENT.sub(" ", self.cuda)) is not None
         before, after = ("", "") if is_body else ("return (", ");")
         return (
             f"__device__ __forceinline__ float {function}(float x) {{ {before}\n"

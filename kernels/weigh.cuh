@@ -33,7 +33,7 @@ constexpr bool SOFTMAX_OF_CHOSEN = SCORE_AFTER_TOPK && SCORE == SOFTMAX;
 
 // A thread has the outputs first, first + stride, ...: scores go in (logits if WEIGHS_LOGITS), scores come out, in a
 // scale of their own if SHARED_LOGITS. What is in `values` behind output WEIGHED, or of a token that is not routed, does
-// not matter and comes out as 0.
+// not matter, neither here nor after it: nobody stores it.
 template <typename Team, int N>
 __device__ __forceinline__ void score_chosen(float (&values)[N], int first, int stride, bool routed) {
     if (SHARED_LOGITS || SOFTMAX_OF_CHOSEN) {

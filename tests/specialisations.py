@@ -139,6 +139,8 @@ def _corners() -> None:
     activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, logit_scale=0.5, logit_softcap=30.0))
     shared = RoutingMethod(256, 6, "sigmoid", num_shared_experts=2, shared_in_normalizer=True, weight_dtype="bfloat16")
     activation_topk(_matrix(4096, 258, "bfloat16"), shared, expert_scale=np.zeros(256, np.float32))
+    widest = RoutingMethod(1024, 32, "sigmoid", num_groups=32, top_groups=4, group_score="top2")
+    activation_topk(_matrix(4096, 1024, "float32"), widest, bias=np.zeros(1024, np.float32))
     grouped = RoutingMethod(4096, 64, "sigmoid", num_groups=8, top_groups=4, group_score="top2", index_dtype="int64")
     activation_topk(_matrix(4, 4096, "bfloat16"), grouped)
     _backward(4096, RoutingMethod(256, 6), "bfloat16", dtype="float32", repeated=True)

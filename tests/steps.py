@@ -17,7 +17,7 @@ HALF_ULP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relativ
 
 M = RoutingMethod
 SOFTSIGN = ScoreFunction(
-    "softsign", cuda="x / (1.0f + fabsf(x))", numpy=lambda x: x / (1 + np.abs(x)),
+    "softsign", cuda="x / (1.0f + fabsf(x))  // return in a comment makes no body", numpy=lambda x: x / (1 + np.abs(x)),
     derivative=ScoreFunction(
         "softsign-slope", cuda="float y = 1.0f + fabsf(x);\nreturn 1.0f / (y * y);",
         numpy=lambda x: (1 + np.abs(x)) ** -2.0,

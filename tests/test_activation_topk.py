@@ -183,6 +183,17 @@ def test_a_subnormal_bias_does_not_select(backend: Backend) -> None:
     np.testing.assert_array_equal(got.indices, [[0, 1, 2, 3]])
 
 
+@pytest.mark.parametrize("experts", [4, 2000])
+@pytest.mark.acceptance("subnormal scores are 0", "+0.0 and -0.0")
+def test_a_sum_with_the_bias_that_is_flushed_has_no_sign(backend: Backend, experts: int) -> None:
+    """-1.5 + 1 is negative and subnormal in these units, and ties with 0 then."""
+    unit = np.float32(2.0**-126)
+    logits, bias = np.full((1, experts), -9, np.float32), np.zeros(experts, np.float32)
+    logits[0, :4], bias[:4] = [0, 1, 1, -1], [-1, -1.5, -1, 0]
+    got = route(backend, logits * unit, RoutingMethod(experts, 2, "identity", renormalize=False), bias * unit)
+    np.testing.assert_array_equal(got.indices, [[1, 2]])
+
+
 @pytest.mark.acceptance("small scores are exact")
 def test_small_scores_keep_their_order(backend: Backend) -> None:
     """Down to x = -170 neither sqrt(softplus) nor its order is lost, where log(1 + exp(x)) would be 0 from -16.6."""
@@ -329,11 +340,22 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend) -> None:
             compare.assert_same_bits(backend.numpy(b), a)
 
 
-@pytest.mark.parametrize("experts", [36, 256, 3000])
-def test_a_row_does_not_depend_on_the_others(backend: Backend, experts: int) -> None:
-    logits, method = inputs.normal((70, experts), seed=39), RoutingMethod(experts, 5, "softmax")
-    together = activation_topk(backend.array(logits), method)
-    for r in (0, 33, 69):
-        alone = activation_topk(backend.array(logits[r : r + 1]), method)
-        compare.assert_same_bits(backend.numpy(alone.weights)[0], backend.numpy(together.weights)[r])
-        compare.assert_same_bits(backend.numpy(alone.indices)[0], backend.numpy(together.indices)[r])
+@pytest.mark.parametrize("n", [70, 2049, 16385])  # a kernel for few rows, for some and for many
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(RoutingMethod(experts, 5, "softmax") for experts in (36, 256, 3000)),
+        *(RoutingMethod(256, 6, score, renormalize=False) for score in ("sqrtsoftplus", "sigmoid")),
+        RoutingMethod(256, 8, "sigmoid", num_groups=8, top_groups=4, group_score="top2"),
+    ],
+    ids=lambda method: f"{method.score}-{method.num_experts}-{method.num_groups}",
+)
+def test_a_row_does_not_depend_on_the_others(backend: Backend, method: RoutingMethod, n: int) -> None:
+    n = backend.rows(n, method.num_experts, exactly=True)
+    logits = inputs.normal((n, method.num_experts), seed=39)
+    bias = backend.array(inputs.normal((method.num_experts,), seed=40, scale=0.1))
+    weights, indices = map(backend.numpy, activation_topk(backend.array(logits), method, bias=bias))
+    for chosen in (slice(0, 1), slice(33, 69), slice(n - 1, n)):
+        alone = activation_topk(backend.array(logits[chosen]), method, bias=bias)
+        compare.assert_same_bits(backend.numpy(alone.weights), weights[chosen])
+        compare.assert_same_bits(backend.numpy(alone.indices), indices[chosen])

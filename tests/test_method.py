@@ -99,6 +99,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"renormalize_eps": float("inf")}, ValueError, "renormalize_eps is inf, but must be a non-negative number"),
     ({"renormalize_eps": 1e-39}, ValueError, "renormalize_eps is 1e-39, but must be a non-negative number that is"),
     ({"renormalize_eps": 1e39}, ValueError, "renormalize_eps is 1e+39, but must be a non-negative number that is"),
+    (
+        {"renormalize_min": 3e38},
+        ValueError,
+        "renormalize_min is 3e+38, but must be a non-negative number that is 0 or no",
+    ),
     ({"renormalize_eps": "1e-20"}, TypeError, "renormalize_eps is '1e-20', but must be a number"),
     ({"renormalize_eps": None}, TypeError, "renormalize_eps is None, but must be a number"),
     ({"renormalize_min": -1.0}, ValueError, "renormalize_min is -1.0, but must be a non-negative number"),

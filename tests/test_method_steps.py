@@ -108,6 +108,16 @@ def test_equal_groups_go_to_the_lower_one(backend: Backend, experts: int) -> Non
         assert got[1].tolist() == [[experts - 1, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("experts", [8, 2048])
+def test_a_group_whose_sum_is_flushed_ties_with_zero(backend: Backend, experts: int) -> None:
+    size, unit = experts // 4, np.float32(2.0**-126)
+    logits = np.full((1, experts), -9, np.float32)
+    logits[0, [0, 1, size, size + 1]] = 1, -1.5, 0, 0  # the first group's best two add up to -0.5 units, which is 0
+    method = M(experts, 1, "identity", num_groups=4, top_groups=1, group_score="top2", renormalize=False)
+    got = host(backend, activation_topk(backend.array(logits * unit), method))
+    assert got[1].tolist() == [[0]]
+
+
 @pytest.mark.parametrize("experts", [64, 2048])
 def test_a_nan_spoils_its_group_only_by_rank(backend: Backend, experts: int) -> None:
     """NaN is below -inf, so a group of NaN comes last, and with top2 a group that has only one number as well."""
@@ -256,3 +266,17 @@ def test_an_own_score_of_the_wrong_shape(backend: Backend) -> None:
     wrong = ScoreFunction("wrong", cuda="x", numpy=lambda x: x.sum())
     with pytest.raises(ValueError, match=r"ScoreFunction\('wrong'\) made shape \(\) of an array of shape \(2, 4\)"):
         activation_topk(np.zeros((2, 4), np.float32), M(4, 2, wrong))
+
+
+def test_jax_does_not_cut_indices(backend: Backend) -> None:
+    if backend.runs_kernels:
+        pytest.skip("about JAX arrays")
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    logits = jax.numpy.zeros((2, 8), "float32")
+    with pytest.raises(
+        ValueError, match="activation_topk: int64 results need JAX's option jax_enable_x64, which is off"
+    ):
+        activation_topk(logits, M(8, 2, index_dtype="int64"))
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        indices = activation_topk(logits, M(8, 2, index_dtype="int64")).indices
+    assert str(indices.dtype) == "int64"

@@ -57,7 +57,7 @@ def dense_router(
             second kernel, for any size; None chooses by size.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the device of x, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
         stream: work is enqueued on the current stream of the framework of x unless an object with `__cuda_stream__` or
             an int handle is given here. The host never waits.
 
