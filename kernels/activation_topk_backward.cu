@@ -46,14 +46,20 @@ __device__ __forceinline__ bool takes_words(const gradient_t* row) {
 
 __device__ __forceinline__ bool is_expert(int64_t index) { return index >= 0 && index < NUM_EXPERTS; }
 
-// By `threads` threads, of which this is number `thread`.
-__device__ __forceinline__ void store_zeros(gradient_t* row, int thread, int threads) {
+// By Threads threads, of which this is number `thread`.
+template <int Threads>
+__device__ __forceinline__ void store_zeros(gradient_t* row, int thread) {
+    constexpr int64_t EACH = WHOLE_UNITS / Threads, REST = WHOLE_UNITS % Threads;
     const float zeros[UNIT] = {};
-    const int64_t units = takes_words(row) ? WHOLE_UNITS : 0;
-#pragma unroll 4
-    for (int64_t unit = thread; unit < units; unit += threads) store_floats(row + unit * UNIT, zeros);
-    for (int64_t column = units * UNIT + thread; column < NUM_LOGITS; column += threads)
-        store_float(row + column, 0.0f);
+    const bool by_words = takes_words(row);
+    if (by_words) {
+        gradient_t* unit = row + thread * UNIT;
+#pragma unroll 16
+        for (int64_t u = 0; u < EACH; ++u) store_floats(unit + u * Threads * UNIT, zeros);
+        if (thread < REST) store_floats(unit + EACH * Threads * UNIT, zeros);
+    }
+    const int64_t written = by_words ? WHOLE_UNITS * UNIT : 0;
+    for (int64_t column = written + thread; column < NUM_LOGITS; column += Threads) store_float(row + column, 0.0f);
 }
 
 // What a softmax over the whole row takes from the gradient of a logit.
@@ -148,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(256)
         if (weighed) gradient[0] = to_float(grad_weights[row * grad_weights_stride + lane]);
         float whole_row[UNITS * UNIT];
         if (!WHOLE_ROW_SOFTMAX) {
-            if (exists) store_zeros(target, lane, LANES);
+            if (exists) store_zeros<LANES>(target, lane);
         } else if (exists) {
             load_row(source, logit_bias, lane, numbers, whole_row);
         } else {
@@ -219,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             bad |= place < TOP_K && !is_expert(experts[p]);
         }
         if (__syncthreads_or(bad)) {
-            store_zeros(target, threadIdx.x, WIDE_THREADS);
+            store_zeros<WIDE_THREADS>(target, threadIdx.x);
             continue;
         }
 
@@ -236,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             }
             statistics.inverse_sum = 1.0f / BlockTeam::sum(sum);
         } else {
-            store_zeros(target, threadIdx.x, WIDE_THREADS);
+            store_zeros<WIDE_THREADS>(target, threadIdx.x);
         }
 
         float gradients[PLACES], scaled_logits[PLACES], values[PLACES], scores[PLACES];

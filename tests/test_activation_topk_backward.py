@@ -243,6 +243,17 @@ def test_the_clamp_of_the_sum(backend: Backend) -> None:
     gradients.assert_right(backward(backend, upstream, indices, logits, clamped), upstream, indices, logits, clamped)
 
 
+@pytest.mark.parametrize(("experts", "after"), [(64, False), (64, True), (1100, False)])
+def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) -> None:
+    """The divisor is more than the sum, so that all of the row has a part in the weights."""
+    method = M(experts, 6, "softmax", renormalize_eps=0.25, score_after_topk=after)
+    logits, upstream = inputs.distinct(3, experts), upstream_of(3, method)
+    indices = choose(logits, method)
+    got = backward(backend, upstream, indices, logits, method)
+    gradients.assert_right(got, upstream, indices, logits, method)
+    assert ((got != 0).sum(axis=1) == (6 if after else experts)).all()
+
+
 def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backend: Backend) -> None:
     """To the bit, though it is computed from the whole row."""
     method = M(128, 8, "softmax")
