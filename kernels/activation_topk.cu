@@ -121,8 +121,8 @@ __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE]
     return best && !__any_sync(FULL_WARP, valid & (lane < TOP_K) & !sure);
 }
 
-// For sm_120 ptxas spills registers to fit more blocks, unless it is told how many are wanted. 0: as it likes.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// From sm_100 on ptxas spills registers to fit more blocks, unless it is told how many are wanted. 0: as it likes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define LEAST_BLOCKS 1
 #else
 #define LEAST_BLOCKS 0
