@@ -12,11 +12,20 @@ ACTIVATION_TOPK = {
     256: {1: 2.0, 16: 2.05, 64: 2.15, 1024: 2.4, 8192: 6.2, 65536: 40.0},
     384: {1: 2.25, 16: 2.3, 64: 2.35, 1024: 2.6, 8192: 7.5, 65536: 52.0},
 }
+ACTIVATION_TOPK_BACKWARD = {256: {64: 2.2, 8192: 5.0}, 384: {64: 2.2, 8192: 6.0}}  # warm
 HASH_ROUTER_LOGITS = {1: 1.5, 16: 1.5, 64: 1.6, 1024: 1.8, 8192: 2.6}  # warm, with 256 experts and with 384
 TOPK_SELECT = {(256, 8): {64: 2.2, 8192: 7.0, 65536: 42.0}, (384, 6): {64: 2.2, 8192: 7.5}}  # cold
 
+# dense_router in bfloat16 by experts: decode warm, how much more it may be cold, hash layers from x and weight.
+DENSE_DECODE = {256: {1: 4.0, 4: 4.2, 16: 4.9, 64: 5.8}, 384: {1: 4.9, 4: 5.2, 16: 6.2, 64: 7.5}}
+COLD_MORE = {256: 1.3, 384: 2.0}
+HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
+PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
+
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # activation_topk, for each call
 IMPORT = 150_000.0
+METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size
+COMPILE = 300_000.0  # a method's kernel
 FIRST_CALL = 60_000.0  # kernels in the disk cache, CuPy imported, CUDA context there
 
 

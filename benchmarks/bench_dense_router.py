@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 
-from benchmarks import harness
+from benchmarks import bars, harness
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, dense_router, gemm, hash_router, presets
 
@@ -36,12 +36,18 @@ def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     bias = cupy.random.standard_normal(experts, dtype=cupy.float32)
     for n in DECODE_TOKENS:
         x, out = normal(n, hidden), results(n, method)
+        warm = 0.0
         for cache, weights in (("warm", gates[:1]), ("cold", gates)):
 
             def call(i: int, x: Any = x, weights: Any = weights, out: Any = out) -> Any:
                 return dense_router(x, weights[i % len(weights)], method, bias=bias, path="decode", out=out)
 
-            yield timed(call, "decode", len(weights), E=experts, H=hidden, k=method.top_k, n=n, cache=cache)
+            row = timed(call, "decode", len(weights), E=experts, H=hidden, k=method.top_k, n=n, cache=cache)
+            if cache == "warm":
+                warm, bar = row["us"], bars.DENSE_DECODE[experts][n]
+            else:
+                bar = round(warm + bars.COLD_MORE[experts], 3)
+            yield harness.barred(row, bar)
 
 
 def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
@@ -56,8 +62,10 @@ def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         product.multiply(stream, x.data.ptr, weight.data.ptr, logits.data.ptr, n)
 
     shape: dict[str, Any] = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
-    yield timed(cublas, "prefill", by="cuBLAS alone", **shape)
-    yield timed(lambda i: dense_router(x, weight, method, bias=bias, path="prefill", out=out), "prefill", **shape)
+    alone = timed(cublas, "prefill", by="cuBLAS alone", **shape)
+    whole = timed(lambda i: dense_router(x, weight, method, bias=bias, path="prefill", out=out), "prefill", **shape)
+    yield alone
+    yield harness.barred(whole, round(bars.PREFILL_RATIO * alone["us"], 3))
 
 
 def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
@@ -71,7 +79,8 @@ def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         def call(i: int, x: Any = x, token_ids: Any = token_ids, out: Any = out) -> Any:
             return hash_router(token_ids, table, method, x=x, weight=weight, out=out)
 
-        yield timed(call, "hash layer", E=experts, H=hidden, k=k, n=n, cache="warm")
+        row = timed(call, "hash layer", E=experts, H=hidden, k=k, n=n, cache="warm")
+        yield harness.barred(row, bars.HASH_LAYER[experts][n])
 
 
 def measure(quick: bool) -> list[Row]:

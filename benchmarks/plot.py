@@ -39,6 +39,10 @@ PANELS = {
         Panel("E", {"n": 8192, "k": 6, "dtype": "float32"}),
         Panel("k", {"n": 8192, "E": 256, "dtype": "float32"}),
     ],
+    "activation_topk_backward": [
+        Panel("n", {"E": 256, "k": 6, "dtype": "float32"}),
+        Panel("n", {"E": 384, "k": 6, "dtype": "float32"}),
+    ],
     "topk_select": [
         Panel("n", {"E": 256, "k": 8, "dtype": "float32", "cache": "cold"}),
         Panel("n", {"E": 384, "k": 6, "dtype": "float32", "cache": "cold"}),

@@ -17,6 +17,23 @@ def router(logits: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
     return weights / weights.sum(dim=-1, keepdim=True) * scale, indices
 
 
+def router_gradient(logits: Any, bias: Any, k: int, scale: float, upstream: Any) -> Any:
+    """A function that goes back through :func:`router`, from the gradient of the weights to that of the logits.
+
+    Autograd runs where the way forward ran, so that has to be made again for each stream, as for that of a capture.
+    """
+    logits = logits.detach().requires_grad_()
+    weights: dict[Any, Any] = {}
+
+    def gradient() -> Any:
+        stream = torch.cuda.current_stream() if logits.is_cuda else None
+        if stream not in weights:
+            weights[stream] = router(logits, bias, k, scale)[0]
+        return torch.autograd.grad(weights[stream], logits, upstream, retain_graph=True)[0]
+
+    return gradient
+
+
 def hash_layer(token_ids: Any, table: Any, logits: Any, scale: float) -> tuple[Any, Any]:
     """hash_router with logits. `table` is int64, as `gather` wants it."""
     indices = table[token_ids]

@@ -28,7 +28,6 @@ from cupy_router.reference import dense_router as reference
 
 SHAPES = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
 DTYPE = "bfloat16"
-VARYING = ("x", "weight", "bias", "num_valid", "weights", "indices", "counters", "partials", "num_valid_value")
 
 
 # Bytes a nanosecond, from L2 to a multiprocessor while all read and while it alone does; nanoseconds of what routes.
@@ -89,7 +88,7 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
 
 def compiled(method: RoutingMethod, num_tokens: int, hidden: int, tiling: Tiling) -> Any:
     """The plan and its function; also run by other processes, which leave the machine code in CuPy's disk cache."""
-    plan = decode.plan(method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, has_bias=True, tiling=tiling)
+    plan = decode.plan(method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, given=["bias"], tiling=tiling)
     return plan, compiler.compile(decode.FILE, decode.FUNCTION, plan.macros, ("cuda", 0))
 
 
@@ -124,13 +123,13 @@ class Case:
         self.counters.fill(0)  # whatever the variant before did
         k = self.method.top_k
         fixed = decode.fixed_arguments(self.method, self.num_tokens, self.hidden, self.hidden, k, k)
-        launch = Launch(function, plan.grid, plan.block, VARYING, fixed)
+        launch = Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
         partials = cupy.empty(plan.partials, cupy.float32)
         arrays = (*self.out, self.counters, partials)
 
         def call(i: int, weights: Any) -> None:
             x, weight = self.x, weights[i % len(weights)]
-            pointers = [a.data.ptr if a is not None else 0 for a in (x, weight, self.bias, None, *arrays)]
+            pointers = [a.data.ptr if a is not None else 0 for a in (x, weight, self.bias, None, None, None, *arrays)]
             launch(cupy.cuda.get_current_stream().ptr, [*pointers, -1])
 
         warm, spread = harness.graph_microseconds(lambda i: call(i, self.weights[:1]))

@@ -32,10 +32,11 @@ BY = {  # in this order
 MAIN: list[dict[str, Any]] = [
     {"op": "activation_topk", "E": 256, "k": 6},
     {"op": "activation_topk", "E": 384, "k": 6},
+    {"op": "activation_topk_backward", "E": 256, "k": 6},
     {"op": "topk_select", "E": 256, "k": 8, "cache": "cold"},
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
-OPS = ("activation_topk", "topk_select", "hash_router")
+OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
 Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content
@@ -102,7 +103,7 @@ def _call(row: Row) -> str:
 
 def bars(files: Files) -> str:
     """Every cell that has a bar, measured beside it; bold where it is missed."""
-    barred = [row for row in [*_ops(files), *_rows(files, "host_profile")] if "bar_us" in row]
+    barred = [row for row in _rows(files, *OPS, "dense_router", "host_profile") if "bar_us" in row]
     lines: dict[str, dict[int, Row]] = {}
     for row in select(barred, what="gpu"):
         name = results.label({name: value for name, value in row.items() if name not in ("what", "by", "n")})
@@ -118,7 +119,7 @@ def bars(files: Files) -> str:
         blocks.append(
             markdown_table(["on the host", "measured (bar), us"], [[_call(row), _held(row)] for row in calls])
         )
-    return "\n\n".join([*blocks, sources(files, *OPS, "host_profile")]) if blocks else NONE
+    return "\n\n".join([*blocks, sources(files, *OPS, "dense_router", "host_profile")]) if blocks else NONE
 
 
 def _held(row: Row | None) -> str:
@@ -126,6 +127,34 @@ def _held(row: Row | None) -> str:
         return ""
     measured = microseconds(row["us"])
     return f"{measured if results.met(row) else f'**{measured}**'} ({microseconds(row['bar_us'])})"
+
+
+def methods(files: Files) -> str:
+    """Every preset beside plain sqrt(softplus) of its size, and what its kernel takes to compile."""
+    rows = _rows(files, "methods")
+    compiles = {row["part"].removeprefix("compile "): row for row in rows if "part" in row}
+    lines = []
+    for name in dict.fromkeys(row["preset"] for row in rows if "preset" in row):
+        of_preset = select(rows, preset=name)
+        sizes = sorted({row["n"] for row in of_preset})
+        line = [f"{name} (E {of_preset[0]['E']}, k {of_preset[0]['k']})"]
+        for n in sizes:
+            (ours,), (plain,) = (
+                [row for row in select(of_preset, n=n) if ("method" in row) == is_plain] for is_plain in (False, True)
+            )
+            ratio = f"{ours['us'] / plain['us']:.2f}"
+            line += [
+                microseconds(ours["us"]),
+                microseconds(plain["us"]),
+                ratio if results.met(ours) else f"**{ratio}**",
+            ]
+        compiled = compiles.get(name)
+        lines.append([*line, f"{compiled['us'] / 1000:.0f}" if compiled else ""])
+    if not lines:
+        return NONE
+    heads = [f"n = {n}: {what}" for n in sizes for what in ("us", "plain", "ratio")]
+    table = markdown_table(["preset", *heads, "compiled in ms"], lines)
+    return "\n\n".join([table, sources(files, "methods")])
 
 
 def cliffs(files: Files) -> str:
@@ -182,6 +211,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "benchmarks": speed,
     "bars": bars,
     "cliffs": cliffs,
+    "methods": methods,
     "host": host,
     "ncu": counters,
 }

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
 
+from cupy_router import huggingface_configs
 from cupy_router.score_function import ScoreFunction
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
@@ -166,6 +167,29 @@ class RoutingMethod:
                 numbered.append(self)
         object.__setattr__(self, "number", number)
 
+    @classmethod
+    def from_config(cls, config: Any) -> RoutingMethod:
+        """The method of a model's routers, from its Hugging Face configuration or from DeepSeek's own.
+
+        It describes what the code of the model's router makes of the logits, up to the weights that the router
+        returns: a factor by which a model multiplies the sum of its experts later is not in ``scale``. Of
+        DeepSeek-V4 it describes the layers that choose by a gate; its hash layers score and weigh alike.
+
+        Args:
+            config: a configuration object, its dict, or the dict of a config.json; one with parts, as that of a model
+                for text and images, is searched for the part that has experts.
+
+        Raises:
+            TypeError: ``config`` is neither a configuration object nor a dict.
+            ValueError: the model has no experts, its routing cannot be expressed, or the configuration does not say
+                enough; the message names the feature.
+
+        >>> config = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}
+        >>> RoutingMethod.from_config(config)
+        RoutingMethod(num_experts=64, top_k=8, score='softmax', renormalize=False)
+        """
+        return cls(**huggingface_configs.routing_fields(config))
+
     @property
     def num_logits(self) -> int:
         """Columns of the logits, rows of the gate: the experts, and shared experts that have logits."""
@@ -250,24 +274,51 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
     except OverflowError:
         number = math.inf
     # Kernels compute in float32 with subnormals as 0: what they cannot represent would be another method there.
-    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX  # False for NaN
+    # So they are with inverses, and what is not negative is divided by.
+    highest = 1.0 / FLOAT32_TINY if nonnegative else FLOAT32_MAX
+    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= highest  # False for NaN
     if not representable or (nonnegative and number < 0.0):
         allowed = "a non-negative number" if nonnegative else "a number"
-        raise ValueError(f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32")
+        inverse = ", as is its inverse" if nonnegative else ""
+        raise ValueError(
+            f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32{inverse}"
+        )
     return number + 0.0  # -0.0 becomes 0.0
 
 
 _PRESETS = {
     "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
     "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
+    "deepseek-v3": RoutingMethod(
+        256, 8, "sigmoid", num_groups=8, top_groups=4, group_score="top2", renormalize_eps=1e-20, scale=2.5
+    ),
+    "deepseek-v2": RoutingMethod(160, 6, "softmax", num_groups=8, top_groups=3, renormalize=False, scale=16.0),
+    "deepseek-v2-lite": RoutingMethod(64, 6, "softmax", renormalize=False),
+    "kimi-k2": RoutingMethod(384, 8, "sigmoid", renormalize_eps=1e-20, scale=2.827),
+    "glm-4.5": RoutingMethod(160, 8, "sigmoid", renormalize_eps=1e-20, scale=2.5),
+    "qwen3-moe": RoutingMethod(128, 8, "softmax"),
+    "qwen2-moe": RoutingMethod(60, 4, "softmax", renormalize=False),
+    "mixtral": RoutingMethod(8, 2, "softmax"),
+    "gpt-oss": RoutingMethod(32, 4, "softmax", score_after_topk=True, renormalize=False),
+    "gpt-oss-120b": RoutingMethod(128, 4, "softmax", score_after_topk=True, renormalize=False),
+    "llama4": RoutingMethod(16, 1, "sigmoid", score_after_topk=True, renormalize=False),
+    "llama4-maverick": RoutingMethod(128, 1, "sigmoid", score_after_topk=True, renormalize=False),
+    "granite-moe": RoutingMethod(32, 8, "softmax", score_after_topk=True, renormalize=False),
+    "granite-moe-3b": RoutingMethod(40, 8, "softmax", score_after_topk=True, renormalize=False),
+    "minimax-m2": RoutingMethod(256, 8, "sigmoid"),
+    "ernie-4.5": RoutingMethod(64, 6, "softmax", renormalize_min=1e-12),
+    "ernie-4.5-300b": RoutingMethod(64, 8, "softmax", renormalize_min=1e-12),
+    "olmoe": RoutingMethod(64, 8, "softmax", renormalize=False),
 }
 
 
 def presets() -> dict[str, RoutingMethod]:
-    """The routing methods of known models by name, as a new dictionary.
+    """The routing methods of known models by name, as a new dictionary; docs/methods.md has a table of them.
 
-    >>> sorted(presets())
-    ['deepseek-v4-flash', 'deepseek-v4-pro']
+    >>> list(presets())
+    ['deepseek-v4-flash', 'deepseek-v4-pro', 'deepseek-v3', 'deepseek-v2', 'deepseek-v2-lite', 'kimi-k2', 'glm-4.5',
+     'qwen3-moe', 'qwen2-moe', 'mixtral', 'gpt-oss', 'gpt-oss-120b', 'llama4', 'llama4-maverick', 'granite-moe',
+     'granite-moe-3b', 'minimax-m2', 'ernie-4.5', 'ernie-4.5-300b', 'olmoe']
     >>> presets()["deepseek-v4-flash"]
     RoutingMethod(num_experts=256, top_k=6, score='sqrtsoftplus', renormalize_eps=1e-20, scale=1.5)
     """
@@ -291,5 +342,10 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     try:
         return _PRESETS[method]
     except KeyError:
-        names = ", ".join(map(repr, sorted(_PRESETS)))
-        raise ValueError(f"method is {method!r}, but the presets are {names}") from None
+        import difflib  # for this sentence alone
+
+        near = difflib.get_close_matches(method, _PRESETS, cutoff=0.5)
+        nearest = f", the nearest are {', '.join(map(repr, near))}" if near else ""
+        raise ValueError(
+            f"method is {method!r}, but must be the name of a preset{nearest} (cupy_router.presets() lists all)"
+        ) from None

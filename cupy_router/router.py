@@ -148,7 +148,7 @@ class Router:
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
         """A call that is not being traced."""
         if self._follows:
-            return self._beside(x).route(x, token_ids, num_valid, out, stream)
+            return self.beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
             return dense_router.dense_router(
                 x, self.weight, self.method, bias=self.bias, logit_bias=self.logit_bias,
@@ -220,8 +220,10 @@ class Router:
             key = getattr(keys, name, None)
             raise type(error)(message if key is None else f"{key} is the {name}: {message}") from error
 
-    def _beside(self, x: Any) -> Router:
-        """This router with its arrays on the device of x."""
+    def beside(self, x: Any) -> Router:
+        """This router with its arrays on the device of x, where they are if they did not come from a file."""
+        if not self._follows:
+            return self
         device = _view("x", x).device
         found = self._copies.get(device)
         if found is None:

@@ -121,7 +121,14 @@ __device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE]
     return best && !__any_sync(FULL_WARP, valid & (lane < TOP_K) & !sure);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+// From sm_100 on ptxas spills registers to fit more blocks, unless it is told how many are wanted. 0: as it likes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define LEAST_BLOCKS 1
+#else
+#define LEAST_BLOCKS 0
+#endif
+
+extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                     const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,

@@ -84,6 +84,8 @@ extern "C" __global__ void __launch_bounds__(256)
                 long long weights_stride, long long indices_stride, float renormalize_eps, float renormalize_min,
                 float scale, float logit_scale, float logit_softcap, float shared_weight) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
+    static_assert(SOURCE != LOGITS || !WHOLE_ROW_SOFTMAX || LANES == 32,
+                  "a bad token's whole warp skips its statistics");
     constexpr int PLACES = (OUTPUTS + LANES - 1) / LANES;  // of each lane
     constexpr int TOKENS_PER_WARP = 32 / LANES;
     const int lane = threadIdx.x % LANES;
@@ -99,14 +101,14 @@ extern "C" __global__ void __launch_bounds__(256)
         const expert_t* entries = table + (bad ? 0 : token_id) * table_stride;
 
         int64_t experts[PLACES];
-#pragma unroll
+#pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
             experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
         }
         // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
         float values[PLACES];
-#pragma unroll
+#pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
             const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
@@ -123,13 +125,13 @@ extern "C" __global__ void __launch_bounds__(256)
         if (SOURCE == LOGITS) {
             const scalar_t* row_logits = bad ? nullptr : logits + row * logits_stride;
             const RowStatistics statistics = row_statistics(row_logits, logit_bias, numbers, lane);
-#pragma unroll
+#pragma unroll 8
             for (int p = 0; p < PLACES; ++p) {
                 if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
             }
             weigh<LaneTeam<LANES>>(values, experts, lane, LANES, !bad, expert_scale, numbers);
         }
-#pragma unroll
+#pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * LANES + lane;
             if (row >= num_tokens || place >= OUTPUTS) continue;

@@ -61,16 +61,29 @@ struct Numbers {
     float renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight;
 };
 
-// A logit as it is scored. Each step is rounded by itself, as in the reference.
-__device__ __forceinline__ float prepare(float logit, float logit_bias, const Numbers& numbers) {
+// A logit's first steps, each rounded by itself, as in the reference.
+__device__ __forceinline__ float scaled(float logit, float logit_bias, const Numbers& numbers) {
     if (HAS_LOGIT_BIAS) logit = __fadd_rn(logit, logit_bias);
     if (LOGIT_SCALED) logit = __fmul_rn(logit, numbers.logit_scale);
+    return logit;
+}
+
+__device__ __forceinline__ float capped(float logit, const Numbers& numbers) {
     if (LOGIT_CAPPED) logit = __fmul_rn(numbers.logit_softcap, tanhf(logit / numbers.logit_softcap));
     return logit;
 }
 
-// The same with the bias of the logit's column; shared experts have none.
-__device__ __forceinline__ float prepare(float logit, const float* logit_bias, int64_t column, const Numbers& numbers) {
+// A logit as it is scored.
+__device__ __forceinline__ float prepare(float logit, float logit_bias, const Numbers& numbers) {
+    return capped(scaled(logit, logit_bias, numbers), numbers);
+}
+
+// The bias of a logit's column; shared experts have none.
+__device__ __forceinline__ float bias_of(const float* logit_bias, int64_t column) {
     const bool biased = HAS_LOGIT_BIAS && (!SHARED_LOGITS || column < NUM_EXPERTS);
-    return prepare(logit, biased ? __ldg(logit_bias + column) : 0.0f, numbers);
+    return biased ? __ldg(logit_bias + column) : 0.0f;
+}
+
+__device__ __forceinline__ float prepare(float logit, const float* logit_bias, int64_t column, const Numbers& numbers) {
+    return prepare(logit, bias_of(logit_bias, column), numbers);
 }

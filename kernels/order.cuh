@@ -18,16 +18,16 @@ __device__ __forceinline__ unsigned order_key(float value) {
     return magnitude > 0x7f800000u ? NAN_KEY : key;
 }
 
-// The same order for a value that arithmetic made: -0.0 cannot come out of a sum with +0.0, and a NaN is the canonical
-// one, 0x7fffffff. So flipping the bits of negatives and the sign of others orders them, and adding 2 turns NaN from
-// the highest key into 1. Half the instructions of order_key.
+// The same order for a value that arithmetic made, whose NaN is the canonical one, 0x7fffffff. Flipping the bits of
+// negatives and the sign of others orders them; adding 1 to negatives makes -0.0, which sums become that are flushed,
+// equal to +0.0, and adding 2 to all turns NaN from the highest key into 1. Half the instructions of order_key.
 __device__ __forceinline__ unsigned sum_order_key(float sum) {
     const unsigned bits = canonical_bits(sum);
-    const unsigned flips = static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u;
-    return (bits ^ flips) + 2u;
+    const unsigned sign = static_cast<unsigned>(static_cast<int>(bits) >> 31);
+    return (bits ^ (sign | 0x80000000u)) - sign + 2u;
 }
 
-// A key of sum_order_key's order with a position in its low bits, the higher the lower the position; NaN is highest
+// A key of that order, but for the two zeros, with a position in its low bits, the higher the lower the position; NaN is highest
 // here.
 template <unsigned Mask>
 __device__ __forceinline__ unsigned tagged_key(float sum, unsigned position) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ float tagged_key_ceiling(unsigned key) {
 // The value of a key of sum_order_key.
 __device__ __forceinline__ float sum_key_value(unsigned key) {
     const unsigned flipped = key - 2u;
-    return __uint_as_float(flipped ^ (static_cast<int>(flipped) < 0 ? 0x80000000u : 0xffffffffu));
+    return __uint_as_float(static_cast<int>(flipped) < 0 ? flipped ^ 0x80000000u : 0u - flipped);
 }
 
 // A key with its column below it: all entries of a row differ, and a lower column is better.

@@ -47,11 +47,8 @@ __device__ __forceinline__ float precise_exp(float magnitude, float high, float 
 #define LOG2E_HIGH 1.44269502f
 #define LOG2E_LOW 1.92596299e-8f
 
-// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its
-// relative accuracy and stays normal down to x = -174. log1p(t) / t on 0..1 is a polynomial (our fit, 2.0e-7 relative).
-__device__ __forceinline__ float sqrtsoftplus(float x) {
-    const float root = precise_exp(fabsf(x), 0.5f * LOG2E_HIGH, 0.5f * LOG2E_LOW);
-    const float t = root * root;
+// log1p(t) / t on 0..1: a polynomial (our fit, 2.0e-7 relative).
+__device__ __forceinline__ float log1p_ratio(float t) {
     float ratio = -0.008539168164134026f;
     ratio = fmaf(ratio, t, 0.04408948868513107f);
     ratio = fmaf(ratio, t, -0.1076815202832222f);
@@ -59,7 +56,15 @@ __device__ __forceinline__ float sqrtsoftplus(float x) {
     ratio = fmaf(ratio, t, -0.24495458602905273f);
     ratio = fmaf(ratio, t, 0.33275479078292847f);
     ratio = fmaf(ratio, t, -0.4999740421772003f);
-    ratio = fmaf(ratio, t, 0.9999998211860657f);
+    return fmaf(ratio, t, 0.9999998211860657f);
+}
+
+// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its
+// relative accuracy and stays normal down to x = -174.
+__device__ __forceinline__ float sqrtsoftplus(float x) {
+    const float root = precise_exp(fabsf(x), 0.5f * LOG2E_HIGH, 0.5f * LOG2E_LOW);
+    const float t = root * root;
+    const float ratio = log1p_ratio(t);
     const bool negative = x < 0.0f;
     const float y = fast_sqrt(negative ? ratio : fmaf(t, ratio, x));
     return negative ? root * y : y;
@@ -129,14 +134,26 @@ __device__ __forceinline__ double reciprocal(double divisor) { return 1.0 / divi
 // What a score adds to the sum by which weights are divided: nothing if it is NaN.
 __device__ __forceinline__ total_t summand(float score) { return is_nan(score) ? total_t(0) : total_t(score); }
 
+// What scores are divided by.
+struct Divisor {
+    total_t value;
+    bool clamped;  // does not follow the sum
+    bool nothing;  // weights are 0 instead
+};
+
+__device__ __forceinline__ Divisor divisor_of(total_t total, float renormalize_eps, float renormalize_min) {
+    if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf met
+    const total_t sum = total + renormalize_eps;
+    const bool clamped = sum < renormalize_min;
+    const total_t value = clamped ? total_t(renormalize_min) : sum;
+    return {value, clamped, total == total_t(0) || value == total_t(0)};
+}
+
 // A chosen expert's weight from its score and the sum of the chosen scores that are not NaN. Score NaN gives NaN; an
 // infinite sum gives NaN to infinite scores and 0 to the others; a sum of 0 gives 0.
 __device__ __forceinline__ float weight_of(float score, total_t total, float renormalize_eps, float renormalize_min,
                                            float scale) {
     if (!RENORMALIZE) return score * scale;
-    if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf met
-    const total_t sum = total + renormalize_eps;
-    const total_t divisor = sum < renormalize_min ? total_t(renormalize_min) : sum;
-    const bool nothing = total == total_t(0) || divisor == total_t(0);
-    return static_cast<float>(nothing ? score * total_t(0) : score * reciprocal(divisor) * scale);
+    const Divisor divisor = divisor_of(total, renormalize_eps, renormalize_min);
+    return static_cast<float>(divisor.nothing ? score * total_t(0) : score * reciprocal(divisor.value) * scale);
 }

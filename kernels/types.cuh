@@ -51,15 +51,40 @@ struct Integer<8> {
     typedef long long type;
 };
 
-// To the nearest, ties to even.
-__device__ __forceinline__ void store_float(float* target, float value) { *target = value; }
+// The bits of the nearest 16-bit float, ties to even.
+__device__ __forceinline__ unsigned short rounded_bits(float value, Float16) { return float_to_half_bits(value); }
 
-__device__ __forceinline__ void store_float(Float16* target, float value) { target->bits = float_to_half_bits(value); }
-
-__device__ __forceinline__ void store_float(BFloat16* target, float value) {
+__device__ __forceinline__ unsigned short rounded_bits(float value, BFloat16) {
     const unsigned bits = __float_as_uint(value);
     const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    target->bits = static_cast<unsigned short>(value != value ? 0x7fffu : rounded);
+    return static_cast<unsigned short>(value != value ? 0x7fffu : rounded);
+}
+
+__device__ __forceinline__ void store_float(float* target, float value) { *target = value; }
+
+template <typename T>
+__device__ __forceinline__ void store_float(T* target, float value) {
+    target->bits = rounded_bits(value, T());
+}
+
+// The 32-bit word of the next floats of `source`, the first at the lower address.
+__device__ __forceinline__ unsigned floats_to_word(const float* source, float) { return __float_as_uint(source[0]); }
+
+template <typename T>
+__device__ __forceinline__ unsigned floats_to_word(const float* source, T type) {
+    return rounded_bits(source[0], type) | static_cast<unsigned>(rounded_bits(source[1], type)) << 16;
+}
+
+// Write as many adjacent elements as 16 bytes hold together, at an address that is a multiple of that.
+template <typename T>
+__device__ __forceinline__ void store_floats(T* target, const float (&source)[16 / sizeof(T)]) {
+    constexpr int IN_WORD = 4 / sizeof(T);
+    uint4 words;
+    words.x = floats_to_word(source, T());
+    words.y = floats_to_word(source + IN_WORD, T());
+    words.z = floats_to_word(source + 2 * IN_WORD, T());
+    words.w = floats_to_word(source + 3 * IN_WORD, T());
+    *reinterpret_cast<uint4*>(target) = words;
 }
 
 // The floats in a 32-bit word, the one at the lower address first.

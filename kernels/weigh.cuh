@@ -29,12 +29,13 @@ __device__ __forceinline__ int64_t expert_of(int output, int64_t chosen) {
     return NUM_SHARED > 0 && output >= TOP_K ? static_cast<int64_t>(NUM_EXPERTS) + (output - TOP_K) : chosen;
 }
 
-// A thread has the outputs first, first + stride, ...: scores go in (logits if WEIGHS_LOGITS), weights come out. What is
-// in `values` behind output WEIGHED, or of a token that is not routed, does not matter and comes out as 0.
+constexpr bool SOFTMAX_OF_CHOSEN = SCORE_AFTER_TOPK && SCORE == SOFTMAX;
+
+// A thread has the outputs first, first + stride, ...: scores go in (logits if WEIGHS_LOGITS), scores come out, in a
+// scale of their own if SHARED_LOGITS. What is in `values` behind output WEIGHED, or of a token that is not routed, does
+// not matter, neither here nor after it: nobody stores it.
 template <typename Team, int N>
-__device__ __forceinline__ void weigh(float (&values)[N], const int64_t (&experts)[N], int first, int stride,
-                                      bool routed, const float* expert_scale, const Numbers& numbers) {
-    constexpr bool SOFTMAX_OF_CHOSEN = SCORE_AFTER_TOPK && SCORE == SOFTMAX;
+__device__ __forceinline__ void score_chosen(float (&values)[N], int first, int stride, bool routed) {
     if (SHARED_LOGITS || SOFTMAX_OF_CHOSEN) {
         float highest = -__uint_as_float(INFINITY_BITS);
 #pragma unroll 8
@@ -61,12 +62,26 @@ __device__ __forceinline__ void weigh(float (&values)[N], const int64_t (&expert
 #pragma unroll 8
         for (int p = 0; p < N; ++p) values[p] = values[p] / shares;
     }
+}
+
+// The sum that weights are divided by.
+template <typename Team, int N>
+__device__ __forceinline__ total_t sum_of(const float (&scores)[N]) {
     total_t total = 0;
     if (RENORMALIZE) {
 #pragma unroll 8
-        for (int p = 0; p < N; ++p) total += summand(values[p]);
+        for (int p = 0; p < N; ++p) total += summand(scores[p]);
         total = Team::sum(total);
     }
+    return total;
+}
+
+// As score_chosen, and weights come out.
+template <typename Team, int N>
+__device__ __forceinline__ void weigh(float (&values)[N], const int64_t (&experts)[N], int first, int stride,
+                                      bool routed, const float* expert_scale, const Numbers& numbers) {
+    score_chosen<Team>(values, first, stride, routed);
+    const total_t total = sum_of<Team>(values);
 #pragma unroll 8
     for (int p = 0; p < N; ++p) {
         const int output = first + p * stride;

@@ -11,7 +11,7 @@ import pytest
 
 from cupy_router import Routing, RoutingMethod, activation_topk, presets
 from cupy_router.reference.activation_topk import activation_topk as reference
-from tests import compare, inputs
+from tests import compare, inputs, steps
 from tests.backends import Backend
 
 ITEM = pytest.mark.acceptance
@@ -99,6 +99,12 @@ def test_more_experts_than_any_model_has(backend: Backend, experts: int, k: int)
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_presets(backend: Backend, name: str) -> None:
     method = presets()[name]
+    if method.num_groups > 1 or method.score_after_topk:
+        logits = inputs.distinct(backend.rows(40, method.num_experts), method.num_experts)
+        layer = steps.layer_of(method, 1)
+        got = activation_topk(backend.array(logits), name, **layer.arguments(backend.array))
+        steps.assert_right((backend.numpy(got.weights), backend.numpy(got.indices)), logits, method, layer)
+        return
     logits = inputs.normal((backend.rows(200, method.num_experts), method.num_experts), "bfloat16", seed=32)
     bias = np.float32(8.08) + inputs.normal((method.num_experts,), seed=33, scale=0.01)
     by_method = route(backend, logits, method, bias)
@@ -175,6 +181,17 @@ def test_a_subnormal_bias_does_not_select(backend: Backend) -> None:
     bias = np.float32(2.0**-140) * np.arange(64, dtype=np.float32)
     got = route(backend, np.zeros((1, 64), np.float32), RoutingMethod(64, 4, "identity"), bias)
     np.testing.assert_array_equal(got.indices, [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("experts", [4, 2000])
+@pytest.mark.acceptance("subnormal scores are 0", "+0.0 and -0.0")
+def test_a_sum_with_the_bias_that_is_flushed_has_no_sign(backend: Backend, experts: int) -> None:
+    """-1.5 + 1 is negative and subnormal in these units, and ties with 0 then."""
+    unit = np.float32(2.0**-126)
+    logits, bias = np.full((1, experts), -9, np.float32), np.zeros(experts, np.float32)
+    logits[0, :4], bias[:4] = [0, 1, 1, -1], [-1, -1.5, -1, 0]
+    got = route(backend, logits * unit, RoutingMethod(experts, 2, "identity", renormalize=False), bias * unit)
+    np.testing.assert_array_equal(got.indices, [[1, 2]])
 
 
 @pytest.mark.acceptance("small scores are exact")
@@ -323,11 +340,22 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend) -> None:
             compare.assert_same_bits(backend.numpy(b), a)
 
 
-@pytest.mark.parametrize("experts", [36, 256, 3000])
-def test_a_row_does_not_depend_on_the_others(backend: Backend, experts: int) -> None:
-    logits, method = inputs.normal((70, experts), seed=39), RoutingMethod(experts, 5, "softmax")
-    together = activation_topk(backend.array(logits), method)
-    for r in (0, 33, 69):
-        alone = activation_topk(backend.array(logits[r : r + 1]), method)
-        compare.assert_same_bits(backend.numpy(alone.weights)[0], backend.numpy(together.weights)[r])
-        compare.assert_same_bits(backend.numpy(alone.indices)[0], backend.numpy(together.indices)[r])
+@pytest.mark.parametrize("n", [70, 2049, 16385])  # a kernel for few rows, for some and for many
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(RoutingMethod(experts, 5, "softmax") for experts in (36, 256, 3000)),
+        *(RoutingMethod(256, 6, score, renormalize=False) for score in ("sqrtsoftplus", "sigmoid")),
+        RoutingMethod(256, 8, "sigmoid", num_groups=8, top_groups=4, group_score="top2"),
+    ],
+    ids=lambda method: f"{method.score}-{method.num_experts}-{method.num_groups}",
+)
+def test_a_row_does_not_depend_on_the_others(backend: Backend, method: RoutingMethod, n: int) -> None:
+    n = backend.rows(n, method.num_experts, exactly=True)
+    logits = inputs.normal((n, method.num_experts), seed=39)
+    bias = backend.array(inputs.normal((method.num_experts,), seed=40, scale=0.1))
+    weights, indices = map(backend.numpy, activation_topk(backend.array(logits), method, bias=bias))
+    for chosen in (slice(0, 1), slice(33, 69), slice(n - 1, n)):
+        alone = activation_topk(backend.array(logits[chosen]), method, bias=bias)
+        compare.assert_same_bits(backend.numpy(alone.weights), weights[chosen])
+        compare.assert_same_bits(backend.numpy(alone.indices), indices[chosen])

@@ -16,6 +16,7 @@ from benchmarks import compare, ncu, plot, rows, table
 from benchmarks.bars import bar_16_bit
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, activation_topk, hash_router
+from cupy_router.ops.activation_topk_backward import activation_topk_backward
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"gpu": {"name": "Some GPU", "driver_version": "1.2"}, "commit": "abc", "date": "2026-01-02"}
@@ -130,6 +131,15 @@ def test_cliffs_are_steps_between_neighbouring_sizes() -> None:
     ]
 
 
+def test_methods_stand_beside_the_plain_one() -> None:
+    cell = {"what": "gpu", "by": OURS, "E": 64, "k": 6, "preset": "some-model"}
+    measured = [cell | {"n": n, "us": us, "bar_us": 3.0} for n, us in ((64, 2.5), (8192, 3.5))]
+    measured += [cell | {"n": n, "us": 2.0, "method": "plain sqrtsoftplus"} for n in (64, 8192)]
+    measured += [{"what": "host", "by": OURS, "part": "compile some-model", "us": 123456}]
+    lines = table.methods({"methods": {"environment": ENVIRONMENT, "rows": measured}}).splitlines()
+    assert lines[2] == "| some-model (E 64, k 6) | 2.50 | 2.00 | 1.25 | 3.50 | 2.00 | **1.75** | 123 |"
+
+
 def test_host_profile_stands_before_and_after() -> None:
     part = {"what": "host", "part": "current stream", "us": 0.5}
     files = {"host_profile_before": {"rows": [part, part | {"part": "gone", "us": 3.0}]}}
@@ -183,6 +193,20 @@ print(*sorted({"cupy", "jax", "matplotlib", "numpy", "torch", "triton"} & set(sy
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_pytorch_goes_backwards_as_we_do() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarks import rivals
+
+    random = np.random.default_rng(1)
+    logits, bias, upstream = (random.standard_normal(shape, np.float32) for shape in ((33, 60), 60, (33, 6)))
+    method = RoutingMethod(60, 6, "sqrtsoftplus", scale=2.5)
+    indices = activation_topk(logits, method, bias=bias).indices
+    ours = activation_topk_backward(upstream, indices, logits, method).grad_logits
+    gradient = rivals.router_gradient(*map(torch.from_numpy, (logits, bias)), 6, 2.5, torch.from_numpy(upstream))
+    for _ in range(2):
+        np.testing.assert_allclose(gradient().numpy(), ours, rtol=1e-4, atol=1e-6)
 
 
 def test_pytorch_rivals_do_what_the_ops_do() -> None:

@@ -311,7 +311,7 @@ METHOD = RoutingMethod(8, 2)
         ({"bias": np.zeros(8, np.float16)}, TypeError, "bias must be float32, got float16"),
         ({"num_valid": 4}, ValueError, r"num_valid must be in 0\.\.3, got 4"),
         ({"x": np.zeros((65, 16), np.float32), "path": "decode"}, ValueError, "at most 64 tokens, .* got 65 tokens"),
-        ({"method": "no-such-model"}, ValueError, "the presets are"),
+        ({"method": "no-such-model"}, ValueError, "must be the name of a preset"),
     ],
 )
 def test_what_is_refused(backend: Backend, change: dict[str, Any], error: type, words: str) -> None:

@@ -28,8 +28,6 @@ pytestmark = pytest.mark.needs_kernels
 # Errors of a logit in units of the norm of its products. FMA rounds, to either side; tensor cores truncate, so that
 # errors of one accumulator add up step by step.
 FMA_BOUND, STEP_BOUND = 1e-6, 2.0**-23
-INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
-VARYING = (*INPUTS, "weights", "indices", "counters", "partials", "num_valid_value")
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
         xp.empty((len(x), k), np.float32), xp.empty((len(x), k), np.int32),
         xp.zeros(plan.counters, np.uint32), xp.full(2 * plan.partials, np.nan, np.float32),
     ]  # fmt: skip
-    launch = Launch(function, plan.grid, plan.block, VARYING, fixed)
+    launch = Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
     return Run(x, weight, bias, backend, [device_x, device_weight, device_bias], outputs, launch, plan, method)
 
 

@@ -69,6 +69,13 @@ def test_every_variant_is_called() -> None:
             assert called("hash_router_products", SCORE=score, ALIGNED=flag)
             assert called("dense_router_decode", SCORE=score, TENSOR_CORES=flag)
         assert called("dense_router_decode", ALIGNED=flag)
+    for steps in ({"GROUP_TOP2": 1}, {"SCORE_AFTER_TOPK": 1}, {"SHARED_LOGITS": 1}, {"HAS_LOGIT_BIAS": 1}):
+        assert called("activation_topk", **steps)
+        assert called("dense_router_decode", **steps)
+    for steps in ({"RESULT_DTYPE": 1}, {"RESULT_DTYPE": 2}, {"INDEX_INT64": 1}, {"LOGIT_CAPPED": 1}, {"SCORE": 4}):
+        assert called("activation_topk", **steps)
+    for steps in ({"GROUP_TOP2": 1}, {"SHARED_LOGITS": 1}, {"RESULT_DTYPE": 2}):
+        assert called("activation_topk_wide", **steps)
     for token_id_bytes, table_bytes in product((4, 8), repeat=2):
         assert called("hash_router", SOURCE=0, TOKEN_ID_BYTES=token_id_bytes, TABLE_BYTES=table_bytes)
     for lanes in (2, 4, 8, 16, 32):

@@ -99,6 +99,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"renormalize_eps": float("inf")}, ValueError, "renormalize_eps is inf, but must be a non-negative number"),
     ({"renormalize_eps": 1e-39}, ValueError, "renormalize_eps is 1e-39, but must be a non-negative number that is"),
     ({"renormalize_eps": 1e39}, ValueError, "renormalize_eps is 1e+39, but must be a non-negative number that is"),
+    (
+        {"renormalize_min": 3e38},
+        ValueError,
+        "renormalize_min is 3e+38, but must be a non-negative number that is 0 or no",
+    ),
     ({"renormalize_eps": "1e-20"}, TypeError, "renormalize_eps is '1e-20', but must be a number"),
     ({"renormalize_eps": None}, TypeError, "renormalize_eps is None, but must be a number"),
     ({"renormalize_min": -1.0}, ValueError, "renormalize_min is -1.0, but must be a non-negative number"),
@@ -212,7 +217,8 @@ def test_repr_shows_what_differs_and_can_be_evaluated() -> None:
 
 
 def test_presets_of_deepseek_v4() -> None:
-    assert presets() == {
+    found = {name: method for name, method in presets().items() if name.startswith("deepseek-v4")}
+    assert found == {
         "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
         "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
     }
@@ -230,7 +236,11 @@ def test_resolve() -> None:
         assert resolve(name) is preset
     with pytest.raises(ValueError) as unknown:  # noqa: PT011
         resolve("deepseek")
-    assert str(unknown.value) == "method is 'deepseek', but the presets are 'deepseek-v4-flash', 'deepseek-v4-pro'"
+    near = "'deepseek-v3', 'deepseek-v2', 'deepseek-v4-pro'"
+    assert str(unknown.value) == (
+        f"method is 'deepseek', but must be the name of a preset, the nearest are {near} "
+        "(cupy_router.presets() lists all)"
+    )
     with pytest.raises(TypeError) as no_method:
         resolve({"num_experts": 8})  # type: ignore[arg-type]
     assert str(no_method.value) == "method is a dict, but must be a RoutingMethod or the name of a preset"

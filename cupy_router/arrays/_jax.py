@@ -65,6 +65,7 @@ class JAX(Framework):
     def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
 
+        _check_width(dtype)
         return _cupy.allocator(shape, dtype, _device("the first array", like)[1])
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
@@ -77,6 +78,7 @@ class JAX(Framework):
             return jax.dlpack.from_dlpack(array)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        _check_width(str(values.dtype))
         return jax.numpy.asarray(values)
 
 
@@ -98,6 +100,12 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     for axis in range(len(shape) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * shape[axis + 1]
     return tuple(strides)
+
+
+def _check_width(dtype: str) -> None:
+    """JAX would cut results to 32 bits without a word."""
+    if dtype == "int64" and not jax.config.jax_enable_x64:
+        raise ValueError("int64 results need JAX's option jax_enable_x64, which is off")
 
 
 def _device(name: str, array: Any) -> tuple[str, int]:

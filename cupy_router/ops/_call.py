@@ -8,7 +8,7 @@ their alignment, so a call whose key is known needs no check but that of `num_va
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -63,11 +63,12 @@ class Op:
 
     name: str
     inputs: tuple[str, ...]
-    result: Any  # the named tuple that is returned
-    check: Callable[..., tuple[Output, Output]]  # (options, *views) -> what the results are to look like
+    result: Any  # the named tuple that is returned, of one array or two
+    check: Callable[..., tuple[Output, ...]]  # (options, *views) -> what the results are to look like
     kernel: Callable[..., Kernel | Work]  # (options, output row strides, *views) -> what to enqueue
-    reference: Callable[..., tuple[Any, Any]]  # (options, number, *host arrays) -> the results
+    reference: Callable[..., tuple[Any, ...]]  # (options, number, *host arrays) -> the results
     takes_number: bool  # whether num_valid may be an int; then the kernel has an int parameter num_valid_value
+    smooth: tuple[int, ...] = ()  # the inputs by which the first result has a gradient
 
     def argument(self, position: int) -> str:
         """The name of an array argument: inputs, then the fields of `out`."""
@@ -78,15 +79,20 @@ class Op:
 
 class _Plan(NamedTuple):
     num_rows: int
-    allocators: tuple[Allocator, ...]
+    allocators: tuple[Allocator, Allocator | None]  # of the results
     launch: Work | None  # None: no rows, nothing to do
 
+
+# What the axes of results are called, by the name of the first.
+_AXES = {"values": "num_rows, k", "weights": "num_tokens, top_k", "grad_logits": "num_tokens, num_experts"}
+
+_OF_OTHERS: Any = ()  # no allocators: results go into the memory of others
 
 _MAX_PLANS = 4096
 _plans: dict[Hashable, _Plan] = {}
 
 
-# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
+# Set by cupy_router.torch: whether a call is being traced into a graph or wants a gradient, and what is done then.
 tracer: Any = None
 
 # Set by cupy_router.jax: how a call of which an argument is a tracer is put into JAX's graph.
@@ -96,17 +102,24 @@ traced: Any = None
 def run(
     op: Op, options: Hashable, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1, eager: bool = False
 ) -> Any:
-    """One call of an op; `number` is num_valid as an int, -1 for all rows; `eager` calls are never traced."""
-    if tracer is not None and not eager and tracer.is_tracing():
-        return tracer.run(op, options, inputs, out, stream, number)
+    """One call of an op; `number` is num_valid as an int, -1 for all rows; `eager` calls are just that: neither traced
+    nor differentiated."""
+    if tracer is None and type(inputs[0]) not in FRAMEWORKS:
+        _meet(op, inputs[0])
+    if tracer is not None and not eager:
+        if tracer.is_tracing():
+            return tracer.run(op, options, inputs, out, stream, number)
+        if tracer.is_grad_enabled() and tracer.wants_gradient(op, inputs):
+            return tracer.run_with_gradient(op, options, inputs, out, stream, number)
     try:
         if compiler.WATCHING and compiler.changed():
             _plans.clear()
         first = inputs[0]
         framework = FRAMEWORKS.get(type(first)) or framework_of(op.inputs[0], first)
         current = framework.current_stream(first)
-        if out is not None and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"out must be a {op.result.__name__} of two arrays, got {type(out).__name__}")
+        if out is not None and not (isinstance(out, tuple) and len(out) == len(op.result._fields)):
+            count = ("one array", "two arrays")[len(op.result._fields) - 1]
+            raise TypeError(f"out must be a {op.result.__name__} of {count}, got {type(out).__name__}")
         if stream is not None:
             handle = stream_handle(stream)
             if current is not None and handle != current:
@@ -135,6 +148,12 @@ def run(
     return traced.run(op, options, inputs, out, stream, number)
 
 
+def _meet(op: Op, array: Any) -> None:
+    """The first array of a kind in this process: the first tensor brings cupy_router.torch, which is to be asked."""
+    with suppress(TypeError):  # if it is no array, the call says so
+        framework_of(op.inputs[0], array)
+
+
 def _run_on_device(
     op: Op,
     options: Hashable,
@@ -160,8 +179,9 @@ def _run_on_device(
     plan = _plans.get(plan_key)
     if plan is None:
         views, out_views, outputs = _checked(op, options, inputs, out, stream)
-        allocators = tuple(framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs)
-        plan = _keep(plan_key, _Plan(outputs[0][0][0], allocators, _planned(op, options, views, out_views, outputs)))
+        first, second, *_ = (*(framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs), None)
+        launch = _planned(op, options, views, out_views, outputs)
+        plan = _keep(plan_key, _Plan(outputs[0][0][0], (first, second), launch))
     num_rows, (allocate_first, allocate_second), launch = plan
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
@@ -169,8 +189,9 @@ def _run_on_device(
     if out is None:
         first, pointer = allocate_first()
         pointers.append(pointer)
-        second, pointer = allocate_second()
-        pointers.append(pointer)
+        if allocate_second is not None:
+            second, pointer = allocate_second()
+            pointers.append(pointer)
     if launch is not None:
         if op.takes_number:
             pointers.append(number)
@@ -180,8 +201,9 @@ def _run_on_device(
     if out is not None:
         return out
     if framework.delivers:
-        return op.result(framework.deliver(first, inputs[0]), framework.deliver(second, inputs[0]))
-    return op.result(first, second)
+        results = (first,) if allocate_second is None else (first, second)
+        return op.result(*(framework.deliver(array, inputs[0]) for array in results))
+    return op.result(first) if allocate_second is None else op.result(first, second)
 
 
 def _keep(key: Hashable, plan: _Plan) -> _Plan:
@@ -207,14 +229,14 @@ def work_for(
         outputs = op.check(options, *views)
         for view, (shape, dtype) in zip(out_views, outputs, strict=True):
             check.dtype(view, (dtype,))
-            check.shape(view, shape, "num_rows, k")
+            check.shape(view, shape, _AXES[op.result._fields[0]])
         kind = out_views[0].device[0]
         if compiler.backend(kind) is None:
             work: Work | None = _Reference(op, options, views, out_views)
         else:
             with scratch.relaxed() if kind == "cuda" else nullcontext():  # others may be capturing the stream
                 work = _planned(op, options, views, out_views, outputs)
-        plan = _keep(key, _Plan(outputs[0][0][0], (), work))
+        plan = _keep(key, _Plan(outputs[0][0][0], _OF_OTHERS, work))
     return plan.launch
 
 
@@ -251,7 +273,7 @@ def _run_on_host(
         for view, values in zip(out_views, results, strict=False):
             view.host[...] = values  # type: ignore[index]  # views of CPU arrays of allowed dtypes have it
     else:
-        results = np.empty(outputs[0][0], DTYPES[outputs[0][1]]), np.empty(outputs[1][0], DTYPES[outputs[1][1]])
+        results = tuple(np.empty(shape, DTYPES[dtype]) for shape, dtype in outputs)
         launch = _planned(op, options, views, out_views, outputs)
         targets = [view.pointer for view in out_views] or [array.ctypes.data for array in results]
         if launch is not None:
@@ -262,7 +284,7 @@ def _run_on_host(
 
 def _checked(
     op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: int | None
-) -> tuple[list[View | None], list[View], tuple[Output, Output]]:
+) -> tuple[list[View | None], list[View], tuple[Output, ...]]:
     """Views of all arrays and what the results look like, or the error that the arguments deserve."""
     views: list[View | None] = []
     for position, array in enumerate((*inputs, *(out or ()))):
@@ -279,7 +301,7 @@ def _checked(
     out_views = [view for view in views[len(inputs) :] if view is not None]
     for view, (shape, dtype) in zip(out_views, outputs, strict=False):
         check.dtype(view, (dtype,))
-        check.shape(view, shape, "num_rows, k" if op.result._fields[0] == "values" else "num_tokens, top_k")
+        check.shape(view, shape, _AXES[op.result._fields[0]])
         check.writable(view)
     return views[: len(inputs)], out_views, outputs
 
@@ -289,7 +311,7 @@ def _planned(
     options: Hashable,
     views: Sequence[View | None],
     out_views: Sequence[View],
-    outputs: tuple[Output, Output],
+    outputs: tuple[Output, ...],
 ) -> Work | None:
     if outputs[0][0][0] == 0:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels/dense_router_decode.cu is compiled and launched for a shape: chosen from shapes alone.
 
-The kernel's parameters are the inputs (x, weight, bias, logit_bias, expert_scale, num_valid), the outputs (weights,
-indices), the scratch memory (counters, partials), `num_valid_value`, and then those of :func:`fixed_arguments`.
+The kernel's parameters are INPUTS, the outputs (weights, indices), the scratch memory (counters, partials),
+`num_valid_value`, which are together VARYING, and then those of :func:`fixed_arguments`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from cupy_router.ops import _layout as layout
 from cupy_router.ops.activation_topk import method_arguments, method_macros
 
 FILE = FUNCTION = "dense_router_decode"
+INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
+VARYING = (*INPUTS, "weights", "indices", "counters", "partials", "num_valid_value")
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, layout.MAX_COLUMNS, layout.MAX_LANES
 COUNTERS = 128  # as many as any plan needs, so that partial sums of all plans may lie behind them in one buffer
 

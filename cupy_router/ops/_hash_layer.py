@@ -109,4 +109,5 @@ _OP = Op(
     kernel=_plan,
     reference=_reference,
     takes_number=True,
+    smooth=(0, 3, 4, 5),
 )

@@ -44,7 +44,7 @@ def activation_topk(
         expert_scale: [num_experts] float32, a factor of the weight of each expert, last of all.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the device of the logits, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
         stream: work is enqueued on the current stream of the logits' framework unless an object with `__cuda_stream__`
             or an int handle is given here. The host never waits.
 
@@ -222,4 +222,5 @@ _OP = Op(
     kernel=kernel,
     reference=_reference,
     takes_number=True,
+    smooth=(0, 2, 3),
 )

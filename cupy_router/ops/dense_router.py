@@ -57,7 +57,7 @@ def dense_router(
             second kernel, for any size; None chooses by size.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the device of x, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
         stream: work is enqueued on the current stream of the framework of x unless an object with `__cuda_stream__` or
             an int handle is given here. The host never waits.
 
@@ -184,10 +184,9 @@ class _Decode:
             given=[name for name, view in layer.items() if view is not None],
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, x.row_stride, weight.row_stride, *out_strides)
-        varying = (*_OP.inputs, *_OUTPUTS, "counters", "partials", "num_valid_value")
         headers = scoring.headers(method)
         kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
-        self._launch = launch_of(kernel, varying, x.device)
+        self._launch = launch_of(kernel, decode.VARYING, x.device)
         self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
         self.function = self._launch.function
 
@@ -235,10 +234,11 @@ def _reference(
 
 _OP = Op(
     name="dense_router",
-    inputs=("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid"),
+    inputs=decode.INPUTS,
     result=Routing,
     check=_check,
     kernel=_plan,
     reference=_reference,
     takes_number=True,
+    smooth=(0, 1, 3, 4),
 )

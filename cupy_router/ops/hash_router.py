@@ -58,7 +58,7 @@ def hash_router(
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
         num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
             one-element int32 array on the same device, clamped, which a CUDA graph may change between replays.
-        out: a :class:`Routing` of preallocated arrays, filled in place and returned.
+        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
         stream: work is enqueued on the current stream of the token ids' framework unless an object with
             `__cuda_stream__` or an int handle is given here. The host never waits.
 
@@ -243,4 +243,5 @@ _OP = Op(
     kernel=kernel,
     reference=reference_call,
     takes_number=True,
+    smooth=(2, 3, 4, 5, 6),
 )

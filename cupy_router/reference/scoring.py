@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..method import FLOAT32_TINY, RoutingMethod
+from ..score_function import ScoreFunction
 from .order import row_slices
 
 Float64 = NDArray[np.float64]
@@ -45,17 +46,27 @@ def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Floa
     >>> prepare_logits(np.array([[1.0, 50.0]]), RoutingMethod(2, 1, logit_scale=2.0, logit_softcap=30.0))
     array([[ 1.9970423, 29.923738 ]], dtype=float32)
     """
+    return cap_logits(scale_logits(logits, method, logit_bias), method)
+
+
+def scale_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
+    """Logits with the bias added, then scaled."""
     with np.errstate(all="ignore"):
-        prepared = flush(logits.astype(np.float32))
+        scaled = flush(logits.astype(np.float32))
         if logit_bias is not None:
-            behind = prepared.shape[-1] - len(logit_bias)  # shared experts' logits, which have none
-            prepared = flush(prepared + np.pad(flush(logit_bias), (0, behind)))
+            behind = scaled.shape[-1] - len(logit_bias)  # shared experts' logits, which have none
+            scaled = flush(scaled + np.pad(flush(logit_bias), (0, behind)))
         if method.logit_scale != 1.0:
-            prepared = flush(prepared * np.float32(method.logit_scale))
-        if method.logit_softcap is not None:
-            cap = float(np.float32(method.logit_softcap))
-            prepared = flush((cap * np.tanh(prepared.astype(np.float64) / cap)).astype(np.float32))
-    return prepared
+            scaled = flush(scaled * np.float32(method.logit_scale))
+    return scaled
+
+
+def cap_logits(scaled: Float32, method: RoutingMethod) -> Float32:
+    """Scaled logits, kept between plus and minus the cap if there is one."""
+    if method.logit_softcap is None:
+        return scaled
+    cap = float(np.float32(method.logit_softcap))
+    return flush((cap * np.tanh(scaled.astype(np.float64) / cap)).astype(np.float32))
 
 
 def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
@@ -66,13 +77,16 @@ def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
     """
     wide = logits.astype(np.float64)
     with np.errstate(all="ignore"):
-        if isinstance(method.score, str):
-            scores = SCORE_FUNCTIONS[method.score](wide)
-        else:
-            scores = np.asarray(method.score.numpy(wide))
-            if scores.shape != wide.shape:
-                raise ValueError(f"{method.score!r} made shape {scores.shape} of an array of shape {wide.shape}")
+        scores = SCORE_FUNCTIONS[method.score](wide) if isinstance(method.score, str) else own_score(method.score, wide)
         return flush(scores.astype(np.float32))
+
+
+def own_score(score: ScoreFunction, x: Float64) -> Float64:
+    """What the caller's function makes of each x; ValueError if that is another shape."""
+    scores = np.asarray(score.numpy(x))
+    if scores.shape != x.shape:
+        raise ValueError(f"{score!r} made shape {scores.shape} of an array of shape {x.shape}")
+    return scores
 
 
 def route_weights(
@@ -91,7 +105,7 @@ def route_weights(
             [np.take_along_axis(routed, experts, axis=-1), logits[:, method.num_experts :]], axis=-1
         )
         with np.errstate(all="ignore"):
-            weights = (_softmax(_log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
+            weights = (softmax(log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
         weights = _scale_experts(weights, experts, expert_scale)
     else:
         if method.score_after_topk:
@@ -135,14 +149,19 @@ def weigh(scores: Float32, method: RoutingMethod) -> Float32:
     weights = scores.astype(np.float64)
     with np.errstate(all="ignore"):
         if method.renormalize:
-            total = np.nansum(weights, axis=-1, keepdims=True)
-            total[np.isnan(total)] = np.inf  # +inf met -inf
-            divisor = total + method.renormalize_eps
-            if method.renormalize_min is not None:
-                divisor = np.maximum(total, method.renormalize_min)
+            total, divisor = normaliser(weights, method)
             nothing = (total == 0.0) | (divisor == 0.0)
             weights = np.where(nothing, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
         return flush((weights * method.scale).astype(np.float32))
+
+
+def normaliser(scores: Float64, method: RoutingMethod) -> tuple[Float64, Float64]:
+    """The sum of each token's scores that are not NaN, and what they are divided by: both [num_tokens, 1]."""
+    total = np.nansum(scores, axis=-1, keepdims=True)
+    total[np.isnan(total)] = np.inf  # +inf met -inf
+    if method.renormalize_min is not None:
+        return total, np.maximum(total, method.renormalize_min)
+    return total, total + method.renormalize_eps
 
 
 def _scale_experts(weights: Float32, experts: NDArray[Any], expert_scale: Float32 | None) -> Float32:
@@ -153,7 +172,7 @@ def _scale_experts(weights: Float32, experts: NDArray[Any], expert_scale: Float3
     return flush(weights)
 
 
-def _log_sigmoid(x: Float64) -> Float64:
+def log_sigmoid(x: Float64) -> Float64:
     logs: Float64 = np.minimum(x, 0.0) - np.log1p(np.exp(-np.abs(x)))
     return logs
 
@@ -164,11 +183,11 @@ def _sqrtsoftplus(x: Float64) -> Float64:
     return scores
 
 
-def _sigmoid(x: Float64) -> Float64:
+def sigmoid(x: Float64) -> Float64:
     return 1.0 / (1.0 + np.exp(-x))
 
 
-def _softmax(x: Float64) -> Float64:
+def softmax(x: Float64) -> Float64:
     """exp(x) over its sum. Shifting by the maximum changes nothing but keeps exp from overflowing.
 
     The maximum itself gets exp(0) = 1 even where it is infinite, and NaN takes part in neither maximum nor sum.
@@ -185,7 +204,7 @@ def _identity(x: Float64) -> Float64:
 
 SCORE_FUNCTIONS: dict[str, Callable[[Float64], Float64]] = {
     "sqrtsoftplus": _sqrtsoftplus,
-    "sigmoid": _sigmoid,
-    "softmax": _softmax,
+    "sigmoid": sigmoid,
+    "softmax": softmax,
     "identity": _identity,
 }

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as citizens of PyTorch: importing this room registers them with torch.library and with torch.compile.
+"""The ops as citizens of PyTorch: importing this room registers them with torch.library, autograd and torch.compile.
 
 From then on the public functions and a Router may be called in what `torch.compile(fullgraph=True)` or `torch.export`
 traces; arguments that are no tensors travel through the schemas as integer keys. Eager calls do not pass PyTorch's
-dispatcher: they ask whether something is being traced, and go on as without this room.
+dispatcher: they ask whether something is being traced or requires grad, and go on as without this room.
 
     import cupy_router.torch  # not needed once any op or Router was given a tensor
 
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)
+
+The weights of `activation_topk`, `dense_router`, `hash_router` and a Router have gradients by logits, x, weight,
+logit_bias and expert_scale, where these require grad; indices, and a bias that only selects, have none. Second
+derivatives are refused. `load_balance` has what losses for the load of experts are made of.
+
+`replace_routers` gives a Hugging Face model our routers.
 """
 
 from __future__ import annotations
@@ -16,5 +22,9 @@ from __future__ import annotations
 from cupy_router import router
 from cupy_router.ops import _call
 from cupy_router.torch import _library
+from cupy_router.torch._load_balance import LoadBalance, load_balance
+from cupy_router.torch._replace import replace_routers, restore_routers
+
+__all__ = ["LoadBalance", "load_balance", "replace_routers", "restore_routers"]
 
 router.tracer = _call.tracer = _library

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schemas, implementations and fakes of the ops, and how a traced call becomes one of them.
+"""Schemas, implementations, fakes and gradients of the ops, and how a traced call becomes one of them.
 
 Arguments that are no tensors become the first ones of the schema: a method is its number (-1: none), a Router likewise.
 Implementations for CPU and CUDA are the ops themselves, past the question whether something is traced.
@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from cupy_router.method import RoutingMethod
-from cupy_router.ops import _call, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops import _call, activation_topk, activation_topk_backward, dense_router, hash_router, topk_select
 from cupy_router.results import Routing
+from cupy_router.torch import _autograd
+from cupy_router.torch._autograd import is_grad_enabled, run_with_gradient, wants_gradient
 from cupy_router.torch._registry import method_of, router_of
 
 _NO_METHOD = -1
+
+__all__ = ["is_grad_enabled", "is_tracing", "route", "run", "run_with_gradient", "wants_gradient"]  # what calls ask
 
 _SCHEMAS = {
     "topk_select": "int k, Tensor scores, Tensor? lengths, Tensor? starts",
@@ -28,6 +32,9 @@ _SCHEMAS = {
     "dense_router": "int method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? logit_bias, "
     "Tensor? expert_scale, Tensor? num_valid, SymInt num_valid_value",
     "router": "int router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value",
+    "activation_topk_backward": "int method, Tensor grad_weights, Tensor indices, Tensor logits, Tensor? logit_bias, "
+    "Tensor? expert_scale, bool in_float32, bool repeated",
+    "router_backward": "int router, Tensor x, Tensor indices, Tensor grad_weights",
 }
 
 is_tracing = torch.compiler.is_compiling
@@ -47,15 +54,24 @@ def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: A
     key = _NO_METHOD if options is None else options.number
     if op.name == "hash_router":
         return op.result(*torch.ops.cupy_router.hash_router(key, *inputs, number))
+    if op.name == "Router":
+        x, token_ids, table, *rest = inputs
+        return op.result(*torch.ops.cupy_router.hash_router(key, token_ids, table, None, x, *rest, number))
     return op.result(*torch.ops.cupy_router.activation_topk(key, *inputs, number))
 
 
 def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-    """A call of a Router while a graph is traced; the graph does not see the router's arrays."""
+    """A call of a Router while a graph is traced; the graph sees the router's arrays only where they have gradients."""
     _refuse("Router", out, stream)
+    if is_grad_enabled() and any(map(_requires_grad, (router.weight, router.logit_bias, router.expert_scale))):
+        return router.route(x, token_ids, num_valid, None, None)  # type: ignore[no-any-return]
     number = num_valid if isinstance(num_valid, int) else -1
     counts = None if isinstance(num_valid, int) else num_valid
     return Routing(*torch.ops.cupy_router.router(router.number, x, token_ids, counts, number))
+
+
+def _requires_grad(array: Any) -> bool:
+    return isinstance(array, torch.Tensor) and array.requires_grad
 
 
 def _refuse(name: str, out: Any, stream: Any) -> None:
@@ -86,6 +102,16 @@ def _dense_router(method: int, path: str, *inputs: Any) -> Any:
 
 def _router(router: int, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
     return tuple(router_of(router).route(x, token_ids, number if number >= 0 else num_valid, None, None))
+
+
+def _activation_topk_backward(method: int, *inputs: Any) -> Any:
+    *arrays, in_float32, repeated = inputs
+    options = activation_topk_backward.Options(method_of(method), "float32" if in_float32 else None, repeated)
+    return _call.run(activation_topk_backward._OP, options, tuple(arrays), None, None, eager=True)[0]
+
+
+def _router_backward(router: int, x: Any, indices: Any, grad_weights: Any) -> Any:
+    return _autograd.gradient_by_x(router_of(router), x, indices, grad_weights)
 
 
 # -- What results look like --------------------------------------------------------------------------------------------
@@ -119,18 +145,72 @@ def _fake_router(router: int, x: Any, *others: Any) -> Any:
     return _routing_like(x, router_of(router).method)
 
 
+def _fake_activation_topk_backward(method: int, grad_weights: Any, indices: Any, logits: Any, *others: Any) -> Any:
+    *_, in_float32, _ = others
+    return logits.new_empty(logits.shape, dtype=torch.float32 if in_float32 else logits.dtype)
+
+
+def _fake_router_backward(router: int, x: Any, *others: Any) -> Any:
+    return x.new_empty(x.shape)
+
+
+# -- The way back ------------------------------------------------------------------------------------------------------
+
+
+def _remember(*names: str | None) -> Callable[..., None]:
+    """For an op with these inputs behind the method."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        method = None if inputs[0] == _NO_METHOD else method_of(inputs[0])
+        _autograd.remember(ctx, method, (None, *names), inputs, output)
+
+    return setup_context
+
+
+def _remember_router(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    router, x, *_ = inputs
+    weights, indices = output
+    ctx.mark_non_differentiable(*((indices,) if router_of(router).weight is not None else (weights, indices)))
+    ctx.set_materialize_grads(False)
+    ctx.router = router
+    ctx.save_for_backward(x, indices)
+
+
+def _back_through_router(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+    by_x = None
+    if grad_weights is not None:
+        by_x = torch.ops.cupy_router.router_backward(ctx.router, *ctx.saved_tensors, grad_weights.contiguous())
+    return None, by_x, None, None, None
+
+
+_BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+    "activation_topk": (_autograd.backward, _remember(*activation_topk._OP.inputs, None)),
+    "hash_router": (_autograd.backward, _remember(*hash_router._OP.inputs, None)),
+    "dense_router": (_autograd.backward, _remember(None, *dense_router._OP.inputs, None)),
+    "router": (_back_through_router, _remember_router),
+    "activation_topk_backward": (_autograd.no_second_derivative, None),
+    "router_backward": (_autograd.no_second_derivative, None),
+}
+
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "topk_select": (_topk_select, _fake_topk_select),
     "activation_topk": (_activation_topk, _fake_activation_topk),
     "hash_router": (_hash_router, _fake_hash_router),
     "dense_router": (_dense_router, _fake_dense_router),
     "router": (_router, _fake_router),
+    "activation_topk_backward": (_activation_topk_backward, _fake_activation_topk_backward),
+    "router_backward": (_router_backward, _fake_router_backward),
 }
 
 _library = torch.library.Library("cupy_router", "DEF")
 for _name, (_implementation, _fake) in _OPS.items():
-    _library.define(f"{_name}({_SCHEMAS[_name]}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    _returned = "Tensor" if _name.endswith("_backward") else "(Tensor, Tensor)"
+    _library.define(f"{_name}({_SCHEMAS[_name]}) -> {_returned}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CPU")
     _library.impl(_name, _implementation, "CUDA")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # results have no gradient, as in eager calls
     torch.library.register_fake(f"cupy_router::{_name}", _fake, lib=_library)
+    if _name in _BACKWARD:
+        _back, _setup = _BACKWARD[_name]
+        torch.library.register_autograd(f"cupy_router::{_name}", _back, setup_context=_setup, lib=_library)
+    else:
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # results have no gradient

@@ -198,8 +198,11 @@ def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
 
 def has_steps(case: Case) -> bool:
     """Whether there is more to it than a score of a logit, a bias and a sum."""
+    if case.method is None:
+        return False
     plain = {"num_experts", "top_k", "score", "renormalize", "renormalize_eps", "renormalize_min", "scale"}
-    return case.method is not None and bool(_set(case.method).keys() - plain or case.arrays.keys() & LAYER)
+    more = _set(case.method).keys() - plain or case.arrays.keys() & LAYER
+    return bool(more) or not isinstance(case.method.score, str)
 
 
 LAYER = {"logit_bias", "expert_scale"}

@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
-from tests import inputs
+from tests import inputs, steps
 from tests.backends import DTYPES
 from tests.fuzz.case import Case
 
@@ -21,7 +21,7 @@ DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, el
 
 
 def cases() -> list[Case]:
-    return [*_topk_select(), *_activation_topk(), *_hash_router(), *_dense_router()]
+    return [*_topk_select(), *_activation_topk(), *_steps(), *_hash_router(), *_dense_router()]
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
@@ -86,6 +86,19 @@ def _activation_topk() -> Iterator[Case]:
     for more in ({"num_valid": 20}, {"num_valid": 0}, {"num_valid": np.full((), 20, np.int32)}):
         yield case(ROWS, method, "float32", DENSE, True, **more)
     yield case(FEW_ROWS, replace(method, num_experts=1500), "float32", DENSE, False, num_valid=3)
+
+
+def _steps() -> Iterator[Case]:
+    """Of routing methods; logits are so far apart that rounding decides nothing."""
+    for i, method in enumerate(steps.METHODS.values()):
+        rows = FEW_ROWS if method.num_experts > 1000 else ROWS
+        arrays = {"logits": inputs.distinct(rows, method.num_logits)} | steps.layer_of(method, i).arguments(np.copy)
+        yield Case("activation_topk", arrays, method, {}, {"logits": (DENSE, STRIDED, MISALIGNED)[i % 3]}, i % 3 - 1)
+    for i, name in enumerate(("8 groups, best 4, top 2", "softmax after top-k", "shared in the normaliser")):
+        method = steps.METHODS[name]
+        x, weight = _products((9, 264), "bfloat16"), _products((method.num_logits, 264), "bfloat16")
+        arrays = {"x": x, "weight": weight} | steps.layer_of(method, 2 + i).arguments(np.copy)
+        yield Case("dense_router", arrays, method)
 
 
 def _hash_router() -> Iterator[Case]:

@@ -24,7 +24,7 @@ NUM_TOKENS, HIDDEN, VOCAB = 512, 64, 300
 METHODS = {
     "small": RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5),
     "small, sigmoid": RoutingMethod(16, 4, "sigmoid", renormalize_eps=1e-20, scale=1.5),
-    **presets(),
+    **{name: method for name, method in presets().items() if name.startswith("deepseek-v4")},
 }
 
 

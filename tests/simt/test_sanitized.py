@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_router
+from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from tests.simt import device
 from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
 from tests.simt.sources import KERNELS, build_all, source
@@ -18,6 +19,7 @@ from tests.simt.transport import pack, unpack
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
 
 RNG = np.random.default_rng(4)
+GRADIENT = "cupy_router.ops.activation_topk_backward:activation_topk_backward"
 PROBED = ("shared", "warp", "atomics", "mma", "cluster", "async_copy")
 
 
@@ -89,6 +91,24 @@ def test_ops_are_clean(sanitizer: str) -> None:
         expected = getattr(cupy_router, call.function.split(":")[1])(*call.args, **call.kwargs)  # here: the reference
         np.testing.assert_array_equal(result[1], expected[1])
         np.testing.assert_allclose(result[0].astype(np.float32), expected[0].astype(np.float32), rtol=1e-5)
+
+
+def test_gradients_are_clean(sanitizer: str) -> None:
+    """Rows of both kernels, with padding, at the end of memory; zeros that are written over are no race."""
+    calls = []
+    for score, columns, k in (("sqrtsoftplus", 60, 6), ("softmax", 60, 6), ("sigmoid", 1100, 5), ("softmax", 60, 34)):
+        method = cupy_router.RoutingMethod(columns, k, score)
+        logits = RNG.normal(size=(5, columns)).astype(ml_dtypes.bfloat16)
+        indices = RNG.permuted(np.tile(np.arange(columns, dtype=np.int32), (5, 1)), axis=1)[:, :k].copy()
+        indices[3], indices[1, 1] = -1, indices[1, 0]
+        arrays = (RNG.normal(size=(5, k)).astype(np.float32), indices, logits)
+        calls.append(Call(GRADIENT, (*arrays, method), {"repeated": True}))
+    report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")
+    assert (report.fault, len(report.results)) == (None, len(calls)), report.text
+    for call, result in zip(calls, report.results, strict=True):
+        expected = activation_topk_backward(*call.args, **call.kwargs)  # here: the reference
+        got, want = result[0].astype(np.float32), expected.grad_logits.astype(np.float32)
+        np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-6)
 
 
 def test_a_fault_within_an_op_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

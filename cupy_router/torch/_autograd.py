@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the weights: what calls do with tensors that require grad, eager ones and those of a graph.
+
+An eager call becomes one node of autograd's, in a graph the op is a node itself; both go back by :func:`gradients`. Its
+way forward is that of every other call, so weights are the same with a gradient and without. Logits that the call did
+not get, because it got x and the gate, are computed anew on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from cupy_router.arrays import _torch as tensors
+from cupy_router.arrays import stream_handle
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import _call
+
+is_grad_enabled = torch.is_grad_enabled
+
+# What may be needed on the way back; also what has a gradient, if the call got it.
+_SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+# From this version on, CUDA multiplies 16-bit floats with a float32 result.
+_HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+# -- Eager calls -------------------------------------------------------------------------------------------------------
+
+
+def wants_gradient(op: _call.Op, inputs: tuple[Any, ...]) -> bool:
+    """Whether the results are tensors and one that they depend on requires grad; asked by every call in grad mode."""
+    for position in op.smooth:
+        array = inputs[position]
+        if array is not None and getattr(array, "requires_grad", False):
+            return isinstance(inputs[0], torch.Tensor)
+    return False
+
+
+def run_with_gradient(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+    """A call for which :func:`wants_gradient` holds."""
+    given = dict(zip(op.inputs, inputs, strict=True))
+    if given.get("logits") is None and given.get("weight") is None:  # uniform weights
+        return _call.run(op, options, inputs, out, stream, number, eager=True)
+    if out is not None:
+        raise ValueError(
+            f"{op.name}: out cannot be given where weights have a gradient, that is with arrays that require grad "
+            "unless under torch.no_grad()"
+        )
+    # Under a stream of its own, since autograd goes back on the stream that was current on the way forward.
+    context: Any = nullcontext()
+    if stream is not None and inputs[0].is_cuda:
+        context = torch.cuda.stream(torch.cuda.ExternalStream(stream_handle(stream), inputs[0].device))
+    with context:
+        return op.result(*_Routing.apply(op, options, number, *map(_as_tensor, inputs)))
+
+
+class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
+    """weights, indices = apply(op, options, number, *inputs)."""
+
+    @staticmethod
+    def forward(op: _call.Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
+        weights, indices = _call.run(op, options, inputs, None, None, number, eager=True)
+        return weights, indices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+        op, options, *_ = inputs
+        names = (None, None, None, *op.inputs)
+        remember(ctx, options if isinstance(options, RoutingMethod) else options[0], names, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return backward(ctx, *grads)
+
+
+def _as_tensor(array: Any) -> Any:
+    """Arrays of other frameworks as tensors on the same memory, but for NumPy's, which are copied; what cannot be one
+    is left to the checks of the op."""
+    if array is None or isinstance(array, torch.Tensor):
+        return array
+    try:
+        return (
+            tensors.FRAMEWORK.from_host(array.copy(), array)
+            if isinstance(array, np.ndarray)
+            else torch.from_dlpack(array)
+        )
+    except (AttributeError, BufferError, RuntimeError, TypeError):
+        return array
+
+
+# -- The way back ------------------------------------------------------------------------------------------------------
+
+
+def remember(
+    ctx: Any, method: RoutingMethod | None, names: tuple[str | None, ...], inputs: tuple[Any, ...], output: Any
+) -> None:
+    """What :func:`backward` needs of a call; `names` of its inputs, None where one is no array."""
+    weights, indices = output
+    given = dict(zip(names, inputs, strict=True))
+    ctx.set_materialize_grads(False)
+    if method is None or (given.get("logits") is None and given.get("weight") is None):
+        ctx.mark_non_differentiable(weights, indices)
+    else:
+        ctx.mark_non_differentiable(indices)
+    ctx.method, ctx.names, ctx.repeated = method, names, given.get("table") is not None
+    ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
+
+
+def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+    """The gradient by each input of a call; None for what has none or need not have it."""
+    found: Mapping[str | None, Any] = {}
+    if grad_weights is not None:
+        indices, *saved = ctx.saved_tensors
+        needed = [name for name, needs in zip(ctx.names, ctx.needs_input_grad, strict=True) if needs]
+        arrays = dict(zip(_SAVED, saved, strict=True))
+        found = gradients(ctx.method, grad_weights, indices, needed, arrays, repeated=ctx.repeated)
+    return tuple(found.get(name) for name in ctx.names)
+
+
+def gradients(
+    method: RoutingMethod,
+    grad_weights: Any,
+    indices: Any,
+    needed: Collection[str | None],
+    arrays: Mapping[str, Any],
+    *,
+    repeated: bool,
+) -> dict[str | None, Any]:
+    """The gradients by the needed ones of `arrays` (logits or x and weight, logit_bias, expert_scale), in their dtypes.
+
+    Products are of float32 matrices, as PyTorch is set to multiply them; `repeated`: a row may name an expert twice.
+    """
+    logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
+    found: dict[str | None, Any] = {}
+    with torch.autocast(indices.device.type, enabled=False):
+        if logits is None:
+            logits = _gate_product(x, weight)
+        if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
+            in_float32 = "logit_bias" in needed  # logits of x are in any case
+            grad_logits = torch.ops.cupy_router.activation_topk_backward(
+                method.number,
+                grad_weights.contiguous(),
+                indices,
+                logits,
+                logit_bias,
+                expert_scale,
+                in_float32,
+                repeated,
+            )
+            if "logits" in needed:
+                found["logits"] = grad_logits.to(logits.dtype)
+            if "logit_bias" in needed:
+                found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
+            if "x" in needed:
+                found["x"] = (grad_logits @ weight.float()).to(x.dtype)
+            if "weight" in needed:
+                found["weight"] = (grad_logits.t() @ x.float()).to(weight.dtype)
+        if "expert_scale" in needed:
+            found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias, repeated)
+    return found
+
+
+def _gate_product(x: Any, weight: Any) -> Any:
+    """Logits in float32, never rounded to less."""
+    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.float().t()
+
+
+def _by_expert_scale(
+    method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any, repeated: bool
+) -> Any:
+    """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
+    rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
+    experts = indices[:, : method.top_k]
+    plain = torch.ops.cupy_router.hash_router(
+        _without_factors(method).number, rows, experts, logits, None, None, logit_bias, None, None, -1
+    )[0][:, : method.top_k]
+    products = grad_weights[:, : method.top_k].float() * plain
+    # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.
+    dense = torch.zeros((len(indices), method.num_experts), device=indices.device)
+    places = experts.clamp(min=0).long()
+    dense = dense.scatter_add(1, places, products) if repeated else dense.scatter(1, places, products)
+    return dense.sum(0)
+
+
+def gradient_by_x(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
+    """The gradient by the x of a Router, whose own arrays may be of any framework."""
+    layer = router.beside(x)
+    arrays = {name: _as_tensor(getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")}
+    arrays |= {"logits": None, "x": x}
+    return gradients(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash)["x"]
+
+
+@cache
+def _without_factors(method: RoutingMethod) -> RoutingMethod:
+    """What weighs the chosen experts alike, but for the dtypes and for shared experts that do not matter."""
+    shared = method.num_shared_experts if method.shared_in_normalizer else 0
+    return replace(method, num_shared_experts=shared, weight_dtype="float32", index_dtype="int32")
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("cupy_router: the weights of a routing have first derivatives only, so this has no gradient")

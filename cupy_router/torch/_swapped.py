@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What swapped modules become: subclasses of their own classes, whose forward routes by cupy_router."""
+
+from __future__ import annotations
+
+import functools
+import types
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from cupy_router.ops.activation_topk import activation_topk
+from cupy_router.ops.dense_router import dense_router
+from cupy_router.ops.hash_router import hash_router
+from cupy_router.torch._router_modules import INLINE, SORTED, Plan, Results, Unknown
+
+# From this version on, CUDA multiplies 16-bit floats with a float32 result.
+_HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def swap(module: Any, kind: type, plan: Plan) -> None:
+    """Make a module one of a kind of those below.
+
+    Raises:
+        Unknown: that cannot be done.
+    """
+    name = type(module).__name__
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        raise Unknown(f"the forward of its {name} has been replaced on the instance")
+    try:
+        _change_class(module, subclass(kind, module.__class__))
+    except TypeError as error:  # such as a scripted module
+        raise Unknown(f"the class of its {name} cannot be changed: {error}") from error
+    module._cupy_router = plan
+
+
+def restore(module: Any) -> None:
+    """Make a swapped module what it was."""
+    del module._cupy_router
+    _change_class(module, module.original)
+
+
+def _change_class(module: Any, new: Any) -> None:
+    module.__class__ = new
+    if "_old_forward" in vars(module):  # hooks of the accelerate package keep the forward that they wrap
+        module._old_forward = types.MethodType(new.forward, module)
+
+
+@functools.cache
+def subclass(kind: type, original: type) -> type:
+    """Of the same name, so that whoever goes by the names of classes still finds it."""
+    named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (kind, original), {**named, "original": original})
+
+
+def _unpickled(kind: type, original: type) -> Any:
+    return object.__new__(subclass(kind, original))
+
+
+class Swapped:
+    """What all swapped modules are, besides what they were."""
+
+    original: Any  # the class that it was
+    _cupy_router: Plan
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # its class cannot be found by name
+        return _unpickled, (type(self).__mro__[1], self.original), self.__dict__
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (self.original.extra_repr(self), f"cupy_router={self._cupy_router.method}")))
+
+
+class Router(Swapped):
+    """A router."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._cupy_router
+        given = _by_role(plan, args, kwargs)
+        weight = attrgetter(plan.gate)(self)
+        results = plan.results.get((given["x"].dtype, weight.dtype))  # without them its own code raises an error
+        if results is None or _needs_own_code(self, plan, *given.values()):
+            return self.original.forward(self, *args, **kwargs)
+        given |= {role: attrgetter(path)(self) for role, path in plan.tensors.items()}
+        x = given["x"].reshape(-1, given["x"].shape[-1])
+        if "input_scale" in given:
+            x = self.norm(x) * given["input_scale"] * self.scalar_root_size  # type: ignore[attr-defined]
+        bias, logit_bias, expert_scale = (_flat(given.get(role)) for role in ("bias", "logit_bias", "expert_scale"))
+        layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
+        logits = None
+        if "table" in given:
+            logits, token_ids = _product(x, weight), given["token_ids"].reshape(-1)
+            weights, indices = hash_router(token_ids, given["table"], results.method, logits=logits, **layer)
+        elif {"logits", "probabilities"} & set(plan.outputs):
+            logits = _product(x, weight)
+            weights, indices = activation_topk(logits, results.method, bias=bias, **layer)
+        else:
+            weights, indices = dense_router(x.contiguous(), weight, results.method, bias=bias, **layer)
+        if "total_scale" in given:
+            weights = weights * given["total_scale"].float()
+        if logits is not None and logit_bias is not None:
+            logits = logits + logit_bias
+        return _returned(plan, results, logits, weights, indices)
+
+
+class LogitsOnly(Swapped):
+    """The child of a block with a method of its own that makes the logits: they stay in float32."""
+
+    def forward(self, hidden_states: Any) -> Any:
+        plan = self._cupy_router
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weight = attrgetter(plan.gate.partition(".")[2])(self)
+        if (x.dtype, weight.dtype) not in plan.results or _needs_own_code(self, plan, hidden_states):
+            return self.original.forward(self, hidden_states)
+        return _product(x, weight)
+
+
+class InlineRouter(Swapped):
+    """A sparse block that routes by a method of its own."""
+
+    def _route(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._cupy_router
+        logits = _by_role(plan, args, kwargs)["logits"]
+        dtype = attrgetter(plan.gate)(self).dtype
+        results = plan.results.get((dtype, dtype))
+        if results is None or _needs_own_code(self, plan, logits):
+            return getattr(self.original, INLINE)(self, *args, **kwargs)
+        return _returned(plan, results, logits, *activation_topk(logits, results.method))
+
+
+setattr(InlineRouter, INLINE, InlineRouter._route)
+
+
+def _by_role(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by what they are; None for one that was left out."""
+    return {
+        role: args[place] if place < len(args) else kwargs.get(name)
+        for place, (role, name) in enumerate(plan.arguments)
+    }
+
+
+def _needs_own_code(module: Any, plan: Plan, *arguments: Any) -> bool:
+    """Whether there has to be a gradient, or noise."""
+    if torch.is_grad_enabled():
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        parameters = (attrgetter(plan.gate)(module),) if isinstance(module, InlineRouter) else module.parameters()
+        if any(tensor.requires_grad for tensor in (*tensors, *parameters)):
+            return True
+    return module.training and any(getattr(module, name, None) for name in plan.noise)
+
+
+def _flat(tensor: Any) -> Any:
+    return None if tensor is None else tensor.reshape(-1).float()
+
+
+def _product(x: Any, weight: Any) -> Any:
+    """[num_tokens, rows of the gate] logits in float32, whatever the dtypes."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _product(x, weight)
+    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return torch.nn.functional.linear(x.float(), weight.float())
+
+
+def _returned(plan: Plan, results: Results, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
+    """The results as the module's own code would return them."""
+    method = plan.method
+    if plan.outputs == SORTED:
+        order = indices.reshape(-1).sort(stable=True).indices
+        sizes = torch.bincount(indices.reshape(-1), minlength=method.num_experts).tolist()
+        return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(results.dtypes[-1])
+    made = {
+        "weights": lambda: weights[:, : method.top_k],
+        "shared": lambda: weights[:, method.top_k :],
+        "indices": lambda: indices[:, : method.top_k],
+        "logits": lambda: _exposed(logits, method),
+        "probabilities": lambda: torch.softmax(_exposed(logits, method), dim=-1),
+        "scores": lambda: torch.zeros_like(logits, dtype=weights.dtype).scatter_(1, indices, weights),
+    }
+    return tuple(
+        made[output]().to(dtype).contiguous() for output, dtype in zip(plan.outputs, results.dtypes, strict=True)
+    )
+
+
+def _exposed(logits: Any, method: Any) -> Any:
+    """Logits as routers return them: scaled and capped, and without those of shared experts."""
+    if method.logit_scale != 1.0:
+        logits = logits * method.logit_scale
+    if method.logit_softcap is not None:
+        logits = method.logit_softcap * torch.tanh(logits / method.logit_softcap)
+    return logits[:, : method.num_experts]

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager, compiled, and where there are none."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cupy_router
+from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
+from tests import inputs
+from tests.steps import METHODS
+from tests.torch_gradients import KINDS, SMALL, Case, twin
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
+
+
+def tensor(*shape: int, seed: int = 0) -> Any:
+    return torch.from_numpy(inputs.normal(shape, seed=200 + seed))
+
+
+def parameter(*shape: int, seed: int = 0) -> Any:
+    return tensor(*shape, seed=seed).requires_grad_()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_are_those_of_plain_pytorch(name: str, kind: str) -> None:
+    case = Case(kind, name)
+    case.check(case.call())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SMALL])
+def test_gradients_of_many_experts(name: str) -> None:
+    case = Case("activation_topk", name)
+    case.check(case.call())
+
+
+def test_padding_has_no_gradient() -> None:
+    for num_valid in (4, torch.tensor([4], dtype=torch.int32)):
+        for kind in ("activation_topk", "dense_router", "Router", "hash Router"):
+            case = Case(kind, "logit scale")
+            routing = case.call(num_valid=num_valid)
+            case.check(routing)
+            (first,) = torch.autograd.grad(routing.weights.sum(), [case.smooth.get("x", case.smooth.get("logits"))])
+            assert not first[4:].any()
+
+
+def test_weights_are_the_same_with_a_gradient_and_without() -> None:
+    for kind in KINDS:
+        case = Case(kind, "everything")
+        with torch.no_grad():
+            want = case.call()
+        got = case.call()
+        assert not want.weights.requires_grad
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.detach(), b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "logit_bias", "expert_scale"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    given = {"x": parameter(5, 8), "weight": parameter(16, 8, seed=1)}
+    given |= {"logit_bias": parameter(16, seed=2), "expert_scale": parameter(16, seed=3)}
+    given[frozen].requires_grad_(False)
+    weights, _ = dense_router(method=METHOD, **given)
+    weights.square().sum().backward()
+    assert {name for name, array in given.items() if array.grad is None} == {frozen}
+
+
+def test_a_bias_that_only_selects_has_no_gradient() -> None:
+    bias = parameter(16, seed=1)
+    weights, indices = activation_topk(tensor(5, 16), METHOD, bias=bias)
+    assert not weights.requires_grad
+    weights, _ = activation_topk(parameter(5, 16), METHOD, bias=bias)
+    weights.square().sum().backward()
+    assert bias.grad is None
+    assert not indices.requires_grad
+
+
+NO_GRADIENT: dict[str, Callable[[Any], Any]] = {
+    "topk_select": lambda x: topk_select(x, 3)[0],
+    "uniform hash_router": lambda x: hash_router(torch.arange(3), torch.zeros(9, 4, dtype=torch.int32)).weights,
+    "uniform hash Router": lambda x: (
+        Router(METHOD, table=torch.zeros(9, 4, dtype=torch.int32))(x, torch.arange(len(x))).weights
+    ),
+    "numbers": lambda x: activation_topk(x.detach(), METHOD).weights,
+}
+
+
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_what_has_no_gradient(name: str) -> None:
+    assert not NO_GRADIENT[name](parameter(5, 16)).requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
+    x, weight = parameter(5, 8), parameter(16, 8, seed=1)
+    with mode():
+        out = dense_router(x, weight, METHOD)
+        again = dense_router(x, weight, METHOD, out=out)
+    assert again is out
+    assert out.weights.grad_fn is None
+
+
+def test_out_and_a_gradient_do_not_go_together() -> None:
+    x = parameter(5, 16)
+    out = activation_topk(x.detach(), METHOD)
+    before = out.weights.clone()
+    with pytest.raises(ValueError, match=r"^activation_topk: out cannot be given where weights have a gradient"):
+        activation_topk(x + 1, METHOD, out=out)
+    assert torch.equal(out.weights, before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_derivative_is_refused(compiled: bool) -> None:
+    calls = [
+        (lambda x: activation_topk(x, METHOD), parameter(5, 16)),
+        (lambda x: dense_router(x, tensor(16, 8, seed=1), METHOD), parameter(5, 8)),
+    ]
+    if compiled:  # as graphs call them
+        ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
+        calls = [
+            (lambda x: ops.activation_topk(METHOD.number, x, None, None, None, None, -1), parameter(5, 16)),
+            (lambda x: ops.router(router.number, x, None, None, -1), parameter(5, 8)),
+        ]
+    for call, x in calls:
+        (first,) = torch.autograd.grad(call(x)[0].square().sum(), x, create_graph=True)
+        with pytest.raises(
+            RuntimeError, match="weights of a routing have first derivatives only, so this has no gradient"
+        ):
+            torch.autograd.grad(first.sum(), x)
+
+
+def test_a_score_of_ones_own_needs_a_derivative() -> None:
+    """It routes without; the way back says what is missing."""
+    x = parameter(5, 16)
+    cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
+    weights, _ = activation_topk(x, RoutingMethod(16, 4, cubic))
+    with pytest.raises(
+        ValueError, match=r"activation_topk_backward: ScoreFunction\('cubic'\) has no gradient: give it a"
+    ):
+        weights.sum().backward()
+
+
+def test_a_graph_can_be_gone_back_twice() -> None:
+    x = parameter(5, 8)
+    weights, _ = dense_router(x, tensor(16, 8, seed=1), METHOD)
+    loss = weights.square().sum()
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_gradients_that_are_not_contiguous_come_in() -> None:
+    """That of a sum is one number, repeated; that of a transpose has strides."""
+    x = parameter(5, 16)
+    method = RoutingMethod(16, 4, "sigmoid", renormalize=False)
+    (summed,) = torch.autograd.grad(activation_topk(x, method).weights.sum(), x)
+    (dense,) = torch.autograd.grad(activation_topk(x, method).weights, x, torch.ones(5, 4))
+    assert torch.equal(summed, dense)
+    upstream = tensor(4, 5, seed=4)
+    (turned,) = torch.autograd.grad((activation_topk(x, method).weights.t() * upstream).sum(), x)
+    (straight,) = torch.autograd.grad((activation_topk(x, method).weights * upstream.t()).sum(), x)
+    assert torch.equal(turned, straight)
+
+
+def test_inputs_that_are_strided_or_not_leaves() -> None:
+    base = parameter(5, 40)
+    x = (base * 2)[:, 3:19]
+    weights, indices = activation_topk(x, METHOD)
+    (got,) = torch.autograd.grad(weights.square().sum(), base)
+    (want,) = torch.autograd.grad(twin((base * 2)[:, 3:19], indices, METHOD).square().sum(), base)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_arrays_of_other_frameworks_take_part() -> None:
+    """They have no gradient themselves, also where they are strided, read-only or bfloat16."""
+    import ml_dtypes
+
+    x, gate = parameter(5, 8), inputs.normal((16, 8), seed=201)
+    want = torch.autograd.grad(dense_router(x, torch.from_numpy(gate), METHOD).weights.square().sum(), x)[0]
+    frozen = gate.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((16, 20), np.float32)
+    wide[::-1, 4:12] = gate
+    for weight in (gate, frozen, wide[::-1, 4:12]):
+        for call in (lambda w: dense_router(x, w, METHOD), lambda w: Router(METHOD, weight=w)(x)):
+            got = torch.autograd.grad(call(weight).weights.square().sum(), x)[0]
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+    halves = gate.astype(ml_dtypes.bfloat16)
+    rounded = torch.from_numpy(halves.astype(np.float32))
+    got, want = (
+        torch.autograd.grad(dense_router(x, w, METHOD).weights.square().sum(), x)[0] for w in (halves, rounded)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    with pytest.raises(TypeError, match="dense_router: weight must be float32 or float16 or bfloat16, got float64"):
+        dense_router(x, gate.astype(np.float64), METHOD)
+    with pytest.raises(TypeError, match="dense_router: weight must be an array"):
+        dense_router(x, "gate", METHOD)
+    results = dense_router(gate, x.detach().requires_grad_()[:1].expand(16, 8), METHOD)  # NumPy in, NumPy out
+    assert isinstance(results.weights, np.ndarray)
+
+
+def test_autocast_does_not_round_the_way_back() -> None:
+    x, weight = parameter(5, 8), parameter(16, 8, seed=1)
+    method = RoutingMethod(16, 4, "softmax", logit_scale=8.0)
+    want = torch.autograd.grad(dense_router(x, weight, method).weights.square().sum(), [x, weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(dense_router(x, weight, method).weights.square().sum(), [x, weight])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_tokens() -> None:
+    x, weight = parameter(0, 8), parameter(16, 8, seed=1)
+    dense_router(x, weight, METHOD).weights.sum().backward()
+    assert x.grad.shape == (0, 8)
+    assert not weight.grad.any()
+
+
+FIRST_CALL = """
+import torch
+from cupy_router import RoutingMethod, activation_topk
+x = torch.ones(3, 16, requires_grad=True)
+print(activation_topk(x, RoutingMethod(16, 4)).weights.requires_grad)
+"""
+
+
+def test_the_first_call_of_a_process_has_a_gradient() -> None:
+    root = Path(cupy_router.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+# -- In graphs ---------------------------------------------------------------------------------------------------------
+
+COMPILED = ("everything", "softmax after top-k, bias on logits", "shared in the normaliser", "soft cap")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
+    torch.compiler.reset()
+    case = Case(kind, name)
+    if kind == "Router" or kind == "hash Router":
+        given = dict(case.arrays)
+        x, token_ids = given.pop("x"), given.pop("token_ids", None)
+        router = Router(case.method, **given)
+        routing = torch.compile(lambda x: router(x + 0, token_ids), backend="aot_eager", fullgraph=True)(x)
+    else:
+        routing = torch.compile(case.call, backend="aot_eager", fullgraph=True)()
+    case.check(routing)
+
+
+def test_a_compiled_router_with_frozen_arrays() -> None:
+    """Of any framework: the graph holds the router, and goes back through it."""
+    gate = inputs.normal((16, 8), seed=201)
+    table = np.stack([inputs.rng(202, r).permutation(16)[:4] for r in range(9)])
+    ids = torch.arange(5)
+    for router in (
+        Router(METHOD, weight=gate),
+        Router(METHOD, weight=torch.from_numpy(gate), bias=tensor(16, seed=5)),
+        Router(METHOD, weight=torch.from_numpy(gate), table=torch.from_numpy(table)),
+        Router(METHOD, table=torch.from_numpy(table)),
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x, r=router: r(x * 2, ids), backend="aot_eager", fullgraph=True)
+        x = parameter(5, 8)
+        routing, eager = compiled(x), router(x * 2, ids)
+        assert routing.weights.requires_grad == eager.weights.requires_grad == (router.weight is not None)
+        if router.weight is not None:
+            got, want = (torch.autograd.grad(r.weights.square().sum(), x)[0] for r in (routing, eager))
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_compiled_call_of_other_sizes() -> None:
+    torch.compiler.reset()
+    weight = parameter(16, 8, seed=1)
+    compiled = torch.compile(
+        lambda x: dense_router(x, weight, METHOD).weights, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for n in (5, 7, 1, 9):
+        x = parameter(n, 8, seed=n)
+        got = torch.autograd.grad(compiled(x).square().sum(), [x, weight])
+        want = torch.autograd.grad(dense_router(x, weight, METHOD).weights.square().sum(), [x, weight])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    method, square = METHOD.number, METHODS["own score, a body"].number
+    routed = activation_topk(tensor(5, 16), METHOD)
+    count = torch.tensor([3], dtype=torch.int32)
+    ids, table = torch.arange(5), torch.from_numpy(np.stack([inputs.rng(203, r).permutation(16)[:4] for r in range(9)]))
+    bias, scale = parameter(16, seed=2), parameter(16, seed=3)
+    padded = routed.indices.clone()
+    padded[3:] = -1
+    return {
+        "activation_topk": [
+            (method, parameter(5, 16), tensor(16, seed=1), bias, scale, count, -1),
+            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, 3),
+        ],
+        "hash_router": [
+            (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
+            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
+            (-1, ids, table, None, None, None, None, None, None, -1),
+        ],
+        "dense_router": [(method, "", parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
+        "router": [(ROUTER.number, parameter(5, 8), None, count, -1), (TABLE.number, parameter(5, 8), ids, None, -1)],
+        "activation_topk_backward": [
+            (method, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach(), False, False),
+            (method, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None, True, True),
+        ],
+        "router_backward": [(ROUTER.number, tensor(5, 8), routed.indices, tensor(5, 4))],
+    }
+
+
+ROUTER = Router(METHOD, weight=tensor(16, 8, seed=1))
+TABLE = Router(METHOD, table=torch.from_numpy(np.stack([inputs.rng(204, r).permutation(16)[:4] for r in range(9)])))
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name: str) -> None:
+    for given in samples()[name]:
+        results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+# -- In a model --------------------------------------------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):  # type: ignore[misc]
+    """Four experts, two of which serve each token."""
+
+    def __init__(self, ours: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.gate = torch.nn.Parameter(torch.randn(4, 8, generator=generator) / 3)
+        self.experts = torch.nn.Parameter(torch.randn(4, 8, 8, generator=generator) / 3)
+        self.method, self.ours = RoutingMethod(4, 2, "softmax"), ours
+
+    def forward(self, x: Any) -> Any:
+        if self.ours:
+            weights, indices = dense_router(x, self.gate, self.method)
+        else:
+            weights, indices = (x @ self.gate.t()).softmax(-1).topk(2)
+            weights = weights / weights.sum(-1, keepdim=True)
+        dense = torch.zeros(len(x), 4).scatter(1, indices.long(), weights)
+        return torch.einsum("ne,eij,nj->ni", dense, self.experts, x)
+
+
+def test_a_layer_learns_as_with_a_plain_router() -> None:
+    x, target = tensor(64, 8, seed=8), tensor(64, 8, seed=9)
+    curves = []
+    for ours in (True, False):
+        layer = Layer(ours)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        losses = []
+        for _ in range(30):
+            loss = (layer(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+
+
+def test_copies_of_a_model_have_gradients_of_their_own() -> None:
+    layer = Layer(ours=True)
+    twin_layer = copy.deepcopy(layer)
+    layer(tensor(5, 8)).sum().backward()
+    assert layer.gate.grad.any()
+    assert twin_layer.gate.grad is None
