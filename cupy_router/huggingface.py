@@ -6,52 +6,109 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-# From a prefix (a layer, its sparse block, or the router itself) to the module whose `weight` is the gate.
-_BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.")
-_GATES = ("gate.", "router.", "router.gate.", "router.layer.", "gate.wg.", "router.classifier.")
+from cupy_router.method import RoutingMethod
 
-# From that module's folder, or one of those above it, to the bias that only selects.
-_BIASES = ("e_score_correction_bias", "moe_statics.e_score_correction_bias", "expert_bias")
+# From a prefix (a layer, its sparse block, or the router itself) to the module whose `weight` is the gate: the router
+# or a linear layer in it.
+_BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.")
+_ROUTERS = ("gate.", "router.")
+_LINEARS = ("wg.", "classifier.", "layer.", "proj.")
+_NESTED = ("router.gate.", *(router + linear for router in _ROUTERS for linear in _LINEARS))
+
+# What the tensors of a router besides the gate are called, and what they are to a routing method.
+TENSORS = {
+    "e_score_correction_bias": "bias",
+    "moe_statics.e_score_correction_bias": "bias",
+    "experts.e_score_correction_bias": "bias",
+    "expert_bias": "bias",
+    "router_bias": "bias",
+    "bias": "logit_bias",  # but DeepSeek's own checkpoints have the bias that only selects under this name
+    "per_expert_scale": "expert_scale",
+    "global_scale": "total_scale",  # a factor of all weights
+    "scale": "input_scale",  # a factor of the input, once a norm without weights has been applied
+    "tid2eid": "table",
+}
 
 
 class Keys(NamedTuple):
     """The keys of a router's arrays; None for what it does not have."""
 
     weight: str
-    bias: str | None
-    table: str | None
+    bias: str | None = None
+    logit_bias: str | None = None
+    expert_scale: str | None = None
+    table: str | None = None
 
 
-def router_keys(keys: Iterable[str], prefix: str) -> Keys:
+def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys:
     """The keys of the router at `prefix`: a layer, its sparse block or the router itself, with or without a last dot.
 
     Raises:
-        ValueError: there is no gate, or a bias whose meaning a router does not know.
+        ValueError: there is no gate, the meaning of a bias is open, or the router has a tensor that Router cannot take.
 
-    >>> router_keys(["layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias"], "layers.3.ffn")
-    Keys(weight='layers.3.ffn.gate.weight', bias='layers.3.ffn.gate.bias', table=None)
-    >>> router_keys(["model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.tid2eid"], "model.layers.0.")
-    Keys(weight='model.layers.0.mlp.gate.weight', bias=None, table='model.layers.0.mlp.gate.tid2eid')
+    >>> keys = ["layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.4.ffn.gate.weight"]
+    >>> router_keys(keys, "layers.3.ffn", RoutingMethod(8, 2))[:2]
+    ('layers.3.ffn.gate.weight', 'layers.3.ffn.gate.bias')
+    >>> router_keys(["mlp.router.weight", "mlp.router.bias"], "", RoutingMethod(8, 2, score_after_topk=True)).logit_bias
+    'mlp.router.bias'
     """
     known = set(keys)
+    gate = _gate(known, prefix)
+    # The router's folder; the bias that only selects may also lie above it.
+    router = _folder_above(gate) if _is_nested(gate) else gate
+    found = {"weight": f"{gate}weight"}
+    for role, folders in {"bias": _folders(gate), "expert_scale": (gate, router), "table": (gate, router)}.items():
+        names = [name for name in TENSORS if TENSORS[name] == role]
+        key = next((folder + name for folder in folders for name in names if folder + name in known), None)
+        if key is not None:
+            found[role] = key
+    linear = f"{gate}bias"
+    if linear in known:
+        found[_role_of_linear_bias(linear, gate, "bias" in found, method)] = linear
+    others = sorted(key for key in known if key.startswith(router) and key not in found.values())
+    if others:
+        raise ValueError(f"{others[0]} is part of the router of {gate}weight, but nothing that a Router can take")
+    return Keys(**found)
+
+
+def _gate(known: set[str], prefix: str) -> str:
+    """The folder of the gate."""
     start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    below = [*_ROUTERS, *_NESTED]
     # The router itself first: a prefix that ends in it has no other gate below.
-    gates = [start, *(f"{start}{block}{gate}" for block in _BLOCKS for gate in _GATES)]
+    gates = [start, *(f"{start}{block}{gate}" for block in _BLOCKS for gate in below)]
+    if not start or f".{start}".endswith((".gate.", ".router.")):
+        gates += [start + linear for linear in _LINEARS]
     found = next((gate for gate in gates if f"{gate}weight" in known), None)
     if found is None:
-        below = sorted(key for key in known if key.startswith(start))
+        there = sorted(key for key in known if key.startswith(start))
         raise ValueError(
             f"no gate at prefix {prefix!r}: looked for {start}weight, {start}gate.weight, {start}mlp.gate.weight and "
-            f"the like, but the keys there are {', '.join(below[:8]) + (', ...' if len(below) > 8 else '') or 'none'}"
+            f"the like, but the keys there are {', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'none'}"
         )
-    bias = next((folder + name for folder in _folders(found) for name in _BIASES if folder + name in known), None)
-    linear = f"{found}bias"
-    if bias is None and linear in known:
-        if found.endswith("router."):
-            raise ValueError(f"{linear} is a bias on the logits, which a Router does not take yet")
-        bias = linear  # DeepSeek's own name of it
-    table = f"{found}tid2eid"
-    return Keys(f"{found}weight", bias, table if table in known else None)
+    return found
+
+
+def _is_nested(gate: str) -> bool:
+    """Whether the gate is a linear layer in the router, rather than the router's own weight."""
+    return gate in _LINEARS or f".{gate}".endswith(tuple(f".{nested}" for nested in _NESTED))
+
+
+def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMethod) -> str:
+    """What `bias` beside the gate's weight is: that of a linear layer, or DeepSeek's own name of what only selects."""
+    if method.score_after_topk and method.bias_on == "score":
+        return "logit_bias"  # there is nothing else to add it to
+    deepseek = not has_bias and not _is_nested(gate) and not f".{gate}".endswith(".router.")
+    if deepseek and not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus"):
+        return "bias"
+    raise ValueError(
+        f"{key} may be a bias that only selects (bias) or one that is part of the logits (logit_bias), and neither its "
+        "name nor the method says which: give the arrays to Router by these names"
+    )
+
+
+def _folder_above(folder: str) -> str:
+    return folder[: folder.rfind(".", 0, -1) + 1]
 
 
 def _folders(gate: str) -> Iterator[str]:

@@ -171,10 +171,15 @@ class Router:
                 a gate called "layers.3.ffn.gate.weight"; likewise "model.layers.3.mlp". A last dot may be there or not.
             method: as for the constructor.
 
-        The bias is `gate.bias` or `e_score_correction_bias`, converted to float32 if it is not; the table is `tid2eid`.
+        The bias is `e_score_correction_bias` or the like, `expert_scale` is `per_expert_scale`, the table `tid2eid`.
+        `bias` beside the gate is the `logit_bias` of methods with `score_after_topk`, which have no scores to add a
+        bias to, as that of gpt-oss; `gate.bias` is the bias of methods that choose by sigmoid or sqrtsoftplus scores,
+        as DeepSeek calls it; otherwise it is refused, as is any other tensor of the router, which would be left out.
+        All but the gate and the table are converted to float32 if they are not.
 
         Raises:
-            TypeError, ValueError: a key is missing, or its array has the wrong shape or dtype; the message names it.
+            TypeError, ValueError: a key is missing, unknown or ambiguous, or its array has the wrong shape or dtype;
+                the message names it.
 
         >>> import numpy as np
         >>> identity = np.eye(4, dtype=np.float32)
@@ -183,7 +188,8 @@ class Router:
         array([[2, 0]], dtype=int32)
         """
         with check.named("Router.from_state_dict"):
-            return cls._from_keys(state, huggingface.router_keys(state, prefix), method)
+            method = resolve(method)
+            return cls._from_keys(state, huggingface.router_keys(state, prefix, method), method)
 
     @classmethod
     def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
@@ -198,21 +204,21 @@ class Router:
             TypeError, ValueError: as for :meth:`from_state_dict`, or it is no safetensors file.
         """
         with check.named("Router.from_safetensors"):
+            method = resolve(method)
             files = checkpoint.files_by_key(Path(path))
-            keys = huggingface.router_keys(files, prefix)
+            keys = huggingface.router_keys(files, prefix, method)
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
             router = cls._from_keys(state, keys, method)
         router._follows = True
         return router
 
     @classmethod
-    def _from_keys(cls, state: Mapping[str, Any], keys: huggingface.Keys, method: RoutingMethod | str) -> Router:
-        method = resolve(method)
-        weight = state[keys.weight]
-        bias = None if keys.bias is None else _as_bias(keys.bias, state[keys.bias], method.num_experts)
-        table = None if keys.table is None else state[keys.table]
+    def _from_keys(cls, state: Mapping[str, Any], keys: huggingface.Keys, method: RoutingMethod) -> Router:
+        arrays = {name: state[key] for name, key in keys._asdict().items() if key is not None}
+        for name in arrays.keys() - {"weight", "table"}:
+            arrays[name] = _as_float32(getattr(keys, name), arrays[name], method.num_experts)
         try:
-            return cls(method, weight=weight, bias=bias, table=table)
+            return cls(method, **arrays)
         except (TypeError, ValueError) as error:
             # The argument that an error is about comes first in it; say which key that was.
             message = str(error).removeprefix("Router: ")
@@ -244,8 +250,8 @@ def _view(name: str, array: Any) -> View:
     return framework.view(name, array, framework.current_stream(array))
 
 
-def _as_bias(key: str, array: Any, num_experts: int) -> Any:
-    """[num_experts] float32; some checkpoints keep the bias in bfloat16, some in a row of its own."""
+def _as_float32(key: str, array: Any, num_experts: int) -> Any:
+    """[num_experts] float32; some checkpoints keep such arrays in bfloat16, some the bias in a row of its own."""
     view = _view(key, array)
     check.dtype(view, check.FLOATS)
     if view.shape == (1, num_experts):

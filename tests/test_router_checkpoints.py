@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Router, Routing, dense_router, huggingface
+from cupy_router import Router, Routing, RoutingMethod, dense_router, huggingface
 from tests import compare, frameworks, inputs
 from tests.backends import DTYPES, Backend
-from tests.test_router import BIAS, EXPERTS, METHOD, assert_same, gate, table, to_host, tokens
+from tests.test_router import BIAS, EXPERTS, METHOD, K, assert_same, gate, table, to_host, tokens
 
 STYLES = {
     "deepseek": ("layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.3.ffn.gate.tid2eid", "layers.3"),
@@ -35,6 +35,37 @@ STYLES = {
         "model.layers.3.mlp.router.gate.tid2eid",
         "model.layers.3",
     ),
+    "hunyuan": (
+        "model.layers.3.mlp.gate.wg.weight",
+        "model.layers.3.mlp.gate.e_score_correction_bias",
+        "model.layers.3.mlp.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "longcat": (
+        "model.layers.3.mlp.router.classifier.weight",
+        "model.layers.3.mlp.router.e_score_correction_bias",
+        "model.layers.3.mlp.router.tid2eid",
+        "model.layers.3",
+    ),
+    "jetmoe": (
+        "model.layers.3.mlp.router.layer.weight",
+        "model.layers.3.mlp.router.expert_bias",
+        "model.layers.3.mlp.router.tid2eid",
+        "model.layers.3",
+    ),
+    "step": (
+        "model.layers.3.moe.gate.weight",
+        "model.layers.3.moe.router_bias",
+        "model.layers.3.moe.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "laguna": (
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.3.mlp.experts.e_score_correction_bias",
+        "model.layers.3.mlp.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "a nested gate by itself": ("proj.weight", "e_score_correction_bias", "tid2eid", ""),
     "a gate by itself": ("weight", "bias", "tid2eid", ""),
 }
 
@@ -112,10 +143,10 @@ def test_a_bias_in_a_row_of_its_own() -> None:
             r"a\.gate\.tid2eid is the table: .* got int32 \[50, 3\]",
         ),
         (
-            {"a.mlp.router.weight": gate(), "a.mlp.router.bias": BIAS},
+            {"a.router.proj.weight": gate(), "a.router.per_expert_scale": BIAS[:3]},
             "a",
             ValueError,
-            r"a\.mlp\.router\.bias is a bias on the logits, which a Router does not take yet",
+            r"a\.router\.per_expert_scale is the expert_scale: .*\[3\]",
         ),
     ],
 )
@@ -123,6 +154,109 @@ def test_keys_that_are_missing_or_misshapen(state: dict[str, Any], prefix: str, 
     with pytest.raises(error, match=f"^Router.from_state_dict: .*{words}") as caught:
         Router.from_state_dict(state, prefix, METHOD)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_factor_of_each_expert(dtype: str) -> None:
+    scale = np.linspace(1, 2, EXPERTS).astype(DTYPES[dtype])
+    state = {"a.router.proj.weight": gate(), "a.router.per_expert_scale": scale}
+    got = Router.from_state_dict(state, "a", METHOD)(tokens(9))
+    assert_same(got, dense_router(tokens(9), gate(), METHOD, expert_scale=scale.astype(np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("router", "gate_name", "other"),
+    [
+        ("mlp.gate", "weight", "global_scale"),  # of Inkling, a factor of all weights
+        ("router", "proj.weight", "scale"),  # of Gemma, a factor of the input
+        ("mlp.router", "layer.weight", "norm.weight"),
+        ("mlp.gate", "weight", "weight_scale_inv"),
+        ("mlp.router", "gate.weight", "bias"),
+    ],
+)
+@pytest.mark.parametrize("of_layer", [False, True])
+def test_tensors_that_a_router_cannot_take_are_refused(router: str, gate_name: str, other: str, of_layer: bool) -> None:
+    weight, other, prefix = f"a.{router}.{gate_name}", f"a.{router}.{other}", "a" if of_layer else f"a.{router}"
+    state = {weight: gate(), other: BIAS, "a.other": BIAS, "a.mlp.gate_up": BIAS, "a.routers": BIAS}
+    words = f"^Router.from_state_dict: {other} is part of the router of {weight}, but nothing that a Router can take$"
+    with pytest.raises(ValueError, match=words):
+        Router.from_state_dict(state, prefix, METHOD)
+    del state[other]
+    assert Router.from_state_dict(state, prefix, METHOD).weight is state[weight]
+
+
+AFTER_TOPK = RoutingMethod(EXPERTS, K, "softmax", score_after_topk=True)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+def test_the_bias_of_a_gate_only_selects_where_there_are_scores_to_add_it_to(score: str) -> None:
+    state = {"a.gate.weight": gate(), "a.gate.bias": BIAS}
+    router = Router.from_state_dict(state, "a", RoutingMethod(EXPERTS, K, score))
+    assert router.bias is BIAS
+    assert router.logit_bias is None
+
+
+@pytest.mark.parametrize("name", ["gate", "router", "gate.wg", "router.classifier"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_is_part_of_the_logits_where_these_select(name: str, dtype: str) -> None:
+    bias = BIAS.astype(DTYPES[dtype])
+    router = Router.from_state_dict({f"mlp.{name}.weight": gate(), f"mlp.{name}.bias": bias}, "", AFTER_TOPK)
+    assert router.bias is None
+    want = dense_router(tokens(9), gate(), AFTER_TOPK, logit_bias=bias.astype(np.float32))
+    assert_same(router(tokens(9)), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("gate", {"score": "softmax"}),
+        ("gate", {"score": "identity"}),
+        ("gate", {"score": "sigmoid", "bias_on": "logits"}),
+        ("gate", {"score": "softmax", "bias_on": "logits", "score_after_topk": True}),
+        ("router", {"score": "sigmoid"}),
+        ("router.gate", {"score": "sigmoid"}),
+        ("router.classifier", {"score": "sigmoid"}),
+    ],
+)
+def test_an_ambiguous_bias_is_refused(name: str, fields: dict[str, Any]) -> None:
+    state = {f"mlp.{name}.weight": gate(), f"mlp.{name}.bias": BIAS}
+    words = (
+        rf"mlp\.{name}\.bias may be a bias that only selects \(bias\) or one that is part of the logits \(logit_bias\)"
+    )
+    with pytest.raises(ValueError, match=f"^Router.from_state_dict: {words}"):
+        Router.from_state_dict(state, "", RoutingMethod(EXPERTS, K, **fields))
+
+
+def test_a_bias_beside_one_that_selects_is_ambiguous() -> None:
+    state = {"gate.weight": gate(), "gate.bias": BIAS, "gate.e_score_correction_bias": BIAS}
+    with pytest.raises(ValueError, match=r"gate\.bias may be a bias that only selects"):
+        Router.from_state_dict(state, "", METHOD)
+
+
+@pytest.mark.parametrize(("prefix", "of_file"), [("", False), ("model.layers.0.mlp.router", True)])
+def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    config = transformers.GptOssConfig(hidden_size=64, num_local_experts=16, num_experts_per_tok=4)
+    theirs = GptOssTopKRouter(config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(20261125)
+        theirs.weight.normal_(std=0.25)
+        theirs.bias.normal_(std=1)
+        x = torch.randn(40, 64)
+        _, weights, indices = theirs(x)
+    state = {f"{prefix}.{key}".lstrip("."): value.detach() for key, value in theirs.state_dict().items()}
+    method = RoutingMethod.from_config(config)
+    if of_file:
+        path = tmp_path / "file.safetensors"
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+        got = Router.from_safetensors(path, prefix, method)(x)
+    else:
+        got = Router.from_state_dict(state, prefix, method)(x)
+    torch.testing.assert_close(got.indices.long(), indices)
+    torch.testing.assert_close(got.weights, weights)
 
 
 def test_transformers_state_dicts() -> None:
@@ -139,9 +273,9 @@ def test_transformers_state_dicts() -> None:
     blocks = [v4.DeepseekV4SparseMoeBlock(config, layer) for layer in (0, 1)]
     small = transformers.DeepseekV3Config(hidden_size=32, n_routed_experts=8, moe_intermediate_size=16)
     blocks.append(v3.DeepseekV3MoE(small))
-    found = [huggingface.router_keys(block.state_dict(), "") for block in blocks]
-    assert found[0] == ("gate.weight", None, "gate.tid2eid")
-    assert found[1] == found[2] == ("gate.weight", "gate.e_score_correction_bias", None)
+    found = [huggingface.router_keys(block.state_dict(), "", METHOD) for block in blocks]
+    assert found[0] == huggingface.Keys("gate.weight", table="gate.tid2eid")
+    assert found[1] == found[2] == huggingface.Keys("gate.weight", bias="gate.e_score_correction_bias")
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

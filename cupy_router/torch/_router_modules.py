@@ -17,19 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cupy_router.huggingface import TENSORS
 from cupy_router.method import RoutingMethod
-
-# What routers call their tensors besides the gate, and what these are to a routing method.
-_TENSORS = {
-    "e_score_correction_bias": "bias",
-    "moe_statics.e_score_correction_bias": "bias",
-    "expert_bias": "bias",
-    "bias": "logit_bias",
-    "per_expert_scale": "expert_scale",
-    "global_scale": "total_scale",  # a factor of all weights
-    "scale": "input_scale",  # a factor of the input, once a norm without weights has been applied
-    "tid2eid": "table",
-}
 
 # What routers call the argument that may follow the hidden states.
 _ARGUMENTS = {"e_score_correction_bias": "bias", "expert_bias": "bias", "input_ids": "token_ids"}
@@ -135,7 +124,7 @@ def _tensors(module: Any, plan: Plan) -> dict[str, str]:
     sizes = {"bias": method.num_experts, "logit_bias": method.num_logits, "total_scale": 1}
     found = {role: "" for role, _ in plan.arguments}
     for path, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        role = _TENSORS.get(path)
+        role = TENSORS.get(path)
         if path == plan.gate:
             continue
         if role is None or (role == "input_scale" and not hasattr(module, "scalar_root_size")):
