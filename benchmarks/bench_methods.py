@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""activation_topk of every preset beside plain sqrt(softplus) of its size, and what compiling its kernel takes."""
+"""activation_topk of every preset beside plain sqrt(softplus) of its size: time on the GPU."""
 
 from __future__ import annotations
 
-import os
-import statistics
-import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import cupy
 
-from benchmarks.bars import COMPILE, GROUPED_RATIO, METHOD_RATIO
+from benchmarks.bars import GROUPED_RATIO, METHOD_RATIO
 from benchmarks.bench_activation_topk import empty
 from benchmarks.harness import barred, gpu_row, inputs, main
-from benchmarks.rows import OURS, Row
+from benchmarks.rows import Row
 from cupy_router import RoutingMethod, activation_topk, presets
 
 N = (64, 8192)
-COMPILES = 3
 BIASED = ("deepseek-v3", "deepseek-v4", "ernie", "glm", "kimi", "minimax")  # families whose bias selects
 LOGIT_BIASED = ("gpt-oss",)
 
@@ -56,39 +51,8 @@ def preset_rows(name: str, method: RoutingMethod) -> Iterator[Row]:
         yield base
 
 
-def compile_rows(name: str, method: RoutingMethod) -> Iterator[Row]:
-    """The first call of a process that has compiled nothing of this kind: plan, NVRTC, loading, launch."""
-    logits = cupy.zeros((64, method.num_experts), cupy.float32)
-    times = []
-    before = os.environ.get("CUPY_CACHE_DIR")
-    for _ in range(COMPILES):
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["CUPY_CACHE_DIR"] = folder
-            _forget()
-            begin = time.perf_counter_ns()
-            activation_topk(logits, method, **arrays(name, method.num_experts))
-            cupy.cuda.Device().synchronize()
-            times.append((time.perf_counter_ns() - begin) / 1000)
-        if before is None:
-            del os.environ["CUPY_CACHE_DIR"]
-        else:
-            os.environ["CUPY_CACHE_DIR"] = before
-    row = {"what": "host", "op": "activation_topk", "by": OURS, "part": f"compile {name}"}
-    yield barred(row | {"us": round(statistics.median(times)), "spread_us": round(max(times) - min(times))}, COMPILE)
-
-
-def _forget() -> None:
-    """What this process has compiled and planned."""
-    from cupy_router import compiler
-    from cupy_router.ops import _call
-
-    compiler._functions.clear()
-    _call._plans.clear()
-
-
 def measure(quick: bool) -> list[Row]:
-    parts = (preset_rows,) if quick else (preset_rows, compile_rows)
-    return [row for part in parts for name, method in presets().items() for row in part(name, method)]
+    return [row for name, method in presets().items() for row in preset_rows(name, method)]
 
 
 if __name__ == "__main__":

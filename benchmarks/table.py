@@ -55,8 +55,7 @@ def source(content: dict[str, Any]) -> str:
     environment = content["environment"]
     gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
     parts = [
-        gpu.get("name") or "unknown GPU",
-        f"driver {gpu.get('driver_version', 'unknown')}",
+        *([gpu["name"], f"driver {gpu.get('driver_version', 'unknown')}"] if gpu.get("name") else ["no GPU"]),
         f"NVRTC {environment.get('nvrtc', 'unknown')}",
         *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
         f"commit {environment.get('commit', 'unknown')}",
@@ -131,7 +130,7 @@ def _held(row: Row | None) -> str:
 
 def methods(files: Files) -> str:
     """Every preset beside plain sqrt(softplus) of its size, and what its kernel takes to compile."""
-    rows = _rows(files, "methods")
+    rows = _rows(files, "methods", "compile_methods")
     compiles = {row["part"].removeprefix("compile "): row for row in rows if "part" in row}
     lines = []
     for name in dict.fromkeys(row["preset"] for row in rows if "preset" in row):
@@ -154,7 +153,7 @@ def methods(files: Files) -> str:
         return NONE
     heads = [f"n = {n}: {what}" for n in sizes for what in ("us", "plain", "ratio")]
     table = markdown_table(["preset", *heads, "compiled in ms"], lines)
-    return "\n\n".join([table, sources(files, "methods")])
+    return "\n\n".join([table, sources(files, "methods", "compile_methods")])
 
 
 def cliffs(files: Files) -> str:

@@ -23,7 +23,10 @@ def torch() -> Any:
 
 def gradient(torch: Any, x: Any, weight: Any, **more: Any) -> tuple[Any, Any]:
     """Of a loss by x and weight."""
-    found = torch.autograd.grad(dense_router(x, weight, METHOD, **more).weights.square().sum(), [x, weight])
+    weights = dense_router(x, weight, METHOD, **more).weights
+    if "stream" in more:  # whoever gives a stream waits for it
+        torch.cuda.current_stream().wait_stream(more["stream"])
+    found = torch.autograd.grad(weights.square().sum(), [x, weight])
     return found[0], found[1]
 
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long NVRTC takes for the kernel of every preset. Needs CuPy and NVRTC, but no GPU.
+
+python -m benchmarks.compile_methods [--architecture sm_90]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks import rows as results
+from benchmarks.bars import COMPILE
+from benchmarks.bench_methods import BIASED, LOGIT_BIASED
+from benchmarks.instructions import instructions
+from benchmarks.rows import OURS, Row
+from cupy_router import RoutingMethod, compiler, presets
+from cupy_router.ops import _layout
+from cupy_router.ops.activation_topk import method_macros
+
+COMPILES = 5
+
+
+def compile_row(name: str, method: RoutingMethod, architecture: str) -> Row:
+    """The median of some compilations of activation_topk for few rows of float32, from text to machine code."""
+    lanes, columns = _layout.lanes_and_columns(method.num_experts, _layout.lanes_needed(method))
+    given = [array for array, families in (("bias", BIASED), ("logit_bias", LOGIT_BIASED)) if name.startswith(families)]
+    macros = method_macros(method, given) | {"LANES": lanes, "PER_LANE": columns, "FEW_ROWS": 1}
+    source = compiler.expand("activation_topk", macros)
+    times = []
+    for _ in range(COMPILES):
+        begin = time.perf_counter_ns()
+        instructions(source, "activation_topk", architecture)
+        times.append((time.perf_counter_ns() - begin) / 1000)
+    low, median, high = statistics.quantiles(times, n=4)
+    row = {"what": "host", "op": "activation_topk", "by": OURS, "part": f"compile {name}", "architecture": architecture}
+    return harness.barred(row | {"us": round(median), "spread_us": round(high - low)}, COMPILE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="sm_90")
+    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
+    options = parser.parse_args()
+    rows = [compile_row(name, method, options.architecture) for name, method in presets().items()]
+    results.save(options.output / "compile_methods.json", harness.environment(), rows)
+    print(results.bars_table(rows))
+
+
+if __name__ == "__main__":
+    main()
