@@ -20,7 +20,8 @@ import torch
 from cupy_router.arrays import _torch as tensors
 from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
-from cupy_router.ops import _call
+from cupy_router.ops import _call, activation_topk_backward
+from cupy_router.ops.activation_topk_backward import Options
 
 is_grad_enabled = torch.is_grad_enabled
 
@@ -61,22 +62,23 @@ def run_with_gradient(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: 
 
 
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
-    """weights, indices = apply(op, options, number, *inputs)."""
+    """weights, indices = apply(op, options, number, *inputs).
+
+    Without a `setup_context` of its own, which would make each call 15 us longer.
+    """
 
     @staticmethod
-    def forward(op: _call.Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
+    def forward(ctx: Any, op: _call.Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
         weights, indices = _call.run(op, options, inputs, None, None, number, eager=True)
+        method = options if isinstance(options, RoutingMethod) else options[0]
+        names, given = (None, None, None, *op.inputs), (op, options, number, *inputs)
+        remember(ctx, method, names, given, (weights, indices))
         return weights, indices
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        op, options, *_ = inputs
-        names = (None, None, None, *op.inputs)
-        remember(ctx, options if isinstance(options, RoutingMethod) else options[0], names, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return backward(ctx, *grads)
+    def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+        # In grad mode a second derivative may be asked for, which only the op of torch.library refuses.
+        return backward(ctx, grad_weights, grad_indices, by_op=torch.is_grad_enabled())
 
 
 def _as_tensor(array: Any) -> Any:
@@ -112,14 +114,14 @@ def remember(
     ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
 
 
-def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+def backward(ctx: Any, grad_weights: Any, grad_indices: Any, by_op: bool = True) -> tuple[Any, ...]:
     """The gradient by each input of a call; None for what has none or need not have it."""
     found: Mapping[str | None, Any] = {}
     if grad_weights is not None:
         indices, *saved = ctx.saved_tensors
         needed = [name for name, needs in zip(ctx.names, ctx.needs_input_grad, strict=True) if needs]
         arrays = dict(zip(_SAVED, saved, strict=True))
-        found = gradients(ctx.method, grad_weights, indices, needed, arrays, repeated=ctx.repeated)
+        found = gradients(ctx.method, grad_weights, indices, needed, arrays, repeated=ctx.repeated, by_op=by_op)
     return tuple(found.get(name) for name in ctx.names)
 
 
@@ -131,28 +133,27 @@ def gradients(
     arrays: Mapping[str, Any],
     *,
     repeated: bool,
+    by_op: bool,
 ) -> dict[str | None, Any]:
     """The gradients by the needed ones of `arrays` (logits or x and weight, logit_bias, expert_scale), in their dtypes.
 
-    Products are of float32 matrices, as PyTorch is set to multiply them; `repeated`: a row may name an expert twice.
+    Products are of float32 matrices, as PyTorch is set to multiply them. `repeated`: a row may name an expert twice;
+    `by_op`: through PyTorch's dispatcher, for graphs.
     """
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str | None, Any] = {}
-    with torch.autocast(indices.device.type, enabled=False):
+    with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
         if logits is None:
             logits = _gate_product(x, weight)
         if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
             in_float32 = "logit_bias" in needed  # logits of x are in any case
-            grad_logits = torch.ops.cupy_router.activation_topk_backward(
-                method.number,
-                grad_weights.contiguous(),
-                indices,
-                logits,
-                logit_bias,
-                expert_scale,
-                in_float32,
-                repeated,
-            )
+            given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
+            if by_op:
+                function = torch.ops.cupy_router.activation_topk_backward
+                grad_logits = function(method.number, *given, in_float32, repeated)
+            else:
+                options = Options(method, "float32" if in_float32 else None, repeated)
+                (grad_logits,) = _call.run(activation_topk_backward._OP, options, given, None, None, eager=True)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
@@ -195,7 +196,7 @@ def gradient_by_x(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
     layer = router.beside(x)
     arrays = {name: _as_tensor(getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")}
     arrays |= {"logits": None, "x": x}
-    return gradients(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash)["x"]
+    return gradients(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash, by_op=False)["x"]
 
 
 @cache
