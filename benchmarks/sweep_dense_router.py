@@ -109,7 +109,10 @@ class Case:
     def __init__(self, method: RoutingMethod, num_tokens: int, hidden: int) -> None:
         self.method, self.num_tokens, self.hidden = method, num_tokens, hidden
         shape = (method.num_experts, hidden)
-        make = lambda: (cupy.random.standard_normal(shape, dtype=cupy.float32) / hidden**0.5).astype(DTYPE)  # noqa: E731
+
+        def make() -> Any:
+            return (cupy.random.standard_normal(shape, dtype=cupy.float32) / hidden**0.5).astype(DTYPE)
+
         self.x = cupy.random.standard_normal((num_tokens, hidden), dtype=cupy.float32).astype(DTYPE)
         self.weights = harness.cold_inputs(make, 2 * method.num_experts * hidden)
         self.bias = cupy.random.standard_normal(method.num_experts, dtype=cupy.float32)

@@ -22,13 +22,12 @@ from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk_backward
 from cupy_router.ops.activation_topk_backward import Options
+from cupy_router.torch._product import gate_product
 
 is_grad_enabled = torch.is_grad_enabled
 
 # What may be needed on the way back; also what has a gradient, if the call got it.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
-# From this version on, CUDA multiplies 16-bit floats with a float32 result.
-_HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 # -- Eager calls -------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def gradients(
     found: dict[str | None, Any] = {}
     with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
         if logits is None:
-            logits = _gate_product(x, weight)
+            logits = gate_product(x, weight)
         if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
             in_float32 = "logit_bias" in needed  # logits of x are in any case
             given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
@@ -165,13 +164,6 @@ def gradients(
         if "expert_scale" in needed:
             found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias, repeated)
     return found
-
-
-def _gate_product(x: Any, weight: Any) -> Any:
-    """Logits in float32, never rounded to less."""
-    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return x.float() @ weight.float().t()
 
 
 def _by_expert_scale(

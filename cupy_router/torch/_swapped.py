@@ -13,10 +13,8 @@ import torch
 from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.ops.dense_router import dense_router
 from cupy_router.ops.hash_router import hash_router
+from cupy_router.torch._product import gate_product
 from cupy_router.torch._router_modules import INLINE, SORTED, Plan, Results, Unknown
-
-# From this version on, CUDA multiplies 16-bit floats with a float32 result.
-_HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def swap(module: Any, kind: type, plan: Plan) -> None:
@@ -89,10 +87,10 @@ class Router(Swapped):
         layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
         logits = None
         if "table" in given:
-            logits, token_ids = _product(x, weight), given["token_ids"].reshape(-1)
+            logits, token_ids = gate_product(x, weight), given["token_ids"].reshape(-1)
             weights, indices = hash_router(token_ids, given["table"], results.method, logits=logits, **layer)
         elif {"logits", "probabilities"} & set(plan.outputs):
-            logits = _product(x, weight)
+            logits = gate_product(x, weight)
             weights, indices = activation_topk(logits, results.method, bias=bias, **layer)
         else:
             weights, indices = dense_router(x.contiguous(), weight, results.method, bias=bias, **layer)
@@ -112,7 +110,7 @@ class LogitsOnly(Swapped):
         weight = attrgetter(plan.gate.partition(".")[2])(self)
         if (x.dtype, weight.dtype) not in plan.results or _needs_own_code(self, plan, hidden_states):
             return self.original.forward(self, hidden_states)
-        return _product(x, weight)
+        return gate_product(x, weight)
 
 
 class InlineRouter(Swapped):
@@ -151,16 +149,6 @@ def _needs_own_code(module: Any, plan: Plan, *arguments: Any) -> bool:
 
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1).float()
-
-
-def _product(x: Any, weight: Any) -> Any:
-    """[num_tokens, rows of the gate] logits in float32, whatever the dtypes."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _product(x, weight)
-    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return torch.nn.functional.linear(x.float(), weight.float())
 
 
 def _returned(plan: Plan, results: Results, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
