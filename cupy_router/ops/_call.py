@@ -84,7 +84,12 @@ class _Plan(NamedTuple):
 
 
 # What the axes of results are called, by the name of the first.
-_AXES = {"values": "num_rows, k", "weights": "num_tokens, top_k", "grad_logits": "num_tokens, num_experts"}
+_AXES = {
+    "values": "num_rows, k",
+    "indices": "num_rows, k",
+    "weights": "num_tokens, top_k",
+    "grad_logits": "num_tokens, num_experts",
+}
 
 _OF_OTHERS: Any = ()  # no allocators: results go into the memory of others
 

@@ -16,6 +16,10 @@ def topk_select(
     k: int,
     lengths: NDArray[np.int32] | None = None,
     starts: NDArray[np.int32] | None = None,
+    *,
+    sorted: bool = True,
+    index_map: NDArray[np.int32] | None = None,
+    page_size: int = 1,
 ) -> tuple[NDArray[Any], NDArray[np.int32]]:
     """The k largest entries of each row, or of a window of each row, in the order of ``order.py``.
 
@@ -24,6 +28,9 @@ def topk_select(
         k: entries per row, at least 1.
         lengths: [num_rows] int32, columns in a row's window (default: to the end of the row), cut to what exists.
         starts: [num_rows] int32, first column of a row's window (default: 0); outside the row, the window is empty.
+        sorted: False for the same entries by ascending column.
+        index_map: [num_rows or 1, num_pages] int32 pages that stand for the indices 0..page_size - 1, and so on:
+            index i becomes index_map[row, i // page_size] * page_size + i % page_size.
 
     Returns:
         values [num_rows, k] of the dtype of ``scores``, bit copies; indices [num_rows, k] int32, counted from the
@@ -47,11 +54,21 @@ def topk_select(
         with np.errstate(invalid="ignore"):  # a signalling NaN
             comparable = scores[rows].astype(np.float32, copy=False)  # exact for float16 and bfloat16
         chosen = top_indices(comparable, width, eligible)
+        if not sorted:
+            chosen = np.sort(chosen.astype(np.uint32)).astype(np.int32)  # -1 last
         found = chosen >= 0
         entries = np.take_along_axis(scores[rows], np.maximum(chosen, 0), axis=-1)
         values[rows, :width][found] = entries[found]
         indices[rows, :width][found] = (chosen - begin[rows])[found]
-    return values, indices
+    return values, indices if index_map is None else _mapped(indices, index_map, page_size)
+
+
+def _mapped(indices: NDArray[np.int32], index_map: NDArray[np.int32], page_size: int) -> NDArray[np.int32]:
+    """What stands for each index; -1 stays."""
+    pages = np.broadcast_to(index_map, (len(indices), index_map.shape[1]))
+    found = np.maximum(indices, 0)
+    page = np.take_along_axis(pages, found // page_size, axis=1) if index_map.size else found
+    return np.where(indices < 0, indices, page * np.int32(page_size) + found % page_size).astype(np.int32)
 
 
 def _windows(

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels/topk_select_long.cu is compiled and launched for a shape: chosen from shapes alone. And where k is too
+large for it, kernels/topk_select_large.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import NamedTuple
+
+from cupy_router import compiler, scratch
+from cupy_router.arrays import View
+from cupy_router.ops import _layout as layout
+from cupy_router.ops._call import Kernel, launch_of
+
+LONG, LARGE = "topk_select_long", "topk_select_large"
+INPUTS = ("scores", "lengths", "starts", "index_map")
+OUTPUTS = ("values", "indices")
+_SCRATCH = ("counters", "piece_counts", "lists")
+
+_LARGE_BLOCK = 1024
+
+_MULTIPROCESSORS = 132  # of an H100
+_COUNTER_BYTES = 1024  # as many as any plan needs, so that what lies behind them may be of any plan
+_MAX_PIECES, _PIECE_BYTES = 128, 16 * 1024
+MAX_CAPACITY = 16384
+
+
+class Options(NamedTuple):
+    """What is asked for besides the arrays."""
+
+    k: int
+    sorted: bool = True
+    return_values: bool = True
+    page_size: int = 1
+
+
+class Plan(NamedTuple):
+    """See the macros of the same names in the kernel; `pieces` of a row."""
+
+    block: int
+    blocks: int
+    capacity: int
+    samples: int
+    pieces: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return 8 * self.capacity + 4 * (self.capacity + 16)
+
+
+def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
+    """None: no list is long enough."""
+    pieces = min(max(_MULTIPROCESSORS // num_rows, 1), _MAX_PIECES, num_columns * layout.SIZES[dtype] // _PIECE_BYTES)
+    block, blocks = (512, 2) if pieces <= 1 else (1024, 1)
+    for samples in (1, 2, 4, 8):
+        needed = min(list_length(k, num_columns, block, samples), num_columns)
+        if needed <= 2.2 * k or samples == 8:
+            break
+    capacity = 4 * block * max(1, -(-int(needed) // (4 * block)))
+    return Plan(block, blocks, capacity, samples, max(pieces, 1)) if capacity <= MAX_CAPACITY else None
+
+
+def list_length(k: int, length: int, block: int, samples: int) -> float:
+    """How many scores a sampled threshold lets through, and four deviations more."""
+    share = min(k / length, 1.0)
+    while samples > 1 and (samples * block > length or 3 * k * samples > length):
+        samples //= 2
+    hits = block * (1 - (1 - share) ** samples)
+    reached = (hits + 5 * sqrt(hits * (1 - share) ** samples) + 3) * 9 / 8
+    reached += 4 * sqrt(reached)
+    misses = max(0.0, 1 - reached / block)
+    return length * float(1 - misses ** (1 / samples))
+
+
+class LongTopK:
+    """A launch for any call, with the scratch memory of the stream that it is called on."""
+
+    def __init__(
+        self, options: Options, out_strides: Sequence[int], scores: View, lengths: View | None, starts: View | None,
+        index_map: View | None = None,
+    ) -> None:  # fmt: skip
+        num_rows, num_columns = scores.shape
+        indices_stride = out_strides[-1]
+        fixed: dict[str, int | float] = {
+            "num_rows": num_rows,
+            "num_columns": num_columns,
+            "k": options.k,
+            "sorted": int(options.sorted),
+            "page_size": options.page_size,
+            "scores_stride": scores.row_stride,
+            "values_stride": out_strides[0],
+            "indices_stride": indices_stride,
+            "map_stride": 0 if index_map is None or index_map.shape[0] == 1 else index_map.row_stride,
+        }
+        macros = {"DTYPE": layout.DTYPE_CODES[scores.dtype]}
+        self._has_values = options.return_values
+        self._device, self._tasks, self._scratch_bytes = scores.device, 0, 0
+        plan = choose(num_rows, num_columns, options.k, scores.dtype)
+        if plan is None:
+            kernel = Kernel(LARGE, LARGE, macros, min(num_rows, 2**31 - 1), _LARGE_BLOCK, fixed)
+            self._launch = launch_of(kernel, (*INPUTS, *OUTPUTS), scores.device)
+        else:
+            if plan.pieces > 1:
+                self._tasks = num_rows * plan.pieces
+                room = min(-(-num_columns // plan.pieces) + 64, plan.capacity + options.k)
+                self._scratch_bytes = _COUNTER_BYTES + 8 * self._tasks * (1 + room)
+                fixed |= {"list_room": room}
+            fixed = {"pieces": plan.pieces, "list_room": 0} | fixed
+            macros |= {
+                "BLOCK": plan.block,
+                "BLOCKS": plan.blocks,
+                "CAPACITY": plan.capacity,
+                "SAMPLES": plan.samples,
+                "SPLIT": int(plan.pieces > 1),
+            }
+            grid = min(num_rows * plan.pieces, 2**31 - 1)
+            kernel = Kernel(LONG, LONG, macros, grid, plan.block, fixed, shared_bytes=plan.shared_bytes)
+            self._launch = launch_of(kernel, (*INPUTS, *OUTPUTS, *_SCRATCH), scores.device)
+        self._takes_scratch = plan is not None
+        self.function: compiler.Function = self._launch.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        pointers = [*varying]
+        if len(pointers) < len(INPUTS) + 1 + self._has_values:
+            pointers.insert(len(INPUTS) - 1, 0)  # no index_map
+        if not self._has_values:
+            pointers.insert(len(INPUTS), 0)
+        if self._scratch_bytes:
+            memory = scratch.buffer(self._device, stream, LONG, self._scratch_bytes)
+            counts = memory + _COUNTER_BYTES
+            pointers += (memory, counts, counts + 8 * self._tasks)
+        elif self._takes_scratch:
+            pointers += (0, 0, 0)
+        self._launch(stream, pointers)
