@@ -24,7 +24,8 @@ struct BlockSort {
     // upper word differ by less than `lower_range` in the lower one, which is at most 0xffffffff.
     // All threads have passed a barrier since `keys` were written, and do so again before they return.
     template <typename Prepare>
-    static __device__ __forceinline__ void sort(Key* keys, int count, int* slots, unsigned lower_range, Prepare prepare) {
+    static __device__ __forceinline__ void sort(Key* keys, int count, int* slots, unsigned lower_range,
+                                                Prepare prepare) {
         Key mine[ITEMS];
         unsigned slot_place[ITEMS];  // the slot, and above it the place in it
         Extent extent = {~0u, 0u};

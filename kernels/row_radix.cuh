@@ -8,10 +8,15 @@
 
 #define RADIX 256
 
-// `histogram`: RADIX words of shared memory. For k up to `length`. `ties` of the scores with that key are among the k.
+struct KthKey {
+    unsigned key;
+    int ties;  // of the scores with this key, how many are among the k
+};
+
+// `histogram`: RADIX words of shared memory. For k up to `length`.
 template <int Code, int Block>
-__device__ __forceinline__ unsigned radix_threshold(const typename Scalar<Code>::type* row, int length, int k,
-                                                    int* histogram, int& ties) {
+__device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::type* row, int length, int k,
+                                               int* histogram) {
     static_assert(Block >= RADIX, "a thread for each bin");
     __shared__ unsigned chosen_bin;
     __shared__ int chosen_rest;
@@ -40,6 +45,5 @@ __device__ __forceinline__ unsigned radix_threshold(const typename Scalar<Code>:
         prefix |= chosen_bin << shift;
         rest = chosen_rest;
     }
-    ties = rest;
-    return prefix;
+    return {prefix, rest};
 }

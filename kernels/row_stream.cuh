@@ -18,7 +18,7 @@ struct RowPiece {
     typedef typename Scalar<Code>::type T;
     typedef unsigned long long Entry;
     static constexpr int VECTOR = 16 / sizeof(T);
-    static_assert(Loads * VECTOR <= 32, "a bit for each score");
+    static_assert(Loads <= 4, "a bit for each score, those of first and second halves in half a word");
     static_assert(Block >= 2 * VECTOR, "a thread for each single score");
 
     // What a thread reads at once: Loads vectors.
@@ -44,8 +44,9 @@ struct RowPiece {
         head = min((VECTOR - misalignment) % VECTOR, length);
         const int vectors = (length - head) / VECTOR;
         tail = head + vectors * VECTOR;
-        begin = static_cast<int>(static_cast<int64_t>(vectors) * number / pieces);
-        end = static_cast<int>(static_cast<int64_t>(vectors) * (number + 1) / pieces);
+        const int share = (vectors + pieces - 1) / pieces;
+        begin = min(number * share, vectors);
+        end = min(begin + share, vectors);
         has_head = number == 0;
         has_tail = number == pieces - 1;
     }
@@ -64,89 +65,62 @@ struct RowPiece {
     // The chunk that collect() begins with, which may be on its way long before.
     __device__ __forceinline__ void load_first(Chunk& chunk) const { load(begin + threadIdx.x, Block, chunk); }
 
-    // Put the scores that reach the key on the list, in any order, as far as it has room. `count`, in shared memory and
-    // 0 before, is how many there are, or more than the list has room for: then it may be too low.
-    __device__ __forceinline__ void collect(Chunk& chunk, AtLeast<Code> wanted, Entry* list, int room, int* count) const {
+    // Put the scores that pass on the list, in any order, as far as it has room. `count`, in shared memory and 0 before,
+    // is how many there are, or more than the list has room for: then it may be too low. A thread makes a bit for each
+    // score of its chunk, asks for the next chunk, and looks up again the few scores that passed.
+    __device__ __forceinline__ void collect(Chunk& chunk, const Passes<Code>& passes, Entry* list, int room,
+                                            int* count) const {
         const int single = single_score();
         if (single >= 0) {
             const unsigned bits = score_bits(row[single]);
-            if (wanted.by_key(bits)) {
+            if (passes.by_bits(bits)) {
                 const int place = atomicAdd(count, 1);
                 if (place < room) list[place] = list_entry(bits, single);
             }
         }
-        const bool is_range = wanted.is_range();
+        if (passes.nothing) return;
+        const unsigned lanes_before = (1u << threadIdx.x % 32) - 1u;
+#pragma unroll 1
         for (int first = begin; first < end; first += Loads * Block) {
-            if (first != begin) load(first + threadIdx.x, Block, chunk);
+            const int mine = first + static_cast<int>(threadIdx.x);
             unsigned found = 0;
-#pragma unroll
-            for (int u = 0; u < Loads; ++u) {
-                unsigned found_here = 0;
-                if (is_range) {
-#pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) {
-                        found_here |= wanted.by_range(chunk.bits(u * VECTOR + e)) ? 1u << u * VECTOR + e : 0u;
-                    }
-                } else {
-#pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) {
-                        found_here |= wanted.by_key(chunk.bits(u * VECTOR + e)) ? 1u << u * VECTOR + e : 0u;
-                    }
-                }
-                found |= first + u * Block + static_cast<int>(threadIdx.x) < end ? found_here : 0u;
+            if (passes.everything) {
+                found = ~0u >> (sizeof(T) == 4 ? 16 : 0);
+            } else {
+                test_words<0>(chunk, passes, found);
             }
-            const int sum = warp_prefix(__popc(found)), total = __shfl_sync(FULL_WARP, sum, 31);
+            if (mine + (Loads - 1) * Block >= end) {
+                const unsigned vectors = max(0, (end - mine + Block - 1) / Block);
+                if (vectors < Loads) found &= 0x10001u * ((1u << 4 * vectors) - 1u);
+            }
+            load(mine + Loads * Block, Block, chunk);
+
+            const unsigned total = warp_sum(__popc(found));
             if (total == 0) continue;
-            int place = threadIdx.x % 32 == 0 ? atomicAdd(count, total) : 0;
+            int place = threadIdx.x % 32 == 0 ? atomicAdd(count, static_cast<int>(total)) : 0;
             place = __shfl_sync(FULL_WARP, place, 0);
             if (place >= room) break;
-            place += sum - __popc(found);
-            const int column = head + (first + static_cast<int>(threadIdx.x)) * VECTOR;
-#pragma unroll
-            for (int e = 0; e < Loads * VECTOR; ++e) {
-                if (found >> e & 1u) {
-                    if (place < room) {
-                        list[place] = list_entry(chunk.bits(e), column + e / VECTOR * Block * VECTOR + e % VECTOR);
-                    }
-                    ++place;
-                }
+#pragma unroll 1
+            for (unsigned lanes = ~0u; (lanes = __ballot_sync(FULL_WARP, found != 0)) != 0; place += __popc(lanes)) {
+                if (found == 0) continue;
+                const int bit = __ffs(found) - 1, my_place = place + __popc(lanes & lanes_before);
+                found &= found - 1;
+                // Bits 0 to 15 are words, or their first halves.
+                const int word = bit % 16;
+                const int in_vector = sizeof(T) == 4 ? word % 4 : word % 4 * 2 + bit / 16;
+                const int column = head + (mine + word / 4 * Block) * VECTOR + in_vector;
+                if (my_place < room) list[my_place] = list_entry(score_bits(row[column]), column);
             }
         }
-    }
-
-    // Put the first `wanted` scores that have this very key on the list, by column; as rank keys. How many there are.
-    __device__ __forceinline__ int collect_ties(unsigned key, Entry* list, int wanted) const {
-        int taken = 0;
-        const auto take = [&](unsigned ties, int column) {  // a bit for each of the scores from this column on
-            int total;
-            int place = taken + block_prefix<Block>(__popc(ties), total);
-#pragma unroll 1
-            for (; ties != 0 && place < wanted; ties &= ties - 1) list[place++] = rank_key(key, column + __ffs(ties) - 1);
-            taken += total;
-        };
-        const auto is_tie = [&](bool exists, int column) {
-            return exists && bits_key<Code>(score_bits(row[column])) == key;
-        };
-        const int i = threadIdx.x;
-        if (has_head && head > 0) take(is_tie(i < head, i), i);
-#pragma unroll 1
-        for (int first = begin; first < end && taken < wanted; first += Loads * Block) {
-            Chunk chunk;
-            const int mine = first + Loads * i;
-            load(mine, 1, chunk);
-            unsigned ties = 0;
-#pragma unroll
-            for (int e = 0; e < Loads * VECTOR; ++e) {
-                const bool tie = mine + e / VECTOR < end && bits_key<Code>(chunk.bits(e)) == key;
-                ties |= tie ? 1u << e : 0u;
-            }
-            take(ties, head + mine * VECTOR);
-        }
-        if (has_tail && tail < length && taken < wanted) take(is_tie(i < length - tail, tail + i), tail + i);
-        return min(taken, wanted);
     }
 
 private:
+    template <int Word>
+    static __device__ __forceinline__ void test_words(const Chunk& chunk, const Passes<Code>& passes, unsigned& found) {
+        passes.template by_word<Word>(chunk.vector[Word / 4].word[Word % 4], found);
+        if constexpr (Word + 1 < 4 * Loads) test_words<Word + 1>(chunk, passes, found);
+    }
+
     // The column of the head or tail that is this thread's; -1: none.
     __device__ __forceinline__ int single_score() const {
         const int i = threadIdx.x;
@@ -154,3 +128,41 @@ private:
         return has_tail && i - VECTOR < length - tail ? tail + i - VECTOR : -1;
     }
 };
+
+// Put the first `wanted` scores of a piece that have this very key on the list, by column; as rank keys. How many there
+// are. Out of line, as most rows have no need of it.
+template <int Code, int Block, int Loads>
+__device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
+                                         unsigned key, unsigned long long* list, int wanted) {
+    typedef RowPiece<Code, Block, Loads> Piece;
+    constexpr int VECTOR = Piece::VECTOR;
+    const Piece piece(row, length, number, pieces);
+    int taken = 0;
+    const auto take = [&](unsigned ties, int column) {  // a bit for each of the scores from this column on
+        int total;
+        int place = taken + block_prefix<Block>(__popc(ties), total);
+#pragma unroll 1
+        for (; ties != 0 && place < wanted; ties &= ties - 1) list[place++] = rank_key(key, column + __ffs(ties) - 1);
+        taken += total;
+    };
+    const auto is_tie = [&](bool exists, int column) {
+        return exists && bits_key<Code>(score_bits(row[column])) == key;
+    };
+    const int i = threadIdx.x;
+    if (piece.has_head && piece.head > 0) take(is_tie(i < piece.head, i), i);
+#pragma unroll 1
+    for (int first = piece.begin; first < piece.end && taken < wanted; first += Loads * Block) {
+        typename Piece::Chunk chunk;
+        const int mine = first + Loads * i;
+        piece.load(mine, 1, chunk);
+        unsigned ties = 0;
+#pragma unroll
+        for (int e = 0; e < Loads * VECTOR; ++e) {
+            const bool tie = mine + e / VECTOR < piece.end && bits_key<Code>(chunk.bits(e)) == key;
+            ties |= tie ? 1u << e : 0u;
+        }
+        take(ties, piece.head + mine * VECTOR);
+    }
+    if (piece.has_tail && piece.tail < length && taken < wanted) take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
+    return min(taken, wanted);
+}

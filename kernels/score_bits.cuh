@@ -41,20 +41,59 @@ __device__ __forceinline__ unsigned key_bits(unsigned key) { return key >= ZERO_
 
 __device__ __forceinline__ bool key_tells_bits(unsigned key) { return key != ZERO_KEY && key != NAN_KEY; }
 
-// Which scores have at least this key. From above zero up to +inf that is a range of bits, without NaN.
+// The scores from a key on, tested by words as they lie in memory: one float32, or two 16-bit floats. Floats are compared
+// as such, without flushing subnormals, so that NaN never passes; bits that are not those of a score are never made.
 template <int Code>
-struct AtLeast {
+struct Passes {
+    static constexpr unsigned STEP = Code == 0 ? 1u : 0x10000u;  // from one key to the next
+
     unsigned key;
+    bool everything, nothing;  // by_word() is for what is neither
+    unsigned lowest;           // the lowest score that passes, in both halves of the word if it is one of 16 bits
 
-    __device__ __forceinline__ bool is_range() const {
-        return key > ZERO_KEY && key <= ZERO_KEY + infinity_bits<Code>();
+    // From `key` on, or above it.
+    __device__ __forceinline__ Passes(unsigned from, bool above) {
+        key = (from + (above ? STEP : 0u) + (STEP - 1u)) & ~(STEP - 1u);
+        everything = from <= NAN_KEY && !above;
+        nothing = key > ZERO_KEY + infinity_bits<Code>() || key < from;
+        const unsigned bits = key_bits(max(key, ZERO_KEY - infinity_bits<Code>()));
+        lowest = Code == 0 ? bits : bits | bits >> 16;
+        if (everything) key = from;
     }
 
-    // Where is_range() holds; what does not change from score to score is kept in registers.
-    __device__ __forceinline__ bool by_range(unsigned bits) const {
-        const unsigned lowest = key - ZERO_KEY;
-        return bits - lowest <= infinity_bits<Code>() - lowest;
-    }
+    __device__ __forceinline__ bool by_bits(unsigned bits) const { return bits_key<Code>(bits) >= key; }
 
-    __device__ __forceinline__ bool by_key(unsigned bits) const { return bits_key<Code>(bits) >= key; }
+    // Sets bit `Bit` if the word's first score passes, and for 16-bit floats bit `Bit + 16` if the second does.
+    template <int Bit>
+    __device__ __forceinline__ void by_word(unsigned word, unsigned& found) const {
+#ifdef __CUDACC__
+        constexpr unsigned FIRST = 1u << Bit, BOTH = 0x10001u << Bit % 16;
+        if (Code == 0) {
+            asm("{\n.reg .pred passes;\nsetp.ge.f32 passes, %1, %2;\n@passes or.b32 %0, %0, %3;\n}"
+                : "+r"(found)
+                : "f"(__uint_as_float(word)), "f"(__uint_as_float(lowest)), "n"(FIRST));
+        } else if (Code == 1) {
+            unsigned halves;
+            asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(word), "r"(lowest));
+            found |= halves & BOTH;
+        } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+            unsigned halves;
+            asm("set.ge.u32.bf16x2 %0, %1, %2;" : "=r"(halves) : "r"(word), "r"(lowest));
+            found |= halves & BOTH;
+#else
+            asm("{\n.reg .pred passes;\nsetp.ge.f32 passes, %1, %2;\n@passes or.b32 %0, %0, %3;\n}"
+                : "+r"(found)
+                : "f"(__uint_as_float(word << 16)), "f"(__uint_as_float(lowest & 0xffff0000u)), "n"(FIRST));
+            asm("{\n.reg .pred passes;\nsetp.ge.f32 passes, %1, %2;\n@passes or.b32 %0, %0, %3;\n}"
+                : "+r"(found)
+                : "f"(__uint_as_float(word & 0xffff0000u)), "f"(__uint_as_float(lowest & 0xffff0000u)),
+                  "n"(BOTH - FIRST));
+#endif
+        }
+#else
+        if (by_bits(Code == 0 ? word : word << 16)) found |= 1u << Bit;
+        if (Code != 0 && by_bits(word & 0xffff0000u)) found |= 0x10000u << Bit % 16;
+#endif
+    }
 };

@@ -55,7 +55,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
         int ties = 0;
         unsigned threshold = NO_KEY;  // all keys are above: everything is taken
         if (wanted < span.length) {
-            threshold = radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, histogram, ties);
+            const KthKey kth = radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, histogram);
+            threshold = kth.key;
+            ties = kth.ties;
         }
         int taken = 0, taken_ties = 0;
         for (unsigned begin = 0; begin < span.length && taken < wanted; begin += BLOCK) {

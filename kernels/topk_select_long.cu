@@ -45,7 +45,6 @@ typedef BlockSort<BLOCK, CAPACITY> Sort;
 typedef unsigned long long Entry;
 
 #define NUM_WARPS (BLOCK / 32)
-#define MAX_PIECES 128
 #define SHARED_BYTES (8 * CAPACITY + 4 * Sort::NUM_SLOTS)
 
 static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");
@@ -56,47 +55,37 @@ struct Found {
     int ties;
 };
 
-// From a piece to a list. `count` is a word of shared memory; all threads have passed a barrier since it was used.
-__device__ __forceinline__ Found collect(const Piece& piece, Piece::Chunk& chunk, Threshold threshold, int wanted,
-                                         Entry* list, int room, int* count) {
-    piece.collect(chunk, {threshold.key + threshold.tied}, list, room, count);
-    __syncthreads();
-    const int above = *count;
-    if (!threshold.tied || above >= wanted) return {above, 0};
-    return {above, piece.collect_ties(threshold.key, list + above, min(wanted, room) - above)};
-}
-
-#if SPLIT
-
-// The lists of all pieces of a row, one behind the other in `entries`. False if that cannot be or is not enough.
+// The lists of all pieces of a row, at most 32, one behind the other in `entries`. False if that cannot be or is not enough.
 __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, int pieces, int room, int wanted,
                                        Entry* entries, Found& all) {
-    __shared__ Found at[MAX_PIECES];
-    const bool exists = threadIdx.x < pieces;
-    const int above = exists ? __ldcg(&found[threadIdx.x].above) : 0;
-    const int ties = exists ? __ldcg(&found[threadIdx.x].ties) : 0;
-    const bool too_long = __syncthreads_or(above > room);
-    const int before_above = block_prefix<BLOCK>(above, all.above);
-    const int before_ties = block_prefix<BLOCK>(ties, all.ties);
-    if (too_long || all.above > CAPACITY || all.above + all.ties < wanted) return false;
+    // Every warp adds up for itself; a lane has a piece.
+    const int lane = threadIdx.x % 32;
+    const bool exists = lane < pieces;
+    const int above = exists ? __ldcg(&found[lane].above) : 0, ties = exists ? __ldcg(&found[lane].ties) : 0;
+    const int above_end = warp_prefix(above), ties_end = warp_prefix(ties);
+    all = {__shfl_sync(FULL_WARP, above_end, 31), __shfl_sync(FULL_WARP, ties_end, 31)};
+    const bool too_long = __any_sync(FULL_WARP, above > room) || all.above > CAPACITY;
+    if (too_long || all.above + all.ties < wanted) return false;
     all.ties = max(0, min(all.ties, wanted - all.above));
-    if (exists) at[threadIdx.x] = {before_above, all.above + before_ties};
-    __syncthreads();
-    for (int p = threadIdx.x / 32; p < pieces; p += NUM_WARPS) {
-        const int end_above = p + 1 < pieces ? at[p + 1].above : all.above;
-        const int from = at[p].above, ties_from = at[p].ties, count = end_above - from;
-        const int end_ties = p + 1 < pieces ? min(at[p + 1].ties, wanted) : wanted;
-        const Entry* list = lists + static_cast<int64_t>(p) * room;
-        for (int i = threadIdx.x % 32; i < count; i += 32) entries[from + i] = __ldcg(list + i);
-        for (int i = threadIdx.x % 32; i < end_ties - ties_from; i += 32) {
-            entries[ties_from + i] = __ldcg(list + count + i);
+
+    // As many threads for each piece.
+    const int threads = BLOCK / pieces, piece = threadIdx.x / threads, first = threadIdx.x % threads;
+    const int source = piece % 32;
+    const int count = __shfl_sync(FULL_WARP, above, source), at = __shfl_sync(FULL_WARP, above_end, source) - count;
+    const int tie_count = __shfl_sync(FULL_WARP, ties, source);
+    const int ties_at = all.above + __shfl_sync(FULL_WARP, ties_end, source) - tie_count;
+    if (piece < pieces) {
+        const Entry* list = lists + static_cast<int64_t>(piece) * room;
+#pragma unroll 4
+        for (int i = first; i < count; i += threads) entries[at + i] = __ldcg(list + i);
+#pragma unroll 4
+        for (int i = first; i < min(tie_count, wanted - ties_at); i += threads) {
+            entries[ties_at + i] = __ldcg(list + count + i);
         }
     }
     __syncthreads();
     return true;
 }
-
-#endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     topk_select_long(const score_t* __restrict__ scores, const int* __restrict__ lengths,
@@ -114,82 +103,86 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     int* slots = reinterpret_cast<int*>(shared + 8 * CAPACITY);
     __shared__ int count;
 
-    const int64_t tasks = num_rows * (SPLIT ? pieces : 1);
-    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-        const int64_t row = SPLIT ? task / pieces : task;
-        const int number = SPLIT ? static_cast<int>(task % pieces) : 0;
-        const Span span = row_span(lengths, starts, row, num_columns);
-        const score_t* source = scores + row * scores_stride + span.start;
-        const int wanted = min(k, span.length);
+    const int64_t row = SPLIT ? blockIdx.x / pieces : blockIdx.x;
+    const int number = SPLIT ? blockIdx.x % pieces : 0;
+    const Span span = row_span(lengths, starts, row, num_columns);
+    const score_t* source = scores + row * scores_stride + span.start;
+    const int wanted = min(k, span.length);
 
-        Piece piece(source, span.length, number, SPLIT ? pieces : 1);
-        Piece::Chunk chunk;
-        piece.load_first(chunk);
+    Piece piece(source, span.length, number, SPLIT ? pieces : 1);
+    Piece::Chunk chunk;
+    piece.load_first(chunk);
+    if (threadIdx.x == 0) count = 0;
+    Threshold threshold = {NO_KEY, false};
+    if (span.length > CAPACITY) threshold = sampled_threshold<DTYPE, BLOCK, SAMPLES>(source, span.length, wanted);
+    __syncthreads();
+
+    Entry* list = SPLIT ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_room : entries;
+    int room = SPLIT ? list_room : CAPACITY;
+    bool split = SPLIT;  // the list is of a piece
+    Found found;
+#pragma unroll 1
+    for (;;) {
+        piece.collect(chunk, {threshold.key, threshold.tied}, list, room, &count);
+        __syncthreads();
+        found = {count, 0};
+        if (threshold.tied && found.above < wanted) {
+            found.ties = collect_ties<DTYPE, BLOCK, LOADS>(source, span.length, split ? number : 0,
+                                                           split ? pieces : 1, threshold.key, list + found.above,
+                                                           min(wanted, room) - found.above);
+        }
+        if (split) {
+            Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;
+            if (threadIdx.x == 0) row_found[number] = found;
+            if (!last_to_arrive(&counters[row], pieces)) break;
+            const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_room;
+            if (gather(row_found, row_lists, pieces, list_room, wanted, entries, found)) {
+                split = false;
+                break;
+            }
+            split = false;
+        } else if (found.above <= CAPACITY && found.above + found.ties >= wanted) {
+            break;
+        }
+        __syncthreads();
         if (threadIdx.x == 0) count = 0;
-        Threshold threshold = {NO_KEY, false};
-        if (span.length > CAPACITY) threshold = sampled_threshold<DTYPE, BLOCK, SAMPLES>(source, span.length, wanted);
-        __syncthreads();
+        threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots).key, true};
+        piece = Piece(source, span.length, 0, 1);
+        piece.load_first(chunk);
+        list = entries;
+        room = CAPACITY;
+    }
+    if (split) return;  // another block does the rest
 
-        Entry* list = SPLIT ? reinterpret_cast<Entry*>(lists) + task * list_room : entries;
-        int room = SPLIT ? list_room : CAPACITY;
-        bool last = true;
-        Found found;
+    // By key; and if they are not to be sorted, the best once more by column.
+    __syncthreads();
 #pragma unroll 1
-        for (;;) {
-            found = collect(piece, chunk, threshold, wanted, list, room, &count);
-#if SPLIT
-            if (list != entries) {
-                Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;
-                if (threadIdx.x == 0) row_found[number] = found;
-                last = last_to_arrive(&counters[row], pieces);
-                if (!last) break;
-                const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_room;
-                if (gather(row_found, row_lists, pieces, list_room, wanted, entries, found)) break;
-            } else
-#endif
-            if (found.above <= CAPACITY && found.above + found.ties >= wanted) break;
-            __syncthreads();
-            if (threadIdx.x == 0) count = 0;
-            int ties;
-            threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots, ties), true};
-            piece = Piece(source, span.length, 0, 1);
-            piece.load_first(chunk);
-            list = entries;
-            room = CAPACITY;
-        }
-        if (!last) continue;
-
-        // By key; and if they are not to be sorted, the best once more by column.
-        __syncthreads();
-#pragma unroll 1
-        for (int pass = sorted; pass < 2; ++pass) {
-            const bool by_key = pass == sorted;
-            Sort::sort(entries, by_key ? found.above : wanted, slots, span.length, [&](Entry entry) {
-                const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
-                return by_key ? rank_key(bits_key<DTYPE>(upper), lower) : entry << 32 | upper;
-            });
-        }
-        for (int i = threadIdx.x; i < k; i += BLOCK) {
-            const Entry entry = i < wanted ? entries[i] : 0;
-            const Entry rank = sorted ? entry : entry << 32 | entry >> 32;
-            const unsigned key = static_cast<unsigned>(rank >> 32);
-            const int column = i < wanted ? static_cast<int>(column_of(rank)) : -1;
-            if (values != nullptr) {
-                score_t* target = values + row * values_stride + i;
-                if (column < 0) {
-                    *target = minus_infinity<DTYPE>();
-                } else if (key_tells_bits(key)) {
-                    store_bits(target, key_bits(key));
-                } else {
-                    *target = source[column];
-                }
+    for (int pass = sorted; pass < 2; ++pass) {
+        const bool by_key = pass == sorted;
+        Sort::sort(entries, by_key ? found.above : wanted, slots, span.length, [&](Entry entry) {
+            const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
+            return by_key ? rank_key(bits_key<DTYPE>(upper), lower) : entry << 32 | upper;
+        });
+    }
+    for (int i = threadIdx.x; i < k; i += BLOCK) {
+        const Entry entry = i < wanted ? entries[i] : 0;
+        const Entry rank = sorted ? entry : entry << 32 | entry >> 32;
+        const unsigned key = static_cast<unsigned>(rank >> 32);
+        const int column = i < wanted ? static_cast<int>(column_of(rank)) : -1;
+        if (values != nullptr) {
+            score_t* target = values + row * values_stride + i;
+            if (column < 0) {
+                *target = minus_infinity<DTYPE>();
+            } else if (key_tells_bits(key)) {
+                store_bits(target, key_bits(key));
+            } else {
+                *target = source[column];
             }
-            int index = column;
-            if (index_map != nullptr && column >= 0) {
-                index = index_map[row * map_stride + column / page_size] * page_size + column % page_size;
-            }
-            indices[row * indices_stride + i] = index;
         }
-        __syncthreads();  // the next row uses the same memory
+        int index = column;
+        if (index_map != nullptr && column >= 0) {
+            index = index_map[row * map_stride + column / page_size] * page_size + column % page_size;
+        }
+        indices[row * indices_stride + i] = index;
     }
 }

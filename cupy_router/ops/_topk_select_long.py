@@ -22,7 +22,7 @@ _LARGE_BLOCK = 1024
 
 _MULTIPROCESSORS = 132  # of an H100
 _COUNTER_BYTES = 1024  # as many as any plan needs, so that what lies behind them may be of any plan
-_MAX_PIECES, _PIECE_BYTES = 128, 16 * 1024
+_MAX_PIECES, _PIECE_BYTES = 32, 16 * 1024
 MAX_CAPACITY = 16384
 
 
