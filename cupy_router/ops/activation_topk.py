@@ -126,6 +126,8 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
     }
     grouped = method.top_groups < method.num_groups
     options = {
+        "HAS_EPS": int(method.renormalize and method.renormalize_eps != 0.0),
+        "HAS_MIN": int(method.renormalize and method.renormalize_min is not None),
         "HAS_LOGIT_BIAS": int("logit_bias" in given),
         "HAS_EXPERT_SCALE": int("expert_scale" in given),
         "LOGIT_SCALED": int(method.logit_scale != 1.0),
