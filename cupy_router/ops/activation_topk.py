@@ -7,11 +7,11 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cupy_router.arrays import ITEM_SIZES, View
+from cupy_router.arrays import ITEM_SIZES, Output, View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.results import Routing
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cupy_router import gemm, scratch
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.compiler import require_cuda
 from cupy_router.launcher import Launch
 from cupy_router.method import RoutingMethod, resolve
@@ -15,7 +15,7 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops import _layout as layout
 from cupy_router.ops import activation_topk as scoring
-from cupy_router.ops._call import Kernel, Op, Output, Work, launch_of, run
+from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct, Slices
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.ops.activation_topk import check_layer, headers, method_arguments, method_macros, results
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import topk_select as reference
 from cupy_router.results import TopK
 

@@ -241,7 +241,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     draw(_factors(setting, setting.rows, arrays, layouts))
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
-    return Case("dense_router", arrays, method, options, layouts, draw(_padding(setting)), 0, draw(_schedules))
+    return Case("dense_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
 
 
 @st.composite
@@ -264,21 +264,17 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(setting, arrays, rows))
     method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None
-    return Case("hash_router", arrays, method, options, layouts, draw(_padding(setting)), 0, draw(_schedules))
+    return Case("hash_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
 
 
 _schedules = st.sampled_from(SCHEDULES)
 _any_padding = st.sampled_from([-1, 0, 1, 7])
-
-
-def _padding(setting: Setting) -> st.SearchStrategy[int]:
-    return st.sampled_from([-1, 0] if setting.dense else [1, 7])
+_padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # by whether a setting is dense
 
 
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
-    """Number of rows and their layout. A single row is dense and as aligned as its base, so that some settings draw
-    more."""
+    """Number of rows and their layout. A single row is dense and as aligned as its base: some settings draw more."""
     layout = draw(_layout(setting, columns))
     alone = setting.dense or (setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0))
     return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or alone)), layout
