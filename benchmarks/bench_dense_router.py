@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight: GPU time"""
+"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight; all counts
+of tokens beside PyTorch and the floor: GPU time"""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from typing import Any
 
 import cupy
 
-from benchmarks import bars, harness
+from benchmarks import bars, floor, harness
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, dense_router, gemm, hash_router, presets
 
 HIDDEN = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
 VOCAB_SIZE = 129_280
 DECODE_TOKENS, HASH_TOKENS, PREFILL_TOKENS = (1, 4, 16, 64), (1, 16, 64), 8192
+ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192, 32768)
+COMPILED_TOKENS = (16, 8192)
 
 
 def normal(*shape: int, scale: float = 1.0) -> Any:
@@ -50,9 +53,16 @@ def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
             yield harness.barred(row, bar)
 
 
+def in_turns(*measures: Callable[[], Row]) -> list[Row]:
+    """The median row of each: they draw so much power that the clocks fall from one to the next."""
+    turns = [[measure() for measure in measures] for _ in range(3)]
+    return [sorted(rows, key=lambda row: row["us"])[1] for rows in zip(*turns, strict=True)]
+
+
 def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts, n = method.num_experts, PREFILL_TOKENS
-    x, weight, bias = normal(n, hidden), normal(experts, hidden), cupy.zeros(experts, cupy.float32)
+    x, weight = normal(n, hidden), normal(experts, hidden, scale=hidden**-0.5)
+    bias = cupy.random.standard_normal(experts, dtype=cupy.float32)
     logits, out = cupy.empty((n, experts), cupy.float32), results(n, method)
     x_matrix, weight_matrix = (gemm.Matrix("bfloat16", rows, hidden, hidden) for rows in (n, experts))
     product = gemm.product(("cuda", 0), x_matrix, weight_matrix)
@@ -62,8 +72,13 @@ def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         product.multiply(stream, x.data.ptr, weight.data.ptr, logits.data.ptr, n)
 
     shape: dict[str, Any] = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
-    alone = timed(cublas, "prefill", by="cuBLAS alone", **shape)
-    whole = timed(lambda i: dense_router(x, weight, method, bias=bias, path="prefill", out=out), "prefill", **shape)
+
+    def routed(i: int) -> None:
+        dense_router(x, weight, method, bias=bias, path="prefill", out=out)
+
+    alone, whole = in_turns(
+        lambda: timed(cublas, "prefill", by="cuBLAS alone", **shape), lambda: timed(routed, "prefill", **shape)
+    )
     yield alone
     yield harness.barred(whole, round(bars.PREFILL_RATIO * alone["us"], 3))
 
@@ -83,9 +98,43 @@ def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         yield harness.barred(row, bars.HASH_LAYER[experts][n])
 
 
+def sweep_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
+    """Any number of tokens, the path chosen by size, beside the two launches, PyTorch and the floor."""
+    experts = method.num_experts
+    weight, bias = normal(experts, hidden, scale=hidden**-0.5), cupy.random.standard_normal(experts, dtype="float32")
+    for n in ALL_TOKENS:
+        x, out = normal(n, hidden), results(n, method)
+        cell: Row = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "dtype": "bfloat16", "cache": "warm"}
+
+        def call(path: str | None, x: Any = x, out: Any = out) -> Callable[[int], Any]:
+            return lambda i: dense_router(x, weight, method, bias=bias, path=path, out=out)
+
+        yield timed(call(None), "any", **cell)
+        if n <= max(DECODE_TOKENS):
+            yield timed(call("prefill"), "any", by="two launches", **cell)
+        yield floor.read_rows([normal(experts + n, hidden)], out, {"op": "dense_router", "path": "any"} | cell)
+        for name in ("PyTorch with cuBLAS", *["torch.compile"] * (n in COMPILED_TOKENS)):
+            row = harness.attempt(f"{name} {cell}", lambda: rival(name, method, x, weight, bias, out, cell))  # noqa: B023
+            yield from [] if row is None else [row]
+
+
+def rival(name: str, method: RoutingMethod, x: Any, weight: Any, bias: Any, out: Routing, cell: Row) -> Row:
+    from benchmarks import rivals
+
+    arrays = [rivals.tensor(array) for array in (x, weight, bias)]
+    layer = rivals.compiled(rivals.gate_and_router) if name == "torch.compile" else rivals.gate_and_router
+
+    def route() -> Any:
+        return layer(*arrays, method.top_k, method.scale)
+
+    dense_router(x, weight, method, bias=bias, out=out)
+    harness.check_same_choice(out.indices, route()[1])
+    return harness.gpu_row(lambda i: route(), {"op": "dense_router", "path": "any"} | cell, name, torch=True)
+
+
 def measure(quick: bool) -> list[Row]:
     shapes = [(presets()[preset], hidden) for preset, hidden in HIDDEN.items()]
-    parts = (decode_rows, hash_rows, prefill_rows)
+    parts = (decode_rows, hash_rows, prefill_rows) + (() if quick else (sweep_rows,))
     return [row for shape in shapes for part in parts for row in part(*shape)]
 
 

@@ -23,6 +23,18 @@ _IMPORT = """
 import time
 begin = time.perf_counter()
 import cupy_router
+print(time.perf_counter() - begin)
+"""
+_IMPORT_NUMPY = """
+import time
+begin = time.perf_counter()
+import numpy, ml_dtypes
+print(time.perf_counter() - begin)
+"""
+_IMPORT_OP = """
+import time
+import numpy, ml_dtypes, cupy_router
+begin = time.perf_counter()
 cupy_router.activation_topk
 print(time.perf_counter() - begin)
 """
@@ -72,10 +84,11 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
 
     framework = framework_of("logits", logits)
     stream = framework.current_stream(logits) or 0
+    allocate = framework.allocator((((64, 6), "float32"), ((64, 6), "int32")), logits)
     parts: dict[tuple[str, str], Action] = {
         (OURS, "current stream"): lambda: framework.current_stream(logits),
         (OURS, "a tensor described"): lambda: framework.describe(logits, stream, []),
-        (OURS, "an output allocated"): framework.allocator((64, 6), "float32", logits),
+        (OURS, "outputs allocated"): lambda: allocate([]),
         (OURS, "kernel files looked at (a checkout only)"): compiler.changed,
     }
     activation_topk(logits, RoutingMethod(256, 6), bias=bias, out=out)
@@ -92,7 +105,13 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
 def start_rows() -> list[Row]:
     """Importing the package, and the first call once CuPy is imported and the context is there. Kernels are cached."""
     rows = []
-    for part, code, bar in (("import cupy_router", _IMPORT, IMPORT), ("first call", _FIRST_CALL, FIRST_CALL)):
+    parts: tuple[tuple[str, str, float | None], ...] = (
+        ("import cupy_router", _IMPORT, IMPORT),
+        ("its first op imported, behind NumPy", _IMPORT_OP, None),
+        ("import numpy, ml_dtypes", _IMPORT_NUMPY, None),
+        ("first call", _FIRST_CALL, FIRST_CALL),
+    )
+    for part, code, bar in parts:
         times = [_seconds(code) * 1e6 for _ in range(STARTS + 1)][1:]  # the first may fill caches
         low, median, high = statistics.quantiles(times, n=4)
         row = {

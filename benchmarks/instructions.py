@@ -44,7 +44,7 @@ def kernels() -> dict[str, tuple[str, str, dict[str, int]]]:
         hashing = {"SOURCE": 1, "LANES": 8}
         if method.score != "softmax":
             found[f"hash_router, {title}"] = ("hash_router", "hash_router", method_macros(method) | hashing)
-        plan = _dense_decode.plan(method, "bfloat16", "bfloat16", 16, 4096, aligned=True, given=["bias"])
+        plan = _dense_decode.plan(method, "bfloat16", "bfloat16", 16, 4096, aligned=True, dense=True, given=["bias"])
         found[f"dense_router, {title}, 16 rows"] = (_dense_decode.FILE, _dense_decode.FUNCTION, plan.macros)
     return found
 

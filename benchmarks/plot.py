@@ -20,6 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "torch.compile": {"color": "#8c4fb0", "marker": "D"},
     "PyTorch": {"color": "#b8312f", "marker": "^", "label": "PyTorch, eager"},
     "PyTorch with cuBLAS": {"color": "#b8312f", "marker": "^"},
+    "two launches": {"color": "#3a8f5c", "marker": "v", "label": "two launches: cuBLAS, activation_topk"},
     "torch.topk": {"color": "#b8312f", "marker": "^"},
 }
 
@@ -48,6 +49,10 @@ PANELS = {
         Panel("n", {"E": 384, "k": 6, "dtype": "float32", "cache": "cold"}),
         Panel("E", {"n": 8192, "k": 6, "dtype": "float32", "cache": "warm"}),
         Panel("k", {"n": 8192, "E": 256, "dtype": "float32", "cache": "warm"}),
+    ],
+    "dense_router": [
+        Panel("n", {"path": "any", "E": 256, "H": 4096}),
+        Panel("n", {"path": "any", "E": 384, "H": 7168}),
     ],
     "hash_router": [
         Panel("n", {"source": "logits", "E": 256, "dtype": "float32"}),

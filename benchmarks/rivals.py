@@ -17,6 +17,13 @@ def router(logits: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
     return weights / weights.sum(dim=-1, keepdim=True) * scale, indices
 
 
+def gate_and_router(x: Any, weight: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
+    """dense_router: the product of 16-bit factors comes as float32 where cuBLAS is asked for that."""
+    return router(
+        torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float().T, bias, k, scale
+    )
+
+
 def router_gradient(logits: Any, bias: Any, k: int, scale: float, upstream: Any) -> Any:
     """A function that goes back through :func:`router`, from the gradient of the weights to that of the logits.
 

@@ -88,7 +88,9 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
 
 def compiled(method: RoutingMethod, num_tokens: int, hidden: int, tiling: Tiling) -> Any:
     """The plan and its function; also run by other processes, which leave the machine code in CuPy's disk cache."""
-    plan = decode.plan(method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, given=["bias"], tiling=tiling)
+    plan = decode.plan(
+        method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, dense=True, given=["bias"], tiling=tiling
+    )
     return plan, compiler.compile(decode.FILE, decode.FUNCTION, plan.macros, ("cuda", 0))
 
 

@@ -19,6 +19,9 @@
 #ifndef SHARE
 #define SHARE 0
 #endif
+#ifndef DENSE
+#define DENSE 0  // rows of x, gate and results follow each other
+#endif
 #ifndef KEEP_LOGITS
 #define KEEP_LOGITS 0  // for tests: the logits are left in place of the first slice's partial sums
 #endif
@@ -149,9 +152,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                         const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                         index_t* __restrict__ indices, unsigned* counters, float* partials, int num_valid_value,
-                        long long num_tokens, long long x_stride, long long weight_stride, long long weights_stride,
-                        long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
-                        float logit_scale, float logit_softcap, float shared_weight) {
+                        long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                        float logit_scale, float logit_softcap, float shared_weight, long long x_stride,
+                        long long weight_stride, long long weights_stride, long long indices_stride) {
+    if (DENSE) {
+        x_stride = weight_stride = HIDDEN;
+        weights_stride = indices_stride = OUTPUTS;
+    }
     const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SLICES, group = blockIdx.x / GROUP_BLOCKS;
     const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
     const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
@@ -172,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     __syncthreads();
     store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
 
-    const int valid = static_cast<int>(clamp_valid(fetched_valid, num_valid != nullptr, num_tokens));
+    const int valid = static_cast<int>(clamp_valid(fetched_valid, HAS_NUM_VALID && num_valid != nullptr, num_tokens));
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {

@@ -32,6 +32,9 @@
 #ifndef WARPS
 #define WARPS 8
 #endif
+#ifndef DENSE
+#define DENSE 0  // rows of table, logits and results follow each other
+#endif
 #ifndef PARTS
 #define PARTS 0
 #endif
@@ -79,67 +82,68 @@ extern "C" __global__ void __launch_bounds__(256)
                 const scalar_t* __restrict__ logits, const void* __restrict__ x, const void* __restrict__ weight,
                 const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                 const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
-                int num_valid_value, long long num_tokens, long long vocab_size, long long hidden,
+                int num_valid_value, long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                float logit_scale, float logit_softcap, float shared_weight, long long vocab_size, long long hidden,
                 long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
-                long long weights_stride, long long indices_stride, float renormalize_eps, float renormalize_min,
-                float scale, float logit_scale, float logit_softcap, float shared_weight) {
+                long long weights_stride, long long indices_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     static_assert(SOURCE != LOGITS || !WHOLE_ROW_SOFTMAX || LANES == 32,
                   "a bad token's whole warp skips its statistics");
-    constexpr int PLACES = (OUTPUTS + LANES - 1) / LANES;  // of each lane
     constexpr int TOKENS_PER_WARP = 32 / LANES;
+    constexpr int PLACES = (OUTPUTS + LANES - 1) / LANES;  // of each lane
+    if (DENSE) {
+        table_stride = TOP_K;
+        logits_stride = NUM_LOGITS;
+        weights_stride = indices_stride = OUTPUTS;
+    }
     const int lane = threadIdx.x % LANES;
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
-    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp * TOKENS_PER_WARP >= num_tokens) return;  // whole warps, because lanes vote and sum their scores
+    const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
+
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+    const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
+    const scalar_t* row_logits = SOURCE == LOGITS ? logits + row * logits_stride : nullptr;
+    bool bad = !exists(token_id, vocab_size);
+    const expert_t* entries = table + (bad ? 0 : token_id) * table_stride;
 
-    // Whole warps stay together, because lanes vote on bad entries and sum their scores.
-    for (; warp * TOKENS_PER_WARP < num_tokens; warp += warps) {
-        const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
-        const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
-        bool bad = !exists(token_id, vocab_size);
-        const expert_t* entries = table + (bad ? 0 : token_id) * table_stride;
+    int64_t experts[PLACES];
+#pragma unroll 8
+    for (int p = 0; p < PLACES; ++p) {
+        const int place = p * LANES + lane;
+        experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
+    }
+    // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
+    float values[PLACES];
+#pragma unroll 8
+    for (int p = 0; p < PLACES; ++p) {
+        const int place = p * LANES + lane;
+        const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
+        bad |= !good;
+        experts[p] = expert_of(place, experts[p]);
+        values[p] = 0.0f;
+        if (SOURCE == LOGITS && good && place < WEIGHED) {
+            values[p] = prepare(to_float(row_logits[experts[p]]), logit_bias, experts[p], numbers);
+        }
+    }
+    bad = lanes_ballot<LANES>(bad) != 0;
 
-        int64_t experts[PLACES];
+    if (SOURCE == LOGITS) {
+        const RowStatistics statistics = row_statistics(bad ? nullptr : row_logits, logit_bias, numbers, lane);
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
-            const int place = p * LANES + lane;
-            experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
+            if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
         }
-        // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
-        float values[PLACES];
+        weigh<LaneTeam<LANES>>(values, experts, lane, LANES, !bad, expert_scale, numbers);
+    }
 #pragma unroll 8
-        for (int p = 0; p < PLACES; ++p) {
-            const int place = p * LANES + lane;
-            const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
-            bad |= !good;
-            experts[p] = expert_of(place, experts[p]);
-            values[p] = 0.0f;
-            if (SOURCE == LOGITS && good && place < WEIGHED) {
-                const float logit = to_float(logits[row * logits_stride + experts[p]]);
-                values[p] = prepare(logit, logit_bias, experts[p], numbers);
-            }
-        }
-        bad = lanes_ballot<LANES>(bad) != 0;
-
-        if (SOURCE == LOGITS) {
-            const scalar_t* row_logits = bad ? nullptr : logits + row * logits_stride;
-            const RowStatistics statistics = row_statistics(row_logits, logit_bias, numbers, lane);
-#pragma unroll 8
-            for (int p = 0; p < PLACES; ++p) {
-                if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
-            }
-            weigh<LaneTeam<LANES>>(values, experts, lane, LANES, !bad, expert_scale, numbers);
-        }
-#pragma unroll 8
-        for (int p = 0; p < PLACES; ++p) {
-            const int place = p * LANES + lane;
-            if (row >= num_tokens || place >= OUTPUTS) continue;
-            float weight = values[p];
-            if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : shared_weight;
-            store_float(weights + row * weights_stride + place, bad ? 0.0f : weight);
-            indices[row * indices_stride + place] = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
-        }
+    for (int p = 0; p < PLACES; ++p) {
+        const int place = p * LANES + lane;
+        if (row >= num_tokens || place >= OUTPUTS) continue;
+        float weight = values[p];
+        if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : shared_weight;
+        store_float(weights + row * weights_stride + place, bad ? 0.0f : weight);
+        indices[row * indices_stride + place] = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
     }
 }
 
@@ -156,10 +160,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                          const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
                          const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
                          weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
-                         long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
-                         long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
-                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
-                         float logit_scale, float logit_softcap, float shared_weight) {
+                         long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                         float logit_scale, float logit_softcap, float shared_weight, long long vocab_size,
+                         long long hidden, long long table_stride, long long logits_stride, long long x_stride,
+                         long long weight_stride, long long weights_stride, long long indices_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     constexpr int STEP = 256 * PARTS;  // elements that the warps of a product read at once
     constexpr bool WHOLE_STEPS = ALIGNED && HIDDEN % (STEP * UNROLL) == 0;
@@ -244,10 +248,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                          const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
                          const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
                          weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
-                         long long num_tokens, long long vocab_size, long long hidden, long long table_stride,
-                         long long logits_stride, long long x_stride, long long weight_stride, long long weights_stride,
-                         long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
-                         float logit_scale, float logit_softcap, float shared_weight) {
+                         long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                         float logit_scale, float logit_softcap, float shared_weight, long long vocab_size,
+                         long long hidden, long long table_stride, long long logits_stride, long long x_stride,
+                         long long weight_stride, long long weights_stride, long long indices_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     constexpr int PLACES = (OUTPUTS + 32 * WARPS - 1) / (32 * WARPS);  // of each thread
     __shared__ float shared_values[WEIGHED];

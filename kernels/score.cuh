@@ -15,6 +15,12 @@
 #ifndef RENORMALIZE
 #define RENORMALIZE 1
 #endif
+#ifndef HAS_EPS
+#define HAS_EPS 0  // renormalize_eps is not 0
+#endif
+#ifndef HAS_MIN
+#define HAS_MIN 0  // there is a renormalize_min
+#endif
 
 static_assert(SCORE >= 0 && SCORE <= 4, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax or 4 own");
 
@@ -143,8 +149,8 @@ struct Divisor {
 
 __device__ __forceinline__ Divisor divisor_of(total_t total, float renormalize_eps, float renormalize_min) {
     if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf met
-    const total_t sum = total + renormalize_eps;
-    const bool clamped = sum < renormalize_min;
+    const total_t sum = HAS_EPS ? total + renormalize_eps : total;
+    const bool clamped = HAS_MIN && sum < renormalize_min;
     const total_t value = clamped ? total_t(renormalize_min) : sum;
     return {value, clamped, total == total_t(0) || value == total_t(0)};
 }

@@ -103,7 +103,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
     plan = decode.plan(
         method, case.dtype, weight_dtype, len(x), case.hidden,
-        aligned=aligned, given=["bias"] if case.has_bias else [], tiling=case.tiling,
+        aligned=aligned, dense=case.pad == 0, given=["num_valid", *["bias"] * case.has_bias], tiling=case.tiling,
     )  # fmt: skip
     function = compiler.compile(decode.FILE, decode.FUNCTION, plan.macros | {"KEEP_LOGITS": 1}, views[0].device)
     k = case.top_k

@@ -54,6 +54,11 @@ def test_every_variant_is_called() -> None:
     def called(function: str, **macros: int) -> bool:
         return any(name == function and macros.items() <= those.items() for name, those, _ in seen)
 
+    assert called("activation_topk_backward")
+    assert called("activation_topk_backward_wide")
+    for flag in range(2):
+        assert called("hash_router", SOURCE=1, DENSE=flag, HAS_NUM_VALID=flag)
+        assert called("dense_router_decode", DENSE=flag, HAS_NUM_VALID=flag)
     for dtype, flag in product(range(3), range(2)):
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
@@ -231,6 +236,7 @@ def test_a_soak_starts_only_from_right_results(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_soak_mixes_all_ops_and_the_sizes_in_use() -> None:
     mixed = soak.mixed_cases()
-    assert {case.op for case in mixed} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
+    ops = {"topk_select", "activation_topk", "activation_topk_backward", "hash_router", "dense_router"}
+    assert {case.op for case in mixed} == ops
     assert max(case.shape[0] for case in mixed) == 10_000
     assert not any(case.as_of_rows for case in mixed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
-from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, View
+from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
 from cupy_router.ops import _call
 from tests.recorder import Launch, Recorder, recording
 
@@ -62,12 +62,15 @@ class Fake(Framework):
     def view(self, name: str, array: Array, stream: int | None) -> View:
         return View(name, array.pointer, array.shape, array.strides, array.dtype, ("cuda", array.device), False, None)
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Array) -> Any:
-        def allocate() -> tuple[Array, int]:
-            with self._lock:
-                array = Array(self._end, shape, dtype, device=like.device)
-                self._end += math.prod(shape) * ITEM_SIZES[dtype] + 256
-            return array, array.pointer
+    def allocator(self, outputs: Sequence[Output], like: Array) -> Any:
+        def allocate(pointers: list[int]) -> tuple[Array, ...]:
+            arrays = []
+            for shape, dtype in outputs:
+                with self._lock:
+                    arrays.append(Array(self._end, shape, dtype, device=like.device))
+                    self._end += math.prod(shape) * ITEM_SIZES[dtype] + 256
+            pointers.extend(array.pointer for array in arrays)
+            return tuple(arrays)
 
         return allocate
 

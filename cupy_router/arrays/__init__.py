@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
-Allocator = Callable[[], tuple[Any, int]]
+Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
+Allocator = Callable[[list[int]], tuple[Any, ...]]  # makes the results of a call and adds their addresses to the list
 
 TRACED = ("jax", 0)  # the device of what has no memory yet
 
@@ -78,8 +79,8 @@ class Framework:
         """The array without its memory, on the device `TRACED`: for checks while a graph is traced."""
         raise NotImplementedError
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
-        """What makes an uninitialised array on the device of `like`, and its address, whenever it is called."""
+    def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
+        """What makes uninitialised arrays on the device of `like` whenever it is called."""
         raise NotImplementedError
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
 
-from cupy_router.arrays import Allocator, Framework, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
 from cupy_router.arrays._numpy import DTYPES, NAMES
 
 ARRAY_TYPES = (cupy.ndarray,)
+
+TOGETHER = 1 << 20  # bytes of a call's results up to which they share a block of memory, which saves host time
+_ALIGNMENT = 256
 
 
 class RawStream:
@@ -50,24 +54,43 @@ class CuPy(Framework):
             host=None,
         )
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
-        return allocator(shape, dtype, like.data.device_id)
+    def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
+        return allocator(outputs, like.data.device_id)
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         return on_stream(stream, like.data.device_id)
 
 
-def allocator(shape: tuple[int, ...], dtype: str, index: int) -> Allocator:
+def allocator(outputs: Sequence[Output], index: int) -> Allocator:
     """From CuPy's pool on a device, for CuPy's current stream."""
-    runtime, empty, dtype_ = cupy.cuda.runtime, cupy.empty, DTYPES[dtype]
+    get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
+    layouts = [(shape, DTYPES[dtype], math.prod(shape) * ITEM_SIZES[dtype]) for shape, dtype in outputs]
+    places, total = [], 0
+    for shape, dtype, num_bytes in layouts:
+        places.append((shape, dtype, total))
+        total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
-    def allocate() -> tuple[Any, int]:
-        if runtime.getDevice() == index:
-            array = empty(shape, dtype_)
-        else:
-            with cupy.cuda.Device(index):
-                array = empty(shape, dtype_)
-        return array, array.data.ptr
+    def together(pointers: list[int]) -> tuple[Any, ...]:
+        memory = alloc(total)
+        address = memory.ptr
+        arrays = []
+        for shape, dtype, offset in places:
+            pointers.append(address + offset)
+            arrays.append(ndarray(shape, dtype, memory + offset if offset else memory))
+        return tuple(arrays)
+
+    def apart(pointers: list[int]) -> tuple[Any, ...]:
+        arrays = tuple(ndarray(shape, dtype) for shape, dtype, _ in layouts)
+        pointers.extend(array.data.ptr for array in arrays)
+        return arrays
+
+    make = together if len(outputs) > 1 and total <= TOGETHER else apart
+
+    def allocate(pointers: list[int]) -> tuple[Any, ...]:
+        if get_device() == index:
+            return make(pointers)
+        with cupy.cuda.Device(index):
+            return make(pointers)
 
     return allocate
 

@@ -10,13 +10,13 @@ The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
 from cupy_router.arrays._numpy import DTYPES
 
 CPU, CUDA = 1, 2
@@ -124,10 +124,10 @@ class DLPack(Framework):
             host = _host(_address(tensor), shape, strides, dtype, (capsule, array))
         return View(name, _address(tensor), shape, strides, dtype, device, readonly, host)
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+    def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
 
-        return _cupy.allocator(shape, dtype, like.__dlpack_device__()[1])
+        return _cupy.allocator(outputs, like.__dlpack_device__()[1])
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         from cupy_router.arrays import _cupy

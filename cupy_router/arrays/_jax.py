@@ -10,7 +10,7 @@ A tracer is what jax.jit, jax.vmap and jax.grad pass in place of an array: no op
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from cupy_router.arrays import TRACED as NO_DEVICE
-from cupy_router.arrays import Allocator, Framework, Traced, View
+from cupy_router.arrays import Allocator, Framework, Output, Traced, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
@@ -62,11 +62,12 @@ class JAX(Framework):
         dtype = NAMES.get(array.dtype, str(array.dtype))
         return View(name, 0, tuple(array.shape), _dense(array.shape), dtype, NO_DEVICE, True, None)
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+    def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
 
-        _check_width(dtype)
-        return _cupy.allocator(shape, dtype, _device("the first array", like)[1])
+        for _, dtype in outputs:
+            _check_width(dtype)
+        return _cupy.allocator(outputs, _device("the first array", like)[1])
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         from cupy_router.arrays import _cupy

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
 
 ARRAY_TYPES = (torch.Tensor,)
 
@@ -50,14 +50,16 @@ class PyTorch(Framework):
             host=_host(array) if kind == "cpu" and dtype in DTYPES else None,
         )
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Allocator:
+    def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         # torch.empty_like takes half the time of torch.empty; its template is one element, repeated.
         empty_like = torch.empty_like
-        template = torch.empty(1, dtype=DTYPES[dtype], device=like.device).expand(shape)
+        templates = [torch.empty(1, dtype=DTYPES[dtype], device=like.device).expand(shape) for shape, dtype in outputs]
 
-        def allocate() -> tuple[Any, int]:
-            tensor = empty_like(template)
-            return tensor, tensor.data_ptr()
+        def allocate(pointers: list[int]) -> tuple[Any, ...]:
+            tensors = tuple(map(empty_like, templates))
+            for tensor in tensors:
+                pointers.append(tensor.data_ptr())
+            return tensors
 
         return allocate
 

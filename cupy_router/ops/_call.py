@@ -20,6 +20,7 @@ from cupy_router.arrays import (
     FRAMEWORKS,
     Allocator,
     Framework,
+    Output,
     Traced,
     View,
     framework_of,
@@ -30,8 +31,6 @@ from cupy_router.arrays import (
 from cupy_router.arrays._numpy import DTYPES, host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
-
-Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
 
 
 class Kernel(NamedTuple):
@@ -79,7 +78,7 @@ class Op:
 
 class _Plan(NamedTuple):
     num_rows: int
-    allocators: tuple[Allocator, Allocator | None]  # of the results
+    allocate: Allocator  # the results
     launch: Work | None  # None: no rows, nothing to do
 
 
@@ -91,7 +90,7 @@ _AXES = {
     "grad_logits": "num_tokens, num_experts",
 }
 
-_OF_OTHERS: Any = ()  # no allocators: results go into the memory of others
+_OF_OTHERS: Any = None  # no allocator: results go into the memory of others
 
 _MAX_PLANS = 4096
 _plans: dict[Hashable, _Plan] = {}
@@ -184,19 +183,15 @@ def _run_on_device(
     plan = _plans.get(plan_key)
     if plan is None:
         views, out_views, outputs = _checked(op, options, inputs, out, stream)
-        first, second, *_ = (*(framework.allocator(shape, dtype, inputs[0]) for shape, dtype in outputs), None)
+        allocate = framework.allocator(outputs, inputs[0])
         launch = _planned(op, options, views, out_views, outputs)
-        plan = _keep(plan_key, _Plan(outputs[0][0][0], (first, second), launch))
-    num_rows, (allocate_first, allocate_second), launch = plan
+        plan = _keep(plan_key, _Plan(outputs[0][0][0], allocate, launch))
+    num_rows, allocate, launch = plan
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
 
     if out is None:
-        first, pointer = allocate_first()
-        pointers.append(pointer)
-        if allocate_second is not None:
-            second, pointer = allocate_second()
-            pointers.append(pointer)
+        results = allocate(pointers)
     if launch is not None:
         if op.takes_number:
             pointers.append(number)
@@ -206,9 +201,8 @@ def _run_on_device(
     if out is not None:
         return out
     if framework.delivers:
-        results = (first,) if allocate_second is None else (first, second)
-        return op.result(*(framework.deliver(array, inputs[0]) for array in results))
-    return op.result(first) if allocate_second is None else op.result(first, second)
+        results = tuple(framework.deliver(array, inputs[0]) for array in results)
+    return op.result(*results)
 
 
 def _keep(key: Hashable, plan: _Plan) -> _Plan:

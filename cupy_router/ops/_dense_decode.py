@@ -68,11 +68,13 @@ def plan(
     hidden: int,
     *,
     aligned: bool,
+    dense: bool,
     given: Collection[str] = (),
     tiling: Tiling | None = None,
 ) -> DecodePlan:
     """The launch for 1 to 64 tokens. `aligned`: rows of both start at 16-byte words, hidden is a multiple of 8.
-    `given`: which of bias, logit_bias and expert_scale there are."""
+    `dense`: rows of x, weight and the results follow each other. `given`: which of bias, logit_bias, expert_scale and
+    num_valid there are."""
     if tiling is None:
         tiling = choose(num_tokens, method.num_logits, hidden, x_dtype, weight_dtype)
     macros = method_macros(method, given) | {
@@ -80,6 +82,8 @@ def plan(
         "DTYPE": layout.DTYPE_CODES[x_dtype],
         "WEIGHT_DTYPE": layout.DTYPE_CODES[weight_dtype],
         "ALIGNED": int(aligned),
+        "DENSE": int(dense),
+        "HAS_NUM_VALID": int("num_valid" in given),
         "TENSOR_CORES": int(tiling.tensor_cores),
         "TOKENS": tiling.tokens,
         "SLICES": tiling.slices,
@@ -100,11 +104,11 @@ def fixed_arguments(
     """The kernel's last parameters, in its order."""
     return {
         "num_tokens": num_tokens,
+        **method_arguments(method),
         "x_stride": x_stride,
         "weight_stride": weight_stride,
         "weights_stride": weights_stride,
         "indices_stride": indices_stride,
-        **method_arguments(method),
     }
 
 

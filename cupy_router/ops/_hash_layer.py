@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from cupy_router import gemm
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.launcher import Launch
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import hash_router as hashing
-from cupy_router.ops._call import Kernel, Op, Output, Work, launch_of, run
+from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct
 from cupy_router.ops.activation_topk import row_bytes
 from cupy_router.results import Routing

@@ -7,11 +7,11 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cupy_router.arrays import ITEM_SIZES, View
+from cupy_router.arrays import ITEM_SIZES, Output, View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.results import Routing
 
@@ -126,6 +126,8 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
     }
     grouped = method.top_groups < method.num_groups
     options = {
+        "HAS_EPS": int(method.renormalize and method.renormalize_eps != 0.0),
+        "HAS_MIN": int(method.renormalize and method.renormalize_min is not None),
         "HAS_LOGIT_BIAS": int("logit_bias" in given),
         "HAS_EXPERT_SCALE": int("expert_scale" in given),
         "LOGIT_SCALED": int(method.logit_scale != 1.0),

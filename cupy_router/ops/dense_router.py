@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cupy_router import gemm, scratch
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.compiler import require_cuda
 from cupy_router.launcher import Launch
 from cupy_router.method import RoutingMethod, resolve
@@ -15,7 +15,7 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops import _layout as layout
 from cupy_router.ops import activation_topk as scoring
-from cupy_router.ops._call import Kernel, Op, Output, Work, launch_of, run
+from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct, Slices
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing
@@ -144,7 +144,7 @@ def _plan(
     if path == "decode":
         if not fused:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
-        return _Decode(method, out_strides, num_tokens, x, weight, layer)
+        return _Decode(method, out_strides, num_tokens, arrays)
     obstacle = gemm.why_not(x.device)
     if obstacle is None:
         names = ("logits", *layer, "num_valid", *_OUTPUTS)
@@ -157,7 +157,7 @@ def _plan(
     if not fused:
         limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
         raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-    return _DecodeSlices(arrays, out_strides, method, x, weight, layer)
+    return _DecodeSlices(arrays, out_strides, method)
 
 
 def runs_decode(device: tuple[str, int]) -> bool:
@@ -173,17 +173,20 @@ class _Decode:
         method: RoutingMethod,
         out_strides: Sequence[int],
         num_tokens: int,
-        x: View,
-        weight: View,
-        layer: Mapping[str, View | None],
+        arrays: Mapping[str, View | None],
     ) -> None:
+        x, weight = arrays["x"], arrays["weight"]
+        assert x is not None
+        assert weight is not None
         hidden = x.shape[1]
         both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+        strides = (x.row_stride, weight.row_stride, *out_strides)
         plan = decode.plan(
             method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
-            given=[name for name, view in layer.items() if view is not None],
+            dense=strides == (hidden, hidden, method.num_columns, method.num_columns),
+            given=[name for name, view in arrays.items() if view is not None],
         )  # fmt: skip
-        fixed = decode.fixed_arguments(method, num_tokens, x.row_stride, weight.row_stride, *out_strides)
+        fixed = decode.fixed_arguments(method, num_tokens, *strides)
         headers = scoring.headers(method)
         kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
         self._launch = launch_of(kernel, decode.VARYING, x.device)
@@ -203,13 +206,10 @@ class _DecodeSlices(Slices):
         arrays: dict[str, View | None],
         out_strides: Sequence[int],
         method: RoutingMethod,
-        x: View,
-        weight: View,
-        layer: Mapping[str, View | None],
     ) -> None:
         super().__init__(arrays, _OUTPUTS, scoring.row_bytes(method, out_strides), decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(method, out_strides, rows, x, weight, layer) for rows in sizes}
+        self._by_rows = {rows: _Decode(method, out_strides, rows, arrays) for rows in sizes}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_slice(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:

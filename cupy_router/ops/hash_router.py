@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, run
+from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.ops.activation_topk import check_layer, headers, method_arguments, method_macros, results
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
@@ -22,6 +22,7 @@ INPUTS = ("token_ids", "table", "logits", "x", "weight", "logit_bias", "expert_s
 _MAX_WARPS = 8  # of a token where each has dot products of its own
 _SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
+_BLOCK = 128  # threads that serve tokens from table and logits
 _UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
 
 
@@ -162,9 +163,11 @@ def kernel(
         "TABLE_BYTES": 4 if table.dtype == "int32" else 8,
         "TOP_K": top_k,
         "NUM_EXPERTS": _UNKNOWN_EXPERTS if method is None else method.num_experts,
+        "HAS_NUM_VALID": int(num_valid is not None),
     }
     fixed: dict[str, int | float] = {
         "num_tokens": num_tokens,
+        **method_arguments(method),  # beside what is needed first: constants come by lines of a cache
         "vocab_size": vocab_size,
         "hidden": 0 if x is None else x.shape[1],
         "table_stride": table.row_stride,
@@ -173,7 +176,6 @@ def kernel(
         "weight_stride": 0 if weight is None else weight.row_stride,
         "weights_stride": out_strides[0],
         "indices_stride": out_strides[1],
-        **method_arguments(method),
     }
     if method is not None:
         layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
@@ -205,11 +207,15 @@ def kernel(
     if method is None or logits is None or not needs_whole_rows(method):
         while lanes // 2 >= (top_k if method is None else method.num_columns):
             lanes //= 2
+    columns = (top_k, top_k if method is None else method.num_columns)
+    dense = (table.row_stride, *out_strides) == (columns[0], columns[1], columns[1])
     macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
-    if logits is not None:
+    if method is not None and logits is not None:
         macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
-    grid, block = layout.grid_and_block(num_tokens, lanes)
-    return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
+        dense = dense and logits.row_stride == method.num_logits
+    macros["DENSE"] = int(dense)
+    grid = -(-num_tokens * lanes // _BLOCK)
+    return Kernel("hash_router", "hash_router", macros, grid, _BLOCK, fixed, headers(method))
 
 
 def needs_whole_rows(method: RoutingMethod) -> bool:

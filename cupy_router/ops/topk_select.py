@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cupy_router.arrays import View
+from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Output, Work, run
+from cupy_router.ops._call import Kernel, Op, Work, run
 from cupy_router.ops._topk_select_long import INPUTS, LongTopK, Options
 from cupy_router.reference import topk_select as reference
 from cupy_router.results import TopK

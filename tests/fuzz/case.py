@@ -17,11 +17,13 @@ import numpy as np
 import cupy_router
 from cupy_router import RoutingMethod
 from cupy_router.ops import _call, _layout
+from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
-from tests import compare, steps
+from tests import compare, gradients, steps
 from tests.backends import DTYPES, Backend
 
 FOLDER = Path(__file__).with_name("cases")
+BACKWARD = "activation_topk_backward"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of both results."""
+        """Of all results."""
+        if self.op == BACKWARD:
+            return self.arrays["logits"].shape
         if self.op == "topk_select":
             return len(self.arrays["scores"]), self.options["k"]
         if self.op == "hash_router":
@@ -51,13 +55,20 @@ class Case:
         return len(self.arrays["x" if self.op == "dense_router" else "logits"]), self.method.num_columns
 
     @property
-    def dtypes(self) -> tuple[Any, Any]:
-        """Of both results."""
+    def dtypes(self) -> tuple[Any, ...]:
+        """Of all results."""
+        if self.op == BACKWARD:
+            return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
             return self.arrays["scores"].dtype, np.int32
         if self.method is None:
             return np.float32, np.int32
         return DTYPES[self.method.weight_dtype], DTYPES[self.method.index_dtype]
+
+    @property
+    def kind(self) -> Any:
+        """The named tuple of the results."""
+        return {"topk_select": cupy_router.TopK, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
 
     @property
     def num_valid(self) -> int:
@@ -106,27 +117,31 @@ class Canvas:
         return bool((now[beside].view(np.uint8) == self.MARK).all())
 
 
-def run(case: Case, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
+def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
     """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
     given = arguments(case, backend)
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, **given)
     else:
         canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in case.dtypes]
-        kind = cupy_router.TopK if case.op == "topk_select" else cupy_router.Routing
-        out = kind(*(canvas.array for canvas in canvases))
+        out = case.kind(*(canvas.array for canvas in canvases))
         result = call(case.op, case.as_of_rows, **given, out=out)
         assert result is out
         assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
     for name, array in case.arrays.items():
         compare.assert_same_bits(backend.numpy(given[name]), array)  # inputs are only read
-    return backend.numpy(result[0]), backend.numpy(result[1])
+    return tuple(backend.numpy(array) for array in result)
 
 
 def call(op: str, as_of_rows: int, **given: Any) -> Any:
     """The op; `as_of_rows` as in a case."""
     with _AsOfRows(as_of_rows) if as_of_rows else nullcontext():
-        return getattr(cupy_router, op)(**given)
+        return function(op)(**given)
+
+
+def function(op: str) -> Any:
+    """The op by its name."""
+    return activation_topk_backward if op == BACKWARD else getattr(cupy_router, op)
 
 
 class _AsOfRows(AbstractContextManager[None]):
@@ -163,8 +178,15 @@ def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more)
 
 
-def check(case: Case, got: tuple[np.ndarray, np.ndarray]) -> None:
+def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     """AssertionError unless the results are those of the reference, bit by bit where no float is rounded."""
+    if case.op == BACKWARD:
+        assert case.method is not None
+        arrays = case.arrays
+        layer = steps.Layer(logit_bias=arrays.get("logit_bias"), expert_scale=arrays.get("expert_scale"))
+        given = (arrays[name] for name in ("grad_weights", "indices", "logits"))
+        gradients.assert_right(got[0], *given, case.method, layer)
+        return
     first, indices = got
     want = wanted(case)
     assert first.shape == indices.shape == case.shape

@@ -45,6 +45,8 @@ class Setting:
     weight_dtype: str = "float32"
     hidden: int = 0
     rows: int = -1  # so many where that matters
+    dense: bool = False  # rows follow each other, in all arrays; else not in the results
+    divisor: str = ""  # what else the sum of scores goes through: "eps", "min" or nothing
     steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
 
     def method(self, **changes: Any) -> RoutingMethod:
@@ -71,6 +73,7 @@ class Setting:
             parts += [f"hidden{self.hidden}", f"weight:{self.weight_dtype}"]
         parts += [f"{self.rows}rows"] if self.rows >= 0 else []
         parts += [f"{name}:{value}" for name, value in self.steps]
+        parts += [*([self.divisor] if self.divisor else []), *(["dense"] if self.dense else [])]
         return "-".join(
             [
                 *parts,
@@ -102,11 +105,12 @@ def _common(rng: random.Random, columns: int) -> dict[str, Any]:
         "aligned": rng.random() < 0.5,
         "score": rng.choice(SCORES),
         "renormalize": rng.random() < 0.7,
+        "divisor": rng.choice(("", "eps", "min")),
     }
 
 
 def _topk_select(rng: random.Random) -> Setting:
-    common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True}
+    common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True, "divisor": ""}
     given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
     return Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS))
 
@@ -118,7 +122,7 @@ def _activation_topk(rng: random.Random) -> Setting:
         common["k"] = rng.choice((1, 6, 40))
     given = _bias(rng)
     if rng.random() < 0.5:
-        given |= _steps(rng, common, bool(given))
+        given |= _steps(rng, common, "bias" in given)
     return Setting("activation_topk", **common, given=given, as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
 
 
@@ -144,6 +148,7 @@ def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozense
         steps["num_shared_experts"] = rng.choice((1, 3))
         if common["score"] == "sigmoid":
             steps["shared_in_normalizer"] = common["renormalize"] = True
+            common["divisor"] = ""
     if rng.random() < 0.5:
         steps["weight_dtype"], steps["index_dtype"] = rng.choice(FLOATS), rng.choice(INTS)
     if rng.random() < 0.3:
@@ -153,7 +158,11 @@ def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozense
 
 
 def _bias(rng: random.Random) -> frozenset[str]:
-    return frozenset({"bias"} if rng.random() < 0.6 else ())
+    return frozenset({"bias"} if rng.random() < 0.6 else ()) | _counted(rng)
+
+
+def _counted(rng: random.Random) -> frozenset[str]:
+    return frozenset({"num_valid"} if rng.random() < 0.4 else ())
 
 
 def _hash_router(rng: random.Random) -> Setting:
@@ -161,7 +170,8 @@ def _hash_router(rng: random.Random) -> Setting:
     common["k"] = rng.choice((common["k"], min(40, common["columns"])))
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
     return Setting(
-        "hash_router", **common, given=frozenset(source), ids=(rng.choice(INTS), rng.choice(INTS)),
+        "hash_router", **common, given=frozenset(source) | _counted(rng), ids=(rng.choice(INTS), rng.choice(INTS)),
+        dense=rng.random() < 0.5,
         **(_gate(rng, common["aligned"]) if "x" in source else {}),
     )  # fmt: skip
 
@@ -171,8 +181,9 @@ def _dense_router(rng: random.Random) -> Setting:
     rows = rng.choice((1, 3, 8, 17, 40, 64))
     given = _bias(rng)
     if rng.random() < 0.4:
-        given |= _steps(rng, common, bool(given))
-    return Setting("dense_router", **common, given=given, rows=rows, **_gate(rng, common["aligned"]))
+        given |= _steps(rng, common, "bias" in given)
+    dense = rows == 1 or rng.random() < 0.5  # a single row is dense
+    return Setting("dense_router", **common, given=given, rows=rows, dense=dense, **_gate(rng, common["aligned"]))
 
 
 def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
@@ -206,7 +217,9 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     for name in sorted(setting.given):
         arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
     layouts = {"scores": layout}
-    return Case("topk_select", arrays, None, {"k": k}, layouts, draw(_padding), setting.as_of_rows, draw(_schedules))
+    return Case(
+        "topk_select", arrays, None, {"k": k}, layouts, draw(_any_padding), setting.as_of_rows, draw(_schedules)
+    )
 
 
 @st.composite
@@ -217,7 +230,7 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
     return Case(
-        "activation_topk", arrays, method, options, layouts, draw(_padding), setting.as_of_rows, draw(_schedules)
+        "activation_topk", arrays, method, options, layouts, draw(_any_padding), setting.as_of_rows, draw(_schedules)
     )
 
 
@@ -228,7 +241,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     draw(_factors(setting, setting.rows, arrays, layouts))
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
-    return Case("dense_router", arrays, method, options, layouts, draw(_padding), 0, draw(_schedules))
+    return Case("dense_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
 
 
 @st.composite
@@ -244,33 +257,35 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
             _integers(vocab_size * setting.k, setting.ids[1], st.integers(0, setting.columns - 1), bad_experts)
         ).reshape(vocab_size, setting.k),
     }
-    layouts: Layouts = {"table": (draw(st.integers(0, 3)), draw(st.integers(0, 1)))}
+    layouts: Layouts = {"table": (0 if setting.dense else draw(st.integers(0, 3)), draw(st.integers(0, 1)))}
     if "logits" in setting.given:
         arrays["logits"], layouts["logits"] = draw(_floats((rows, setting.columns), setting.dtype)), layout
     elif "x" in setting.given:
         draw(_factors(setting, rows, arrays, layouts))
-    options = draw(_num_valid(arrays, rows))
-    method = draw(_methods(setting)) if setting.given else None
-    return Case("hash_router", arrays, method, options, layouts, draw(_padding), 0, draw(_schedules))
+    options = draw(_num_valid(setting, arrays, rows))
+    method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None
+    return Case("hash_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
 
 
 _schedules = st.sampled_from(SCHEDULES)
-_padding = st.sampled_from([-1, 0, 1, 7])
+_any_padding = st.sampled_from([-1, 0, 1, 7])
+_padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # by whether a setting is dense
 
 
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
-    """Number of rows and their layout. A single row is as aligned as its base, so aligned settings draw others too."""
-    layout = draw(_layout(setting.aligned, columns))
-    return draw(
-        st.integers(0, max_rows).filter(lambda rows: rows != 1 or not setting.aligned or columns % 8 == 0)
-    ), layout
+    """Number of rows and their layout. A single row is dense and as aligned as its base: some settings draw more."""
+    layout = draw(_layout(setting, columns))
+    alone = setting.dense or (setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0))
+    return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or alone)), layout
 
 
 @st.composite
-def _layout(draw: st.DrawFn, aligned: bool, columns: int) -> tuple[int, int]:
+def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
     """Elements between rows and in front of them; aligned: every row starts at 16 bytes, whatever the dtype."""
-    if aligned:
+    if setting.dense:
+        return 0, (0 if setting.aligned else 1)
+    if setting.aligned:
         return -columns % 8 + 8 * draw(st.integers(0, 1)), 8 * draw(st.integers(0, 1))
     return draw(st.integers(0, 5)), draw(st.sampled_from([1, 3]))
 
@@ -280,7 +295,7 @@ def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.
     """x and weight, put among the arrays."""
     for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.num_logits, setting.weight_dtype)):
         arrays[name] = draw(_small_integers((count, setting.hidden), dtype))
-        layouts[name] = draw(_layout(setting.aligned, setting.hidden))
+        layouts[name] = draw(_layout(setting, setting.hidden))
 
 
 @st.composite
@@ -296,26 +311,23 @@ def _layer_and_num_valid(
         arrays["expert_scale"] = np.resize(
             np.array(draw(st.lists(few, min_size=1, max_size=9)), np.float32), setting.columns
         )
-    return draw(_num_valid(arrays, len(next(iter(arrays.values())))))
+    return draw(_num_valid(setting, arrays, len(next(iter(arrays.values())))))
 
 
 @st.composite
-def _num_valid(draw: st.DrawFn, arrays: dict[str, np.ndarray], rows: int) -> dict[str, int]:
-    """As an option, or as one more array, or not at all."""
-    kind = draw(st.sampled_from(["none", "int", "scalar", "vector"]))
-    if kind == "int":
-        return {"num_valid": draw(st.integers(0, rows))}
-    if kind != "none":
+def _num_valid(draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], rows: int) -> dict[str, int]:
+    """As one more array, or as an option, or not at all."""
+    if "num_valid" in setting.given:
         number = draw(st.integers(0, rows) | st.sampled_from([-(2**31), -1, rows + 1, 2**31 - 1]))
-        arrays["num_valid"] = np.full(() if kind == "scalar" else (1,), number, np.int32)
-    return {}
+        arrays["num_valid"] = np.full(draw(st.sampled_from([(), (1,)])), number, np.int32)
+        return {}
+    return {"num_valid": draw(st.integers(0, rows))} if draw(st.booleans()) else {}
 
 
 @st.composite
 def _methods(draw: st.DrawFn, setting: Setting) -> RoutingMethod:
-    fixed_sum = dict(setting.steps).get("shared_in_normalizer", False)
-    eps = 0.0 if fixed_sum else draw(st.sampled_from([0.0, 1e-20, 0.25]))
-    minimum = draw(st.sampled_from([None, 0.0, 1e-12, 0.5])) if eps == 0 and not fixed_sum else None
+    eps = draw(st.sampled_from([1e-20, 0.25])) if setting.divisor == "eps" else 0.0
+    minimum = draw(st.sampled_from([0.0, 1e-12, 0.5])) if setting.divisor == "min" else None
     scale = draw(st.sampled_from([1.0, 1.5, 2.5, 0.0, -2.0, 1e30]))
     return setting.method(renormalize_eps=eps, renormalize_min=minimum, scale=scale)
 

@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-import cupy_router
 from cupy_router import presets
 from tests import inputs
 from tests.backends import Backend, GpuBackend
-from tests.fuzz.case import Case, arguments, check
+from tests.fuzz.case import Case, arguments, check, function
 from tests.gpu.variants import cases
 
 MEMORY_SLACK = (
@@ -102,12 +101,12 @@ class Soak:
 
     def __init__(self, device: Host, chosen: Sequence[Case], threads: int, streams: int, calls: int) -> None:
         self.device, self.calls = device, calls
-        self.ops = [getattr(cupy_router, case.op) for case in chosen]
+        self.ops = [function(case.op) for case in chosen]
         self.given = [arguments(case, device.backend) for case in chosen]
         self.first = [op(**given) for op, given in zip(self.ops, self.given, strict=True)]
         device.synchronize()
         for case, result in zip(chosen, self.first, strict=True):
-            check(case, (device.backend.numpy(result[0]), device.backend.numpy(result[1])))
+            check(case, tuple(device.backend.numpy(array) for array in result))
         self.streams = [[(device.stream(), device.counter()) for _ in range(streams)] for _ in range(threads)]
         device.synchronize()
         self.failures: list[str] = []

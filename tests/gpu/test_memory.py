@@ -98,7 +98,8 @@ def test_a_warm_call_from_cupy_allocates_its_results_only(name: str, cupy: Any) 
     assert sizes == []
     with counted(cupy) as sizes:
         result = case(arrays)
-    assert sizes == [a.nbytes for a in result]
+    assert len(sizes) == 1  # the results share a block
+    assert sizes[0] <= sum(a.nbytes for a in result) + 2 * 256
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
 from tests import inputs, steps
 from tests.backends import DTYPES
-from tests.fuzz.case import Case
+from tests.fuzz.case import BACKWARD, Case
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROWS, FEW_ROWS = 33, 5
@@ -21,7 +21,7 @@ DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, el
 
 
 def cases() -> list[Case]:
-    return [*_topk_select(), *_activation_topk(), *_steps(), *_hash_router(), *_dense_router()]
+    return [*_topk_select(), *_activation_topk(), *_steps(), *_hash_router(), *_dense_router(), *_backward()]
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
@@ -116,6 +116,8 @@ def _hash_router() -> Iterator[Case]:
         for table in ("int32", "int64"):
             for k in (1, 6, 8, 40):
                 yield case(ROWS, k, ids, table, None)
+    counted = {"logits": _scores(ROWS, 256, "float32"), "num_valid": np.full((), 20, np.int32)}
+    yield case(ROWS, 6, "int32", "int32", RoutingMethod(256, 6), **counted)
     for score in SCORES:
         for k in (6, 32, 40):
             for dtype in FLOATS:
@@ -142,6 +144,22 @@ def _dense_router() -> Iterator[Case]:
             yield Case("dense_router", arrays, method, {}, {"x": layout, "weight": layout}, rows % 2 - 1)
     x, weight = _products((9, 512), "bfloat16"), _products((256, 512), "bfloat16")
     yield Case("dense_router", {"x": x, "weight": weight}, RoutingMethod(256, 8), {"num_valid": 5})
+    counted = {"x": x, "weight": weight, "num_valid": np.full((1,), 7, np.int32)}
+    yield Case("dense_router", counted, RoutingMethod(256, 8))
+
+
+def _backward() -> Iterator[Case]:
+    """The gradient of the logits: every step of a method, rows of each dtype, and padding."""
+    for i, method in enumerate(steps.METHODS.values()):
+        logits = inputs.distinct(FEW_ROWS, method.num_logits, FLOATS[i % 3] if method.num_experts < 200 else "float32")
+        layer = steps.layer_of(method, i)
+        shared = list(range(method.num_experts, method.num_columns - method.top_k + method.num_experts))
+        chosen = np.array([steps.choose(row, method, layer) + shared for row in logits], method.index_dtype)
+        chosen[3] = -1
+        upstream = inputs.normal(chosen.shape, method.weight_dtype, seed=4)
+        arrays = {"grad_weights": upstream, "indices": chosen, "logits": logits}
+        arrays |= replace(layer, bias=None).arguments(np.copy)
+        yield Case(BACKWARD, arrays, method, {}, {"logits": (DENSE, STRIDED, MISALIGNED)[i % 3]}, i % 3 - 1)
 
 
 def _products(shape: tuple[int, int], dtype: str) -> np.ndarray:
