@@ -26,62 +26,90 @@ struct BlockSort {
     template <typename Prepare>
     static __device__ __forceinline__ void sort(Key* keys, int count, int* slots, unsigned lower_range,
                                                 Prepare prepare) {
-        Key mine[ITEMS];
+        // A thread has ITEMS entries, whose places in `keys` change; it reads them again rather than keep them all.
         unsigned slot_place[ITEMS];  // the slot, and above it the place in it
         Extent extent = {~0u, 0u};
+        clear(slots, count);
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
             const int i = j * Block + threadIdx.x;
             if (i < count) {
-                mine[j] = prepare(keys[i]);
-                const unsigned upper = static_cast<unsigned>(mine[j] >> 32);
-                extent = {min(extent.low, upper), max(extent.high, upper)};
+                const Key key = prepare(keys[i]);
+                keys[i] = key;
+                extent = {min(extent.low, upper(key)), max(extent.high, upper(key))};
             }
         }
-        clear(slots, count);
         extent = block_extent<Block>(extent);
-        const float scale = count / (static_cast<float>(extent.high - extent.low) + 1.0f);
+        const float scale = 1.0f / (static_cast<float>(extent.high - extent.low) + 1.0f);
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) {
-                const unsigned below = extent.high - static_cast<unsigned>(mine[j] >> 32);
-                enter(slots, slot_place[j], min(count - 1, static_cast<int>(below * scale)));
+            const int i = j * Block + threadIdx.x;
+            if (i < count) {
+                const float depth = (extent.high - upper(keys[i])) * scale;
+                enter(slots, slot_place[j], min(count - 1, static_cast<int>(count * guess(depth))));
             }
+            one_by_one();
         }
         __syncthreads();
         bool crowded = counts_to_begins(slots, count);
 #pragma unroll 1
         for (int round = 1; round < ROUNDS && crowded; ++round) {
-            guess_again(mine, slot_place, reinterpret_cast<unsigned*>(keys), count, slots, lower_range);
+            guess_again(keys, slot_place, count, slots, lower_range);
             crowded = counts_to_begins(slots, count);
         }
+        // To the slots, then within them.
+        Key moved[ITEMS];
+#pragma unroll
+        for (int j = 0; j < ITEMS; ++j) {
+            const int i = j * Block + threadIdx.x;
+            if (i < count) moved[j] = keys[i];
+        }
+        __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
             if (j * Block + threadIdx.x < count) {
-                keys[slots[slot_place[j] & 0xffffu] + (slot_place[j] >> 16)] = mine[j];
+                keys[slots[slot_place[j] & 0xffffu] + (slot_place[j] >> 16)] = moved[j];
             }
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
             if (j * Block + threadIdx.x < count) {
-                const int slot = slot_place[j] & 0xffffu;
-                const int begin = slots[slot], end = slots[slot + 1];
-                int place = begin;
+                const int slot = slot_place[j] & 0xffffu, begin = slots[slot], end = slots[slot + 1];
+                const unsigned from = begin + (slot_place[j] >> 16);
+                const Key key = keys[from];
+                unsigned to = begin;
 #pragma unroll 1
-                for (int i = begin; i < end; ++i) place += keys[i] > mine[j];
-                slot_place[j] = place;
+                for (int i = begin; i < end; ++i) to += keys[i] > key;
+                slot_place[j] = from | to << 16;
             }
+            one_by_one();
+        }
+#pragma unroll
+        for (int j = 0; j < ITEMS; ++j) {
+            if (j * Block + threadIdx.x < count) moved[j] = keys[slot_place[j] & 0xffffu];
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) keys[slot_place[j]] = mine[j];
+            if (j * Block + threadIdx.x < count) keys[slot_place[j] >> 16] = moved[j];
         }
         __syncthreads();
     }
 
 private:
+    // Keeps the compiler from reading what belongs to all of a thread's entries before it works on the first.
+    static __device__ __forceinline__ void one_by_one() { asm volatile("" ::: "memory"); }
+
+    static __device__ __forceinline__ unsigned upper(Key key) { return static_cast<unsigned>(key >> 32); }
+
+    // Which part of the keys lies above one that is so far down from the largest to the smallest. The best of many are the
+    // tail of a distribution, ever denser towards the smallest; evenly spread keys are still four to a slot at most.
+    static __device__ __forceinline__ float guess(float depth) {
+        const float square = depth * depth;
+        return 0.25f * depth + 0.75f * square * square;
+    }
+
     static __device__ __forceinline__ void clear(int* slots, int count) {
 #pragma unroll 1
         for (int i = threadIdx.x; i * 4 < count + ITEMS; i += Block) reinterpret_cast<int4*>(slots)[i] = {0, 0, 0, 0};
@@ -126,44 +154,44 @@ private:
         return __syncthreads_or(most > CROWD);
     }
 
-    // Keys of crowded slots move to slots of their own range, as many as there are keys. `bounds`: the memory of the
-    // keys, which all threads hold; what lies behind it is not touched.
-    static __device__ __forceinline__ void guess_again(const Key (&mine)[ITEMS], unsigned (&slot_place)[ITEMS],
-                                                       unsigned* bounds, int count, int* slots, unsigned lower_range) {
-        unsigned* low = bounds;
-        unsigned* high = bounds + count;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < count; i += Block) {
-            low[i] = ~0u;
-            high[i] = 0u;
-        }
+    // Keys of crowded slots move to slots of their own range, as many as there are keys.
+    static __device__ __forceinline__ void guess_again(const Key* keys, unsigned (&slot_place)[ITEMS], int count,
+                                                       int* slots, unsigned lower_range) {
+        // Of crowded slots alone, which begin more than CROWD places apart.
+        constexpr int CROWDS = Capacity / (CROWD + 1) + 1;
+        __shared__ Extent bounds[CROWDS];
+        for (int i = threadIdx.x; i < CROWDS; i += Block) bounds[i] = {~0u, 0u};
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) {
-                const int slot = slot_place[j] & 0xffffu;
-                if (slots[slot + 1] - slots[slot] > CROWD) {
-                    atomicMin(&low[slot], static_cast<unsigned>(mine[j] >> 32));
-                    atomicMax(&high[slot], static_cast<unsigned>(mine[j] >> 32));
+            const int i = j * Block + threadIdx.x;
+            if (i < count) {
+                const int slot = slot_place[j] & 0xffffu, begin = slots[slot];
+                if (slots[slot + 1] - begin > CROWD) {
+                    Extent& own = bounds[begin / (CROWD + 1)];
+                    atomicMin(&own.low, upper(keys[i]));
+                    atomicMax(&own.high, upper(keys[i]));
                 }
             }
+            one_by_one();
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) {
-                const int slot = slot_place[j] & 0xffffu;
-                const int begin = slots[slot], size = slots[slot + 1] - begin;
+            const int i = j * Block + threadIdx.x;
+            if (i < count) {
+                const int slot = slot_place[j] & 0xffffu, begin = slots[slot], size = slots[slot + 1] - begin;
                 int further = 0;
                 if (size > CROWD) {
-                    const bool same = low[slot] == high[slot];
-                    const unsigned below =
-                        same ? ~static_cast<unsigned>(mine[j]) : high[slot] - static_cast<unsigned>(mine[j] >> 32);
-                    const float range = same ? lower_range : static_cast<float>(high[slot] - low[slot]) + 1.0f;
+                    const Extent own = bounds[begin / (CROWD + 1)];
+                    const bool same = own.low == own.high;
+                    const unsigned below = same ? ~static_cast<unsigned>(keys[i]) : own.high - upper(keys[i]);
+                    const float range = same ? lower_range : static_cast<float>(own.high - own.low) + 1.0f;
                     further = min(size - 1, static_cast<int>(below * (size / range)));
                 }
                 slot_place[j] = begin + further;
             }
+            one_by_one();
         }
         __syncthreads();
         clear(slots, count);

@@ -25,12 +25,14 @@ struct RowPiece {
     struct Chunk {
         Words<4> vector[Loads];
 
-        // The bits of score e, which stand at the top of a word.
-        __device__ __forceinline__ unsigned bits(int e) const {
-            const unsigned word = vector[e / VECTOR].word[e % VECTOR * sizeof(T) / 4];
-            return sizeof(T) == 4 ? word : e % 2 == 0 ? word << 16 : word & 0xffff0000u;
-        }
+        __device__ __forceinline__ unsigned bits(int e) const { return bits_of(vector[e / VECTOR], e % VECTOR); }
     };
+
+    // The bits of a vector's score e, which stand at the top of a word.
+    static __device__ __forceinline__ unsigned bits_of(const Words<4>& vector, int e) {
+        const unsigned word = vector.word[e * sizeof(T) / 4];
+        return sizeof(T) == 4 ? word : e % 2 == 0 ? word << 16 : word & 0xffff0000u;
+    }
 
     const T* row;
     int length;

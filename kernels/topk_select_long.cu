@@ -29,8 +29,8 @@
 #ifndef CAPACITY
 #define CAPACITY 2048
 #endif
-#ifndef SAMPLES
-#define SAMPLES 4
+#ifndef VECTORS  // of the sample that a thread reads
+#define VECTORS 1
 #endif
 #ifndef LOADS
 #define LOADS 4
@@ -113,9 +113,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     Piece::Chunk chunk;
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
-    Threshold threshold = {NO_KEY, false};
-    if (span.length > CAPACITY) threshold = sampled_threshold<DTYPE, BLOCK, SAMPLES>(source, span.length, wanted);
+    if (threadIdx.x <= 32) slots[threadIdx.x] = 0;
     __syncthreads();
+    Threshold threshold = {NO_KEY, false};
+    if (span.length > CAPACITY) threshold = sampled_threshold<Piece, DTYPE, BLOCK, VECTORS>(piece, wanted, slots);
 
     Entry* list = SPLIT ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_room : entries;
     int room = SPLIT ? list_room : CAPACITY;

@@ -32,6 +32,8 @@ def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any,
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.name}: {obstacle}")
+    if OPS[op.name] is not op:
+        raise ValueError(f"{op.name}: sorted, return_values and index_map cannot be given inside jax.jit")
     if out is not None or stream is not None:
         raise ValueError(f"{op.name}: out and stream cannot be given inside jax.jit, where both are XLA's")
     with check.named(op.name):

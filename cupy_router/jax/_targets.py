@@ -22,7 +22,7 @@ OPS: dict[str, _call.Op] = {
 
 # The others use memory of `scratch`, which is one piece more for each capture and never freed: XLA captures anew
 # whenever buffers move.
-_COMMAND_BUFFERS = ("topk_select", "activation_topk", "hash_router")
+_COMMAND_BUFFERS = ("activation_topk", "hash_router")
 
 _handlers: list[Any] = []  # XLA keeps their addresses
 

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     block: int
     blocks: int
     capacity: int
-    samples: int
+    vectors: int
     pieces: int
 
     @property
@@ -51,26 +51,23 @@ class Plan(NamedTuple):
 
 def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
     """None: no list is long enough."""
-    pieces = min(max(_MULTIPROCESSORS // num_rows, 1), _MAX_PIECES, num_columns * layout.SIZES[dtype] // _PIECE_BYTES)
-    block, blocks = (512, 2) if pieces <= 1 else (1024, 1)
-    for samples in (1, 2, 4, 8):
-        needed = min(list_length(k, num_columns, block, samples), num_columns)
-        if needed <= 2.2 * k or samples == 8:
+    size = layout.SIZES[dtype]
+    pieces = min(max(_MULTIPROCESSORS // num_rows, 1), _MAX_PIECES, max(num_columns * size // _PIECE_BYTES, 1))
+    block, blocks = (512, 2) if pieces == 1 else (1024, 1)
+    for vectors in (1, 2):
+        needed = list_length(k, num_columns, block * vectors * 16 // size)
+        if needed <= 2.5 * k:
             break
-    capacity = 4 * block * max(1, -(-int(needed) // (4 * block)))
-    return Plan(block, blocks, capacity, samples, max(pieces, 1)) if capacity <= MAX_CAPACITY else None
+    step = 4 * block
+    capacity = step * max(1, -(-min(int(needed), num_columns) // step))
+    return Plan(block, blocks, capacity, vectors, pieces) if capacity <= MAX_CAPACITY else None
 
 
-def list_length(k: int, length: int, block: int, samples: int) -> float:
+def list_length(k: int, num_columns: int, sample: int) -> float:
     """How many scores a sampled threshold lets through, and four deviations more."""
-    share = min(k / length, 1.0)
-    while samples > 1 and (samples * block > length or 3 * k * samples > length):
-        samples //= 2
-    hits = block * (1 - (1 - share) ** samples)
-    reached = (hits + 5 * sqrt(hits * (1 - share) ** samples) + 3) * 9 / 8
-    reached += 4 * sqrt(reached)
-    misses = max(0.0, 1 - reached / block)
-    return length * float(1 - misses ** (1 / samples))
+    hits = sample * min(k / num_columns, 1.0)
+    reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
+    return (reached + 4 * sqrt(reached)) * num_columns / sample
 
 
 class LongTopK:
@@ -111,7 +108,7 @@ class LongTopK:
                 "BLOCK": plan.block,
                 "BLOCKS": plan.blocks,
                 "CAPACITY": plan.capacity,
-                "SAMPLES": plan.samples,
+                "VECTORS": plan.vectors,
                 "SPLIT": int(plan.pieces > 1),
             }
             grid = min(num_rows * plan.pieces, 2**31 - 1)

@@ -63,10 +63,10 @@ def topk_select(
         k = check.integer("topk_select: k", k, 1)
     if sorted is True and return_values is True and index_map is None and page_size == 1:
         return run(_OP, k, (scores, lengths, starts), out, stream)  # type: ignore[no-any-return]
-    with check.named("topk_select"):
-        if type(sorted) is not bool or type(return_values) is not bool:
-            raise TypeError(f"sorted and return_values must be bools, got {sorted!r} and {return_values!r}")
-        page_size = check.integer("page_size", page_size, 1, 2**31 - 1)
+    if type(sorted) is not bool or type(return_values) is not bool:
+        raise TypeError(f"topk_select: sorted and return_values must be bools, got {sorted!r} and {return_values!r}")
+    if type(page_size) is not int or page_size < 1:
+        page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
     options, inputs = Options(k, sorted, return_values, page_size), (scores, lengths, starts, index_map)
     if return_values:
         return run(_OP_OPTIONS, options, inputs, out, stream)  # type: ignore[no-any-return]

@@ -25,6 +25,8 @@ __all__ = ["is_grad_enabled", "is_tracing", "route", "run", "run_with_gradient",
 
 _SCHEMAS = {
     "topk_select": "int k, Tensor scores, Tensor? lengths, Tensor? starts",
+    "topk_select_with_options": "int k, bool sorted, bool return_values, int page_size, Tensor scores, "
+    "Tensor? lengths, Tensor? starts, Tensor? index_map",
     "activation_topk": "int method, Tensor logits, Tensor? bias, Tensor? logit_bias, Tensor? expert_scale, "
     "Tensor? num_valid, SymInt num_valid_value",
     "hash_router": "int method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
@@ -46,6 +48,9 @@ is_tracing = torch.compiler.is_compiling
 def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: Any) -> Any:
     """A call of an op while a graph is traced."""
     _refuse(op.name, out, stream)
+    if op.name == "topk_select" and isinstance(options, topk_select.Options):
+        results = torch.ops.cupy_router.topk_select_with_options(*options, *inputs)
+        return op.result(*(results if options.return_values else results[1:]))
     if op.name == "topk_select":
         return op.result(*torch.ops.cupy_router.topk_select(options, *inputs))
     if op.name == "dense_router":
@@ -84,6 +89,14 @@ def _refuse(name: str, out: Any, stream: Any) -> None:
 
 def _topk_select(k: int, *inputs: Any) -> Any:
     return tuple(_call.run(topk_select._OP, k, inputs, None, None, eager=True))
+
+
+def _topk_select_with_options(k: int, in_order: bool, return_values: bool, page_size: int, *inputs: Any) -> Any:
+    options = topk_select.Options(k, in_order, return_values, page_size)
+    if return_values:
+        return tuple(_call.run(topk_select._OP_OPTIONS, options, inputs, None, None, eager=True))
+    (indices,) = _call.run(topk_select._OP_COLUMNS, options, inputs, None, None, eager=True)
+    return inputs[0].new_empty((0,)), indices  # a node always has two results
 
 
 def _activation_topk(method: int, *inputs: Any) -> Any:
@@ -126,6 +139,13 @@ def _routing_like(first: Any, method: RoutingMethod) -> tuple[Any, Any]:
 def _fake_topk_select(k: int, scores: Any, lengths: Any, starts: Any) -> Any:
     shape = (scores.shape[0], k)
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_topk_select_with_options(
+    k: int, in_order: bool, return_values: bool, page_size: int, scores: Any, *others: Any
+) -> Any:
+    shape = (scores.shape[0], k)
+    return scores.new_empty(shape if return_values else (0,)), scores.new_empty(shape, dtype=torch.int32)
 
 
 def _fake_activation_topk(method: int, logits: Any, *others: Any) -> Any:
@@ -194,6 +214,7 @@ _BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
 
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "topk_select": (_topk_select, _fake_topk_select),
+    "topk_select_with_options": (_topk_select_with_options, _fake_topk_select_with_options),
     "activation_topk": (_activation_topk, _fake_activation_topk),
     "hash_router": (_hash_router, _fake_hash_router),
     "dense_router": (_dense_router, _fake_dense_router),
