@@ -28,7 +28,10 @@ def order(row: np.ndarray) -> np.ndarray:
     return np.argsort(-row, kind="stable")  # NumPy sorts NaN to the end and keeps equal values in place
 
 
-def topk(scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def topk(
+    scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, sorted: bool = True, index_map: Any = None,
+    page_size: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     rows, columns = scores.shape
     values = np.full((rows, k), -np.inf, scores.dtype)
     indices = np.full((rows, k), -1, np.int32)
@@ -39,7 +42,12 @@ def topk(scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None) ->
         length = columns - start if lengths is None else min(int(lengths[r]), columns - start)
         row = scores[r, start : start + max(length, 0)]
         chosen = order(row)[:k]
+        if not sorted:
+            chosen = np.sort(chosen)
         values[r, : chosen.size] = row[chosen]
+        if index_map is not None:
+            pages = index_map[r % len(index_map)]
+            chosen = np.array([pages[c // page_size] * page_size + c % page_size for c in chosen])
         indices[r, : chosen.size] = chosen
     return values, indices
 

@@ -10,28 +10,11 @@ import numpy as np
 import pytest
 
 from cupy_router import TopK, topk_select
-from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
+from tests.topk_calls import edge_lengths, poisoned, select
 
 ITEM = pytest.mark.acceptance
-
-
-def select(
-    backend: Backend, scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, **layout: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The op's result on this backend, checked against the reference (on the reference: against the brute force)."""
-    device = [None if a is None else backend.array(a) for a in (lengths, starts)]
-    on_device = backend.array(scores, **layout)
-    result = topk_select(on_device, k, lengths=device[0], starts=device[1])
-    assert type(result) is TopK
-    values, indices = backend.numpy(result.values), backend.numpy(result.indices)
-    want = (reference if backend.runs_kernels else compare.topk)(scores, k, lengths=lengths, starts=starts)
-    np.testing.assert_array_equal(indices, want[1])
-    assert indices.dtype == np.int32
-    compare.assert_same_bits(values, want[0])
-    compare.assert_same_bits(backend.numpy(on_device), scores)
-    return values, indices
 
 
 # -- Widths and k ------------------------------------------------------------------------------------------------------
@@ -124,25 +107,6 @@ def test_subnormals_are_ordered_exactly(backend: Backend, columns: int) -> None:
 
 
 # -- Lengths and starts ------------------------------------------------------------------------------------------------
-
-
-def edge_lengths(k: int, columns: int) -> np.ndarray:
-    edges = [0, 1, k - 1, k, k + 1, columns, columns - 1, columns + 1, -1, -(2**31), 2**31 - 1]
-    return np.array([*edges, *range(2, columns, max(1, columns // 20))], np.int32)
-
-
-def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> np.ndarray:
-    """Scores whose entries outside their row would win (+inf) or break the order (NaN)."""
-    scores = inputs.normal((rows, columns), dtype)
-    outside = np.ones((rows, columns), bool)
-    for r in range(rows):
-        start = 0 if starts is None else int(starts[r])
-        length = columns if lengths is None else max(int(lengths[r]), 0)
-        if 0 <= start < columns:
-            outside[r, start : start + length] = False
-    scores[outside] = np.inf
-    scores[outside & (np.arange(columns) % 2 == 1)] = np.nan
-    return scores
 
 
 SHAPES = [(64, 8), (300, 32), (1000, 31), (3000, 600), (20_000, 2000)]

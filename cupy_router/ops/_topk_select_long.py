@@ -65,7 +65,7 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
 
 def list_length(k: int, num_columns: int, sample: int) -> float:
     """How many scores a sampled threshold lets through, and four deviations more."""
-    hits = sample * min(k / num_columns, 1.0)
+    hits = sample * min(k / max(num_columns, 1), 1.0)
     reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
     return (reached + 4 * sqrt(reached)) * num_columns / sample
 

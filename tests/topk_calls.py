@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of topk_select that are checked as they are made, and limits of rows for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupy_router import TopK, topk_select
+from cupy_router.reference.topk_select import topk_select as reference
+from tests import compare, inputs
+from tests.backends import Backend
+
+
+def select(
+    backend: Backend, scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, index_map: Any = None,
+    row_pad: int = 0, offset: int = 0, **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """The op's result on this backend, checked against the reference (on the reference: against the brute force)."""
+    device = [None if a is None else backend.array(a) for a in (lengths, starts, index_map)]
+    on_device = backend.array(scores, row_pad=row_pad, offset=offset)
+    given = options if index_map is None else options | {"index_map": device[2]}
+    result = topk_select(on_device, k, lengths=device[0], starts=device[1], **given)
+    assert type(result) is TopK
+    has_values = options.pop("return_values", True)
+    want = (reference if backend.runs_kernels else compare.topk)(
+        scores, k, lengths=lengths, starts=starts, index_map=index_map, **options
+    )
+    indices = backend.numpy(result.indices)
+    np.testing.assert_array_equal(indices, want[1])
+    assert indices.dtype == np.int32
+    compare.assert_same_bits(backend.numpy(on_device), scores)
+    if not has_values:
+        assert result.values is None
+        return want[0], indices
+    values = backend.numpy(result.values)
+    compare.assert_same_bits(values, want[0])
+    return values, indices
+
+
+def edge_lengths(k: int, columns: int) -> np.ndarray:
+    edges = [0, 1, k - 1, k, k + 1, columns, columns - 1, columns + 1, -1, -(2**31), 2**31 - 1]
+    return np.array([*edges, *range(2, columns, max(1, columns // 20))], np.int32)
+
+
+def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> np.ndarray:
+    """Scores whose entries outside their row would win (+inf) or break the order (NaN)."""
+    scores = inputs.normal((rows, columns), dtype)
+    outside = np.ones((rows, columns), bool)
+    for r in range(rows):
+        start = 0 if starts is None else int(starts[r])
+        length = columns if lengths is None else max(int(lengths[r]), 0)
+        if 0 <= start < columns:
+            outside[r, start : start + length] = False
+    scores[outside] = np.inf
+    scores[outside & (np.arange(columns) % 2 == 1)] = np.nan
+    return scores
