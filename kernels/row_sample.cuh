@@ -14,44 +14,64 @@ struct Threshold {
     bool tied;  // more scores than are wanted may have this very key
 };
 
-// The key that at least `target` of all threads' keys reach, and no more than an eighth more if keys differ. The first
-// of a thread's keys is its best. `counts`: 33 words of shared memory, all 0 before.
+// The lowest of a range of keys, so narrowed that at least `target` of whatever count() counts from a key reach it, and no
+// more than an eighth more if keys differ. How many those are.
+template <typename Count>
+__device__ __forceinline__ int narrow(Extent& range, int reached, int target, Count count) {
+#pragma unroll 1
+    for (int round = 0; reached > target + target / 8 && range.high - range.low > 1; ++round) {
+        const unsigned middle = range.low + (range.high - range.low) / 2;
+        const int from_middle = count(middle, round);
+        if (from_middle >= target) {
+            range.low = middle;
+            reached = from_middle;
+        } else {
+            range.high = middle;
+        }
+    }
+    return reached;
+}
+
+// The key that about `target` of all threads' keys reach, or a few more. `counts`: 33 words of shared memory, all 0.
 template <int Block, int Keys>
 __device__ __forceinline__ Threshold block_threshold(const unsigned (&keys)[Keys], int target, int* counts) {
-    const auto count_from = [&](unsigned key, int round) {
-        unsigned reached = 0;
+    // Threads' best keys are counted with a barrier and nothing else. So many threads have one of `target` keys:
+    float misses = 1.0f;
 #pragma unroll
-        for (int j = 0; j < Keys; ++j) reached += __popc(__ballot_sync(FULL_WARP, keys[j] >= key));
-        if (threadIdx.x % 32 == 0) atomicAdd(&counts[round], static_cast<int>(reached));
-        __syncthreads();
-        return counts[round];
-    };
-    // Some warps' best are above it and others' below, mostly.
+    for (int j = 0; j < Keys; ++j) misses *= 1.0f - min(static_cast<float>(target) / (Block * Keys), 1.0f);
+    const int threads = static_cast<int>(Block * (1.0f - misses));
     unsigned best = keys[0];
 #pragma unroll
     for (int j = 1; j < Keys; ++j) best = max(best, keys[j]);
-    best = warp_max(best);
-    const Extent extent = block_extent<Block>({best, best});
-    unsigned low = extent.low, high = extent.high + 1;
-    int reached = count_from(low, 0);
-    if (reached < target) {
-        high = low;
-        low = NO_KEY;
-        reached = Block * Keys;
+    const auto count_threads = [&](unsigned key, int) { return __syncthreads_count(best >= key); };
+
+    // Four threads in a row have none of them somewhere, if there are more such fours than `threads`.
+    unsigned best_of_four = max(best, __shfl_xor_sync(FULL_WARP, best, 1));
+    best_of_four = max(best_of_four, __shfl_xor_sync(FULL_WARP, best_of_four, 2));
+    Extent range = block_extent<Block>({best_of_four, best_of_four});
+    range.high += 1;
+    int reached = count_threads(range.low, 0);
+    if (reached < threads) {
+        range = {NO_KEY, range.low};
+        reached = Block;
     }
-    const int enough = target + target / 8;
-#pragma unroll 1
-    for (int round = 1; reached > enough && high - low > 1; ++round) {
-        const unsigned middle = low + (high - low) / 2;
-        const int count = count_from(middle, round);
-        if (count >= target) {
-            low = middle;
-            reached = count;
-        } else {
-            high = middle;
-        }
-    }
-    return {low, reached > enough};
+    reached = narrow(range, reached, threads, count_threads);
+    const bool tied = reached > threads + threads / 8;
+
+    // Where neighbours are alike, threads have more than one such key each, and the threshold has to be higher.
+    const auto count_keys = [&](unsigned key, int round) {
+        unsigned sum = 0;
+#pragma unroll
+        for (int j = 0; j < Keys; ++j) sum += keys[j] >= key;
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0) atomicAdd(&counts[round], static_cast<int>(sum));
+        __syncthreads();
+        return counts[round];
+    };
+    const int all = count_keys(range.low, 32);
+    if (tied || all <= target + target / 4) return {range.low, tied};
+    range.high = ~0u;
+    return {range.low, narrow(range, all, target, count_keys) > target + target / 8};
 }
 
 // For rows that have a vector, and k up to half a row.

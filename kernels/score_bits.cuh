@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned bits_key(unsigned bits) {
 // The bits of a key that are known from it: all but those of the two zeros and of NaN.
 __device__ __forceinline__ unsigned key_bits(unsigned key) { return key >= ZERO_KEY ? key - ZERO_KEY : 0u - key; }
 
-__device__ __forceinline__ bool key_tells_bits(unsigned key) { return key != ZERO_KEY && key != NAN_KEY; }
+__device__ __forceinline__ bool key_tells_bits(unsigned key) { return key != ZERO_KEY && key > NAN_KEY; }
 
 // The scores from a key on, tested by words as they lie in memory: one float32, or two 16-bit floats. Floats are compared
 // as such, without flushing subnormals, so that NaN never passes; bits that are not those of a score are never made.

@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     Piece::Chunk chunk;
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
-    if (threadIdx.x <= 32) slots[threadIdx.x] = 0;
+    if (threadIdx.x < 33) slots[threadIdx.x] = 0;
     __syncthreads();
     Threshold threshold = {NO_KEY, false};
     if (span.length > CAPACITY) threshold = sampled_threshold<Piece, DTYPE, BLOCK, VECTORS>(piece, wanted, slots);
@@ -155,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     }
     if (split) return;  // another block does the rest
 
+    const int column_shift = max(16 - __clz(span.length), 0);
     // By key; and if they are not to be sorted, the best once more by column.
     __syncthreads();
 #pragma unroll 1
@@ -162,13 +163,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         const bool by_key = pass == sorted;
         Sort::sort(entries, by_key ? found.above : wanted, slots, span.length, [&](Entry entry) {
             const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
-            return by_key ? rank_key(bits_key<DTYPE>(upper), lower) : entry << 32 | upper;
+            if (!by_key) return entry << 32 | upper;
+            // The low half of a 16-bit score's key is free for the column's high bits, by which ties find their slots.
+            const unsigned tie_breaker = DTYPE == 0 ? 0u : 0xffffu - (lower >> column_shift);
+            return rank_key(bits_key<DTYPE>(upper) | tie_breaker, lower);
         });
     }
     for (int i = threadIdx.x; i < k; i += BLOCK) {
         const Entry entry = i < wanted ? entries[i] : 0;
         const Entry rank = sorted ? entry : entry << 32 | entry >> 32;
-        const unsigned key = static_cast<unsigned>(rank >> 32);
+        const unsigned key = static_cast<unsigned>(rank >> 32) & (DTYPE == 0 ? ~0u : 0xffff0000u);
         const int column = i < wanted ? static_cast<int>(column_of(rank)) : -1;
         if (values != nullptr) {
             score_t* target = values + row * values_stride + i;

@@ -23,6 +23,7 @@ _LARGE_BLOCK = 1024
 _MULTIPROCESSORS = 132  # of an H100
 _COUNTER_BYTES = 1024  # as many as any plan needs, so that what lies behind them may be of any plan
 _MAX_PIECES, _PIECE_BYTES = 32, 16 * 1024
+_SPLIT_BYTES = 96 * 1024  # what one block has to be spared, or handing over takes longer
 MAX_CAPACITY = 16384
 
 
@@ -50,13 +51,19 @@ class Plan(NamedTuple):
 
 
 def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
-    """None: no list is long enough."""
+    """None: no list is long enough. The numbers are measured on an H100."""
     size = layout.SIZES[dtype]
-    pieces = min(max(_MULTIPROCESSORS // num_rows, 1), _MAX_PIECES, max(num_columns * size // _PIECE_BYTES, 1))
-    block, blocks = (512, 2) if pieces == 1 else (1024, 1)
+    row_bytes = num_columns * size
+    pieces = max(1, min(_MULTIPROCESSORS // num_rows, _MAX_PIECES, row_bytes // _PIECE_BYTES))
+    if row_bytes - row_bytes // pieces < _SPLIT_BYTES:
+        pieces = 1
+    if pieces > 1:
+        block, blocks = (512 if k <= 512 else 768), 1
+    else:
+        block, blocks = (512, 2) if num_rows > _MULTIPROCESSORS and k <= 512 else (1024, 1)
     for vectors in (1, 2):
         needed = list_length(k, num_columns, block * vectors * 16 // size)
-        if needed <= 2.5 * k:
+        if needed <= 4.5 * k:
             break
     step = 4 * block
     capacity = step * max(1, -(-min(int(needed), num_columns) // step))
@@ -66,7 +73,7 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
 def list_length(k: int, num_columns: int, sample: int) -> float:
     """How many scores a sampled threshold lets through, and four deviations more."""
     hits = sample * min(k / max(num_columns, 1), 1.0)
-    reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
+    reached = (hits + 5 * sqrt(hits) + 3) * 5 / 4
     return (reached + 4 * sqrt(reached)) * num_columns / sample
 
 
