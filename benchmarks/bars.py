@@ -15,6 +15,13 @@ ACTIVATION_TOPK = {
 ACTIVATION_TOPK_BACKWARD = {256: {64: 2.2, 8192: 5.0}, 384: {64: 2.2, 8192: 6.0}}  # warm
 HASH_ROUTER_LOGITS = {1: 1.5, 16: 1.5, 64: 1.6, 1024: 1.8, 8192: 2.6}  # warm, with 256 experts and with 384
 TOPK_SELECT = {(256, 8): {64: 2.2, 8192: 7.0, 65536: 42.0}, (384, 6): {64: 2.2, 8192: 7.5}}  # cold
+TOPK_SELECT_LONG = {  # num_rows, num_columns, k; cold
+    (1, 32_768, 512): 9.5, (8, 32_768, 512): 10.5, (64, 32_768, 512): 13.0, (1, 131_072, 2048): 16.0,
+    (8, 131_072, 2048): 18.0, (256, 32_768, 2048): 38.0, (64, 262_144, 1024): 45.0, (1024, 131_072, 1024): 230.0,
+    (4096, 32_768, 512): 250.0, (1, 1_048_576, 2048): 25.0,
+}  # fmt: skip
+LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))  # at most this part of float32:
+LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # and of other inputs to normal ones
 
 # dense_router in bfloat16 by experts: decode warm, how much more it may be cold, hash layers from x and weight.
 DENSE_DECODE = {256: {1: 4.0, 4: 4.2, 16: 4.9, 64: 5.8}, 384: {1: 4.9, 4: 5.2, 16: 6.2, 64: 7.5}}

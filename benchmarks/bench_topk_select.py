@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select: time on the GPU over rows, columns, k and dtype, and on the host, beside torch.topk and Triton."""
+"""topk_select: time on the GPU over rows, columns, k and dtype, and on the host, beside torch.topk and Triton.
+
+Long rows, as sparse attention has them, also with data that is hard to select from, and in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,48 @@ from typing import Any
 import cupy
 
 from benchmarks import floor
-from benchmarks.bars import TOPK_SELECT
-from benchmarks.harness import Action, attempt, barred, check_same_choice, gpu_row, host_rows, inputs, main
+from benchmarks.bars import (
+    ADVERSARIAL_RATIO,
+    LONG_BFLOAT16,
+    LONG_BFLOAT16_RATIO,
+    TOPK_SELECT,
+    TOPK_SELECT_LONG,
+)
+from benchmarks.harness import (
+    Action,
+    attempt,
+    barred,
+    check_same_choice,
+    cold_inputs,
+    gpu_row,
+    host_rows,
+    inputs,
+    main,
+)
 from benchmarks.rows import OURS, Row
 from cupy_router import TopK, topk_select
 
 ALL_N = (64, 256, 1024, 4096, 8192, 16384, 65536)
 ALL_E = (8, 16, 32, 48, 60, 64, 72, 96, 128, 144, 160, 192, 256, 320, 384, 512, 576, 768, 896, 1024)
 ALL_K = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-WIDE = [(1, 32768, 512), (64, 32768, 512), (8, 131072, 2048)]  # n, E, k
+MANY_SCORES = 1 << 23  # of long rows: above that, only normal data
 
 
 class Problem:
     """One size, with its inputs."""
 
-    def __init__(self, num_columns: int, k: int, n: int, dtype: str = "float32", *, cold: bool = True) -> None:
+    def __init__(
+        self, num_columns: int, k: int, n: int, dtype: str = "float32", *, cold: bool = True, data: str | None = None
+    ) -> None:
         self.cell: Row = {"op": "topk_select", "E": num_columns, "k": k, "n": n, "dtype": dtype}
         self.cell |= {"cache": "cold" if cold else "warm"}
         self.k = k
-        self.scores = inputs((n, num_columns), dtype, cold=cold)
+        if data is None:
+            self.scores = inputs((n, num_columns), dtype, cold=cold)
+        else:
+            self.cell["data"] = data
+            scores = HARD[data](inputs((n, num_columns), dtype, cold=False)[0])
+            self.scores = cold_inputs(scores.copy, scores.nbytes)
         self.out = TopK(cupy.empty((n, k), self.scores[0].dtype), cupy.empty((n, k), cupy.int32))
 
     def call(self, i: int = 0) -> TopK:
@@ -63,9 +89,35 @@ class Problem:
             def select(x: Any) -> Any:
                 return torch.topk(x, k)
 
-        check_same_choice(self.call().indices, select(scores[0])[1])
+        values, indices = select(scores[0])[:2]
+        if self.cell["E"] <= ALL_E[-1]:
+            check_same_choice(self.call().indices, indices)
+        elif not bool((self.call().values == cupy.from_dlpack(values)).all()):
+            raise ValueError("finds other values")  # columns may differ: of so many scores some are equal
         count = len(scores)
         return gpu_row(lambda i: select(scores[i % count]), self.cell, name, rotation=count, torch=True)
+
+
+def _one_bin(scores: Any) -> Any:
+    columns = scores[:, ::2].shape[1]
+    scores[:, ::2] = 1 + cupy.arange(columns, dtype=cupy.float32) * cupy.float32(2.0**-23)
+    return scores
+
+
+def _shared_bits(scores: Any) -> Any:
+    """A permutation of neighbouring floats."""
+    columns = scores.shape[1]
+    steps = cupy.arange(columns, dtype=cupy.int64) * 2654435761 % columns
+    scores[:] = (steps + 0x3F800000).astype(cupy.int32).view(cupy.float32)
+    return scores
+
+
+HARD: dict[str, Callable[[Any], Any]] = {  # made of normal scores
+    "equal": lambda scores: cupy.full_like(scores, 1.5),
+    "quantised, half zeros": lambda scores: cupy.round(cupy.maximum(scores, 0) * 8) / 8,
+    "shared high bits": _shared_bits,
+    "one giant bin": _one_bin,
+}
 
 
 def barred_rows() -> list[Row]:
@@ -74,6 +126,23 @@ def barred_rows() -> list[Row]:
         for n, bar in bars.items():
             problem = Problem(num_columns, k, n)
             rows += [barred(problem.ours(), bar), problem.floor(), *problem.rivals(("Triton", "torch.topk"))]
+    return rows
+
+
+def long_rows() -> list[Row]:
+    rows = []
+    for shape, bar in TOPK_SELECT_LONG.items():
+        n, num_columns, k = shape
+        problem = Problem(num_columns, k, n)
+        ours = problem.ours()
+        rows += [barred(ours, bar), problem.floor(), *problem.rivals(["torch.topk"])]
+        del problem  # its scores, before there are others
+        if n * num_columns <= MANY_SCORES:
+            most = round(ADVERSARIAL_RATIO * ours["us"], 3)
+            rows += [barred(Problem(num_columns, k, n, data=data).ours(), most) for data in HARD]
+        if shape in LONG_BFLOAT16:
+            most = round(LONG_BFLOAT16_RATIO * ours["us"], 3)
+            rows.append(barred(Problem(num_columns, k, n, "bfloat16").ours(), most))
     return rows
 
 
@@ -91,9 +160,6 @@ def sweep_rows() -> list[Row]:
             problem = Problem(num_columns, 6, n, cold=False)
             rows += [problem.ours(), problem.floor()]
         rows += [Problem(256, k, n, cold=False).ours() for k in ALL_K if k != 6]
-    for n, num_columns, k in WIDE:
-        problem = Problem(num_columns, k, n)
-        rows += [problem.ours(), problem.floor(), *problem.rivals(["torch.topk"])]
     return rows
 
 
@@ -122,7 +188,7 @@ def _torch_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    return call_rows() + barred_rows() + ([] if quick else sweep_rows())
+    return call_rows() + barred_rows() + long_rows() + ([] if quick else sweep_rows())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def build(self, source: str, function: str, device: int) -> int:
         """Compile the text and return a handle of the function; CompileError with file and line if it is wrong."""
 
+    def shared_limit(self, device: int) -> int:
+        """How many bytes of shared memory a block may have there if it opts in."""
+
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
         """Opt in to more than 48 KB of dynamic shared memory; ValueError if the device has less."""
 
@@ -86,8 +89,11 @@ class CudaBackend:
         self._modules[handle] = kernel
         return handle
 
+    def shared_limit(self, device: int) -> int:
+        return int(self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
-        limit = self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+        limit = self.shared_limit(device)
         if num_bytes > limit:
             raise ValueError(
                 f"a block may have at most {limit} bytes of shared memory on cuda:{device}, got {num_bytes}"

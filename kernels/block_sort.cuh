@@ -48,7 +48,6 @@ struct BlockSort {
                 const float depth = (extent.high - upper(keys[i])) * scale;
                 enter(slots, slot_place[j], min(count - 1, static_cast<int>(count * guess(depth))));
             }
-            one_by_one();
         }
         __syncthreads();
         bool crowded = counts_to_begins(slots, count);
@@ -83,7 +82,6 @@ struct BlockSort {
                 for (int i = begin; i < end; ++i) to += keys[i] > key;
                 slot_place[j] = from | to << 16;
             }
-            one_by_one();
         }
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
@@ -98,9 +96,6 @@ struct BlockSort {
     }
 
 private:
-    // Keeps the compiler from reading what belongs to all of a thread's entries before it works on the first.
-    static __device__ __forceinline__ void one_by_one() { asm volatile("" ::: "memory"); }
-
     static __device__ __forceinline__ unsigned upper(Key key) { return static_cast<unsigned>(key >> 32); }
 
     // Which part of the keys lies above one that is so far down from the largest to the smallest. The best of many are the
@@ -173,7 +168,6 @@ private:
                     atomicMax(&own.high, upper(keys[i]));
                 }
             }
-            one_by_one();
         }
         __syncthreads();
 #pragma unroll
@@ -191,7 +185,6 @@ private:
                 }
                 slot_place[j] = begin + further;
             }
-            one_by_one();
         }
         __syncthreads();
         clear(slots, count);

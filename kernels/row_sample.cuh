@@ -32,17 +32,18 @@ __device__ __forceinline__ int narrow(Extent& range, int reached, int target, Co
     return reached;
 }
 
-// The key that about `target` of all threads' keys reach, or a few more. `counts`: 33 words of shared memory, all 0.
-template <int Block, int Keys>
-__device__ __forceinline__ Threshold block_threshold(const unsigned (&keys)[Keys], int target, int* counts) {
+// The key that about `target` of all threads' keys reach, or a few more: key_of(j) for j below Keys. `counts`: 33 words
+// of shared memory, all 0.
+template <int Block, int Keys, typename KeyOf>
+__device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, int* counts) {
     // Threads' best keys are counted with a barrier and nothing else. So many threads have one of `target` keys:
     float misses = 1.0f;
 #pragma unroll
     for (int j = 0; j < Keys; ++j) misses *= 1.0f - min(static_cast<float>(target) / (Block * Keys), 1.0f);
     const int threads = static_cast<int>(Block * (1.0f - misses));
-    unsigned best = keys[0];
+    unsigned best = NO_KEY;
 #pragma unroll
-    for (int j = 1; j < Keys; ++j) best = max(best, keys[j]);
+    for (int j = 0; j < Keys; ++j) best = max(best, key_of(j));
     const auto count_threads = [&](unsigned key, int) { return __syncthreads_count(best >= key); };
 
     // Four threads in a row have none of them somewhere, if there are more such fours than `threads`.
@@ -62,7 +63,7 @@ __device__ __forceinline__ Threshold block_threshold(const unsigned (&keys)[Keys
     const auto count_keys = [&](unsigned key, int round) {
         unsigned sum = 0;
 #pragma unroll
-        for (int j = 0; j < Keys; ++j) sum += keys[j] >= key;
+        for (int j = 0; j < Keys; ++j) sum += key_of(j) >= key;
         sum = warp_sum(sum);
         if (threadIdx.x % 32 == 0) atomicAdd(&counts[round], static_cast<int>(sum));
         __syncthreads();
@@ -91,10 +92,6 @@ __device__ __forceinline__ Threshold sampled_threshold(const Piece& piece, int k
     }
     const float hits = static_cast<float>(SAMPLE) * k / piece.length;
     const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
-    unsigned keys[Vectors * SCORES];
-#pragma unroll
-    for (int j = 0; j < Vectors * SCORES; ++j) {
-        keys[j] = bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES));
-    }
-    return block_threshold<Block>(keys, target, counts);
+    const auto key_of = [&](int j) { return bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES)); };
+    return block_threshold<Block, Vectors * SCORES>(key_of, target, counts);
 }

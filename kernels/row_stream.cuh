@@ -65,7 +65,10 @@ struct RowPiece {
     }
 
     // The chunk that collect() begins with, which may be on its way long before.
-    __device__ __forceinline__ void load_first(Chunk& chunk) const { load(begin + threadIdx.x, Block, chunk); }
+    __device__ __forceinline__ void load_first(Chunk& chunk) const {
+        chunk = Chunk();  // what is not loaded does not keep registers for what it was
+        load(begin + threadIdx.x, Block, chunk);
+    }
 
     // Put the scores that pass on the list, in any order, as far as it has room. `count`, in shared memory and 0 before,
     // is how many there are, or more than the list has room for: then it may be too low. A thread makes a bit for each

@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     topk_select_long(const score_t* __restrict__ scores, const int* __restrict__ lengths,
                      const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
                      int* __restrict__ indices, unsigned* counters, int* piece_counts, long long* lists, int pieces,
-                     int list_room, long long num_rows, int num_columns, int k, int sorted, int page_size,
+                     int list_room, long long first_row, int num_columns, int k, int sorted, int page_size,
                      long long scores_stride, long long values_stride, long long indices_stride,
                      long long map_stride) {
 #ifdef __CUDACC__
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     int* slots = reinterpret_cast<int*>(shared + 8 * CAPACITY);
     __shared__ int count;
 
-    const int64_t row = SPLIT ? blockIdx.x / pieces : blockIdx.x;
+    const int64_t row = first_row + (SPLIT ? blockIdx.x / pieces : blockIdx.x);
     const int number = SPLIT ? blockIdx.x % pieces : 0;
     const Span span = row_span(lengths, starts, row, num_columns);
     const score_t* source = scores + row * scores_stride + span.start;
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         __syncthreads();
         found = {count, 0};
         if (threshold.tied && found.above < wanted) {
-            found.ties = collect_ties<DTYPE, BLOCK, LOADS>(source, span.length, split ? number : 0,
+            found.ties = collect_ties<DTYPE, BLOCK, 2>(source, span.length, split ? number : 0,
                                                            split ? pieces : 1, threshold.key, list + found.above,
                                                            min(wanted, room) - found.above);
         }
@@ -148,10 +148,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         __syncthreads();
         if (threadIdx.x == 0) count = 0;
         threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots).key, true};
-        piece = Piece(source, span.length, 0, 1);
+        if (SPLIT) {  // from now on as if it were not
+            piece = Piece(source, span.length, 0, 1);
+            list = entries;
+            room = CAPACITY;
+        }
         piece.load_first(chunk);
-        list = entries;
-        room = CAPACITY;
     }
     if (split) return;  // another block does the rest
 

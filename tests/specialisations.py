@@ -132,6 +132,9 @@ def _besides() -> None:
 def _corners() -> None:
     """The widest rows and most winners that a warp takes, every score and step, the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
+    topk_select(_matrix(1, 140_000, "float32"), 8192)
+    topk_select(_matrix(2, 40_000, "float32"), 20_000)
+    topk_select(_matrix(64, 256, "float32"), 8, sorted=False, return_values=False)
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))

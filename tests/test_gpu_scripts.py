@@ -62,7 +62,8 @@ def test_every_variant_is_called() -> None:
     for dtype, flag in product(range(3), range(2)):
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
-        assert called("topk_select_wide", DTYPE=dtype)
+        assert called("topk_select_long", DTYPE=dtype, SPLIT=flag)
+        assert called("topk_select_large")
         assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
         assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)
         assert called("activation_topk", DTYPE=dtype, MANY_ROWS=flag)

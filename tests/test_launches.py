@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
+from cupy_router import Routing, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
 from cupy_router.ops import _call
 from tests.recorder import Launch, Recorder, recording
@@ -131,19 +131,6 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
     }  # fmt: skip
     assert (result.values.shape, result.values.dtype) == ((7, 8), "float16")
     assert (result.indices.shape, result.indices.dtype) == ((7, 8), "int32")
-
-
-def test_topk_select_of_wide_rows(recorder: Recorder, fake: Fake) -> None:
-    out = TopK(Array(0x500, (3, 600), "bfloat16", row_stride=700), Array(0x600, (3, 600), "int32", row_stride=800))
-    assert topk_select(Array(0x400, (3, 5000), "bfloat16"), 600, out=out) is out
-    launch = only(recorder)
-    assert_kernel(launch, "topk_select", "topk_select_wide", DTYPE=2, WIDE=1)
-    assert (launch.grid, launch.block) == ((3, 1, 1), (512, 1, 1))
-    assert launch.arguments == {
-        "scores": 0x400, "lengths": 0, "starts": 0, "values": 0x500, "indices": 0x600,
-        "num_rows": 3, "num_columns": 5000, "k": 600,
-        "scores_stride": 5000, "values_stride": 700, "indices_stride": 800,
-    }  # fmt: skip
 
 
 METHOD = RoutingMethod(384, 6, "softmax", renormalize_min=0.25, scale=2.5)
@@ -271,9 +258,8 @@ def test_every_row_has_its_lanes_and_few_are_idle(recorder: Recorder, fake: Fake
 
 @pytest.mark.parametrize("n", [1, 300, 2**31 - 1, 2**31, 10**10])
 def test_wide_rows_have_a_block_each(recorder: Recorder, fake: Fake, n: int) -> None:
-    topk_select(Array(0x1000, (n, 5000)), 100)
     activation_topk(Array(0x1000, (n, 2000)), RoutingMethod(2000, 6))
-    assert [launch.grid[0] for launch in recorder.launches] == [min(n, 2**31 - 1)] * 2
+    assert only(recorder).grid[0] == min(n, 2**31 - 1)
 
 
 def test_no_rows_launch_nothing(recorder: Recorder, fake: Fake) -> None:

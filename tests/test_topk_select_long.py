@@ -99,11 +99,11 @@ def sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     vectors = plan.block * plan.vectors
     number = np.arange(vectors, dtype=np.uint64)
-    random = (number + 1) * 0x9E3779B1 % words
-    random = (random ^ random >> 15) * 0x85EBCA6B % words
+    first = (number + 1) * 0x9E3779B1 % words
+    random = (first ^ first >> 15) * 0x85EBCA6B % words
     part = (words - 1) // vectors * number + random // vectors
-    vector = part * (columns // scores) >> 32
-    return np.unique(vector.astype(np.int64)[:, None] * scores + np.arange(scores))
+    vector = (part * (columns // scores) >> 32).astype(np.int64)
+    return np.unique(vector[:, None] * scores + np.arange(scores))
 
 
 @pytest.mark.parametrize("name", ["one list", "2 pieces"])
@@ -124,17 +124,22 @@ def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, 
     select(backend, scores, k)
 
 
-def test_plans_have_room_for_what_a_sample_lets_through() -> None:
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: int) -> None:
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):
             for rows in (1, 7, 64, 5000):
-                plan = long.choose(rows, columns, k, "float32")
-                if plan is not None and k <= columns:
-                    sample = plan.block * plan.vectors * 4
-                    assert plan.capacity >= min(columns, long.list_length(k, columns, sample), columns)
-                    assert plan.capacity >= min(k, columns)
-                    assert plan.shared_bytes <= 227 * 1024
-                    assert plan.pieces <= 32
+                plan = long.choose(rows, columns, min(k, columns), dtype, kilobytes * 1024)
+                if plan is None:
+                    assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
+                    continue
+                sample = plan.block * plan.vectors * 16 // np.dtype(DTYPES[dtype]).itemsize
+                expected, _ = long.list_lengths(k, columns, sample)
+                assert plan.capacity >= min(columns, expected)
+                assert plan.capacity >= min(k, columns)
+                assert plan.shared_bytes + 5 * 1024 <= kilobytes * 1024
+                assert plan.pieces <= 32
 
 
 @pytest.mark.parametrize(("columns", "k"), [(9000, 8192), (20_000, 10_000), (9000, 9000)])

@@ -24,6 +24,7 @@ METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
 WEIGHT = torch.from_numpy(inputs.normal((16, 8), seed=80))
 BIAS = torch.from_numpy(inputs.normal((16,), seed=81))
 TABLE = torch.from_numpy(np.stack([inputs.rng(82, r).permutation(16)[:4] for r in range(30)]))
+PAGES = torch.tensor([[3, 9, 0, 7]], dtype=torch.int32)
 DENSE = Router(METHOD, weight=WEIGHT, bias=BIAS)
 HASH = Router(METHOD, weight=WEIGHT, table=TABLE)
 OF_NUMPY = Router(METHOD, weight=WEIGHT.numpy(), bias=BIAS.numpy())
@@ -31,6 +32,10 @@ OF_NUMPY = Router(METHOD, weight=WEIGHT.numpy(), bias=BIAS.numpy())
 CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "topk_select": lambda x, ids, count: topk_select(x, 3),
     "topk_select with lengths": lambda x, ids, count: topk_select(x, 3, lengths=ids, starts=ids // 8),
+    "topk_select by column, mapped": lambda x, ids, count: topk_select(
+        x, 3, sorted=False, index_map=PAGES, page_size=2, starts=ids // 8
+    ),
+    "topk_select without values": lambda x, ids, count: topk_select(x, 3, return_values=False)[1:],
     "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),
     "activation_topk of a preset": lambda x, ids, count: activation_topk(x.repeat(1, 32), "deepseek-v4-flash"),
     "activation_topk with num_valid": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, num_valid=count),
@@ -114,6 +119,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     key, logits = METHOD.number, arguments(6)[0] @ WEIGHT.T
     return {
         "topk_select": (3, x, ids, None),
+        "topk_select_with_options": (3, False, False, 2, x, ids, None, PAGES),
         "activation_topk": (key, logits, BIAS, None, BIAS.exp(), count, -1),
         "hash_router": (key, ids, TABLE, None, x, WEIGHT, BIAS, None, None, 4),
         "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, None, None, -1),
@@ -121,7 +127,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router", "router"])
+@pytest.mark.parametrize(
+    "name", ["topk_select", "topk_select_with_options", "activation_topk", "hash_router", "dense_router", "router"]
+)
 def test_opcheck(name: str) -> None:
     results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, samples()[name])
     assert set(results.values()) == {"SUCCESS"}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cupy_router import compiler, scratch
 from cupy_router.arrays import View
+from cupy_router.launcher import MAX_GRID
 from cupy_router.ops import _layout as layout
 from cupy_router.ops._call import Kernel, launch_of
 
@@ -24,7 +25,8 @@ _MULTIPROCESSORS = 132  # of an H100
 _COUNTER_BYTES = 1024  # as many as any plan needs, so that what lies behind them may be of any plan
 _MAX_PIECES, _PIECE_BYTES = 32, 16 * 1024
 _SPLIT_BYTES = 96 * 1024  # what one block has to be spared, or handing over takes longer
-MAX_CAPACITY = 16384
+_ENTRY_BYTES, _STATIC_BYTES = 12, 6 * 1024
+_MAX_CAPACITY = 16384
 
 
 class Options(NamedTuple):
@@ -47,11 +49,12 @@ class Plan(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        return 8 * self.capacity + 4 * (self.capacity + 16)
+        return _ENTRY_BYTES * self.capacity + 64
 
 
-def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
-    """None: no list is long enough. The numbers are measured on an H100."""
+def choose(num_rows: int, num_columns: int, k: int, dtype: str, shared_bytes: int) -> Plan | None:
+    """For a GPU whose blocks may have so much shared memory. None: no list is long enough. The numbers are measured on
+    an H100."""
     size = layout.SIZES[dtype]
     row_bytes = num_columns * size
     pieces = max(1, min(_MULTIPROCESSORS // num_rows, _MAX_PIECES, row_bytes // _PIECE_BYTES))
@@ -61,20 +64,26 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str) -> Plan | None:
         block, blocks = (512 if k <= 512 else 768), 1
     else:
         block, blocks = (512, 2) if num_rows > _MULTIPROCESSORS and k <= 512 else (1024, 1)
-    for vectors in (1, 2):
-        needed = list_length(k, num_columns, block * vectors * 16 // size)
-        if needed <= 4.5 * k:
+    most = min(_MAX_CAPACITY, (shared_bytes - _STATIC_BYTES) // _ENTRY_BYTES) // (4 * block) * (4 * block)
+    plan = None
+    for vectors in (1, 2, 4, 8):
+        expected, longest = (
+            min(length, num_columns) for length in list_lengths(k, num_columns, block * vectors * 16 // size)
+        )
+        capacity = 4 * block * max(1, -(-longest // (4 * block)))
+        if expected <= most and (plan is None or capacity < plan.capacity):
+            plan = Plan(block, blocks, min(capacity, most), vectors, pieces)
+        if capacity <= 8 * block:
             break
-    step = 4 * block
-    capacity = step * max(1, -(-min(int(needed), num_columns) // step))
-    return Plan(block, blocks, capacity, vectors, pieces) if capacity <= MAX_CAPACITY else None
+    return plan
 
 
-def list_length(k: int, num_columns: int, sample: int) -> float:
-    """How many scores a sampled threshold lets through, and four deviations more."""
+def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
+    """How many scores a sampled threshold lets through at the most, and four deviations more."""
     hits = sample * min(k / max(num_columns, 1), 1.0)
-    reached = (hits + 5 * sqrt(hits) + 3) * 5 / 4
-    return (reached + 4 * sqrt(reached)) * num_columns / sample
+    reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
+    share = num_columns / sample
+    return int(reached * share), int((reached + 4 * sqrt(reached)) * share)
 
 
 class LongTopK:
@@ -87,7 +96,6 @@ class LongTopK:
         num_rows, num_columns = scores.shape
         indices_stride = out_strides[-1]
         fixed: dict[str, int | float] = {
-            "num_rows": num_rows,
             "num_columns": num_columns,
             "k": options.k,
             "sorted": int(options.sorted),
@@ -98,19 +106,21 @@ class LongTopK:
             "map_stride": 0 if index_map is None or index_map.shape[0] == 1 else index_map.row_stride,
         }
         macros = {"DTYPE": layout.DTYPE_CODES[scores.dtype]}
+        backend = compiler.backend(scores.device[0])
+        assert backend is not None, "ops ask for a backend before they ask for a kernel"
+        plan = choose(num_rows, num_columns, options.k, scores.dtype, backend.shared_limit(scores.device[1]))
         self._has_values = options.return_values
-        self._device, self._tasks, self._scratch_bytes = scores.device, 0, 0
-        plan = choose(num_rows, num_columns, options.k, scores.dtype)
+        self._device, self._pieces, self._scratch_bytes = scores.device, 0, 0
+        self._launches = []
         if plan is None:
-            kernel = Kernel(LARGE, LARGE, macros, min(num_rows, 2**31 - 1), _LARGE_BLOCK, fixed)
-            self._launch = launch_of(kernel, (*INPUTS, *OUTPUTS), scores.device)
+            kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, {"num_rows": num_rows} | fixed)
+            self._launches.append(launch_of(kernel, (*INPUTS, *OUTPUTS), scores.device))
         else:
+            room = 0
             if plan.pieces > 1:
-                self._tasks = num_rows * plan.pieces
+                self._pieces = num_rows * plan.pieces
                 room = min(-(-num_columns // plan.pieces) + 64, plan.capacity + options.k)
-                self._scratch_bytes = _COUNTER_BYTES + 8 * self._tasks * (1 + room)
-                fixed |= {"list_room": room}
-            fixed = {"pieces": plan.pieces, "list_room": 0} | fixed
+                self._scratch_bytes = _COUNTER_BYTES + 8 * self._pieces * (1 + room)
             macros |= {
                 "BLOCK": plan.block,
                 "BLOCKS": plan.blocks,
@@ -118,11 +128,13 @@ class LongTopK:
                 "VECTORS": plan.vectors,
                 "SPLIT": int(plan.pieces > 1),
             }
-            grid = min(num_rows * plan.pieces, 2**31 - 1)
-            kernel = Kernel(LONG, LONG, macros, grid, plan.block, fixed, shared_bytes=plan.shared_bytes)
-            self._launch = launch_of(kernel, (*INPUTS, *OUTPUTS, *_SCRATCH), scores.device)
+            for first in range(0, num_rows, MAX_GRID):
+                grid = min(num_rows - first, MAX_GRID) * plan.pieces
+                numbers = {"pieces": plan.pieces, "list_room": room, "first_row": first} | fixed
+                kernel = Kernel(LONG, LONG, macros, grid, plan.block, numbers, shared_bytes=plan.shared_bytes)
+                self._launches.append(launch_of(kernel, (*INPUTS, *OUTPUTS, *_SCRATCH), scores.device))
         self._takes_scratch = plan is not None
-        self.function: compiler.Function = self._launch.function
+        self.function: compiler.Function = self._launches[0].function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         pointers = [*varying]
@@ -133,7 +145,8 @@ class LongTopK:
         if self._scratch_bytes:
             memory = scratch.buffer(self._device, stream, LONG, self._scratch_bytes)
             counts = memory + _COUNTER_BYTES
-            pointers += (memory, counts, counts + 8 * self._tasks)
+            pointers += (memory, counts, counts + 8 * self._pieces)
         elif self._takes_scratch:
             pointers += (0, 0, 0)
-        self._launch(stream, pointers)
+        for launch in self._launches:
+            launch(stream, pointers)

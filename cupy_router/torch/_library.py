@@ -14,6 +14,7 @@ import torch
 
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk, activation_topk_backward, dense_router, hash_router, topk_select
+from cupy_router.ops._topk_select_long import Options
 from cupy_router.results import Routing
 from cupy_router.torch import _autograd
 from cupy_router.torch._autograd import is_grad_enabled, run_with_gradient, wants_gradient
@@ -48,7 +49,7 @@ is_tracing = torch.compiler.is_compiling
 def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: Any) -> Any:
     """A call of an op while a graph is traced."""
     _refuse(op.name, out, stream)
-    if op.name == "topk_select" and isinstance(options, topk_select.Options):
+    if op.name == "topk_select" and isinstance(options, Options):
         results = torch.ops.cupy_router.topk_select_with_options(*options, *inputs)
         return op.result(*(results if options.return_values else results[1:]))
     if op.name == "topk_select":
@@ -92,7 +93,7 @@ def _topk_select(k: int, *inputs: Any) -> Any:
 
 
 def _topk_select_with_options(k: int, in_order: bool, return_values: bool, page_size: int, *inputs: Any) -> Any:
-    options = topk_select.Options(k, in_order, return_values, page_size)
+    options = Options(k, in_order, return_values, page_size)
     if return_values:
         return tuple(_call.run(topk_select._OP_OPTIONS, options, inputs, None, None, eager=True))
     (indices,) = _call.run(topk_select._OP_COLUMNS, options, inputs, None, None, eager=True)

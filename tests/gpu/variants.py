@@ -52,8 +52,16 @@ def _topk_select() -> Iterator[Case]:
             yield case(rows, columns, k, dtype, DENSE, **both)
     for columns, k in ((1, 1), (8, 2), (16, 3), (32, 6), (64, 9), (384, 6), (1024, 1)):
         yield case(ROWS, columns, k, "float32", DENSE)
-    yield case(2, 9000, 5000, "float32", DENSE)  # more winners than are sorted in shared memory
-    yield case(2, 9000, 9000, "float16", DENSE)
+    # Long rows: sampled or not, split or not, ties at the threshold; and more winners than a list in shared memory has.
+    for dtype in FLOATS:
+        for columns, rows in ((9000, FEW_ROWS), (70_000, 3)):
+            both = limits(rows, columns)
+            yield case(rows, columns, 600, dtype, MISALIGNED, lengths=both["lengths"])
+            yield case(rows, columns, 200, dtype, STRIDED)
+    yield replace(case(FEW_ROWS, 9000, 600, "float32", DENSE), as_of_rows=5000)
+    yield case(1, 70_000, 8000, "float32", DENSE)
+    yield case(2, 9000, 5000, "float32", DENSE)
+    yield case(2, 20_000, 20_000, "float16", DENSE)
 
 
 def _bias(experts: int) -> np.ndarray:

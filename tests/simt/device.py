@@ -129,8 +129,11 @@ class SimtBackend:
         if report is not None:
             raise KernelFault(function, report.decode())
 
+    def shared_limit(self, device: int) -> int:
+        return 227 * 1024
+
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
-        if num_bytes > 227 * 1024:
+        if num_bytes > self.shared_limit(device):
             raise ValueError(f"a block may have at most 227 KB of shared memory, got {num_bytes} bytes")
 
     def use(self, device: int) -> int | None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""topk_select at the sizes of sparse attention, against a sort of the GPU's own, repeated under load and in graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_router import topk_select
+from tests import compare, inputs
+
+# num_rows, num_columns, k
+SHAPES = [
+    (1, 32_768, 512), (8, 32_768, 512), (64, 32_768, 512), (1, 131_072, 2048), (8, 131_072, 2048), (256, 32_768, 2048),
+    (64, 262_144, 1024), (300, 131_072, 1024), (1500, 32_768, 512), (1, 1_048_576, 2048), (2, 131_072, 8192),
+    (1, 1_048_576, 8192), (200, 70_000, 4096), (3, 20_000, 20_000),
+]  # fmt: skip
+
+
+def sorted_by_cupy(cupy: Any, scores: Any, k: int) -> Any:
+    """Columns of the k best of each row of float32 without NaN: by value, then by column."""
+    bits = scores.view(np.uint32)
+    keys = cupy.where(bits >> 31 != 0, (1 << 31) - (bits & 0x7FFFFFFF), (1 << 31) + bits).astype(np.uint64)
+    columns = cupy.arange(scores.shape[1], dtype=np.uint64)
+    best = cupy.stack([cupy.sort(~((row << 32) | (0xFFFFFFFF - columns)))[:k] for row in keys])
+    return (0xFFFFFFFF - (~best & 0xFFFFFFFF)).astype(np.int32)
+
+
+def kinds(cupy: Any, rows: int, columns: int) -> dict[str, Any]:
+    normal = cupy.random.default_rng(7).standard_normal((rows, columns), dtype=np.float32)
+    spread = cupy.arange(columns, dtype=np.uint32) * np.uint32(2654435761) % np.uint32(columns)
+    shared = cupy.broadcast_to((spread + np.uint32(0x3F800000)).view(np.float32), normal.shape)
+    one_bin = normal.copy()
+    one_bin[:, ::2] = 1 + cupy.arange(one_bin[:, ::2].shape[1], dtype=np.float32) * np.float32(2**-23)
+    return {
+        "normal": normal,
+        "all equal": cupy.full((rows, columns), 1.5, np.float32),
+        "quantised, half zeros": cupy.round(cupy.maximum(normal, 0) * 8) / 8,
+        "shared high bits": cupy.ascontiguousarray(shared),
+        "one giant bin": one_bin,
+        "ascending": cupy.sort(normal, axis=1),
+        "smooth": cupy.sin(cupy.arange(columns, dtype=np.float32) / 300) + normal / 1000,
+    }
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), SHAPES)
+@pytest.mark.acceptance("sizes of sparse attention", "all-equal, quantised, shared high bits, one bin at full size")
+def test_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
+    few = np.unique(np.linspace(0, rows - 1, 12).astype(int))
+    for name, scores in kinds(cupy, rows, columns).items():
+        values, indices = topk_select(scores, k)
+        want = sorted_by_cupy(cupy, scores[few], k)
+        assert bool((indices[few] == want).all()), name
+        assert bool((values == cupy.take_along_axis(scores, indices, axis=1)).all()), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("rows", "columns", "k"), [(1, 131_072, 2048), (64, 32_768, 512), (200, 65_536, 1024)])
+def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype: str) -> None:
+    scores = inputs.normal((rows, columns), dtype)
+    values, indices = topk_select(cupy.asarray(scores.view(np.uint16)).view(scores.dtype), k)
+    few = [0, rows // 2, rows - 1]
+    want = compare.topk(scores[few], k)
+    np.testing.assert_array_equal(indices[few].get(), want[1])
+    compare.assert_same_bits(cupy.asnumpy(values[few].view(np.uint16)).view(scores.dtype), want[0])
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(8, 131_072, 2048), (300, 32_768, 512)])
+@pytest.mark.acceptance("1,000 bitwise repeats under load from another stream")
+def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: int) -> None:
+    scores = kinds(cupy, rows, columns)["quantised, half zeros"]
+    first = topk_select(scores, k)
+    load, stream = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
+    other = cupy.random.default_rng(8).standard_normal((64, 40_000), dtype=np.float32)
+    differing = cupy.zeros((), np.int64)
+    cupy.cuda.Device().synchronize()
+    for repeat in range(1000):
+        with load:
+            if repeat % 4 == 0:
+                topk_select(other, 700)
+        with stream:
+            again = topk_select(scores, k)
+            for a, b in zip(first, again, strict=True):
+                differing += (a.view(np.int32) != b.view(np.int32)).sum()
+    cupy.cuda.Device().synchronize()
+    assert int(differing) == 0
+
+
+@pytest.mark.acceptance("graph replay with lengths changed in place")
+@pytest.mark.parametrize(("rows", "columns", "k"), [(3, 131_072, 2048), (150, 20_000, 300)])
+def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -> None:
+    """From rows that are taken whole to rows that are sampled, and back: one plan for all."""
+    scores = inputs.normal((rows, columns))
+    on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        topk_select(on_device, k, lengths=lengths)
+        stream.synchronize()
+        stream.begin_capture()
+        result = topk_select(on_device, k, lengths=lengths)
+        graph = stream.end_capture()
+    for seed in range(6):
+        host = inputs.rng(seed).integers(0, (100, k + 1, 5000, columns)[seed % 4], rows).astype(np.int32)
+        lengths[...] = cupy.asarray(host)
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        want = compare.topk(scores[:5], k, host[:5])
+        np.testing.assert_array_equal(result.indices[:5].get(), want[1])
+        compare.assert_same_bits(result.values[:5].get(), want[0])

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What topk_select launches for long rows and for its options, recorded as in test_launches.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from cupy_router import TopK, scratch, topk_select
+from cupy_router.arrays import FRAMEWORKS
+from tests.recorder import Recorder, recording
+from tests.test_launches import HEAP, Array, Fake, assert_kernel, only
+
+SCRATCH = 0x7000_0000
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    monkeypatch.setitem(FRAMEWORKS, Array, Fake())
+    monkeypatch.setattr(scratch, "buffer", lambda *_: SCRATCH)
+    with recording("cuda") as recorder:
+        yield recorder
+
+
+LIMITED = {"lengths": 0, "starts": 0, "index_map": 0}
+
+
+def test_topk_select_of_long_rows(recorder: Recorder) -> None:
+    out = TopK(Array(0x500, (3, 600), "bfloat16", row_stride=700), Array(0x600, (3, 600), "int32", row_stride=800))
+    assert topk_select(Array(0x400, (3, 5000), "bfloat16"), 600, out=out) is out
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=2, SPLIT=0)
+    assert launch.grid == (3, 1, 1)
+    assert launch.macros["CAPACITY"] >= 600
+    assert launch.arguments == LIMITED | {
+        "scores": 0x400, "values": 0x500, "indices": 0x600, "counters": 0, "piece_counts": 0, "lists": 0,
+        "pieces": 1, "list_room": 0, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1, "page_size": 1,
+        "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rows_of_map", [1, 3])
+def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
+    pages = Array(0x700, (rows_of_map, 20), "int32", row_stride=30)
+    result = topk_select(Array(0x400, (3, 70)), 6, sorted=False, return_values=False, index_map=pages, page_size=4)
+    assert result.values is None
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0)
+    wanted = {"index_map": 0x700, "values": 0, "indices": HEAP, "sorted": 0, "page_size": 4, "indices_stride": 6}
+    assert launch.arguments.items() >= (wanted | {"map_stride": 0 if rows_of_map == 1 else 30}).items()
+
+
+def test_topk_select_of_so_large_k_that_no_list_holds_it(recorder: Recorder) -> None:
+    topk_select(Array(0x400, (3, 50_000)), 40_000)
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_large", "topk_select_large", DTYPE=0)
+    assert launch.arguments == LIMITED | {
+        "scores": 0x400, "values": HEAP, "indices": launch.arguments["indices"], "num_rows": 3, "num_columns": 50_000,
+        "k": 40_000, "sorted": 1, "page_size": 1, "scores_stride": 50_000, "values_stride": 40_000,
+        "indices_stride": 40_000, "map_stride": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 300, 2**31 - 1, 2**31, 10**10])
+def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
+    topk_select(Array(0x1000, (n, 5000)), 100)
+    rows = [range(first, first + launch.grid[0]) for launch in recorder.launches
+            for first in [launch.arguments["first_row"]]]  # fmt: skip
+    assert rows[0][0] == 0
+    assert rows[-1][-1] == n - 1
+    assert all(a[-1] + 1 == b[0] for a, b in pairwise(rows))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
+    """A block for each piece, and scratch memory in which the lists of pieces do not meet."""
+    topk_select(Array(0x1000, (rows, 131_072)), 2048)
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1)
+    numbers = launch.arguments
+    assert launch.grid[0] == rows * numbers["pieces"]
+    assert numbers["pieces"] * numbers["list_room"] >= 131_072
+    assert numbers["counters"] == SCRATCH
+    assert numbers["piece_counts"] - numbers["counters"] >= 4 * rows
+    assert numbers["lists"] - numbers["piece_counts"] == 8 * launch.grid[0]
