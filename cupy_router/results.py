@@ -21,7 +21,8 @@ class Routing(NamedTuple):
 class TopK(NamedTuple):
     """The k largest scores of each row, best first.
 
-    values: [num_rows, k], dtype of the scores, bit copies of the inputs; -inf where a row holds fewer than k.
+    values: [num_rows, k], dtype of the scores, bit copies of the inputs; -inf where a row holds fewer than k. None if
+        they were not asked for.
     indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row holds fewer than k.
     """
 

@@ -95,7 +95,7 @@ struct BlockSort {
         __syncthreads();
     }
 
-private:
+  private:
     static __device__ __forceinline__ unsigned upper(Key key) { return static_cast<unsigned>(key >> 32); }
 
     // Which part of the keys lies above one that is so far down from the largest to the smallest. The best of many are the

@@ -16,7 +16,7 @@ struct KthKey {
 // `histogram`: RADIX words of shared memory. For k up to `length`.
 template <int Code, int Block>
 __device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::type* row, int length, int k,
-                                               int* histogram) {
+                                                  int* histogram) {
     static_assert(Block >= RADIX, "a thread for each bin");
     __shared__ unsigned chosen_bin;
     __shared__ int chosen_rest;

@@ -119,7 +119,7 @@ struct RowPiece {
         }
     }
 
-private:
+  private:
     template <int Word>
     static __device__ __forceinline__ void test_words(const Chunk& chunk, const Passes<Code>& passes, unsigned& found) {
         passes.template by_word<Word>(chunk.vector[Word / 4].word[Word % 4], found);
@@ -138,7 +138,7 @@ private:
 // are. Out of line, as most rows have no need of it.
 template <int Code, int Block, int Loads>
 __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
-                                         unsigned key, unsigned long long* list, int wanted) {
+                                            unsigned key, unsigned long long* list, int wanted) {
     typedef RowPiece<Code, Block, Loads> Piece;
     constexpr int VECTOR = Piece::VECTOR;
     const Piece piece(row, length, number, pieces);
@@ -168,6 +168,7 @@ __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* r
         }
         take(ties, piece.head + mine * VECTOR);
     }
-    if (piece.has_tail && piece.tail < length && taken < wanted) take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
+    if (piece.has_tail && piece.tail < length && taken < wanted)
+        take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
     return min(taken, wanted);
 }

@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                 values[row * values_stride + i] = column < 0 ? minus_infinity<DTYPE>() : source[column];
             }
             const bool maps = index_map != nullptr && column >= 0;
-            row_indices[i] = maps ? index_map[row * map_stride + column / page_size] * page_size + column % page_size
-                                  : column;
+            row_indices[i] =
+                maps ? index_map[row * map_stride + column / page_size] * page_size + column % page_size : column;
         }
         __syncthreads();
     }

@@ -66,7 +66,6 @@ __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, i
     all = {__shfl_sync(FULL_WARP, above_end, 31), __shfl_sync(FULL_WARP, ties_end, 31)};
     const bool too_long = __any_sync(FULL_WARP, above > room) || all.above > CAPACITY;
     if (too_long || all.above + all.ties < wanted) return false;
-    all.ties = max(0, min(all.ties, wanted - all.above));
 
     // As many threads for each piece.
     const int threads = BLOCK / pieces, piece = threadIdx.x / threads, first = threadIdx.x % threads;
@@ -92,8 +91,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
                      const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
                      int* __restrict__ indices, unsigned* counters, int* piece_counts, long long* lists, int pieces,
                      int list_room, long long first_row, int num_columns, int k, int sorted, int page_size,
-                     long long scores_stride, long long values_stride, long long indices_stride,
-                     long long map_stride) {
+                     long long scores_stride, long long values_stride, long long indices_stride, long long map_stride) {
 #ifdef __CUDACC__
     extern __shared__ __align__(16) unsigned char shared[];
 #else
@@ -128,9 +126,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         __syncthreads();
         found = {count, 0};
         if (threshold.tied && found.above < wanted) {
-            found.ties = collect_ties<DTYPE, BLOCK, 2>(source, span.length, split ? number : 0,
-                                                           split ? pieces : 1, threshold.key, list + found.above,
-                                                           min(wanted, room) - found.above);
+            found.ties =
+                collect_ties<DTYPE, BLOCK, 2>(source, span.length, split ? number : 0, split ? pieces : 1,
+                                              threshold.key, list + found.above, min(wanted, room) - found.above);
         }
         if (split) {
             Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;
