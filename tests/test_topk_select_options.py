@@ -115,3 +115,15 @@ SCORES = np.zeros((6, 16), np.float32)
 def test_bad_options(options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=f"^topk_select: {says}"):
         topk_select(SCORES, 4, **options)
+
+
+def test_in_jax_only_outside_of_jit() -> None:
+    jax = pytest.importorskip("jax")
+    scores = jax.numpy.asarray(inputs.normal((3, 40)))
+    values, indices = topk_select(scores, 5, sorted=False)
+    want = compare.topk(np.asarray(scores), 5, sorted=False)
+    compare.assert_same_bits(np.asarray(values), want[0])
+    compare.assert_same_bits(np.asarray(indices), want[1])
+    assert topk_select(scores, 5, return_values=False).values is None
+    with pytest.raises(ValueError, match="topk_select: sorted, return_values and index_map cannot be given inside jax"):
+        jax.jit(lambda scores: topk_select(scores, 5, sorted=False).indices)(scores)
