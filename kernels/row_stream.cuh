@@ -84,7 +84,6 @@ struct RowPiece {
             }
         }
         if (passes.nothing) return;
-        const unsigned lanes_before = (1u << threadIdx.x % 32) - 1u;
 #pragma unroll 1
         for (int first = begin; first < end; first += Loads * Block) {
             const int mine = first + static_cast<int>(threadIdx.x);
@@ -108,7 +107,8 @@ struct RowPiece {
 #pragma unroll 1
             for (unsigned lanes = ~0u; (lanes = __ballot_sync(FULL_WARP, found != 0)) != 0; place += __popc(lanes)) {
                 if (found == 0) continue;
-                const int bit = __ffs(found) - 1, my_place = place + __popc(lanes & lanes_before);
+                const int bit = __ffs(found) - 1;
+                const int my_place = place + __popc(lanes & ((1u << threadIdx.x % 32) - 1u));
                 found &= found - 1;
                 // Bits 0 to 15 are words, or their first halves.
                 const int word = bit % 16;
