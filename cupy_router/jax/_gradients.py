@@ -27,7 +27,7 @@ _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
 @lru_cache(maxsize=1024)
 def differentiable(name: str, options: Hashable, given: tuple[int, ...], number: int) -> Any:
-    """The node of an op with its gradient. An op that has none raises JAX's own error, that it cannot be differentiated.
+    """The node of an op with its gradient; without one, JAX says that it cannot be differentiated.
 
     JAX reaches `custom_vjp` before the `custom_vmap` inside, whichever of jax.grad and jax.vmap comes first.
     """
