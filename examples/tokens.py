@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task of all examples, as NumPy arrays: from a token's hidden state, tell the cluster of the token behind it.
 
-Tokens and clusters are those of `minilm_router.npz`: 2048 tokens of English prose, 128 clusters, of which the nearest by
-direction is a token's own.
+Tokens and clusters are those of `minilm_router.npz`: 2048 tokens of English prose and 128 clusters of hidden states, of
+which the nearest by direction is a token's own.
 """
 
 from __future__ import annotations
