@@ -30,7 +30,7 @@ def no(reason: str, *tests: str) -> Cell:
 
 
 CPU, GPU, STREAMS = "arrays::activation_topk_of_every_framework", "gpu/frameworks", "gpu/stream_table::the_table"
-NOT_THERE = Cell("–")  # the framework has no such thing
+NOT_THERE = Cell("-")  # the framework has no such thing
 
 # Feature -> cells in the order of COLUMNS.
 MATRIX: dict[str, tuple[Cell, ...]] = {

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CLAIMS = [
     (feature, column, cell) for feature, cells in MATRIX.items() for column, cell in zip(COLUMNS, cells, strict=True)
 ]
-MAY_STAND_ALONE = {"–", "arrays are dense", "not promised", "no", "untested"}
+MAY_STAND_ALONE = {"-", "arrays are dense", "not promised", "no", "untested"}
 
 
 @cache
