@@ -58,13 +58,20 @@ def _varying_alike(arrays: Sequence[Any]) -> list[Any]:
     axes = [_varying(jax.typeof(array)) for array in arrays]
     union = frozenset().union(*axes)
     return [
-        jax.lax.pcast(array, tuple(sorted(union - own)), to="varying") if own != union else array
+        array if own == union else _vary(array, tuple(sorted(union - own)))
         for array, own in zip(arrays, axes, strict=True)
     ]
 
 
+# JAX 0.8 has other names for both.
+
+
 def _varying(aval: Any) -> frozenset[str]:
-    """The axes of a mesh along which a value differs; JAX before 0.10 has another name for it."""
+    """The axes of a mesh along which a value differs."""
     kind = getattr(aval, "manual_axis_type", None)
     found: frozenset[str] = getattr(aval, "vma", frozenset()) if kind is None else kind.varying
     return found
+
+
+def _vary(array: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.pcast(array, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, axes)
