@@ -53,6 +53,7 @@ PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(K
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
     case = Case(kind, name, jnp.array)
     with case.wide:
