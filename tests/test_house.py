@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cupy_router"
 SOURCES = sorted(
     path
-    for folder in (".ci", "benchmarks", "cupy_router", "kernels", "tests")
+    for folder in (".ci", "benchmarks", "cupy_router", "examples", "kernels", "tests")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )

@@ -216,6 +216,7 @@ def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyP
     _targets.register()
     assert asked == {
         "topk_select": True, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
+        "activation_topk_backward": True,
     }  # fmt: skip
 
 

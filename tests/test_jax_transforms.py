@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Router as a pytree, and the ops under jax.grad, jax.vmap, jax.shard_map and jax.export, on the CPU."""
+"""A Router as a pytree, and the ops under jax.vmap, jax.shard_map and jax.export, on the CPU."""
 
 from __future__ import annotations
 
@@ -75,17 +75,6 @@ def test_a_router_of_a_checkpoint_file(tmp_path: Path) -> None:
     router = Router.from_safetensors(tmp_path / "model.safetensors", "layers.0", METHOD)
     x = jnp.array(inputs.normal((5, 16), seed=231))
     same_bits(jax.jit(lambda x: router(x))(x), Router(METHOD, weight=jnp.array(gate))(x))
-
-
-# -- jax.grad ----------------------------------------------------------------------------------------------------------
-
-
-def test_gradients_are_refused_and_may_be_stopped() -> None:
-    logits = jnp.array(inputs.normal((4, 32)))
-    with pytest.raises(ValueError, match=r"cupy_router\.activation_topk` cannot be differentiated"):
-        jax.grad(lambda a: activation_topk(a, METHOD).weights.sum())(logits)
-    stopped = jax.grad(lambda a: (activation_topk(jax.lax.stop_gradient(a), METHOD).weights * a[:, :4]).sum())(logits)
-    np.testing.assert_allclose(stopped[:, :4], activation_topk(logits, METHOD).weights)
 
 
 # -- jax.vmap ----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk
 from tests import inputs
+from tests.gradient_cases import SMALL
 from tests.steps import METHODS
-from tests.torch_gradients import SMALL, Case
+from tests.torch_gradients import Case
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 load_balance = pytest.importorskip("cupy_router.torch").load_balance

@@ -15,7 +15,7 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import inputs
+from tests import generated_code, inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 registry = pytest.importorskip("cupy_router.torch._registry")
@@ -214,3 +214,41 @@ def test_a_router_of_tensors_compiles_without_another_import() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+# -- Generated code ----------------------------------------------------------------------------------------------------
+
+
+def test_generated_code_has_the_ops_and_no_copy() -> None:
+    """Also of rows that lie apart: they are handed over as they are."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    call, wide = generated_code.strided_call(torch, "cpu")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    got, (code, *others) = run_and_get_code(compiled, wide)
+    assert not others, "more than one graph"
+    generated_code.assert_nothing_but_ops(code, {"activation_topk": 1, "dense_router": 1})
+    for a, b in zip(got, call(wide), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_check_of_generated_code_sees_copies() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    _, wide = generated_code.strided_call(torch, "cpu")
+    x = wide[:, :16]
+    code = run_and_get_code(torch.compile(lambda x: topk_select(x.t().contiguous(), 2)[0], fullgraph=True), x)[1][0]
+    with pytest.raises(AssertionError):
+        generated_code.assert_nothing_but_ops(code, {"topk_select": 1})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_calls_of_any_size_without_gradients(mode: Any) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: DENSE(x), backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (5, 1, 9):
+        with mode():
+            x = arguments(n)[0].requires_grad_()
+            assert_same(compiled(x), DENSE(x))

@@ -4,19 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router
-from tests import frameworks, inputs
-from tests.steps import METHODS, layer_of
-
-KINDS = ("activation_topk", "hash_router of logits", "hash_router of x", "dense_router", "Router", "hash Router")
-TOLERANCE = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-SMALL = [name for name, method in METHODS.items() if method.num_experts < 1000]
-TOKENS, HIDDEN = 6, 24
+from cupy_router import RoutingMethod
+from tests import frameworks
+from tests.gradient_cases import SMOOTH, TOLERANCE, Inputs
 
 
 def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = None, expert_scale: Any = None) -> Any:
@@ -59,53 +51,20 @@ SCORES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Case:
+class Case(Inputs):
     """A call of a kind with a method: `arrays` by name, those that have a gradient in `smooth`."""
 
     def __init__(self, kind: str, name: str, device: str = "cpu") -> None:
         import torch
 
-        self.kind, self.method = kind, METHODS[name]
-        number = list(METHODS).index(name) + KINDS.index(kind)
-        self.dtype = inputs.FLOATS[number % 3] if self.method.num_experts < 200 else "float32"
-        self.is_hash = kind.startswith("hash")
-        layer = layer_of(self.method, number)
-        self.layer = replace(layer, bias=None) if self.is_hash else layer
+        super().__init__(kind, name)
         place = frameworks.PyTorch(device).array
-        hosts = self._hosts() | {name: a for name, a in vars(self.layer).items() if a is not None}
-        self.arrays = {name: place(array) for name, array in hosts.items()}
-        smooth = ("logits", "x", "weight", "logit_bias", "expert_scale")
-        self.smooth = {name: a.requires_grad_() for name, a in self.arrays.items() if name in smooth}
-        self.upstream = torch.randn(TOKENS, self.method.num_columns, generator=torch.Generator().manual_seed(7))
-        self.upstream = self.upstream.to(device)
-
-    def _hosts(self) -> dict[str, np.ndarray]:
-        """Logits far apart, or factors that make such; a table that repeats an expert, and a token id outside it."""
-        method = self.method
-        hosts: dict[str, np.ndarray] = {}
-        if self.kind == "activation_topk" or self.kind.endswith("logits"):
-            hosts["logits"] = np.ascontiguousarray(inputs.distinct(TOKENS, method.num_logits, self.dtype))
-            if method.num_groups > 1 and method.score == "identity":
-                hosts["logits"] = (hosts["logits"].astype(np.float32) - 5).astype(hosts["logits"].dtype)
-        else:
-            hosts["x"] = inputs.normal((TOKENS, HIDDEN), self.dtype, seed=90)
-            hosts["weight"] = inputs.normal((method.num_logits, HIDDEN), self.dtype, seed=91, scale=HIDDEN**-0.5)
-        if self.is_hash:
-            table = [inputs.rng(92, row).permutation(method.num_experts)[: method.top_k] for row in range(9)]
-            table[2][-1] = table[2][0]
-            hosts |= {"table": np.stack(table).astype(np.int32), "token_ids": np.array([2, 8, 0, 9, 2, 5], np.int32)}
-        return hosts
+        self.arrays = {name: place(array) for name, array in self.hosts.items()}
+        self.smooth = {name: a.requires_grad_() for name, a in self.arrays.items() if name in SMOOTH}
+        self.upstream = torch.from_numpy(self.upstream_host).to(device)
 
     def call(self, **more: Any) -> Any:
-        given, method = dict(self.arrays), self.method
-        if self.kind == "activation_topk":
-            return activation_topk(given.pop("logits"), method, **given, **more)
-        if self.kind == "dense_router":
-            return dense_router(given.pop("x"), given.pop("weight"), method, **given, **more)
-        if self.kind.startswith("hash_router"):
-            return hash_router(given.pop("token_ids"), given.pop("table"), method, **given, **more)
-        x, token_ids = given.pop("x"), given.pop("token_ids", None)
-        return Router(method, **given)(x, token_ids, **more)
+        return self.route(self.arrays, **more)
 
     def check(self, routing: Any) -> None:
         """The gradients of what a call gave are those of the twin in float64, within rounding."""

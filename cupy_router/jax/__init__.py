@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops as citizens of JAX: importing this room registers them with XLA, by its typed FFI.
 
-From then on the public functions and a Router may be called inside `jax.jit`, `jax.vmap` and `jax.shard_map`. On a GPU
-kernels are enqueued on XLA's own stream and read and write XLA's own buffers; on a CPU the NumPy reference does. Calls
-with arrays that hold values go on as without this room.
+From then on the public functions and a Router may be called inside `jax.jit`, `jax.grad`, `jax.vmap` and
+`jax.shard_map`. On a GPU kernels are enqueued on XLA's own stream and read and write XLA's own buffers; on a CPU the
+NumPy reference does. Calls with arrays that hold values go on as without this room.
 
     import cupy_router.jax  # not needed once any op or Router was given an array or a tracer of JAX
 
@@ -13,8 +13,12 @@ A Router is a pytree of its arrays, so it can be an argument of what is traced; 
 are constants. `jax.vmap` makes one call of the rows of all. jit alone gathers an array that is sharded over devices
 before the call: `jax.shard_map` routes each device's tokens where they are.
 
-`jax.export` needs `disabled_checks` for the targets, `DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`;
-the process that loads the program imports this room first.
+Weights have first derivatives, in reverse mode, by all float inputs that they depend on; indices and a bias that only
+selects have none. What `topk_select` selects from has to pass `jax.lax.stop_gradient`.
+
+`jax.export` needs `disabled_checks` for the targets, `DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`,
+and for a gradient also "cupy_router.activation_topk_backward"; the process that loads the program imports this room
+first.
 """
 
 from __future__ import annotations

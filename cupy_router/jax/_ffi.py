@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,21 +46,25 @@ _BUFFER_FIELDS = "@NP iPqP"  # XLA_FFI_Buffer: struct_size, extension, dtype, da
 _SPAN = "@PN"  # XLA_FFI_ByteSpan: start, size
 _FRAME_BYTES = struct.calcsize(_FRAME)
 
+# All memory as one buffer, of which a reader is told the address: half the time of a buffer for each read.
+_memory = (ctypes.c_char * (1 << 62)).from_address(0)
 
-def _reader(format: str) -> Callable[[int], tuple[Any, ...]]:
-    """What reads C fields at an address."""
-    layout = struct.Struct(format)
-    block, unpack = ctypes.c_char * layout.size, layout.unpack_from
-    return lambda address: unpack(block.from_address(address))
+_Reader = Callable[[Any, int], tuple[Any, ...]]
+
+
+def _reader(format: str) -> _Reader:
+    """What reads C fields of `_memory` at an address."""
+    return struct.Struct(format).unpack_from
 
 
 _read_frame, _read_buffer, _read_span = map(_reader, (_FRAME, _BUFFER_FIELDS, _SPAN))
 
 # By length: at most so many buffers and axes.
 _MOST = 16
-_read_ints, _read_pointers, _read_dims = (
+_read_ints, _read_pointers, _read_bytes = (
     [_reader(format.format(n, 8 * n)) for n in range(_MOST + 1)] for format in ("{0}i", "{0}P", "{1}s")
 )
+_ALL_BUFFERS = [(_BUFFER,) * n for n in range(_MOST + 1)]
 
 
 class _Sized(ctypes.Structure):
@@ -94,13 +99,19 @@ class _ErrorDetails(_Sized):
     _fields_ = [("error", _pointer), ("message", ctypes.c_char_p), ("code", ctypes.c_int)]
 
 
-class _StreamGet(_Sized):
-    _fields_ = [("context", _pointer), ("stream", _pointer)]
+# XLA_FFI_Stream_Get_Args and XLA_FFI_DeviceOrdinal_Get_Args: struct_size, extension, ctx, then what is asked for.
+_STREAM_GET_ARGS, _DEVICE_ORDINAL_GET_ARGS = struct.Struct("@NPPP"), struct.Struct("@NPPi")
 
 
-class _DeviceOrdinalGet(_Sized):
-    _fields_ = [("context", _pointer), ("ordinal", ctypes.c_int32)]
+class _Scratch(threading.local):
+    """Memory of a thread for the arguments of one function of XLA's at a time."""
 
+    def __init__(self) -> None:
+        self.buffer = bytearray(_STREAM_GET_ARGS.size)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+
+
+_scratch = _Scratch()
 
 # These are called with the GIL held: they take a microsecond at most, and giving it up would invite others to run.
 _FUNCTION = ctypes.PYFUNCTYPE(_pointer, _pointer)
@@ -135,7 +146,7 @@ def handler(name: str, execute: Callable[[Execution], None], on_cuda: bool, comm
     """
 
     def handle(address: int) -> int | None:
-        size, extension, api, context, stage, *lists = _read_frame(address)
+        size, extension, api, context, stage, *lists = _read_frame(_memory, address)
         try:
             if size < _FRAME_BYTES:
                 raise RuntimeError(f"XLA's call frame has {size} bytes, fewer than in version 0.1")
@@ -181,23 +192,23 @@ def _read(lists: list[int], device: tuple[str, int], stream: int) -> Execution:
     facts: list[tuple[int, bytes, int]] = []
     for size, types, items in ((num_inputs, input_types, inputs), (num_results, result_types, results)):
         if size:
-            if size > _MOST or _read_ints[size](types) != (_BUFFER,) * size:
+            if size > _MOST or _read_ints[size](_memory, types) != _ALL_BUFFERS[size]:
                 raise RuntimeError(f"XLA passes more than {_MOST} arguments, or one that is no buffer")
-            addresses += _read_pointers[size](items)
+            addresses += _read_pointers[size](_memory, items)
     for address in addresses:
-        _, _, dtype, pointer, rank, dims = _read_buffer(address)
+        _, _, dtype, pointer, rank, dims = _read_buffer(_memory, address)
         pointers.append(pointer)
         if rank > _MOST:
             raise RuntimeError(f"XLA passes an array of {rank} axes")
-        facts.append((dtype, _read_dims[rank](dims)[0] if rank else b"", pointer & 15))
+        facts.append((dtype, _read_bytes[rank](_memory, dims)[0] if rank else b"", pointer & 15))
     return Execution(_attribute(*attributes), num_inputs, pointers, tuple(facts), device, stream)
 
 
 def _attribute(size: int, types: int, names: int, items: int) -> bytes:
-    if size != 1 or _read_ints[1](types) != (_STRING,):
+    if size != 1 or _read_ints[1](_memory, types) != (_STRING,):
         raise RuntimeError(f"a call needs the attribute {ATTRIBUTE!r}, a string, and no other one")
-    (span,) = _read_pointers[1](items)
-    start, length = _read_span(span)
+    (span,) = _read_pointers[1](_memory, items)
+    start, length = _read_span(_memory, span)
     return ctypes.string_at(start, length)
 
 
@@ -222,24 +233,27 @@ class _Functions:
 
     def stream(self, context: int) -> int:
         """The CUDA stream of an execution."""
-        args = _StreamGet(_used(_StreamGet), None, context)
-        self._check(self._get_stream(ctypes.addressof(args)))
-        return args.stream or 0
+        return self._ask(self._get_stream, _STREAM_GET_ARGS, context)
 
     def device(self, context: int) -> int:
         """The number of its device, which is CUDA's."""
-        args = _DeviceOrdinalGet(_used(_DeviceOrdinalGet), None, context)
-        self._check(self._get_ordinal(ctypes.addressof(args)))
-        return int(args.ordinal)
+        return self._ask(self._get_ordinal, _DEVICE_ORDINAL_GET_ARGS, context)
 
-    def _check(self, error: int | None) -> None:
+    def _ask(self, function: Any, layout: struct.Struct, context: int) -> int:
+        buffer = _scratch.buffer
+        layout.pack_into(buffer, 0, layout.size, 0, context, 0)
+        error = function(_scratch.address)
         if error:
-            # Version 0.4 renamed GetMessage to GetDetails, which also tells a code: this struct is right for both.
-            args = _ErrorDetails(_used(_ErrorDetails), None, error)
-            _FUNCTION(self._table.functions[_ERROR_GET_MESSAGE])(ctypes.addressof(args))
-            message = (args.message or b"").decode()
-            _FUNCTION(self._table.functions[_ERROR_DESTROY])(ctypes.addressof(args))  # only its `error` is read
-            raise RuntimeError(f"XLA: {message}")
+            self._raise(error)
+        return int(layout.unpack_from(buffer)[3])
+
+    def _raise(self, error: int) -> None:
+        # Version 0.4 renamed GetMessage to GetDetails, which also tells a code: this struct is right for both.
+        args = _ErrorDetails(_used(_ErrorDetails), None, error)
+        _FUNCTION(self._table.functions[_ERROR_GET_MESSAGE])(ctypes.addressof(args))
+        message = (args.message or b"").decode()
+        _FUNCTION(self._table.functions[_ERROR_DESTROY])(ctypes.addressof(args))  # only its `error` is read
+        raise RuntimeError(f"XLA: {message}")
 
 
 _known: dict[int, _Functions] = {}  # by the address of the table, of which each library with XLA in it has one

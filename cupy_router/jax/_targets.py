@@ -14,15 +14,22 @@ import jax
 from cupy_router import compiler
 from cupy_router.arrays import View
 from cupy_router.jax import _exit, _ffi, _text
-from cupy_router.ops import _call, _hash_layer, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops import (
+    _call,
+    _hash_layer,
+    activation_topk,
+    activation_topk_backward,
+    dense_router,
+    hash_router,
+    topk_select,
+)
 
-OPS: dict[str, _call.Op] = {
-    module._OP.name: module._OP for module in (topk_select, activation_topk, hash_router, dense_router, _hash_layer)
-}
+_MODULES = (topk_select, activation_topk, hash_router, dense_router, _hash_layer, activation_topk_backward)
+OPS: dict[str, _call.Op] = {module._OP.name: module._OP for module in _MODULES}
 
 # The others use memory of `scratch`, which is one piece more for each capture and never freed: XLA captures anew
 # whenever buffers move.
-_COMMAND_BUFFERS = ("activation_topk", "hash_router")
+_COMMAND_BUFFERS = ("activation_topk", "hash_router", "activation_topk_backward")
 
 _handlers: list[Any] = []  # XLA keeps their addresses
 

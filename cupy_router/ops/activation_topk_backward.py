@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from cupy_router.arrays import Output, View
@@ -14,6 +16,9 @@ from cupy_router.ops import activation_topk as scoring
 from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import activation_topk_backward as reference
 from cupy_router.score_function import ScoreFunction
+
+# What frameworks answer where a gradient of gradients is asked for.
+NO_SECOND_DERIVATIVE = "cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
 
 _WIDE_BLOCK = 256
 _MAX_REPEATED = 8192  # weights of a token where experts may repeat; a float of shared memory each
@@ -168,6 +173,16 @@ def kernel(
 def weighed(method: RoutingMethod) -> int:
     """How many columns of the weights a logit stands behind."""
     return method.num_columns if method.shared_in_normalizer else method.top_k
+
+
+@cache
+def without_factors(method: RoutingMethod) -> RoutingMethod:
+    """What weighs the chosen experts alike, but for the dtypes and for shared experts that do not matter.
+
+    With it and no expert_scale, `hash_router` gives what the gradient by expert_scale is made of.
+    """
+    shared = method.num_shared_experts if method.shared_in_normalizer else 0
+    return replace(method, num_shared_experts=shared, weight_dtype="float32", index_dtype="int32")
 
 
 def _reference(

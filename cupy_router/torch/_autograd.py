@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from cupy_router.arrays import _torch as tensors
 from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk_backward
-from cupy_router.ops.activation_topk_backward import Options
+from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
 from cupy_router.torch._product import gate_product
 
 is_grad_enabled = torch.is_grad_enabled
@@ -173,7 +171,7 @@ def _by_expert_scale(
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
     experts = indices[:, : method.top_k]
     plain = torch.ops.cupy_router.hash_router(
-        _without_factors(method).number, rows, experts, logits, None, None, logit_bias, None, None, -1
+        without_factors(method).number, rows, experts, logits, None, None, logit_bias, None, None, -1
     )[0][:, : method.top_k]
     products = grad_weights[:, : method.top_k].float() * plain
     # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.
@@ -191,12 +189,5 @@ def gradient_by_x(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
     return gradients(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash, by_op=False)["x"]
 
 
-@cache
-def _without_factors(method: RoutingMethod) -> RoutingMethod:
-    """What weighs the chosen experts alike, but for the dtypes and for shared experts that do not matter."""
-    shared = method.num_shared_experts if method.shared_in_normalizer else 0
-    return replace(method, num_shared_experts=shared, weight_dtype="float32", index_dtype="int32")
-
-
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("cupy_router: the weights of a routing have first derivatives only, so this has no gradient")
+    raise RuntimeError(NO_SECOND_DERIVATIVE)

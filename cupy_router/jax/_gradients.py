@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the weights under jax.grad and its kin, by every float input that they depend on.
+
+The way forward is the call itself, so weights are the same with a gradient and without. The way back is one more op,
+`activation_topk_backward`, and products of JAX's own. Logits that the call did not get, because it got x and the gate,
+are computed anew there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cupy_router.jax import _nodes
+from cupy_router.jax._targets import OPS
+from cupy_router.method import RoutingMethod
+from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
+from cupy_router.ops.hash_router import _OP as HASH_ROUTER
+
+# What may be needed on the way back; also what has a gradient, if the call got it.
+_SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+
+
+@lru_cache(maxsize=1024)
+def differentiable(name: str, options: Hashable, given: tuple[int, ...], number: int) -> Any:
+    """The node of an op with its gradient; without one, JAX says that it cannot be differentiated.
+
+    JAX reaches `custom_vjp` before the `custom_vmap` inside, whichever of jax.grad and jax.vmap comes first.
+    """
+    op = OPS[name]
+    if not op.smooth:
+        return _nodes.node(name, options, given, number)
+    method: Any = options[0] if isinstance(options, tuple) else options
+    names = [op.inputs[i] for i in given]
+    routed = jax.custom_vjp(_nodes.node(name, options, given, number))
+
+    def forward(*arrays: Any) -> tuple[Any, Any]:
+        weights, indices = routed(*arrays)
+        by_name = dict(zip(names, arrays, strict=True))
+        return (weights, indices), (indices, {name: by_name.get(name) for name in _SAVED})
+
+    def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
+        indices, arrays = saved
+        found = {}
+        if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
+            found = _gradients(method, cotangents[0], indices, arrays, repeated="table" in names)
+        return tuple(found.get(name) for name in names)  # None: a gradient of 0, or none
+
+    routed.defvjp(forward, backward)
+    return routed
+
+
+def _gradients(
+    method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
+) -> dict[str, Any]:
+    """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
+    logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
+    found: dict[str, Any] = {}
+    if logits is None:
+        # As exact as the call's own, whatever JAX is set to: a score's slope is taken where the score was.
+        logits = _product(x, weight.T, jax.lax.Precision.HIGHEST)
+    dtype = None if logit_bias is None else "float32"  # a sum over all tokens is to be rounded once
+    given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
+    given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
+    places = tuple(i for i, array in enumerate(given.values()) if array is not None)
+    called = _first_only(Options(method, dtype, repeated), places)
+    (grad_logits,) = called(*(array for array in given.values() if array is not None))
+    if x is None:
+        found["logits"] = grad_logits.astype(logits.dtype)
+    else:
+        found["x"] = _product(grad_logits, weight).astype(x.dtype)
+        found["weight"] = _product(grad_logits.T, x).astype(weight.dtype)
+    if logit_bias is not None:
+        found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
+    if expert_scale is not None:
+        found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias)
+    return found
+
+
+def _product(a: Any, b: Any, precision: Any = None) -> Any:
+    """In float32; of 16-bit floats of one dtype exactly, others as JAX is set to multiply float32."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:
+    """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
+    num_tokens, experts = len(indices), indices[:, : method.top_k]
+    given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
+    given |= {} if logit_bias is None else {"logit_bias": logit_bias}
+    places = tuple(HASH_ROUTER.inputs.index(name) for name in given)
+    plain, _ = differentiable("hash_router", without_factors(method), places, -1)(*given.values())
+    products = grad_weights[:, : method.top_k].astype(jnp.float32) * plain[:, : method.top_k]
+    # Rows without experts have weights 0, wherever their -1 leads. A scatter without repetitions and a sum are the same
+    # to the bit every time.
+    rows = jnp.arange(num_tokens)[:, None]
+    dense = jnp.zeros((num_tokens, method.num_experts), jnp.float32)
+    return dense.at[rows, experts].add(products).sum(0)
+
+
+@lru_cache(maxsize=1024)
+def _first_only(options: Options, given: tuple[int, ...]) -> Any:
+    """The node of `activation_topk_backward`, which refuses to be differentiated itself."""
+    called = jax.custom_vjp(_nodes.node("activation_topk_backward", options, given, -1))
+
+    def refuse(*arrays: Any) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    called.defvjp(refuse, refuse)
+    return called

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture-of-experts layer in JAX: `python -m examples.moe_jax`, on a GPU if there is one.
+
+Every expert sees every token, and the weights of the router, 0 but for the experts that it chose, mix what they say.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cupy_router import dense_router
+from examples import tokens
+
+
+def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
+    """What `dense_router` is here, in JAX alone."""
+    scores = jnp.sqrt(jax.nn.softplus(x @ gate.T))
+    weights, indices = jax.lax.top_k(scores, tokens.METHOD.top_k)
+    return weights / weights.sum(axis=1, keepdims=True), indices
+
+
+def moe(parameters: dict[str, Any], x: Any, plain: bool) -> Any:
+    """[num_tokens, hidden] -> scores of clusters."""
+    gate = parameters["gate"]
+    weights, indices = plain_router(x, gate) if plain else dense_router(x, gate, tokens.METHOD)
+    mix = jnp.zeros((len(x), tokens.METHOD.num_experts)).at[jnp.arange(len(x))[:, None], indices].set(weights)
+    inner = jax.nn.relu(jnp.einsum("nh,ehw->new", x, parameters["up"]))
+    return (x + jnp.einsum("ne,new,ewh->nh", mix, inner, parameters["down"])) @ parameters["head"]
+
+
+def loss_of(parameters: dict[str, Any], x: Any, clusters: Any, plain: bool) -> Any:
+    chances = jax.nn.log_softmax(moe(parameters, x, plain))
+    return -jnp.take_along_axis(chances, clusters[:, None], axis=1).mean()
+
+
+@partial(jax.jit, static_argnames="plain", donate_argnums=(0, 1))
+def step(parameters: Any, velocity: Any, x: Any, clusters: Any, plain: bool) -> tuple[Any, Any, Any]:
+    """New parameters and velocity, of gradient descent with momentum, and the loss before."""
+    loss, found = jax.value_and_grad(loss_of)(parameters, x, clusters, plain)
+    velocity = jax.tree.map(lambda v, g: tokens.MOMENTUM * v + g, velocity, found)
+    return jax.tree.map(lambda p, v: p - tokens.LEARNING_RATE * v, parameters, velocity), velocity, loss
+
+
+def train(steps: int = 200, plain: bool = False) -> list[float]:
+    """The loss of each step."""
+    hidden, clusters = (jnp.array(array) for array in tokens.load())
+    parameters = jax.tree.map(jnp.array, tokens.parameters())
+    velocity = jax.tree.map(jnp.zeros_like, parameters)
+    losses = []
+    for batch in tokens.batches(steps):
+        parameters, velocity, loss = step(parameters, velocity, hidden[batch], clusters[batch], plain)
+        losses.append(loss)
+    return [float(loss) for loss in losses]
+
+
+if __name__ == "__main__":
+    for number, loss in enumerate(train()):
+        if number % 20 == 19:
+            print(f"step {number + 1:3}: loss {loss:.3f}")

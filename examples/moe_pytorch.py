@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture-of-experts layer in PyTorch: `python -m examples.moe_pytorch`, on a GPU if there is one.
+
+Every expert sees every token, and the weights of the router, 0 but for the experts that it chose, mix what they say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cupy_router import dense_router
+from examples import tokens
+
+
+def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
+    """What `dense_router` is here, in PyTorch alone."""
+    scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
+    weights, indices = scores.topk(tokens.METHOD.top_k, dim=1)
+    return weights / weights.sum(dim=1, keepdim=True), indices
+
+
+class MoE(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, plain: bool = False) -> None:
+        super().__init__()
+        for name, value in tokens.parameters().items():
+            setattr(self, name, torch.nn.Parameter(torch.from_numpy(value)))
+        self.plain = plain
+
+    def forward(self, x: Any) -> Any:
+        """[num_tokens, hidden] -> scores of clusters."""
+        router = plain_router(x, self.gate) if self.plain else dense_router(x, self.gate, tokens.METHOD)
+        weights, indices = router
+        mix = x.new_zeros(len(x), tokens.METHOD.num_experts).scatter(1, indices.long(), weights)
+        inner = torch.relu(torch.einsum("nh,ehw->new", x, self.up))
+        return (x + torch.einsum("ne,new,ewh->nh", mix, inner, self.down)) @ self.head
+
+
+def train(steps: int = 200, plain: bool = False) -> list[float]:
+    """The loss of each step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, clusters = (torch.from_numpy(array).to(device) for array in tokens.load())
+    model = MoE(plain).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), tokens.LEARNING_RATE, tokens.MOMENTUM)
+    losses = []
+    for batch in tokens.batches(steps):
+        rows = torch.from_numpy(batch).to(device)
+        loss = torch.nn.functional.cross_entropy(model(hidden[rows]), clusters[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [float(loss) for loss in losses]
+
+
+if __name__ == "__main__":
+    for step, loss in enumerate(train()):
+        if step % 20 == 19:
+            print(f"step {step + 1:3}: loss {loss:.3f}")

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works in which framework, with the tests that show it: `python -m tests.framework_matrix --write`.
+
+The tables of docs/frameworks.md are made of this; tests/test_framework_matrix.py checks that the tests exist.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "frameworks.md"
+COLUMNS = ("PyTorch", "JAX", "CuPy", "NumPy", "other DLPack")
+
+
+class Cell(NamedTuple):
+    """What a cell says, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
+
+    said: str
+    tests: tuple[str, ...] = ()
+
+
+def yes(*tests: str) -> Cell:
+    return Cell("yes", tests)
+
+
+def no(reason: str, *tests: str) -> Cell:
+    return Cell(reason, tests)
+
+
+CPU, GPU, STREAMS = "arrays::activation_topk_of_every_framework", "gpu/frameworks", "gpu/stream_table::the_table"
+NOT_THERE = Cell("-")  # the framework has no such thing
+
+# Feature -> cells in the order of COLUMNS.
+MATRIX: dict[str, tuple[Cell, ...]] = {
+    "results of the caller's type, without a copy": (
+        yes(CPU, f"{GPU}::results_are_right_and_of_the_callers_type", "gpu/memory::no_copy_is_made"),
+        yes(CPU, f"{GPU}::results_are_right_and_of_the_callers_type", "gpu/memory::no_copy_is_made"),
+        yes(f"{GPU}::results_are_right_and_of_the_callers_type", "gpu/memory::no_copy_is_made"),
+        yes(CPU, "arrays::results_outlive_the_inputs_and_share_no_memory"),
+        Cell("the closest type", ("dlpack_frameworks::arrays_go_in_and_the_closest_type_comes_out",
+                                  f"{GPU}::arrays_with_nothing_but_dlpack")),
+    ),
+    "float32, float16, bfloat16": (
+        yes("arrays::topk_select_of_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
+        yes("arrays::topk_select_of_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
+        yes(f"{GPU}::results_are_right_and_of_the_callers_type"),
+        Cell("yes, by ml_dtypes", ("arrays::topk_select_of_every_framework",)),
+        yes("arrays::the_c_exchange_api_sees_what_the_attributes_say"),
+    ),
+    "rows that lie apart, without a copy": (
+        yes("arrays::torch_layouts", f"{GPU}::views_of_torch_tensors"),
+        no("arrays are dense"),
+        yes("activation_topk::layout"),
+        yes("arrays::any_row_stride_and_alignment"),
+        yes("arrays::an_ndarray_subclass_and_a_dlpack_only_array"),
+    ),
+    "`out=`": (
+        yes("arrays::out_of_every_framework_that_may_be_written", f"{GPU}::out_is_filled_and_returned"),
+        no("no: immutable", "arrays::jax_out_is_refused", f"{GPU}::jax_out_is_refused_and_unchanged"),
+        yes(f"{GPU}::out_is_filled_and_returned"),
+        yes("arrays::out_of_every_framework_that_may_be_written"),
+        yes("dlpack_frameworks::out_is_filled_in_place"),
+    ),
+    "arrays of several frameworks in one call": (
+        yes("arrays::arrays_of_several_frameworks_give_the_first_ones",
+            f"{GPU}::frameworks_may_be_mixed_on_one_device"),
+        yes("arrays::arrays_of_several_frameworks_give_the_first_ones",
+            f"{GPU}::frameworks_may_be_mixed_on_one_device"),
+        yes(f"{GPU}::frameworks_may_be_mixed_on_one_device"),
+        yes("arrays::arrays_of_several_frameworks_give_the_first_ones"),
+        yes("dlpack_frameworks::they_go_with_arrays_of_others"),
+    ),
+    "the framework's current stream": (
+        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+        Cell("ordered by DLPack", ("gpu/stream_table::jax_orders_both_ways",
+                                   "gpu/streams::jax_behind_a_slow_producer_with_inputs_freed_at_once")),
+        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+        NOT_THERE,
+        Cell("CuPy's", ("gpu/stream_table::dlpack_orders_what_nobody_else_does",)),
+    ),
+    "`stream=`": (
+        yes(STREAMS, "gpu/streams::on_a_given_stream"),
+        Cell("eager calls", ("gpu/stream_table::jax_orders_both_ways",)),
+        yes(STREAMS, "gpu/streams::on_a_given_stream"),
+        NOT_THERE,
+        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+    ),
+    "the host never waits": (
+        yes(STREAMS, "gpu/autograd_gpu::the_host_does_not_wait",
+            "gpu/torch_gpu::a_compiled_call_on_a_side_stream_does_not_wait"),
+        yes("gpu/jax_jit_gpu::the_host_does_not_wait", "gpu/jax_gradients_gpu::the_way_back_behind_a_slow_producer"),
+        yes(STREAMS, "gpu/cupy_gpu::every_allocator"),
+        NOT_THERE,
+        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+    ),
+    "memory of the framework's own allocator": (
+        yes("gpu/memory::a_warm_call_from_torch_allocates_its_results_only"),
+        Cell("CuPy's; XLA's under jit", ("gpu/memory::a_warm_call_from_jax_allocates_its_results_only",
+                                         "gpu/jax_jit_gpu::donated_arguments_and_inputs_that_are_kept")),
+        yes("gpu/memory::a_warm_call_from_cupy_allocates_its_results_only", "gpu/cupy_gpu::every_allocator"),
+        NOT_THERE,
+        Cell("CuPy's", (f"{GPU}::arrays_with_nothing_but_dlpack",)),
+    ),
+    "CUDA graphs": (
+        yes("gpu/graphs::replay_on_changed_inputs", "gpu/torch_gpu::a_captured_call_is_one_kernel",
+            "gpu/autograd_gpu::a_captured_step_is_replayed_on_other_values",
+            "gpu/torch_gpu::reduce_overhead_replays_a_graph"),
+        Cell("XLA's command buffers", ("gpu/jax_jit_gpu::with_and_without_command_buffers",
+                                       "gpu/jax_gradients_gpu::with_and_without_command_buffers")),
+        yes("gpu/graphs::replay_on_changed_inputs", "gpu/cupy_gpu::a_graph_with_every_allocator"),
+        NOT_THERE,
+        no("not promised"),
+    ),
+    "compiled: `torch.compile(fullgraph=True)`, `jax.jit`": (
+        yes("torch_ops::a_call_compiles_into_one_graph", "torch_ops::generated_code_has_the_ops_and_no_copy",
+            "gpu/torch_gpu::compiled_for_any_number_of_tokens",
+            "gpu/torch_gpu::generated_code_has_the_ops_and_no_copy"),
+        yes("jax_jit::a_traced_call_gives_what_an_eager_call_gives",
+            "gpu/jax_jit_gpu::a_traced_call_gives_what_an_eager_call_gives"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "exported: `torch.export`, `jax.export`": (
+        yes("torch_ops::a_model_exports"),
+        yes("jax_transforms::an_exported_program_means_the_same_in_another_process",
+            "jax_gradients::an_exported_gradient"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "registered as PyTorch wants it: `opcheck`": (
+        yes("torch_ops::opcheck", "torch_autograd::opcheck", "gpu/torch_gpu::opcheck"),
+        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "gradients of weights": (
+        yes("torch_autograd::gradients_are_those_of_plain_pytorch",
+            "torch_autograd::compiled_calls_have_the_same_gradients",
+            "gpu/autograd_gpu::gradients_are_those_of_plain_pytorch"),
+        yes("jax_gradients::gradients_are_those_of_plain_jax", "jax_gradients::gradients_are_central_differences",
+            "jax_gradients::under_other_transformations",
+            "gpu/jax_gradients_gpu::gradients_are_those_of_plain_jax"),
+        Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
+                                      "activation_topk_backward::every_step")),
+        Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
+                                      "activation_topk_backward::every_step")),
+        NOT_THERE,
+    ),
+    "second derivatives": (
+        no("no", "torch_autograd::a_second_derivative_is_refused"),
+        no("no", "jax_gradients::a_second_derivative_is_refused",
+           "jax_gradients::forward_mode_is_refused_by_jax"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "`vmap`": (
+        no("no"),
+        yes("jax_transforms::vmap_is_a_loop_of_calls", "jax_transforms::vmap_over_tokens_is_one_call",
+            "gpu/jax_jit_gpu::vmap_is_a_loop_of_calls", "jax_gradients::vmap_over_gates_and_over_tokens"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "without gradients: `inference_mode`, `stop_gradient`": (
+        yes("torch_autograd::without_grad_mode_nothing_is_remembered",
+            "gpu/torch_gpu::inference_mode_and_tensors_that_require_grad"),
+        yes("jax_gradients::stopped_gradients_are_zero"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "mixed precision: `autocast`": (
+        yes("torch_autograd::autocast_does_not_round_the_way_back",
+            "gpu/autograd_gpu::autocast_does_not_round_the_way_back"),
+        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "a device that is not current": (
+        yes("gpu/torch_gpu::a_device_that_is_not_current"),
+        yes("gpu/jax_jit_gpu::two_devices"),
+        yes(f"{GPU}::a_second_device_is_used_without_being_current", "gpu/cupy_gpu::under_another_current_device"),
+        NOT_THERE, NOT_THERE,
+    ),
+    "one call over several devices: `shard_map`": (
+        NOT_THERE,
+        yes("jax_transforms::shard_map_routes_the_tokens_of_each_device_where_they_are",
+            "jax_gradients::gradients_inside_and_outside_of_shard_map", "gpu/jax_gradients_gpu::two_devices"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
+    "`num_valid` in an array": (
+        yes("torch_autograd::padding_has_no_gradient", f"{GPU}::num_valid_in_an_array_of_the_framework",
+            "gpu/graphs::replay_with_another_num_valid"),
+        yes("jax_jit::num_valid_is_clamped_and_no_constant", "jax_gradients::padding_has_no_gradient",
+            f"{GPU}::num_valid_in_an_array_of_the_framework"),
+        yes(f"{GPU}::num_valid_in_an_array_of_the_framework", "gpu/graphs::replay_with_another_num_valid"),
+        yes("activation_topk::num_valid_in_an_array_is_clamped"),
+        yes("dlpack_frameworks::num_valid_in_an_array"),
+    ),
+    "eight threads": (
+        yes("gpu/threads::eight_threads"),
+        yes("gpu/threads::eight_threads", "gpu/jax_jit_gpu::eight_threads", "jax_jit::many_threads"),
+        yes("gpu/threads::eight_threads", "gpu/threads::threads_keep_their_current_streams_apart"),
+        no("untested"),
+        no("untested"),
+    ),
+    "a Router as a part of models": (
+        Cell("`replace_routers`", ("replace_routers::family",
+                                   "torch_ops::a_model_that_holds_routers_compiles_into_one_graph")),
+        Cell("a pytree", ("jax_transforms::a_router_is_a_pytree_of_its_arrays",
+                          "jax_gradients::a_router_learns_as_a_pytree")),
+        yes("router::results_are_of_the_framework_of_x"),
+        yes("router::results_are_of_the_framework_of_x"),
+        NOT_THERE,
+    ),
+}  # fmt: skip
+
+
+def path_and_function(test: str) -> tuple[str, str]:
+    """`gpu/graphs::replay` -> tests/gpu/test_graphs.py, test_replay."""
+    stem, _, name = test.partition("::")
+    folder, _, file = stem.rpartition("/")
+    return "/".join(filter(None, ("tests", folder, f"test_{file}.py"))), f"test_{name}"
+
+
+def tables() -> str:
+    """Both tables in Markdown: what works, and the tests."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "| --- |" + " :---: |" * len(COLUMNS)]
+    lines += [f"| {feature} | {' | '.join(cell.said for cell in cells)} |" for feature, cells in MATRIX.items()]
+    lines += ["", "## The tests", ""]
+    for feature, cells in MATRIX.items():
+        lines += [f"**{feature}**", ""]
+        columns: dict[tuple[str, ...], list[str]] = {}
+        for column, cell in zip(COLUMNS, cells, strict=True):
+            if cell.tests:
+                columns.setdefault(cell.tests, []).append(column)
+        for tests, names in columns.items():
+            named = ", ".join("`{}::{}`".format(*path_and_function(test)) for test in tests)
+            lines.append(f"- {', '.join(names)}: {named}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+
+
+def updated(text: str) -> str:
+    """The document with today's tables."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    text = DOCUMENT.read_text()
+    if "--write" in sys.argv:
+        DOCUMENT.write_text(updated(text))
+    else:
+        sys.exit(text != updated(text))

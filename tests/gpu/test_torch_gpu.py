@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as PyTorch's own on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_router import Router, RoutingMethod, activation_topk, dense_router
+from tests import generated_code, inputs
+from tests.gpu.support import NAMES, call, on_gpu, spin, upload
+from tests.jax_calls import METHOD
+
+SMALL = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
+KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+
+
+@pytest.fixture
+def torch() -> Any:
+    return on_gpu("torch").torch
+
+
+def same(got: Any, want: Any) -> None:
+    assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+def distinct(torch: Any, seed: int) -> Any:
+    """Logits in dense rows, whose order no rounding changes."""
+    return torch.from_numpy(np.ascontiguousarray(inputs.distinct(40, 32, seed=seed))).cuda()
+
+
+OPS = (
+    "topk_select", "activation_topk", "hash_router", "dense_router", "router", "activation_topk_backward",
+    "router_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(torch: Any, op: str) -> None:
+    def tensor(*shape: int, seed: int) -> Any:
+        return torch.from_numpy(inputs.normal(shape, seed=270 + seed)).cuda()
+
+    x, weight = tensor(5, 8, seed=0).requires_grad_(), tensor(16, 8, seed=1).requires_grad_()
+    logits = tensor(5, 16, seed=2).requires_grad_()
+    bias, scale = tensor(16, seed=3), tensor(16, seed=4).exp().requires_grad_()
+    ids, count = torch.arange(5, device="cuda"), torch.tensor([3], dtype=torch.int32, device="cuda")
+    table = torch.stack([torch.randperm(16)[:4] for _ in range(9)]).cuda()
+    router = Router(SMALL, weight=weight.detach())
+    routed, key = activation_topk(logits.detach(), SMALL), SMALL.number
+    samples = {
+        "topk_select": (3, logits.detach(), ids.int() + 5, None),
+        "activation_topk": (key, logits, bias, None, scale, count, -1),
+        "hash_router": (key, ids, table, None, x, weight, None, scale, None, 4),
+        "dense_router": (key, "", x, weight, bias, None, scale, None, -1),
+        "router": (router.number, x, None, count, -1),
+        "activation_topk_backward": (
+            key, tensor(5, 4, seed=5), routed.indices, logits.detach(), None, scale.detach(), False, False
+        ),
+        "router_backward": (router.number, x.detach(), routed.indices, tensor(5, 4, seed=5)),
+    }  # fmt: skip
+    results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, samples[op])
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_for_any_number_of_tokens(torch: Any, name: str) -> None:
+    gpu = on_gpu("torch")
+    torch.compiler.reset()
+    op, options = call(name).op, call(name).options
+    compiled = torch.compile(lambda given: tuple(op(**given, **options)), fullgraph=True, dynamic=True)
+    for n in (33, 64, 60):
+        case = call(name, n=n)
+        case.check(*map(gpu.numpy, compiled(upload(gpu, case.arrays))))
+
+
+def test_generated_code_has_the_ops_and_no_copy(torch: Any) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    function, wide = generated_code.strided_call(torch, "cuda")
+    got, (code, *others) = run_and_get_code(torch.compile(function, fullgraph=True, dynamic=True), wide)
+    assert not others, "more than one graph"
+    generated_code.assert_nothing_but_ops(code, {"activation_topk": 1, "dense_router": 1})
+    same(got, function(wide))
+
+
+def test_reduce_overhead_replays_a_graph(torch: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(lambda a: tuple(activation_topk(a * 2, METHOD)), fullgraph=True, mode="reduce-overhead")
+    for seed in range(6):
+        logits = distinct(torch, seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        same(compiled(logits), activation_topk(logits * 2, METHOD))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    with torch.profiler.profile() as profile:
+        compiled(logits)
+        torch.cuda.synchronize()
+    launched = {event.name for event in profile.events()}
+    assert any("cudaGraphLaunch" in name or "cuGraphLaunch" in name for name in launched), launched
+    assert not any("cuLaunchKernel" in name for name in launched), launched
+
+
+def kinds_of_nodes(graph: int) -> list[int]:
+    driver = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_size_t()
+    assert driver.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count)) == 0
+    nodes = (ctypes.c_void_p * count.value)()
+    assert driver.cuGraphGetNodes(ctypes.c_void_p(graph), nodes, ctypes.byref(count)) == 0
+    kinds = []
+    for node in nodes:
+        kind = ctypes.c_int()
+        assert driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)) == 0
+        kinds.append(kind.value)
+    return kinds
+
+
+@pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router"])
+def test_a_captured_call_is_one_kernel(torch: Any, name: str) -> None:
+    """No copy, no memset, no event: inside a CUDA graph a call costs its kernel."""
+    gpu, case = on_gpu("torch"), call(name)
+    arrays = upload(gpu, case.arrays)
+    case(arrays)
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+    except TypeError:
+        pytest.skip("this PyTorch does not show what it captured")
+    with torch.cuda.graph(graph):
+        result = case(arrays)
+    assert kinds_of_nodes(graph.raw_cuda_graph()) == [KERNEL]
+    graph.instantiate()
+    graph.replay()
+    torch.cuda.synchronize()
+    case.check(*map(gpu.numpy, result))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_mode_and_tensors_that_require_grad(torch: Any, name: str) -> None:
+    gpu, case = on_gpu("torch"), call(name)
+    arrays = upload(gpu, case.arrays)
+    for array in arrays.values():
+        if array.is_floating_point():
+            array.requires_grad_()
+    with torch.inference_mode():
+        result = case(arrays)
+    assert result[0].is_inference()
+    case.check(*map(gpu.numpy, result))
+    case.check(*map(gpu.numpy, case(arrays)))
+
+
+def test_a_compiled_call_on_a_side_stream_does_not_wait(torch: Any) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a: tuple(activation_topk(a + 0.0, METHOD)), fullgraph=True)
+    right, late = distinct(torch, 1), distinct(torch, 2)
+    compiled(late)
+    want = activation_topk(right, METHOD)
+    stream = torch.cuda.Stream()
+    spin(0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        compiled(late)
+        spin(100, stream)
+        late.copy_(right)
+        got = compiled(late)
+    assert not stream.query(), "the host waited"
+    stream.synchronize()
+    same(got, want)
+
+
+def test_a_device_that_is_not_current(torch: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    gpu = on_gpu("torch")
+    other = type(gpu)("cuda:1")
+    for name in NAMES:
+        case = call(name)
+        result = case(upload(other, case.arrays))
+        assert torch.cuda.current_device() == 0
+        assert all(a.device.index == 1 for a in result)
+        torch.cuda.synchronize(1)
+        case.check(*map(gpu.numpy, result))
+    x = torch.from_numpy(inputs.normal((5, 8), seed=280)).to("cuda:1").requires_grad_()
+    weight = torch.from_numpy(inputs.normal((16, 8), seed=281)).to("cuda:1")
+    (got,) = torch.autograd.grad(dense_router(x, weight, SMALL).weights.square().sum(), x)
+    (want,) = torch.autograd.grad(
+        dense_router(x.cpu(), weight.cpu(), SMALL).weights.square().sum(), x
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frameworks that nobody here knows by name: their arrays go in by DLPack, the closest honest type comes out.
+
+That is an array of their own namespace where they follow the array API standard, else NumPy's (CuPy's on a GPU), which
+they can take back without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
+from tests import inputs
+
+METHOD = RoutingMethod(16, 3)
+X, WEIGHT, LOGITS = inputs.normal((5, 8)), inputs.normal((16, 8), seed=1), inputs.normal((5, 16), seed=2)
+IDS = np.array([0, 9, 3, -1, 5], np.int32)
+TABLE = np.stack([inputs.rng(60, r).permutation(16)[:3] for r in range(10)]).astype(np.int32)
+
+
+class Foreign(NamedTuple):
+    """How a framework takes NumPy's memory, how its arrays are read back, and what results are."""
+
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+    result_type: Any
+
+
+def _strict() -> Foreign:
+    xp = pytest.importorskip("array_api_strict", reason="array-api-strict is not installed")
+    return Foreign(lambda host: xp.asarray(host.copy()), np.from_dlpack, type(xp.asarray([0.0])))
+
+
+def _tvm_ffi() -> Foreign:
+    tvm_ffi = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
+    return Foreign(lambda host: tvm_ffi.from_dlpack(host.copy()), np.from_dlpack, np.ndarray)
+
+
+def _warp() -> Foreign:
+    warp = pytest.importorskip("warp", reason="warp-lang is not installed")
+    warp.config.quiet = True
+    return Foreign(lambda host: warp.array(host, device="cpu"), lambda array: array.numpy(), np.ndarray)
+
+
+class LikeWarp:
+    """What Warp's arrays offer: a `__dlpack__` that knows nothing but a stream, as before DLPack 1.0."""
+
+    def __init__(self, host: np.ndarray) -> None:
+        self.host = host.copy()
+
+    def __dlpack__(self, stream: int | None = None) -> object:
+        return self.host.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.host.__dlpack_device__()
+
+
+FOREIGN: dict[str, Callable[[], Foreign]] = {
+    "array_api_strict": _strict,
+    "TVM FFI": _tvm_ffi,
+    "Warp": _warp,
+    "like Warp": lambda: Foreign(LikeWarp, lambda array: array.host, np.ndarray),
+}
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
+    "topk_select": (lambda scores: topk_select(scores, 3), {"scores": LOGITS}),
+    "activation_topk": (lambda logits, bias: activation_topk(logits, METHOD, bias=bias),
+                        {"logits": LOGITS, "bias": LOGITS[0].copy()}),
+    "hash_router": (lambda ids, table, logits: hash_router(ids, table, METHOD, logits=logits),
+                    {"ids": IDS, "table": TABLE, "logits": LOGITS}),
+    "dense_router": (lambda x, weight: dense_router(x, weight, METHOD), {"x": X, "weight": WEIGHT}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None:
+    foreign, (call, arrays) = FOREIGN[name](), CALLS[op]
+    got = call(**{key: foreign.array(host) for key, host in arrays.items()})
+    for a, b in zip(got, call(**arrays), strict=True):
+        assert type(a) is foreign.result_type
+        np.testing.assert_array_equal(np.asarray(np.from_dlpack(a)), b)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_out_is_filled_in_place(name: str) -> None:
+    foreign = FOREIGN[name]()
+    for op, kind, fill in (("topk_select", TopK, 0), ("activation_topk", Routing, 7)):
+        call, arrays = CALLS[op]
+        want = call(**arrays)
+        out = kind(*(foreign.array(np.full_like(a, fill)) for a in want))
+        given = [foreign.array(host) for host in arrays.values()]
+        filled = (
+            topk_select(*given, 3, out=out)
+            if op == "topk_select"
+            else activation_topk(given[0], METHOD, bias=given[1], out=out)
+        )
+        assert filled is out
+        for a, b in zip(out, want, strict=True):
+            np.testing.assert_array_equal(foreign.numpy(a), b)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_they_go_with_arrays_of_others(name: str) -> None:
+    """The first array decides what comes out."""
+    foreign, (call, arrays) = FOREIGN[name](), CALLS["activation_topk"]
+    want = call(**arrays)
+    mixed = call(arrays["logits"], foreign.array(arrays["bias"]))
+    assert type(mixed.weights) is np.ndarray
+    np.testing.assert_array_equal(mixed.indices, want.indices)
+    mixed = call(foreign.array(arrays["logits"]), arrays["bias"])
+    assert type(mixed.weights) is foreign.result_type
+    np.testing.assert_array_equal(np.from_dlpack(mixed.indices), want.indices)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_num_valid_in_an_array(name: str) -> None:
+    foreign = FOREIGN[name]()
+    got = activation_topk(foreign.array(LOGITS), METHOD, num_valid=foreign.array(np.array([2], np.int32)))
+    want = activation_topk(LOGITS, METHOD, num_valid=2)
+    np.testing.assert_array_equal(np.from_dlpack(got.indices), want.indices)
+    np.testing.assert_array_equal(np.from_dlpack(got.weights), want.weights)
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(TypeError, match="scores must be float32 or float16 or bfloat16, got float64"):
+        topk_select(LikeWarp(np.zeros((3, 4))), 2)
+    with pytest.raises(ValueError, match="scores must have"):
+        topk_select(LikeWarp(np.zeros(4, np.float32)), 2)
