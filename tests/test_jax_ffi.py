@@ -215,7 +215,7 @@ def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_targets.atexit, "register", lambda function: None)
     _targets.register()
     assert asked == {
-        "topk_select": True, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
+        "topk_select": False, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
         "activation_topk_backward": True,
     }  # fmt: skip
 

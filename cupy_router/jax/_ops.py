@@ -14,7 +14,7 @@ from cupy_router.arrays import View
 from cupy_router.jax import _exit
 from cupy_router.jax._gradients import differentiable
 from cupy_router.jax._nodes import view_of
-from cupy_router.jax._targets import why_not
+from cupy_router.jax._targets import OPS, why_not
 from cupy_router.ops import _checks as check
 from cupy_router.ops._call import Op
 
@@ -24,7 +24,7 @@ def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any,
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.name}: {obstacle}")
-    if OPS[op.name] is not op:
+    if OPS.get(op.name, op) is not op:
         raise ValueError(f"{op.name}: sorted, return_values and index_map cannot be given inside jax.jit")
     if out is not None or stream is not None:
         raise ValueError(f"{op.name}: out and stream cannot be given inside jax.jit, where both are XLA's")
