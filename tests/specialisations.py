@@ -107,7 +107,7 @@ def _presets() -> None:
         for dtype in FLOATS:
             weight = _matrix(method.num_experts, HIDDEN, dtype)
             activation_topk(_matrix(64, method.num_experts, dtype, misaligned=True), method, bias=bias)
-            for n in (64, 8192, 65536):
+            for n in (64, 1024, 8192, 65536):
                 activation_topk(_matrix(n, method.num_experts, dtype), method, bias=bias)
                 hash_router(np.zeros(n, np.int32), table, method, logits=_matrix(n, method.num_experts, dtype))
                 if dtype != "float16" and n < 65536:
@@ -132,6 +132,8 @@ def _besides() -> None:
 def _corners() -> None:
     """The widest rows and most winners that a warp takes, every score and step, the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
+    topk_select(_matrix(4096, 1000, "float32"), 31)
+    activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 31), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))
