@@ -41,7 +41,7 @@ def kernels() -> dict[str, tuple[str, str, dict[str, int]]]:
             lanes, columns = _layout.lanes_and_columns(method.num_experts, method.top_k)
             dealt = 0
             if can_be_dealt(method):
-                dealt = _layout.dealt_lanes(rows, method.num_experts, method.top_k, method.num_columns)
+                dealt = _layout.dealt_lanes(rows, method.num_experts, method.top_k + 1)
             if dealt:
                 lanes, columns = dealt, _layout.dealt_columns(method.num_experts, dealt)
             layout = {"FEW_ROWS": int(not dealt and _layout.few(rows)), "DEALT": int(bool(dealt))}

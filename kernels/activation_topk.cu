@@ -2,7 +2,8 @@
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
 // activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits,
-// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
+// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight. DEALT: they
+// select on bounds of the scores, several rows to a warp, and score only the best.
 // activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row
 // for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
 #include "choose.cuh"

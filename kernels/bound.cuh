@@ -20,8 +20,8 @@ __device__ __forceinline__ float selection_bound(float logit, const RowStatistic
     return BOUND_BY_SCORES ? score_bound(logit) : selection_value(logit, statistics);
 }
 
-// What no selection value exceeds whose bound, with its bias, is not above this one. Scores are within 1e-6 of the exact
-// ones, and those of softmax within 8e-6 where they are not 0.
+// What no selection value exceeds whose bound, with its bias, is not above this one. Scores are within 1e-6 of the
+// exact ones, and those of softmax within 8e-6 where they are not 0.
 __device__ __forceinline__ float selection_reach(float bound, const RowStatistics& statistics) {
     if (BOUND_BY_LOGITS) return score_of(bound, statistics) * (SCORE == SOFTMAX ? 1.00002f : 1.000003f);
     return BOUND_BY_SCORES ? bound + SCORE_BOUND_ERROR : bound;

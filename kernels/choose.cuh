@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a row's logits in registers to its TOP_K experts: by the exact scores of all, or by bounds and the exact scores of
-// the best alone, where several rows share a warp.
+// From a row's logits to its TOP_K experts: by the exact scores of all, or, where columns are dealt and several rows may
+// share a warp, by bounds and the exact scores of the best alone.
 #pragma once
 
 #include "bound.cuh"

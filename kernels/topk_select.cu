@@ -2,6 +2,7 @@
 // The k largest scores of each row, sorted, exact: descending, equal scores by lower column, NaN last, bit copies out.
 //
 // topk_select: LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the r-th best.
+// DEALT: they select on keys that are cut to hold their columns, several rows to a warp, and look again at the best.
 // topk_select_wide (WIDE): one block per row for every other size. Four passes over the row find the key of the k-th
 // best byte by byte from histograms; a pass in column order then copies what is above it and the first of what equals
 // it to the outputs, which are sorted there (in shared memory up to SORT_CAPACITY entries, else in place).
@@ -108,8 +109,7 @@ __device__ __forceinline__ Winner select_adjacent(const score_t* source, int len
     load_columns<score_t, PerLane, Whole, Aligned>(source, lane * PerLane, length, scores);
     unsigned keys[PerLane];
 #pragma unroll
-    for (int j = 0; j < PerLane; ++j)
-        keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;
+    for (int j = 0; j < PerLane; ++j) keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;
     // Of rows that were dealt few come here, which may take their time.
     return DEALT ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
 }
@@ -123,8 +123,8 @@ __device__ __forceinline__ void select_again(unsigned unsure, const score_t* sou
         if (!any_of_turn<LANES>(unsure, turn)) continue;
         const int64_t its_source = __shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(source), turn * LANES);
         const int its_length = __shfl_sync(FULL_WARP, length, turn * LANES);
-        const Winner again = select_adjacent<32, COLUMNS, false, false>(reinterpret_cast<const score_t*>(its_source),
-                                                                        its_length, lane);
+        const Winner again =
+            select_adjacent<32, COLUMNS, false, false>(reinterpret_cast<const score_t*>(its_source), its_length, lane);
         const unsigned key = __shfl_sync(FULL_WARP, again.key, lane % LANES);
         const int column = __shfl_sync(FULL_WARP, again.column, lane % LANES);
         if (lane / LANES == turn) winner = {key, column};

@@ -58,10 +58,10 @@ def few(num_rows: int) -> bool:
     return num_rows <= 2048
 
 
-def dealt_lanes(num_rows: int, num_columns: int, top_k: int, results: int) -> int:
+def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
-    each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps."""
-    needed = max(top_k + 1, results)  # one more than is asked for is looked at closely
+    each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
+    `needed`: of lanes, one for each result and each candidate."""
     if needed > MAX_LANES:
         return 0
     if num_rows <= 2048:
@@ -69,7 +69,7 @@ def dealt_lanes(num_rows: int, num_columns: int, top_k: int, results: int) -> in
     if num_columns <= 64:
         return 0
     lanes = 8
-    while lanes < needed or lanes < MAX_LANES and num_columns > 48 * lanes:
+    while lanes < needed or (lanes < MAX_LANES and num_columns > 48 * lanes):
         lanes *= 2
     return lanes
 

@@ -192,7 +192,7 @@ def kernel(
     lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
     dealt = 0
     if can_be_dealt(method):
-        dealt = layout.dealt_lanes(num_tokens, num_experts, method.top_k, method.num_columns)
+        dealt = layout.dealt_lanes(num_tokens, num_experts, max(method.top_k + 1, method.num_columns))
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
     biases = [view for view in (bias, logit_bias) if view is not None]

@@ -81,7 +81,7 @@ def _kernel(k: int, out_strides: Sequence[int], scores: View, lengths: View | No
             "topk_select", "topk_select_wide", macros | {"WIDE": 1}, min(num_rows, 2**31 - 1), _WIDE_BLOCK, fixed
         )
     lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k, k)
+    dealt = layout.dealt_lanes(num_rows, num_columns, k + (scores.dtype == "float32"))
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
     whole = lengths is None and starts is None and lanes * columns == num_columns
