@@ -41,8 +41,10 @@ static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
 typedef Deal<logit_t, LANES, PER_LANE> Dealt;
 
-// From sm_100 on ptxas spills registers to fit more blocks, unless it is told how many are wanted. 0: as it likes.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// From sm_100 on, and for some rows that are dealt, ptxas spills registers to fit more blocks, unless it is told how many
+// are wanted. 0: as it likes.
+#define DEALT_UNEVENLY (LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0))
+#if (DEALT && (LOGIT_CAPPED || DEALT_UNEVENLY)) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
 #define LEAST_BLOCKS 1
 #else
 #define LEAST_BLOCKS 0

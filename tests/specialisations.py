@@ -132,8 +132,8 @@ def _besides() -> None:
 def _corners() -> None:
     """The widest rows and most winners that a warp takes, every score and step, the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
-    topk_select(_matrix(4096, 1000, "float32"), 31)
-    activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 31), bias=np.zeros(1000, np.float32))
+    topk_select(_matrix(4096, 1000, "float32"), 15)
+    activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 15), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))

@@ -62,10 +62,10 @@ def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
     each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
     `needed`: of lanes, one for each result and each candidate."""
-    if needed > MAX_LANES:
+    if needed > 16:
         return 0
     if num_rows <= 2048:
-        return MAX_LANES if needed <= 16 and num_columns > (256 if num_rows <= 256 else 128) else 0
+        return MAX_LANES if num_columns > (256 if num_rows <= 256 else 128) else 0
     if num_columns <= 64:
         return 0
     lanes = 8
