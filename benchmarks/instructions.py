@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.rows import text_table
 from cupy_router import RoutingMethod, compiler
 from cupy_router.ops import _dense_decode, _layout
-from cupy_router.ops.activation_topk import method_macros
+from cupy_router.ops.activation_topk import can_be_dealt, method_macros
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION = 16  # bytes, since sm_70
@@ -36,11 +36,17 @@ def kernels() -> dict[str, tuple[str, str, dict[str, int]]]:
     """Title -> file, function, macros."""
     found = {}
     for title, method in PLAIN.items():
-        lanes, columns = _layout.lanes_and_columns(method.num_experts, method.top_k)
-        macros = method_macros(method, ["bias"]) | {"LANES": lanes, "PER_LANE": columns}
-        for rows, few, many in (("64 rows", 1, 0), ("8192 rows", 0, 0), ("65536 rows", 0, 1)):
-            sizes = {"FEW_ROWS": few, "MANY_ROWS": many}
-            found[f"activation_topk, {title}, {rows}"] = ("activation_topk", "activation_topk", macros | sizes)
+        macros = method_macros(method, ["bias"])
+        for rows in (64, 1024, 8192):
+            lanes, columns = _layout.lanes_and_columns(method.num_experts, method.top_k)
+            dealt = 0
+            if can_be_dealt(method):
+                dealt = _layout.dealt_lanes(rows, method.num_experts, method.top_k + 1)
+            if dealt:
+                lanes, columns = dealt, _layout.dealt_columns(method.num_experts, dealt)
+            layout = {"FEW_ROWS": int(not dealt and _layout.few(rows)), "DEALT": int(bool(dealt))}
+            layout |= {"LANES": lanes, "PER_LANE": columns}
+            found[f"activation_topk, {title}, {rows} rows"] = ("activation_topk", "activation_topk", macros | layout)
         hashing = {"SOURCE": 1, "LANES": 8}
         if method.score != "softmax":
             found[f"hash_router, {title}"] = ("hash_router", "hash_router", method_macros(method) | hashing)

@@ -2,14 +2,13 @@
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
 // activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits,
-// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
+// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight. DEALT: they
+// select on bounds of the scores, several rows to a warp, and score only the best.
 // activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row
 // for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
-#include "groups.cuh"
+#include "choose.cuh"
 #include "num_valid.cuh"
 #include "route_row.cuh"
-#include "row.cuh"
-#include "select.cuh"
 #include "weigh.cuh"
 
 #ifndef DTYPE
@@ -27,102 +26,25 @@
 #ifndef BIAS_ALIGNED
 #define BIAS_ALIGNED 1  // that of both biases
 #endif
-#ifndef MANY_ROWS
-#define MANY_ROWS 0  // choose by bounds: less to do for all rows, more for a few of them
-#endif
 #ifndef WIDE
 #define WIDE 0
 #endif
 
 typedef Scalar<DTYPE>::type logit_t;
 
-// The logits of a row, prepared one at a time.
-struct Row {
-    const logit_t* logits;
-    const float* logit_bias;
-    Numbers numbers;
-
-    __device__ __forceinline__ float operator[](int64_t column) const {
-        return prepare(to_float(logits[column]), logit_bias, column, numbers);
-    }
-};
-
-// What an expert is chosen by, but for its bias.
-__device__ __forceinline__ float selection_value(float logit, const RowStatistics& statistics) {
-    return SELECT_ON_LOGITS ? __fadd_rn(logit, 0.0f) : score_of(logit, statistics);
-}
+typedef LogitRow<logit_t> Row;
 
 #if !WIDE
 
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
-constexpr bool BOUNDED = HAS_BOUND && MANY_ROWS && TOP_K < LANES && TOP_K < NUM_EXPERTS && !SELECT_ON_LOGITS &&
-                         !WEIGHS_LOGITS && NUM_GROUPS == 0;
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
+typedef Deal<logit_t, LANES, PER_LANE> Dealt;
 
-struct Chosen {
-    int column;
-    float value;  // score, or logit if WEIGHS_LOGITS; without bias
-};
-
-// Select on scores. Without a bias the key is the score; with one the score is gathered, since biased minus bias loses
-// bits.
-__device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
-                                                 const RowStatistics& statistics, const Row& row, int lane,
-                                                 bool valid) {
-    constexpr bool KEY_IS_VALUE = !HAS_BIAS && bool(SELECT_ON_LOGITS) == WEIGHS_LOGITS;
-    unsigned keys[PER_LANE];
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const float value = selection_value(logits[j], statistics);
-        keys[j] = sum_order_key(HAS_BIAS ? value + biases[j] : value);
-        if (!WHOLE && lane * PER_LANE + j >= NUM_EXPERTS) keys[j] = NO_KEY;
-    }
-    if (NUM_GROUPS > 0) keep_best_groups<LANES>(keys, lane);
-    // After a choice by bounds this one is rare and may take its time.
-    const Winner winner = BOUNDED ? select_exactly<TOP_K, LANES>(keys, lane) : select_topk<TOP_K, LANES>(keys, lane);
-    float value = sum_key_value(winner.key);
-    if (!KEY_IS_VALUE && valid && lane < TOP_K) {
-        value = row[winner.column];
-        if (!WEIGHS_LOGITS) value = score_of(value, statistics);
-    }
-    return {winner.column, value};
-}
-
-// Select on cheap bounds of the scores, then score the winners alone. True if that must be the exact choice: the
-// winners are in order, and none of the others could reach the last of them even if its score were as far off as it can
-// be.
-__device__ __forceinline__ bool choose_by_bounds(const float (&logits)[PER_LANE], const float (&biases)[PER_LANE],
-                                                 const Row& row, const float* bias, int lane, bool valid,
-                                                 Chosen& chosen) {
-    constexpr unsigned MASK = power_of_two_from(PER_LANE) - 1;
-    unsigned keys[PER_LANE];
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const float bound = score_bound(logits[j]);
-        keys[j] = tagged_key<MASK>(HAS_BIAS ? bound + biases[j] : bound, j);
-        if (!WHOLE && lane * PER_LANE + j >= NUM_EXPERTS) keys[j] = NO_KEY;
-    }
-    Winner winner = {NO_KEY, 0};
-    const bool best = select_tagged<BOUNDED ? TOP_K + 1 : 1, LANES, PER_LANE, MASK>(keys, lane, winner);
-    chosen.column = winner.column;
-    float value = 0.0f;
-    if (valid && lane < TOP_K) {
-        chosen.value = score_of(row[winner.column], RowStatistics());
-        value = HAS_BIAS ? chosen.value + bias[winner.column] : chosen.value;
-    }
-    const unsigned key = sum_order_key(value);
-    const unsigned next_key = __shfl_down_sync(FULL_WARP, key, 1, LANES);
-    const int next_column = __shfl_down_sync(FULL_WARP, winner.column, 1, LANES);
-    const float others = tagged_key_ceiling<MASK>(__shfl_down_sync(FULL_WARP, winner.key, 1, LANES));
-    const bool in_order = (key > next_key) | ((key == next_key) & (winner.column < next_column));
-    const bool out_of_reach = others < value - fmaf(fabsf(value), 2.5e-7f, BOUND_ERROR);
-    const bool sure = lane + 1 < TOP_K ? in_order : out_of_reach;
-    return best && !__any_sync(FULL_WARP, valid & (lane < TOP_K) & !sure);
-}
-
-// From sm_100 on ptxas spills registers to fit more blocks, unless it is told how many are wanted. 0: as it likes.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// From sm_100 on, and for some rows that are dealt, ptxas spills registers to fit more blocks, unless it is told how many
+// are wanted. 0: as it likes.
+#define DEALT_UNEVENLY (LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0))
+#if (DEALT && (LOGIT_CAPPED || DEALT_UNEVENLY)) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
 #define LEAST_BLOCKS 1
 #else
 #define LEAST_BLOCKS 0
@@ -137,24 +59,46 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
                     float logit_scale, float logit_softcap, float shared_weight) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const int lane = threadIdx.x % LANES;
-    const int first = lane * PER_LANE;
     constexpr int ROWS_PER_WARP = 32 / LANES;
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
     int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
 
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     float biases[PER_LANE], logit_biases[PER_LANE];
-    if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, first, NUM_EXPERTS, biases);
-    if (HAS_LOGIT_BIAS)
-        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(logit_bias, first, NUM_EXPERTS, logit_biases);
+    if (HAS_BIAS && !DEALT)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, lane * PER_LANE, NUM_EXPERTS, biases);
+    if (HAS_LOGIT_BIAS && !DEALT)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(logit_bias, lane * PER_LANE, NUM_EXPERTS, logit_biases);
 
-    // Whole warps stay together: a row that does not exist goes along without being read.
+    // Whole warps stay together: a row that does not exist goes along, without being read or in the place of row 0.
     for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
+        int64_t experts[1];
+        float weight[1];
+#if DEALT
+        const Row source = {logits + (row < num_tokens ? row * logits_stride : 0), logit_bias, numbers};
+        const RowStatistics statistics = {0.0f, 0.0f};
+        DealtChoice<Dealt, ALIGNED, BIAS_ALIGNED> choice(source, bias, statistics, lane, row < valid);
+        const bool in_order = choice.in_order(lane), complete = choice.complete(statistics);
+        bool settled = !__any_sync(FULL_WARP, row < valid && !(in_order && complete));
+#pragma unroll 1
+        while (true) {  // weights are worked out before it is known that the choice is right, which it nearly always is
+            experts[0] = expert_of(lane, choice.own.column);
+            weight[0] = choice.own.value;
+            if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
+            weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
+            if (!UNLIKELY(!settled)) break;
+            sort_candidates<choice.CANDIDATES, LANES>(choice.own, lane);
+            const bool now_complete = choice.complete(statistics);
+            const unsigned unsure = __ballot_sync(FULL_WARP, row < valid && !now_complete);
+            choose_again<LANES>(unsure, source, bias, statistics, choice.own);
+            settled = true;
+        }
+#else
         const Row source = {logits + row * logits_stride, logit_bias, numbers};
         float values[PER_LANE];
         if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
-            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source.logits, first, NUM_EXPERTS, values);
+            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source.logits, lane * PER_LANE, NUM_EXPERTS, values);
         } else {
 #pragma unroll
             for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
@@ -163,19 +107,15 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
         for (int j = 0; j < PER_LANE; ++j)
             values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
         const RowStatistics statistics = row_statistics<LANES>(values);
-
-        Chosen chosen = {0, 0.0f};
-        bool sure = false;
-        if (BOUNDED) sure = choose_by_bounds(values, biases, source, bias, lane, row < valid, chosen);
-        if (!BOUNDED || UNLIKELY(!sure)) chosen = choose_exactly(values, biases, statistics, source, lane, row < valid);
-
-        const int64_t expert[1] = {expert_of(lane, chosen.column)};
-        float weight[1] = {chosen.value};
-        if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[expert[0]];
-        weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, row < valid, expert_scale, numbers);
+        const Chosen chosen = choose_exactly<LANES>(values, biases, statistics, source, lane, row < valid);
+        experts[0] = expert_of(lane, chosen.column);
+        weight[0] = chosen.value;
+        if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
+        weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
+#endif
         if (lane < OUTPUTS && row < num_tokens) {
             store_float(weights + row * weights_stride + lane, row < valid ? weight[0] : 0.0f);
-            indices[row * indices_stride + lane] = row < valid ? static_cast<index_t>(expert[0]) : index_t(-1);
+            indices[row * indices_stride + lane] = row < valid ? static_cast<index_t>(experts[0]) : index_t(-1);
         }
     }
 }

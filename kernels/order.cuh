@@ -27,13 +27,17 @@ __device__ __forceinline__ unsigned sum_order_key(float sum) {
     return (bits ^ (sign | 0x80000000u)) - sign + 2u;
 }
 
-// A key of that order, but for the two zeros, with a position in its low bits, the higher the lower the position; NaN is highest
-// here.
+// A key of that order, but for the zeros and NaN, with a tag in the low bits that Mask has. NaN is highest if its sign
+// is clear, and lowest if it is set.
 template <unsigned Mask>
-__device__ __forceinline__ unsigned tagged_key(float sum, unsigned position) {
-    const unsigned bits = canonical_bits(sum);
+__device__ __forceinline__ unsigned tagged_key_of_bits(unsigned bits, unsigned tag) {
     const unsigned flips = static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u;
-    return ((bits ^ flips) & ~Mask) | (Mask - position);
+    return ((bits ^ flips) & ~Mask) | tag;
+}
+
+template <unsigned Mask>
+__device__ __forceinline__ unsigned tagged_key(float sum, unsigned tag) {
+    return tagged_key_of_bits<Mask>(canonical_bits(sum), tag);
 }
 
 // What no value with this tagged key exceeds.

@@ -103,10 +103,10 @@ __device__ __forceinline__ float score_of(float logit, const RowStatistics& row)
     return __fadd_rn(logit, 0.0f);  // flushes a subnormal, as the others do
 }
 
-// A cheap value that no score exceeds by more than BOUND_ERROR. It may be far above small scores, and is any value for
+// A cheap value that no score exceeds by more than SCORE_BOUND_ERROR. It may be far above small scores, and is any value for
 // NaN.
-constexpr bool HAS_BOUND = SCORE == SQRTSOFTPLUS || SCORE == SIGMOID;
-#define BOUND_ERROR 1e-5f
+constexpr bool HAS_SCORE_BOUND = SCORE == SQRTSOFTPLUS || SCORE == SIGMOID;
+#define SCORE_BOUND_ERROR 1e-5f
 
 // sqrt(max(x, 0) + log(1 + exp(-|x|))), whose sum has an error of 3e-7. From a root of 0.013 on that is less than 1e-5
 // of the root, and the sum is kept above the square of that. Sigmoid has an error of 1e-6 wherever it is.

@@ -57,39 +57,12 @@ struct LaneHeads {
 template <int Lanes, int PerLane>
 __device__ __forceinline__ bool select_round(unsigned key, int slot, int lane, int round, Winner& winner) {
     const unsigned best = lanes_max<Lanes>(key);
-    const int owner = __ffs(static_cast<int>(lanes_ballot<Lanes>(key == best))) - 1;
-    const int column = __shfl_sync(FULL_WARP, lane * PerLane + slot, owner, Lanes);
+    const unsigned owners = lanes_ballot<Lanes>(key == best);
+    const int column = __shfl_sync(FULL_WARP, lane * PerLane + slot, __ffs(static_cast<int>(owners)) - 1, Lanes);
     winner.key = lane == round ? best : winner.key;
     winner.column = lane == round ? column : winner.column;
-    return lane == owner;
+    return (key == best) & ((owners & ((1u << lane) - 1u)) == 0u);  // the next round waits for this alone
 }
-
-// The same for keys with positions in their low bits (see Bounds): a lane's best few need no positions beside them, and
-// the minimum and maximum of two keys order them.
-template <int Heads>
-struct TaggedHeads {
-    unsigned key[Heads];
-
-    __device__ __forceinline__ void insert(int j, unsigned value) {
-#pragma unroll
-        for (int h = 0; h < Heads; ++h) {
-            if (h > j) break;  // that place and later ones are still empty
-            if (h == j) {
-                key[h] = value;
-            } else {
-                const unsigned better = max(key[h], value);
-                value = min(key[h], value);
-                key[h] = better;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void pop(bool yes) {
-#pragma unroll
-        for (int h = 0; h < Heads; ++h)
-            key[h] = yes ? (h + 1 < Heads ? key[h + 1 < Heads ? h + 1 : h] : NO_KEY) : key[h];
-    }
-};
 
 // From all keys: each round, each lane looks for its best key behind the one it gave last.
 template <int TopK, int Lanes, int PerLane>
@@ -146,30 +119,4 @@ __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], i
         winner = select_exactly<TopK, Lanes>(keys, lane);
     }
     return winner;
-}
-
-// The same for tagged keys, whose low bits, Mask, hold Mask - position. Keys that agree above them count as equal.
-// False if a lane turned out to hold more winners than heads; then the winners are not the best.
-template <int TopK, int Lanes, int PerLane, unsigned Mask>
-__device__ __forceinline__ bool select_tagged(const unsigned (&keys)[PerLane], int lane, Winner& winner) {
-    static_assert(TopK <= Lanes, "one lane holds one winner");
-    constexpr int KEPT = HEADS<TopK, PerLane>;
-    TaggedHeads<KEPT> heads;
-#pragma unroll
-    for (int j = 0; j < PerLane; ++j) heads.insert(j, keys[j]);
-    bool exhausted = false;
-    int owner_of_mine = 0;
-#pragma unroll
-    for (int round = 0; round < TopK; ++round) {
-        const unsigned best = lanes_max<Lanes>(heads.key[0]);
-        const int owner = __ffs(static_cast<int>(lanes_ballot<Lanes>((heads.key[0] | Mask) == (best | Mask)))) - 1;
-        const unsigned key = __shfl_sync(FULL_WARP, heads.key[0], owner, Lanes);
-        winner.key = lane == round ? key : winner.key;
-        owner_of_mine = lane == round ? owner : owner_of_mine;
-        if (round + 1 == TopK) break;
-        heads.pop(lane == owner);
-        if (KEPT < PerLane && round + 1 >= KEPT) exhausted |= (lane == owner) & (heads.key[0] == NO_KEY);
-    }
-    winner.column = owner_of_mine * PerLane + static_cast<int>(Mask - (winner.key & Mask));
-    return KEPT == PerLane || TopK <= KEPT || !__any_sync(FULL_WARP, exhausted);
 }

@@ -2,7 +2,9 @@
 // The k largest scores of each row, sorted, exact: descending, equal scores by lower column, NaN last, bit copies out.
 //
 // LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the r-th best. Longer rows and
-// larger k: topk_select_long.cu, topk_select_large.cu.
+// larger k: topk_select_long.cu, topk_select_large.cu. DEALT: they select on keys that are cut to hold their columns,
+// several rows to a warp, and look again at the best.
+#include "dealt.cuh"
 #include "order.cuh"
 #include "row.cuh"
 #include "select.cuh"
@@ -29,6 +31,78 @@
 
 typedef Scalar<DTYPE>::type score_t;
 
+typedef Deal<score_t, LANES, PER_LANE> Dealt;
+
+// Scores of 16 bits leave room for the column in their keys, so that nothing is cut and the best are known at once.
+constexpr bool ROOM_FOR_COLUMN = sizeof(score_t) == 2;
+constexpr int CANDIDATES = ROOM_FOR_COLUMN ? TOP_K : min_int(TOP_K + 1, LANES);
+
+// The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes. True if it is surely that.
+__device__ __forceinline__ bool select_dealt(const score_t* source, int length, int lane, Winner& winner) {
+    constexpr int HEADS = dealt_heads(TOP_K, LANES, PER_LANE);
+    TaggedHeads<HEADS> heads;
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) heads.key[h] = NO_KEY;
+    float next[Dealt::Chunk];
+    Dealt::load<WHOLE_ROWS, ALIGNED>(source, 0, lane, length, next);
+#pragma unroll
+    for (int begin = 0; begin < PER_LANE; begin += Dealt::Chunk) {
+        unsigned keys[Dealt::Chunk];
+#pragma unroll
+        for (int j = 0; j < Dealt::Chunk; ++j) {
+            const unsigned tag = Dealt::tag(begin, j);
+            keys[j] = ROOM_FOR_COLUMN ? (max(order_key(next[j]), Dealt::MASK + 1) & ~Dealt::MASK) | tag
+                                      : tagged_key_of_bits<Dealt::MASK>(__float_as_uint(next[j]), tag);
+            if (!WHOLE_ROWS && Dealt::column_of(begin, j, lane) >= length) keys[j] = NO_KEY;
+        }
+        if (begin + Dealt::Chunk < PER_LANE)
+            Dealt::load<WHOLE_ROWS, ALIGNED>(source, begin + Dealt::Chunk, lane, length, next);
+#pragma unroll
+        for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
+    }
+    const Ranked best = rank_heads<CANDIDATES, Dealt>(heads, lane);
+    Candidate own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
+    if (!ROOM_FOR_COLUMN) {
+        const bool exists = lane < CANDIDATES && own.column < length;
+        own.key = exists ? order_key(to_float(source[own.column])) : NO_KEY;
+        if (UNLIKELY(__any_sync(FULL_WARP, !candidates_in_order<CANDIDATES, LANES>(own, lane))))
+            sort_candidates<CANDIDATES, LANES>(own, lane);
+    }
+    winner = {own.key, own.column};
+    if (ROOM_FOR_COLUMN) return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
+    const unsigned reach = best.next | Dealt::MASK;  // -0.0 lies one below 0.0 here
+    return reach + (reach < 0x80000000u) < __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
+}
+
+// The same of a row of which each lane holds PerLane adjacent columns, surely. Whole: the row is as long as that.
+template <int Lanes, int PerLane, bool Whole, bool Aligned>
+__device__ __forceinline__ Winner select_adjacent(const score_t* source, int length, int lane) {
+    float scores[PerLane];
+    load_columns<score_t, PerLane, Whole, Aligned>(source, lane * PerLane, length, scores);
+    unsigned keys[PerLane];
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;
+    // Of rows that were dealt few come here, which may take their time.
+    return DEALT ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
+}
+
+// Rows that are not sure, each by the whole warp, one after the other.
+__device__ __forceinline__ void select_again(unsigned unsure, const score_t* source, int length, Winner& winner) {
+    constexpr int COLUMNS = (LANES * PER_LANE + 127) / 128 * 4;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int turn = 0; turn < 32 / LANES; ++turn) {
+        if (!any_of_turn<LANES>(unsure, turn)) continue;
+        const int64_t its_source = __shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(source), turn * LANES);
+        const int its_length = __shfl_sync(FULL_WARP, length, turn * LANES);
+        const Winner again =
+            select_adjacent<32, COLUMNS, false, false>(reinterpret_cast<const score_t*>(its_source), its_length, lane);
+        const unsigned key = __shfl_sync(FULL_WARP, again.key, lane % LANES);
+        const int column = __shfl_sync(FULL_WARP, again.column, lane % LANES);
+        if (lane / LANES == turn) winner = {key, column};
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
                 score_t* __restrict__ values, int* __restrict__ indices, long long num_rows, int num_columns, int k,
@@ -38,27 +112,21 @@ extern "C" __global__ void __launch_bounds__(256)
     const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
     int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
 
-    // Whole warps stay together: a row that does not exist goes along as an empty one.
+    // Whole warps stay together.
     for (; warp * ROWS_PER_WARP < num_rows; warp += warps) {
         const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
         const bool row_exists = row < num_rows;
-        const Span span = row_exists ? row_span(lengths, starts, row, num_columns) : Span{0, 0};
-        const score_t* source = scores + row * scores_stride + span.start;
-        const int first = lane * PER_LANE;
-
-        unsigned keys[PER_LANE];
-        if (row_exists) {
-            float columns[PER_LANE];
-            load_columns<score_t, PER_LANE, WHOLE_ROWS, ALIGNED>(source, first, span.length, columns);
-#pragma unroll
-            for (int j = 0; j < PER_LANE; ++j) {
-                keys[j] = WHOLE_ROWS || first + j < span.length ? order_key(columns[j]) : NO_KEY;
-            }
+        const int64_t read_row = min(row, num_rows - 1);  // in the place of a row that does not exist
+        const Span span = row_span(lengths, starts, read_row, num_columns);
+        const score_t* source = scores + read_row * scores_stride + span.start;
+        Winner winner = {NO_KEY, 0};
+        if (DEALT) {
+            const bool sure = select_dealt(source, span.length, lane, winner);
+            const unsigned unsure = __ballot_sync(FULL_WARP, row_exists && !sure);
+            if (UNLIKELY(unsure != 0)) select_again(unsure, source, span.length, winner);
         } else {
-#pragma unroll
-            for (int j = 0; j < PER_LANE; ++j) keys[j] = NO_KEY;
+            winner = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, span.length, lane);
         }
-        const Winner winner = select_topk<TOP_K, LANES>(keys, lane);
         if (row_exists && lane < TOP_K) {
             const bool found = winner.key != NO_KEY;
             values[row * values_stride + lane] = found ? source[winner.column] : minus_infinity<DTYPE>();

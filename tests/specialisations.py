@@ -107,7 +107,7 @@ def _presets() -> None:
         for dtype in FLOATS:
             weight = _matrix(method.num_experts, HIDDEN, dtype)
             activation_topk(_matrix(64, method.num_experts, dtype, misaligned=True), method, bias=bias)
-            for n in (64, 8192, 65536):
+            for n in (64, 1024, 8192, 65536):
                 activation_topk(_matrix(n, method.num_experts, dtype), method, bias=bias)
                 hash_router(np.zeros(n, np.int32), table, method, logits=_matrix(n, method.num_experts, dtype))
                 if dtype != "float16" and n < 65536:
@@ -135,6 +135,8 @@ def _corners() -> None:
     topk_select(_matrix(1, 140_000, "float32"), 8192)
     topk_select(_matrix(2, 40_000, "float32"), 20_000)
     topk_select(_matrix(64, 256, "float32"), 8, sorted=False, return_values=False)
+    topk_select(_matrix(4096, 1000, "float32"), 15)
+    activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 15), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))

@@ -66,7 +66,12 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select_large")
         assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
         assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)
-        assert called("activation_topk", DTYPE=dtype, MANY_ROWS=flag)
+        for function in ("activation_topk", "topk_select"):
+            assert called(function, DTYPE=dtype, DEALT=flag, LANES=32)
+            assert called(function, DTYPE=dtype, DEALT=1, ALIGNED=flag)
+            assert called(function, DTYPE=dtype, DEALT=1, LANES=(8, 16)[flag])
+        assert called("activation_topk", DTYPE=dtype, DEALT=1, HAS_BIAS=flag)
+        assert called("topk_select", DTYPE=dtype, DEALT=1, WHOLE_ROWS=flag)
         for score in range(4):
             assert called("activation_topk", DTYPE=dtype, ALIGNED=flag, SCORE=score)
             assert called("activation_topk", HAS_BIAS=flag, RENORMALIZE=1, SCORE=score)

@@ -58,14 +58,30 @@ def few(num_rows: int) -> bool:
     return num_rows <= 2048
 
 
-def many(num_rows: int) -> bool:
-    """Whether rows are so many that only what there is to do decides, however long the slowest of them takes."""
-    return num_rows > 16384
+def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
+    """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
+    each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
+    `needed`: of lanes, one for each result and each candidate."""
+    if needed > 16:
+        return 0
+    if num_rows <= 2048:
+        return MAX_LANES if num_columns > (256 if num_rows <= 256 else 128) else 0
+    if num_columns <= 64:
+        return 0
+    lanes = 8
+    while lanes < needed or (lanes < MAX_LANES and num_columns > 48 * lanes):
+        lanes *= 2
+    return lanes
 
 
-def grid_and_block(num_rows: int, lanes: int) -> tuple[int, int]:
+def dealt_columns(num_columns: int, lanes: int) -> int:
+    """Columns that each of so many lanes is dealt, in whole words."""
+    return -(-num_columns // (WORD * lanes)) * WORD
+
+
+def grid_and_block(num_rows: int, lanes: int, dealt: bool = False) -> tuple[int, int]:
     """Few rows spread over the multiprocessors a warp at a time; many share blocks, which start slower than warps
     run."""
     warps = -(-num_rows * lanes // 32)
-    block = 32 if warps <= 128 else 64 if warps <= 16384 else 256
+    block = 32 if warps <= 128 else 128 if dealt and warps <= 2048 else 64 if warps <= 16384 else 256
     return min(-(-num_rows * lanes // block), 2**31 - 1), block

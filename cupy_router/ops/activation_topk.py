@@ -192,10 +192,15 @@ def kernel(
         function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
         return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
     lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
+    dealt = 0
+    if can_be_dealt(method):
+        dealt = layout.dealt_lanes(num_tokens, num_experts, max(method.top_k + 1, method.num_columns))
+    if dealt:
+        lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
     biases = [view for view in (bias, logit_bias) if view is not None]
     macros |= {
-        "FEW_ROWS": int(layout.few(num_tokens)),
-        "MANY_ROWS": int(layout.many(num_tokens)),
+        "FEW_ROWS": int(not dealt and layout.few(num_tokens)),
+        "DEALT": int(bool(dealt)),
         "LANES": lanes,
         "PER_LANE": columns,
         "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
@@ -203,8 +208,13 @@ def kernel(
             bool(biases) and all(layout.aligned(view.pointer, num_experts, view.dtype, columns) for view in biases)
         ),
     }
-    grid, block = layout.grid_and_block(num_tokens, lanes)
+    grid, block = layout.grid_and_block(num_tokens, lanes, bool(dealt))
     return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
+
+
+def can_be_dealt(method: RoutingMethod) -> bool:
+    """Whether rows may be dealt. Groups are neighbours, and the sum of a softmax has to be the same in every layout."""
+    return method.top_groups == method.num_groups and (method.score != "softmax" or method.score_after_topk)
 
 
 def _reference(

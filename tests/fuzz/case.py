@@ -148,8 +148,10 @@ class _AsOfRows(AbstractContextManager[None]):
     """Within it, kernels are chosen as for so many rows. What was planned so is forgotten afterwards."""
 
     def __init__(self, rows: int) -> None:
-        few, many = _layout.few(rows), _layout.many(rows)
-        self.patch = mock.patch.multiple(_layout, few=lambda num_rows: few, many=lambda num_rows: many)
+        few, dealt_lanes = _layout.few(rows), _layout.dealt_lanes
+        self.patch = mock.patch.multiple(
+            _layout, few=lambda num_rows: few, dealt_lanes=lambda num_rows, *sizes: dealt_lanes(rows, *sizes)
+        )
 
     def __enter__(self) -> None:
         _call._plans.clear()

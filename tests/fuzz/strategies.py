@@ -22,7 +22,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
 COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 384, 512, 576, 896, 1000, 1023, 1024)
 WIDE_COLUMNS = (1025, 1500, 2000)
-AS_OF_ROWS = (0, 5000, 65536)  # what few rows are, some and many
+AS_OF_ROWS = (0, 1000, 5000)  # few rows, some and many
 TOP_K = (1, 2, 3, 6, 8, 10, 16, 31, 32)
 
 Layouts = dict[str, tuple[int, int]]

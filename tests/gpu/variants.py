@@ -44,12 +44,15 @@ def _topk_select() -> Iterator[Case]:
     for dtype in FLOATS:
         for layout in (DENSE, STRIDED, MISALIGNED):
             yield case(ROWS, 256, 8, dtype, layout)
-            yield replace(case(ROWS, 384, 6, dtype, layout), as_of_rows=65536)
+            for rows, columns, k in ((1000, 384, 6), (5000, 384, 6), (5000, 160, 10), (5000, 1000, 12)):
+                yield replace(case(ROWS, columns, k, dtype, layout), as_of_rows=rows)
             yield case(FEW_ROWS, 3000, 600, dtype, layout)
         for columns, k, rows in ((36, 6, ROWS), (1000, 32, ROWS), (3000, 40, FEW_ROWS)):
             both = limits(rows, columns)
             yield case(rows, columns, k, dtype, DENSE, lengths=both["lengths"])
             yield case(rows, columns, k, dtype, DENSE, **both)
+        for as_of_rows in (1000, 5000):
+            yield replace(case(ROWS, 200, 7, dtype, DENSE, **limits(ROWS, 200)), as_of_rows=as_of_rows)
     for columns, k in ((1, 1), (8, 2), (16, 3), (32, 6), (64, 9), (384, 6), (1024, 1)):
         yield case(ROWS, columns, k, "float32", DENSE)
     # Long rows: sampled or not, split or not, ties at the threshold; and more winners than a list in shared memory has.
@@ -82,8 +85,10 @@ def _activation_topk() -> Iterator[Case]:
         narrow = RoutingMethod(256, 6, score, renormalize_eps=1e-20, scale=2.5)
         for dtype in FLOATS:
             yield case(ROWS, narrow, dtype, DENSE, bias=True)
-            for rows in (5000, 65536):
+            for rows in (1000, 5000):
                 yield replace(case(ROWS, narrow, dtype, STRIDED, bias=True), as_of_rows=rows)
+                odd = replace(narrow, num_experts=200, top_k=8)
+                yield replace(case(ROWS, odd, dtype, MISALIGNED, bias=False), as_of_rows=rows)
             yield case(ROWS, replace(narrow, num_experts=384, top_k=8), dtype, MISALIGNED, bias=False)
             yield case(FEW_ROWS, replace(narrow, num_experts=1500, top_k=40), dtype, DENSE, bias=True)
         for experts, k in ((1, 1), (8, 2), (36, 6), (160, 8), (1000, 32)):

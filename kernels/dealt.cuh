@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row dealt to Lanes threads in words of Word columns: lane l holds words l, l + Lanes, ..., PerLane columns in all.
+//
+// Several rows share a warp, and each step of their selection serves all of them. Keys are cut to make room for the
+// column in their low bits, so that all keys of a row differ and one maximum tells both. What they are cut by is an
+// error like any other: whoever selects by such keys looks at the exact values of what came out, and at what could have
+// been meant to come out. A lane has the words of two chunks of its columns under way at a time.
+#pragma once
+
+#include "order.cuh"
+#include "row.cuh"
+#include "warp.cuh"
+
+#ifndef DEALT
+#define DEALT 0  // LANES lanes are dealt a row, PER_LANE columns each; else these are adjacent
+#endif
+
+// The largest multiple of 4 up to `most` that divides per_lane.
+__device__ constexpr int dealt_part(int per_lane, int most) {
+    return per_lane % most == 0 ? most : dealt_part(per_lane, most - 4);
+}
+
+template <typename T, int Lanes_, int PerLane_>
+struct Deal {
+    static constexpr int Lanes = Lanes_, PerLane = PerLane_;
+    static constexpr int Word = dealt_part(PerLane, 16 / sizeof(T)), Chunk = dealt_part(PerLane, 8);
+    static constexpr unsigned MASK = power_of_two_from(Lanes * PerLane) - 1;  // of the bits that hold the column
+    static constexpr unsigned LANE_MASK = (Lanes - 1) * Word;
+    static_assert(PerLane % Chunk == 0 && Chunk % Word == 0, "a lane holds whole chunks of whole words");
+
+    // The column in lane 0 of its j-th; any lane's j-th from its column `begin` on, a multiple of Word.
+    static __device__ constexpr int of_first(int j) { return j / Word * (Lanes * Word) + j % Word; }
+    static __device__ __forceinline__ int column_of(int begin, int j, int lane) {
+        return begin * Lanes + of_first(j) + lane * Word;
+    }
+
+    // What stands in a key for the column, the higher the lower the column, but for the lane's part, which does not
+    // matter within a lane.
+    static __device__ __forceinline__ unsigned tag(int begin, int j) {
+        return (MASK & ~LANE_MASK) - of_first(j) - begin * Lanes;
+    }
+    static __device__ __forceinline__ unsigned lane_tag(int lane) { return LANE_MASK - lane * Word; }
+    static __device__ __forceinline__ int column_of(unsigned key) { return static_cast<int>(MASK - (key & MASK)); }
+
+    // The chunk of a lane's columns from its column `begin` on as float, NaN from `end` on. Whole: there are none such.
+    // Aligned: rows start at whole words.
+    template <bool Whole, bool Aligned, typename U>
+    static __device__ __forceinline__ void load(const U* row, int begin, int lane, int end, float (&values)[Chunk]) {
+        constexpr int PIECE = min_int(Word, 16 / sizeof(U));
+#pragma unroll
+        for (int j = 0; j < Chunk; j += PIECE) {
+            const int first = column_of(begin, j, lane);
+            if (Aligned && (Whole || first + PIECE <= end)) {
+                load_floats<U, PIECE>(row + first, values + j);
+            } else {
+#pragma unroll
+                for (int i = 0; i < PIECE; ++i) {
+                    const bool exists = Whole || first + i < end;
+                    values[j + i] = exists ? to_float(row[first + i]) : __uint_as_float(0x7fc00000u);
+                }
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ void order_two(unsigned& better, unsigned& worse) {
+    const unsigned low = min(better, worse);
+    better = max(better, worse);
+    worse = low;
+}
+
+// A lane's best few keys in order. Keys that hold their columns need nothing beside them, and the minimum and maximum
+// of two order them.
+template <int Heads>
+struct TaggedHeads {
+    unsigned key[Heads];
+
+    // Put four in order, then merge them: fewer steps than inserting one after the other.
+    __device__ __forceinline__ void insert(unsigned a, unsigned b, unsigned c, unsigned d) {
+        order_two(a, b);
+        order_two(c, d);
+        order_two(a, c);
+        order_two(b, d);
+        order_two(b, c);
+        const unsigned best[4] = {a, b, c, d};
+        constexpr int NEW = min_int(Heads, 4), SIZE = power_of_two_from(Heads), ABSENT = SIZE - Heads;
+#pragma unroll
+        for (int i = 0; i < NEW; ++i) key[Heads - NEW + i] = max(key[Heads - NEW + i], best[NEW - 1 - i]);
+        // Down and up again now: half of a bitonic sort, of which the first entries are absent.
+#pragma unroll
+        for (int distance = SIZE / 2; distance > 0; distance /= 2) {
+#pragma unroll
+            for (int i = ABSENT; i < SIZE - distance; ++i) {
+                if ((i & distance) == 0) order_two(key[i - ABSENT], key[i - ABSENT + distance]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void pop(bool yes) {
+#pragma unroll
+        for (int h = 0; h < Heads; ++h)
+            key[h] = yes ? (h + 1 < Heads ? key[h + 1 < Heads ? h + 1 : h] : NO_KEY) : key[h];
+    }
+};
+
+// How likely a row of random order has `heads` of its top_k best in one of its lanes.
+__device__ constexpr double crowding(int top_k, int lanes, int heads) {
+    return heads == 0 ? lanes : crowding(top_k, lanes, heads - 1) * (top_k - heads + 1) / heads / lanes;
+}
+
+// So many heads per lane that one row in 30,000 has more of its best in a lane: the call waits for those.
+__device__ constexpr int dealt_heads(int top_k, int lanes, int per_lane, int heads = 1) {
+    return heads == per_lane || heads == top_k + 1 || crowding(top_k, lanes, heads) < 3.3e-5
+               ? heads
+               : dealt_heads(top_k, lanes, per_lane, heads + 1);
+}
+
+// The best Count of a row's keys in order, from the best few of each of its lanes.
+struct Ranked {
+    unsigned key;   // in lane r the r-th
+    unsigned next;  // no other key of the row is above the highest of these
+};
+
+template <int Count, typename Dealt, int Heads>
+__device__ __forceinline__ Ranked rank_heads(TaggedHeads<Heads>& heads, int lane) {
+    static_assert(Count <= Dealt::Lanes, "a lane holds one of the best");
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] |= Dealt::lane_tag(lane);
+    // The lane's keys behind its heads are below the last of them, which counts once it is gone.
+    const unsigned last = Heads < Dealt::PerLane ? heads.key[Heads - 1] : NO_KEY;
+    Ranked ranked = {NO_KEY, NO_KEY};
+#pragma unroll
+    for (int round = 0; round < Count; ++round) {
+        const unsigned best = lanes_max<Dealt::Lanes>(heads.key[0]);
+        ranked.key = lane == round ? best : ranked.key;
+        heads.pop(heads.key[0] == best);
+    }
+    ranked.next = max(lanes_max<Dealt::Lanes>(heads.key[0]), last);
+    return ranked;
+}
+
+// One of a row's best, with its exact key and what goes with it.
+struct Candidate {
+    unsigned key;
+    int column;
+    float value;
+};
+
+// Whether a row's Count candidates, one in each lane, are in order as far as this lane sees.
+template <int Count, int Lanes>
+__device__ __forceinline__ bool candidates_in_order(const Candidate& own, int lane) {
+    const unsigned next_key = __shfl_down_sync(FULL_WARP, own.key, 1, Lanes);
+    const int next_column = __shfl_down_sync(FULL_WARP, own.column, 1, Lanes);
+    const bool before = (own.key > next_key) | ((own.key == next_key) & (own.column < next_column));
+    return before | (lane + 1 >= Count) | ((own.key | next_key) == NO_KEY);
+}
+
+// Put them in order. Neighbours change places until none has to, since hardly ever more than two are out of order.
+template <int Count, int Lanes>
+__device__ __forceinline__ void sort_candidates(Candidate& own, int lane) {
+#pragma unroll 1
+    do {
+#pragma unroll 1
+        for (int parity = 0; parity < 2; ++parity) {
+            const bool is_first = lane % 2 == parity;
+            const int partner = is_first ? lane + 1 : lane - 1;
+            const bool paired = partner >= 0 && max(lane, partner) < Count;
+            const int source = paired ? partner : lane;
+            const Candidate other = {__shfl_sync(FULL_WARP, own.key, source, Lanes),
+                                     __shfl_sync(FULL_WARP, own.column, source, Lanes),
+                                     __shfl_sync(FULL_WARP, own.value, source, Lanes)};
+            const bool other_better = other.key > own.key || (other.key == own.key && other.column < own.column);
+            if (paired && other_better == is_first) own = other;
+        }
+    } while (__any_sync(FULL_WARP, !candidates_in_order<Count, Lanes>(own, lane)));
+}
+
+// Whether one of the lanes of a warp's row `turn` has voted.
+template <int Lanes>
+__device__ __forceinline__ bool any_of_turn(unsigned votes, int turn) {
+    return (votes >> turn * Lanes & ~0u >> (32 - Lanes)) != 0u;
+}
