@@ -71,8 +71,8 @@ def curves(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float
     return {by: sorted(points) for by, points in lines.items()}
 
 
-def draw(op: str, content: dict[str, Any], path: Path) -> None:
-    """Write the plot of an op."""
+def draw(op: str, content: dict[str, Any], path: Path) -> bool:
+    """Write the plot of an op; False if there is nothing to plot."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -81,7 +81,7 @@ def draw(op: str, content: dict[str, Any], path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "cupy_router", "font.size": 9}):
         panels = [(panel, lines) for panel in PANELS[op] if (lines := curves(content["rows"], panel))]
         if not panels:
-            raise ValueError(f"no results of {op} to plot")
+            return False
         columns = min(2, len(panels))
         figure = Figure(figsize=(4.6 * columns, 3.3 * -(-len(panels) // columns)), layout="constrained")
         all_axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
@@ -105,6 +105,7 @@ def draw(op: str, content: dict[str, Any], path: Path) -> None:
         figure.suptitle(f"{op} on {gpu}, {environment.get('date')}, commit {environment.get('commit')}", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,12 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for op in PANELS:
         source = options.results / f"{op}.json"
-        if source.is_file():
-            path = options.output / f"{op}.{options.format}"
-            draw(op, results.load(source), path)
+        path = options.output / f"{op}.{options.format}"
+        if not source.is_file():
+            print(f"left out: {op}: there is no {source}")
+        elif draw(op, results.load(source), path):
             print(f"wrote {path}")
         else:
-            print(f"left out: {op}: there is no {source}")
+            print(f"left out: {op}: {source} has only single cells")
     return 0
 
 

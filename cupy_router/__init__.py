@@ -11,6 +11,7 @@ array([0, 1, 2, 3, 4, 5], dtype=int32)
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
     globals()[name] = value
+    if "torch" in sys.modules:  # then the first call may be one that torch.compile traces
+        importlib.import_module(f"{__name__}.torch")
     return value
 
 

@@ -210,9 +210,18 @@ print(compiled(x).indices.tolist() == router(x).indices.tolist())
 """
 
 
-def test_a_router_of_tensors_compiles_without_another_import() -> None:
+FIRST_CALL_COMPILED = """
+import torch
+from cupy_router import activation_topk
+compiled = torch.compile(lambda a: tuple(activation_topk(a, "mixtral")), backend="eager", fullgraph=True)
+print(compiled(torch.eye(8)[:2])[1].tolist() == [[0, 1], [1, 0]])
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM, FIRST_CALL_COMPILED], ids=["router", "first call"])
+def test_tensors_compile_without_another_import(program: str) -> None:
     root = Path(cupy_router.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
 

@@ -5,7 +5,7 @@ From then on the public functions and a Router may be called in what `torch.comp
 traces; arguments that are no tensors travel through the schemas as integer keys. Eager calls do not pass PyTorch's
 dispatcher: they ask whether something is being traced or requires grad, and go on as without this room.
 
-    import cupy_router.torch  # not needed once any op or Router was given a tensor
+    import cupy_router.torch  # not needed if torch was imported before the ops, or once any op was given a tensor
 
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)

@@ -131,7 +131,8 @@ def test_a_warm_call_from_jax_allocates_its_results_only(name: str, cupy: Any) -
     with counted(cupy) as sizes:
         result = case(arrays)
     gpu.jax.block_until_ready(result)
-    assert sizes == [a.nbytes for a in result]
+    assert len(sizes) == 1  # the results share a block
+    assert sizes[0] <= sum(a.nbytes for a in result) + 2 * 256
     if before is not None:
         assert gpu.device.memory_stats()["bytes_in_use"] <= before["bytes_in_use"] + sum(sizes)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 @pytest.fixture
 def torch() -> Any:
+    importlib.import_module("cupy_router.torch")  # the first call of all may be one that torch.compile traces
     return on_gpu("torch").torch
 
 
