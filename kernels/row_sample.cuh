@@ -72,7 +72,8 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
     const int all = count_keys(range.low, 32);
     if (tied || all <= target + target / 4) return {range.low, tied};
     range.high = ~0u;
-    return {range.low, narrow(range, all, target, count_keys) > target + target / 8};
+    const int reached_by_keys = narrow(range, all, target, count_keys);
+    return {range.low, reached_by_keys > target + target / 8};
 }
 
 // For rows that have a vector, and k up to half a row.

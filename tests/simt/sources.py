@@ -20,7 +20,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 def source(name: str) -> str:
     """The text of probes/<name>.cu or broken/<name>.cu, with the headers of kernels/ that it includes."""
     path = next(folder / f"{name}.cu" for folder in (PROBES, BROKEN) if (folder / f"{name}.cu").exists())
-    return _expanded(path)
+    return _expanded(path, set())
 
 
 def run(backend: SimtBackend, name: str, grid: int | tuple[int, ...], block: int | tuple[int, ...], *args: Any) -> None:
@@ -35,9 +35,16 @@ def build_all(jobs: Iterable[tuple[str, str | None]]) -> None:
         list(pool.map(lambda job: build_library(source(job[0]), *job), jobs))
 
 
-def _expanded(path: Path) -> str:
+def _expanded(path: Path, seen: set[Path]) -> str:
+    """Each header once, as its `#pragma once` has it."""
     lines = [f'#line 1 "{path.name}"']
     for number, line in enumerate(path.read_text().splitlines(), 1):
         include = re.match(r'#include "([\w.]+)"', line)
-        lines += [_expanded(KERNELS / include[1]), f'#line {number + 1} "{path.name}"'] if include else [line]
+        if include is None:
+            lines.append(line)
+        elif (header := KERNELS / include[1]) not in seen:
+            seen.add(header)
+            lines += [_expanded(header, seen), f'#line {number + 1} "{path.name}"']
+        else:
+            lines.append("")
     return "\n".join(lines) + "\n"
