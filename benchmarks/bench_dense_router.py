@@ -51,6 +51,12 @@ def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
             else:
                 bar = round(warm + bars.COLD_MORE[experts], 3)
             yield harness.barred(row, bar)
+        same = cupy.broadcast_to(x[:1], x.shape)  # what reading x from L2 again and again costs
+
+        def stripped(i: int, x: Any = same, out: Any = out) -> Any:
+            return dense_router(x, gates[0], method, bias=bias, path="decode", out=out)
+
+        yield timed(stripped, "decode", by="one row of x", E=experts, H=hidden, k=method.top_k, n=n, cache="warm")
 
 
 def in_turns(*measures: Callable[[], Row]) -> list[Row]:
