@@ -37,6 +37,7 @@ MAIN: list[dict[str, Any]] = [
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
+NARROW = 1024  # columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
 Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content
@@ -85,6 +86,7 @@ def speed(files: Files) -> str:
             if any(n in cells for n in sizes)
         ]
         blocks.append(markdown_table([title, *(f"n = {n}" for n in sizes)], lines))
+    blocks += _long_rows(files)
     calls = select(_rows(files, "activation_topk"), what="host")
     if calls:
         lines = [[_call(row), microseconds(row["us"])] for row in calls]
@@ -93,6 +95,19 @@ def speed(files: Files) -> str:
         return NONE
     head = "Microseconds, float32. Time on the GPU by graph replay; warm, but for n = 65536 and where it says cold."
     return "\n\n".join([head, *blocks, sources(files, *OPS)])
+
+
+def _long_rows(files: Files) -> list[str]:
+    """topk_select on rows that no warp holds: a line for each shape."""
+    rows = select(_rows(files, "topk_select"), what="gpu", dtype="float32", cache="cold", data=None)
+    shapes = dict.fromkeys((row["n"], row["E"], row["k"]) for row in rows if row["E"] > NARROW)
+    times = {(row["n"], row["E"], row["k"], row["by"]): microseconds(row["us"]) for row in rows}
+    kinds = [by for by in BY if any((*shape, by) in times for shape in shapes)]
+    lines = [
+        [f"{n} x {columns}, k = {k}", *(times.get((n, columns, k, by), "") for by in kinds)] for n, columns, k in shapes
+    ]
+    heads = ["`topk_select`, rows x columns, cold", *(BY[by] for by in kinds)]
+    return [markdown_table(heads, lines)] if lines else []
 
 
 def _call(row: Row) -> str:
