@@ -29,6 +29,7 @@ COLD_MORE = {256: 1.3, 384: 2.0}
 HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
 PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 
+JAX_MORE = 30.0  # until a jitted activation_topk is ready, more than an addition of the same size
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # activation_topk, for each call
 IMPORT = 150_000.0
 METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size

@@ -5,6 +5,7 @@ of tokens beside PyTorch and the floor: GPU time"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import cupy
@@ -120,7 +121,7 @@ def sweep_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
             yield timed(call("prefill"), "any", by="two launches", **cell)
         yield floor.read_rows([normal(experts + n, hidden)], out, {"op": "dense_router", "path": "any"} | cell)
         for name in ("PyTorch with cuBLAS", *["torch.compile"] * (n in COMPILED_TOKENS)):
-            row = harness.attempt(f"{name} {cell}", lambda: rival(name, method, x, weight, bias, out, cell))  # noqa: B023
+            row = harness.attempt(f"{name} {cell}", partial(rival, name, method, x, weight, bias, out, cell))
             yield from [] if row is None else [row]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import cupy
 
+from benchmarks.bars import JAX_MORE
 from benchmarks.harness import attempt, graph_microseconds, host_rows, main
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, activation_topk
@@ -23,7 +24,6 @@ N, EXPERTS, TOP_K = 64, 256, 6
 METHOD = RoutingMethod(EXPERTS, TOP_K)
 CELL: Row = {"op": "activation_topk", "n": N, "E": EXPERTS, "k": TOP_K, "dtype": "float32"}
 ROUNDS, CALLS = 40, 25
-JAX_BAR = 30.0  # microseconds longer until ready than an addition of the same size
 
 
 def logits_of_cupy() -> Any:
@@ -94,7 +94,7 @@ def jax_rows() -> list[Row]:
     more = row("jax.jit until ready: activation_topk less an addition", ours - addition, our_spread + spread)
     ten, thirty = found["a program of 10"], found["a program of 30"]
     each = row("jax.jit until ready: each further call", (thirty[0] - ten[0]) / 20, (thirty[1] + ten[1]) / 20)
-    return [*rows, more | {"bar_us": JAX_BAR}, each]
+    return [*rows, more | {"bar_us": JAX_MORE}, each]
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------

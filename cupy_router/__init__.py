@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
     globals()[name] = value
     if "torch" in sys.modules:  # then the first call may be one that torch.compile traces
-        importlib.import_module(f"{__name__}.torch")
+        with suppress(ImportError, AttributeError):  # of a torch that we cannot use; the first tensor brings the error
+            importlib.import_module(f"{__name__}.torch")
     return value
 
 

@@ -142,7 +142,7 @@ class Router:
             Routing of arrays of the framework of x, on its device.
         """
         if tracer is not None and tracer.is_tracing():
-            return tracer.route(self, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]
+            return tracer.route(self, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]  # a Routing
         return self.route(x, token_ids, num_valid, out, stream)
 
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:

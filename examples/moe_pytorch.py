@@ -21,7 +21,7 @@ def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
     return weights / weights.sum(dim=1, keepdim=True), indices
 
 
-class MoE(torch.nn.Module):  # type: ignore[misc]
+class MoE(torch.nn.Module):  # type: ignore[misc]  # Any where torch is not installed
     def __init__(self, plain: bool = False) -> None:
         super().__init__()
         for name, value in tokens.parameters().items():

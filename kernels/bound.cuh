@@ -10,8 +10,7 @@ __device__ __forceinline__ float selection_value(float logit, const RowStatistic
 }
 
 // Without a bias the scores rise with the logits, but for their rounding.
-constexpr bool BOUND_BY_LOGITS =
-    !HAS_BIAS && !SELECT_ON_LOGITS && (SCORE == SIGMOID || SCORE == SQRTSOFTPLUS || SCORE == SOFTMAX);
+constexpr bool BOUND_BY_LOGITS = !HAS_BIAS && !SELECT_ON_LOGITS && (SCORE == SIGMOID || SCORE == SQRTSOFTPLUS);
 constexpr bool BOUND_BY_SCORES = HAS_BIAS && !SELECT_ON_LOGITS && HAS_SCORE_BOUND;
 
 // In its stead, still without the bias: a number for which selection_reach says how high the value can be.
@@ -21,8 +20,8 @@ __device__ __forceinline__ float selection_bound(float logit, const RowStatistic
 }
 
 // What no selection value exceeds whose bound, with its bias, is not above this one. Scores are within 1e-6 of the
-// exact ones, and those of softmax within 8e-6 where they are not 0.
+// exact ones.
 __device__ __forceinline__ float selection_reach(float bound, const RowStatistics& statistics) {
-    if (BOUND_BY_LOGITS) return score_of(bound, statistics) * (SCORE == SOFTMAX ? 1.00002f : 1.000003f);
+    if (BOUND_BY_LOGITS) return score_of(bound, statistics) * 1.000003f;
     return BOUND_BY_SCORES ? bound + SCORE_BOUND_ERROR : bound;
 }

@@ -135,7 +135,7 @@ struct RowPiece {
 };
 
 // Put the first `wanted` scores of a piece that have this very key on the list, by column; as rank keys. How many there
-// are. Out of line, as most rows have no need of it.
+// are.
 template <int Code, int Block, int Loads>
 __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
                                             unsigned key, unsigned long long* list, int wanted) {

@@ -225,6 +225,21 @@ def test_tensors_compile_without_another_import(program: str) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+UNUSABLE = """
+import sys, types
+sys.modules["torch"] = types.ModuleType("torch")
+import numpy
+from cupy_router import activation_topk
+print(activation_topk(numpy.eye(8, dtype="float32")[:1], "mixtral").indices.tolist() == [[0, 1]])
+"""
+
+
+def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
+    root = Path(cupy_router.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", UNUSABLE], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 # -- Generated code ----------------------------------------------------------------------------------------------------
 
 

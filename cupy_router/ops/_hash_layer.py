@@ -41,7 +41,7 @@ def hash_layer(
     """`hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights; results as x."""
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    return run(_OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(_OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]  # an op.result
 
 
 def _check(

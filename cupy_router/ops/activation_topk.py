@@ -69,7 +69,7 @@ def activation_topk(
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (logits, bias, logit_bias, expert_scale, num_valid)
-    return run(_OP, resolve(method), inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(_OP, resolve(method), inputs, out, stream, number)  # type: ignore[no-any-return]  # an op.result
 
 
 def _check(

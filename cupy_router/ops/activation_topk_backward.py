@@ -91,7 +91,7 @@ def activation_topk_backward(
     """
     options = Options(resolve(method), dtype, repeated)
     inputs = (grad_weights, indices, logits, logit_bias, expert_scale)
-    return run(_OP, options, inputs, out, stream)  # type: ignore[no-any-return]
+    return run(_OP, options, inputs, out, stream)  # type: ignore[no-any-return]  # an op.result
 
 
 def _check(

@@ -82,7 +82,7 @@ def dense_router(
     number, num_valid = check.split_num_valid(num_valid)
     options = resolve(method), path
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
-    return run(_OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(_OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]  # an op.result
 
 
 def _check(

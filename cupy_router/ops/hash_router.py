@@ -91,7 +91,7 @@ def hash_router(
     number, num_valid = check.split_num_valid(num_valid)
     resolved = None if method is None else resolve(method)
     arrays = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
-    return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]
+    return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]  # an op.result
 
 
 def check_call(

@@ -33,24 +33,27 @@ def topk_select(
     a length <= 0 makes it empty. Indices count from the row's start.
 
     Args:
-        scores: [num_rows, num_columns] float32, float16 or bfloat16. k: at least 1; at most num_columns unless
-        `lengths` or `starts` are given. lengths: [num_rows] int32, or None. starts: [num_rows] int32, or None.
+        scores: [num_rows, num_columns] float32, float16 or bfloat16.
+        k: at least 1; at most num_columns unless `lengths` or `starts` are given.
+        lengths: [num_rows] int32, or None.
+        starts: [num_rows] int32, or None.
         sorted: False orders the same entries by ascending column instead, which takes a little longer.
         return_values: False returns `values` None, and spares their memory.
         index_map: what is written in place of an index i >= 0, the place of i in a paged cache: a table of pages
             [num_rows or 1, at least num_columns / page_size] int32, of which it is `index_map[row, i // page_size] *
             page_size + i % page_size`; with `page_size` 1 simply `index_map[row, i]`.
-        page_size: columns in a page of `index_map`, at least 1.
+        page_size: columns in a page of `index_map`, at least 1. What the map makes of an index has to fit int32.
         out: a :class:`TopK` of preallocated arrays (`values` None without values), filled in place and returned.
         stream: work is enqueued on the current stream of the scores' framework unless an object with
             `__cuda_stream__` or an int handle is given here. The host never waits.
 
     Returns:
-        TopK of values [num_rows, k], bit copies of the scores, and indices [num_rows, k] int32; -inf and -1 where a row
-        holds fewer than k. Arrays are of the scores' framework, on their device.
+        TopK of values [num_rows, k] in the dtype of the scores, bit copies of them (or None), and indices [num_rows, k]
+        int32; -inf and -1 where a row holds fewer than k. Arrays are of the scores' framework, on their device.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed, or k or page_size is no int.
+        TypeError: something is no array, or has a dtype that is not allowed, or k or page_size is no int, or sorted or
+            return_values is no bool.
         ValueError: ranks, shapes, strides, devices, k or page_size are wrong.
         RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
 
@@ -62,19 +65,19 @@ def topk_select(
     if type(k) is not int:
         k = check.integer("topk_select: k", k, 1)
     if sorted is True and return_values is True and index_map is None and page_size == 1:
-        return run(_OP, k, (scores, lengths, starts), out, stream)  # type: ignore[no-any-return]
+        return run(_OP, k, (scores, lengths, starts), out, stream)  # type: ignore[no-any-return]  # an op.result
     if type(sorted) is not bool or type(return_values) is not bool:
         raise TypeError(f"topk_select: sorted and return_values must be bools, got {sorted!r} and {return_values!r}")
-    if type(page_size) is not int or page_size < 1:
+    if page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
     options, inputs = Options(k, sorted, return_values, page_size), (scores, lengths, starts, index_map)
     if return_values:
-        return run(_OP_OPTIONS, options, inputs, out, stream)  # type: ignore[no-any-return]
+        return run(_OP_OPTIONS, options, inputs, out, stream)  # type: ignore[no-any-return]  # an op.result
     if out is not None:
         if not (isinstance(out, tuple) and len(out) == 2 and out[0] is None):
             raise TypeError("topk_select: out must be a TopK whose values are None where values are not returned")
         run(_OP_COLUMNS, options, inputs, Columns(out[1]), stream)
-        return out  # type: ignore[return-value]
+        return out  # type: ignore[return-value]  # a TopK without values
     return TopK(None, run(_OP_COLUMNS, options, inputs, None, stream).indices)
 
 

@@ -70,7 +70,7 @@ def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream:
     """A call of a Router while a graph is traced; the graph sees the router's arrays only where they have gradients."""
     _refuse("Router", out, stream)
     if is_grad_enabled() and any(map(_requires_grad, (router.weight, router.logit_bias, router.expert_scale))):
-        return router.route(x, token_ids, num_valid, None, None)  # type: ignore[no-any-return]
+        return router.route(x, token_ids, num_valid, None, None)  # type: ignore[no-any-return]  # a Routing
     number = num_valid if isinstance(num_valid, int) else -1
     counts = None if isinstance(num_valid, int) else num_valid
     return Routing(*torch.ops.cupy_router.router(router.number, x, token_ids, counts, number))

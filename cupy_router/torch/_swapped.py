@@ -82,7 +82,7 @@ class Router(Swapped):
         given |= {role: attrgetter(path)(self) for role, path in plan.tensors.items()}
         x = given["x"].reshape(-1, given["x"].shape[-1])
         if "input_scale" in given:
-            x = self.norm(x) * given["input_scale"] * self.scalar_root_size  # type: ignore[attr-defined]
+            x = self.norm(x) * given["input_scale"] * self.scalar_root_size  # type: ignore[attr-defined]  # of models with a norm
         bias, logit_bias, expert_scale = (_flat(given.get(role)) for role in ("bias", "logit_bias", "expert_scale"))
         layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
         logits = None

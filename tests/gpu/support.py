@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -150,3 +153,17 @@ class Raw:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
+
+
+# Command buffers by XLA's own choice, wherever it can, and never.
+COMMAND_BUFFER_FLAGS = ("", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer=")
+
+
+def count_handled(program: str, flag: str, calls: int) -> None:
+    """Run a program with a flag of XLA's; it prints "done" and how many of so many calls went through our handlers."""
+    environment = {**os.environ, "XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment)
+    if "Unknown flag" in done.stderr:
+        pytest.skip(f"this XLA does not know {flag}")
+    assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
+    print(f"{flag or 'by default'}: {done.stdout.split()[1]} of {calls} calls passed through the handlers")

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router
 from tests import inputs
-from tests.gpu.support import on_gpu
+from tests.gpu.support import COMMAND_BUFFER_FLAGS, count_handled, on_gpu
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, twin
 from tests.steps import METHODS
@@ -144,16 +141,9 @@ print("done", len(asked) - before)
 """
 
 
-@pytest.mark.parametrize("flag", ["", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer="])
+@pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
 def test_with_and_without_command_buffers(gpu: Any, flag: str) -> None:
-    environment = {**os.environ, "XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=300, env=environment
-    )
-    if "Unknown flag" in done.stderr:
-        pytest.skip(f"this XLA does not know {flag}")
-    assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
-    print(f"{flag or 'by default'}: {done.stdout.split()[1]} of {30 * 12} calls passed through the handlers")
+    count_handled(TRAINING, flag, 30 * 12)
 
 
 def test_two_devices(gpu: Any) -> None:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,9 +13,9 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, topk_select
 from tests import compare, inputs, steps
+from tests.gpu.support import COMMAND_BUFFER_FLAGS, count_handled, on_gpu, upload
 from tests.gpu.support import NAMES as SUPPORTED
 from tests.gpu.support import call as supported
-from tests.gpu.support import on_gpu, upload
 from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
 from tests.test_method_steps import METHODS, layer_of
 
@@ -195,17 +193,10 @@ print("done", len(asked))
 """
 
 
-@pytest.mark.parametrize("flag", ["", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer="])
+@pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
 def test_with_and_without_command_buffers(gpu: Any, flag: str) -> None:
     """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
-    environment = {**os.environ, "XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND_BUFFERS], capture_output=True, text=True, timeout=300, env=environment
-    )
-    if "Unknown flag" in done.stderr:
-        pytest.skip(f"this XLA does not know {flag}")
-    assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
-    print(f"{flag or 'by default'}: {done.stdout.split()[1]} of {30 * 19} calls passed through the handlers")
+    count_handled(COMMAND_BUFFERS, flag, 30 * 19)
 
 
 def test_repeated_calls_take_no_more_memory(gpu: Any, cupy: Any) -> None:
