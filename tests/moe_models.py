@@ -47,6 +47,47 @@ class Row(NamedTuple):
     effects: tuple[tuple[str, float], ...] = ()  # a step of the method -> the share of picks that it changes
 
 
+# -- Gradients ---------------------------------------------------------------------------------------------------------
+
+
+def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32) -> tuple[dict[str, Any], ...]:
+    """The gradients of all parameters of a small model by its own routers and by ours, for random upstream values."""
+    model = next(filter(None, map(_with_our_routers, model_classes(family))))
+    routers = [module for module in model.modules() if isinstance(module, Router | InlineRouter)]
+    with torch.no_grad():
+        fill(model, routers)
+        cast(model, routers, device, dtype)
+    given, ours = inputs_of(model, device, dtype), None
+    for restored in (False, True):
+        if restored:
+            restore_routers(model)
+        model.zero_grad(set_to_none=True)
+        output = model(**given)
+        output = output["logits"] if "logits" in output else output["last_hidden_state"]
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(device)
+        (output.float() * upstream).sum().backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        ours = ours or found
+    return found, ours
+
+
+def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
+    """Up to so much of the largest of each parameter."""
+    assert {name for name, grad in ours.items() if grad is None} == {n for n, grad in theirs.items() if grad is None}
+    for name, want in theirs.items():
+        if want is not None:
+            error = (ours[name].float() - want.float()).abs().max()
+            assert error <= tolerance * want.float().abs().max(), f"{name}: {float(error)}"
+
+
+def _with_our_routers(model_class: type) -> Any:
+    try:
+        model = build(model_class)
+    except Exception:  # as in examine
+        return None
+    return model if replace_routers(model) else None
+
+
 # -- Before and after --------------------------------------------------------------------------------------------------
 
 

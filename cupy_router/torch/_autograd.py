@@ -20,7 +20,7 @@ from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk_backward
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
-from cupy_router.torch._product import gate_product
+from cupy_router.torch._product import gate_product, product_gradients
 
 is_grad_enabled = torch.is_grad_enabled
 
@@ -155,10 +155,9 @@ def gradients(
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
                 found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
-            if "x" in needed:
-                found["x"] = (grad_logits @ weight.float()).to(x.dtype)
-            if "weight" in needed:
-                found["weight"] = (grad_logits.t() @ x.float()).to(weight.dtype)
+            if x is not None:
+                by = "x" in needed, "weight" in needed
+                found["x"], found["weight"] = product_gradients(x, weight, grad_logits, by)
         if "expert_scale" in needed:
             found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias, repeated)
     return found

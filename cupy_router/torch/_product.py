@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,5 +21,27 @@ def gate_product(x: Any, weight: Any) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             return gate_product(x, weight)
     if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return _MixedProduct.apply(x, weight)
     return torch.nn.functional.linear(x.float(), weight.float())
+
+
+class _MixedProduct(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
+    """16-bit floats in, float32 out: for the way back PyTorch has no such product, nor a derivative of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any) -> Any:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, Any]:
+        x, weight = ctx.saved_tensors
+        return product_gradients(x, weight, grad, ctx.needs_input_grad)
+
+
+def product_gradients(x: Any, weight: Any, grad_logits: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
+    """The gradients of the product by x and by the gate, if needed: products in float32, then rounded."""
+    with torch.autocast(x.device.type, enabled=False):
+        by_x = (grad_logits @ weight.float()).to(x.dtype) if needed[0] else None
+        by_weight = (grad_logits.t() @ x.float()).to(weight.dtype) if needed[1] else None
+    return by_x, by_weight

@@ -39,10 +39,8 @@ def replace_routers(model: Any) -> int:
     accumulated and kept in float32, and experts are chosen by these, even where the model's own code rounds them to
     bfloat16; of equal values the lower index is chosen.
 
-    Where gradients are enabled and the hidden states or the router's parameters require one, the model's own code runs,
-    so that training goes on as before; under `torch.no_grad()` or `torch.inference_mode()` ours does. With gradient
-    checkpoints of the reentrant kind the first pass is ours and its repetition the model's: restore the routers first.
-    Routers that add noise in training run their own code as well.
+    Weights and logits have gradients as the model's own have, by the op `activation_topk_backward`; second derivatives
+    are refused. Routers that add noise in training run their own code there.
 
     The routing method is read from the configuration that is nearest to the block, with `RoutingMethod.from_config`.
     Copies and pickles of the model stay swapped; pickles need cupy_router to be read.

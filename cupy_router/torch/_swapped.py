@@ -77,7 +77,7 @@ class Router(Swapped):
         given = _by_role(plan, args, kwargs)
         weight = attrgetter(plan.gate)(self)
         results = plan.results.get((given["x"].dtype, weight.dtype))  # without them its own code raises an error
-        if results is None or _needs_own_code(self, plan, *given.values()):
+        if results is None or _adds_noise(self, plan):
             return self.original.forward(self, *args, **kwargs)
         given |= {role: attrgetter(path)(self) for role, path in plan.tensors.items()}
         x = given["x"].reshape(-1, given["x"].shape[-1])
@@ -108,7 +108,7 @@ class LogitsOnly(Swapped):
         plan = self._cupy_router
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         weight = attrgetter(plan.gate.partition(".")[2])(self)
-        if (x.dtype, weight.dtype) not in plan.results or _needs_own_code(self, plan, hidden_states):
+        if (x.dtype, weight.dtype) not in plan.results or _adds_noise(self, plan):
             return self.original.forward(self, hidden_states)
         return gate_product(x, weight)
 
@@ -121,7 +121,7 @@ class InlineRouter(Swapped):
         logits = _by_role(plan, args, kwargs)["logits"]
         dtype = attrgetter(plan.gate)(self).dtype
         results = plan.results.get((dtype, dtype))
-        if results is None or _needs_own_code(self, plan, logits):
+        if results is None or _adds_noise(self, plan):
             return getattr(self.original, INLINE)(self, *args, **kwargs)
         return _returned(plan, results, logits, *activation_topk(logits, results.method))
 
@@ -137,13 +137,7 @@ def _by_role(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     }
 
 
-def _needs_own_code(module: Any, plan: Plan, *arguments: Any) -> bool:
-    """Whether there has to be a gradient, or noise."""
-    if torch.is_grad_enabled():
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        parameters = (attrgetter(plan.gate)(module),) if isinstance(module, InlineRouter) else module.parameters()
-        if any(tensor.requires_grad for tensor in (*tensors, *parameters)):
-            return True
+def _adds_noise(module: Any, plan: Plan) -> bool:
     return module.training and any(getattr(module, name, None) for name in plan.noise)
 
 

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tests import moe_configs, moe_models  # noqa: E402
+from tests.moe_configs import NUM_EXPERTS  # noqa: E402
 from tests.moe_models import LARGEST_ERROR, MOST_FLIPPED  # noqa: E402
 
 # Every step and every way to return results is among them. The rest takes no other path on a GPU.
@@ -57,6 +58,29 @@ def test_bfloat16(family: str, figures: dict[str, Any]) -> None:
         assert row.flipped <= MOST_FLIPPED * row.picks
         assert row.error <= LARGEST_ERROR
         assert row.difference < 10  # NaN included
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral", "qwen3_moe"])
+def test_gradients(family: str, dtype: str) -> None:
+    """In float32 those of the model's own code. In bfloat16, where picks may differ, ours are those of float32 as
+    nearly as the model's own are."""
+    if family not in moe_configs.families():
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    exact, ours = moe_models.gradients_twice(family, "cuda")
+    if dtype == "float32":
+        moe_models.assert_same_gradients(ours, exact, 2e-4)  # CUDA adds up experts in no particular order
+        return
+    theirs, ours = moe_models.gradients_twice(family, "cuda", torch.bfloat16)
+
+    def error(found: dict[str, Any], name: str) -> float:
+        return float((found[name].float() - exact[name]).norm() / exact[name].norm())
+
+    gates = [name for name, want in exact.items() if want is not None and want.ndim == 2 and len(want) == NUM_EXPERTS]
+    assert gates
+    for name in gates:
+        print(f"{name}: theirs {error(theirs, name):.3f}, ours {error(ours, name):.3f}")
+        assert error(ours, name) <= 1.5 * error(theirs, name) + 0.02
 
 
 def test_enough_families_were_seen(figures: dict[str, Any]) -> None:
