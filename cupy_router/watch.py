@@ -64,4 +64,5 @@ class Watch:
                 except BlockingIOError:
                     return False
             self._look_at = now + _LOOK_SECONDS
-        return any(_stamp(path) != stamp for path, stamp in self._stamps.items())
+        stamps = list(self._stamps.items())  # other threads may add some meanwhile
+        return any(_stamp(path) != stamp for path, stamp in stamps)
