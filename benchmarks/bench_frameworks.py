@@ -2,7 +2,8 @@
 """What activation_topk costs inside PyTorch and JAX beyond its kernel: under jit, in CUDA graphs, when compiled.
 
 JAX's calls are timed until their results are ready. What is in a call's time comes apart by calls that do less: an
-addition (one result), a selection of columns (two results), a custom call whose handler returns at once.
+addition (one result), a selection of columns (two results), a custom call whose handler returns at once. XLA launches
+our kernels by itself; rows "by handlers" show what calls cost where it cannot.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import cupy
 
 from benchmarks.bars import JAX_MORE
-from benchmarks.harness import attempt, graph_microseconds, host_rows, main
+from benchmarks.harness import Time, attempt, graph_microseconds, host_rows, main
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, activation_topk
 
 N, EXPERTS, TOP_K = 64, 256, 6
 METHOD = RoutingMethod(EXPERTS, TOP_K)
 CELL: Row = {"op": "activation_topk", "n": N, "E": EXPERTS, "k": TOP_K, "dtype": "float32"}
-ROUNDS, CALLS = 40, 25
+ROUNDS, CALLS, TURNS = 40, 25, 5
 
 
 def logits_of_cupy() -> Any:
@@ -33,8 +36,8 @@ def logits_of_cupy() -> Any:
 # -- JAX ---------------------------------------------------------------------------------------------------------------
 
 
-def until_ready(calls: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
-    """Median and interquartile range in microseconds, by turns."""
+def until_ready(calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Microseconds of each, in rounds in which they take turns."""
     import jax
 
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -47,8 +50,7 @@ def until_ready(calls: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float
             for _ in range(CALLS):
                 jax.block_until_ready(call())
             times[name].append((time.perf_counter_ns() - begin) / CALLS / 1000)
-    quartiles = {name: statistics.quantiles(found, n=4) for name, found in times.items()}
-    return {name: (median, high - low) for name, (low, median, high) in quartiles.items()}
+    return times
 
 
 def jax_rows() -> list[Row]:
@@ -57,7 +59,7 @@ def jax_rows() -> list[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from cupy_router.jax import _ffi
+    from cupy_router.jax import _ffi, _native
 
     logits = jax.device_put(np.random.default_rng(0).standard_normal((N, EXPERTS), np.float32), jax.devices("gpu")[0])
     nothing = _ffi.handler("nothing", lambda execution: None, True, False)
@@ -73,28 +75,42 @@ def jax_rows() -> list[Row]:
         return program
 
     upstream = jnp.ones((N, TOP_K))
-    functions: dict[str, Callable[[Any], Any]] = {
+    of_others: dict[str, Callable[[Any], Any]] = {
         "an addition": lambda a: a + a,
         "two results of XLA": lambda a: (a[:, :TOP_K] + 1, a[:, :TOP_K].astype(jnp.int32)),
         "a handler that returns": lambda a: jax.ffi.ffi_call("cupy_router.nothing", like)(a, **{_ffi.ATTRIBUTE: ""}),
+    }
+    of_ours: dict[str, Callable[[Any], Any]] = {
         "activation_topk": lambda a: activation_topk(a, METHOD),
         "its gradient, too": jax.grad(lambda a: (activation_topk(a, METHOD).weights * upstream).sum()),
         "a program of 10": many(10),
         "a program of 30": many(30),
     }
-    jitted = {name: jax.jit(function) for name, function in functions.items()}
-    calls = {name: (lambda f=function: f(logits)) for name, function in jitted.items()}
-    found = until_ready(calls | {"activation_topk, not jitted": lambda: activation_topk(logits, METHOD)})
+    calls = {name: jax.jit(function) for name, function in (of_others | of_ours).items()}
+    for call in calls.values():
+        call(logits)
+    with patch.object(_native, "_gpu", lambda: None):
+        for name, function in of_ours.items():
+            by_handlers = calls[f"{name}, by handlers"] = jax.jit(lambda a, function=function: function(a))
+            by_handlers(logits)
+    calls["activation_topk, not jitted"] = lambda a: activation_topk(a, METHOD)
+    found = until_ready({name: partial(call, logits) for name, call in calls.items()})
 
-    def row(name: str, us: float, spread: float, by: str = OURS) -> Row:
-        return {"what": "host"} | CELL | {"by": by, "call": name, "us": round(us, 2), "spread_us": round(spread, 2)}
+    def row(name: str, times: Sequence[float], by: str = OURS) -> Row:
+        low, us, high = statistics.quantiles(times, n=4)
+        call = f"jax.jit until ready: {name}"
+        return {"what": "host"} | CELL | {"by": by, "call": call, "us": round(us, 2), "spread_us": round(high - low, 2)}
 
-    rows = [row(f"jax.jit until ready: {name}", *times, by="jax") for name, times in found.items()]
-    (ours, our_spread), (addition, spread) = found["activation_topk"], found["an addition"]
-    more = row("jax.jit until ready: activation_topk less an addition", ours - addition, our_spread + spread)
-    ten, thirty = found["a program of 10"], found["a program of 30"]
-    each = row("jax.jit until ready: each further call", (thirty[0] - ten[0]) / 20, (thirty[1] + ten[1]) / 20)
-    return [*rows, more | {"bar_us": JAX_MORE}, each]
+    def difference(name: str, other: str, divisor: int = 1) -> list[float]:
+        return [(a - b) / divisor for a, b in zip(found[name], found[other], strict=True)]
+
+    rows = [row(name, times, by="jax" if name in of_others else OURS) for name, times in found.items()]
+    for how in ("", ", by handlers"):
+        more = row(f"activation_topk{how}, less an addition", difference(f"activation_topk{how}", "an addition"))
+        rows.append(more if how else more | {"bar_us": JAX_MORE})
+        each = difference(f"a program of 30{how}", f"a program of 10{how}", 20)
+        rows.append(row(f"each further call{how}", each))
+    return rows
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
@@ -105,26 +121,29 @@ def graph_rows() -> list[Row]:
     logits = logits_of_cupy()
     out = Routing(cupy.empty((N, TOP_K), cupy.float32), cupy.empty((N, TOP_K), cupy.int32))
 
-    def row(name: str, times: tuple[float, float]) -> Row:
-        us, spread = times
-        return {"what": "gpu"} | CELL | {"by": OURS, "call": name, "us": round(us, 3), "spread_us": round(spread, 3)}
+    def bare() -> Time:
+        return graph_microseconds(lambda i: activation_topk(logits, METHOD, out=out))
 
-    bare = graph_microseconds(lambda i: activation_topk(logits, METHOD, out=out))
-    rows = [row("the kernel alone", bare)]
+    def row(name: str, times: Sequence[Time]) -> Row:
+        medians = [us for us, _ in times]
+        spread = max(max(spread for _, spread in times), max(medians) - min(medians))
+        us = round(statistics.median(medians), 3)
+        return {"what": "gpu"} | CELL | {"by": OURS, "call": name, "us": us, "spread_us": round(spread, 3)}
 
     def by_torch() -> list[Row]:
         import torch
 
         tensor, same = torch.from_dlpack(logits), Routing(*map(torch.from_dlpack, out))
-        captured = graph_microseconds(lambda i: activation_topk(tensor, METHOD, out=same), torch=True)
-        bar = round(bare[0] + bare[1] + captured[1], 3)  # no longer than the kernel, within both spreads
+        alone, captured = [], []
+        for _ in range(TURNS):
+            alone.append(bare())
+            captured.append(graph_microseconds(lambda i: activation_topk(tensor, METHOD, out=same), torch=True))
         fresh = graph_microseconds(lambda i: activation_topk(tensor, METHOD), torch=True)
-        return [
-            row("in a CUDA graph of PyTorch", captured) | {"bar_us": bar},
-            row("in a CUDA graph of PyTorch, results apart", fresh),
-        ]
+        kernel, in_graph = row("the kernel alone", alone), row("in a CUDA graph of PyTorch", captured)
+        bar = round(kernel["us"] + max(kernel["spread_us"], in_graph["spread_us"]), 3)  # no longer, within the spread
+        return [kernel, in_graph | {"bar_us": bar}, row("in a CUDA graph of PyTorch, results apart", [fresh])]
 
-    return rows + (attempt("graphs of PyTorch", by_torch) or [])
+    return attempt("graphs of PyTorch", by_torch) or [row("the kernel alone", [bare()])]
 
 
 def torch_rows() -> list[Row]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as citizens of JAX: importing this room registers them with XLA, by its typed FFI.
+"""The ops as citizens of JAX: importing this room registers them with XLA.
 
 From then on the public functions and a Router may be called inside `jax.jit`, `jax.grad`, `jax.vmap` and
-`jax.shard_map`. On a GPU kernels are enqueued on XLA's own stream and read and write XLA's own buffers; on a CPU the
-NumPy reference does. Calls with arrays that hold values go on as without this room.
+`jax.shard_map`. On a GPU kernels are enqueued on XLA's own stream and read and write XLA's own buffers: by XLA itself
+where a call is one kernel, else by a handler. On a CPU the NumPy reference does. Calls with arrays that hold values go
+on as without this room.
 
     import cupy_router.jax  # not needed once any op or Router was given an array or a tracer of JAX
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from cupy_router.arrays import View, framework_of
 from cupy_router.arrays._numpy import DTYPES
-from cupy_router.jax import _ffi, _text
-from cupy_router.jax._targets import OPS, target
+from cupy_router.jax import _calls, _text
+from cupy_router.jax._targets import OPS
 from cupy_router.ops import _checks as check
 from cupy_router.ops._call import Op
 from cupy_router.ops._dense_decode import MAX_TOKENS
@@ -52,8 +52,7 @@ def node(name: str, options: Hashable, given: tuple[int, ...], number: int) -> A
                 for shape, dtype in outputs
             ]
 
-        like = jax.eval_shape(results, *arrays)
-        return tuple(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
+        return _calls.call(name, text, tuple(jax.eval_shape(results, *arrays)), arrays)
 
     call.__name__ = name
     mapped = jax.custom_batching.custom_vmap(call)

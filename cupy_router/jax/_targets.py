@@ -17,6 +17,7 @@ from cupy_router.jax import _exit, _ffi, _text
 from cupy_router.ops import (
     _call,
     _hash_layer,
+    _layout,
     activation_topk,
     activation_topk_backward,
     dense_router,
@@ -27,9 +28,9 @@ from cupy_router.ops import (
 _MODULES = (topk_select, activation_topk, hash_router, dense_router, _hash_layer, activation_topk_backward)
 OPS: dict[str, _call.Op] = {module._OP.name: module._OP for module in _MODULES}
 
-# The others use memory of `scratch`, which is one piece more for each capture and never freed: XLA captures anew
-# whenever buffers move.
-_COMMAND_BUFFERS = ("activation_topk", "hash_router", "activation_topk_backward")
+# One kernel and nothing else. The others use memory of `scratch`, which is one piece more for each capture and never
+# freed: XLA captures anew whenever buffers move.
+_ONE_KERNEL = ("activation_topk", "hash_router", "activation_topk_backward")
 
 _handlers: list[Any] = []  # XLA keeps their addresses
 
@@ -52,10 +53,17 @@ def register() -> None:
         return
     for op in OPS:
         for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
-            function = _ffi.handler(op, partial(run, op), on_cuda, op in _COMMAND_BUFFERS)
+            function = _ffi.handler(op, partial(run, op), on_cuda, op in _ONE_KERNEL)
             _handlers.append(function)
             jax.ffi.register_ffi_target(target(op), jax.ffi.pycapsule(function), platform=platform)
     atexit.register(_exit.wait)  # runs before JAX's own, which was registered earlier
+
+
+def is_one_kernel(op: _call.Op, options: Any, views: Sequence[View | None]) -> bool:
+    """Whether a call is the launch of one kernel without memory of its own."""
+    if op.name == "topk_select":
+        return _layout.fits(views[0].shape[1], options)  # type: ignore[union-attr]  # the first is never left out
+    return op.name in _ONE_KERNEL
 
 
 _decoded = lru_cache(maxsize=4096)(_text.decode)
@@ -95,6 +103,10 @@ def _describe(
 
 
 def _view(name: str, pointer: int, fact: tuple[int, bytes, int], device: tuple[str, int]) -> View:
-    shape, dtype = _ffi.shape_and_dtype(fact)
+    return dense_view(name, pointer, *_ffi.shape_and_dtype(fact), device)
+
+
+def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
+    """A buffer of XLA's."""
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return View(name, pointer, shape, strides, dtype, device, not name.startswith("out."), None)

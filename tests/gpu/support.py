@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -155,15 +156,40 @@ class Raw:
         return 0, self.handle
 
 
+# -- Inside jax.jit ----------------------------------------------------------------------------------------------------
+
 # Command buffers by XLA's own choice, wherever it can, and never.
 COMMAND_BUFFER_FLAGS = ("", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer=")
+LAUNCHED_BY = ("XLA", "handlers")
 
 
-def count_handled(program: str, flag: str, calls: int) -> None:
-    """Run a program with a flag of XLA's; it prints "done" and how many of so many calls went through our handlers."""
-    environment = {**os.environ, "XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+@contextmanager
+def launched_by(how: str, jax: Any) -> Iterator[None]:
+    """Whether XLA launches kernels by itself or calls our handlers, in all that is compiled meanwhile."""
+    from cupy_router.jax import _calls, _native
+
+    def forget() -> None:
+        jax.clear_caches()
+        _calls._jitted.cache_clear()
+
+    if how == "XLA" and _native._gpu() is None:
+        pytest.skip("XLA cannot launch our kernels here")
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "handlers":
+            patch.setattr(_native, "_gpu", lambda: None)
+        forget()
+        yield
+    forget()
+
+
+def printed(program: str, flag: str, how: str) -> int:
+    """Run a program with a flag of XLA's; it prints "done" and a number."""
+    more = {"XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if how == "handlers":
+        more["CUPY_ROUTER_JAX_HANDLERS"] = "1"
+    environment = {**os.environ, **more}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment)
     if "Unknown flag" in done.stderr:
         pytest.skip(f"this XLA does not know {flag}")
     assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
-    print(f"{flag or 'by default'}: {done.stdout.split()[1]} of {calls} calls passed through the handlers")
+    return int(done.stdout.split()[1])

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +15,38 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, topk_select
 from tests import compare, inputs, steps
-from tests.gpu.support import COMMAND_BUFFER_FLAGS, count_handled, on_gpu, upload
+from tests.gpu.support import COMMAND_BUFFER_FLAGS, LAUNCHED_BY, launched_by, on_gpu, printed, upload
 from tests.gpu.support import NAMES as SUPPORTED
 from tests.gpu.support import call as supported
 from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
 from tests.test_method_steps import METHODS, layer_of
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Any:
+@pytest.fixture(scope="module", params=LAUNCHED_BY)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
     framework = on_gpu("jax")
     if framework.jax.__version_info__ < (0, 8):
         pytest.skip("calls inside jax.jit need JAX 0.8 or later")
-    return framework
+    with launched_by(request.param, framework.jax):
+        yield framework
+
+
+BY_ITSELF = """
+import jax, numpy as np
+from cupy_router import activation_topk, topk_select
+from cupy_router.jax import _native
+from tests.jax_calls import METHOD
+program = jax.jit(lambda a: topk_select(activation_topk(a, METHOD).weights, 2)).lower(np.zeros((3, 32), np.float32))
+print("done", program.as_text().count(f"custom_call @{_native.TARGET}("))
+"""
+
+
+def test_xla_launches_by_itself() -> None:
+    """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
+    if on_gpu("jax").jax.__version_info__ < (0, 11):
+        pytest.skip("not measured with this JAX")
+    assert printed(BY_ITSELF, "", "XLA") == 2
+    assert printed(BY_ITSELF, "", "handlers") == 0
 
 
 # -- Results -----------------------------------------------------------------------------------------------------------
@@ -120,6 +141,26 @@ def test_calls_between_slow_operations(gpu: Any) -> None:
         np.testing.assert_array_equal(best.indices, compare.topk(np.asarray(weights), 2)[1])
 
 
+def test_parts_of_arrays_at_any_offset(gpu: Any) -> None:
+    """Kernels may be chosen for buffers that begin at a multiple of 16 bytes, which is XLA's to see to."""
+    jax = gpu.jax
+    method = RoutingMethod(32, 4)
+    logits = inputs.normal((6, 3, 33), seed=310)
+    whole = gpu.array(np.ascontiguousarray(logits[..., :32]))
+    apart = gpu.array(logits)
+    for start in (1, 2, 5):
+        got = jax.jit(lambda a, start=start: activation_topk(a.reshape(-1)[start : start + 96].reshape(3, 32), method))
+        same_bits(got(apart), activation_topk(gpu.array(logits.reshape(-1)[start : start + 96].reshape(3, 32)), method))
+    for call in (
+        lambda a: activation_topk(a[..., :32], method),
+        lambda a: topk_select(a.reshape(-1)[1:].reshape(2, -1), 3),
+    ):
+        mapped = jax.jit(lambda arrays, call=call: jax.lax.map(call, arrays))(apart)
+        for i, step in enumerate(apart):
+            same_bits(type(mapped)(*(part[i] for part in mapped)), call(step))
+    same_bits(jax.jit(lambda a: activation_topk(a[3], method))(whole), activation_topk(whole[3], method))
+
+
 def test_the_host_does_not_wait(gpu: Any) -> None:
     jax = gpu.jax
     square = gpu.array(np.eye(8192, dtype=np.float32))
@@ -193,10 +234,39 @@ print("done", len(asked))
 """
 
 
+@pytest.mark.parametrize("how", LAUNCHED_BY)
 @pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
-def test_with_and_without_command_buffers(gpu: Any, flag: str) -> None:
+def test_with_and_without_command_buffers(flag: str, how: str) -> None:
     """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
-    count_handled(COMMAND_BUFFERS, flag, 30 * 19)
+    on_gpu("jax")
+    calls = printed(COMMAND_BUFFERS, flag, how)
+    print(f"{flag or 'by default'}: {calls} of {30 * 19} calls passed through the handlers")
+    assert calls == 30 or how == "handlers"  # dense_router has memory of its own
+
+
+CACHED = """
+import jax, numpy as np
+from cupy_router import activation_topk
+from tests.jax_calls import METHOD, calls, same_bits
+
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+logits = jax.device_put(calls(n=40)["activation_topk"].arrays["logits"])
+routed = jax.jit(lambda a: activation_topk(a * 2, METHOD))
+same_bits(jax.block_until_ready(routed(logits)), activation_topk(logits * 2, METHOD))
+print("done", len(hits))
+"""
+
+
+@pytest.mark.parametrize("how", LAUNCHED_BY)
+def test_programs_of_the_compilation_cache(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process compiled, another loads: kernels are in it, handlers have names."""
+    on_gpu("jax")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    assert printed(CACHED, "", how) == 0
+    assert printed(CACHED, "", how) > 0
 
 
 def test_repeated_calls_take_no_more_memory(gpu: Any, cupy: Any) -> None:
@@ -256,7 +326,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
     from cupy_router.ops import _call
 
     jax = gpu.jax
-    scores = gpu.array(inputs.normal((3, 17)))
+    scores = gpu.array(inputs.normal((3, 1700)))  # long rows have a handler always
     compiled = jax.jit(lambda a: topk_select(a, 2)).lower(scores).compile()
 
     def fail(*arguments: Any) -> None:
@@ -269,8 +339,8 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
     same_bits(compiled(scores), topk_select(scores, 2))
 
 
-def test_a_call_costs_little_more_than_an_addition(gpu: Any) -> None:
-    """The bar is 30 us until ready; the test leaves room for a machine that is not quite idle."""
+def test_a_call_costs_little_more_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
+    """The bar is 30 us until ready, which handlers miss."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("tests beside this one take its time")
     jax = gpu.jax
@@ -289,4 +359,4 @@ def test_a_call_costs_little_more_than_an_addition(gpu: Any) -> None:
 
     call, addition = microseconds(routed), microseconds(added)
     print(f"activation_topk {call:.1f} us, addition {addition:.1f} us")
-    assert call - addition < 60
+    assert call - addition < (60 if "handlers" in request.node.name else 30)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of an op as a primitive of JAX: for CUDA a kernel in XLA's program where that works, else a handler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+
+from cupy_router.jax import _ffi, _native
+from cupy_router.jax._targets import target
+
+_call_p = Primitive("cupy_router_call")
+_call_p.multiple_results = True
+
+
+def call(name: str, text: str, like: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The results of an op, which look like `like`; `text` is what is no array of it."""
+    avals = jax.make_jaxpr(partial(_by_handler, name=name, text=text, like=like))(*arrays).out_avals
+    return tuple(_call_p.bind(*arrays, name=name, text=text, like=like, avals=tuple(avals)))
+
+
+def _by_handler(*arrays: Any, name: str, text: str, like: tuple[Any, ...], avals: Any = None) -> list[Any]:
+    return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
+
+
+def _abstract(*arrays: Any, avals: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    return avals
+
+
+def _eagerly(*arrays: Any, **params: Any) -> Any:
+    return _jitted(tuple(params.items()))(*arrays)
+
+
+@lru_cache(maxsize=1024)
+def _jitted(params: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(partial(_call_p.bind, **dict(params)))
+
+
+def _refuse(*_: Any, name: str, **__: Any) -> Any:
+    raise ValueError(f"`{target(name)}` cannot be differentiated")
+
+
+_call_p.def_abstract_eval(_abstract)
+_call_p.def_impl(_eagerly)
+ad.primitive_jvps[_call_p] = _refuse
+
+_lower_to_handler = mlir.lower_fun(_by_handler, multiple_results=True)
+
+
+def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: Any) -> Any:
+    attributes = None
+    # What is exported may meet another GPU and another XLA: it gets the target that is promised to last.
+    if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
+        attributes = _native.attributes(name, text, _buffers(ctx.avals_in), _buffers(ctx.avals_out))
+    if attributes is None:
+        return _lower_to_handler(ctx, *operands, name=name, text=text, **others)
+    return jax.ffi.ffi_lowering(_native.TARGET)(ctx, *operands, **attributes)
+
+
+def _buffers(avals: Sequence[Any]) -> tuple[_native.Buffer, ...]:
+    return tuple((tuple(aval.shape), str(aval.dtype)) for aval in avals)
+
+
+mlir.register_lowering(_call_p, _lower_to_handler)
+mlir.register_lowering(_call_p, _lower_to_kernel, platform="cuda")
