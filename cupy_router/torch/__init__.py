@@ -12,7 +12,8 @@ dispatcher: they ask whether something is being traced or requires grad, and go 
 
 The weights of `activation_topk`, `dense_router`, `hash_router` and a Router have gradients by logits, x, weight,
 logit_bias and expert_scale, where these require grad; indices, and a bias that only selects, have none. Second
-derivatives are refused. `load_balance` has what losses for the load of experts are made of.
+derivatives are refused, and so is forward mode; `torch.func.grad` and `vmap` work. `load_balance` has what losses for
+the load of experts are made of.
 
 `replace_routers` gives a Hugging Face model our routers.
 """

@@ -18,11 +18,13 @@ import torch
 from cupy_router.arrays import _torch as tensors
 from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
-from cupy_router.ops import _call, activation_topk_backward
+from cupy_router.ops import _call, activation_topk_backward, hash_router
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
 from cupy_router.torch._product import gate_product, product_gradients
 
 is_grad_enabled = torch.is_grad_enabled
+
+BACKWARD = activation_topk_backward._OP
 
 # What may be needed on the way back; also what has a gradient, if the call got it.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
@@ -67,9 +69,7 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
     @staticmethod
     def forward(ctx: Any, op: _call.Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
         weights, indices = _call.run(op, options, inputs, None, None, number, eager=True)
-        method = options if isinstance(options, RoutingMethod) else options[0]
-        names, given = (None, None, None, *op.inputs), (op, options, number, *inputs)
-        remember(ctx, method, names, given, (weights, indices))
+        remember_call(ctx, op, options, number, *inputs, output=(weights, indices))
         return weights, indices
 
     @staticmethod
@@ -111,6 +111,12 @@ def remember(
     ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
 
 
+def remember_call(ctx: Any, op: _call.Op, options: Any, *inputs: Any, output: Any) -> None:
+    """The same of an eager call; inputs begin with num_valid as an int."""
+    method = options if isinstance(options, RoutingMethod | None) else options[0]
+    remember(ctx, method, (None, None, None, *op.inputs), (op, options, *inputs), output)
+
+
 def backward(ctx: Any, grad_weights: Any, grad_indices: Any, by_op: bool = True) -> tuple[Any, ...]:
     """The gradient by each input of a call; None for what has none or need not have it."""
     found: Mapping[str | None, Any] = {}
@@ -150,7 +156,7 @@ def gradients(
                 grad_logits = function(method.number, *given, in_float32, repeated)
             else:
                 options = Options(method, "float32" if in_float32 else None, repeated)
-                (grad_logits,) = _call.run(activation_topk_backward._OP, options, given, None, None, eager=True)
+                (grad_logits,) = _call.run(BACKWARD, options, given, None, None)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
@@ -159,19 +165,31 @@ def gradients(
                 by = "x" in needed, "weight" in needed
                 found["x"], found["weight"] = product_gradients(x, weight, grad_logits, by)
         if "expert_scale" in needed:
-            found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias, repeated)
+            found["expert_scale"] = _by_expert_scale(
+                method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op
+            )
     return found
 
 
 def _by_expert_scale(
-    method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any, repeated: bool
+    method: RoutingMethod,
+    grad_weights: Any,
+    indices: Any,
+    logits: Any,
+    logit_bias: Any,
+    *,
+    repeated: bool,
+    by_op: bool,
 ) -> Any:
     """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
     experts = indices[:, : method.top_k]
-    plain = torch.ops.cupy_router.hash_router(
-        without_factors(method).number, rows, experts, logits, None, None, logit_bias, None, None, -1
-    )[0][:, : method.top_k]
+    given = (rows, experts, logits, None, None, logit_bias, None, None)
+    if by_op:
+        plain, _ = torch.ops.cupy_router.hash_router(without_factors(method).number, *given, -1)
+    else:
+        plain, _ = _call.run(hash_router._OP, without_factors(method), given, None, None)
+    plain = plain[:, : method.top_k]
     products = grad_weights[:, : method.top_k].float() * plain
     # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.
     dense = torch.zeros((len(indices), method.num_experts), device=indices.device)

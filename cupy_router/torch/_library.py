@@ -16,9 +16,10 @@ from cupy_router.method import RoutingMethod
 from cupy_router.ops import _call, activation_topk, activation_topk_backward, dense_router, hash_router, topk_select
 from cupy_router.ops._topk_select_long import Options
 from cupy_router.results import Routing
-from cupy_router.torch import _autograd
+from cupy_router.torch import _autograd, _state, _transforms
 from cupy_router.torch._autograd import is_grad_enabled, run_with_gradient, wants_gradient
 from cupy_router.torch._registry import method_of, router_of
+from cupy_router.torch._state import is_special as is_tracing
 
 _NO_METHOD = -1
 
@@ -40,15 +41,19 @@ _SCHEMAS = {
     "router_backward": "int router, Tensor x, Tensor indices, Tensor grad_weights",
 }
 
-is_tracing = torch.compiler.is_compiling
-
 
 # -- From a traced call to a node of the graph -------------------------------------------------------------------------
 
 
 def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: Any) -> Any:
-    """A call of an op while a graph is traced."""
+    """A call of an op while a graph is traced, inside torch.func, or in forward mode."""
+    if not _state.is_tracing() and not _transforms.concern(inputs):
+        if is_grad_enabled() and wants_gradient(op, inputs):
+            return run_with_gradient(op, options, inputs, out, stream, number)
+        return _call.run(op, options, inputs, out, stream, number, eager=True)
     _refuse(op.name, out, stream)
+    if not _state.is_tracing():
+        return _transforms.run(op, options, inputs, number)
     if op.name == "topk_select" and isinstance(options, Options):
         results = torch.ops.cupy_router.topk_select_with_options(*options, *inputs)
         return op.result(*(results if options.return_values else results[1:]))
@@ -67,7 +72,9 @@ def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: A
 
 
 def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-    """A call of a Router while a graph is traced; the graph sees the router's arrays only where they have gradients."""
+    """The same of a Router; a graph sees the router's arrays only where they have gradients."""
+    if not _state.is_tracing():
+        return router.route(x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]  # a Routing
     _refuse("Router", out, stream)
     if is_grad_enabled() and any(map(_requires_grad, (router.weight, router.logit_bias, router.expert_scale))):
         return router.route(x, token_ids, num_valid, None, None)  # type: ignore[no-any-return]  # a Routing
@@ -82,7 +89,7 @@ def _requires_grad(array: Any) -> bool:
 
 def _refuse(name: str, out: Any, stream: Any) -> None:
     if out is not None or stream is not None:
-        raise ValueError(f"{name}: out and stream cannot be given inside torch.compile or torch.export")
+        raise ValueError(f"{name}: out and stream cannot be given inside torch.compile, torch.export or torch.func")
 
 
 # -- From a node of the graph to the op --------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from cupy_router.torch._state import in_torch_func
+
 # From this version on, CUDA multiplies 16-bit floats with a float32 result.
 _HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -20,7 +22,7 @@ def gate_product(x: Any, weight: Any) -> Any:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return gate_product(x, weight)
-    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32:
+    if _HAS_MIXED_PRODUCT and x.is_cuda and x.dtype == weight.dtype != torch.float32 and not in_torch_func():
         return _MixedProduct.apply(x, weight)
     return torch.nn.functional.linear(x.float(), weight.float())
 
