@@ -178,3 +178,21 @@ def test_autocast_does_not_round_the_way_back(torch: Any) -> None:
         got = gradient(torch, x, weight)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+def test_torch_func(torch: Any, dtype: str) -> None:
+    """Per-example gradients of eager calls, as autograd has them one by one."""
+    x, weight = (a.detach() for a in given(torch, 60, dtype))
+
+    def loss(x: Any, weight: Any) -> Any:
+        return dense_router(x, weight, METHOD).weights.square().sum()
+
+    batch = x.unflatten(0, (3, 20))
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(batch, weight)
+    routed = torch.func.vmap(lambda a: tuple(dense_router(a, weight, METHOD)))(batch)
+    for i, each in enumerate(batch):
+        want = gradient(torch, each.clone().requires_grad_(), weight.clone().requires_grad_())
+        for ours, theirs in zip(found, want, strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=2e-2 if dtype == "bfloat16" else 2e-3, atol=1e-4)
+        assert routed[1][i].equal(dense_router(each, weight, METHOD).indices)
