@@ -38,10 +38,8 @@ _ROUTING, _ROUTING_TOKEN, _LOOKING = 800.0, 60.0, 400.0
 def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, itemsize: int) -> float:
     """A rough model of what differs between tilings: reading the factors, reading the partial sums, routing."""
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(num_experts)
-    layers = tiling.warps * tiling.experts_per_warp // tiling.experts_per_block
-    steps = -(-max(1, -(-hidden // 32)) // (tiling.slices * layers))
     tokens = min(tiling.tokens, num_tokens)
-    block = steps * layers * 32 * itemsize * (tiling.experts_per_block + tokens)
+    block = -(-hidden // (32 * tiling.slices)) * 32 * itemsize * (tiling.experts_per_block + tokens)
     read = block * -(-groups * tiles * tiling.slices // 132) / _READ_BY_ALL
     routed = min(tiling.share or tokens, tokens)
     partials = tiling.slices * tiles * tiling.experts_per_block * routed * 4 / _READ_ALONE

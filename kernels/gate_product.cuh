@@ -46,7 +46,7 @@
 #define WARPS 8
 #endif
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 24  // 16-byte loads of a thread before their first use
+#define IN_FLIGHT 36  // 16-byte loads of a thread before their first use
 #endif
 
 typedef Scalar<DTYPE>::type x_t;
@@ -78,7 +78,8 @@ constexpr int STEP = 32;  // hidden elements of four lanes with a word each, and
 constexpr int M_TILES = EXPERTS_PER_WARP / 16;
 constexpr int N_TILES = quotient(TOKENS, 8);
 constexpr int CHAINS = M_TILES * N_TILES < 4 ? 2 : 1;  // of products that wait for each other, for each tile
-constexpr int STEPS = quotient(quotient(HIDDEN, STEP), SLICES* LAYERS);  // of a warp
+constexpr int ALL_STEPS = quotient(HIDDEN, STEP);
+constexpr int STEPS = quotient(ALL_STEPS, SLICES* LAYERS);  // of a warp, at most
 constexpr int BATCHES = at_least_1(quotient(STEPS, at_least_1(IN_FLIGHT / (2 * M_TILES + N_TILES))));
 constexpr int BATCH = at_least_1(quotient(STEPS, BATCHES));  // steps whose loads are all under way before the first use
 constexpr bool EVEN = ALIGNED && HIDDEN == BATCHES * BATCH * STEP * SLICES * LAYERS;  // no step ends early
@@ -95,9 +96,9 @@ __device__ __forceinline__ void products(const x_t* x, const gate_t* weight, int
                                          int first_expert, int slice, int num_tokens, float* shared_sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int layer = warp / WARPS_ALONG_EXPERTS, own_experts = warp % WARPS_ALONG_EXPERTS * EXPERTS_PER_WARP;
-    const int own_part = (slice * LAYERS + layer) * (STEPS * STEP);
-    const int end = EVEN ? HIDDEN : min(own_part + STEPS * STEP, HIDDEN);
-    const int begin = own_part + lane % 4 * 8;
+    const int part = slice * LAYERS + layer;  // of hidden, this warp's; parts differ by a step at most
+    const int end = min((part + 1) * ALL_STEPS / (SLICES * LAYERS) * STEP, HIDDEN);
+    const int begin = part * ALL_STEPS / (SLICES * LAYERS) * STEP + lane % 4 * 8;
 
     const gate_t* experts[M_TILES][2];
     const x_t* tokens[N_TILES];

@@ -51,9 +51,12 @@ class PyTorch(Framework):
         )
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
-        # torch.empty_like takes half the time of torch.empty; its template is one element, repeated.
+        # torch.empty_like takes half the time of torch.empty. Its template holds no memory: torch.compile's CUDA graphs
+        # refuse a tensor in their pool that is none of the outputs.
         empty_like = torch.empty_like
         templates = [torch.empty(1, dtype=DTYPES[dtype], device=like.device).expand(shape) for shape, dtype in outputs]
+        for template in templates:
+            template.untyped_storage().resize_(0)
 
         def allocate(pointers: list[int]) -> tuple[Any, ...]:
             tensors = tuple(map(empty_like, templates))

@@ -120,14 +120,19 @@ def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
 def choose(num_tokens: int, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str) -> Tiling:
     """The tiling for a shape; the same for all counts of tokens that it serves as well. Measured by
     `python -m benchmarks.sweep_dense_router`: one group of tokens, so that the gate is read once, a block for each
-    multiprocessor, and many warps in it as long as their sums fit."""
+    multiprocessor, and more warps in it the more each of them would have to do."""
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(num_tokens, num_experts, hidden)
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
-    experts, all_warps = (16, (16, 8, 4)) if tokens <= 16 else (32, (4, 8, 16))
+    experts = 16 if tokens <= 16 else 32
     slices = max(1, min(_MULTIPROCESSORS // -(-num_experts // experts), 24, hidden // 64))
-    for warps in all_warps:
-        tiling = Tiling(tokens, slices, experts, experts, warps, share=int(tokens >= 4))
+    steps = -(-hidden // (32 * slices))  # of a block, which its warps divide among them
+    if tokens <= 16:
+        shapes = [(16, 16), (16, 8), (16, 4)] if steps > 32 else [(16, 8), (16, 16), (16, 4)]
+    else:  # two warps that read the same tokens have more loads under way, where there is much to wait for
+        shapes = [(16, 8), (32, 4)] if steps > 16 else [(32, 4), (16, 8)]
+    for experts_per_warp, warps in shapes:
+        tiling = Tiling(tokens, slices, experts, experts_per_warp, warps, share=int(tokens >= 4))
         if tiling.shared_bytes(num_experts) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
             return tiling
     # So many experts beside so many tokens: several groups read the gate, each finished by its last block.
