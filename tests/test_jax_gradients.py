@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ if jax.__version_info__ < (0, 8):
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
 ROOT = Path(cupy_router.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def array(*shape: int, seed: int = 0) -> Any:

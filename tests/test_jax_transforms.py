@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ if jax.__version_info__ < (0, 8):
 
 CALLS = calls()
 ROOT = Path(cupy_router.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
