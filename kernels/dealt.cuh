@@ -7,6 +7,7 @@
 // been meant to come out. A lane has the words of two chunks of its columns under way at a time.
 #pragma once
 
+#include "crowding.cuh"
 #include "order.cuh"
 #include "row.cuh"
 #include "warp.cuh"
@@ -20,26 +21,24 @@ __device__ constexpr int dealt_part(int per_lane, int most) {
     return per_lane % most == 0 ? most : dealt_part(per_lane, most - 4);
 }
 
-template <typename T, int Lanes_, int PerLane_>
+// Adjacent: all of a lane's columns are one word.
+template <typename T, int Lanes_, int PerLane_, bool Adjacent = false>
 struct Deal {
     static constexpr int Lanes = Lanes_, PerLane = PerLane_;
-    static constexpr int Word = dealt_part(PerLane, 16 / sizeof(T)), Chunk = dealt_part(PerLane, 8);
+    static constexpr int Word = Adjacent ? PerLane : dealt_part(PerLane, 16 / sizeof(T));
+    static constexpr int Chunk = dealt_part(PerLane, 8);
     static constexpr unsigned MASK = power_of_two_from(Lanes * PerLane) - 1;  // of the bits that hold the column
-    static constexpr unsigned LANE_MASK = (Lanes - 1) * Word;
-    static_assert(PerLane % Chunk == 0 && Chunk % Word == 0, "a lane holds whole chunks of whole words");
+    static constexpr unsigned LAST_LANE = (Lanes - 1) * Word;
+    static_assert(PerLane % Chunk == 0 && (Adjacent || Chunk % Word == 0), "a lane holds whole chunks of whole words");
 
-    // The column in lane 0 of its j-th; any lane's j-th from its column `begin` on, a multiple of Word.
+    // The column in lane 0 of its j-th; any lane's j-th.
     static __device__ constexpr int of_first(int j) { return j / Word * (Lanes * Word) + j % Word; }
-    static __device__ __forceinline__ int column_of(int begin, int j, int lane) {
-        return begin * Lanes + of_first(j) + lane * Word;
-    }
+    static __device__ __forceinline__ int column_of(int j, int lane) { return of_first(j) + lane * Word; }
 
     // What stands in a key for the column, the higher the lower the column, but for the lane's part, which does not
-    // matter within a lane.
-    static __device__ __forceinline__ unsigned tag(int begin, int j) {
-        return (MASK & ~LANE_MASK) - of_first(j) - begin * Lanes;
-    }
-    static __device__ __forceinline__ unsigned lane_tag(int lane) { return LANE_MASK - lane * Word; }
+    // matter within a lane and is added later.
+    static __device__ __forceinline__ unsigned tag(int j) { return MASK - LAST_LANE - of_first(j); }
+    static __device__ __forceinline__ unsigned lane_tag(int lane) { return LAST_LANE - lane * Word; }
     static __device__ __forceinline__ int column_of(unsigned key) { return static_cast<int>(MASK - (key & MASK)); }
 
     // The chunk of a lane's columns from its column `begin` on as float, NaN from `end` on. Whole: there are none such.
@@ -49,7 +48,7 @@ struct Deal {
         constexpr int PIECE = min_int(Word, 16 / sizeof(U));
 #pragma unroll
         for (int j = 0; j < Chunk; j += PIECE) {
-            const int first = column_of(begin, j, lane);
+            const int first = column_of(begin + j, lane);
             if (Aligned && (Whole || first + PIECE <= end)) {
                 load_floats<U, PIECE>(row + first, values + j);
             } else {
@@ -103,16 +102,9 @@ struct TaggedHeads {
     }
 };
 
-// How likely a row of random order has `heads` of its top_k best in one of its lanes.
-__device__ constexpr double crowding(int top_k, int lanes, int heads) {
-    return heads == 0 ? lanes : crowding(top_k, lanes, heads - 1) * (top_k - heads + 1) / heads / lanes;
-}
-
 // So many heads per lane that one row in 30,000 has more of its best in a lane: the call waits for those.
-__device__ constexpr int dealt_heads(int top_k, int lanes, int per_lane, int heads = 1) {
-    return heads == per_lane || heads == top_k + 1 || crowding(top_k, lanes, heads) < 3.3e-5
-               ? heads
-               : dealt_heads(top_k, lanes, per_lane, heads + 1);
+__device__ constexpr int dealt_heads(int top_k, int lanes, int per_lane) {
+    return heads_for(3.3e-5, top_k, lanes, min_int(per_lane, top_k + 1));
 }
 
 // The best Count of a row's keys in order, from the best few of each of its lanes.
@@ -125,7 +117,7 @@ template <int Count, typename Dealt, int Heads>
 __device__ __forceinline__ Ranked rank_heads(TaggedHeads<Heads>& heads, int lane) {
     static_assert(Count <= Dealt::Lanes, "a lane holds one of the best");
 #pragma unroll
-    for (int h = 0; h < Heads; ++h) heads.key[h] |= Dealt::lane_tag(lane);
+    for (int h = 0; h < Heads; ++h) heads.key[h] += Dealt::lane_tag(lane);
     // The lane's keys behind its heads are below the last of them, which counts once it is gone.
     const unsigned last = Heads < Dealt::PerLane ? heads.key[Heads - 1] : NO_KEY;
     Ranked ranked = {NO_KEY, NO_KEY};

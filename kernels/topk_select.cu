@@ -28,6 +28,15 @@
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif
+#ifndef DENSE
+#define DENSE 0  // rows of scores and results follow each other
+#endif
+#ifndef HAS_LENGTHS
+#define HAS_LENGTHS 0
+#endif
+#ifndef HAS_STARTS
+#define HAS_STARTS 0
+#endif
 
 typedef Scalar<DTYPE>::type score_t;
 
@@ -37,8 +46,9 @@ typedef Deal<score_t, LANES, PER_LANE> Dealt;
 constexpr bool ROOM_FOR_COLUMN = sizeof(score_t) == 2;
 constexpr int CANDIDATES = ROOM_FOR_COLUMN ? TOP_K : min_int(TOP_K + 1, LANES);
 
-// The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes. True if it is surely that.
-__device__ __forceinline__ bool select_dealt(const score_t* source, int length, int lane, Winner& winner) {
+// The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes, with its score unless there is
+// room. True if it is surely that.
+__device__ __forceinline__ bool select_dealt(const score_t* source, int length, int lane, Candidate& own) {
     constexpr int HEADS = dealt_heads(TOP_K, LANES, PER_LANE);
     TaggedHeads<HEADS> heads;
 #pragma unroll
@@ -50,10 +60,10 @@ __device__ __forceinline__ bool select_dealt(const score_t* source, int length, 
         unsigned keys[Dealt::Chunk];
 #pragma unroll
         for (int j = 0; j < Dealt::Chunk; ++j) {
-            const unsigned tag = Dealt::tag(begin, j);
+            const unsigned tag = Dealt::tag(begin + j);
             keys[j] = ROOM_FOR_COLUMN ? (max(order_key(next[j]), Dealt::MASK + 1) & ~Dealt::MASK) | tag
                                       : tagged_key_of_bits<Dealt::MASK>(__float_as_uint(next[j]), tag);
-            if (!WHOLE_ROWS && Dealt::column_of(begin, j, lane) >= length) keys[j] = NO_KEY;
+            if (!WHOLE_ROWS && Dealt::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
         }
         if (begin + Dealt::Chunk < PER_LANE)
             Dealt::load<WHOLE_ROWS, ALIGNED>(source, begin + Dealt::Chunk, lane, length, next);
@@ -61,14 +71,14 @@ __device__ __forceinline__ bool select_dealt(const score_t* source, int length, 
         for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
     }
     const Ranked best = rank_heads<CANDIDATES, Dealt>(heads, lane);
-    Candidate own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
+    own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
     if (!ROOM_FOR_COLUMN) {
         const bool exists = lane < CANDIDATES && own.column < length;
-        own.key = exists ? order_key(to_float(source[own.column])) : NO_KEY;
+        if (exists) own.value = to_float(source[own.column]);
+        own.key = exists ? order_key(own.value) : NO_KEY;
         if (UNLIKELY(__any_sync(FULL_WARP, !candidates_in_order<CANDIDATES, LANES>(own, lane))))
             sort_candidates<CANDIDATES, LANES>(own, lane);
     }
-    winner = {own.key, own.column};
     if (ROOM_FOR_COLUMN) return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
     const unsigned reach = best.next | Dealt::MASK;  // -0.0 lies one below 0.0 here
     return reach + (reach < 0x80000000u) < __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
@@ -87,7 +97,7 @@ __device__ __forceinline__ Winner select_adjacent(const score_t* source, int len
 }
 
 // Rows that are not sure, each by the whole warp, one after the other.
-__device__ __forceinline__ void select_again(unsigned unsure, const score_t* source, int length, Winner& winner) {
+__device__ __forceinline__ void select_again(unsigned unsure, const score_t* source, int length, Candidate& winner) {
     constexpr int COLUMNS = (LANES * PER_LANE + 127) / 128 * 4;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -99,7 +109,7 @@ __device__ __forceinline__ void select_again(unsigned unsure, const score_t* sou
             select_adjacent<32, COLUMNS, false, false>(reinterpret_cast<const score_t*>(its_source), its_length, lane);
         const unsigned key = __shfl_sync(FULL_WARP, again.key, lane % LANES);
         const int column = __shfl_sync(FULL_WARP, again.column, lane % LANES);
-        if (lane / LANES == turn) winner = {key, column};
+        if (lane / LANES == turn) winner = {key, column, key != NO_KEY ? to_float(source[column]) : 0.0f};
     }
 }
 
@@ -107,30 +117,39 @@ extern "C" __global__ void __launch_bounds__(256)
     topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
                 score_t* __restrict__ values, int* __restrict__ indices, long long num_rows, int num_columns, int k,
                 long long scores_stride, long long values_stride, long long indices_stride) {
-    const int lane = threadIdx.x % LANES;
+    if (WHOLE_ROWS) num_columns = LANES * PER_LANE;
+    if (DENSE) {
+        scores_stride = num_columns;
+        values_stride = indices_stride = TOP_K;
+    }
     constexpr int ROWS_PER_WARP = 32 / LANES;
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
-    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-
-    // Whole warps stay together.
-    for (; warp * ROWS_PER_WARP < num_rows; warp += warps) {
-        const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-        const bool row_exists = row < num_rows;
-        const int64_t read_row = min(row, num_rows - 1);  // in the place of a row that does not exist
-        const Span span = row_span(lengths, starts, read_row, num_columns);
-        const score_t* source = scores + read_row * scores_stride + span.start;
-        Winner winner = {NO_KEY, 0};
-        if (DEALT) {
-            const bool sure = select_dealt(source, span.length, lane, winner);
-            const unsigned unsure = __ballot_sync(FULL_WARP, row_exists && !sure);
-            if (UNLIKELY(unsure != 0)) select_again(unsure, source, span.length, winner);
+    const int lane = threadIdx.x % LANES;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp * ROWS_PER_WARP >= num_rows) return;  // whole warps stay together
+    const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
+    const bool row_exists = row < num_rows;
+    const int64_t read_row = min(row, num_rows - 1);  // in the place of a row that does not exist
+    const Span span = row_span(HAS_LENGTHS ? lengths : nullptr, HAS_STARTS ? starts : nullptr, read_row, num_columns);
+    const score_t* source = scores + read_row * scores_stride + span.start;
+    Candidate winner;
+    if (DEALT) {
+        const bool sure = select_dealt(source, span.length, lane, winner);
+        const unsigned unsure = __ballot_sync(FULL_WARP, row_exists && !sure);
+        if (UNLIKELY(unsure != 0)) select_again(unsure, source, span.length, winner);
+    } else {
+        const Winner adjacent = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, span.length, lane);
+        winner = {adjacent.key, adjacent.column, 0.0f};
+    }
+    if (row_exists && lane < TOP_K) {
+        const bool found = winner.key != NO_KEY;
+        score_t* value = values + row * values_stride + lane;
+        if (!found) {
+            *value = minus_infinity<DTYPE>();
+        } else if (DEALT && !ROOM_FOR_COLUMN) {
+            store_float(value, winner.value);
         } else {
-            winner = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, span.length, lane);
+            *value = source[winner.column];
         }
-        if (row_exists && lane < TOP_K) {
-            const bool found = winner.key != NO_KEY;
-            values[row * values_stride + lane] = found ? source[winner.column] : minus_infinity<DTYPE>();
-            indices[row * indices_stride + lane] = found ? winner.column : -1;
-        }
+        indices[row * indices_stride + lane] = found ? winner.column : -1;
     }
 }

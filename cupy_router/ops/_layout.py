@@ -74,6 +74,15 @@ def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
     return lanes
 
 
+def group_lanes(method: RoutingMethod, needed: int) -> int:
+    """Lanes of which a group of experts, or a whole part of one, goes to each; 0 if that cannot be."""
+    lanes = method.num_groups
+    while lanes < needed:
+        lanes *= 2
+    divides = MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0
+    return lanes if divides and method.num_experts <= MAX_LANES * lanes else 0
+
+
 def dealt_columns(num_columns: int, lanes: int) -> int:
     """Columns that each of so many lanes is dealt, in whole words."""
     return -(-num_columns // (WORD * lanes)) * WORD
@@ -81,7 +90,7 @@ def dealt_columns(num_columns: int, lanes: int) -> int:
 
 def grid_and_block(num_rows: int, lanes: int, dealt: bool = False) -> tuple[int, int]:
     """Few rows spread over the multiprocessors a warp at a time; many share blocks, which start slower than warps
-    run."""
+    run. Every row has its lanes."""
     warps = -(-num_rows * lanes // 32)
     block = 32 if warps <= 128 else 128 if dealt and warps <= 2048 else 64 if warps <= 16384 else 256
-    return min(-(-num_rows * lanes // block), 2**31 - 1), block
+    return -(-num_rows * lanes // block), block

@@ -136,11 +136,13 @@ def _kernel(
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
-        "FEW_ROWS": int(not dealt and layout.few(num_rows)),
         "DEALT": int(bool(dealt)),
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
+        "DENSE": int((scores.row_stride, *out_strides) == (num_columns, k, k)),
+        "HAS_LENGTHS": int(lengths is not None),
+        "HAS_STARTS": int(starts is not None),
         "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
     }
     return Kernel("topk_select", "topk_select", macros, *layout.grid_and_block(num_rows, lanes, bool(dealt)), fixed)
