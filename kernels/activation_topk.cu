@@ -94,12 +94,15 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     }
 #else
     float biases[PER_LANE], logit_biases[PER_LANE], values[PER_LANE];
-    if (HAS_BIAS) load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, lane * PER_LANE, NUM_EXPERTS, biases);
+    if (HAS_BIAS)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(bias, lane * PER_LANE, NUM_EXPERTS, biases);
     if (HAS_LOGIT_BIAS)
-        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(logit_bias, lane * PER_LANE, NUM_EXPERTS, logit_biases);
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(logit_bias, lane * PER_LANE, NUM_EXPERTS,
+                                                                        logit_biases);
     const Row source = {logits + row * logits_stride, logit_bias, numbers};
     if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
-        load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source.logits, lane * PER_LANE, NUM_EXPERTS, values);
+        load_columns<logit_t, PER_LANE, WHOLE, ALIGNED, NUM_EXPERTS>(source.logits, lane * PER_LANE, NUM_EXPERTS,
+                                                                     values);
     } else {
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;

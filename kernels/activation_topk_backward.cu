@@ -86,7 +86,8 @@ __device__ __forceinline__ void load_row(const logit_t* logits, const float* log
     for (int u = 0; u < UNITS; ++u) {
         const int first = (u * LANES + lane) * UNIT;
         float unit[UNIT];
-        load_columns<logit_t, UNIT, NUM_LOGITS % (UNIT * LANES) == 0, ALIGNED>(logits, first, NUM_LOGITS, unit);
+        load_columns<logit_t, UNIT, NUM_LOGITS % (UNIT * LANES) == 0, ALIGNED, NUM_LOGITS>(logits, first, NUM_LOGITS,
+                                                                                           unit);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
             const bool biased = HAS_LOGIT_BIAS && first + i < NUM_LOGITS;

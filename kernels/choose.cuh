@@ -63,10 +63,11 @@ struct Chunk {
     template <bool Aligned, bool BiasAligned, typename T>
     __device__ __forceinline__ void load(const LogitRow<T>& row, const float* bias, int begin, int lane) {
         constexpr bool WHOLE = Dealt::Lanes * Dealt::PerLane == NUM_EXPERTS;
-        Dealt::template load<WHOLE, Aligned>(row.logits, begin, lane, NUM_EXPERTS, logits);
+        Dealt::template load<WHOLE, Aligned, NUM_EXPERTS>(row.logits, begin, lane, NUM_EXPERTS, logits);
         if (HAS_LOGIT_BIAS)
-            Dealt::template load<WHOLE, BiasAligned>(row.logit_bias, begin, lane, NUM_EXPERTS, logit_biases);
-        if (HAS_BIAS) Dealt::template load<WHOLE, BiasAligned>(bias, begin, lane, NUM_EXPERTS, biases);
+            Dealt::template load<WHOLE, BiasAligned, NUM_EXPERTS>(row.logit_bias, begin, lane, NUM_EXPERTS,
+                                                                  logit_biases);
+        if (HAS_BIAS) Dealt::template load<WHOLE, BiasAligned, NUM_EXPERTS>(bias, begin, lane, NUM_EXPERTS, biases);
     }
 };
 
@@ -139,17 +140,19 @@ __device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& 
 // A row's best by bounds of their selection values, then of the exact values of these alone.
 template <typename Dealt, bool Aligned, bool BiasAligned>
 struct DealtChoice {
-    // One more than asked for: where the last is close to the next, their exact values decide.
-    static constexpr int CANDIDATES = min_int(TOP_K + 1, Dealt::Lanes);
-
+    // One more than asked for: where the last is close to the next, their exact values decide. If there is no lane left
+    // for it, all lanes look at it.
+    static constexpr bool FULL = TOP_K == Dealt::Lanes;
+    static constexpr int CANDIDATES = FULL ? TOP_K : TOP_K + 1;
     // Lanes that the best are spread over.
     static constexpr int SPREAD = NUM_GROUPS > 0 ? Dealt::Lanes / max_int(NUM_GROUPS, 1) * TOP_GROUPS : Dealt::Lanes;
     static constexpr int HEADS = dealt_heads(TOP_K, SPREAD, Dealt::PerLane);
-    // Whether there are as many experts to choose from as candidates.
-    static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * min_int(HEADS, Dealt::PerLane) >= CANDIDATES;
+    // Whether there are as many experts to choose from as are looked at.
+    static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
     Candidate own;
-    unsigned next;  // the key of a bound that no others are above
+    Candidate extra;  // behind the others if FULL
+    unsigned next;    // the key of a bound that no others are above
     RowStatistics statistics;
 
     template <typename T>
@@ -161,15 +164,23 @@ struct DealtChoice {
             statistics = {0.0f, 0.0f};
             heads = best_bounds<Dealt, HEADS, Aligned, BiasAligned>(row, bias, lane);
         }
-        const Ranked best = rank_heads<CANDIDATES, Dealt>(heads, lane);
+        const Ranked best = rank_heads<TOP_K + 1, Dealt>(heads, lane);
         next = best.next;
-        own = {NO_KEY, Dealt::column_of(best.key), 0.0f};
-        if (valid && lane < CANDIDATES && (ENOUGH || best.key > Dealt::MASK)) {
-            const float logit = row[own.column];
+        own = exactly(row, bias, best.key, valid && lane < CANDIDATES);
+        if (FULL) extra = exactly(row, bias, best.last, valid);
+    }
+
+    // What a key stands for, if it is wanted and stands for something.
+    template <typename T>
+    __device__ __forceinline__ Candidate exactly(const LogitRow<T>& row, const float* bias, unsigned key, bool wanted) {
+        Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
+        if (wanted && (ENOUGH || key > Dealt::MASK)) {
+            const float logit = row[candidate.column];
             const float value = selection_value(logit, statistics);
-            own.value = WEIGHS_LOGITS ? logit : value;
-            own.key = sum_order_key(HAS_BIAS ? __fadd_rn(value, bias[own.column]) : value);
+            candidate.value = WEIGHS_LOGITS ? logit : value;
+            candidate.key = sum_order_key(HAS_BIAS ? __fadd_rn(value, bias[candidate.column]) : value);
         }
+        return candidate;
     }
 
     __device__ __forceinline__ bool in_order(int lane) const {
@@ -179,8 +190,10 @@ struct DealtChoice {
     // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
     // its bound were as far off as it can be.
     __device__ __forceinline__ bool complete() const {
-        const float last = sum_key_value(__shfl_sync(FULL_WARP, own.key, TOP_K - 1, Dealt::Lanes));
+        const unsigned last_key = __shfl_sync(FULL_WARP, own.key, TOP_K - 1, Dealt::Lanes);
+        if (FULL && extra.key >= last_key) return false;         // ties as well, which columns decide
         if (NUM_GROUPS > 0 && next <= Dealt::MASK) return true;  // there are no others
+        const float last = sum_key_value(last_key);
         return selection_reach(tagged_key_ceiling<Dealt::MASK>(next)) < last - fabsf(last) * 2.5e-7f;
     }
 };

@@ -42,23 +42,13 @@ struct Deal {
     static __device__ __forceinline__ int column_of(unsigned key) { return static_cast<int>(MASK - (key & MASK)); }
 
     // The chunk of a lane's columns from its column `begin` on as float, NaN from `end` on. Whole: there are none such.
-    // Aligned: rows start at whole words.
-    template <bool Whole, bool Aligned, typename U>
+    // Aligned: rows start at whole words. EndsAt: a number that `end` is a multiple of.
+    template <bool Whole, bool Aligned, int EndsAt, typename U>
     static __device__ __forceinline__ void load(const U* row, int begin, int lane, int end, float (&values)[Chunk]) {
         constexpr int PIECE = min_int(Word, 16 / sizeof(U));
 #pragma unroll
-        for (int j = 0; j < Chunk; j += PIECE) {
-            const int first = column_of(begin + j, lane);
-            if (Aligned && (Whole || first + PIECE <= end)) {
-                load_floats<U, PIECE>(row + first, values + j);
-            } else {
-#pragma unroll
-                for (int i = 0; i < PIECE; ++i) {
-                    const bool exists = Whole || first + i < end;
-                    values[j + i] = exists ? to_float(row[first + i]) : __uint_as_float(0x7fc00000u);
-                }
-            }
-        }
+        for (int j = 0; j < Chunk; j += PIECE)
+            load_piece<PIECE, Whole, Aligned, EndsAt>(row, column_of(begin + j, lane), end, values + j);
     }
 };
 
@@ -110,22 +100,23 @@ __device__ constexpr int dealt_heads(int top_k, int lanes, int per_lane) {
 // The best Count of a row's keys in order, from the best few of each of its lanes.
 struct Ranked {
     unsigned key;   // in lane r the r-th
+    unsigned last;  // in all lanes the last of Count, for which there may be no lane
     unsigned next;  // no other key of the row is above the highest of these
 };
 
 template <int Count, typename Dealt, int Heads>
 __device__ __forceinline__ Ranked rank_heads(TaggedHeads<Heads>& heads, int lane) {
-    static_assert(Count <= Dealt::Lanes, "a lane holds one of the best");
+    static_assert(Count <= Dealt::Lanes + 1, "a lane holds one of the best");
 #pragma unroll
     for (int h = 0; h < Heads; ++h) heads.key[h] += Dealt::lane_tag(lane);
     // The lane's keys behind its heads are below the last of them, which counts once it is gone.
     const unsigned last = Heads < Dealt::PerLane ? heads.key[Heads - 1] : NO_KEY;
-    Ranked ranked = {NO_KEY, NO_KEY};
+    Ranked ranked = {NO_KEY, NO_KEY, NO_KEY};
 #pragma unroll
     for (int round = 0; round < Count; ++round) {
-        const unsigned best = lanes_max<Dealt::Lanes>(heads.key[0]);
-        ranked.key = lane == round ? best : ranked.key;
-        heads.pop(heads.key[0] == best);
+        ranked.last = lanes_max<Dealt::Lanes>(heads.key[0]);
+        ranked.key = lane == round ? ranked.last : ranked.key;
+        heads.pop(heads.key[0] == ranked.last);
     }
     ranked.next = max(lanes_max<Dealt::Lanes>(heads.key[0]), last);
     return ranked;

@@ -28,6 +28,9 @@
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif
+#ifndef ENDS_AT
+#define ENDS_AT 1  // lengths of rows are multiples of it
+#endif
 #ifndef DENSE
 #define DENSE 0  // rows of scores and results follow each other
 #endif
@@ -44,7 +47,10 @@ typedef Deal<score_t, LANES, PER_LANE> Dealt;
 
 // Scores of 16 bits leave room for the column in their keys, so that nothing is cut and the best are known at once.
 constexpr bool ROOM_FOR_COLUMN = sizeof(score_t) == 2;
-constexpr int CANDIDATES = ROOM_FOR_COLUMN ? TOP_K : min_int(TOP_K + 1, LANES);
+// Else one more than asked for is looked at, by all lanes if FULL.
+constexpr bool FULL = !ROOM_FOR_COLUMN && TOP_K == LANES;
+constexpr int LOOKED_AT = ROOM_FOR_COLUMN ? TOP_K : TOP_K + 1;
+constexpr int CANDIDATES = FULL ? TOP_K : LOOKED_AT;
 
 // The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes, with its score unless there is
 // room. True if it is surely that.
@@ -54,7 +60,7 @@ __device__ __forceinline__ bool select_dealt(const score_t* source, int length, 
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) heads.key[h] = NO_KEY;
     float next[Dealt::Chunk];
-    Dealt::load<WHOLE_ROWS, ALIGNED>(source, 0, lane, length, next);
+    Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, 0, lane, length, next);
 #pragma unroll
     for (int begin = 0; begin < PER_LANE; begin += Dealt::Chunk) {
         unsigned keys[Dealt::Chunk];
@@ -66,29 +72,31 @@ __device__ __forceinline__ bool select_dealt(const score_t* source, int length, 
             if (!WHOLE_ROWS && Dealt::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
         }
         if (begin + Dealt::Chunk < PER_LANE)
-            Dealt::load<WHOLE_ROWS, ALIGNED>(source, begin + Dealt::Chunk, lane, length, next);
+            Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, begin + Dealt::Chunk, lane, length, next);
 #pragma unroll
         for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
     }
-    const Ranked best = rank_heads<CANDIDATES, Dealt>(heads, lane);
+    const Ranked best = rank_heads<LOOKED_AT, Dealt>(heads, lane);
     own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
-    if (!ROOM_FOR_COLUMN) {
-        const bool exists = lane < CANDIDATES && own.column < length;
-        if (exists) own.value = to_float(source[own.column]);
-        own.key = exists ? order_key(own.value) : NO_KEY;
-        if (UNLIKELY(__any_sync(FULL_WARP, !candidates_in_order<CANDIDATES, LANES>(own, lane))))
-            sort_candidates<CANDIDATES, LANES>(own, lane);
-    }
     if (ROOM_FOR_COLUMN) return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
+
+    const bool exists = lane < CANDIDATES && own.column < length;
+    if (exists) own.value = to_float(source[own.column]);
+    own.key = exists ? order_key(own.value) : NO_KEY;
+    const int extra = Dealt::column_of(best.last);
+    const unsigned extra_key = FULL && extra < length ? order_key(to_float(source[extra])) : NO_KEY;
+    if (UNLIKELY(__any_sync(FULL_WARP, !candidates_in_order<CANDIDATES, LANES>(own, lane))))
+        sort_candidates<CANDIDATES, LANES>(own, lane);
+    const unsigned last_key = __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
     const unsigned reach = best.next | Dealt::MASK;  // -0.0 lies one below 0.0 here
-    return reach + (reach < 0x80000000u) < __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
+    return reach + (reach < 0x80000000u) < last_key && !(FULL && extra_key >= last_key);
 }
 
 // The same of a row of which each lane holds PerLane adjacent columns, surely. Whole: the row is as long as that.
 template <int Lanes, int PerLane, bool Whole, bool Aligned>
 __device__ __forceinline__ Winner select_adjacent(const score_t* source, int length, int lane) {
     float scores[PerLane];
-    load_columns<score_t, PerLane, Whole, Aligned>(source, lane * PerLane, length, scores);
+    load_columns<score_t, PerLane, Whole, Aligned, ENDS_AT>(source, lane * PerLane, length, scores);
     unsigned keys[PerLane];
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;

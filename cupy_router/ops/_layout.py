@@ -61,11 +61,11 @@ def few(num_rows: int) -> bool:
 def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
     each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
-    `needed`: of lanes, one for each result and each candidate."""
-    if needed > 16:
+    `needed`: of lanes, one for each result."""
+    if needed > MAX_LANES:
         return 0
     if num_rows <= 2048:
-        return MAX_LANES if num_columns > (256 if num_rows <= 256 else 128) else 0
+        return MAX_LANES if num_columns > (192 if num_rows <= 256 else 128) else 0
     if num_columns <= 64:
         return 0
     lanes = 8
@@ -74,10 +74,10 @@ def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
     return lanes
 
 
-def group_lanes(method: RoutingMethod, needed: int) -> int:
+def group_lanes(method: RoutingMethod) -> int:
     """Lanes of which a group of experts, or a whole part of one, goes to each; 0 if that cannot be."""
     lanes = method.num_groups
-    while lanes < needed:
+    while lanes < method.num_columns:
         lanes *= 2
     divides = MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0
     return lanes if divides and method.num_experts <= MAX_LANES * lanes else 0

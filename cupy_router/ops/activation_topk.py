@@ -214,11 +214,10 @@ def kernel(
 def dealt_lanes(method: RoutingMethod, num_tokens: int) -> int:
     """Lanes that choose from a row by cut keys; else 0. The sum of a softmax has to be the same for any number of
     rows."""
-    needed = max(method.top_k + 1, method.num_columns)  # for each candidate and each result
     softmax = method.score == "softmax" and not method.score_after_topk
     if method.top_groups < method.num_groups:
-        return layout.group_lanes(method, needed) if softmax or not layout.few(num_tokens) else 0
-    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, needed)
+        return layout.group_lanes(method) if softmax or not layout.few(num_tokens) else 0
+    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns)
 
 
 def _reference(

@@ -130,7 +130,7 @@ def _kernel(
         "indices_stride": out_strides[1],
     }
     lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k + (scores.dtype == "float32"))
+    dealt = layout.dealt_lanes(num_rows, num_columns, k)
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
     whole = lengths is None and starts is None and lanes * columns == num_columns
@@ -140,6 +140,7 @@ def _kernel(
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
+        "ENDS_AT": 1 if whole or lengths is not None or starts is not None else min(num_columns & -num_columns, 8),
         "DENSE": int((scores.row_stride, *out_strides) == (num_columns, k, k)),
         "HAS_LENGTHS": int(lengths is not None),
         "HAS_STARTS": int(starts is not None),
