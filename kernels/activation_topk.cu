@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
         if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
         weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
         if (!UNLIKELY(!settled)) break;
-        sort_candidates<choice.CANDIDATES, LANES>(choice.own, lane);
+        choice.sort(lane);
         const bool now_complete = choice.complete();
         const unsigned unsure = __ballot_sync(FULL_WARP, row < valid && !now_complete);
         choose_again<LANES>(unsure, source, bias, choice.statistics, choice.own);

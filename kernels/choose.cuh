@@ -187,6 +187,14 @@ struct DealtChoice {
         return candidates_in_order<CANDIDATES, Dealt::Lanes>(own, lane);
     }
 
+    __device__ __forceinline__ void sort(int lane) {
+        if (FULL) {
+            sort_candidates<CANDIDATES, Dealt::Lanes>(own, extra, lane);
+        } else {
+            sort_candidates<CANDIDATES, Dealt::Lanes>(own, lane);
+        }
+    }
+
     // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
     // its bound were as far off as it can be.
     __device__ __forceinline__ bool complete() const {

@@ -72,17 +72,21 @@ struct TaggedHeads {
         order_two(b, d);
         order_two(b, c);
         const unsigned best[4] = {a, b, c, d};
-        constexpr int NEW = min_int(Heads, 4), SIZE = power_of_two_from(Heads), ABSENT = SIZE - Heads;
+        constexpr int NEW = min_int(Heads, 4);
 #pragma unroll
         for (int i = 0; i < NEW; ++i) key[Heads - NEW + i] = max(key[Heads - NEW + i], best[NEW - 1 - i]);
-        // Down and up again now: half of a bitonic sort, of which the first entries are absent.
+        order_by<power_of_two_from(Heads) / 2>();
+    }
+
+    // Of keys that go down and up again: half of a bitonic sort, of which the first entries are absent.
+    template <int Distance>
+    __device__ __forceinline__ void order_by() {
+        constexpr int SIZE = power_of_two_from(Heads), ABSENT = SIZE - Heads;
 #pragma unroll
-        for (int distance = SIZE / 2; distance > 0; distance /= 2) {
-#pragma unroll
-            for (int i = ABSENT; i < SIZE - distance; ++i) {
-                if ((i & distance) == 0) order_two(key[i - ABSENT], key[i - ABSENT + distance]);
-            }
+        for (int i = ABSENT; i < SIZE - Distance; ++i) {
+            if ((i & Distance) == 0) order_two(key[i - ABSENT], key[i - ABSENT + Distance]);
         }
+        if constexpr (Distance > 1) order_by<Distance / 2>();
     }
 
     __device__ __forceinline__ void pop(bool yes) {
@@ -129,13 +133,22 @@ struct Candidate {
     float value;
 };
 
+__device__ __forceinline__ bool is_before(const Candidate& a, const Candidate& b) {
+    return (a.key > b.key) | ((a.key == b.key) & (a.column < b.column));
+}
+
+template <int Lanes>
+__device__ __forceinline__ Candidate candidate_of(const Candidate& own, int lane) {
+    return {__shfl_sync(FULL_WARP, own.key, lane, Lanes), __shfl_sync(FULL_WARP, own.column, lane, Lanes),
+            __shfl_sync(FULL_WARP, own.value, lane, Lanes)};
+}
+
 // Whether a row's Count candidates, one in each lane, are in order as far as this lane sees.
 template <int Count, int Lanes>
 __device__ __forceinline__ bool candidates_in_order(const Candidate& own, int lane) {
-    const unsigned next_key = __shfl_down_sync(FULL_WARP, own.key, 1, Lanes);
-    const int next_column = __shfl_down_sync(FULL_WARP, own.column, 1, Lanes);
-    const bool before = (own.key > next_key) | ((own.key == next_key) & (own.column < next_column));
-    return before | (lane + 1 >= Count) | ((own.key | next_key) == NO_KEY);
+    const Candidate next = {__shfl_down_sync(FULL_WARP, own.key, 1, Lanes),
+                            __shfl_down_sync(FULL_WARP, own.column, 1, Lanes), 0.0f};
+    return is_before(own, next) | (lane + 1 >= Count) | ((own.key | next.key) == NO_KEY);
 }
 
 // Put them in order. Neighbours change places until none has to, since hardly ever more than two are out of order.
@@ -148,14 +161,23 @@ __device__ __forceinline__ void sort_candidates(Candidate& own, int lane) {
             const bool is_first = lane % 2 == parity;
             const int partner = is_first ? lane + 1 : lane - 1;
             const bool paired = partner >= 0 && max(lane, partner) < Count;
-            const int source = paired ? partner : lane;
-            const Candidate other = {__shfl_sync(FULL_WARP, own.key, source, Lanes),
-                                     __shfl_sync(FULL_WARP, own.column, source, Lanes),
-                                     __shfl_sync(FULL_WARP, own.value, source, Lanes)};
-            const bool other_better = other.key > own.key || (other.key == own.key && other.column < own.column);
-            if (paired && other_better == is_first) own = other;
+            const Candidate other = candidate_of<Lanes>(own, paired ? partner : lane);
+            if (paired && is_before(other, own) == is_first) own = other;
         }
     } while (__any_sync(FULL_WARP, !candidates_in_order<Count, Lanes>(own, lane)));
+}
+
+// The same with one more, which all lanes know, behind the others.
+template <int Count, int Lanes>
+__device__ __forceinline__ void sort_candidates(Candidate& own, Candidate& extra, int lane) {
+    sort_candidates<Count, Lanes>(own, lane);
+    Candidate last = extra;
+    if (lane == Count - 1 && is_before(extra, own)) {
+        last = own;
+        own = extra;
+    }
+    extra = candidate_of<Lanes>(last, Count - 1);
+    sort_candidates<Count, Lanes>(own, lane);
 }
 
 // Whether one of the lanes of a warp's row `turn` has voted.

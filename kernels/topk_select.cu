@@ -52,6 +52,16 @@ constexpr bool FULL = !ROOM_FOR_COLUMN && TOP_K == LANES;
 constexpr int LOOKED_AT = ROOM_FOR_COLUMN ? TOP_K : TOP_K + 1;
 constexpr int CANDIDATES = FULL ? TOP_K : LOOKED_AT;
 
+// What a key stands for, if it is wanted and stands for something.
+__device__ __forceinline__ Candidate exactly(const score_t* source, int length, unsigned key, bool wanted) {
+    Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
+    if (wanted && candidate.column < length) {
+        candidate.value = to_float(source[candidate.column]);
+        candidate.key = order_key(candidate.value);
+    }
+    return candidate;
+}
+
 // The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes, with its score unless there is
 // room. True if it is surely that.
 __device__ __forceinline__ bool select_dealt(const score_t* source, int length, int lane, Candidate& own) {
@@ -77,19 +87,24 @@ __device__ __forceinline__ bool select_dealt(const score_t* source, int length, 
         for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
     }
     const Ranked best = rank_heads<LOOKED_AT, Dealt>(heads, lane);
-    own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
-    if (ROOM_FOR_COLUMN) return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
-
-    const bool exists = lane < CANDIDATES && own.column < length;
-    if (exists) own.value = to_float(source[own.column]);
-    own.key = exists ? order_key(own.value) : NO_KEY;
-    const int extra = Dealt::column_of(best.last);
-    const unsigned extra_key = FULL && extra < length ? order_key(to_float(source[extra])) : NO_KEY;
-    if (UNLIKELY(__any_sync(FULL_WARP, !candidates_in_order<CANDIDATES, LANES>(own, lane))))
-        sort_candidates<CANDIDATES, LANES>(own, lane);
+    if (ROOM_FOR_COLUMN) {
+        own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
+        return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
+    }
+    own = exactly(source, length, best.key, lane < CANDIDATES);
+    Candidate extra = exactly(source, length, best.last, FULL);
+    bool in_order = candidates_in_order<CANDIDATES, LANES>(own, lane);
+    if (FULL) in_order &= lane != TOP_K - 1 || extra.key < own.key;
+    if (UNLIKELY(__any_sync(FULL_WARP, !in_order))) {
+        if (FULL) {
+            sort_candidates<CANDIDATES, LANES>(own, extra, lane);
+        } else {
+            sort_candidates<CANDIDATES, LANES>(own, lane);
+        }
+    }
     const unsigned last_key = __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
     const unsigned reach = best.next | Dealt::MASK;  // -0.0 lies one below 0.0 here
-    return reach + (reach < 0x80000000u) < last_key && !(FULL && extra_key >= last_key);
+    return reach + (reach < 0x80000000u) < last_key && !(FULL && extra.key >= last_key);
 }
 
 // The same of a row of which each lane holds PerLane adjacent columns, surely. Whole: the row is as long as that.

@@ -58,15 +58,15 @@ def few(num_rows: int) -> bool:
     return num_rows <= 2048
 
 
-def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
+def dealt_lanes(num_rows: int, num_columns: int, needed: int, scored: bool) -> int:
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
     each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
-    `needed`: of lanes, one for each result."""
+    `needed`: of lanes, one for each result. `scored`: there is more to do for each column than to compare it."""
     if needed > MAX_LANES:
         return 0
     if num_rows <= 2048:
-        return MAX_LANES if num_columns > (192 if num_rows <= 256 else 128) else 0
-    if num_columns <= 64:
+        return MAX_LANES if num_columns > (128 if scored or num_rows > 256 else 224) else 0
+    if num_columns <= 32:
         return 0
     lanes = 8
     while lanes < needed or (lanes < MAX_LANES and num_columns > 48 * lanes):

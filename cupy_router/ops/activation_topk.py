@@ -217,7 +217,7 @@ def dealt_lanes(method: RoutingMethod, num_tokens: int) -> int:
     softmax = method.score == "softmax" and not method.score_after_topk
     if method.top_groups < method.num_groups:
         return layout.group_lanes(method) if softmax or not layout.few(num_tokens) else 0
-    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns)
+    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns, True)
 
 
 def _reference(

@@ -130,7 +130,7 @@ def _kernel(
         "indices_stride": out_strides[1],
     }
     lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k)
+    dealt = layout.dealt_lanes(num_rows, num_columns, k, False)
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
     whole = lengths is None and starts is None and lanes * columns == num_columns
