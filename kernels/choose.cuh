@@ -139,20 +139,15 @@ __device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& 
 
 // A row's best by bounds of their selection values, then of the exact values of these alone.
 template <typename Dealt, bool Aligned, bool BiasAligned>
-struct DealtChoice {
-    // One more than asked for: where the last is close to the next, their exact values decide. If there is no lane left
-    // for it, all lanes look at it.
-    static constexpr bool FULL = TOP_K == Dealt::Lanes;
-    static constexpr int CANDIDATES = FULL ? TOP_K : TOP_K + 1;
+struct DealtChoice : Candidates<TOP_K, Dealt::Lanes> {
+    typedef Candidates<TOP_K, Dealt::Lanes> Base;
     // Lanes that the best are spread over.
     static constexpr int SPREAD = NUM_GROUPS > 0 ? Dealt::Lanes / max_int(NUM_GROUPS, 1) * TOP_GROUPS : Dealt::Lanes;
     static constexpr int HEADS = dealt_heads(TOP_K, SPREAD, Dealt::PerLane);
     // Whether there are as many experts to choose from as are looked at.
     static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
-    Candidate own;
-    Candidate extra;  // behind the others if FULL
-    unsigned next;    // the key of a bound that no others are above
+    unsigned next;  // the key of a bound that no others are above
     RowStatistics statistics;
 
     template <typename T>
@@ -166,8 +161,8 @@ struct DealtChoice {
         }
         const Ranked best = rank_heads<TOP_K + 1, Dealt>(heads, lane);
         next = best.next;
-        own = exactly(row, bias, best.key, valid && lane < CANDIDATES);
-        if (FULL) extra = exactly(row, bias, best.last, valid);
+        this->own = exactly(row, bias, best.key, valid && lane < Base::COUNT);
+        this->extra = exactly(row, bias, best.last, valid && Base::FULL);
     }
 
     // What a key stands for, if it is wanted and stands for something.
@@ -183,23 +178,11 @@ struct DealtChoice {
         return candidate;
     }
 
-    __device__ __forceinline__ bool in_order(int lane) const {
-        return candidates_in_order<CANDIDATES, Dealt::Lanes>(own, lane);
-    }
-
-    __device__ __forceinline__ void sort(int lane) {
-        if (FULL) {
-            sort_candidates<CANDIDATES, Dealt::Lanes>(own, extra, lane);
-        } else {
-            sort_candidates<CANDIDATES, Dealt::Lanes>(own, lane);
-        }
-    }
-
     // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
     // its bound were as far off as it can be.
     __device__ __forceinline__ bool complete() const {
-        const unsigned last_key = __shfl_sync(FULL_WARP, own.key, TOP_K - 1, Dealt::Lanes);
-        if (FULL && extra.key >= last_key) return false;         // ties as well, which columns decide
+        const unsigned last_key = this->last_key();
+        if (this->overtaken(last_key)) return false;
         if (NUM_GROUPS > 0 && next <= Dealt::MASK) return true;  // there are no others
         const float last = sum_key_value(last_key);
         return selection_reach(tagged_key_ceiling<Dealt::MASK>(next)) < last - fabsf(last) * 2.5e-7f;

@@ -167,18 +167,34 @@ __device__ __forceinline__ void sort_candidates(Candidate& own, int lane) {
     } while (__any_sync(FULL_WARP, !candidates_in_order<Count, Lanes>(own, lane)));
 }
 
-// The same with one more, which all lanes know, behind the others.
-template <int Count, int Lanes>
-__device__ __forceinline__ void sort_candidates(Candidate& own, Candidate& extra, int lane) {
-    sort_candidates<Count, Lanes>(own, lane);
-    Candidate last = extra;
-    if (lane == Count - 1 && is_before(extra, own)) {
-        last = own;
-        own = extra;
+// A row's TopK best by cut keys and the one behind them: where the last is close to the next, their exact keys decide.
+// If there is no lane left for it, all lanes have it.
+template <int TopK, int Lanes>
+struct Candidates {
+    static constexpr bool FULL = TopK == Lanes;
+    static constexpr int COUNT = FULL ? TopK : TopK + 1;  // a lane has one each
+
+    Candidate own;
+    Candidate extra;  // if FULL
+
+    __device__ __forceinline__ bool in_order(int lane) const { return candidates_in_order<COUNT, Lanes>(own, lane); }
+
+    __device__ __forceinline__ void sort(int lane) {
+        sort_candidates<COUNT, Lanes>(own, lane);
+        if (!FULL) return;
+        Candidate last = extra;
+        if (lane == TopK - 1 && is_before(extra, own)) {
+            last = own;
+            own = extra;
+        }
+        extra = candidate_of<Lanes>(last, TopK - 1);
+        sort_candidates<COUNT, Lanes>(own, lane);
     }
-    extra = candidate_of<Lanes>(last, Count - 1);
-    sort_candidates<Count, Lanes>(own, lane);
-}
+
+    // Of candidates in order, the key of the last of the best, and whether `extra` may come before it.
+    __device__ __forceinline__ unsigned last_key() const { return __shfl_sync(FULL_WARP, own.key, TopK - 1, Lanes); }
+    __device__ __forceinline__ bool overtaken(unsigned last_key) const { return FULL && extra.key >= last_key; }
+};
 
 // Whether one of the lanes of a warp's row `turn` has voted.
 template <int Lanes>

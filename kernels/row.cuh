@@ -5,17 +5,20 @@
 #include "types.cuh"
 
 // N columns of a row from `first` on as float; NaN from column `end` on, which is a multiple of EndsAt. Whole: there is no
-// such column. Aligned: they are read as one word.
+// such column. Aligned: they are read as one word; one behind the end is read from the row's start instead, since a
+// branch would hold up what comes behind it.
 template <int N, bool Whole, bool Aligned, int EndsAt, typename T>
 __device__ __forceinline__ void load_piece(const T* row, int first, int end, float* values) {
-    if (Aligned && (Whole || first + N <= end)) {
-        load_floats<T, N>(row + first, values);
+    constexpr bool ENDS_BETWEEN = EndsAt % N == 0;
+    const float nan = __uint_as_float(0x7fc00000u);
+    if (Aligned && (Whole || ENDS_BETWEEN || first + N <= end)) {
+        const bool exists = Whole || !ENDS_BETWEEN || first < end;
+        load_floats<T, N>(row + (exists ? first : 0), values);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = exists ? values[i] : nan;
     } else {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const bool exists = Whole || (!(Aligned && EndsAt % N == 0) && first + i < end);
-            values[i] = exists ? to_float(row[first + i]) : __uint_as_float(0x7fc00000u);
-        }
+        for (int i = 0; i < N; ++i) values[i] = Whole || first + i < end ? to_float(row[first + i]) : nan;
     }
 }
 

@@ -47,65 +47,60 @@ typedef Deal<score_t, LANES, PER_LANE> Dealt;
 
 // Scores of 16 bits leave room for the column in their keys, so that nothing is cut and the best are known at once.
 constexpr bool ROOM_FOR_COLUMN = sizeof(score_t) == 2;
-// Else one more than asked for is looked at, by all lanes if FULL.
-constexpr bool FULL = !ROOM_FOR_COLUMN && TOP_K == LANES;
-constexpr int LOOKED_AT = ROOM_FOR_COLUMN ? TOP_K : TOP_K + 1;
-constexpr int CANDIDATES = FULL ? TOP_K : LOOKED_AT;
+// The winners of a row whose `length` columns are dealt to LANES lanes.
+struct DealtTopK : Candidates<TOP_K, LANES> {
+    unsigned next;  // the key that no others are above
 
-// What a key stands for, if it is wanted and stands for something.
-__device__ __forceinline__ Candidate exactly(const score_t* source, int length, unsigned key, bool wanted) {
-    Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
-    if (wanted && candidate.column < length) {
-        candidate.value = to_float(source[candidate.column]);
-        candidate.key = order_key(candidate.value);
-    }
-    return candidate;
-}
-
-// The winner of rank `lane`, of a row whose `length` columns are dealt to LANES lanes, with its score unless there is
-// room. True if it is surely that.
-__device__ __forceinline__ bool select_dealt(const score_t* source, int length, int lane, Candidate& own) {
-    constexpr int HEADS = dealt_heads(TOP_K, LANES, PER_LANE);
-    TaggedHeads<HEADS> heads;
+    __device__ __forceinline__ DealtTopK(const score_t* source, int length, int lane) {
+        constexpr int HEADS = dealt_heads(TOP_K, LANES, PER_LANE);
+        TaggedHeads<HEADS> heads;
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) heads.key[h] = NO_KEY;
-    float next[Dealt::Chunk];
-    Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, 0, lane, length, next);
+        for (int h = 0; h < HEADS; ++h) heads.key[h] = NO_KEY;
+        float scores[Dealt::Chunk];
+        Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, 0, lane, length, scores);
 #pragma unroll
-    for (int begin = 0; begin < PER_LANE; begin += Dealt::Chunk) {
-        unsigned keys[Dealt::Chunk];
+        for (int begin = 0; begin < PER_LANE; begin += Dealt::Chunk) {
+            unsigned keys[Dealt::Chunk];
 #pragma unroll
-        for (int j = 0; j < Dealt::Chunk; ++j) {
-            const unsigned tag = Dealt::tag(begin + j);
-            keys[j] = ROOM_FOR_COLUMN ? (max(order_key(next[j]), Dealt::MASK + 1) & ~Dealt::MASK) | tag
-                                      : tagged_key_of_bits<Dealt::MASK>(__float_as_uint(next[j]), tag);
-            if (!WHOLE_ROWS && Dealt::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
+            for (int j = 0; j < Dealt::Chunk; ++j) {
+                const unsigned tag = Dealt::tag(begin + j);
+                keys[j] = ROOM_FOR_COLUMN ? (max(order_key(scores[j]), Dealt::MASK + 1) & ~Dealt::MASK) | tag
+                                          : tagged_key_of_bits<Dealt::MASK>(__float_as_uint(scores[j]), tag);
+                if (!WHOLE_ROWS && Dealt::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
+            }
+            if (begin + Dealt::Chunk < PER_LANE)
+                Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, begin + Dealt::Chunk, lane, length, scores);
+#pragma unroll
+            for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
         }
-        if (begin + Dealt::Chunk < PER_LANE)
-            Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, begin + Dealt::Chunk, lane, length, next);
-#pragma unroll
-        for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
-    }
-    const Ranked best = rank_heads<LOOKED_AT, Dealt>(heads, lane);
-    if (ROOM_FOR_COLUMN) {
-        own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
-        return best.next <= __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES);
-    }
-    own = exactly(source, length, best.key, lane < CANDIDATES);
-    Candidate extra = exactly(source, length, best.last, FULL);
-    bool in_order = candidates_in_order<CANDIDATES, LANES>(own, lane);
-    if (FULL) in_order &= lane != TOP_K - 1 || extra.key < own.key;
-    if (UNLIKELY(__any_sync(FULL_WARP, !in_order))) {
-        if (FULL) {
-            sort_candidates<CANDIDATES, LANES>(own, extra, lane);
+        const Ranked best = rank_heads<ROOM_FOR_COLUMN ? TOP_K : TOP_K + 1, Dealt>(heads, lane);
+        next = best.next;
+        if (ROOM_FOR_COLUMN) {
+            own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
+            if (next > __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES)) next = ~0u;
         } else {
-            sort_candidates<CANDIDATES, LANES>(own, lane);
+            own = exactly(source, length, best.key, lane < COUNT);
+            extra = exactly(source, length, best.last, FULL);
         }
     }
-    const unsigned last_key = __shfl_sync(FULL_WARP, own.key, TOP_K - 1, LANES);
-    const unsigned reach = best.next | Dealt::MASK;  // -0.0 lies one below 0.0 here
-    return reach + (reach < 0x80000000u) < last_key && !(FULL && extra.key >= last_key);
-}
+
+    // What a key stands for, if it is wanted and stands for something.
+    static __device__ __forceinline__ Candidate exactly(const score_t* source, int length, unsigned key, bool wanted) {
+        Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
+        if (wanted && candidate.column < length) {
+            candidate.value = to_float(source[candidate.column]);
+            candidate.key = order_key(candidate.value);
+        }
+        return candidate;
+    }
+
+    // Whether candidates in order begin with the winners.
+    __device__ __forceinline__ bool complete() const {
+        if (ROOM_FOR_COLUMN) return next != ~0u;
+        const unsigned last = last_key(), reach = next | Dealt::MASK;  // -0.0 lies one below 0.0 here
+        return !overtaken(last) && reach + (reach < 0x80000000u) < last;
+    }
+};
 
 // The same of a row of which each lane holds PerLane adjacent columns, surely. Whole: the row is as long as that.
 template <int Lanes, int PerLane, bool Whole, bool Aligned>
@@ -156,9 +151,14 @@ extern "C" __global__ void __launch_bounds__(256)
     const score_t* source = scores + read_row * scores_stride + span.start;
     Candidate winner;
     if (DEALT) {
-        const bool sure = select_dealt(source, span.length, lane, winner);
-        const unsigned unsure = __ballot_sync(FULL_WARP, row_exists && !sure);
-        if (UNLIKELY(unsure != 0)) select_again(unsure, source, span.length, winner);
+        DealtTopK best(source, span.length, lane);
+        const bool in_order = ROOM_FOR_COLUMN || best.in_order(lane), complete = best.complete();
+        if (UNLIKELY(__any_sync(FULL_WARP, row_exists && !(in_order && complete)))) {
+            if (!ROOM_FOR_COLUMN) best.sort(lane);
+            const bool now_complete = best.complete();
+            select_again(__ballot_sync(FULL_WARP, row_exists && !now_complete), source, span.length, best.own);
+        }
+        winner = best.own;
     } else {
         const Winner adjacent = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, span.length, lane);
         winner = {adjacent.key, adjacent.column, 0.0f};

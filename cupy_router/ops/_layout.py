@@ -62,14 +62,13 @@ def dealt_lanes(num_rows: int, num_columns: int, needed: int, scored: bool) -> i
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
     each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
     `needed`: of lanes, one for each result. `scored`: there is more to do for each column than to compare it."""
-    if needed > MAX_LANES:
-        return 0
     if num_rows <= 2048:
-        return MAX_LANES if num_columns > (128 if scored or num_rows > 256 else 224) else 0
-    if num_columns <= 32:
+        fewest = 128 if scored or num_rows > 256 else 224
+        return MAX_LANES if num_columns > fewest and needed < MAX_LANES else 0
+    if num_columns <= 32 or needed > MAX_LANES:
         return 0
-    lanes = 8
-    while lanes < needed or (lanes < MAX_LANES and num_columns > 48 * lanes):
+    lanes = 8 if needed <= 8 else 16 if needed < 16 else MAX_LANES
+    while lanes < MAX_LANES and num_columns > 48 * lanes:
         lanes *= 2
     return lanes
 
@@ -77,10 +76,9 @@ def dealt_lanes(num_rows: int, num_columns: int, needed: int, scored: bool) -> i
 def group_lanes(method: RoutingMethod) -> int:
     """Lanes of which a group of experts, or a whole part of one, goes to each; 0 if that cannot be."""
     lanes = method.num_groups
-    while lanes < method.num_columns:
+    while lanes < max(method.num_columns, method.top_k + 1) or method.num_experts > 24 * lanes:
         lanes *= 2
-    divides = MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0
-    return lanes if divides and method.num_experts <= MAX_LANES * lanes else 0
+    return lanes if MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0 else 0
 
 
 def dealt_columns(num_columns: int, lanes: int) -> int:
