@@ -28,7 +28,7 @@ def compile_row(name: str, method: RoutingMethod, architecture: str) -> Row:
     """The median of some compilations of activation_topk for few rows of float32, from text to machine code."""
     lanes, columns = _layout.lanes_and_columns(method.num_experts, _layout.lanes_needed(method))
     given = [array for array, families in (("bias", BIASED), ("logit_bias", LOGIT_BIASED)) if name.startswith(families)]
-    macros = method_macros(method, given) | {"LANES": lanes, "PER_LANE": columns, "FEW_ROWS": 1}
+    macros = method_macros(method, given) | {"LANES": lanes, "PER_LANE": columns}
     source = compiler.expand("activation_topk", macros)
     times = []
     for _ in range(COMPILES):

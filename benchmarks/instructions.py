@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.rows import text_table
 from cupy_router import RoutingMethod, compiler
 from cupy_router.ops import _dense_decode, _layout
-from cupy_router.ops.activation_topk import can_be_dealt, method_macros
+from cupy_router.ops.activation_topk import dealt_lanes, method_macros
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION = 16  # bytes, since sm_70
@@ -39,12 +39,10 @@ def kernels() -> dict[str, tuple[str, str, dict[str, int]]]:
         macros = method_macros(method, ["bias"])
         for rows in (64, 1024, 8192):
             lanes, columns = _layout.lanes_and_columns(method.num_experts, method.top_k)
-            dealt = 0
-            if can_be_dealt(method):
-                dealt = _layout.dealt_lanes(rows, method.num_experts, method.top_k + 1)
+            dealt = dealt_lanes(method, rows)
             if dealt:
                 lanes, columns = dealt, _layout.dealt_columns(method.num_experts, dealt)
-            layout = {"FEW_ROWS": int(not dealt and _layout.few(rows)), "DEALT": int(bool(dealt))}
+            layout = {"DEALT": int(bool(dealt))}
             layout |= {"LANES": lanes, "PER_LANE": columns}
             found[f"activation_topk, {title}, {rows} rows"] = ("activation_topk", "activation_topk", macros | layout)
         hashing = {"SOURCE": 1, "LANES": 8}

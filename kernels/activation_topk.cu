@@ -26,6 +26,9 @@
 #ifndef BIAS_ALIGNED
 #define BIAS_ALIGNED 1  // that of both biases
 #endif
+#ifndef DENSE
+#define DENSE 0  // rows of logits and results follow each other
+#endif
 #ifndef WIDE
 #define WIDE 0
 #endif
@@ -39,7 +42,7 @@ typedef LogitRow<logit_t> Row;
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
-typedef Deal<logit_t, LANES, PER_LANE> Dealt;
+typedef Deal<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Dealt;
 
 // From sm_100 on, and for some rows that are dealt, ptxas spills registers to fit more blocks, unless it is told how many
 // are wanted. 0: as it likes.
@@ -54,69 +57,68 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                     const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
-                    int num_valid_value, long long num_tokens, long long logits_stride, long long weights_stride,
-                    long long indices_stride, float renormalize_eps, float renormalize_min, float scale,
-                    float logit_scale, float logit_softcap, float shared_weight) {
+                    int num_valid_value, long long num_tokens, float renormalize_eps, float renormalize_min,
+                    float scale, float logit_scale, float logit_softcap, float shared_weight, long long logits_stride,
+                    long long weights_stride, long long indices_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
-    const int lane = threadIdx.x % LANES;
+    if (DENSE) {
+        logits_stride = NUM_LOGITS;
+        weights_stride = indices_stride = OUTPUTS;
+    }
     constexpr int ROWS_PER_WARP = 32 / LANES;
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
-    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-
-    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
-    float biases[PER_LANE], logit_biases[PER_LANE];
-    if (HAS_BIAS && !DEALT)
-        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(bias, lane * PER_LANE, NUM_EXPERTS, biases);
-    if (HAS_LOGIT_BIAS && !DEALT)
-        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED>(logit_bias, lane * PER_LANE, NUM_EXPERTS, logit_biases);
-
+    const int lane = threadIdx.x % LANES;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp * ROWS_PER_WARP >= num_tokens) return;
     // Whole warps stay together: a row that does not exist goes along, without being read or in the place of row 0.
-    for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
-        const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-        int64_t experts[1];
-        float weight[1];
+    const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
+    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+    int64_t experts[1];
+    float weight[1];
 #if DEALT
-        const Row source = {logits + (row < num_tokens ? row * logits_stride : 0), logit_bias, numbers};
-        const RowStatistics statistics = {0.0f, 0.0f};
-        DealtChoice<Dealt, ALIGNED, BIAS_ALIGNED> choice(source, bias, statistics, lane, row < valid);
-        const bool in_order = choice.in_order(lane), complete = choice.complete(statistics);
-        bool settled = !__any_sync(FULL_WARP, row < valid && !(in_order && complete));
+    const Row source = {logits + (row < num_tokens ? row * logits_stride : 0), logit_bias, numbers};
+    DealtChoice<Dealt, ALIGNED, BIAS_ALIGNED> choice(source, bias, lane, row < valid);
+    const bool in_order = choice.in_order(lane), complete = choice.complete();
+    bool settled = !__any_sync(FULL_WARP, row < valid && !(in_order && complete));
 #pragma unroll 1
-        while (true) {  // weights are worked out before it is known that the choice is right, which it nearly always is
-            experts[0] = expert_of(lane, choice.own.column);
-            weight[0] = choice.own.value;
-            if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
-            weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
-            if (!UNLIKELY(!settled)) break;
-            sort_candidates<choice.CANDIDATES, LANES>(choice.own, lane);
-            const bool now_complete = choice.complete(statistics);
-            const unsigned unsure = __ballot_sync(FULL_WARP, row < valid && !now_complete);
-            choose_again<LANES>(unsure, source, bias, statistics, choice.own);
-            settled = true;
-        }
-#else
-        const Row source = {logits + row * logits_stride, logit_bias, numbers};
-        float values[PER_LANE];
-        if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
-            load_columns<logit_t, PER_LANE, WHOLE, ALIGNED>(source.logits, lane * PER_LANE, NUM_EXPERTS, values);
-        } else {
-#pragma unroll
-            for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j)
-            values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
-        const RowStatistics statistics = row_statistics<LANES>(values);
-        const Chosen chosen = choose_exactly<LANES>(values, biases, statistics, source, lane, row < valid);
-        experts[0] = expert_of(lane, chosen.column);
-        weight[0] = chosen.value;
+    while (true) {  // weights are worked out before it is known that the choice is right, which it nearly always is
+        experts[0] = expert_of(lane, choice.own.column);
+        weight[0] = choice.own.value;
         if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
         weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
+        if (!UNLIKELY(!settled)) break;
+        choice.sort(lane);
+        const bool now_complete = choice.complete();
+        const unsigned unsure = __ballot_sync(FULL_WARP, row < valid && !now_complete);
+        choose_again<LANES>(unsure, source, bias, choice.statistics, choice.own);
+        settled = true;
+    }
+#else
+    float biases[PER_LANE], logit_biases[PER_LANE], values[PER_LANE];
+    if (HAS_BIAS)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(bias, lane * PER_LANE, NUM_EXPERTS, biases);
+    if (HAS_LOGIT_BIAS)
+        load_columns<float, PER_LANE, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(logit_bias, lane * PER_LANE, NUM_EXPERTS,
+                                                                        logit_biases);
+    const Row source = {logits + row * logits_stride, logit_bias, numbers};
+    if (row < num_tokens) {  // padding can be read as well, and need not wait for num_valid
+        load_columns<logit_t, PER_LANE, WHOLE, ALIGNED, NUM_EXPERTS>(source.logits, lane * PER_LANE, NUM_EXPERTS,
+                                                                     values);
+    } else {
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) values[j] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
+    const RowStatistics statistics = row_statistics<LANES>(values);
+    const Chosen chosen = choose_exactly<LANES>(values, biases, statistics, source, lane, row < valid);
+    experts[0] = expert_of(lane, chosen.column);
+    weight[0] = chosen.value;
+    if (SHARED_LOGITS && row < valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = source[experts[0]];
+    weigh<LaneTeam<WINNER_LANES>>(weight, experts, lane, 0, row < valid, expert_scale, numbers);
 #endif
-        if (lane < OUTPUTS && row < num_tokens) {
-            store_float(weights + row * weights_stride + lane, row < valid ? weight[0] : 0.0f);
-            indices[row * indices_stride + lane] = row < valid ? static_cast<index_t>(experts[0]) : index_t(-1);
-        }
+    if (lane < OUTPUTS && row < num_tokens) {
+        store_float(weights + row * weights_stride + lane, row < valid ? weight[0] : 0.0f);
+        indices[row * indices_stride + lane] = row < valid ? static_cast<index_t>(experts[0]) : index_t(-1);
     }
 }
 
@@ -166,9 +168,9 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
                          const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                          const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                          index_t* __restrict__ indices, int num_valid_value, long long num_tokens,
-                         long long logits_stride, long long weights_stride, long long indices_stride,
                          float renormalize_eps, float renormalize_min, float scale, float logit_scale,
-                         float logit_softcap, float shared_weight) {
+                         float logit_softcap, float shared_weight, long long logits_stride, long long weights_stride,
+                         long long indices_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {

@@ -27,6 +27,9 @@
 #ifndef ALIGNED
 #define ALIGNED 1  // rows of logits start at multiples of what UNIT of them take
 #endif
+#ifndef DENSE
+#define DENSE 0  // rows of all arrays follow each other
+#endif
 #ifndef REPEATED
 #define REPEATED 0
 #endif
@@ -83,7 +86,8 @@ __device__ __forceinline__ void load_row(const logit_t* logits, const float* log
     for (int u = 0; u < UNITS; ++u) {
         const int first = (u * LANES + lane) * UNIT;
         float unit[UNIT];
-        load_columns<logit_t, UNIT, NUM_LOGITS % (UNIT * LANES) == 0, ALIGNED>(logits, first, NUM_LOGITS, unit);
+        load_columns<logit_t, UNIT, NUM_LOGITS % (UNIT * LANES) == 0, ALIGNED, NUM_LOGITS>(logits, first, NUM_LOGITS,
+                                                                                           unit);
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
             const bool biased = HAS_LOGIT_BIAS && first + i < NUM_LOGITS;
@@ -130,66 +134,65 @@ extern "C" __global__ void __launch_bounds__(256)
     activation_topk_backward(const weight_t* __restrict__ grad_weights, const index_t* __restrict__ indices,
                              const logit_t* __restrict__ logits, const float* __restrict__ logit_bias,
                              const float* __restrict__ expert_scale, gradient_t* __restrict__ grad_logits,
-                             long long num_tokens, long long grad_weights_stride, long long indices_stride,
-                             long long logits_stride, long long grad_logits_stride, float renormalize_eps,
-                             float renormalize_min, float scale, float logit_scale, float logit_softcap,
-                             float shared_weight) {
+                             long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                             float logit_scale, float logit_softcap, float shared_weight, long long grad_weights_stride,
+                             long long indices_stride, long long logits_stride, long long grad_logits_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
+    if (DENSE) {
+        grad_weights_stride = indices_stride = OUTPUTS;
+        logits_stride = grad_logits_stride = NUM_LOGITS;
+    }
     constexpr int ROWS_PER_WARP = 32 / LANES;
     const int lane = threadIdx.x % LANES;
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
-    int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp * ROWS_PER_WARP >= num_tokens) return;
     // Whole warps stay together: lanes vote and sum, also those of rows that do not exist.
-    for (; warp * ROWS_PER_WARP < num_tokens; warp += warps) {
-        const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-        const bool exists = row < num_tokens;
-        const bool weighed = exists && lane < WEIGHED;
-        const logit_t* source = logits + row * logits_stride;
-        gradient_t* target = grad_logits + row * grad_logits_stride;
+    const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
+    const bool exists = row < num_tokens;
+    const bool weighed = exists && lane < WEIGHED;
+    const logit_t* source = logits + row * logits_stride;
+    gradient_t* target = grad_logits + row * grad_logits_stride;
 
-        int64_t expert[1] = {expert_of(lane, 0)};
-        float gradient[1] = {0.0f};
-        if (exists && lane < TOP_K) expert[0] = static_cast<int64_t>(indices[row * indices_stride + lane]);
-        if (weighed) gradient[0] = to_float(grad_weights[row * grad_weights_stride + lane]);
-        float whole_row[UNITS * UNIT];
-        if (!WHOLE_ROW_SOFTMAX) {
-            if (exists) store_zeros<LANES>(target, lane);
-        } else if (exists) {
-            load_row(source, logit_bias, lane, numbers, whole_row);
-        } else {
+    int64_t expert[1] = {expert_of(lane, 0)};
+    float gradient[1] = {0.0f};
+    if (exists && lane < TOP_K) expert[0] = static_cast<int64_t>(indices[row * indices_stride + lane]);
+    if (weighed) gradient[0] = to_float(grad_weights[row * grad_weights_stride + lane]);
+    float whole_row[UNITS * UNIT];
+    if (!WHOLE_ROW_SOFTMAX) {
+        if (exists) store_zeros<LANES>(target, lane);
+    } else if (exists) {
+        load_row(source, logit_bias, lane, numbers, whole_row);
+    } else {
 #pragma unroll
-            for (int j = 0; j < UNITS * UNIT; ++j) whole_row[j] = 0.0f;
-        }
-        const bool good = weighed && (lane >= TOP_K || is_expert(expert[0]));
-        float scaled_logit = 0.0f;
-        if (good) scaled_logit = scaled(to_float(source[expert[0]]), bias_of(logit_bias, expert[0]), numbers);
-        const bool routed = lanes_ballot<LANES>(weighed && !good) == 0;
-
-        RowStatistics statistics = {0.0f, 0.0f};
-        if (WHOLE_ROW_SOFTMAX) {
-            float prepared[UNITS * UNIT];
-#pragma unroll
-            for (int j = 0; j < UNITS * UNIT; ++j) prepared[j] = capped(whole_row[j], numbers);
-            statistics = row_statistics<LANES>(prepared);
-        }
-        const float logit[1] = {capped(scaled_logit, numbers)};
-        float score[1] = {WEIGHS_LOGITS ? logit[0] : score_of(logit[0], statistics)};
-        const float drain = weigh_backward<LaneTeam<TEAM>>(gradient, score, logit, expert, lane, 0, routed && exists,
-                                                           expert_scale, numbers);
-        bool first = true;
-        if (REPEATED) first = sum_repeated(expert[0], lane, gradient[0]);
-        gradient[0] *= prepared_slope(scaled_logit, numbers);
-        if (WHOLE_ROW_SOFTMAX) {
-            gradient[0] -= drained(scaled_logit, statistics, drain, numbers);
-#pragma unroll
-            for (int j = 0; j < UNITS * UNIT; ++j)
-                whole_row[j] = 0.0f - drained(whole_row[j], statistics, drain, numbers);
-            if (exists) store_row(target, lane, whole_row);
-        }
-        __syncwarp();  // what was written so far lies below what comes now
-        if (good && routed && first) store_float(target + expert[0], gradient[0]);
+        for (int j = 0; j < UNITS * UNIT; ++j) whole_row[j] = 0.0f;
     }
+    const bool good = weighed && (lane >= TOP_K || is_expert(expert[0]));
+    float scaled_logit = 0.0f;
+    if (good) scaled_logit = scaled(to_float(source[expert[0]]), bias_of(logit_bias, expert[0]), numbers);
+    const bool routed = lanes_ballot<LANES>(weighed && !good) == 0;
+
+    RowStatistics statistics = {0.0f, 0.0f};
+    if (WHOLE_ROW_SOFTMAX) {
+        float prepared[UNITS * UNIT];
+#pragma unroll
+        for (int j = 0; j < UNITS * UNIT; ++j) prepared[j] = capped(whole_row[j], numbers);
+        statistics = row_statistics<LANES>(prepared);
+    }
+    const float logit[1] = {capped(scaled_logit, numbers)};
+    float score[1] = {WEIGHS_LOGITS ? logit[0] : score_of(logit[0], statistics)};
+    const float drain = weigh_backward<LaneTeam<TEAM>>(gradient, score, logit, expert, lane, 0, routed && exists,
+                                                       expert_scale, numbers);
+    bool first = true;
+    if (REPEATED) first = sum_repeated(expert[0], lane, gradient[0]);
+    gradient[0] *= prepared_slope(scaled_logit, numbers);
+    if (WHOLE_ROW_SOFTMAX) {
+        gradient[0] -= drained(scaled_logit, statistics, drain, numbers);
+#pragma unroll
+        for (int j = 0; j < UNITS * UNIT; ++j) whole_row[j] = 0.0f - drained(whole_row[j], statistics, drain, numbers);
+        if (exists) store_row(target, lane, whole_row);
+    }
+    __syncwarp();  // what was written so far lies below what comes now
+    if (good && routed && first) store_float(target + expert[0], gradient[0]);
 }
 
 #else
@@ -203,10 +206,10 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_backward_wide(const weight_t* __restrict__ grad_weights, const index_t* __restrict__ indices,
                                   const logit_t* __restrict__ logits, const float* __restrict__ logit_bias,
                                   const float* __restrict__ expert_scale, gradient_t* __restrict__ grad_logits,
-                                  long long num_tokens, long long grad_weights_stride, long long indices_stride,
-                                  long long logits_stride, long long grad_logits_stride, float renormalize_eps,
-                                  float renormalize_min, float scale, float logit_scale, float logit_softcap,
-                                  float shared_weight) {
+                                  long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
+                                  float logit_scale, float logit_softcap, float shared_weight,
+                                  long long grad_weights_stride, long long indices_stride, long long logits_stride,
+                                  long long grad_logits_stride) {
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
         const index_t* index = indices + row * indices_stride;

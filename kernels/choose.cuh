@@ -6,6 +6,8 @@
 #include "bound.cuh"
 #include "dealt.cuh"
 #include "groups.cuh"
+#include "row.cuh"
+#include "route_row.cuh"
 #include "select.cuh"
 
 // The logits of a row, prepared one at a time.
@@ -36,12 +38,15 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane],
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) {
         const float value = selection_value(logits[j], statistics);
-        keys[j] = sum_order_key(HAS_BIAS ? value + biases[j] : value);
+        keys[j] = sum_order_key(HAS_BIAS ? __fadd_rn(value, biases[j]) : value);
         if (Lanes * PerLane != NUM_EXPERTS && lane * PerLane + j >= NUM_EXPERTS) keys[j] = NO_KEY;
     }
     if (NUM_GROUPS > 0) keep_best_groups<Lanes>(keys, lane);
+    constexpr int USED = (NUM_EXPERTS + PerLane - 1) / PerLane;  // lanes; the best are in those of the best groups
+    constexpr int SPREAD = NUM_GROUPS > 0 ? max_int(USED * TOP_GROUPS / max_int(NUM_GROUPS, 1), 1) : USED;
     // After a choice by bounds this one is rare and may take its time.
-    const Winner winner = DEALT ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
+    const Winner winner =
+        DEALT ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes, SPREAD>(keys, lane);
     float value = sum_key_value(winner.key);
     if (!KEY_IS_VALUE && valid && lane < TOP_K) {
         value = row[winner.column];
@@ -58,17 +63,17 @@ struct Chunk {
     template <bool Aligned, bool BiasAligned, typename T>
     __device__ __forceinline__ void load(const LogitRow<T>& row, const float* bias, int begin, int lane) {
         constexpr bool WHOLE = Dealt::Lanes * Dealt::PerLane == NUM_EXPERTS;
-        Dealt::template load<WHOLE, Aligned>(row.logits, begin, lane, NUM_EXPERTS, logits);
+        Dealt::template load<WHOLE, Aligned, NUM_EXPERTS>(row.logits, begin, lane, NUM_EXPERTS, logits);
         if (HAS_LOGIT_BIAS)
-            Dealt::template load<WHOLE, BiasAligned>(row.logit_bias, begin, lane, NUM_EXPERTS, logit_biases);
-        if (HAS_BIAS) Dealt::template load<WHOLE, BiasAligned>(bias, begin, lane, NUM_EXPERTS, biases);
+            Dealt::template load<WHOLE, BiasAligned, NUM_EXPERTS>(row.logit_bias, begin, lane, NUM_EXPERTS,
+                                                                  logit_biases);
+        if (HAS_BIAS) Dealt::template load<WHOLE, BiasAligned, NUM_EXPERTS>(bias, begin, lane, NUM_EXPERTS, biases);
     }
 };
 
 // The best of a lane's columns by bounds of their selection values.
 template <typename Dealt, int Heads, bool Aligned, bool BiasAligned, typename T>
-__device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias,
-                                                          const RowStatistics& statistics, int lane) {
+__device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias, int lane) {
     TaggedHeads<Heads> heads;
 #pragma unroll
     for (int h = 0; h < Heads; ++h) heads.key[h] = NO_KEY;
@@ -83,10 +88,10 @@ __device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row
 #pragma unroll
         for (int j = 0; j < Dealt::Chunk; ++j) {
             const float logit = prepare(chunk.logits[j], HAS_LOGIT_BIAS ? chunk.logit_biases[j] : 0.0f, row.numbers);
-            const float bound = selection_bound(logit, statistics);
-            keys[j] = tagged_key<Dealt::MASK>(HAS_BIAS ? bound + chunk.biases[j] : bound, Dealt::tag(begin, j));
+            const float bound = selection_bound(logit);
+            keys[j] = tagged_key<Dealt::MASK>(HAS_BIAS ? bound + chunk.biases[j] : bound, Dealt::tag(begin + j));
             const bool exists =
-                Dealt::Lanes * Dealt::PerLane == NUM_EXPERTS || Dealt::column_of(begin, j, lane) < NUM_EXPERTS;
+                Dealt::Lanes * Dealt::PerLane == NUM_EXPERTS || Dealt::column_of(begin + j, lane) < NUM_EXPERTS;
             if (!exists) keys[j] = NO_KEY;
         }
 #pragma unroll
@@ -95,40 +100,92 @@ __device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row
     return heads;
 }
 
+// The best of a lane's columns where neighbouring lanes hold a group, by exact values, since groups are ranked by them;
+// none of a group that is not kept.
+template <typename Dealt, int Heads, bool Aligned, bool BiasAligned, typename T>
+__device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& row, const float* bias, int lane,
+                                                             RowStatistics& statistics) {
+    constexpr int N = Dealt::PerLane;
+    const int first = lane * N;
+    float logits[N], logit_biases[N], biases[N];
+    load_columns<T, N, true, Aligned>(row.logits, first, NUM_EXPERTS, logits);
+    if (HAS_LOGIT_BIAS) load_columns<float, N, true, BiasAligned>(row.logit_bias, first, NUM_EXPERTS, logit_biases);
+    if (HAS_BIAS) load_columns<float, N, true, BiasAligned>(bias, first, NUM_EXPERTS, biases);
+#pragma unroll
+    for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
+    statistics = row_statistics<Dealt::Lanes>(logits);
+
+    TaggedHeads<Heads> heads;
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] = NO_KEY;
+    BestTwo seen = {NO_KEY, NO_KEY};
+#pragma unroll
+    for (int begin = 0; begin < N; begin += 4) {
+        unsigned keys[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float value = selection_value(logits[begin + j], statistics);
+            if (HAS_BIAS) value = __fadd_rn(value, biases[begin + j]);
+            seen.insert(sum_order_key(value));
+            keys[j] = tagged_key<Dealt::MASK>(value, Dealt::tag(begin + j));
+        }
+        heads.insert(keys[0], keys[1], keys[2], keys[3]);
+    }
+    const bool kept = keeps_own_group<Dealt::Lanes>(seen, lane);
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] = kept ? heads.key[h] : NO_KEY;
+    return heads;
+}
+
 // A row's best by bounds of their selection values, then of the exact values of these alone.
 template <typename Dealt, bool Aligned, bool BiasAligned>
-struct DealtChoice {
-    // One more than asked for: where the last is close to the next, their exact values decide.
-    static constexpr int CANDIDATES = min_int(TOP_K + 1, Dealt::Lanes);
+struct DealtChoice : Candidates<TOP_K, Dealt::Lanes> {
+    typedef Candidates<TOP_K, Dealt::Lanes> Base;
+    // Lanes that the best are spread over.
+    static constexpr int SPREAD = NUM_GROUPS > 0 ? Dealt::Lanes / max_int(NUM_GROUPS, 1) * TOP_GROUPS : Dealt::Lanes;
+    static constexpr int HEADS = dealt_heads(TOP_K, SPREAD, Dealt::PerLane);
+    // Whether there are as many experts to choose from as are looked at.
+    static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
-    Candidate own;
     unsigned next;  // the key of a bound that no others are above
+    RowStatistics statistics;
 
     template <typename T>
-    __device__ __forceinline__ DealtChoice(const LogitRow<T>& row, const float* bias, const RowStatistics& statistics,
-                                           int lane, bool valid) {
-        constexpr int HEADS = dealt_heads(TOP_K, Dealt::Lanes, Dealt::PerLane);
-        TaggedHeads<HEADS> heads = best_bounds<Dealt, HEADS, Aligned, BiasAligned>(row, bias, statistics, lane);
-        const Ranked best = rank_heads<CANDIDATES, Dealt>(heads, lane);
-        next = best.next;
-        own = {NO_KEY, Dealt::column_of(best.key), 0.0f};
-        if (valid && lane < CANDIDATES) {
-            const float logit = row[own.column];
-            const float value = selection_value(logit, statistics);
-            own.value = WEIGHS_LOGITS ? logit : value;
-            own.key = sum_order_key(HAS_BIAS ? value + bias[own.column] : value);
+    __device__ __forceinline__ DealtChoice(const LogitRow<T>& row, const float* bias, int lane, bool valid) {
+        TaggedHeads<HEADS> heads;
+        if (NUM_GROUPS > 0) {
+            heads = best_of_groups<Dealt, HEADS, Aligned, BiasAligned>(row, bias, lane, statistics);
+        } else {
+            statistics = {0.0f, 0.0f};
+            heads = best_bounds<Dealt, HEADS, Aligned, BiasAligned>(row, bias, lane);
         }
+        const Ranked best = rank_heads<TOP_K + 1, Dealt>(heads, lane);
+        next = best.next;
+        this->own = exactly(row, bias, best.key, valid && lane < Base::COUNT);
+        this->extra = exactly(row, bias, best.last, valid && Base::FULL);
     }
 
-    __device__ __forceinline__ bool in_order(int lane) const {
-        return candidates_in_order<CANDIDATES, Dealt::Lanes>(own, lane);
+    // What a key stands for, if it is wanted and stands for something.
+    template <typename T>
+    __device__ __forceinline__ Candidate exactly(const LogitRow<T>& row, const float* bias, unsigned key, bool wanted) {
+        Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
+        if (wanted && (ENOUGH || key > Dealt::MASK)) {
+            const float logit = row[candidate.column];
+            const float value = selection_value(logit, statistics);
+            candidate.value = WEIGHS_LOGITS ? logit : value;
+            candidate.key = sum_order_key(HAS_BIAS ? __fadd_rn(value, bias[candidate.column]) : value);
+        }
+        return candidate;
     }
 
     // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
     // its bound were as far off as it can be.
-    __device__ __forceinline__ bool complete(const RowStatistics& statistics) const {
-        const float last = sum_key_value(__shfl_sync(FULL_WARP, own.key, TOP_K - 1, Dealt::Lanes));
-        return selection_reach(tagged_key_ceiling<Dealt::MASK>(next), statistics) < last - fabsf(last) * 2.5e-7f;
+    __device__ __forceinline__ bool complete() const {
+        const unsigned last_key = this->last_key();
+        if (this->overtaken(last_key)) return false;
+        if (NUM_GROUPS > 0 && next <= Dealt::MASK) return true;  // there are no others
+        const float last = sum_key_value(last_key);
+        return selection_reach(tagged_key_ceiling<Dealt::MASK>(next)) < last - fabsf(last) * 2.5e-7f;
     }
 };
 

@@ -32,6 +32,11 @@ struct BestTwo {
     }
 };
 
+__device__ __forceinline__ unsigned worth_key(unsigned best, unsigned next) {
+    if (!GROUP_TOP2 || GROUP_SIZE == 1) return best;
+    return sum_order_key(sum_key_value(best) + sum_key_value(next));
+}
+
 // The key of a group's worth, from what each of Lanes lanes saw of it.
 template <int Lanes>
 __device__ __forceinline__ unsigned group_key(BestTwo seen, int lane) {
@@ -39,7 +44,34 @@ __device__ __forceinline__ unsigned group_key(BestTwo seen, int lane) {
     if (!GROUP_TOP2 || GROUP_SIZE == 1) return best;
     const bool owns_best = lane == __ffs(static_cast<int>(lanes_ballot<Lanes>(seen.first == best))) - 1;
     const unsigned next = lanes_max<Lanes>(owns_best ? seen.second : seen.first);
-    return sum_order_key(sum_key_value(best) + sum_key_value(next));
+    return worth_key(best, next);
+}
+
+// Whether groups before or above a group are so few that it is kept; `other_key` tells the key of any.
+template <typename OtherKey>
+__device__ __forceinline__ bool keeps_group(unsigned key, int group, OtherKey other_key) {
+    int rank = 0;
+#pragma unroll
+    for (int other = 0; other < NUM_GROUPS; ++other) {
+        const unsigned its_key = other_key(other);
+        rank += (its_key > key) | ((its_key == key) & (other < group));
+    }
+    return rank < TOP_GROUPS;
+}
+
+// Whether the group of a lane is kept, where neighbouring lanes hold one, from what the lane saw of it.
+template <int Lanes>
+__device__ __forceinline__ bool keeps_own_group(BestTwo seen, int lane) {
+    constexpr int SHARERS = NUM_GROUPS > 0 ? Lanes / NUM_GROUPS : 1;
+#pragma unroll
+    for (int distance = 1; distance < SHARERS; distance *= 2) {
+        const unsigned first = __shfl_xor_sync(FULL_WARP, seen.first, distance);
+        if (GROUP_TOP2) seen.second = max(seen.second, __shfl_xor_sync(FULL_WARP, seen.second, distance));
+        seen.insert(first);
+    }
+    const unsigned key = worth_key(seen.first, seen.second);
+    return keeps_group(key, lane / SHARERS,
+                       [&](int group) { return __shfl_sync(FULL_WARP, key, group * SHARERS, Lanes); });
 }
 
 // Take the experts that cannot be chosen out of a row that Lanes lanes hold, PerLane adjacent columns each.
@@ -64,13 +96,8 @@ __device__ __forceinline__ void keep_best_groups(unsigned (&keys)[PerLane], int 
         const unsigned key = group_key<Lanes>(seen, lane);
         mine = lane == group ? key : mine;
     }
-    int rank = 0;
-#pragma unroll
-    for (int group = 0; group < NUM_GROUPS; ++group) {
-        const unsigned other = __shfl_sync(FULL_WARP, mine, group, Lanes);
-        rank += (other > mine) | ((other == mine) & (group < lane));
-    }
-    const unsigned kept = lanes_ballot<Lanes>(lane < NUM_GROUPS && rank < TOP_GROUPS);
+    const bool keeps = keeps_group(mine, lane, [&](int group) { return __shfl_sync(FULL_WARP, mine, group, Lanes); });
+    const unsigned kept = lanes_ballot<Lanes>(lane < NUM_GROUPS && keeps);
     const bool keeps_own = kept >> own & 1, keeps_next = kept >> own >> 1 & 1;
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) {

@@ -6,12 +6,12 @@
 #include "types.cuh"
 
 #ifndef HAS_NUM_VALID
-#define HAS_NUM_VALID 1  // in device memory, unless the address is null; 0: it is a value
+#define HAS_NUM_VALID 0  // 1: the count is in device memory
 #endif
 
 // The number as it came, for kernels that wait for other things first.
 __device__ __forceinline__ int fetch_valid(const int* num_valid, int num_valid_value) {
-    return HAS_NUM_VALID && num_valid != nullptr ? __ldg(num_valid) : num_valid_value;
+    return HAS_NUM_VALID ? __ldg(num_valid) : num_valid_value;
 }
 
 // What it means: a count in memory is clamped, a negative value stands for all rows.
@@ -21,5 +21,5 @@ __device__ __forceinline__ int64_t clamp_valid(int fetched, bool from_memory, in
 }
 
 __device__ __forceinline__ int64_t valid_rows(const int* num_valid, int num_valid_value, int64_t num_rows) {
-    return clamp_valid(fetch_valid(num_valid, num_valid_value), HAS_NUM_VALID && num_valid != nullptr, num_rows);
+    return clamp_valid(fetch_valid(num_valid, num_valid_value), HAS_NUM_VALID, num_rows);
 }

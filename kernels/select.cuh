@@ -8,15 +8,9 @@
 // cost more than they save.
 #pragma once
 
+#include "crowding.cuh"
 #include "order.cuh"
 #include "warp.cuh"
-
-#ifndef FEW_ROWS
-#define FEW_ROWS 0
-#endif
-#ifndef NUM_GROUPS
-#define NUM_GROUPS 0
-#endif
 
 struct Winner {
     unsigned key;  // NO_KEY: the row has no such entry
@@ -88,20 +82,13 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
     return winner;
 }
 
-// How many of a lane's best keys are kept. Of random rows one in 2,000 (TopK 6) to 500 (TopK 8) has four winners in one
-// of 32 lanes. That costs many rows nothing, but few rows wait for their slowest: they keep one more. So do rows whose
-// winners are crowded into the lanes of the best groups.
-template <int TopK, int PerLane>
-constexpr int HEADS = min_int(PerLane, min_int(TopK, (TopK <= 8    ? 3
-                                                      : TopK <= 16 ? 4
-                                                                   : 6) +
-                                                         FEW_ROWS + (NUM_GROUPS > 0)));
-
-// The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part.
-template <int TopK, int Lanes, int PerLane>
+// The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part. Spread: lanes
+// that winners can be in. So many of a lane's best keys are kept that one row in a thousand has as many of its winners
+// but the last in a lane, and is selected again: many rows share what that costs, few wait for it.
+template <int TopK, int Lanes, int Spread = Lanes, int PerLane>
 __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], int lane) {
     static_assert(TopK <= Lanes, "one lane holds one winner");
-    constexpr int KEPT = HEADS<TopK, PerLane>;
+    constexpr int KEPT = heads_for(1.1e-3, TopK - 1, Spread, min_int(PerLane, TopK));
     LaneHeads<KEPT> heads;
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) heads.insert(j, keys[j]);

@@ -10,6 +10,8 @@ __device__ constexpr int power_of_two_from(int count) {
 
 __device__ constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
+__device__ constexpr int max_int(int a, int b) { return a > b ? a : b; }
+
 // From sm_80 on a whole warp has an instruction for it.
 template <int Lanes>
 __device__ __forceinline__ unsigned lanes_max(unsigned value) {

@@ -5,17 +5,27 @@ which a look at the keys alone is wrong; the results must be those of a warp for
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod
+from cupy_router.ops import _layout
+from cupy_router.ops.activation_topk import dealt_lanes
+from cupy_router.reference.activation_topk import activation_topk as route
 from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.fuzz.case import call
 
-ONE_ROW_A_WARP, SOME, MANY = 1, 1000, 5000  # as of so many rows
+SOME, MANY = 1000, 5000  # as of so many rows
+
+
+def one_row_a_warp(**given: Any) -> Any:
+    """activation_topk by the exact scores of whole rows."""
+    with mock.patch.multiple(_layout, dealt_lanes=lambda *_: 0, group_lanes=lambda *_: 0):
+        return call("activation_topk", SOME, **given)
 
 
 def hard_rows(columns: int, top_k: int, seed: int = 0) -> np.ndarray:
@@ -56,7 +66,7 @@ def hard_rows(columns: int, top_k: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-@pytest.mark.parametrize(("columns", "k"), [(256, 6), (384, 7), (200, 8)])
+@pytest.mark.parametrize(("columns", "k"), [(256, 6), (384, 7), (200, 8), (256, 32)])
 @pytest.mark.parametrize("as_of_rows", [SOME, MANY])
 def test_topk_select(backend: Backend, dtype: str, columns: int, k: int, as_of_rows: int) -> None:
     scores = hard_rows(columns, k).astype(DTYPES[dtype])
@@ -71,7 +81,9 @@ def test_topk_select(backend: Backend, dtype: str, columns: int, k: int, as_of_r
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "identity"])
-@pytest.mark.parametrize(("experts", "k", "dtype"), [(256, 6, "float32"), (256, 8, "bfloat16"), (200, 3, "float16")])
+@pytest.mark.parametrize(
+    ("experts", "k", "dtype"), [(256, 6, "float32"), (256, 8, "bfloat16"), (200, 3, "float16"), (200, 16, "float32")]
+)
 def test_activation_topk(backend: Backend, experts: int, k: int, dtype: str, score: str, biased: bool) -> None:
     logits = backend.array(hard_rows(experts, k, seed=1).astype(DTYPES[dtype]))
     method = RoutingMethod(experts, k, score, renormalize_eps=1e-20, scale=2.5)
@@ -82,11 +94,46 @@ def test_activation_topk(backend: Backend, experts: int, k: int, dtype: str, sco
     ]
     for bias in biases if biased else [None]:
         given = {} if bias is None else {"bias": backend.array(bias.astype(np.float32))}
-        want = call("activation_topk", ONE_ROW_A_WARP, logits=logits, method=method, **given)
+        want = one_row_a_warp(logits=logits, method=method, **given)
         for as_of_rows in (SOME, MANY):
             got = call("activation_topk", as_of_rows, logits=logits, method=method, **given)
             np.testing.assert_array_equal(backend.numpy(got.indices), backend.numpy(want.indices))
             compare.assert_same_bits(backend.numpy(got.weights), backend.numpy(want.weights))
+
+
+GROUPED = {
+    "a group to a lane": RoutingMethod(160, 6, "identity", num_groups=8, top_groups=3),
+    "to two lanes": RoutingMethod(256, 8, "sigmoid", num_groups=8, top_groups=4, group_score="top2", scale=2.5),
+    "to four": RoutingMethod(128, 7, "sqrtsoftplus", num_groups=4, top_groups=1, group_score="top2"),
+    "no more than the winners": RoutingMethod(64, 8, "sigmoid", num_groups=8, top_groups=1),
+}
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups(backend: Backend, name: str, dtype: str) -> None:
+    method = GROUPED[name]
+    assert dealt_lanes(method, MANY) > 0
+    experts = method.num_experts
+    logits = backend.array(hard_rows(experts, method.top_k, seed=3).astype(DTYPES[dtype]))
+    biases = [inputs.normal((experts,), seed=43), np.full(experts, -3, np.float32)]
+    for bias in biases if dtype == "float32" else [None]:
+        given = {} if bias is None else {"bias": backend.array(bias)}
+        want = one_row_a_warp(logits=logits, method=method, **given)
+        got = call("activation_topk", MANY, logits=logits, method=method, **given)
+        np.testing.assert_array_equal(backend.numpy(got.indices), backend.numpy(want.indices))
+        np.testing.assert_array_equal(backend.numpy(got.weights), backend.numpy(want.weights))  # NaN of any kind
+
+
+def test_groups_of_a_softmax(backend: Backend) -> None:
+    """One kernel for any number of rows, so that the sum is always the same."""
+    method = RoutingMethod(160, 6, "softmax", num_groups=8, top_groups=3, renormalize=False)
+    assert dealt_lanes(method, 1) == dealt_lanes(method, MANY) > 0
+    rows = np.delete(hard_rows(160, 6, seed=4), (2, 3), axis=0)  # in which rounding decides
+    got = call("activation_topk", 0, logits=backend.array(rows), method=method)
+    weights, indices = route(rows, method)
+    np.testing.assert_array_equal(backend.numpy(got.indices), indices)
+    np.testing.assert_allclose(backend.numpy(got.weights), weights, rtol=1e-5, atol=1e-37)
 
 
 def test_padding(backend: Backend) -> None:

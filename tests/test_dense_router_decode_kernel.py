@@ -7,7 +7,7 @@ are compared with what activation_topk's reference makes of those very logits, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ class Run:
     backend: Backend
     arrays: list[Any]
     outputs: list[Any]
-    launch: Launch
+    launch: Callable[[bool], Launch]  # of the kernel for a count of valid rows in memory, or for a number
     plan: decode.DecodePlan
     method: RoutingMethod
 
@@ -72,7 +72,7 @@ class Run:
         pointers = [
             0 if a is None else pointer(a) for a in (x, weight, bias, None, None, device_num_valid, *self.outputs)
         ]
-        self.launch(0, [*pointers, num_valid])
+        self.launch(device_num_valid is not None)(0, [*pointers, num_valid])
         weights, indices, counters, _ = (self.backend.numpy(array) for array in self.outputs)
         assert not counters.any(), "the kernel leaves its counters as it found them"
         return weights, indices
@@ -103,9 +103,8 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
     plan = decode.plan(
         method, case.dtype, weight_dtype, len(x), case.hidden,
-        aligned=aligned, dense=case.pad == 0, given=["num_valid", *["bias"] * case.has_bias], tiling=case.tiling,
+        aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias, tiling=case.tiling,
     )  # fmt: skip
-    function = compiler.compile(decode.FILE, decode.FUNCTION, plan.macros | {"KEEP_LOGITS": 1}, views[0].device)
     k = case.top_k
     fixed = decode.fixed_arguments(method, len(x), views[0].row_stride, views[1].row_stride, k, k)
     xp = backend.xp
@@ -113,7 +112,12 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
         xp.empty((len(x), k), np.float32), xp.empty((len(x), k), np.int32),
         xp.zeros(plan.counters, np.uint32), xp.full(2 * plan.partials, np.nan, np.float32),
     ]  # fmt: skip
-    launch = Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
+
+    def launch(counted: bool) -> Launch:
+        macros = plan.macros | {"KEEP_LOGITS": 1, "HAS_NUM_VALID": int(counted)}
+        function = compiler.compile(decode.FILE, decode.FUNCTION, macros, views[0].device)
+        return Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
+
     return Run(x, weight, bias, backend, [device_x, device_weight, device_bias], outputs, launch, plan, method)
 
 

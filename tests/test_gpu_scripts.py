@@ -58,14 +58,17 @@ def test_every_variant_is_called() -> None:
     assert called("activation_topk_backward_wide")
     for flag in range(2):
         assert called("hash_router", SOURCE=1, DENSE=flag, HAS_NUM_VALID=flag)
+        assert called("activation_topk", HAS_NUM_VALID=flag)
         assert called("dense_router_decode", DENSE=flag, HAS_NUM_VALID=flag)
     for dtype, flag in product(range(3), range(2)):
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
         assert called("topk_select_long", DTYPE=dtype, SPLIT=flag)
         assert called("topk_select_large")
-        assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
-        assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)
+        assert called("topk_select", DTYPE=dtype, DENSE=flag)
+        assert called("topk_select", DTYPE=dtype, HAS_LENGTHS=1, HAS_STARTS=flag)
+        assert called("activation_topk", DTYPE=dtype, DENSE=flag)
+        assert called("activation_topk", DTYPE=dtype, DEALT=1, NUM_GROUPS=8)
         for function in ("activation_topk", "topk_select"):
             assert called(function, DTYPE=dtype, DEALT=flag, LANES=32)
             assert called(function, DTYPE=dtype, DEALT=1, ALIGNED=flag)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
+from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
 from cupy_router.ops import _call
 from tests.recorder import Launch, Recorder, recording
@@ -120,7 +120,8 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
     lengths, starts = Array(0x2004, (7,), "int32"), Array(0x3008, (7,), "int32")
     result = topk_select(scores, 8, lengths=lengths, starts=starts)
     launch = only(recorder)
-    assert_kernel(launch, "topk_select", "topk_select", DTYPE=1, TOP_K=8, WHOLE_ROWS=0, ALIGNED=0)
+    given = {"HAS_LENGTHS": 1, "HAS_STARTS": 1, "DENSE": 0}
+    assert_kernel(launch, "topk_select", "topk_select", DTYPE=1, TOP_K=8, WHOLE_ROWS=0, ALIGNED=0, **given)
     assert_rows_share_warps(launch, 7)
     assert (launch.shared_bytes, launch.stream) == (0, 77)
     assert launch.arguments == {
@@ -145,8 +146,10 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
     result = activation_topk(logits, method, bias=bias, num_valid=num_valid)
     launch = only(recorder)
     method_macros = {"NUM_EXPERTS": columns, "TOP_K": 6, "SCORE": 3, "RENORMALIZE": 1, "DTYPE": 2, "HAS_BIAS": 1}
+    method_macros["HAS_NUM_VALID"] = 1
     if columns == 384:
-        assert_kernel(launch, "activation_topk", "activation_topk", **method_macros, ALIGNED=1, BIAS_ALIGNED=1)
+        of_rows = {"ALIGNED": 1, "BIAS_ALIGNED": 1, "DENSE": 0}
+        assert_kernel(launch, "activation_topk", "activation_topk", **method_macros, **of_rows)
         assert_rows_share_warps(launch, 33)
     else:
         assert_kernel(launch, "activation_topk", "activation_topk_wide", **method_macros, WIDE=1)
@@ -251,8 +254,7 @@ def test_every_row_has_its_lanes_and_few_are_idle(recorder: Recorder, fake: Fake
     threads, lanes = launch.grid[0] * launch.block[0], launch.macros["LANES"]
     assert launch.block[0] % 32 == 0
     assert lanes * launch.macros["PER_LANE"] >= columns
-    assert threads >= n * lanes or launch.grid[0] == 2**31 - 1  # then blocks take several rows
-    assert threads - launch.block[0] < n * lanes
+    assert threads - launch.block[0] < n * lanes <= threads
     assert launch.arguments["num_rows"] == n
 
 
@@ -284,6 +286,21 @@ def test_words_are_read_only_where_every_row_is_aligned(
             word = next(bytes for bytes in (16, 8) if macros["PER_LANE"] * size % bytes == 0)
             starts = [0x1000 + (offset + row * stride) * size for row in range(5)]
             assert macros["ALIGNED"] == all(start % word == 0 for start in starts), (offset, padding)
+
+
+@pytest.mark.parametrize("padded", [None, "logits", "weights", "indices"])
+def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(
+    recorder: Recorder, fake: Fake, padded: str | None
+) -> None:
+    def array(name: str, columns: int, dtype: str = "float32") -> Array:
+        return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
+
+    out = Routing(array("weights", 6), array("indices", 6, "int32"))
+    activation_topk(array("logits", 384), METHOD, out=out)
+    assert only(recorder).macros["DENSE"] == (padded is None)
+    top = TopK(array("weights", 6), array("indices", 6, "int32"))
+    topk_select(array("logits", 384), 6, out=top)
+    assert recorder.launches[-1].macros["DENSE"] == (padded is None)
 
 
 # -- Calls -------------------------------------------------------------------------------------------------------------

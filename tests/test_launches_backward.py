@@ -65,3 +65,13 @@ def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
     assert_kernel(recorder.launches[-1], "activation_topk_backward", "activation_topk_backward", RESULT_DTYPE=2)
     assert "INDEX_INT64" not in recorder.launches[-1].macros, "it is the indices' own dtype that counts"
     assert len(recorder.sources) == 1
+
+
+@pytest.mark.parametrize("padded", [None, "grad_weights", "indices", "logits", "grad_logits"])
+def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(recorder: Recorder, padded: str | None) -> None:
+    def array(name: str, columns: int, dtype: str = "float32") -> Array:
+        return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
+
+    given = array("grad_weights", 6), array("indices", 6, "int32"), array("logits", 256)
+    activation_topk_backward(*given, RoutingMethod(256, 6), out=LogitsGradient(array("grad_logits", 256)))
+    assert only(recorder).macros["DENSE"] == (padded is None)

@@ -58,20 +58,27 @@ def few(num_rows: int) -> bool:
     return num_rows <= 2048
 
 
-def dealt_lanes(num_rows: int, num_columns: int, needed: int) -> int:
+def dealt_lanes(num_rows: int, num_columns: int, needed: int, scored: bool) -> int:
     """Lanes that a row is dealt to, word by word, where that is faster than a warp of lanes with neighbouring columns
     each; else 0. Few rows wait for the longest chain of instructions, many for the sum of all: these share warps.
-    `needed`: of lanes, one for each result and each candidate."""
-    if needed > 16:
-        return 0
+    `needed`: of lanes, one for each result. `scored`: there is more to do for each column than to compare it."""
     if num_rows <= 2048:
-        return MAX_LANES if num_columns > (256 if num_rows <= 256 else 128) else 0
-    if num_columns <= 64:
+        fewest = 128 if scored or num_rows > 256 else 224
+        return MAX_LANES if num_columns > fewest and needed < MAX_LANES else 0
+    if num_columns <= 32 or needed > MAX_LANES:
         return 0
-    lanes = 8
-    while lanes < needed or (lanes < MAX_LANES and num_columns > 48 * lanes):
+    lanes = 8 if needed <= 8 else 16 if needed < 16 else MAX_LANES
+    while lanes < MAX_LANES and num_columns > 48 * lanes:
         lanes *= 2
     return lanes
+
+
+def group_lanes(method: RoutingMethod) -> int:
+    """Lanes of which a group of experts, or a whole part of one, goes to each; 0 if that cannot be."""
+    lanes = method.num_groups
+    while lanes < max(method.num_columns, method.top_k + 1) or method.num_experts > 24 * lanes:
+        lanes *= 2
+    return lanes if MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0 else 0
 
 
 def dealt_columns(num_columns: int, lanes: int) -> int:
@@ -81,7 +88,7 @@ def dealt_columns(num_columns: int, lanes: int) -> int:
 
 def grid_and_block(num_rows: int, lanes: int, dealt: bool = False) -> tuple[int, int]:
     """Few rows spread over the multiprocessors a warp at a time; many share blocks, which start slower than warps
-    run."""
+    run. Every row has its lanes."""
     warps = -(-num_rows * lanes // 32)
     block = 32 if warps <= 128 else 128 if dealt and warps <= 2048 else 64 if warps <= 16384 else 256
-    return min(-(-num_rows * lanes // block), 2**31 - 1), block
+    return -(-num_rows * lanes // block), block

@@ -178,13 +178,14 @@ def kernel(
     num_tokens, num_experts = logits.shape[0], method.num_experts
     layer = {"bias": bias, "logit_bias": logit_bias, "expert_scale": expert_scale}
     macros = method_macros(method, [name for name, view in layer.items() if view is not None])
-    macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
+    dense = (logits.row_stride, *out_strides) == (method.num_logits, method.num_columns, method.num_columns)
+    macros |= {"DTYPE": layout.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(num_valid is not None)}
     fixed = {
         "num_tokens": num_tokens,
+        **method_arguments(method),
         "logits_stride": logits.row_stride,
         "weights_stride": out_strides[0],
         "indices_stride": out_strides[1],
-        **method_arguments(method),
     }
     if not layout.fits_method(method):
         if method.top_groups < method.num_groups > _MAX_WIDE_GROUPS:
@@ -192,15 +193,13 @@ def kernel(
         function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
         return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
     lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
-    dealt = 0
-    if can_be_dealt(method):
-        dealt = layout.dealt_lanes(num_tokens, num_experts, max(method.top_k + 1, method.num_columns))
+    dealt = dealt_lanes(method, num_tokens)
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
     biases = [view for view in (bias, logit_bias) if view is not None]
     macros |= {
-        "FEW_ROWS": int(not dealt and layout.few(num_tokens)),
         "DEALT": int(bool(dealt)),
+        "DENSE": int(dense),
         "LANES": lanes,
         "PER_LANE": columns,
         "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
@@ -212,9 +211,13 @@ def kernel(
     return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
 
 
-def can_be_dealt(method: RoutingMethod) -> bool:
-    """Whether rows may be dealt. Groups are neighbours, and the sum of a softmax has to be the same in every layout."""
-    return method.top_groups == method.num_groups and (method.score != "softmax" or method.score_after_topk)
+def dealt_lanes(method: RoutingMethod, num_tokens: int) -> int:
+    """Lanes that choose from a row by cut keys; else 0. The sum of a softmax has to be the same for any number of
+    rows."""
+    softmax = method.score == "softmax" and not method.score_after_topk
+    if method.top_groups < method.num_groups:
+        return layout.group_lanes(method) if softmax or not layout.few(num_tokens) else 0
+    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns, True)
 
 
 def _reference(

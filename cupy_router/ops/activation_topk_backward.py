@@ -143,11 +143,11 @@ def kernel(
     num_tokens, num_weighed = logits.shape[0], weighed(method)
     fixed = {
         "num_tokens": num_tokens,
+        **scoring.method_arguments(method),
         "grad_weights_stride": grad_weights.row_stride,
         "indices_stride": indices.row_stride,
         "logits_stride": logits.row_stride,
         "grad_logits_stride": out_strides[0],
-        **scoring.method_arguments(method),
     }
     headers = scoring.headers(method)
     if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
@@ -162,7 +162,9 @@ def kernel(
     if not needs_rows and not layout.few(num_tokens):
         while lanes // 2 >= max(num_weighed, _LEAST_LANES):
             lanes //= 2
-    macros["LANES"] = lanes
+    strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, out_strides[0]
+    dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
+    macros |= {"LANES": lanes, "DENSE": int(dense)}
     if needs_rows:
         unit = 16 // layout.SIZES[dtype or logits.dtype]
         macros["ALIGNED"] = int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))

@@ -130,17 +130,20 @@ def _kernel(
         "indices_stride": out_strides[1],
     }
     lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k + (scores.dtype == "float32"))
+    dealt = layout.dealt_lanes(num_rows, num_columns, k, False)
     if dealt:
         lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
-        "FEW_ROWS": int(not dealt and layout.few(num_rows)),
         "DEALT": int(bool(dealt)),
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
+        "ENDS_AT": 1 if whole or lengths is not None or starts is not None else min(num_columns & -num_columns, 8),
+        "DENSE": int((scores.row_stride, *out_strides) == (num_columns, k, k)),
+        "HAS_LENGTHS": int(lengths is not None),
+        "HAS_STARTS": int(starts is not None),
         "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
     }
     return Kernel("topk_select", "topk_select", macros, *layout.grid_and_block(num_rows, lanes, bool(dealt)), fixed)

@@ -95,6 +95,9 @@ def _activation_topk() -> Iterator[Case]:
             yield case(
                 ROWS, replace(narrow, num_experts=experts, top_k=k, renormalize=k != 8), "float32", STRIDED, True
             )
+    grouped = RoutingMethod(256, 8, "sigmoid", num_groups=8, top_groups=4, group_score="top2", scale=2.5)
+    for dtype, layout in zip(FLOATS, (DENSE, STRIDED, MISALIGNED), strict=True):
+        yield replace(case(ROWS, grouped, dtype, layout, bias=True), as_of_rows=5000)
     method = RoutingMethod(256, 6)
     for more in ({"num_valid": 20}, {"num_valid": 0}, {"num_valid": np.full((), 20, np.int32)}):
         yield case(ROWS, method, "float32", DENSE, True, **more)
