@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,14 @@ def _common(rng: random.Random, columns: int) -> dict[str, Any]:
 def _topk_select(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True, "divisor": ""}
     given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
-    return Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS))
+    setting = Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS))
+    return _perhaps_dense(rng, setting)
+
+
+def _perhaps_dense(rng: random.Random, setting: Setting) -> Setting:
+    """Where it decides; dense rows are aligned only if they hold whole words."""
+    possible = not setting.wide and (not setting.aligned or setting.num_logits % 8 == 0)
+    return replace(setting, dense=possible and rng.random() < 0.5)
 
 
 def _activation_topk(rng: random.Random) -> Setting:
@@ -123,7 +130,8 @@ def _activation_topk(rng: random.Random) -> Setting:
     given = _bias(rng)
     if rng.random() < 0.5:
         given |= _steps(rng, common, "bias" in given)
-    return Setting("activation_topk", **common, given=given, as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
+    setting = Setting("activation_topk", **common, given=given, as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
+    return _perhaps_dense(rng, setting)
 
 
 def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozenset[str]:
@@ -218,7 +226,7 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
     layouts = {"scores": layout}
     return Case(
-        "topk_select", arrays, None, {"k": k}, layouts, draw(_any_padding), setting.as_of_rows, draw(_schedules)
+        "topk_select", arrays, None, {"k": k}, layouts, draw(_results(setting)), setting.as_of_rows, draw(_schedules)
     )
 
 
@@ -230,7 +238,14 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
     return Case(
-        "activation_topk", arrays, method, options, layouts, draw(_any_padding), setting.as_of_rows, draw(_schedules)
+        "activation_topk",
+        arrays,
+        method,
+        options,
+        layouts,
+        draw(_results(setting)),
+        setting.as_of_rows,
+        draw(_schedules),
     )
 
 
@@ -272,11 +287,16 @@ _any_padding = st.sampled_from([-1, 0, 1, 7])
 _padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # by whether a setting is dense
 
 
+def _results(setting: Setting) -> st.SearchStrategy[int]:
+    return _any_padding if setting.wide else _padding[setting.dense]
+
+
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
     """Number of rows and their layout. A single row is dense and as aligned as its base: some settings draw more."""
     layout = draw(_layout(setting, columns))
-    alone = setting.dense or (setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0))
+    any_is_alike = setting.wide and setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0)
+    alone = setting.dense or any_is_alike
     return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or alone)), layout
 
 
