@@ -63,7 +63,8 @@ def test_topk_select_of_so_large_k_that_no_list_holds_it(recorder: Recorder) -> 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [1, 300, 2**31 - 1, 2**31, 10**10])
+@pytest.mark.parametrize("n", [1, 300, 70_000, 2**31 - 1, 2**31, 10**10])
+@pytest.mark.acceptance("more than 65,535 rows", "rows * E above 2**31")
 def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
     topk_select(Array(0x1000, (n, 5000)), 100)
     rows = [range(first, first + launch.grid[0]) for launch in recorder.launches
