@@ -36,8 +36,8 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
     assert launch.macros["CAPACITY"] >= 600
     assert launch.arguments == LIMITED | {
         "scores": 0x400, "values": 0x500, "indices": 0x600, "counters": 0, "piece_counts": 0, "lists": 0,
-        "pieces": 1, "list_room": 0, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1, "page_size": 1,
-        "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
+        "pieces": 1, "list_room": 0, "rows_ahead": 132, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1,
+        "page_size": 1, "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
     }  # fmt: skip
 
 

@@ -82,10 +82,10 @@ def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool
 def _sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
     """Where row_sample.cuh looks in a row that begins at a 16-byte boundary."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
-    vectors = plan.block * plan.vectors
-    number = np.arange(vectors, dtype=np.uint64)
+    pairs = plan.block * plan.vectors // 2
+    number = np.arange(pairs, dtype=np.uint64)
     first = (number + 1) * 0x9E3779B1 % words
     random = (first ^ first >> 15) * 0x85EBCA6B % words
-    part = (words - 1) // vectors * number + random // vectors
-    vector = (part * (columns // scores) >> 32).astype(np.int64)
-    return np.asarray(vector[:, None] * scores + np.arange(scores)).ravel()
+    part = (words - 1) // pairs * number + random // pairs
+    pair = (part * (columns // (2 * scores)) >> 32).astype(np.int64)
+    return np.asarray(pair[:, None] * 2 * scores + np.arange(2 * scores)).ravel()
