@@ -63,7 +63,7 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
         assert called("topk_select_long", DTYPE=dtype, SPLIT=flag)
-        assert called("topk_select_long", DTYPE=dtype, BLOCKS=1 + flag)
+        assert called("topk_select_long", DTYPE=dtype, BLOCKS=2 + flag)
         assert called("topk_select_large", DTYPE=dtype)
         assert called("topk_select", DTYPE=dtype, FEW_ROWS=flag)
         assert called("activation_topk", DTYPE=dtype, FEW_ROWS=flag)

@@ -63,7 +63,7 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str, shared_bytes: in
     if pieces > 1:
         shapes = [(512 if k <= 512 else 768, 1)]
     elif num_rows > _MULTIPROCESSORS and k <= 512:
-        shapes = [(384, 3), (512, 2)] if size == 2 else [(512, 2)]
+        shapes = [(384, 3), (512, 2)]
     else:
         shapes = [(1024, 1)]
     plan = None
@@ -75,7 +75,7 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str, shared_bytes: in
 
 
 def _with_room(plan: Plan, num_columns: int, k: int, size: int, shared_bytes: int) -> Plan | None:
-    """With the smallest list for what the smallest samples let through; 4 entries for each thread are sorted fastest."""
+    """With the smallest list for what the smallest samples let through; 4 entries a thread are sorted fastest."""
     step = 4 * plan.block
     most = min(_MAX_CAPACITY, (shared_bytes - _STATIC_BYTES) // _ENTRY_BYTES) // step * step
     best = None

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
-from tests.backends import DTYPES
 from tests.fuzz.case import Case
-from tests.inputs import WORD, from_bits
-from tests.reference.strategies import INFINITY, values
+from tests.fuzz.values import biases, bits, floats, integers, small_integers
 from tests.simt.device import SCHEDULES
 from tests.topk_calls import PLANS
 
@@ -220,17 +218,17 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         columns = draw(long | st.integers(1, 40) if setting.given & {"lengths", "starts"} else long)
         k = draw(st.integers(33, 500 if setting.plan else 700))
     rows, layout = draw(_rows(setting, columns, max_rows))
-    arrays = {"scores": draw(_bits((rows, columns), setting.dtype))}
+    arrays = {"scores": draw(bits((rows, columns), setting.dtype))}
     edges = st.sampled_from([0, 1, k - 1, k, k + 1, columns - 1, columns, columns + 1, -1, 2**31 - 1, -(2**31)])
     for name in sorted(setting.given - {"index_map"}):
-        arrays[name] = draw(_integers(rows, "int32", edges | st.integers(0, columns)))
+        arrays[name] = draw(integers(rows, "int32", edges | st.integers(0, columns)))
     layouts, options = {"scores": layout}, {"k": k}
     if setting.plan:
         options |= {"sorted": draw(st.booleans()), "return_values": draw(st.booleans())}
     if "index_map" in setting.given:
         page_size = options["page_size"] = draw(st.sampled_from([1, 2, 7, 64, 5000]))
         shape = draw(st.sampled_from([1, rows])), -(-columns // page_size) + draw(st.integers(0, 2))
-        table = draw(_integers(shape[0] * shape[1], "int32", st.integers(0, 2**31 // page_size - 1)))
+        table = draw(integers(shape[0] * shape[1], "int32", st.integers(0, 2**31 // page_size - 1)))
         arrays["index_map"], layouts["index_map"] = table.reshape(shape), (draw(st.integers(0, 3)), 0)
     return Case(
         "topk_select", arrays, None, options, layouts, draw(_any_padding), setting.as_of_rows, setting.plan,
@@ -241,7 +239,7 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
 @st.composite
 def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     rows, layout = draw(_rows(setting, setting.num_logits, max_rows))
-    arrays = {"logits": draw(_floats((rows, setting.num_logits), setting.dtype))}
+    arrays = {"logits": draw(floats((rows, setting.num_logits), setting.dtype))}
     layouts = {"logits": layout}
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
@@ -270,14 +268,14 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     bad_ids = st.sampled_from([-1, vocab_size, *limits[setting.ids[0]]])
     bad_experts = st.sampled_from([-1, setting.columns, *limits[setting.ids[1]]])
     arrays = {
-        "token_ids": draw(_integers(rows, setting.ids[0], st.integers(0, vocab_size - 1), bad_ids)),
+        "token_ids": draw(integers(rows, setting.ids[0], st.integers(0, vocab_size - 1), bad_ids)),
         "table": draw(
-            _integers(vocab_size * setting.k, setting.ids[1], st.integers(0, setting.columns - 1), bad_experts)
+            integers(vocab_size * setting.k, setting.ids[1], st.integers(0, setting.columns - 1), bad_experts)
         ).reshape(vocab_size, setting.k),
     }
     layouts: Layouts = {"table": (0 if setting.dense else draw(st.integers(0, 3)), draw(st.integers(0, 1)))}
     if "logits" in setting.given:
-        arrays["logits"], layouts["logits"] = draw(_floats((rows, setting.columns), setting.dtype)), layout
+        arrays["logits"], layouts["logits"] = draw(floats((rows, setting.columns), setting.dtype)), layout
     elif "x" in setting.given:
         draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(setting, arrays, rows))
@@ -313,7 +311,7 @@ def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
 def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.ndarray], layouts: Layouts) -> None:
     """x and weight, put among the arrays."""
     for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.num_logits, setting.weight_dtype)):
-        arrays[name] = draw(_small_integers((count, setting.hidden), dtype))
+        arrays[name] = draw(small_integers((count, setting.hidden), dtype))
         layouts[name] = draw(_layout(setting, setting.hidden))
 
 
@@ -323,7 +321,7 @@ def _layer_and_num_valid(
 ) -> dict[str, int]:
     for name in ("bias", "logit_bias"):
         if name in setting.given:
-            arrays[name] = draw(_floats((setting.columns,), "float32", _biases))
+            arrays[name] = draw(floats((setting.columns,), "float32", biases))
             layouts[name] = (0, 0 if setting.aligned else 1)
     if "expert_scale" in setting.given:  # infinite ones would tell 0 from the smallest weights
         few = st.sampled_from([0.0, 1.0, -1.5, 0.25, 8.0, 1e4])
@@ -349,68 +347,3 @@ def _methods(draw: st.DrawFn, setting: Setting) -> RoutingMethod:
     minimum = draw(st.sampled_from([0.0, 1e-12, 0.5])) if setting.divisor == "min" else None
     scale = draw(st.sampled_from([1.0, 1.5, 2.5, 0.0, -2.0, 1e30]))
     return setting.method(renormalize_eps=eps, renormalize_min=minimum, scale=scale)
-
-
-# -- Values ------------------------------------------------------------------------------------------------------------
-
-_seeds = st.integers(0, 2**32 - 1)
-_biases = st.sampled_from([0.0, 1e4, -1e4, 0.5, 8.08, np.inf, -np.inf, np.nan, 1e-40]) | values
-
-
-@st.composite
-def _floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = values) -> np.ndarray:
-    """Few values and so many ties, close neighbours of these, normal ones, or normal ones with some special ones."""
-    few = np.array(draw(st.lists(elements, min_size=1, max_size=6)), np.float32)
-    kind = draw(st.sampled_from(["few", "neighbours", "normal", "sprinkled"]))
-    rng = np.random.default_rng(draw(_seeds))
-    drawn = rng.choice(few, shape)
-    if kind == "neighbours":
-        spread = np.float32(draw(st.sampled_from([1e-7, 1e-6, 1e-5, 1e-3])))
-        with np.errstate(all="ignore"):
-            drawn = drawn * (1 + spread * rng.standard_normal(shape, np.float32))
-    elif kind != "few":
-        normal = rng.standard_normal(shape, np.float32) * np.float32(draw(st.sampled_from([0.01, 1.0, 20.0])))
-        drawn = np.where(rng.random(shape) < (0.1 if kind == "sprinkled" else 0.0), drawn, normal)
-    with np.errstate(over="ignore"):
-        return np.asarray(drawn, DTYPES[dtype])
-
-
-@st.composite
-def _bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Any bit patterns: few of them, neighbours that differ in their lowest bits, all of them, or normal values."""
-    size = 8 * np.dtype(WORD[dtype]).itemsize
-    infinity, sign = INFINITY[dtype], 1 << (size - 1)
-    edges = [0, 1, infinity - 1, infinity, infinity + 1, infinity | infinity >> 1]
-    few = draw(st.lists(st.sampled_from([s + e for e in edges for s in (0, sign)]) | st.integers(0, 2**size - 1),
-                        min_size=1, max_size=6))  # fmt: skip
-    kind = draw(st.sampled_from(["few", "neighbours", "all", "normal"]))
-    rng = np.random.default_rng(draw(_seeds))
-    bits = rng.choice(np.array(few, np.int64), shape)
-    if kind == "neighbours":
-        bits = (bits + rng.integers(0, 2 ** draw(st.integers(0, size - 1)), shape)) % 2**size
-    elif kind == "all":
-        bits = rng.integers(0, 2**size, shape)
-    elif kind == "normal":
-        return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
-    return from_bits(bits, dtype)
-
-
-@st.composite
-def _small_integers(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Dot products of such values are exact in float32; now and then one is infinite or NaN."""
-    largest = draw(st.integers(0, 8))
-    special = draw(st.sampled_from([0.0, 0.0, np.inf, -np.inf, np.nan]))
-    rng = np.random.default_rng(draw(_seeds))
-    drawn = rng.integers(-largest, largest + 1, shape).astype(np.float32)
-    return np.where(rng.random(shape) < 0.001, np.float32(special), drawn).astype(DTYPES[dtype])
-
-
-@st.composite
-def _integers(draw: st.DrawFn, count: int, dtype: str, good: Any, bad: Any = None) -> np.ndarray:
-    """From a few good ones, about one in ten of them bad where there are such."""
-    few = np.array(draw(st.lists(good, min_size=1, max_size=20)), DTYPES[dtype])
-    rng = np.random.default_rng(draw(_seeds))
-    drawn = rng.choice(few, count)
-    if bad is not None and draw(st.booleans()):
-        drawn = np.where(rng.random(count) < 0.1, np.array(draw(bad), DTYPES[dtype]), drawn)
-    return np.asarray(drawn, DTYPES[dtype])

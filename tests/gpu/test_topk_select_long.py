@@ -74,7 +74,8 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
 def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
     """Against the sorted result without options."""
     page_size = 64
-    table = cupy.random.default_rng(9).permutation(rows * -(-columns // page_size)).astype(np.int32).reshape(rows, -1)
+    num_pages = rows * -(-columns // page_size)
+    table = cupy.asarray(inputs.rng(9).permutation(num_pages).astype(np.int32).reshape(rows, -1))
     for name, scores in kinds(cupy, rows, columns).items():
         want = topk_select(scores, k).indices
         by_column = topk_select(scores, k, sorted=False)

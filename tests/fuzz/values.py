@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays that hypothesis draws: a few numbers of its own, and a seed by which NumPy fills the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tests.backends import DTYPES
+from tests.inputs import WORD, from_bits
+from tests.reference.strategies import INFINITY, values
+
+_seeds = st.integers(0, 2**32 - 1)
+biases = st.sampled_from([0.0, 1e4, -1e4, 0.5, 8.08, np.inf, -np.inf, np.nan, 1e-40]) | values
+
+
+@st.composite
+def floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = values) -> np.ndarray:
+    """Few values and so many ties, close neighbours of these, normal ones, or normal ones with some special ones."""
+    few = np.array(draw(st.lists(elements, min_size=1, max_size=6)), np.float32)
+    kind = draw(st.sampled_from(["few", "neighbours", "normal", "sprinkled"]))
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.choice(few, shape)
+    if kind == "neighbours":
+        spread = np.float32(draw(st.sampled_from([1e-7, 1e-6, 1e-5, 1e-3])))
+        with np.errstate(all="ignore"):
+            drawn = drawn * (1 + spread * rng.standard_normal(shape, np.float32))
+    elif kind != "few":
+        normal = rng.standard_normal(shape, np.float32) * np.float32(draw(st.sampled_from([0.01, 1.0, 20.0])))
+        drawn = np.where(rng.random(shape) < (0.1 if kind == "sprinkled" else 0.0), drawn, normal)
+    with np.errstate(over="ignore"):
+        return np.asarray(drawn, DTYPES[dtype])
+
+
+@st.composite
+def bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Any bit patterns: few of them, neighbours that differ in their lowest bits, all of them, or normal values."""
+    size = 8 * np.dtype(WORD[dtype]).itemsize
+    infinity, sign = INFINITY[dtype], 1 << (size - 1)
+    edges = [0, 1, infinity - 1, infinity, infinity + 1, infinity | infinity >> 1]
+    few = draw(st.lists(st.sampled_from([s + e for e in edges for s in (0, sign)]) | st.integers(0, 2**size - 1),
+                        min_size=1, max_size=6))  # fmt: skip
+    kind = draw(st.sampled_from(["few", "neighbours", "all", "normal"]))
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.choice(np.array(few, np.int64), shape)
+    if kind == "neighbours":
+        drawn = (drawn + rng.integers(0, 2 ** draw(st.integers(0, size - 1)), shape)) % 2**size
+    elif kind == "all":
+        drawn = rng.integers(0, 2**size, shape)
+    elif kind == "normal":
+        return rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+    return from_bits(drawn, dtype)
+
+
+@st.composite
+def small_integers(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Dot products of such values are exact in float32; now and then one is infinite or NaN."""
+    largest = draw(st.integers(0, 8))
+    special = draw(st.sampled_from([0.0, 0.0, np.inf, -np.inf, np.nan]))
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.integers(-largest, largest + 1, shape).astype(np.float32)
+    return np.where(rng.random(shape) < 0.001, np.float32(special), drawn).astype(DTYPES[dtype])
+
+
+@st.composite
+def integers(draw: st.DrawFn, count: int, dtype: str, good: Any, bad: Any = None) -> np.ndarray:
+    """From a few good ones, about one in ten of them bad where there are such."""
+    few = np.array(draw(st.lists(good, min_size=1, max_size=20)), DTYPES[dtype])
+    rng = np.random.default_rng(draw(_seeds))
+    drawn = rng.choice(few, count)
+    if bad is not None and draw(st.booleans()):
+        drawn = np.where(rng.random(count) < 0.1, np.array(draw(bad), DTYPES[dtype]), drawn)
+    return np.asarray(drawn, DTYPES[dtype])
