@@ -37,7 +37,6 @@ from cupy_router import TopK, topk_select
 ALL_N = (64, 256, 1024, 4096, 8192, 16384, 65536)
 ALL_E = (8, 16, 32, 48, 60, 64, 72, 96, 128, 144, 160, 192, 256, 320, 384, 512, 576, 768, 896, 1024)
 ALL_K = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-MANY_SCORES = 1 << 23  # of long rows: above that, only normal data
 
 
 class Problem:
@@ -137,9 +136,8 @@ def long_rows() -> list[Row]:
         ours = problem.ours()
         rows += [barred(ours, bar), problem.floor(), *problem.rivals(["torch.topk"])]
         del problem  # its scores, before there are others
-        if n * num_columns <= MANY_SCORES:
-            most = round(ADVERSARIAL_RATIO * ours["us"], 3)
-            rows += [barred(Problem(num_columns, k, n, data=data).ours(), most) for data in HARD]
+        most = round(ADVERSARIAL_RATIO * ours["us"], 3)
+        rows += [barred(Problem(num_columns, k, n, data=data).ours(), most) for data in HARD]
         if shape in LONG_BFLOAT16:
             most = round(LONG_BFLOAT16_RATIO * ours["us"], 3)
             rows.append(barred(Problem(num_columns, k, n, "bfloat16").ours(), most))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block sorts 64-bit keys, all of them different, in shared memory, the largest first.
+// A block sorts 64-bit keys, all of them different, in shared memory, the largest first, as far as they are wanted.
 //
 // A key's place is guessed from where its upper word lies between the smallest and the largest, as one looks a name up in
 // a telephone book: there are as many slots as keys, a slot's keys are counted, and the sums of the counts are where
@@ -16,15 +16,17 @@ struct BlockSort {
     static constexpr int CROWD = 32;  // more keys in a slot are guessed again
     static constexpr int ROUNDS = 4;  // guesses; then crowded slots just take longer
     static constexpr int NUM_SLOTS = Capacity + 16;
+    static constexpr unsigned NO_SLOT = ~0u;
     static_assert(Capacity % (4 * Block) == 0 && Capacity < 65536, "whole words of slots for each thread");
 
     typedef unsigned long long Key;
 
     // `slots`: NUM_SLOTS words on a 16-byte boundary. `prepare` makes an entry of `keys` a key. Keys that tie in the
     // upper word differ by less than `lower_range` in the lower one, which is at most 0xffffffff.
-    // All threads have passed a barrier since `keys` were written, and do so again before they return.
+    // All threads have passed a barrier since `keys` were written, and do so again before they return. Behind the
+    // `wanted` largest, keys are anything.
     template <typename Prepare>
-    static __device__ __forceinline__ void sort(Key* keys, int count, int* slots, unsigned lower_range,
+    static __device__ __forceinline__ void sort(Key* keys, int count, int wanted, int* slots, unsigned lower_range,
                                                 Prepare prepare) {
         // A thread has ITEMS entries, whose places in `keys` change; it reads them again rather than keep them all.
         unsigned slot_place[ITEMS];  // the slot, and above it the place in it
@@ -56,24 +58,28 @@ struct BlockSort {
             guess_again(keys, slot_place, count, slots, lower_range);
             crowded = counts_to_begins(slots, count);
         }
-        // To the slots, then within them.
+        // To the slots, then within them; but those in slots behind the wanted keys are left out.
         Key moved[ITEMS];
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
             const int i = j * Block + threadIdx.x;
-            if (i < count) moved[j] = keys[i];
+            if (i < count && slots[slot_place[j] & 0xffffu] < wanted) {
+                moved[j] = keys[i];
+            } else {
+                slot_place[j] = NO_SLOT;
+            }
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) {
+            if (slot_place[j] != NO_SLOT) {
                 keys[slots[slot_place[j] & 0xffffu] + (slot_place[j] >> 16)] = moved[j];
             }
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) {
+            if (slot_place[j] != NO_SLOT) {
                 const int slot = slot_place[j] & 0xffffu, begin = slots[slot], end = slots[slot + 1];
                 const unsigned from = begin + (slot_place[j] >> 16);
                 const Key key = keys[from];
@@ -85,12 +91,12 @@ struct BlockSort {
         }
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) moved[j] = keys[slot_place[j] & 0xffffu];
+            if (slot_place[j] != NO_SLOT) moved[j] = keys[slot_place[j] & 0xffffu];
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
-            if (j * Block + threadIdx.x < count) keys[slot_place[j] >> 16] = moved[j];
+            if (slot_place[j] != NO_SLOT) keys[slot_place[j] >> 16] = moved[j];
         }
         __syncthreads();
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // A threshold that, with all but certainty, at least k scores of a long row pass and few more than twice as many, from a sample.
 //
-// Each thread looks at a few vectors of 16 bytes, one from each of as many stretches of the row as there are vectors in
-// the sample, at a place in it that looks random: a byte more or less costs nothing beside the access. How many of the
-// sample are among the row's k best is known but for a deviation whatever the scores are, and whoever needs to be sure
-// counts. Every block that samples a row gets the same threshold.
+// Two threads look at two vectors side by side, the 32 bytes that memory gives at least, from one of as many stretches
+// of the row as there are such pairs, at a place in it that looks random. How many of the sample are among the row's k
+// best is known but for a deviation, which is larger where neighbours are alike; whoever needs to be sure counts. Every
+// block that samples a row gets the same threshold.
 #pragma once
 
+#include "prefetch.cuh"
 #include "row_stream.cuh"
 
 struct Threshold {
@@ -76,23 +77,53 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
     return {range.low, reached_by_keys > target + target / 8};
 }
 
-// For rows that have a vector, and k up to half a row.
-template <typename Piece, int Code, int Block, int Vectors>
-__device__ __forceinline__ Threshold sampled_threshold(const Piece& piece, int k, int* counts) {
-    constexpr int SCORES = Piece::VECTOR, SAMPLE = Block * Vectors * SCORES;
-    const unsigned row_vectors = (piece.tail - piece.head) / SCORES;
-    Words<4> vectors[Vectors];
-#pragma unroll
-    for (int j = 0; j < Vectors; ++j) {
-        const unsigned number = j * Block + threadIdx.x;
-        unsigned random = (number + 1) * 0x9e3779b1u;
-        random = (random ^ random >> 15) * 0x85ebca6bu;
-        const unsigned part = ~0u / (Block * Vectors) * number + random / (Block * Vectors);  // of 2**32 parts of a row
-        const unsigned vector = __umulhi(part, row_vectors);
-        vectors[j] = load_words(piece.row + piece.head + static_cast<int64_t>(vector) * SCORES, Words<4>());
-    }
-    const float hits = static_cast<float>(SAMPLE) * k / piece.length;
-    const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
-    const auto key_of = [&](int j) { return bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES)); };
-    return block_threshold<Block, Vectors * SCORES>(key_of, target, counts);
+// threadIdx.x, read anew: what a loop computes of it is not kept in registers from one round to the next.
+__device__ __forceinline__ unsigned thread_anew() {
+#ifdef __CUDACC__
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#else
+    return threadIdx.x;
+#endif
 }
+
+// What the threads of a block see of a row of at least two vectors.
+template <typename Piece, int Code, int Block, int Vectors>
+struct RowSample {
+    static constexpr int SCORES = Piece::VECTOR, SIZE = Block * Vectors * SCORES;
+
+    Words<4> vectors[Vectors];
+
+    // Of sample `number`, 0, 1 and so on.
+    __device__ __forceinline__ void load(const Piece& piece, int number) {
+#pragma unroll
+        for (int j = 0; j < Vectors; ++j) vectors[j] = load_words(place(piece, number, j), Words<4>());
+    }
+
+    // What load() will read of sample 0.
+    static __device__ __forceinline__ void prefetch(const Piece& piece) {
+#pragma unroll
+        for (int j = 0; j < Vectors; ++j) prefetch_line(place(piece, 0, j));
+    }
+
+    // For k up to half a row. `counts` as for block_threshold.
+    __device__ __forceinline__ Threshold threshold(int k, int length, int* counts) const {
+        const float hits = static_cast<float>(SIZE) * k / length;
+        const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
+        const auto key_of = [&](int j) { return bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES)); };
+        return block_threshold<Block, Vectors * SCORES>(key_of, target, counts);
+    }
+
+  private:
+    static __device__ __forceinline__ const typename Piece::T* place(const Piece& piece, int sample, int j) {
+        constexpr unsigned PAIRS = Block * Vectors / 2;
+        const unsigned thread = thread_anew(), number = (j * Block + thread) / 2;
+        unsigned random = (sample * PAIRS + number + 1) * 0x9e3779b1u;
+        random = (random ^ random >> 15) * 0x85ebca6bu;
+        const unsigned part = ~0u / PAIRS * number + random / PAIRS;  // of 2**32 parts of a row
+        const unsigned row_pairs = (piece.tail - piece.head) / SCORES / 2;
+        const unsigned vector = 2 * __umulhi(part, row_pairs) + thread % 2;
+        return piece.row + piece.head + static_cast<int64_t>(vector) * SCORES;
+    }
+};

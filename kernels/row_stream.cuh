@@ -6,6 +6,7 @@
 #pragma once
 
 #include "block_scan.cuh"
+#include "prefetch.cuh"
 #include "score_bits.cuh"
 
 // A score on a list: its bits and its column.
@@ -68,6 +69,15 @@ struct RowPiece {
     __device__ __forceinline__ void load_first(Chunk& chunk) const {
         chunk = Chunk();  // what is not loaded does not keep registers for what it was
         load(begin + threadIdx.x, Block, chunk);
+    }
+
+    // What load_first() will read.
+    __device__ __forceinline__ void prefetch_first() const {
+        constexpr int IN_LINE = 128 / 16;
+        const int first = begin + static_cast<int>(threadIdx.x) * IN_LINE;
+        if (threadIdx.x < Loads * Block / IN_LINE && first < end) {
+            prefetch_line(row + head + static_cast<int64_t>(first) * VECTOR);
+        }
     }
 
     // Put the scores that pass on the list, in any order, as far as it has room. `count`, in shared memory and 0 before,

@@ -4,11 +4,12 @@
 // A sample of the row gives a key that at least k scores reach, and few more than twice as many (row_sample.cuh). One
 // read of the row puts those on a list (row_stream.cuh), in any order, which is sorted (block_sort.cuh) and of which the
 // first k are written. If many scores tie at that key, the list is of those above it, and the ties behind them are taken
-// in the order of columns. What the sample promised is checked: else the key of the k-th best is found exactly
-// (row_radix.cuh) and the row is read once more. So the sample decides how long a row takes, never what comes out. Rows
-// of up to CAPACITY scores are on the list as they are.
+// in the order of columns. What the sample promised is checked: else the row is read once more by another
+// sample's key, and if that is no better, by the key of the k-th best, found exactly (row_radix.cuh). So samples decide
+// how long a row takes, never what comes out. Rows of up to CAPACITY scores are on the list as they are.
 //
-// SPLIT 0: a block for each row. SPLIT 1, for few rows: a row is cut into `pieces`, a block for each, whose lists lie in
+// SPLIT 0: a block for each row, which, while it sorts, asks for the first bytes of the row `rows_ahead` of it, whose
+// block is among the next to start. SPLIT 1, for few rows: a row is cut into `pieces`, a block for each, whose lists lie in
 // global memory; the last block to arrive (handover.cuh) does the rest.
 #include "block_sort.cuh"
 #include "handover.cuh"
@@ -41,10 +42,10 @@
 
 typedef Scalar<DTYPE>::type score_t;
 typedef RowPiece<DTYPE, BLOCK, LOADS> Piece;
+typedef RowSample<Piece, DTYPE, BLOCK, VECTORS> Sample;
 typedef BlockSort<BLOCK, CAPACITY> Sort;
 typedef unsigned long long Entry;
 
-#define NUM_WARPS (BLOCK / 32)
 #define SHARED_BYTES (8 * CAPACITY + 4 * Sort::NUM_SLOTS)
 
 static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");
@@ -90,8 +91,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     topk_select_long(const score_t* __restrict__ scores, const int* __restrict__ lengths,
                      const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
                      int* __restrict__ indices, unsigned* counters, int* piece_counts, long long* lists, int pieces,
-                     int list_room, long long first_row, int num_columns, int k, int sorted, int page_size,
-                     long long scores_stride, long long values_stride, long long indices_stride, long long map_stride) {
+                     int list_room, int rows_ahead, long long first_row, int num_columns, int k, int sorted,
+                     int page_size, long long scores_stride, long long values_stride, long long indices_stride,
+                     long long map_stride) {
 #ifdef __CUDACC__
     extern __shared__ __align__(16) unsigned char shared[];
 #else
@@ -109,19 +111,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
 
     Piece piece(source, span.length, number, SPLIT ? pieces : 1);
     Piece::Chunk chunk;
+    Sample sample;
+    if (span.length > CAPACITY) sample.load(piece, 0);
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
     if (threadIdx.x < 33) slots[threadIdx.x] = 0;
     __syncthreads();
     Threshold threshold = {NO_KEY, false};
-    if (span.length > CAPACITY) threshold = sampled_threshold<Piece, DTYPE, BLOCK, VECTORS>(piece, wanted, slots);
+    if (span.length > CAPACITY) threshold = sample.threshold(wanted, span.length, slots);
 
-    Entry* list = SPLIT ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_room : entries;
-    int room = SPLIT ? list_room : CAPACITY;
     bool split = SPLIT;  // the list is of a piece
+    bool resample = true;
     Found found;
 #pragma unroll 1
     for (;;) {
+        Entry* list = split ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_room : entries;
+        const int room = split ? list_room : CAPACITY;
         piece.collect(chunk, {threshold.key, threshold.tied}, list, room, &count);
         __syncthreads();
         found = {count, 0};
@@ -135,25 +140,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
             if (threadIdx.x == 0) row_found[number] = found;
             if (!last_to_arrive(&counters[row], pieces)) break;
             const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_room;
-            if (gather(row_found, row_lists, pieces, list_room, wanted, entries, found)) {
-                split = false;
-                break;
-            }
-            split = false;
+            split = false;  // from now on as if it were not
+            if (gather(row_found, row_lists, pieces, list_room, wanted, entries, found)) break;
         } else if (found.above <= CAPACITY && found.above + found.ties >= wanted) {
             break;
         }
         __syncthreads();
         if (threadIdx.x == 0) count = 0;
-        threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots).key, true};
-        if (SPLIT) {  // from now on as if it were not
-            piece = Piece(source, span.length, 0, 1);
-            list = entries;
-            room = CAPACITY;
+        if (threadIdx.x < 33) slots[threadIdx.x] = 0;
+        __syncthreads();
+        if (SPLIT) piece = Piece(source, span.length, 0, 1);
+        if (resample && !threshold.tied) {
+            resample = false;
+            // Read anew, or what both samples have in common is kept in registers, of which there are not enough.
+            const Span again = row_span(lengths, starts, row, num_columns);
+            sample.load(Piece(source, again.length, 0, 1), 1);
+            threshold = sample.threshold(wanted, span.length, slots);
+        } else {
+            threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots).key, true};
         }
         piece.load_first(chunk);
     }
     if (split) return;  // another block does the rest
+
+    if (!SPLIT && blockIdx.x + rows_ahead < gridDim.x) {
+        const Span next = row_span(lengths, starts, row + rows_ahead, num_columns);
+        const Piece row_ahead(scores + (row + rows_ahead) * scores_stride + next.start, next.length, 0, 1);
+        if (next.length > CAPACITY) Sample::prefetch(row_ahead);
+        row_ahead.prefetch_first();
+    }
 
     const int column_shift = max(16 - __clz(span.length), 0);
     // By key; and if they are not to be sorted, the best once more by column.
@@ -161,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
 #pragma unroll 1
     for (int pass = sorted; pass < 2; ++pass) {
         const bool by_key = pass == sorted;
-        Sort::sort(entries, by_key ? found.above : wanted, slots, span.length, [&](Entry entry) {
+        Sort::sort(entries, by_key ? found.above : wanted, wanted, slots, span.length, [&](Entry entry) {
             const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
             if (!by_key) return entry << 32 | upper;
             // The low half of a 16-bit score's key is free for the column's high bits, by which ties find their slots.

@@ -64,7 +64,8 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select", DTYPE=dtype, ALIGNED=flag)
         assert called("topk_select", DTYPE=dtype, WHOLE_ROWS=flag)
         assert called("topk_select_long", DTYPE=dtype, SPLIT=flag)
-        assert called("topk_select_large")
+        assert called("topk_select_long", DTYPE=dtype, BLOCKS=2 + flag)
+        assert called("topk_select_large", DTYPE=dtype)
         assert called("topk_select", DTYPE=dtype, DENSE=flag)
         assert called("topk_select", DTYPE=dtype, HAS_LENGTHS=1, HAS_STARTS=flag)
         assert called("activation_topk", DTYPE=dtype, DENSE=flag)
@@ -94,6 +95,14 @@ def test_every_variant_is_called() -> None:
         assert called("hash_router", SOURCE=0, TOKEN_ID_BYTES=token_id_bytes, TABLE_BYTES=table_bytes)
     for lanes in (2, 4, 8, 16, 32):
         assert called("topk_select", LANES=lanes)
+    for function, macros in (
+        ("topk_select_long", {"SPLIT": 0}),
+        ("topk_select_long", {"SPLIT": 1}),
+        ("topk_select_large", {}),
+    ):
+        given = [those for name, used, those in seen if name == function and macros.items() <= used.items()]
+        for option in ("lengths", "starts", "index_map", "values", "sorted", "map_stride"):
+            assert {bool(arguments[option]) for arguments in given} == {False, True}
     for name in ("lengths", "starts", "num_valid", "bias"):
         assert {bool(arguments[name]) for _, _, arguments in seen if name in arguments} == {False, True}
     assert {(launch.grid[0] > 1, launch.block[0]) for launch in launches()} > {(True, 32), (True, 256), (True, 512)}
@@ -178,7 +187,7 @@ def test_every_tool_has_its_fault() -> None:
 
 # -- The soak ----------------------------------------------------------------------------------------------------------
 
-FEW = [case for case in CASES if not case.as_of_rows][::20]
+FEW = [case for case in CASES if not (case.as_of_rows or case.plan)][::20]
 
 
 def test_a_soak_compares_every_result() -> None:
@@ -248,4 +257,4 @@ def test_the_soak_mixes_all_ops_and_the_sizes_in_use() -> None:
     ops = {"topk_select", "activation_topk", "activation_topk_backward", "hash_router", "dense_router"}
     assert {case.op for case in mixed} == ops
     assert max(case.shape[0] for case in mixed) == 10_000
-    assert not any(case.as_of_rows for case in mixed)
+    assert not any(case.as_of_rows or case.plan for case in mixed)

@@ -36,8 +36,8 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
     assert launch.macros["CAPACITY"] >= 600
     assert launch.arguments == LIMITED | {
         "scores": 0x400, "values": 0x500, "indices": 0x600, "counters": 0, "piece_counts": 0, "lists": 0,
-        "pieces": 1, "list_room": 0, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1, "page_size": 1,
-        "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
+        "pieces": 1, "list_room": 0, "rows_ahead": 132, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1,
+        "page_size": 1, "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
     }  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def test_topk_select_of_so_large_k_that_no_list_holds_it(recorder: Recorder) -> 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [1, 300, 2**31 - 1, 2**31, 10**10])
+@pytest.mark.parametrize("n", [1, 300, 70_000, 2**31 - 1, 2**31, 10**10])
+@pytest.mark.acceptance("more than 65,535 rows", "rows * E above 2**31")
 def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
     topk_select(Array(0x1000, (n, 5000)), 100)
     rows = [range(first, first + launch.grid[0]) for launch in recorder.launches

@@ -5,25 +5,22 @@ plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cupy_router import topk_select
 from cupy_router.ops import _call
 from cupy_router.ops import _topk_select_long as long
 from cupy_router.ops._topk_select_long import Plan
-from tests import inputs
+from tests import compare, inputs
 from tests.backends import DTYPES, Backend
-from tests.topk_calls import edge_lengths, poisoned, select
+from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
 
 pytestmark = pytest.mark.needs_kernels
+ITEM = pytest.mark.acceptance
 
-PLANS = {
-    "one list": Plan(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
-    "2 pieces": Plan(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
-    "7 pieces": Plan(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
-    "no list": None,
-}
 COLUMNS, K = 5000, 300
 
 Planned = Callable[[str], "Plan | None"]
@@ -43,7 +40,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.acceptance(kind)) for kind in inputs.ROWS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind)) for kind in inputs.ROWS])
 def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str) -> None:
     planned(name)
     dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(PLANS).index(name)) % 3]
@@ -63,16 +60,51 @@ def test_few_values(backend: Backend, planned: Planned, levels: int, in_order: b
     select(backend, scores, K, sorted=in_order)
 
 
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("k", [1, 2, 31, 33, 299, 301, 400])
-def test_k(backend: Backend, planned: Planned, k: int, name: str) -> None:
+def k_of_plans() -> Iterator[Any]:
+    """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
+    for name, plan in PLANS.items():
+        largest = COLUMNS if plan is None else plan.capacity
+        for k in (1, *inputs.TOP_K):
+            if k <= largest:
+                yield pytest.param(name, COLUMNS, k, marks=ITEM(f"k = {k}"))
+        for columns in (1, 33, 1000):
+            yield pytest.param(name, columns, columns, marks=ITEM("k = E"))
+            if columns > 1:
+                yield pytest.param(name, columns, columns - 1, marks=ITEM("k = E-1"))
+
+
+@pytest.mark.parametrize(("name", "columns", "k"), list(k_of_plans()))
+def test_k(backend: Backend, planned: Planned, name: str, columns: int, k: int) -> None:
     planned(name)
-    select(backend, inputs.normal((2, COLUMNS), "float16", seed=k), k)
+    select(backend, inputs.normal((2, columns), "float16", seed=k), k, return_values=False)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "columns", [pytest.param(w, marks=ITEM(f"all-equal row at E = {w}"), id=str(w)) for w in inputs.WIDTHS]
+)
+def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: str) -> None:
+    planned(name)
+    k = min(columns, 300)
+    scores = np.full((backend.rows(2, columns), columns), -1.5, inputs.FLOATS[columns % 3])
+    _, indices = select(backend, scores, k, sorted=False)
+    np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(k), indices.shape))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "candidates", [pytest.param(c, marks=ITEM(f"one bin of {c} candidates"), id=str(c)) for c in (4097, 16_385, 65_537)]
+)
+def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Planned, candidates: int, name: str) -> None:
+    planned(name)
+    columns = 131_072 if candidates > 16_385 else 2 * candidates
+    select(backend, inputs.one_bin(candidates)(backend.rows(2, columns), columns, K, "float32"), K)
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-@pytest.mark.parametrize("with_starts", [False, True])
+@pytest.mark.parametrize("with_starts", [False, pytest.param(True, marks=ITEM("starts and lengths"))])
+@ITEM("lengths 0, 1, k-1, k, k+1, E, all different", "poison outside the row", "strided rows", "misaligned base")
 def test_lengths_around_all_that_plans_know(
     backend: Backend, planned: Planned, with_starts: bool, dtype: str, name: str
 ) -> None:
@@ -86,6 +118,7 @@ def test_lengths_around_all_that_plans_know(
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
+@ITEM("misaligned base")
 def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name: str) -> None:
     """Rows begin at each place of 16 bytes, and the best are at their ends."""
     planned(name)
@@ -94,34 +127,26 @@ def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name
     select(backend, scores, 100, row_pad=0, offset=3)
 
 
-def sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
-    """Where row_sample.cuh looks in a row that begins at a 16-byte boundary."""
-    scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
-    vectors = plan.block * plan.vectors
-    number = np.arange(vectors, dtype=np.uint64)
-    first = (number + 1) * 0x9E3779B1 % words
-    random = (first ^ first >> 15) * 0x85EBCA6B % words
-    part = (words - 1) // vectors * number + random // vectors
-    vector = (part * (columns // scores) >> 32).astype(np.int64)
-    return np.unique(vector[:, None] * scores + np.arange(scores))
-
-
 @pytest.mark.parametrize("name", ["one list", "2 pieces"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shows", ["the best", "none of the best"])
+@ITEM("a sample that misleads")
 def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, dtype: str, name: str) -> None:
     """Too few or too many are above its threshold, whatever it promised: the row is read again."""
-    plan, columns, k = planned(name), 40_000, 400
+    plan = planned(name)
     assert plan is not None
-    scores = np.sort(inputs.normal((2, columns), seed=5))
-    at = sampled_columns(plan, columns, dtype)
-    others = np.setdiff1d(np.arange(columns), at)
-    first, second = (at, others) if shows == "the best" else (others, at)
-    mixed = inputs.rng(6).permuted(scores[:, ::-1], axis=1)
-    mixed = np.sort(mixed)[:, ::-1].astype(DTYPES[dtype])
-    scores = np.empty_like(mixed)
-    scores[:, first], scores[:, second] = mixed[:, : first.size], mixed[:, first.size :]
-    select(backend, scores, k)
+    select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@ITEM("100 bitwise repeats")
+def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str) -> None:
+    planned(name)
+    scores = backend.array(inputs.ROWS["differ in the lowest 8 bits"](2, 3000, K, "float32"))
+    first = [backend.numpy(array) for array in topk_select(scores, K)]
+    for _ in range(100):
+        for array, want in zip(topk_select(scores, K), first, strict=True):
+            compare.assert_same_bits(backend.numpy(array), want)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
@@ -142,7 +167,10 @@ def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: i
                 assert plan.pieces <= 32
 
 
-@pytest.mark.parametrize(("columns", "k"), [(9000, 8192), (20_000, 10_000), (9000, 9000)])
+@pytest.mark.parametrize(
+    ("columns", "k"),
+    [pytest.param(9000, 8192, marks=ITEM("k = 8192")), (20_000, 10_000), pytest.param(9000, 9000, marks=ITEM("k = E"))],
+)
 @pytest.mark.parametrize("in_order", [False, True])
 def test_large_k(backend: Backend, columns: int, k: int, in_order: bool) -> None:
     select(backend, inputs.normal((2, columns)), k, sorted=in_order)

@@ -13,6 +13,7 @@ from tests import compare, inputs
 from tests.backends import Backend
 from tests.topk_calls import edge_lengths, poisoned, select
 
+ITEM = pytest.mark.acceptance
 SHAPES = [(40, 5), (300, 32), (300, 40), (3000, 600), (20_000, 1000)]
 
 
@@ -24,6 +25,7 @@ def pages(rows: int, columns: int, page_size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("columns", "k"), SHAPES)
 @pytest.mark.parametrize("kind", ["normal", "all equal", "more than half exact zeros", "NaN of both signs"])
+@ITEM("sorted=False")
 def test_by_column(backend: Backend, columns: int, k: int, kind: str) -> None:
     scores = inputs.ROWS[kind](backend.rows(4, columns), columns, k, "float32")
     _, indices = select(backend, scores, k, sorted=False)
@@ -32,6 +34,7 @@ def test_by_column(backend: Backend, columns: int, k: int, kind: str) -> None:
 
 @pytest.mark.parametrize(("columns", "k"), SHAPES)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
+@ITEM("sorted=False", "lengths 0, 1, k-1, k, k+1, E, all different")
 def test_by_column_of_rows_with_limits(backend: Backend, columns: int, k: int, dtype: str) -> None:
     lengths = edge_lengths(k, columns)[: backend.rows(30, columns)]
     select(backend, poisoned(lengths.size, columns, lengths, None, dtype), k, lengths=lengths, sorted=False)
@@ -39,6 +42,7 @@ def test_by_column_of_rows_with_limits(backend: Backend, columns: int, k: int, d
 
 @pytest.mark.parametrize(("columns", "k"), SHAPES)
 @pytest.mark.parametrize("in_order", [False, True])
+@ITEM("return_values=False")
 def test_without_values(backend: Backend, columns: int, k: int, in_order: bool) -> None:
     scores = inputs.normal((backend.rows(4, columns), columns))
     select(backend, scores, k, sorted=in_order, return_values=False)
@@ -47,6 +51,7 @@ def test_without_values(backend: Backend, columns: int, k: int, in_order: bool) 
 @pytest.mark.parametrize(("columns", "k"), SHAPES)
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("one_row", [False, True])
+@ITEM("index_map and page tables", "poison outside the row")
 def test_index_map(backend: Backend, columns: int, k: int, page_size: int, one_row: bool) -> None:
     rows = backend.rows(5, columns)
     table = pages(1 if one_row else rows, columns, page_size)
@@ -57,11 +62,13 @@ def test_index_map(backend: Backend, columns: int, k: int, page_size: int, one_r
     assert (indices[lengths == 0] == -1).all()
 
 
+@ITEM("sorted=False", "return_values=False", "index_map and page tables", "strided rows", "misaligned base")
 def test_all_options_at_once(backend: Backend) -> None:
     scores, table = inputs.normal((3, 500), "bfloat16"), pages(3, 500, 16)
     select(backend, scores, 9, sorted=False, return_values=False, index_map=table, page_size=16, row_pad=3, offset=1)
 
 
+@ITEM("index_map and page tables")
 def test_rows_of_a_wider_table(backend: Backend) -> None:
     scores, table = inputs.normal((3, 500)), pages(3, 900, 4)
     device = backend.array(table)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of topk_select that are checked as they are made, and limits of rows for them."""
+"""Calls of topk_select that are checked as they are made, limits of rows for them, and plans for long rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 
 from cupy_router import TopK, topk_select
+from cupy_router.ops._topk_select_long import Plan
 from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs
-from tests.backends import Backend
+from tests.backends import DTYPES, Backend
+
+# With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
+PLANS = {
+    "one list": Plan(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
+    "2 pieces": Plan(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
+    "7 pieces": Plan(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
+    "no list": None,
+}
 
 
 def select(
@@ -56,3 +65,27 @@ def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> 
     scores[outside] = np.inf
     scores[outside & (np.arange(columns) % 2 == 1)] = np.nan
     return scores
+
+
+def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
+    """Rows, aligned if `columns` are, whose sample holds the best scores or none of them."""
+    sampled = np.isin(np.arange(columns), _sampled_columns(plan, columns, dtype))
+    first = sampled if shows_best else ~sampled
+    best_first = np.sort(inputs.normal((rows, columns), seed=5))[:, ::-1]
+    best, others = np.split(best_first, [np.count_nonzero(first)], axis=1)
+    scores = np.empty((rows, columns), np.float32)
+    scores[:, first] = inputs.rng(6).permuted(best, axis=1)
+    scores[:, ~first] = inputs.rng(7).permuted(others, axis=1)
+    return scores.astype(DTYPES[dtype])
+
+
+def _sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
+    """Where row_sample.cuh looks in a row that begins at a 16-byte boundary."""
+    scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
+    pairs = plan.block * plan.vectors // 2
+    number = np.arange(pairs, dtype=np.uint64)
+    first = (number + 1) * 0x9E3779B1 % words
+    random = (first ^ first >> 15) * 0x85EBCA6B % words
+    part = (words - 1) // pairs * number + random // pairs
+    pair = (part * (columns // (2 * scores)) >> 32).astype(np.int64)
+    return np.asarray(pair[:, None] * 2 * scores + np.arange(2 * scores)).ravel()

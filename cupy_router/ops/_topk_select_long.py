@@ -61,21 +61,34 @@ def choose(num_rows: int, num_columns: int, k: int, dtype: str, shared_bytes: in
     if row_bytes - row_bytes // pieces < _SPLIT_BYTES:
         pieces = 1
     if pieces > 1:
-        block, blocks = (512 if k <= 512 else 768), 1
+        shapes = [(512 if k <= 512 else 768, 1)]
+    elif num_rows > _MULTIPROCESSORS and k <= 512:
+        shapes = [(384, 3), (512, 2)]
     else:
-        block, blocks = (512, 2) if num_rows > _MULTIPROCESSORS and k <= 512 else (1024, 1)
-    most = min(_MAX_CAPACITY, (shared_bytes - _STATIC_BYTES) // _ENTRY_BYTES) // (4 * block) * (4 * block)
+        shapes = [(1024, 1)]
     plan = None
-    for vectors in (1, 2, 4, 8):
-        expected, longest = (
-            min(length, num_columns) for length in list_lengths(k, num_columns, block * vectors * 16 // size)
-        )
-        capacity = 4 * block * max(1, -(-longest // (4 * block)))
-        if expected <= most and (plan is None or capacity < plan.capacity):
-            plan = Plan(block, blocks, min(capacity, most), vectors, pieces)
-        if capacity <= 8 * block:
+    for block, blocks in shapes:
+        plan = _with_room(Plan(block, blocks, 0, 0, pieces), num_columns, k, size, shared_bytes)
+        if plan is not None and (plan.vectors, plan.capacity) == (1, 4 * block):
             break
     return plan
+
+
+def _with_room(plan: Plan, num_columns: int, k: int, size: int, shared_bytes: int) -> Plan | None:
+    """With the smallest list for what the smallest samples let through; 4 entries a thread are sorted fastest."""
+    step = 4 * plan.block
+    most = min(_MAX_CAPACITY, (shared_bytes - _STATIC_BYTES) // _ENTRY_BYTES) // step * step
+    best = None
+    for vectors in (1, 2, 4, 8):
+        expected, longest = (
+            min(length, num_columns) for length in list_lengths(k, num_columns, plan.block * vectors * 16 // size)
+        )
+        capacity = step * max(1, -(-longest // step))
+        if expected <= most and (best is None or capacity < best.capacity):
+            best = plan._replace(capacity=min(capacity, most), vectors=vectors)
+        if capacity <= (step if vectors == 1 else 2 * step):
+            break
+    return best
 
 
 def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
@@ -128,9 +141,10 @@ class LongTopK:
                 "VECTORS": plan.vectors,
                 "SPLIT": int(plan.pieces > 1),
             }
+            ahead = _MULTIPROCESSORS * plan.blocks  # as many as run at once
             for first in range(0, num_rows, MAX_GRID):
                 grid = min(num_rows - first, MAX_GRID) * plan.pieces
-                numbers = {"pieces": plan.pieces, "list_room": room, "first_row": first} | fixed
+                numbers = {"pieces": plan.pieces, "list_room": room, "rows_ahead": ahead, "first_row": first} | fixed
                 kernel = Kernel(LONG, LONG, macros, grid, plan.block, numbers, shared_bytes=plan.shared_bytes)
                 self._launches.append(launch_of(kernel, (*INPUTS, *OUTPUTS, *_SCRATCH), scores.device))
         self._takes_scratch = plan is not None

@@ -15,12 +15,14 @@ from unittest import mock
 import numpy as np
 
 import cupy_router
-from cupy_router import RoutingMethod
-from cupy_router.ops import _call, _layout
+from cupy_router import RoutingMethod, TopK
+from cupy_router.ops import _call, _layout, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
+from cupy_router.ops.topk_select import Columns
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, steps
 from tests.backends import DTYPES, Backend
+from tests.topk_calls import PLANS
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
@@ -30,15 +32,16 @@ BACKWARD = "activation_topk_backward"
 class Case:
     """`layouts` has for some arrays the elements between their rows and in front of them; `out_padding` those between
     the rows of preallocated results, -1 for results that the op allocates. With `as_of_rows` the kernel is that for so
-    many rows, however few there are."""
+    many rows, however few there are; with `plan`, a name among PLANS, that for long rows goes by this plan."""
 
     op: str
     arrays: dict[str, np.ndarray]
     method: RoutingMethod | None = None
-    options: dict[str, int] = field(default_factory=dict)  # k or num_valid
+    options: dict[str, int] = field(default_factory=dict)  # k and other options of topk_select, or num_valid
     layouts: dict[str, tuple[int, int]] = field(default_factory=dict)
     out_padding: int = -1
     as_of_rows: int = 0
+    plan: str = ""
     schedule: str = "run_ahead"
 
     @property
@@ -60,7 +63,7 @@ class Case:
         if self.op == BACKWARD:
             return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
-            return self.arrays["scores"].dtype, np.int32
+            return (self.arrays["scores"].dtype, np.int32)[-len(self.kind._fields) :]
         if self.method is None:
             return np.float32, np.int32
         return DTYPES[self.method.weight_dtype], DTYPES[self.method.index_dtype]
@@ -68,7 +71,8 @@ class Case:
     @property
     def kind(self) -> Any:
         """The named tuple of the results."""
-        return {"topk_select": cupy_router.TopK, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
+        selected = TopK if self.options.get("return_values", True) else Columns
+        return {"topk_select": selected, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
 
     @property
     def num_valid(self) -> int:
@@ -80,7 +84,7 @@ class Case:
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in self.arrays.items())
         more = {"options": self.options, "layouts": self.layouts, "out_padding": self.out_padding}
-        more |= {"as_of_rows": self.as_of_rows}
+        more |= {"as_of_rows": self.as_of_rows, "plan": self.plan}
         return f"Case({self.op}, {{{arrays}}}, {self.method}, {more}, {self.schedule})"
 
 
@@ -121,11 +125,11 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
     """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
     given = arguments(case, backend)
     if case.out_padding < 0:
-        result = call(case.op, case.as_of_rows, **given)
+        result = call(case.op, case.as_of_rows, case.plan, **given)
     else:
         canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in case.dtypes]
         out = case.kind(*(canvas.array for canvas in canvases))
-        result = call(case.op, case.as_of_rows, **given, out=out)
+        result = call(case.op, case.as_of_rows, case.plan, **given, out=out)
         assert result is out
         assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
     for name, array in case.arrays.items():
@@ -133,40 +137,58 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
     return tuple(backend.numpy(array) for array in result)
 
 
-def call(op: str, as_of_rows: int, **given: Any) -> Any:
-    """The op; `as_of_rows` as in a case."""
-    with _AsOfRows(as_of_rows) if as_of_rows else nullcontext():
+def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
+    """The op; `as_of_rows` and `plan` as in a case."""
+    with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
         return function(op)(**given)
 
 
 def function(op: str) -> Any:
-    """The op by its name."""
-    return activation_topk_backward if op == BACKWARD else getattr(cupy_router, op)
+    """The op by its name, with results that are all arrays."""
+    return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)
 
 
-class _AsOfRows(AbstractContextManager[None]):
-    """Within it, kernels are chosen as for so many rows. What was planned so is forgotten afterwards."""
+def _topk_select(*, out: Any = None, **given: Any) -> TopK | Columns:
+    """Without values, the columns alone."""
+    if given.get("return_values", True):
+        return cupy_router.topk_select(**given, out=out)
+    into = None if out is None else TopK(None, out.indices)
+    result = cupy_router.topk_select(**given, out=into)
+    assert result.values is None
+    return out if result is into else Columns(result.indices)
 
-    def __init__(self, rows: int) -> None:
+
+class _Chosen(AbstractContextManager[None]):
+    """Within it, kernels are chosen as for so many rows, and long rows go by the plan of this name. What was planned so
+    is forgotten afterwards."""
+
+    def __init__(self, rows: int, plan: str) -> None:
         few, dealt_lanes = _layout.few(rows), _layout.dealt_lanes
-        self.patch = mock.patch.multiple(
-            _layout, few=lambda num_rows: few, dealt_lanes=lambda num_rows, *sizes: dealt_lanes(rows, *sizes)
-        )
+        self.patches = []
+        if rows:
+            for name, chosen in (("few", lambda _: few), ("dealt_lanes", lambda _, *sizes: dealt_lanes(rows, *sizes))):
+                self.patches.append(mock.patch.object(_layout, name, chosen))
+        if plan:
+            self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
 
     def __enter__(self) -> None:
         _call._plans.clear()
-        self.patch.start()
+        for patch in self.patches:
+            patch.start()
 
     def __exit__(self, *_: Any) -> None:
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()
         _call._plans.clear()
 
 
-def wanted(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def wanted(case: Case) -> tuple[np.ndarray, ...]:
     """What the NumPy reference says."""
     arrays, method = case.arrays, case.method
     if case.op == "topk_select":
-        return topk_select.topk_select(arrays["scores"], case.options["k"], arrays.get("lengths"), arrays.get("starts"))
+        given = arrays | case.options
+        given.pop("return_values", None)
+        return topk_select.topk_select(**given)[-len(case.kind._fields) :]
     bias = arrays.get("bias")
     more: dict[str, Any] = {name: arrays.get(name) for name in ("logit_bias", "expert_scale")}
     more["num_valid"] = case.num_valid
@@ -189,13 +211,14 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         given = (arrays[name] for name in ("grad_weights", "indices", "logits"))
         gradients.assert_right(got[0], *given, case.method, layer)
         return
-    first, indices = got
     want = wanted(case)
-    assert first.shape == indices.shape == case.shape
+    assert all(array.shape == case.shape for array in got)
     if case.op == "topk_select":
-        np.testing.assert_array_equal(indices, want[1])
-        compare.assert_same_bits(first, want[0])
+        np.testing.assert_array_equal(got[-1], want[-1])
+        for array, right in zip(got, want, strict=True):
+            compare.assert_same_bits(array, right)
         return
+    first, indices = got
     valid, arrays, method = case.num_valid, case.arrays, case.method
     compare.assert_same_bits(first[valid:], want[0][valid:])
     compare.assert_same_bits(indices[valid:], want[1][valid:])
@@ -275,6 +298,7 @@ def save(case: Case, path: Path) -> None:
         "layouts": case.layouts,
         "out_padding": case.out_padding,
         "as_of_rows": case.as_of_rows,
+        "plan": case.plan,
         "schedule": case.schedule,
         "arrays": {
             name: {

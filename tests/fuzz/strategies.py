@@ -15,6 +15,7 @@ from cupy_router.method import SCORES
 from tests.fuzz.arrays import biases, bits, floats, integers, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
+from tests.topk_calls import PLANS
 
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
@@ -46,6 +47,7 @@ class Setting:
     dense: bool = False  # rows follow each other, in all arrays; else not in the results
     divisor: str = ""  # what else the sum of scores goes through: "eps", "min" or nothing
     steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
+    plan: str = ""  # of topk_select for long rows, with options of any kind
 
     def method(self, **changes: Any) -> RoutingMethod:
         return RoutingMethod(
@@ -72,6 +74,7 @@ class Setting:
         parts += [f"{self.rows}rows"] if self.rows >= 0 else []
         parts += [f"{name}:{value}" for name, value in self.steps]
         parts += [*([self.divisor] if self.divisor else []), *(["dense"] if self.dense else [])]
+        parts += [self.plan.replace(" ", "_")] if self.plan else []
         return "-".join(
             [
                 *parts,
@@ -110,6 +113,10 @@ def _common(rng: random.Random, columns: int) -> dict[str, Any]:
 def _topk_select(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True, "divisor": ""}
     given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
+    if rng.random() < 0.4:
+        given |= {"index_map"} if rng.random() < 0.5 else set()
+        common |= {"columns": 3000, "k": 600, "aligned": False}
+        return Setting("topk_select", **common, given=given, plan=rng.choice(list(PLANS)))
     return _perhaps_dense(rng, Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS)))
 
 
@@ -214,24 +221,26 @@ def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
 def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     columns, k = setting.columns, setting.k
     if setting.wide:  # one kernel for all sizes
-        columns = draw(st.integers(1025, 3000) | st.integers(1, 40))
-        k = draw(st.integers(33, 700))
+        long = st.integers(1025, 5000 if setting.plan else 3000)
+        columns = draw(long | st.integers(1, 40) if setting.given & {"lengths", "starts"} else long)
+        k = draw(st.integers(33, 500 if setting.plan else 700))
     rows, layout = draw(_rows(setting, columns, max_rows))
     arrays = {"scores": draw(bits((rows, columns), setting.dtype))}
     edges = st.sampled_from([0, 1, k - 1, k, k + 1, columns - 1, columns, columns + 1, -1, 2**31 - 1, -(2**31)])
-    for name in sorted(setting.given):
+    for name in sorted(setting.given - {"index_map"}):
         arrays[name] = draw(integers(rows, "int32", edges | st.integers(0, columns)))
-    layouts = {"scores": layout}
+    layouts, options = {"scores": layout}, {"k": k}
+    if setting.plan:
+        options |= {"sorted": draw(st.booleans()), "return_values": draw(st.booleans())}
+    if "index_map" in setting.given:
+        page_size = options["page_size"] = draw(st.sampled_from([1, 2, 7, 64, 5000]))
+        shape = draw(st.sampled_from([1, rows])), -(-columns // page_size) + draw(st.integers(0, 2))
+        table = draw(integers(shape[0] * shape[1], "int32", st.integers(0, 2**31 // page_size - 1)))
+        arrays["index_map"], layouts["index_map"] = table.reshape(shape), (draw(st.integers(0, 3)), 0)
     return Case(
-        "topk_select",
-        arrays,
-        None,
-        {"k": k},
-        layouts,
-        draw(_any_padding if setting.wide else _padding[setting.dense]),
-        setting.as_of_rows,
-        draw(_schedules),
-    )
+        "topk_select", arrays, None, options, layouts, draw(_any_padding if setting.wide else _padding[setting.dense]),
+        setting.as_of_rows, setting.plan, draw(_schedules),
+    )  # fmt: skip
 
 
 @st.composite
@@ -242,15 +251,9 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
     return Case(
-        "activation_topk",
-        arrays,
-        method,
-        options,
-        layouts,
-        draw(_any_padding if setting.wide else _padding[setting.dense]),
-        setting.as_of_rows,
-        draw(_schedules),
-    )
+        "activation_topk", arrays, method, options, layouts,
+        draw(_any_padding if setting.wide else _padding[setting.dense]), setting.as_of_rows, schedule=draw(_schedules),
+    )  # fmt: skip
 
 
 @st.composite
@@ -260,7 +263,8 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     draw(_factors(setting, setting.rows, arrays, layouts))
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
-    return Case("dense_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
+    padding = draw(_padding[setting.dense])
+    return Case("dense_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))
 
 
 @st.composite
@@ -283,7 +287,8 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(setting, arrays, rows))
     method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None
-    return Case("hash_router", arrays, method, options, layouts, draw(_padding[setting.dense]), 0, draw(_schedules))
+    padding = draw(_padding[setting.dense])
+    return Case("hash_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))
 
 
 _schedules = st.sampled_from(SCHEDULES)

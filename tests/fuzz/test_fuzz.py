@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase
 
-from cupy_router import Routing, RoutingMethod, TopK, compiler
+from cupy_router import RoutingMethod, compiler
 from tests.backends import Backend
 from tests.fuzz import case as cases_room
 from tests.fuzz.case import FOLDER, Canvas, Case, arguments, check, load, run, save
@@ -177,8 +177,8 @@ def call(case: Case) -> Call:
     given = arguments(case, HOST)
     if case.out_padding >= 0:
         arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in case.dtypes)
-        given["out"] = (TopK if case.op == "topk_select" else Routing)(*arrays)
-    return Call("tests.fuzz.case:call", (case.op, case.as_of_rows), given)
+        given["out"] = case.kind(*arrays)
+    return Call("tests.fuzz.case:call", (case.op, case.as_of_rows, case.plan), given)
 
 
 # -- The fuzzer itself -------------------------------------------------------------------------------------------------

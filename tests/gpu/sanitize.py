@@ -79,7 +79,7 @@ def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
     if case.out_padding >= 0:
         arrays = (backend.array(np.ones(case.shape, dtype), case.out_padding) for dtype in case.dtypes)
         given["out"] = case.kind(*arrays)
-    result = call(case.op, case.as_of_rows, **given)
+    result = call(case.op, case.as_of_rows, case.plan, **given)
     return tuple(backend.numpy(array) for array in result)
 
 

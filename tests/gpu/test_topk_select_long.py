@@ -67,8 +67,37 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
     compare.assert_same_bits(cupy.asnumpy(values[few].view(np.uint16)).view(scores.dtype), want[0])
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"), [(1, 131_072, 2048), (300, 32_768, 512), (140, 40_000, 1024), (3, 20_000, 20_000)]
+)
+@pytest.mark.acceptance("sorted=False", "return_values=False", "index_map and page tables")
+def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
+    """Against the sorted result without options."""
+    page_size = 64
+    num_pages = rows * -(-columns // page_size)
+    table = cupy.asarray(inputs.rng(9).permutation(num_pages).astype(np.int32).reshape(rows, -1))
+    for name, scores in kinds(cupy, rows, columns).items():
+        want = topk_select(scores, k).indices
+        by_column = topk_select(scores, k, sorted=False)
+        assert bool((by_column.indices == cupy.sort(want, axis=1)).all()), name
+        assert bool((by_column.values == cupy.take_along_axis(scores, by_column.indices, axis=1)).all()), name
+        mapped = topk_select(scores, k, index_map=table, page_size=page_size, return_values=False).indices
+        pages = cupy.take_along_axis(table, want // page_size, axis=1)
+        assert bool((mapped == pages * page_size + want % page_size).all()), name
+
+
+@pytest.mark.acceptance("more than 65,535 rows")
+def test_more_rows_than_a_grid_is_high(cupy: Any) -> None:
+    rows, columns, k = 70_000, 2100, 100
+    scores = cupy.random.default_rng(7).standard_normal((rows, columns), dtype=np.float32)
+    few = [0, 1, 65_535, 65_536, rows - 1]
+    assert bool((topk_select(scores, k).indices[few] == sorted_by_cupy(cupy, scores[few], k)).all())
+
+
 @pytest.mark.parametrize(("rows", "columns", "k"), [(8, 131_072, 2048), (300, 32_768, 512)])
-@pytest.mark.acceptance("1,000 bitwise repeats under load from another stream")
+@pytest.mark.acceptance(
+    "100 bitwise repeats under load from another stream", "1,000 bitwise repeats under load from another stream"
+)
 def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: int) -> None:
     scores = kinds(cupy, rows, columns)["quantised, half zeros"]
     first = topk_select(scores, k)

@@ -14,14 +14,24 @@ from cupy_router.method import SCORES
 from tests import inputs, steps
 from tests.backends import DTYPES
 from tests.fuzz.case import BACKWARD, Case
+from tests.topk_calls import PLANS, misleading
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROWS, FEW_ROWS = 33, 5
+MANY_ROWS = 140  # more than the multiprocessors that long rows are planned for
 DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, elements in front
 
 
 def cases() -> list[Case]:
-    return [*_topk_select(), *_activation_topk(), *_steps(), *_hash_router(), *_dense_router(), *_backward()]
+    return [
+        *_topk_select(),
+        *_long_rows(),
+        *_activation_topk(),
+        *_steps(),
+        *_hash_router(),
+        *_dense_router(),
+        *_backward(),
+    ]
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
@@ -32,14 +42,15 @@ def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
     return scores
 
 
+def _limits(rows: int, columns: int) -> dict[str, np.ndarray]:
+    numbers = np.arange(rows, dtype=np.int32) * 37
+    return {"lengths": numbers % (columns + 2) - 1, "starts": (numbers * 5) % (columns + 2) - 1}
+
+
 def _topk_select() -> Iterator[Case]:
     def case(rows: int, columns: int, k: int, dtype: str, layout: tuple[int, int], **limits: np.ndarray) -> Case:
         arrays = {"scores": _scores(rows, columns, dtype), **limits}
         return Case("topk_select", arrays, None, {"k": k}, {"scores": layout}, layout[0] - 1)
-
-    def limits(rows: int, columns: int) -> dict[str, np.ndarray]:
-        numbers = np.arange(rows, dtype=np.int32) * 37
-        return {"lengths": numbers % (columns + 2) - 1, "starts": (numbers * 5) % (columns + 2) - 1}
 
     for dtype in FLOATS:
         for layout in (DENSE, STRIDED, MISALIGNED):
@@ -48,21 +59,54 @@ def _topk_select() -> Iterator[Case]:
                 yield replace(case(ROWS, columns, k, dtype, layout), as_of_rows=rows)
             yield case(FEW_ROWS, 3000, 600, dtype, layout)
         for columns, k, rows in ((36, 6, ROWS), (1000, 32, ROWS), (3000, 40, FEW_ROWS)):
-            both = limits(rows, columns)
+            both = _limits(rows, columns)
             yield case(rows, columns, k, dtype, DENSE, lengths=both["lengths"])
             yield case(rows, columns, k, dtype, DENSE, **both)
         for as_of_rows in (1000, 5000):
-            yield replace(case(ROWS, 200, 7, dtype, DENSE, **limits(ROWS, 200)), as_of_rows=as_of_rows)
+            yield replace(case(ROWS, 200, 7, dtype, DENSE, **_limits(ROWS, 200)), as_of_rows=as_of_rows)
     for columns, k in ((1, 1), (8, 2), (16, 3), (32, 6), (64, 9), (384, 6), (1024, 1)):
         yield case(ROWS, columns, k, "float32", DENSE)
-    # Long rows: sampled or not, split or not, ties at the threshold; and more winners than a list in shared memory has.
-    for dtype in FLOATS:
+
+
+def _long_rows() -> Iterator[Case]:
+    """Sampled or not, in pieces or not, read once or twice, ties at the threshold, all options."""
+
+    def case(rows: int, columns: int, k: int, dtype: str, layout: tuple[int, int], **more: Any) -> Case:
+        arrays = {"scores": _scores(rows, columns, dtype)}
+        arrays |= {name: array for name, array in more.items() if isinstance(array, np.ndarray)}
+        options = {"k": k} | {name: option for name, option in more.items() if name not in arrays}
+        return Case("topk_select", arrays, None, options, {"scores": layout}, layout[0] - 1)
+
+    def limits(rows: int, columns: int) -> dict[str, np.ndarray]:
+        lengths, starts = [columns + 1, columns - 1000, 601, 0], [37, 0, 3, columns - 1]
+        return {
+            "lengths": np.resize(lengths, rows).astype(np.int32),
+            "starts": np.resize(starts, rows).astype(np.int32),
+        }
+
+    def pages(rows: int, columns: int, page_size: int) -> dict[str, Any]:
+        count = -(-columns // page_size) + 1
+        table = inputs.rng(rows, columns).permutation(rows * count).reshape(rows, count)
+        return {"index_map": table.astype(np.int32), "page_size": page_size}
+
+    for i, dtype in enumerate(FLOATS):
         for columns, rows in ((9000, FEW_ROWS), (70_000, 3)):
             both = limits(rows, columns)
             yield case(rows, columns, 600, dtype, MISALIGNED, lengths=both["lengths"])
+            yield case(rows, columns, 500, dtype, MISALIGNED, **both, **pages(1, columns, 64))
             yield case(rows, columns, 200, dtype, STRIDED)
-    yield replace(case(FEW_ROWS, 9000, 600, "float32", DENSE), as_of_rows=5000)
+        yield case(MANY_ROWS, 2100, 100, dtype, STRIDED)
+        yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), sorted=False)
+        for j, (name, plan) in enumerate(PLANS.items()):
+            layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
+            yield replace(case(3, 5000, 300, dtype, layout, sorted=False, **pages(3, 5000, 16)), plan=name)
+            yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
+            if plan is not None:  # a sample that misleads, so that rows are read again
+                hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
+                options = {"k": 300, "sorted": j % 2 == 0}
+                yield Case("topk_select", hidden, None, options, plan=name)
     yield case(1, 70_000, 8000, "float32", DENSE)
+    yield case(1, 600_000, 2048, "float32", DENSE)
     yield case(2, 9000, 5000, "float32", DENSE)
     yield case(2, 20_000, 20_000, "float16", DENSE)
 

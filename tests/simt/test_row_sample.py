@@ -34,14 +34,25 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_lists_are_long_enough_and_not_much_longer(name: str) -> None:
-    row = np.ascontiguousarray(ROWS[name]())
+def threshold(row: np.ndarray, number: int) -> tuple[int, bool]:
     result = np.zeros(2, np.uint32)
-    run(SimtBackend(), "threshold", 1, 256, row, result, np.int32(LENGTH), np.int32(K))
+    run(SimtBackend(), "threshold", 1, 256, row, result, np.int32(LENGTH), np.int32(K), np.int32(number))
+    return int(result[0]), bool(result[1])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", ROWS)
+def test_lists_are_long_enough_and_not_much_longer(name: str, number: int) -> None:
+    row = np.ascontiguousarray(ROWS[name]())
+    key, tied = threshold(row, number)
     bits = row.view(np.uint32).astype(np.int64)
     keys = np.where(bits < 2**31, 2**31 + bits, 2**31 - (bits - 2**31))
     hits = SAMPLE * K / LENGTH
     most = (hits + 5 * hits**0.5 + 3) * 1.25  # of the sample, as far as it goes without another look
-    assert K <= (keys >= result[0]).sum() <= (most + 4 * most**0.5) * LENGTH / SAMPLE
-    assert not result[1]
+    assert K <= (keys >= key).sum() <= (most + 4 * most**0.5) * LENGTH / SAMPLE
+    assert not tied
+
+
+def test_a_second_sample_looks_elsewhere() -> None:
+    row = ROWS["normal"]()
+    assert threshold(row, 0) == threshold(row, 0) != threshold(row, 1)
