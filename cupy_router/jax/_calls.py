@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from cupy_router.jax import _ffi, _native
-from cupy_router.jax._targets import target
+from cupy_router.jax._targets import Buffer, load, target
 
 _call_p = Primitive("cupy_router_call")
 _call_p.multiple_results = True
@@ -56,13 +56,16 @@ def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: A
     attributes = None
     # What is exported may meet another GPU and another XLA: it gets the target that is promised to last.
     if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
-        attributes = _native.attributes(name, text, _buffers(ctx.avals_in), _buffers(ctx.avals_out))
+        inputs, results = _buffers(ctx.avals_in), _buffers(ctx.avals_out)
+        attributes = _native.attributes(name, text, inputs, results)
+        if attributes is None:
+            load(name, text, inputs, results)
     if attributes is None:
         return _lower_to_handler(ctx, *operands, name=name, text=text, **others)
     return jax.ffi.ffi_lowering(_native.TARGET)(ctx, *operands, **attributes)
 
 
-def _buffers(avals: Sequence[Any]) -> tuple[_native.Buffer, ...]:
+def _buffers(avals: Sequence[Any]) -> tuple[Buffer, ...]:
     return tuple((tuple(aval.shape), str(aval.dtype)) for aval in avals)
 
 

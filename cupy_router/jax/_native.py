@@ -19,15 +19,13 @@ import numpy as np
 from cupy_router import compiler
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.jax import _ptx, _text
-from cupy_router.jax._targets import OPS, dense_view, is_one_kernel
+from cupy_router.jax._targets import OPS, Buffer, gpus, is_one_kernel, views_of
 from cupy_router.ops import _call
 
 TARGET = "__gpu$xla.gpu.ptx"
 HANDLERS = "CUPY_ROUTER_JAX_HANDLERS"  # environment: if set, all calls go through handlers
 
 _MAX_SHARED = 48 * 1024  # XLA does not opt in to more
-
-Buffer = tuple[tuple[int, ...], str]  # shape and dtype
 
 
 def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[Buffer, ...]) -> dict[str, Any] | None:
@@ -39,10 +37,7 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     device, architecture = gpu
     said, op = _text.decode(text), OPS[name]
     given = [op.inputs[position] for position in said.given]
-    views: list[Any] = [None] * len(op.inputs)
-    for position, (shape, dtype) in zip(said.given, inputs, strict=True):
-        # At address 0, for XLA aligns all buffers as its own vector loads need it.
-        views[position] = dense_view(op.inputs[position], 0, shape, dtype, device)
+    views = views_of(op, said, inputs, device)
     if not is_one_kernel(op, said.options, views):
         return None
     if compiler.WATCHING and compiler.changed():
@@ -78,10 +73,7 @@ def _gpu() -> tuple[tuple[str, int], str] | None:
     """A device and the architecture of all that JAX has; None if XLA cannot launch kernels of ours on them."""
     if os.environ.get(HANDLERS) or compiler.why_no_cuda() is not None:
         return None
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:  # JAX has none
-        return None
+    devices = gpus()
     architectures = {f"compute_{device.compute_capability}".replace(".", "") for device in devices}
     if len(architectures) != 1:
         return None

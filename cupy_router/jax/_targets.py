@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -64,6 +65,41 @@ def is_one_kernel(op: _call.Op, options: Any, views: Sequence[View | None]) -> b
     if op.name == "topk_select":
         return _layout.fits(views[0].shape[1], options)  # type: ignore[union-attr]  # the first is never left out
     return op.name in _ONE_KERNEL
+
+
+Buffer = tuple[tuple[int, ...], str]  # shape and dtype
+
+
+def views_of(op: _call.Op, text: _text.Text, inputs: Sequence[Buffer], device: tuple[str, int]) -> list[View | None]:
+    """A call's inputs at address 0, for XLA aligns all buffers as its own vector loads need it."""
+    views: list[View | None] = [None] * len(op.inputs)
+    for position, (shape, dtype) in zip(text.given, inputs, strict=True):
+        views[position] = dense_view(op.inputs[position], 0, shape, dtype, device)
+    return views
+
+
+def gpus() -> list[Any]:
+    """JAX's CUDA devices of this process."""
+    try:
+        return list(jax.local_devices(backend="cuda"))
+    except RuntimeError:  # it has none
+        return []
+
+
+def load(name: str, call: str, inputs: Sequence[Buffer], results: Sequence[Buffer]) -> None:
+    """Load a call's kernels on all GPUs, where there are several, as XLA does with its own before a program runs.
+
+    To load one the driver may wait for what runs on other GPUs, and that may be a collective that waits for this one.
+    """
+    op, text = OPS[name], _text.decode(call)
+    devices = gpus()
+    if len(devices) < 2 or compiler.why_no_cuda() is not None:
+        return
+    for device in [("cuda", gpu.local_hardware_id) for gpu in devices]:
+        names = (f"out.{name}" for name in op.result._fields)
+        outs = [dense_view(name, 0, *result, device) for name, result in zip(names, results, strict=True)]
+        with suppress(TypeError, ValueError, RuntimeError):  # the handler will say so
+            _call._planned(op, text.options, views_of(op, text, inputs, device), outs, tuple(results))
 
 
 _decoded = lru_cache(maxsize=4096)(_text.decode)

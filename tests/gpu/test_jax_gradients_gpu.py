@@ -158,10 +158,10 @@ def test_two_devices(gpu: Any) -> None:
     if len(devices) < 2:
         pytest.skip("needs two CUDA devices")
     mesh, spec = jax.sharding.Mesh(np.array(devices[:2]), ("tokens",)), jax.sharding.PartitionSpec
-    x, weight = gpu.array(inputs.normal((80, 128), seed=250)), gpu.array(inputs.normal((256, 128), seed=251))
+    x, weight = inputs.normal((80, 128), seed=250), inputs.normal((256, 128), seed=251)
     specs = {"in_specs": (spec("tokens"), spec()), "out_specs": (spec("tokens"), spec())}
     back = jax.grad(loss, argnums=(0, 1))
     with jax.default_matmul_precision("highest"):
         got = jax.jit(jax.shard_map(back, mesh=mesh, **specs))(x, weight)
-        for a, b in zip(got, back(x, weight), strict=True):
+        for a, b in zip(got, back(gpu.array(x), gpu.array(weight)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
