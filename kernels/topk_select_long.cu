@@ -39,6 +39,9 @@
 #ifndef SPLIT
 #define SPLIT 0
 #endif
+#ifndef FITS
+#define FITS 0  // no row has more than CAPACITY scores
+#endif
 
 typedef Scalar<DTYPE>::type score_t;
 typedef RowPiece<DTYPE, BLOCK, LOADS> Piece;
@@ -48,6 +51,7 @@ typedef unsigned long long Entry;
 
 #define SHARED_BYTES (8 * CAPACITY + 4 * Sort::NUM_SLOTS)
 
+static_assert(!FITS || !SPLIT, "a row that fits is not split");
 static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");
 
 // What a list holds: scores above the threshold, then ties with it in the order of columns.
@@ -112,13 +116,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     Piece piece(source, span.length, number, SPLIT ? pieces : 1);
     Piece::Chunk chunk;
     Sample sample;
-    if (span.length > CAPACITY) sample.load(piece, 0);
+    if (!FITS && span.length > CAPACITY) sample.load(piece, 0);
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
     if (threadIdx.x < 33) slots[threadIdx.x] = 0;
     __syncthreads();
     Threshold threshold = {NO_KEY, false};
-    if (span.length > CAPACITY) threshold = sample.threshold(wanted, span.length, slots);
+    if (!FITS && span.length > CAPACITY) threshold = sample.threshold(wanted, span.length, slots);
 
     bool split = SPLIT;  // the list is of a piece
     bool resample = true;
@@ -130,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         piece.collect(chunk, {threshold.key, threshold.tied}, list, room, &count);
         __syncthreads();
         found = {count, 0};
+        if (FITS) break;
         if (threshold.tied && found.above < wanted) {
             found.ties =
                 collect_ties<DTYPE, BLOCK, 2>(source, span.length, split ? number : 0, split ? pieces : 1,
@@ -166,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     if (!SPLIT && blockIdx.x + rows_ahead < gridDim.x) {
         const Span next = row_span(lengths, starts, row + rows_ahead, num_columns);
         const Piece row_ahead(scores + (row + rows_ahead) * scores_stride + next.start, next.length, 0, 1);
-        if (next.length > CAPACITY) Sample::prefetch(row_ahead);
+        if (!FITS && next.length > CAPACITY) Sample::prefetch(row_ahead);
         row_ahead.prefetch_first();
     }
 

@@ -140,6 +140,7 @@ class LongTopK:
                 "CAPACITY": plan.capacity,
                 "VECTORS": plan.vectors,
                 "SPLIT": int(plan.pieces > 1),
+                "FITS": int(plan.pieces == 1 and num_columns <= plan.capacity),
             }
             ahead = _MULTIPROCESSORS * plan.blocks  # as many as run at once
             for first in range(0, num_rows, MAX_GRID):
