@@ -164,31 +164,21 @@ __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* r
         return exists && bits_key<Code>(score_bits(row[column])) == key;
     };
     const int i = threadIdx.x;
-    // First the head, if there is one, then the vectors, then the tail.
-    const bool head = piece.has_head && piece.head > 0, tail = piece.has_tail && piece.tail < length;
+    if (piece.has_head && piece.head > 0) take(is_tie(i < piece.head, i), i);
 #pragma unroll 1
-    for (int first = piece.begin - (head ? Loads * Block : 0); taken < wanted; first += Loads * Block) {
+    for (int first = piece.begin; first < piece.end && taken < wanted; first += Loads * Block) {
+        typename Piece::Chunk chunk;
+        const int mine = first + Loads * i;
+        piece.load(mine, 1, chunk);
         unsigned ties = 0;
-        int column = i;
-        if (first < piece.begin) {
-            ties = is_tie(i < piece.head, column);
-        } else if (first < piece.end) {
-            typename Piece::Chunk chunk;
-            const int mine = first + Loads * i;
-            piece.load(mine, 1, chunk);
 #pragma unroll
-            for (int e = 0; e < Loads * VECTOR; ++e) {
-                const bool tie = mine + e / VECTOR < piece.end && bits_key<Code>(chunk.bits(e)) == key;
-                ties |= tie ? 1u << e : 0u;
-            }
-            column = piece.head + mine * VECTOR;
-        } else {
-            if (!tail) break;
-            column = piece.tail + i;
-            ties = is_tie(i < length - piece.tail, column);
+        for (int e = 0; e < Loads * VECTOR; ++e) {
+            const bool tie = mine + e / VECTOR < piece.end && bits_key<Code>(chunk.bits(e)) == key;
+            ties |= tie ? 1u << e : 0u;
         }
-        take(ties, column);
-        if (first >= piece.end) break;
+        take(ties, piece.head + mine * VECTOR);
     }
+    if (piece.has_tail && piece.tail < length && taken < wanted)
+        take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
     return min(taken, wanted);
 }

@@ -274,7 +274,8 @@ def test_many_threads() -> None:
 def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _call
 
-    compiled = jax.jit(lambda a: topk_select(a, 2)).lower(jnp.zeros((3, 17))).compile()
+    # XLA never launches so large a k by itself.
+    compiled = jax.jit(lambda a: topk_select(a, 40)).lower(jnp.zeros((3, 50))).compile()
 
     def fail(*arguments: Any) -> None:
         raise raised
@@ -282,10 +283,10 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(_call, "work_for", fail)
         with pytest.raises(Exception, match=r"topk_select: (\w+: )?broken") as caught:
-            jax.block_until_ready(compiled(jnp.zeros((3, 17))))
+            jax.block_until_ready(compiled(jnp.zeros((3, 50))))
         code = "INVALID_ARGUMENT" if isinstance(raised, ValueError) else "INTERNAL"
         assert code in str(caught.value)
-    assert compiled(jnp.zeros((3, 17))).indices.tolist() == [[0, 1]] * 3
+    assert compiled(jnp.zeros((3, 50))).indices.tolist() == [list(range(40))] * 3
 
 
 @pytest.mark.parametrize("program", ["lazily", "eager_calls", "at_exit", "at_exit_of_threads"])
