@@ -15,7 +15,8 @@ struct BlockSort {
     static constexpr int ITEMS = Capacity / Block;
     static constexpr int CROWD = 32;  // more keys in a slot are guessed again
     static constexpr int ROUNDS = 4;  // guesses; then crowded slots just take longer
-    static constexpr int NUM_SLOTS = Capacity + 16;
+    static constexpr int SPARE = 16;  // slots behind those of keys, which may be cleared with them
+    static constexpr int NUM_SLOTS = Capacity + SPARE;
     static constexpr unsigned NO_SLOT = ~0u;
     static_assert(Capacity % (4 * Block) == 0 && Capacity < 65536, "whole words of slots for each thread");
 
@@ -112,8 +113,9 @@ struct BlockSort {
     }
 
     static __device__ __forceinline__ void clear(int* slots, int count) {
+        const int end = ITEMS <= SPARE ? count + ITEMS : min(count + ITEMS, NUM_SLOTS);
 #pragma unroll 1
-        for (int i = threadIdx.x; i * 4 < count + ITEMS; i += Block) reinterpret_cast<int4*>(slots)[i] = {0, 0, 0, 0};
+        for (int i = threadIdx.x; i * 4 < end; i += Block) reinterpret_cast<int4*>(slots)[i] = {0, 0, 0, 0};
     }
 
     static __device__ __forceinline__ void enter(int* slots, unsigned& slot_place, int slot) {

@@ -79,6 +79,7 @@ constexpr int M_TILES = EXPERTS_PER_WARP / 16;
 constexpr int N_TILES = quotient(TOKENS, 8);
 constexpr int CHAINS = M_TILES * N_TILES < 4 ? 2 : 1;  // of products that wait for each other, for each tile
 constexpr int ALL_STEPS = quotient(HIDDEN, STEP);
+static_assert(ALL_STEPS < 0x7fffffff / (SLICES * LAYERS), "parts of hidden are counted in int");
 constexpr int STEPS = quotient(ALL_STEPS, SLICES* LAYERS);  // of a warp, at most
 constexpr int BATCHES = at_least_1(quotient(STEPS, at_least_1(IN_FLIGHT / (2 * M_TILES + N_TILES))));
 constexpr int BATCH = at_least_1(quotient(STEPS, BATCHES));  // steps whose loads are all under way before the first use

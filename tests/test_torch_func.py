@@ -43,6 +43,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
     ),
     "activation_topk": (lambda a: activation_topk(a, METHOD), (LOGITS,), (0,), 1),
     "another axis": (lambda a: activation_topk(a, METHOD), (LOGITS.movedim(0, 1),), (1,), 1),
+    "a product of each": (lambda w, a: activation_topk((w @ a)[None], METHOD), (GATES[0], X[:, 0]), (None, 0), 1),
+    "a product of each, padded": (
+        lambda w, a: activation_topk((w @ a)[None], METHOD, num_valid=1), (GATES[0], X[:, 0]), (None, 0), SIZE
+    ),
     "a layer of all": (
         lambda a, b: activation_topk(a, METHOD, bias=b, expert_scale=b.exp()), (LOGITS, BIASES[0]), (0, None), 1
     ),

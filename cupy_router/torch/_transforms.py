@@ -57,7 +57,9 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], op: _call.Op, options: Any, number: int, *inputs: Any) -> Any:
         size, batched = info.batch_size, [dim is not None for dim in in_dims[3:]]
-        given = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(inputs, in_dims[3:], strict=True)]
+        # Contiguous: PyTorch may have put the axis that is mapped over behind the columns, where calls refuse it.
+        pairs = zip(inputs, in_dims[3:], strict=True)
+        given = [a if dim is None else a.movedim(dim, 0).contiguous() for a, dim in pairs]
         if number < 0 and _differ_in_rows(op, options, given, batched):
             merged = [
                 (a if own else a.expand(size, *a.shape)).flatten(0, 1) if a is not None and name in _BY_ROW else a

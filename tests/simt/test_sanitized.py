@@ -111,6 +111,17 @@ def test_gradients_are_clean(sanitizer: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-6)
 
 
+def test_a_full_list_of_many_entries_a_thread() -> None:
+    """The only rows that are looked at are as long as the list, of 20 entries for each thread."""
+    reason = why_not_sanitized("address")
+    if reason is not None:
+        pytest.skip(reason)
+    scores, lengths = np.arange(12_582_912, dtype=np.float32)[None], np.array([10_240], np.int32)
+    report = call_sanitized([Call("cupy_router:topk_select", (scores, 1), {"lengths": lengths})], sanitizer="address")
+    assert report.fault is None, report.text
+    assert report.results[0].indices.tolist() == [[10_239]]
+
+
 def test_a_fault_within_an_op_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of the data is that of a user's call: op, compiler, launcher; only the kernel file is a wrong one."""
     reason = why_not_sanitized("address")
