@@ -8,7 +8,6 @@ those of the other files.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -19,8 +18,8 @@ from cupy_router import RoutingMethod, activation_topk, dense_router
 from tests import compare, frameworks, inputs
 from tests.gpu.support import METHOD, NAMES, Call, Raw, call, launched_by, on_gpu, spin, upload
 from tests.gpu.test_streams import Streams
+from tests.gpu.test_threads import THREADS, together
 
-THREADS = 8
 SPIN = 100  # milliseconds
 
 
@@ -56,13 +55,6 @@ def check(framework: str, case: Call, result: Any, device: int, cupy: Any) -> No
 
 
 # -- Threads -----------------------------------------------------------------------------------------------------------
-
-
-def together(work: Any) -> None:
-    """Run work(number) in all threads; the first error is raised here."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        for done in [threads.submit(work, number) for number in range(THREADS)]:
-            done.result(timeout=120)
 
 
 @pytest.mark.parametrize("framework", tuple(frameworks.ON_GPU))
