@@ -17,6 +17,7 @@ from cupy_router.ops import _call
 from tests import inputs
 from tests.gpu import support
 from tests.jax_calls import METHOD, NAMES, calls
+from tests.recorder import recording
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -130,10 +131,8 @@ def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Gpu:
-    local_hardware_id = 3
-
-    def __init__(self, capability: str) -> None:
-        self.compute_capability = capability
+    def __init__(self, capability: str, number: int = 3) -> None:
+        self.compute_capability, self.local_hardware_id = capability, number
 
 
 @pytest.mark.parametrize(
@@ -154,6 +153,20 @@ def test_one_architecture_on_which_a_trial_works(
     monkeypatch.setattr(_native, "_adds_one", lambda architecture, device: works)
     monkeypatch.setenv(_native.HANDLERS, environment)
     assert _native._gpu.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(("number", "loaded"), [(0, []), (1, []), (2, [0, 1])])
+def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
+    number: int, loaded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a program runs in which one GPU may wait for another."""
+    monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu("9.0", i) for i in range(number)])
+    monkeypatch.setattr(_native, "_gpu", lambda: None)
+    jax.clear_caches()
+    with recording("cuda") as recorder:
+        assert handled(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
+    assert [device for _, device in recorder._built] == loaded
 
 
 def test_a_trial_that_fails_is_no_error() -> None:

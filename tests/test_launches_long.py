@@ -31,7 +31,7 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
     out = TopK(Array(0x500, (3, 600), "bfloat16", row_stride=700), Array(0x600, (3, 600), "int32", row_stride=800))
     assert topk_select(Array(0x400, (3, 5000), "bfloat16"), 600, out=out) is out
     launch = only(recorder)
-    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=2, SPLIT=0)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=2, SPLIT=0, FITS=0)
     assert launch.grid == (3, 1, 1)
     assert launch.macros["CAPACITY"] >= 600
     assert launch.arguments == LIMITED | {
@@ -47,7 +47,7 @@ def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     result = topk_select(Array(0x400, (3, 70)), 6, sorted=False, return_values=False, index_map=pages, page_size=4)
     assert result.values is None
     launch = only(recorder)
-    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)
     wanted = {"index_map": 0x700, "values": 0, "indices": HEAP, "sorted": 0, "page_size": 4, "indices_stride": 6}
     assert launch.arguments.items() >= (wanted | {"map_stride": 0 if rows_of_map == 1 else 30}).items()
 
@@ -79,7 +79,7 @@ def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
     """A block for each piece, and scratch memory in which the lists of pieces do not meet."""
     topk_select(Array(0x1000, (rows, 131_072)), 2048)
     launch = only(recorder)
-    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1)
+    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)
     numbers = launch.arguments
     assert launch.grid[0] == rows * numbers["pieces"]
     assert numbers["pieces"] * numbers["list_room"] >= 131_072

@@ -116,6 +116,17 @@ def test_lengths_around_all_that_plans_know(
     select(backend, scores, K, lengths=lengths, starts=starts, row_pad=1, offset=1)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
+    """A kernel of its own up to as many columns."""
+    plan = planned("one list")
+    assert plan is not None
+    columns = plan.capacity + more
+    lengths = np.array([columns, K, 1, 0], np.int32)
+    select(backend, poisoned(4, columns, lengths, None, dtype), K, lengths=lengths)
+
+
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @ITEM("misaligned base")
