@@ -21,7 +21,6 @@ from tests.fake_xla import XLA
 from tests.recorder import recording
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
-jnp = jax.numpy
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
@@ -262,8 +261,8 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
 
 def test_a_compiled_program_launches_kernels() -> None:
     """On the CPU, where a recorder stands for a GPU: all of the way but the driver."""
-    x, weight = jnp.array(inputs.normal((70, 32))), jnp.array(inputs.normal((16, 32)))
-    table = jnp.zeros((9, 4), jnp.int32)
+    given = inputs.normal((70, 32)), inputs.normal((16, 32)), np.zeros((9, 4), np.int32)
+    x, weight, table = jax.device_put(given, jax.devices("cpu")[0])
     routed: dict[str, Any] = {
         "activation_topk": lambda x: activation_topk(x @ weight.T, METHOD),
         "hash_router": lambda x: hash_router(x[:, 0].astype("int32"), table, METHOD, logits=x[:, :16], num_valid=2),

@@ -36,7 +36,7 @@ def test_every_allocator(allocator: str, name: str, cupy: Any) -> None:
     cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        spin(5, stream)
+        spin(50, stream)
         kept = [case(arrays) for _ in range(10)][::3]
         kept += [case(arrays, stream=stream) for _ in range(2)]
         if allocator in ("pool", "stream-ordered pool"):

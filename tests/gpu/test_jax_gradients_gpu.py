@@ -23,8 +23,6 @@ METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
 @pytest.fixture(scope="module", params=LAUNCHED_BY)
 def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
     framework = on_gpu("jax")
-    if framework.jax.__version_info__ < (0, 8):
-        pytest.skip("calls inside jax.jit need JAX 0.8 or later")
     with launched_by(request.param, framework.jax):
         yield framework
 

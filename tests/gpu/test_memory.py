@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory, counted: no copy of an input, nothing allocated but the results, nothing left behind."""
+"""Device memory, counted: no copy of an input, nothing allocated but the results, nothing left behind.
+
+What is free is asked of the whole device, so these tests are skipped where pytest-xdist runs others beside them.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +16,10 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import frameworks, inputs
-from tests.gpu.support import NAMES, call, empty_out, on_gpu, upload
+from tests import frameworks, inputs, jax_calls
+from tests.gpu.support import LAUNCHED_BY, NAMES, call, empty_out, launched_by, on_gpu, upload
+
+pytestmark = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="tests beside this one take memory")
 
 MIB = 2**20
 ROWS, COLUMNS = 2**15, 2048  # 256 MiB of float32: a copy would be hard to overlook
@@ -158,6 +164,20 @@ def test_memory_stays_flat(framework: str, cupy: Any) -> None:
         work()
     gc.collect()
     assert held - free_memory(cupy) <= 64 * MIB
+
+
+@pytest.mark.parametrize("how", LAUNCHED_BY)
+def test_memory_stays_flat_inside_jax_jit(how: str, cupy: Any) -> None:
+    gpu, case = on_gpu("jax"), jax_calls.calls(n=300)["dense_router prefill, padded"]
+    arrays = upload(gpu, case.arrays)
+    with launched_by(how, gpu.jax):
+        compiled = gpu.jax.jit(case.function)
+        for _ in range(20):
+            gpu.jax.block_until_ready(compiled(**arrays))
+        held = free_memory(cupy)
+        for _ in range(300):
+            gpu.jax.block_until_ready(compiled(**arrays))
+    assert held - free_memory(cupy) < 16 * MIB
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
