@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     __syncthreads();
     store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
 
-    const int valid = static_cast<int>(clamp_valid(fetched_valid, HAS_NUM_VALID && num_valid != nullptr, num_tokens));
+    const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
     const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {

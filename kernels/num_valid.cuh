@@ -15,11 +15,11 @@ __device__ __forceinline__ int fetch_valid(const int* num_valid, int num_valid_v
 }
 
 // What it means: a count in memory is clamped, a negative value stands for all rows.
-__device__ __forceinline__ int64_t clamp_valid(int fetched, bool from_memory, int64_t num_rows) {
-    if (fetched < 0) return from_memory ? 0 : num_rows;
+__device__ __forceinline__ int64_t clamp_valid(int fetched, int64_t num_rows) {
+    if (fetched < 0) return HAS_NUM_VALID ? 0 : num_rows;
     return min(static_cast<int64_t>(fetched), num_rows);
 }
 
 __device__ __forceinline__ int64_t valid_rows(const int* num_valid, int num_valid_value, int64_t num_rows) {
-    return clamp_valid(fetch_valid(num_valid, num_valid_value), HAS_NUM_VALID, num_rows);
+    return clamp_valid(fetch_valid(num_valid, num_valid_value), num_rows);
 }
