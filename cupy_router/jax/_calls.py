@@ -33,7 +33,8 @@ def _abstract(*arrays: Any, avals: tuple[Any, ...], **_: Any) -> tuple[Any, ...]
 
 
 def _eagerly(*arrays: Any, **params: Any) -> Any:
-    return _jitted(tuple(params.items()))(*arrays)
+    with jax.disable_jit(False):  # else jit would only bind the primitive again, which comes here
+        return _jitted(tuple(params.items()))(*arrays)
 
 
 @lru_cache(maxsize=1024)
