@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -170,6 +171,11 @@ def of_branches(logits: Any) -> Any:
     return jax.lax.cond(logits[0, 0] > 100, lambda a: a.sum(), loss, logits)
 
 
+def without_jit(function: Callable[[Any], Any], logits: Any) -> Any:
+    with jax.disable_jit():
+        return function(logits)
+
+
 TRANSFORMED: dict[str, Callable[[Any], Any]] = {
     "grad": jax.grad(loss),
     "jit of grad": jax.jit(jax.grad(loss)),
@@ -186,6 +192,8 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
     "jacrev": lambda a: jax.jacrev(loss)(a),
     "scan": jax.grad(scanned),
     "cond": jax.jit(jax.grad(of_branches)),
+    "jit disabled": lambda a: without_jit(jax.grad(loss), a),
+    "jit disabled, vmap": lambda a: without_jit(jax.vmap(jax.grad(lambda row: loss(row[None]))), a),
     "an array of JAX beside NumPy's": lambda a: jax.grad(lambda a: loss(a, bias=np.zeros(16, np.float32)))(a),
 }  # fmt: skip
 
@@ -316,16 +324,42 @@ def test_gradients_inside_and_outside_of_shard_map() -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 
 
-def test_an_exported_gradient() -> None:
+# Calls with an expert_scale, and what the docstring of cupy_router.jax calls their targets beside those of all.
+EXPORTED = {
+    "activation_topk": ("soft cap", "activation_topk"),
+    "hash_router of logits": ("soft cap", "hash_router"),
+    "hash_router of x": ("logit scale", "hash_router"),
+    "dense_router": ("logit scale", "dense_router"),
+    "Router": ("soft cap", "dense_router"),
+    "hash Router": ("soft cap", "Router"),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_an_exported_gradient(kind: str) -> None:
+    """By every input, for any number of tokens."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
+    method, target = EXPORTED[kind]
+    case = Case(kind, method, jnp.array)
+    assert "expert_scale" in case.smooth
     (tokens,) = jax.export.symbolic_shape("tokens")
-    names = ("activation_topk", "activation_topk_backward")
-    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in names]
-    traced = jax.export.export(jax.jit(jax.grad(loss)), disabled_checks=safe)(
-        jax.ShapeDtypeStruct((tokens, 16), jnp.float32)
+
+    def loss(smooth: Any, others: Any, upstream: Any) -> Any:
+        weights, indices = case.route({**smooth, **others})
+        return (weights * upstream).sum(), indices
+
+    def shapes(arrays: Any) -> Any:
+        rows = {name: tokens if name in ("logits", "x", "token_ids") else len(a) for name, a in arrays.items()}
+        return {name: jax.ShapeDtypeStruct((rows[name], *a.shape[1:]), a.dtype) for name, a in arrays.items()}
+
+    upstream = jax.ShapeDtypeStruct((tokens, case.method.num_columns), jnp.float32)
+    targets = {target, "activation_topk_backward", "hash_router"}
+    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in targets]
+    traced = jax.export.export(jax.jit(jax.grad(loss, has_aux=True)), disabled_checks=safe)(
+        shapes(case.smooth), shapes(case.fixed), upstream
     )
-    program = jax.export.deserialize(traced.serialize())
-    close(program.call(LOGITS), jax.grad(of_twin)(LOGITS))
+    assert set(re.findall(r"@cupy_router\.(\w+)", traced.mlir_module())) == targets
+    case.check(*jax.export.deserialize(traced.serialize()).call(case.smooth, case.fixed, case.upstream))
 
 
 def test_a_gradient_of_int64_indices() -> None:

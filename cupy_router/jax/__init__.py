@@ -17,9 +17,10 @@ before the call: `jax.shard_map` routes each device's tokens where they are.
 Weights have first derivatives, in reverse mode, by all float inputs that they depend on; indices and a bias that only
 selects have none. What `topk_select` selects from has to pass `jax.lax.stop_gradient`.
 
-`jax.export` needs `disabled_checks` for the targets, `DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`,
-and for a gradient also "cupy_router.activation_topk_backward"; the process that loads the program imports this room
-first.
+`jax.export` needs `disabled_checks` for the targets, which are called as the functions are,
+`DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`; that of a hash Router is "cupy_router.Router". A
+gradient also needs "cupy_router.activation_topk_backward", and one by expert_scale "cupy_router.hash_router". The
+process that loads the program imports this room first.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _product(a: Any, b: Any, precision: Any = None) -> Any:
 
 def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:
     """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
-    num_tokens, experts = len(indices), indices[:, : method.top_k]
+    num_tokens, experts = indices.shape[0], indices[:, : method.top_k]
     given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
     given |= {} if logit_bias is None else {"logit_bias": logit_bias}
     places = tuple(HASH_ROUTER.inputs.index(name) for name in given)
