@@ -172,7 +172,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "a device that is not current": (
         yes("gpu/torch_gpu::a_device_that_is_not_current", "gpu/two_devices::a_busy_stream_of_the_second",
             "gpu/two_devices::a_graph_of_the_second", "gpu/two_devices::gradients_on_the_second"),
-        yes("gpu/jax_jit_gpu::two_devices", "gpu/two_devices::one_program_on_either"),
+        yes("gpu/jax_jit_gpu::two_devices",
+            "gpu/two_devices::one_program_on_either"),
         yes(f"{GPU}::a_second_device_is_used_without_being_current", "gpu/cupy_gpu::under_another_current_device",
             "gpu/two_devices::a_busy_stream_of_the_second"),
         NOT_THERE, NOT_THERE,
@@ -180,6 +181,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "one call over several devices: `shard_map`": (
         NOT_THERE,
         yes("jax_transforms::shard_map_routes_the_tokens_of_each_device_where_they_are",
+            "jax_mesh::explicit_axes_of_a_mesh_keep_rows_where_they_are",
             "jax_gradients::gradients_inside_and_outside_of_shard_map", "gpu/jax_gradients_gpu::two_devices",
             "gpu/two_devices::shard_map_over_both"),
         NOT_THERE, NOT_THERE, NOT_THERE,

@@ -5,7 +5,8 @@
 reused and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream
 after ours.
 
-A tracer is what jax.jit, jax.vmap and jax.grad pass in place of an array: no op can run on it.
+A tracer is what jax.jit, jax.vmap and jax.grad pass in place of an array: no op can run on it. Beside one, also arrays
+that lie on several devices are right.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ ARRAY_TYPES = (jax.Array,)
 TRACERS = (jax.core.Tracer,)
 
 
+class OnSeveralDevices(Traced, ValueError):
+    """What only a graph may take."""
+
+
 class JAX(Framework):
     name = "jax"
     delivers = True
 
     def current_stream(self, array: Any) -> int | None:
-        kind, index = _device("the first array", array)
+        try:
+            kind, index = _device("the first array", array)
+        except OnSeveralDevices:
+            return None  # `view` says it by the name
         if kind != "cuda":
             return None
         from cupy_router.compiler import require_cuda
@@ -110,8 +118,11 @@ def _check_width(dtype: str) -> None:
 
 
 def _device(name: str, array: Any) -> tuple[str, int]:
-    if len(array.devices()) != 1:
-        raise ValueError(f"{name} must lie on one device, got a JAX array on {len(array.devices())} devices")
+    devices = array.devices()
+    if len(devices) != 1:
+        raise OnSeveralDevices(
+            f"{name} must lie on one device outside of jax.jit, got a JAX array on {len(devices)} devices"
+        )
     kind, index = array.__dlpack_device__()
     return ("cuda", index) if kind == CUDA else ("cpu", 0)
 

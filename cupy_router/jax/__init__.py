@@ -11,8 +11,11 @@ on as without this room.
     route = jax.jit(lambda logits: cupy_router.activation_topk(logits, "deepseek-v4-flash"))
 
 A Router is a pytree of its arrays, so it can be an argument of what is traced; as part of its closure its arrays
-are constants. `jax.vmap` makes one call of the rows of all. jit alone gathers an array that is sharded over devices
-before the call: `jax.shard_map` routes each device's tokens where they are.
+are constants. `jax.vmap` makes one call of the rows of all.
+
+Rows that are sharded over devices are routed where they are inside `jax.shard_map`, and under a mesh with explicit axes
+if their types say so; the rest of a layer is gathered, and results are sharded as rows are. Where jit alone knows of a
+sharding, as under automatic axes, arrays are gathered before the call.
 
 Weights have first derivatives, in reverse mode, by all float inputs that they depend on; indices and a bias that only
 selects have none. What `topk_select` selects from has to pass `jax.lax.stop_gradient`.

@@ -18,13 +18,13 @@ _call_p = Primitive("cupy_router_call")
 _call_p.multiple_results = True
 
 
-def call(name: str, text: str, like: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """The results of an op, which look like `like`; `text` is what is no array of it."""
-    avals = jax.make_jaxpr(partial(_by_handler, name=name, text=text, like=like))(*arrays).out_avals
-    return tuple(_call_p.bind(*arrays, name=name, text=text, like=like, avals=tuple(avals)))
+def call(name: str, text: str, avals: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The results of an op, which are of the types `avals`; `text` is what is no array of it."""
+    return tuple(_call_p.bind(*arrays, name=name, text=text, avals=avals))
 
 
-def _by_handler(*arrays: Any, name: str, text: str, like: tuple[Any, ...], avals: Any = None) -> list[Any]:
+def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
+    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]  # no mesh has a say in lowering
     return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
 
 

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from cupy_router.arrays import View, framework_of
 from cupy_router.arrays._numpy import DTYPES
-from cupy_router.jax import _calls, _text
+from cupy_router.jax import _calls, _mesh, _text
 from cupy_router.jax._targets import OPS
 from cupy_router.ops import _checks as check
 from cupy_router.ops._call import Op
 from cupy_router.ops._dense_decode import MAX_TOKENS
 
 # The inputs with a row for each row of the results; all others belong to the layer, but for num_valid.
-_BY_ROW = ("scores", "lengths", "starts", "logits", "x", "token_ids", "grad_weights", "indices")
-_NUM_VALID = "num_valid"
+BY_ROW = ("scores", "lengths", "starts", "logits", "x", "token_ids", "grad_weights", "indices")
+NUM_VALID = "num_valid"
 
 
 def view_of(name: str, array: Any) -> View:
@@ -52,7 +52,7 @@ def node(name: str, options: Hashable, given: tuple[int, ...], number: int) -> A
                 for shape, dtype in outputs
             ]
 
-        return _calls.call(name, text, tuple(jax.eval_shape(results, *arrays)), arrays)
+        return _calls.call(name, text, tuple(jax.make_jaxpr(results)(*arrays).out_avals), arrays)
 
     call.__name__ = name
     mapped = jax.custom_batching.custom_vmap(call)
@@ -69,35 +69,46 @@ def _batched(
     in_batched: Sequence[bool],
     *arrays: Any,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    """`size` calls at once: rows know nothing of each other, so those of all calls are rows of one.
+    """`size` calls at once, or on each of several devices those that it has."""
+    calls = _calls_at_once(op, options, given, number, tuple(in_batched))
+    return tuple(_mesh.split(calls, in_batched, arrays, mapped=True)), (True,) * len(op.result._fields)
 
-    num_valid counts within each call, so it is applied to the results instead. Where calls differ in the layer's own
-    arrays, they come one after the other.
+
+@lru_cache(maxsize=1024)
+def _calls_at_once(op: Op, options: Hashable, given: tuple[int, ...], number: int, in_batched: tuple[bool, ...]) -> Any:
+    """A function of arrays of which some have a leading axis of calls.
+
+    Rows know nothing of each other, so those of all calls are rows of one. num_valid counts within each call, so it is
+    applied to the results instead. Where calls differ in the layer's own arrays, they come one after the other.
     """
-    all_batched = (True,) * len(op.result._fields)
-    by_name = {op.inputs[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
-    count, count_batched = by_name.pop(_NUM_VALID, (None, False))
-    rows = {name: pair for name, pair in by_name.items() if name in _BY_ROW}
-    any_rows = any(batched for _, batched in rows.values())
-    shared = any(batched for name, (_, batched) in by_name.items() if name not in _BY_ROW)
-    if shared or _is_too_long(options, rows, size):
-        return _one_by_one(node(op.name, options, given, number), in_batched, arrays), all_batched
-    merged = {name: array for name, (array, _) in by_name.items()}
-    if any_rows:
-        merged |= {name: _merge(array, batched, size) for name, (array, batched) in rows.items()}
-        num_rows = next(array.shape[1] for array, batched in rows.values() if batched)
-    places = tuple(i for i in given if op.inputs[i] in merged)
-    results = node(op.name, options, places, -1)(*merged.values())
-    if any_rows:
-        results = tuple(result.reshape((size, num_rows, result.shape[-1])) for result in results)
-    if count is not None or number >= 0:
-        valid = number if count is None else count.reshape((size, 1, 1) if count_batched else (1, 1))
-        padding = jnp.arange(results[0].shape[-2])[:, None] >= valid
-        results = tuple(
-            jnp.where(padding, jnp.array(filler, result.dtype), result)
-            for result, filler in zip(results, (0, -1), strict=True)
-        )
-    return tuple(results), all_batched
+
+    def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
+        size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
+        by_name = {op.inputs[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
+        count, count_batched = by_name.pop(NUM_VALID, (None, False))
+        rows = {name: pair for name, pair in by_name.items() if name in BY_ROW}
+        any_rows = any(batched for _, batched in rows.values())
+        shared = any(batched for name, (_, batched) in by_name.items() if name not in BY_ROW)
+        if shared or _is_too_long(options, rows, size):
+            return _one_by_one(node(op.name, options, given, number), in_batched, arrays)
+        merged = {name: array for name, (array, _) in by_name.items()}
+        if any_rows:
+            merged |= {name: _merge(array, batched, size) for name, (array, batched) in rows.items()}
+            num_rows = next(array.shape[1] for array, batched in rows.values() if batched)
+        places = tuple(i for i in given if op.inputs[i] in merged)
+        results = node(op.name, options, places, -1)(*merged.values())
+        if any_rows:
+            results = tuple(result.reshape((size, num_rows, result.shape[-1])) for result in results)
+        if count is not None or number >= 0:
+            valid = number if count is None else count.reshape((size, 1, 1) if count_batched else (1, 1))
+            padding = jnp.arange(results[0].shape[-2])[:, None] >= valid
+            results = tuple(
+                jnp.where(padding, jnp.array(filler, result.dtype), result)
+                for result, filler in zip(results, (0, -1), strict=True)
+            )
+        return tuple(results)
+
+    return calls
 
 
 def _is_too_long(options: Hashable, rows: dict[str, tuple[Any, bool]], size: int) -> bool:

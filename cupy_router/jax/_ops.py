@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cupy_router.arrays import View
-from cupy_router.jax import _exit
+from cupy_router.arrays import View, framework_of
+from cupy_router.jax import _exit, _mesh
 from cupy_router.jax._gradients import differentiable
-from cupy_router.jax._nodes import view_of
+from cupy_router.jax._nodes import BY_ROW, NUM_VALID, view_of
 from cupy_router.jax._targets import OPS, why_not
 from cupy_router.ops import _checks as check
 from cupy_router.ops._call import Op
 
 
 def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any, number: int) -> Any:
-    """A call of an op of which at least one argument is a tracer."""
+    """A call of an op of which an argument is a tracer, or lies on several devices; the latter alone is an error."""
+    if not any(isinstance(array, jax.core.Tracer) for array in inputs):
+        _refuse(op, inputs if out is None else (*inputs, *out))
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.name}: {obstacle}")
@@ -38,7 +41,32 @@ def run(op: Op, options: Hashable, inputs: Sequence[Any], out: Any, stream: Any,
         arrays = [_value(view, array) for view, array in zip(views, inputs, strict=True) if view is not None]
     given = tuple(i for i, array in enumerate(inputs) if array is not None)
     _exit.in_use = True
-    return op.result(*differentiable(op.name, options, given, number)(*_varying_alike(arrays)))
+    by_row = [op.inputs[i] in BY_ROW for i in given]
+    return op.result(*_mesh.split(_part(op, options, given, number), by_row, arrays))
+
+
+def _refuse(op: Op, arrays: Sequence[Any]) -> None:
+    """Raise what is wrong with an array that lies on several devices."""
+    with check.named(op.name):
+        for i, array in enumerate(arrays):
+            if isinstance(array, jax.Array):
+                framework_of(op.argument(i), array).view(op.argument(i), array, None)
+
+
+@lru_cache(maxsize=1024)
+def _part(op: Op, options: Hashable, given: tuple[int, ...], number: int) -> Any:
+    """A call of an op for the part of all rows that a device has."""
+
+    def part(axis: Any, *arrays: Any) -> Any:
+        if axis is None or (number < 0 and NUM_VALID not in (op.inputs[i] for i in given)):
+            return differentiable(op.name, options, given, number)(*arrays)
+        by_place = dict(zip(given, arrays, strict=True))
+        place = op.inputs.index(NUM_VALID)
+        rows_before = jax.lax.axis_index(axis) * arrays[0].shape[0]
+        by_place[place] = jnp.maximum(by_place.get(place, jnp.int32(number)), 0) - rows_before
+        return differentiable(op.name, options, tuple(by_place), -1)(*_mesh.varying_alike(by_place.values()))
+
+    return part
 
 
 def _value(view: View, array: Any) -> Any:
@@ -52,28 +80,3 @@ def _value(view: View, array: Any) -> Any:
         # JAX would wrap around what int32 cannot hold, into ids that may exist; -1 is as invalid as that is.
         return jnp.array(np.where(host == host.astype(np.int32), host, -1).astype(np.int32))
     return jnp.array(host)
-
-
-def _varying_alike(arrays: Sequence[Any]) -> list[Any]:
-    """Inside shard_map, arrays that differ from device to device wherever one of them does, as operations of JAX's own
-    make them: so do the results, and the gradient of what was the same everywhere is a sum over the devices."""
-    axes = [_varying(jax.typeof(array)) for array in arrays]
-    union = frozenset().union(*axes)
-    return [
-        array if own == union else _vary(array, tuple(sorted(union - own)))
-        for array, own in zip(arrays, axes, strict=True)
-    ]
-
-
-# JAX 0.8 has other names for both.
-
-
-def _varying(aval: Any) -> frozenset[str]:
-    """The axes of a mesh along which a value differs."""
-    kind = getattr(aval, "manual_axis_type", None)
-    found: frozenset[str] = getattr(aval, "vma", frozenset()) if kind is None else kind.varying
-    return found
-
-
-def _vary(array: Any, axes: tuple[str, ...]) -> Any:
-    return jax.lax.pcast(array, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, axes)
