@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -322,44 +321,6 @@ def test_gradients_inside_and_outside_of_shard_map() -> None:
         [sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
-
-
-# Calls with an expert_scale, and what the docstring of cupy_router.jax calls their targets beside those of all.
-EXPORTED = {
-    "activation_topk": ("soft cap", "activation_topk"),
-    "hash_router of logits": ("soft cap", "hash_router"),
-    "hash_router of x": ("logit scale", "hash_router"),
-    "dense_router": ("logit scale", "dense_router"),
-    "Router": ("soft cap", "dense_router"),
-    "hash Router": ("soft cap", "Router"),
-}
-
-
-@pytest.mark.parametrize("kind", EXPORTED)
-def test_an_exported_gradient(kind: str) -> None:
-    """By every input, for any number of tokens."""
-    pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
-    method, target = EXPORTED[kind]
-    case = Case(kind, method, jnp.array)
-    assert "expert_scale" in case.smooth
-    (tokens,) = jax.export.symbolic_shape("tokens")
-
-    def loss(smooth: Any, others: Any, upstream: Any) -> Any:
-        weights, indices = case.route({**smooth, **others})
-        return (weights * upstream).sum(), indices
-
-    def shapes(arrays: Any) -> Any:
-        rows = {name: tokens if name in ("logits", "x", "token_ids") else len(a) for name, a in arrays.items()}
-        return {name: jax.ShapeDtypeStruct((rows[name], *a.shape[1:]), a.dtype) for name, a in arrays.items()}
-
-    upstream = jax.ShapeDtypeStruct((tokens, case.method.num_columns), jnp.float32)
-    targets = {target, "activation_topk_backward", "hash_router"}
-    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in targets]
-    traced = jax.export.export(jax.jit(jax.grad(loss, has_aux=True)), disabled_checks=safe)(
-        shapes(case.smooth), shapes(case.fixed), upstream
-    )
-    assert set(re.findall(r"@cupy_router\.(\w+)", traced.mlir_module())) == targets
-    case.check(*jax.export.deserialize(traced.serialize()).call(case.smooth, case.fixed, case.upstream))
 
 
 def test_a_gradient_of_int64_indices() -> None:

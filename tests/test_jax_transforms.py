@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import cupy_router
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, topk_select
 from tests import inputs
 from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
+from tests.jax_gradients import Case
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -260,6 +262,44 @@ def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -
         program = traced(jax.ShapeDtypeStruct((tokens, 8), jnp.float32))
         (tmp_path / "program").write_bytes(program.serialize())
         assert said in run(LOADED, str(tmp_path / "program"))
+
+
+# Calls with an expert_scale, and what the docstring of cupy_router.jax calls their targets beside those of all.
+EXPORTED = {
+    "activation_topk": ("soft cap", "activation_topk"),
+    "hash_router of logits": ("soft cap", "hash_router"),
+    "hash_router of x": ("logit scale", "hash_router"),
+    "dense_router": ("logit scale", "dense_router"),
+    "Router": ("soft cap", "dense_router"),
+    "hash Router": ("soft cap", "Router"),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_an_exported_gradient(kind: str) -> None:
+    """By every input, for any number of tokens."""
+    pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
+    method, target = EXPORTED[kind]
+    case = Case(kind, method, jnp.array)
+    assert "expert_scale" in case.smooth
+    (tokens,) = jax.export.symbolic_shape("tokens")
+
+    def loss(smooth: Any, others: Any, upstream: Any) -> Any:
+        weights, indices = case.route({**smooth, **others})
+        return (weights * upstream).sum(), indices
+
+    def shapes(arrays: Any) -> Any:
+        rows = {name: tokens if name in ("logits", "x", "token_ids") else len(a) for name, a in arrays.items()}
+        return {name: jax.ShapeDtypeStruct((rows[name], *a.shape[1:]), a.dtype) for name, a in arrays.items()}
+
+    upstream = jax.ShapeDtypeStruct((tokens, case.method.num_columns), jnp.float32)
+    targets = {target, "activation_topk_backward", "hash_router"}
+    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in targets]
+    traced = jax.export.export(jax.jit(jax.grad(loss, has_aux=True)), disabled_checks=safe)(
+        shapes(case.smooth), shapes(case.fixed), upstream
+    )
+    assert set(re.findall(r"@cupy_router\.(\w+)", traced.mlir_module())) == targets
+    case.check(*jax.export.deserialize(traced.serialize()).call(case.smooth, case.fixed, case.upstream))
 
 
 def test_a_compilation_cache_on_disk_does_not_mistake_methods(tmp_path: Path) -> None:
