@@ -125,7 +125,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "exported: `torch.export`, `jax.export`": (
         yes("torch_ops::a_model_exports"),
         yes("jax_transforms::an_exported_program_means_the_same_in_another_process",
-            "jax_native::exported_programs_have_the_target_that_lasts", "jax_gradients::an_exported_gradient"),
+            "jax_native::exported_programs_have_the_target_that_lasts", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "registered as PyTorch wants it: `opcheck`": (
@@ -172,7 +172,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "a device that is not current": (
         yes("gpu/torch_gpu::a_device_that_is_not_current", "gpu/two_devices::a_busy_stream_of_the_second",
             "gpu/two_devices::a_graph_of_the_second", "gpu/two_devices::gradients_on_the_second"),
-        yes("gpu/jax_jit_gpu::two_devices",
+        yes("jax_mesh::eager_calls_of_arrays_on_any_device", "gpu/jax_jit_gpu::two_devices",
             "gpu/two_devices::one_program_on_either"),
         yes(f"{GPU}::a_second_device_is_used_without_being_current", "gpu/cupy_gpu::under_another_current_device",
             "gpu/two_devices::a_busy_stream_of_the_second"),

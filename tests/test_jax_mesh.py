@@ -33,6 +33,6 @@ def test_explicit_axes_of_a_mesh_keep_rows_where_they_are(check: str) -> None:
     run(check)
 
 
-@pytest.mark.parametrize("check", ["several_devices"])
+@pytest.mark.parametrize("check", ["devices", "several_devices"])
 def test_eager_calls_of_arrays_on_any_device(check: str) -> None:
     run(check)

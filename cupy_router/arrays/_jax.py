@@ -87,8 +87,13 @@ class JAX(Framework):
             return jax.dlpack.from_dlpack(array)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
+        """As results of JAX's own: committed to the device if `like` is."""
         _check_width(str(values.dtype))
-        return jax.numpy.asarray(values)
+        (device,) = like.devices()
+        if getattr(like, "committed", True):
+            return jax.device_put(values, device)
+        with jax.default_device(device):
+            return jax.numpy.asarray(values)
 
 
 class Tracers(JAX):
@@ -124,7 +129,27 @@ def _device(name: str, array: Any) -> tuple[str, int]:
             f"{name} must lie on one device outside of jax.jit, got a JAX array on {len(devices)} devices"
         )
     kind, index = array.__dlpack_device__()
-    return ("cuda", index) if kind == CUDA else ("cpu", 0)
+    return ("cuda", index) if kind == CUDA else (_CPU(next(iter(devices))), 0)
+
+
+class _CPU(str):
+    """The kind of device "cpu", where JAX has several: equal to what other frameworks call it, for their memory goes
+    with that of any, but to no other of JAX's."""
+
+    number: int
+
+    def __new__(cls, device: Any) -> _CPU:
+        self = super().__new__(cls, "cpu")
+        self.number = device.local_hardware_id or 0
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and getattr(other, "number", self.number) == self.number
+
+    __hash__ = str.__hash__
+
+    def __format__(self, spec: str) -> str:
+        return f"cpu:{self.number}" if self.number else "cpu"
 
 
 def _pointer(array: Any, device: tuple[str, int]) -> int:
