@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axis = Hashable  # a name, several as a tuple, or None
 
@@ -22,7 +22,7 @@ def split(function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequen
     """`function(axis, *arrays)`, where `axis` is what the leading axis of results, and of arrays with rows, is split
     over: that of the first such array that is split. `mapped`: jax.vmap asks, and rows are calls."""
     shardings = [jax.typeof(array).sharding for array in arrays]
-    mesh = next((sharding.mesh for sharding in shardings if _axes(sharding.mesh, AxisType.Explicit)), None)
+    mesh = next((sharding.mesh for sharding in shardings if _axes(sharding.mesh, "Explicit")), None)
     if mesh is None:
         return function(None, *varying_alike(arrays))
     if mapped and jax.__version_info__ < (0, 9, 1):
@@ -43,12 +43,13 @@ def _sharded(function: Callable[..., Any], axis: Axis, specs: tuple[PartitionSpe
         return function(axis, *varying_alike(arrays))
 
     # Without names, all axes but those that jax.vmap maps over.
-    free = _axes(mesh, AxisType.Explicit, AxisType.Auto) if _axes(mesh, AxisType.Manual) else set()
+    free = _axes(mesh, "Explicit", "Auto") if _axes(mesh, "Manual") else set()
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axis), axis_names=free))
 
 
-def _axes(mesh: Any, *types: AxisType) -> set[Any]:
-    return {axis for axis, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its in types}
+def _axes(mesh: Any, *types: str) -> set[Any]:
+    """Those of the given types, which JAX has for an enum."""
+    return {axis for axis, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its.name in types}
 
 
 def varying_alike(arrays: Collection[Any]) -> list[Any]:
