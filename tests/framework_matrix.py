@@ -47,7 +47,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("arrays::topk_select_of_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
         yes(f"{GPU}::results_are_right_and_of_the_callers_type"),
         Cell("yes, by ml_dtypes", ("arrays::topk_select_of_every_framework",)),
-        yes("arrays::the_c_exchange_api_sees_what_the_attributes_say"),
+        yes("dlpack_frameworks::floats_of_every_dtype"),
     ),
     "rows that lie apart, without a copy": (
         yes("arrays::torch_layouts", f"{GPU}::views_of_torch_tensors"),
@@ -209,7 +209,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
                                    "torch_ops::a_model_that_holds_routers_compiles_into_one_graph")),
         Cell("a pytree", ("jax_transforms::a_router_is_a_pytree_of_its_arrays",
                           "jax_gradients::a_router_learns_as_a_pytree")),
-        yes("router::results_are_of_the_framework_of_x"),
+        yes("gpu/dense_router_gpu::a_router_from_a_file_serves_every_framework"),
         yes("router::results_are_of_the_framework_of_x"),
         NOT_THERE,
     ),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
-from tests import inputs
+from tests import compare, frameworks, inputs
+from tests.backends import DTYPES
 
 METHOD = RoutingMethod(16, 3)
 X, WEIGHT, LOGITS = inputs.normal((5, 8)), inputs.normal((16, 8), seed=1), inputs.normal((5, 16), seed=2)
@@ -49,8 +50,8 @@ def _warp() -> Foreign:
 class LikeWarp:
     """What Warp's arrays offer: a `__dlpack__` that knows nothing but a stream, as before DLPack 1.0."""
 
-    def __init__(self, host: np.ndarray) -> None:
-        self.host = host.copy()
+    def __init__(self, host: Any) -> None:
+        self.host = host
 
     def __dlpack__(self, stream: int | None = None) -> object:
         return self.host.__dlpack__()
@@ -63,7 +64,7 @@ FOREIGN: dict[str, Callable[[], Foreign]] = {
     "array_api_strict": _strict,
     "TVM FFI": _tvm_ffi,
     "Warp": _warp,
-    "like Warp": lambda: Foreign(LikeWarp, lambda array: array.host, np.ndarray),
+    "like Warp": lambda: Foreign(lambda host: LikeWarp(host.copy()), lambda array: array.host, np.ndarray),
 }
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
     "topk_select": (lambda scores: topk_select(scores, 3), {"scores": LOGITS}),
@@ -83,6 +84,32 @@ def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None
     for a, b in zip(got, call(**arrays), strict=True):
         assert type(a) is foreign.result_type
         np.testing.assert_array_equal(np.asarray(np.from_dlpack(a)), b)
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("name", ["TVM FFI", "like Warp"])
+def test_floats_of_every_dtype(name: str, dtype: str) -> None:
+    """In memory of PyTorch's, since NumPy's arrays of bfloat16 cannot be exported."""
+    take: Callable[[Any], Any] = LikeWarp
+    if name == "TVM FFI":
+        take = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed").from_dlpack
+
+    def foreign(host: np.ndarray) -> Any:
+        return take(frameworks.PyTorch().array(host))
+
+    scores = inputs.normal((5, 16), dtype, seed=2)
+    values, indices = topk_select(foreign(scores), 3)
+    want = compare.topk(scores, 3)
+    assert values.dtype == DTYPES[dtype]
+    compare.assert_same_bits(values, want[0])
+    np.testing.assert_array_equal(indices, want[1])
+    x, weight = (host.astype(DTYPES[dtype]) for host in (X, WEIGHT))
+    method = RoutingMethod(16, 3, weight_dtype=dtype)
+    for call, arrays in ((activation_topk, [scores]), (dense_router, [x, weight])):
+        got, routed = call(*map(foreign, arrays), method), call(*arrays, method)
+        assert got.weights.dtype == DTYPES[dtype]
+        compare.assert_same_bits(got.weights, routed.weights)
+        np.testing.assert_array_equal(got.indices, routed.indices)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

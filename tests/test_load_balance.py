@@ -19,6 +19,8 @@ from tests.torch_gradients import Case
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 load_balance = pytest.importorskip("cupy_router.torch").load_balance
 
+METHOD = RoutingMethod(8, 2)
+
 
 @pytest.mark.parametrize("name", [name for name in SMALL if isinstance(METHODS[name].score, str)])
 def test_load_balance(name: str) -> None:
@@ -64,6 +66,41 @@ def test_load_balance_of_ties_and_far_logits() -> None:
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize(
+    ("score", "logit"),
+    [
+        ("sigmoid", -200.0), ("sigmoid", -100.0), ("sigmoid", -np.inf), ("sqrtsoftplus", -200.0),
+        ("sqrtsoftplus", -np.inf), ("sqrtsoftplus", 300.0), ("softmax", -np.inf), ("softmax", np.inf), ("identity", 0),
+    ],
+)  # fmt: skip
+def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float) -> None:
+    """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
+    method = RoutingMethod(4, 4, score)
+    logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
+    with torch.no_grad():
+        weights, indices = activation_topk(logits, method)
+    counts, mean_scores = load_balance(logits, indices, method)
+    assert counts.tolist() == [2] * 4
+    torch.testing.assert_close(mean_scores, torch.zeros(2, 4).scatter(1, indices.long(), weights).mean(0))
+    (got,) = torch.autograd.grad(mean_scores[0], logits)
+    (want,) = torch.autograd.grad(load_balance(logits[:1], indices[:1], method).mean_scores[0] / 2, logits)
+    torch.testing.assert_close(got[0], want[0])
+    assert torch.isfinite(got[1]).all()
+    if not weights[1].any():
+        assert not got[1].any()
+
+
+def test_load_balance_of_indices_that_are_no_experts() -> None:
+    """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
+    method = RoutingMethod(4, 2)
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    want = load_balance(logits[:1], torch.tensor([[0, 3]]), method)
+    for dtype in (torch.int32, torch.int64):
+        indices = torch.tensor([[0, 3], [4, 1], [1, 4], [-7, 2], [2**31 - 1, -(2**31)]], dtype=dtype)
+        for got, alone in zip(load_balance(logits, indices, method), want, strict=True):
+            torch.testing.assert_close(got, alone)
+
+
 def test_load_balance_without_tokens_or_of_padding_alone() -> None:
     method = RoutingMethod(4, 2, "softmax")
     for n in (0, 3):
@@ -89,3 +126,56 @@ def test_load_balance_in_a_graph_and_its_loss() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(loss(x, weight), weight)[0], rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match=r"load_balance: method has ScoreFunction\('square'\), which PyTorch cannot"):
         load_balance(x, x.int(), METHODS["own score, a body"])
+
+
+def given(**changed: Any) -> dict[str, Any]:
+    return {"logits": torch.zeros(5, 8), "indices": torch.zeros(5, 2, dtype=torch.int32), "method": METHOD} | changed
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"logits": np.zeros((5, 8), np.float32)}, TypeError, "logits must be a PyTorch tensor, got ndarray"),
+    ({"logits": torch.zeros(5, 8).double()}, TypeError, "logits must be float32 or float16 or bfloat16, got float64"),
+    ({"logits": torch.zeros(1, 5, 8)}, ValueError, r"logits must have shape \[num_tokens, num_experts\], got"),
+    ({"logits": torch.zeros(5, 7)}, ValueError, "logits must have num_experts = 8 columns"),
+    ({"method": RoutingMethod(4, 2)}, ValueError, "logits must have num_experts = 4 columns"),
+    ({"indices": None}, TypeError, "indices must be a PyTorch tensor, got NoneType"),
+    ({"indices": torch.zeros(5, 2)}, TypeError, "indices must be int32 or int64, got float32"),
+    ({"indices": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
+    ({"indices": torch.zeros(5, 3, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
+    ({"indices": torch.zeros(5, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
+    ({"indices": torch.zeros(5, 2, dtype=torch.int32, device="meta")}, ValueError, "all arrays must lie on one device"),
+    ({"logit_bias": np.zeros(8, np.float32)}, TypeError, "logit_bias must be a PyTorch tensor, got ndarray"),
+    ({"logit_bias": torch.zeros(8).half()}, TypeError, "logit_bias must be float32, got float16"),
+    ({"logit_bias": torch.zeros(7)}, ValueError, r"logit_bias must have shape \[num_experts\] = \[8\], got"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
+def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    load_balance(**given())
+    with pytest.raises(error, match=f"^load_balance: {words}"):
+        load_balance(**given(**changed))
+
+
+def test_what_load_balance_refuses_in_a_graph() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (5, 9):
+        more = {"logits": torch.zeros(n, 8), "indices": torch.zeros(n, 2, dtype=torch.int32)}
+        assert compiled(**given(**more)).counts.tolist() == [2 * n, *[0] * 7]
+    wrong = given(logits=torch.zeros(5, 7))
+    with pytest.raises(RuntimeError):  # PyTorch's own, which shows the line
+        compiled(**wrong)
+    with pytest.raises(ValueError, match=r"^load_balance: logits must have num_experts = 8 columns"):
+        torch.compile(load_balance, backend="aot_eager")(**wrong)
+
+
+def test_load_balance_with_shared_experts() -> None:
+    """Their columns may be given or not; those of logits are as the op has them."""
+    method = RoutingMethod(8, 2, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
+    indices = activation_topk(logits, method).indices
+    for got, want in zip(*(load_balance(logits, i, method) for i in (indices, indices[:, :2])), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"logits must have num_experts = 8 \+ num_shared_experts = 9 columns"):
+        load_balance(logits[:, :8], indices, method)

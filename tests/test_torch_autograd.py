@@ -160,6 +160,20 @@ def test_a_graph_can_be_gone_back_twice() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["everything", "shared in the normaliser", "soft cap"])
+def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
+    """Autograd goes back once for all rows, by `is_grads_batched`; such gradients have no memory of their own."""
+    case = Case(kind, name)
+
+    def weights(*smooth: Any) -> Any:
+        return case.route(case.arrays | dict(zip(case.smooth, smooth, strict=True))).weights
+
+    jacobian, given = torch.autograd.functional.jacobian, tuple(case.smooth.values())
+    for got, want in zip(jacobian(weights, given, vectorize=True), jacobian(weights, given), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_gradients_that_are_not_contiguous_come_in() -> None:
     """That of a sum is one number, repeated; that of a transpose has strides."""
     x = parameter(5, 16)

@@ -23,6 +23,7 @@ from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Optio
 from cupy_router.torch._product import gate_product, product_gradients
 
 is_grad_enabled = torch.is_grad_enabled
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)  # private, so it may go
 
 BACKWARD = activation_topk_backward._OP
 
@@ -74,8 +75,10 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
 
     @staticmethod
     def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
-        # In grad mode a second derivative may be asked for, which only the op of torch.library refuses.
-        return backward(ctx, grad_weights, grad_indices, by_op=torch.is_grad_enabled())
+        # In grad mode a second derivative may be asked for, which only the op of torch.library refuses; and only such
+        # an op takes the gradients of a batch that autograd makes for is_grads_batched.
+        by_op = torch.is_grad_enabled() or (grad_weights is not None and _is_batched(grad_weights))
+        return backward(ctx, grad_weights, grad_indices, by_op=by_op)
 
 
 def _as_tensor(array: Any) -> Any:
@@ -141,7 +144,8 @@ def gradients(
     """The gradients by the needed ones of `arrays` (logits or x and weight, logit_bias, expert_scale), in their dtypes.
 
     Products are of float32 matrices, as PyTorch is set to multiply them. `repeated`: a row may name an expert twice;
-    `by_op`: through PyTorch's dispatcher, for graphs.
+    `by_op`: through PyTorch's dispatcher, for graphs and batches. Columns of batches are cut by `narrow`, since a slice
+    of all columns is an alias, which PyTorch has not for batches.
     """
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str | None, Any] = {}
@@ -160,7 +164,7 @@ def gradients(
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
-                found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
+                found["logit_bias"] = grad_logits.narrow(1, 0, method.num_experts).sum(0)
             if x is not None:
                 by = "x" in needed, "weight" in needed
                 found["x"], found["weight"] = product_gradients(x, weight, grad_logits, by)
@@ -190,7 +194,7 @@ def _by_expert_scale(
     else:
         plain, _ = _call.run(hash_router._OP, without_factors(method), given, None, None)
     plain = plain[:, : method.top_k]
-    products = grad_weights[:, : method.top_k].float() * plain
+    products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.
     dense = torch.zeros((len(indices), method.num_experts), device=indices.device)
     places = experts.clamp(min=0).long()

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupy_router.method import RoutingMethod, resolve
+from cupy_router.arrays import View
+from cupy_router.arrays import _torch as tensors
+from cupy_router.method import FLOAT32_TINY, RoutingMethod, resolve
+from cupy_router.ops import _checks as check
+from cupy_router.ops import activation_topk
 
 
 class LoadBalance(NamedTuple):
@@ -34,14 +38,18 @@ def load_balance(
         logits: [num_tokens, num_experts] float32, float16 or bfloat16 tensor, as for
             :func:`cupy_router.activation_topk`; with `dense_router`, which keeps its logits to itself,
             `torch.nn.functional.linear(x.float(), weight.float())`. Columns of shared experts are left out.
-        indices: [num_tokens, top_k or more] int32 or int64 tensor, those of the routing; columns of shared experts are
-            left out. Rows of -1 (padding) count for nothing, whatever their logits are.
+        indices: [num_tokens, top_k + num_shared_experts] int32 or int64 tensor, those of the routing, also without the
+            columns of shared experts, which are left out. A row with an index of the first top_k that is no expert (-1:
+            padding) counts for nothing, whatever its logits are.
         method: as for the routing. Its softmax is over all experts here, also with `score_after_topk`.
         logit_bias: [num_experts] float32 tensor, or None.
         normalize: divide the scores of each token by their sum, so that all tokens weigh alike; a softmax is so anyway.
+            A sum of 0 gives scores 0.
 
     Raises:
-        ValueError: the score is a ScoreFunction, which PyTorch cannot compute; or there is no such preset.
+        TypeError: something is no tensor, or has a dtype that is not allowed.
+        ValueError: ranks, shapes or devices are wrong, there is no such preset, or the score is a ScoreFunction, which
+            PyTorch cannot compute.
 
     Nothing waits for the GPU, and CUDA graphs can capture it.
 
@@ -60,13 +68,19 @@ def load_balance(
     method = resolve(method)
     if not isinstance(method.score, str):
         raise ValueError(f"load_balance: method has {method.score!r}, which PyTorch cannot compute")
+    try:  # not by check.named, which hides the sentence from torch.compile
+        _check(method, logits, indices, logit_bias)
+    except TypeError as error:
+        raise TypeError(f"load_balance: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"load_balance: {error}") from error
     num_experts = method.num_experts
     chosen = indices[:, : method.top_k].long()
-    routed = chosen[:, :1] >= 0
-    ones = torch.ones_like(chosen).flatten()
-    # One place more, in front, for what is -1. Integers add up to the same in any order.
+    routed = ((chosen >= 0) & (chosen < num_experts)).all(dim=1, keepdim=True)
+    places = torch.where(routed, chosen + 1, 0).flatten()  # 0 is for rows that count for nothing
+    # Integers add up to the same in any order.
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
-    counts = counts.scatter_add(0, chosen.flatten() + 1, ones)[1:]
+    counts = counts.scatter_add(0, places, torch.ones_like(places))[1:]
 
     x = torch.where(routed, logits[:, :num_experts].float(), 0.0)  # padding may hold anything
     if logit_bias is not None:
@@ -76,18 +90,47 @@ def load_balance(
         x = method.logit_softcap * torch.tanh(x / method.logit_softcap)
     scores = _scores(x, method.score)
     if normalize:
-        scores = scores / scores.sum(dim=1, keepdim=True)
+        scores = _normalized(scores)
     mean_scores = torch.where(routed, scores, 0.0).sum(dim=0) / routed.sum().clamp(min=1)
     return LoadBalance(counts, mean_scores)
 
 
+def _check(method: RoutingMethod, logits: Any, indices: Any, logit_bias: Any) -> None:
+    """What can be checked without a look at the values, which would wait for the GPU."""
+    rows, experts = _view("logits", logits), _view("indices", indices)
+    bias = None if logit_bias is None else _view("logit_bias", logit_bias)
+    activation_topk._OP.check(method, rows, None, bias, None, None)
+    check.dtype(experts, check.INTS)
+    columns = method.top_k if experts.shape[1:] == (method.top_k,) else method.num_columns
+    check.shape(experts, (rows.shape[0], columns), "num_tokens, top_k + num_shared_experts")
+    check.one_device([rows, experts] if bias is None else [rows, experts, bias])
+
+
+def _view(name: str, tensor: Any) -> View:
+    """A tensor without its memory, which it has none of while a graph is traced."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a PyTorch tensor, got {type(tensor).__name__}")
+    dtype = tensors.NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    device = tensor.device.type, tensor.device.index or 0
+    return View(name, 0, tuple(tensor.shape), (), dtype, device, readonly=False, host=None)
+
+
 def _scores(x: Any, score: str) -> Any:
     if score == "softmax":
-        return x.softmax(dim=1)
+        highest = x.amax(dim=1, keepdim=True)  # where it is infinite, its experts share, as in the op
+        return torch.where(highest.isinf(), (x == highest).float().log(), x).softmax(dim=1)
     if score == "sigmoid":
         return x.sigmoid()
     if score == "identity":
         return x
-    # Below -20 the root of log(1 + exp(x)) is exp(x / 2); a root of 0 would have no gradient.
+    # Below -20 the root of log(1 + exp(x)) is exp(x / 2); a root of 0 would have no gradient. Each way gets what it can
+    # bear, as the one that is not taken has gradients too: 0 times what must not be infinite.
     near = torch.nn.functional.softplus(x.clamp(min=-20.0)).sqrt()
-    return torch.where(x < -20.0, (0.5 * x).exp(), near)
+    return torch.where(x < -20.0, (0.5 * x.clamp(max=-20.0)).exp(), near)
+
+
+def _normalized(scores: Any) -> Any:
+    """Scores over their sum; 0 where that is 0, or subnormal, which is 0 to the ops and has no finite inverse."""
+    total = scores.sum(dim=1, keepdim=True)
+    nothing = total.abs() < FLOAT32_TINY
+    return torch.where(nothing, 0.0, scores / torch.where(nothing, 1.0, total))
