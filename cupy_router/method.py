@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import operator
-import threading
+import uuid
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
@@ -25,10 +27,12 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 INDEX_DTYPES = ("int32", "int64")
 
 
-# Every method of this process by its number, for callers that can carry an integer but no object.
-numbered: list[RoutingMethod] = []
-_numbers: dict[tuple[Any, ...], int] = {}
-_numbering = threading.Lock()
+# Every method of this process by its text, for callers that can carry a string but no object.
+_methods: dict[str, RoutingMethod] = {}
+# A score of the caller's own is no text: it is known by a number, behind a mark of this process.
+PROCESS = uuid.uuid4().hex
+_own_scores: dict[ScoreFunction, int] = {}
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,7 +110,7 @@ class RoutingMethod:
     # Every call of an op looks a method up in caches, so key and hash are made once; no fields of the dataclass.
     _key: ClassVar[tuple[Any, ...]]
     _hash: ClassVar[int]
-    number: ClassVar[int]  # the same for equal methods of this process, see `numbered`
+    text: ClassVar[str]  # all of it as JSON, see `from_text`
 
     def __post_init__(self) -> None:
         num_experts = _integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
@@ -161,11 +165,15 @@ class RoutingMethod:
         key = tuple(getattr(self, field.name) for field in fields(self))
         object.__setattr__(self, "_key", key)
         object.__setattr__(self, "_hash", hash(key))
-        with _numbering:
-            number = _numbers.setdefault(key, len(numbered))
-            if number == len(numbered):
-                numbered.append(self)
-        object.__setattr__(self, "number", number)
+        object.__setattr__(self, "text", self._as_text())
+        _methods.setdefault(self.text, self)
+
+    def _as_text(self) -> str:
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        said = {field.name: value for field, value in values if value != field.default}
+        if isinstance(self.score, ScoreFunction):
+            said["score"] = [PROCESS, _own_scores.setdefault(self.score, next(_numbers))]
+        return json.dumps(said)
 
     @classmethod
     def from_config(cls, config: Any) -> RoutingMethod:
@@ -284,6 +292,17 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
             f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32{inverse}"
         )
     return number + 0.0  # -0.0 becomes 0.0
+
+
+def from_text(text: str) -> RoutingMethod:
+    """The method of this `text`, which graphs and compiled programs carry, also into other processes."""
+    found = _methods.get(text)
+    if found is not None:
+        return found
+    said = json.loads(text)
+    if isinstance(said.get("score"), list):
+        raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
+    return RoutingMethod(**said)
 
 
 _PRESETS = {

@@ -13,14 +13,14 @@ import numpy as np
 
 from cupy_router import checkpoint, huggingface
 from cupy_router.arrays import View, framework_of
-from cupy_router.method import RoutingMethod, resolve
+from cupy_router.method import PROCESS, RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.ops import activation_topk as scoring
 from cupy_router.results import Routing
 
-# Every router of this process by its number, for callers that can carry an integer but no object.
-numbered: MutableMapping[int, Router] = weakref.WeakValueDictionary()
+# Every router of this process by its key, for callers that can carry a string but no object.
+routers: MutableMapping[str, Router] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -84,12 +84,12 @@ class Router:
         return router
 
     def _enter(self) -> None:
-        self.number = next(_numbers)
-        numbered[self.number] = self
+        self.key = f"{PROCESS} {next(_numbers)}"  # of no other router of any process
+        routers[self.key] = self
 
-    # A copy is a router of its own, under a number of its own.
+    # A copy is a router of its own, under a key of its own.
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "number"}
+        return {name: value for name, value in self.__dict__.items() if name != "key"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -123,7 +123,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "exported: `torch.export`, `jax.export`": (
-        yes("torch_ops::a_model_exports"),
+        yes("torch_ops::a_model_exports", "torch_ops::an_exported_model_means_the_same_in_another_process"),
         yes("jax_transforms::an_exported_program_means_the_same_in_another_process",
             "jax_native::exported_programs_have_the_target_that_lasts", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,

@@ -62,7 +62,7 @@ def test_a_router_is_a_pytree_of_its_arrays() -> None:
     assert (doubled.weight == 2).all()
     assert doubled.method == METHOD
     assert doubled.table is None
-    assert doubled.number != router.number
+    assert doubled.key != router.key
     assert "weight" in repr(doubled)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(router)[0]]
     assert paths == [".weight", ".bias"]

@@ -130,8 +130,8 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
     if compiled:  # as graphs call them
         ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
         calls = [
-            (lambda x: ops.activation_topk(METHOD.number, x, None, None, None, None, -1), parameter(5, 16)),
-            (lambda x: ops.router(router.number, x, None, None, -1), parameter(5, 8)),
+            (lambda x: ops.activation_topk(METHOD.text, x, None, None, None, None, -1), parameter(5, 16)),
+            (lambda x: ops.router(router.key, x, None, None, -1), parameter(5, 8)),
         ]
     for call, x in calls:
         (first,) = torch.autograd.grad(call(x)[0].square().sum(), x, create_graph=True)
@@ -311,7 +311,7 @@ def test_a_compiled_call_of_other_sizes() -> None:
 
 
 def samples() -> dict[str, list[tuple[Any, ...]]]:
-    method, square = METHOD.number, METHODS["own score, a body"].number
+    method, square = METHOD.text, METHODS["own score, a body"].text
     routed = activation_topk(tensor(5, 16), METHOD)
     count = torch.tensor([3], dtype=torch.int32)
     ids, table = torch.arange(5), torch.from_numpy(np.stack([inputs.rng(203, r).permutation(16)[:4] for r in range(9)]))
@@ -326,15 +326,15 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "hash_router": [
             (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
             (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
-            (-1, ids, table, None, None, None, None, None, None, -1),
+            ("", ids, table, None, None, None, None, None, None, -1),
         ],
         "dense_router": [(method, "", parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
-        "router": [(ROUTER.number, parameter(5, 8), None, count, -1), (TABLE.number, parameter(5, 8), ids, None, -1)],
+        "router": [(ROUTER.key, parameter(5, 8), None, count, -1), (TABLE.key, parameter(5, 8), ids, None, -1)],
         "activation_topk_backward": [
             (method, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach(), False, False),
             (method, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None, True, True),
         ],
-        "router_backward": [(ROUTER.number, tensor(5, 8), routed.indices, tensor(5, 4))],
+        "router_backward": [(ROUTER.key, tensor(5, 8), routed.indices, tensor(5, 4))],
     }
 
 

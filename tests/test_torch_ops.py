@@ -109,21 +109,65 @@ def test_a_model_exports(strict: bool) -> None:
     model = Model()
     program = torch.export.export(model, (x,), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if "cupy_router" in str(node.target)]
-    assert targets == 3 * ["cupy_router.router.default"] + 4 * ["cupy_router.dense_router.default"]
+    assert targets == 7 * ["cupy_router.dense_router.default"]  # no Router: its arrays are the program's
     for got, want in zip(program.module()(x), model(x), strict=True):
         assert_same(tuple(got), want)
 
 
+LOADED = """
+import sys
+import numpy as np, torch
+import cupy_router, cupy_router.torch
+others = [cupy_router.RoutingMethod(16, 1, score, scale=3.0) for score in ("softmax", "identity", "sigmoid")]
+routers = [cupy_router.Router(method, weight=np.ones((16, 8), np.float32)) for method in others]
+x, wanted = torch.load(sys.argv[2])
+for got, want in zip(torch.export.load(sys.argv[1]).module()(x), wanted, strict=True):
+    assert all(map(torch.equal, got, want))
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_path: Path) -> None:
+    """Where other methods and Routers were made before it is loaded."""
+    x, model = arguments(6)[0], Model()
+    torch.export.save(torch.export.export(model, (x,), strict=strict), tmp_path / "model.pt2")
+    torch.save((x, [tuple(found) for found in model(x)]), tmp_path / "results.pt")
+    program = [sys.executable, "-c", LOADED, tmp_path / "model.pt2", tmp_path / "results.pt"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_layers_alike_share_one_graph() -> None:
+    """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
+    from torch._dynamo.testing import CompileCounter
+
+    class Layer(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = Router(METHOD, weight=torch.randn(16, 8), bias=torch.randn(16))
+
+        def forward(self, x: Any) -> Any:
+            return self.router(x).weights * 2
+
+    torch.compiler.reset()
+    layers, graphs, x = [Layer() for _ in range(12)], CompileCounter(), arguments(4)[0]
+    for layer in layers:
+        layer.compile(backend=graphs, fullgraph=True)
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer.forward(x))
+    assert graphs.frame_count == 1
+
+
 def samples() -> dict[str, tuple[Any, ...]]:
     x, ids, count = arguments(6)
-    key, logits = METHOD.number, arguments(6)[0] @ WEIGHT.T
+    key, logits = METHOD.text, arguments(6)[0] @ WEIGHT.T
     return {
         "topk_select": (3, x, ids, None),
         "topk_select_with_options": (3, False, False, 2, x, ids, None, PAGES),
         "activation_topk": (key, logits, BIAS, None, BIAS.exp(), count, -1),
         "hash_router": (key, ids, TABLE, None, x, WEIGHT, BIAS, None, None, 4),
         "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, None, None, -1),
-        "router": (HASH.number, x, ids, None, -1),
+        "router": (HASH.key, x, ids, None, -1),
     }
 
 
@@ -164,37 +208,58 @@ def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
             torch.compile(call, backend="eager", fullgraph=True)(x)
 
 
-def test_equal_methods_share_a_number_and_routers_never_do() -> None:
-    assert METHOD.number == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).number
-    assert METHOD.number != RoutingMethod(16, 4, scale=1.5).number
-    assert registry.method_of(METHOD.number) == METHOD
+def test_equal_methods_share_a_text_and_routers_share_no_key() -> None:
+    assert METHOD.text == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).text
+    assert METHOD.text != RoutingMethod(16, 4, scale=1.5).text
+    assert registry.method_of(METHOD.text) == METHOD
     router = Router(METHOD, weight=WEIGHT, bias=BIAS)
     twin = copy.deepcopy(router)
-    assert len({router.number, twin.number, DENSE.number}) == 3
-    assert registry.router_of(twin.number) is twin
-    number = router.number
+    assert len({router.key, twin.key, DENSE.key}) == 3
+    assert registry.router_of(twin.key) is twin
+    key = router.key
     del router
     with pytest.raises(RuntimeError, match="a Router that is gone: keep it as long as the graph"):
-        registry.router_of(number)
+        registry.router_of(key)
 
 
 def test_eager_calls_pass_no_dispatcher() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen: list[str] = []
-
-    class Watch(TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     x, ids, count = arguments(5)
     logits = x @ WEIGHT.T
-    with Watch():
-        activation_topk(logits, METHOD, num_valid=count)
-        DENSE(x)
-        HASH(x, ids)
-    assert not [name for name in seen if "cupy_router" in name]
+
+    def seen(call: Any) -> bool:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        return any("cupy_router" in event.key for event in profile.key_averages())
+
+    assert not seen(lambda: (activation_topk(logits, METHOD, num_valid=count), DENSE(x), HASH(x, ids)))
+    assert seen(lambda: torch.ops.cupy_router.topk_select(3, logits, None, None))
+
+
+def test_traces_have_ops_and_no_constants() -> None:
+    """make_fx, in each of its modes, and torch.jit.trace."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    logits = arguments(6)[0] @ WEIGHT.T
+    others = logits.flip(0)
+
+    def function(logits: Any) -> Any:
+        return tuple(activation_topk(logits * 2, METHOD))
+
+    traces = [make_fx(function, tracing_mode=mode)(logits) for mode in ("real", "fake", "symbolic")]
+    for traced in (*traces, torch.jit.trace(function, (logits,))):
+        assert_same(tuple(traced(others)), function(others))
+
+
+def test_wrappers_of_tensors_are_named() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(3, 16)
+        assert topk_select(fake, 2).indices.shape == (3, 2)  # within the mode it is an op like any other
+    with pytest.raises(ValueError, match="logits must be a tensor with memory of its own, got a FakeTensor"):
+        activation_topk(fake, METHOD)
+    with pytest.raises(ValueError, match="bias must be a tensor with memory of its own, got a FakeTensor"):
+        activation_topk(torch.empty(3, 16), METHOD, bias=fake[0])
 
 
 PROGRAM = """

@@ -120,7 +120,7 @@ def _find(name: str, kind: type) -> Framework:
         room = _ROOMS.get(base.__module__.partition(".")[0])
         if room is not None and base is not object:
             module = importlib.import_module(f"cupy_router.arrays.{room}")
-            # Tracers first: to JAX before 0.9 they are arrays as well.
+            # Tracers first: to JAX before 0.9 they are arrays as well, as wrappers are tensors.
             for types, framework in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
                 if issubclass(kind, types):
                     if room in _COMPANIONS:

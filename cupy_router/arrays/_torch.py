@@ -84,4 +84,28 @@ def _host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
 
 
-FRAMEWORK = PyTorch()
+class _OwnDispatch(type):
+    """Subclasses of its classes: those of tensors that say by `__torch_dispatch__` what an op does with them."""
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        bases = kind.__mro__[: kind.__mro__.index(torch.Tensor)] if issubclass(kind, torch.Tensor) else ()
+        return any("__torch_dispatch__" in vars(base) for base in bases)
+
+
+class _Wrapper(metaclass=_OwnDispatch):
+    pass
+
+
+class Wrappers(PyTorch):
+    """DTensors, fake tensors and others around tensors: their address is none, which PyTorch does not always say."""
+
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+        raise RuntimeError("a tensor without memory of its own")  # `view` then says which
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        kind = type(array).__name__
+        raise ValueError(f"{name} must be a tensor with memory of its own, got a {kind}: pass the tensor within")
+
+
+TRACERS = (_Wrapper,)
+FRAMEWORK, TRACED = PyTorch(), Wrappers()

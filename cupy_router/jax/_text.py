@@ -2,21 +2,16 @@
 """What is no array of a call, as text: it travels through XLA as an attribute of the custom call.
 
 The text says all, so that compiled programs which another process loads (JAX's compilation cache, `jax.export`) mean
-the same there. Only a method with a score of the caller's own is known by a number, behind a mark of this process.
+the same there.
 """
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Hashable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from cupy_router import method as methods
-from cupy_router.method import RoutingMethod
-
-_PROCESS = uuid.uuid4().hex
+from cupy_router.method import RoutingMethod, from_text
 
 
 class Text(NamedTuple):
@@ -39,21 +34,10 @@ def decode(text: bytes | str) -> Text:
 def _encode(options: Any) -> Any:
     if isinstance(options, tuple):
         return [_encode(option) for option in options]
-    if not isinstance(options, RoutingMethod):
-        return options
-    if not isinstance(options.score, str):
-        return {"process": _PROCESS, "number": options.number}
-    values = ((field, getattr(options, field.name)) for field in fields(options))
-    return {field.name: value for field, value in values if value != field.default}
+    return json.loads(options.text) if isinstance(options, RoutingMethod) else options
 
 
 def _decode(said: Any) -> Any:
     if isinstance(said, list):
         return tuple(_decode(option) for option in said)
-    if not isinstance(said, dict):
-        return said
-    if "process" not in said:
-        return RoutingMethod(**said)
-    if said["process"] != _PROCESS:
-        raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
-    return methods.numbered[said["number"]]
+    return from_text(json.dumps(said)) if isinstance(said, dict) else said

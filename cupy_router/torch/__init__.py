@@ -2,8 +2,8 @@
 """The ops as citizens of PyTorch: importing this room registers them with torch.library, autograd and torch.compile.
 
 From then on the public functions and a Router may be called in what `torch.compile(fullgraph=True)` or `torch.export`
-traces; arguments that are no tensors travel through the schemas as integer keys. Eager calls do not pass PyTorch's
-dispatcher: they ask whether something is being traced or requires grad, and go on as without this room.
+traces; a method travels through the schemas as text, which means the same in every process. Eager calls do not pass
+PyTorch's dispatcher: they ask whether something is being traced or requires grad, and go on as without this room.
 
     import cupy_router.torch  # not needed if torch was imported before the ops, or once any op was given a tensor
 

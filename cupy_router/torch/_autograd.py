@@ -157,7 +157,7 @@ def gradients(
             given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
             if by_op:
                 function = torch.ops.cupy_router.activation_topk_backward
-                grad_logits = function(method.number, *given, in_float32, repeated)
+                grad_logits = function(method.text, *given, in_float32, repeated)
             else:
                 options = Options(method, "float32" if in_float32 else None, repeated)
                 (grad_logits,) = _call.run(BACKWARD, options, given, None, None)
@@ -190,7 +190,7 @@ def _by_expert_scale(
     experts = indices[:, : method.top_k]
     given = (rows, experts, logits, None, None, logit_bias, None, None)
     if by_op:
-        plain, _ = torch.ops.cupy_router.hash_router(without_factors(method).number, *given, -1)
+        plain, _ = torch.ops.cupy_router.hash_router(without_factors(method).text, *given, -1)
     else:
         plain, _ = _call.run(hash_router._OP, without_factors(method), given, None, None)
     plain = plain[:, : method.top_k]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schemas, implementations, fakes and gradients of the ops, and how a traced call becomes one of them.
 
-Arguments that are no tensors become the first ones of the schema: a method is its number (-1: none), a Router likewise.
+Arguments that are no tensors become the first ones of the schema: a method is its text (empty: none), a Router its key.
 Implementations for CPU and CUDA are the ops themselves, past the question whether something is traced.
 """
 
@@ -21,7 +21,7 @@ from cupy_router.torch._autograd import is_grad_enabled, run_with_gradient, want
 from cupy_router.torch._registry import method_of, router_of
 from cupy_router.torch._state import is_special as is_tracing
 
-_NO_METHOD = -1
+_NO_METHOD = ""
 
 __all__ = ["is_grad_enabled", "is_tracing", "route", "run", "run_with_gradient", "wants_gradient"]  # what calls ask
 
@@ -29,16 +29,16 @@ _SCHEMAS = {
     "topk_select": "int k, Tensor scores, Tensor? lengths, Tensor? starts",
     "topk_select_with_options": "int k, bool sorted, bool return_values, int page_size, Tensor scores, "
     "Tensor? lengths, Tensor? starts, Tensor? index_map",
-    "activation_topk": "int method, Tensor logits, Tensor? bias, Tensor? logit_bias, Tensor? expert_scale, "
+    "activation_topk": "str method, Tensor logits, Tensor? bias, Tensor? logit_bias, Tensor? expert_scale, "
     "Tensor? num_valid, SymInt num_valid_value",
-    "hash_router": "int method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
+    "hash_router": "str method, Tensor token_ids, Tensor table, Tensor? logits, Tensor? x, Tensor? weight, "
     "Tensor? logit_bias, Tensor? expert_scale, Tensor? num_valid, SymInt num_valid_value",
-    "dense_router": "int method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? logit_bias, "
+    "dense_router": "str method, str path, Tensor x, Tensor weight, Tensor? bias, Tensor? logit_bias, "
     "Tensor? expert_scale, Tensor? num_valid, SymInt num_valid_value",
-    "router": "int router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value",
-    "activation_topk_backward": "int method, Tensor grad_weights, Tensor indices, Tensor logits, Tensor? logit_bias, "
+    "router": "str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value",
+    "activation_topk_backward": "str method, Tensor grad_weights, Tensor indices, Tensor logits, Tensor? logit_bias, "
     "Tensor? expert_scale, bool in_float32, bool repeated",
-    "router_backward": "int router, Tensor x, Tensor indices, Tensor grad_weights",
+    "router_backward": "str router, Tensor x, Tensor indices, Tensor grad_weights",
 }
 
 
@@ -61,35 +61,41 @@ def run(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: A
         return op.result(*torch.ops.cupy_router.topk_select(options, *inputs))
     if op.name == "dense_router":
         method, path = options
-        return op.result(*torch.ops.cupy_router.dense_router(method.number, path or "", *inputs, number))
-    key = _NO_METHOD if options is None else options.number
+        return op.result(*torch.ops.cupy_router.dense_router(method.text, path or "", *inputs, number))
+    key = _NO_METHOD if options is None else options.text
     if op.name == "hash_router":
         return op.result(*torch.ops.cupy_router.hash_router(key, *inputs, number))
     if op.name == "Router":
-        x, token_ids, table, *rest = inputs
-        return op.result(*torch.ops.cupy_router.hash_router(key, token_ids, table, None, x, *rest, number))
+        x, token_ids, table, weight, *rest = inputs
+        gated = None if weight is None else x
+        return op.result(*torch.ops.cupy_router.hash_router(key, token_ids, table, None, gated, weight, *rest, number))
     return op.result(*torch.ops.cupy_router.activation_topk(key, *inputs, number))
 
 
 def route(router: Any, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-    """The same of a Router; a graph sees the router's arrays only where they have gradients."""
-    if not _state.is_tracing():
+    """The same of a Router, whose arrays a graph sees if they are tensors: one graph then serves all layers alike, and
+    an exported program has them."""
+    if not _state.is_tracing() or _is_of_tensors(router):
         return router.route(x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]  # a Routing
     _refuse("Router", out, stream)
-    if is_grad_enabled() and any(map(_requires_grad, (router.weight, router.logit_bias, router.expert_scale))):
-        return router.route(x, token_ids, num_valid, None, None)  # type: ignore[no-any-return]  # a Routing
     number = num_valid if isinstance(num_valid, int) else -1
     counts = None if isinstance(num_valid, int) else num_valid
-    return Routing(*torch.ops.cupy_router.router(router.number, x, token_ids, counts, number))
+    return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, counts, number))
 
 
-def _requires_grad(array: Any) -> bool:
-    return isinstance(array, torch.Tensor) and array.requires_grad
+def _is_of_tensors(router: Any) -> bool:
+    if router._follows:  # copies of the arrays, on the device of each x
+        return False
+    arrays = (router.weight, router.bias, router.logit_bias, router.expert_scale, router.table)
+    if is_grad_enabled() and any(isinstance(array, torch.Tensor) and array.requires_grad for array in arrays):
+        return True
+    return all(array is None or isinstance(array, torch.Tensor) for array in arrays)
 
 
 def _refuse(name: str, out: Any, stream: Any) -> None:
     if out is not None or stream is not None:
-        raise ValueError(f"{name}: out and stream cannot be given inside torch.compile, torch.export or torch.func")
+        places = "torch.compile, torch.export, torch.func, torch.jit.trace or a TorchDispatchMode"
+        raise ValueError(f"{name}: out and stream cannot be given inside {places}")
 
 
 # -- From a node of the graph to the op --------------------------------------------------------------------------------
@@ -107,31 +113,31 @@ def _topk_select_with_options(k: int, in_order: bool, return_values: bool, page_
     return inputs[0].new_empty((0,)), indices  # a node always has two results
 
 
-def _activation_topk(method: int, *inputs: Any) -> Any:
+def _activation_topk(method: str, *inputs: Any) -> Any:
     return tuple(_call.run(activation_topk._OP, method_of(method), inputs[:-1], None, None, inputs[-1], eager=True))
 
 
-def _hash_router(method: int, *inputs: Any) -> Any:
+def _hash_router(method: str, *inputs: Any) -> Any:
     options = None if method == _NO_METHOD else method_of(method)
     return tuple(_call.run(hash_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
 
 
-def _dense_router(method: int, path: str, *inputs: Any) -> Any:
+def _dense_router(method: str, path: str, *inputs: Any) -> Any:
     options = method_of(method), path or None
     return tuple(_call.run(dense_router._OP, options, inputs[:-1], None, None, inputs[-1], eager=True))
 
 
-def _router(router: int, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
+def _router(router: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
     return tuple(router_of(router).route(x, token_ids, number if number >= 0 else num_valid, None, None))
 
 
-def _activation_topk_backward(method: int, *inputs: Any) -> Any:
+def _activation_topk_backward(method: str, *inputs: Any) -> Any:
     *arrays, in_float32, repeated = inputs
     options = activation_topk_backward.Options(method_of(method), "float32" if in_float32 else None, repeated)
     return _call.run(activation_topk_backward._OP, options, tuple(arrays), None, None, eager=True)[0]
 
 
-def _router_backward(router: int, x: Any, indices: Any, grad_weights: Any) -> Any:
+def _router_backward(router: str, x: Any, indices: Any, grad_weights: Any) -> Any:
     return _autograd.gradient_by_x(router_of(router), x, indices, grad_weights)
 
 
@@ -156,29 +162,29 @@ def _fake_topk_select_with_options(
     return scores.new_empty(shape if return_values else (0,)), scores.new_empty(shape, dtype=torch.int32)
 
 
-def _fake_activation_topk(method: int, logits: Any, *others: Any) -> Any:
+def _fake_activation_topk(method: str, logits: Any, *others: Any) -> Any:
     return _routing_like(logits, method_of(method))
 
 
-def _fake_hash_router(method: int, token_ids: Any, table: Any, *others: Any) -> Any:
+def _fake_hash_router(method: str, token_ids: Any, table: Any, *others: Any) -> Any:
     uniform = RoutingMethod(table.shape[1], table.shape[1])
     return _routing_like(token_ids, uniform if method == _NO_METHOD else method_of(method))
 
 
-def _fake_dense_router(method: int, path: str, x: Any, *others: Any) -> Any:
+def _fake_dense_router(method: str, path: str, x: Any, *others: Any) -> Any:
     return _routing_like(x, method_of(method))
 
 
-def _fake_router(router: int, x: Any, *others: Any) -> Any:
+def _fake_router(router: str, x: Any, *others: Any) -> Any:
     return _routing_like(x, router_of(router).method)
 
 
-def _fake_activation_topk_backward(method: int, grad_weights: Any, indices: Any, logits: Any, *others: Any) -> Any:
+def _fake_activation_topk_backward(method: str, grad_weights: Any, indices: Any, logits: Any, *others: Any) -> Any:
     *_, in_float32, _ = others
     return logits.new_empty(logits.shape, dtype=torch.float32 if in_float32 else logits.dtype)
 
 
-def _fake_router_backward(router: int, x: Any, *others: Any) -> Any:
+def _fake_router_backward(router: str, x: Any, *others: Any) -> Any:
     return x.new_empty(x.shape)
 
 

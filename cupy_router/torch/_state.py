@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-is_tracing = torch.compiler.is_compiling
+_num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 _HAS_LEVELS = hasattr(forward_ad, "_current_level")
+
+
+def is_tracing() -> bool:
+    """Whether PyTorch is to see a call as an op: in torch.compile and torch.export, in torch.jit.trace, and within a
+    TorchDispatchMode such as those of make_fx and of fake tensors."""
+    return torch.compiler.is_compiling() or _num_modes() > 0 or torch._C._is_tracing()
 
 
 def is_special() -> bool:

@@ -52,17 +52,17 @@ def test_opcheck(torch: Any, op: str) -> None:
     ids, count = torch.arange(5, device="cuda"), torch.tensor([3], dtype=torch.int32, device="cuda")
     table = torch.stack([torch.randperm(16)[:4] for _ in range(9)]).cuda()
     router = Router(SMALL, weight=weight.detach())
-    routed, key = activation_topk(logits.detach(), SMALL), SMALL.number
+    routed, key = activation_topk(logits.detach(), SMALL), SMALL.text
     samples = {
         "topk_select": (3, logits.detach(), ids.int() + 5, None),
         "activation_topk": (key, logits, bias, None, scale, count, -1),
         "hash_router": (key, ids, table, None, x, weight, None, scale, None, 4),
         "dense_router": (key, "", x, weight, bias, None, scale, None, -1),
-        "router": (router.number, x, None, count, -1),
+        "router": (router.key, x, None, count, -1),
         "activation_topk_backward": (
             key, tensor(5, 4, seed=5), routed.indices, logits.detach(), None, scale.detach(), False, False
         ),
-        "router_backward": (router.number, x.detach(), routed.indices, tensor(5, 4, seed=5)),
+        "router_backward": (router.key, x.detach(), routed.indices, tensor(5, 4, seed=5)),
     }  # fmt: skip
     results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, samples[op])
     assert set(results.values()) == {"SUCCESS"}
