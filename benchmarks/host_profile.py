@@ -95,7 +95,7 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
     key, plan = list(_call._plans.items())[-1]
     launch = plan.launch
     if launch is not None:
-        pointers = [logits.data_ptr(), bias.data_ptr(), 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
+        pointers = [logits.data_ptr(), bias.data_ptr(), 0, 0, 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
         parts[OURS, "plan looked up"] = lambda: _call._plans.get(key)
         parts[OURS, "arguments packed, kernel launched"] = lambda: launch(stream, pointers)
         parts[OURS, "device checked"] = lambda: launch.function.backend.use(0)

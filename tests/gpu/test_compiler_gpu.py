@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +47,11 @@ def first_uses(cache: Path) -> dict[str, float]:
 
 @pytest.mark.acceptance("first use: 0.5 s cold, 50 ms from disk")
 def test_first_use_of_a_kernel(tmp_path: Path, record_property: Any, pytestconfig: pytest.Config) -> None:
-    cold = first_uses(tmp_path)
-    warm = [first_uses(tmp_path) for _ in range(3)]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("tests beside this one take its time")
+    runs = [first_uses(tmp_path / str(turn)) for turn in range(3)]
+    cold = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    warm = [first_uses(tmp_path / "0") for _ in range(3)]
     best = {name: min(run[name] for run in warm) for name in cold}
     record_property("first_use_seconds", {"cold": cold, "from disk": best})
     reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
