@@ -117,7 +117,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "compiled: `torch.compile(fullgraph=True)`, `jax.jit`": (
         yes("torch_ops::a_call_compiles_into_one_graph", "torch_ops::generated_code_has_the_ops_and_no_copy",
             "gpu/torch_gpu::compiled_for_any_number_of_tokens",
-            "gpu/torch_gpu::generated_code_has_the_ops_and_no_copy"),
+            "gpu/torch_gpu::generated_code_has_the_ops_and_no_copy",
+            "gpu/torch_gpu::code_from_inductors_cache_is_that_of_the_method"),
         yes("jax_jit::a_traced_call_gives_what_an_eager_call_gives",
             "gpu/jax_jit_gpu::a_traced_call_gives_what_an_eager_call_gives"),
         NOT_THERE, NOT_THERE, NOT_THERE,

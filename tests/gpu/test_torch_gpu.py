@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +179,25 @@ def test_a_compiled_call_on_a_side_stream_does_not_wait(torch: Any) -> None:
     assert not stream.query(), "the host waited"
     stream.synchronize()
     same(got, want)
+
+
+CACHED = """
+import sys, torch
+from cupy_router import RoutingMethod, activation_topk
+method = RoutingMethod(8, 2, "sigmoid", renormalize=False, weight_dtype=sys.argv[1])
+logits = torch.arange(24.0, device="cuda").reshape(3, 8)
+route = lambda logits: activation_topk(logits, method).weights * 2
+assert route(logits).equal(torch.compile(route, fullgraph=True)(logits))
+"""
+
+
+def test_code_from_inductors_cache_is_that_of_the_method(tmp_path: Path) -> None:
+    """Of two processes that differ in their method alone: the second one finds the first one's code."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for dtype in ("float32", "float16"):
+        program = [sys.executable, "-c", CACHED, dtype]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_device_that_is_not_current(torch: Any) -> None:
