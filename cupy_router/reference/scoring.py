@@ -141,7 +141,8 @@ def weigh(scores: Float32, method: RoutingMethod) -> Float32:
     """Weights from the scores [num_tokens, top_k] of each token's experts: renormalised, then scaled.
 
     Renormalising divides by the sum, under three rules: it leaves out NaN, so that one NaN does not spoil its
-    neighbours; a sum of 0 gives weights 0; where a score is +inf, infinite scores weigh NaN and finite ones 0.
+    neighbours; a divisor of 0 gives weights 0, and NaN to -inf; where a score is +inf, infinite scores weigh NaN and
+    finite ones 0.
 
     >>> weigh(np.array([[1.0, 3.0]], np.float32), RoutingMethod(8, 2, scale=2.0))
     array([[0.5, 1.5]], dtype=float32)

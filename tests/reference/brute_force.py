@@ -86,7 +86,9 @@ def _renormalize(chosen: Sequence[float], method: RoutingMethod) -> list[float]:
     for s in numbers:  # one by one: where terms cancel, the order of summation shows
         total += s
     divisor = total + method.renormalize_eps if method.renormalize_min is None else max(total, method.renormalize_min)
-    return [s if math.isnan(s) else (s / divisor if total and divisor else 0.0) for s in chosen]
+    if total and divisor:
+        return [s if math.isnan(s) else s / divisor for s in chosen]
+    return [0.0 if math.isfinite(s) else math.nan for s in chosen]  # -inf, where renormalize_min makes the divisor 0
 
 
 def route(

@@ -68,6 +68,13 @@ def test_a_row_of_nan_gives_the_first_experts() -> None:
     assert np.isnan(weights).all()
 
 
+def test_an_infinite_score_over_a_divisor_of_0_weighs_nan() -> None:
+    method = RoutingMethod(3, 3, "identity", renormalize_min=0.0)
+    weights, _ = activation_topk(np.array([[1.0, 0.0, -np.inf]], np.float32), method)
+    np.testing.assert_array_equal(weights, np.array([[0.0, 0.0, np.nan]], np.float32))
+    assert brute_force.weigh([1.0, 0.0, -np.inf], method)[:2] == [0.0, 0.0]
+
+
 def test_selection_is_in_float32() -> None:
     """At 8 a float32 step is 2**-20: scores that differ by less tie, and the lower index wins."""
     logits = np.array([[0.5, 0.5 + 2**-23, 0.25]], np.float32)
