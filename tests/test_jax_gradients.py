@@ -18,7 +18,7 @@ from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, d
 from tests import gradients, inputs
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, enable_x64, twin
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy

@@ -15,9 +15,9 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import inputs, steps
+from tests import compare, inputs
 from tests.jax_calls import METHOD, NAMES, calls, same_bits
-from tests.test_method_steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -61,7 +61,7 @@ def test_every_step_of_a_method(name: str) -> None:
     with jax.enable_x64(method.index_dtype == "int64"):
         routed = jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
         weights, indices = routed(logits, layer.arguments(jnp.array))
-    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+    compare.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
 
 
 def test_int64_results_need_64_bit_numbers() -> None:

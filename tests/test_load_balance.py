@@ -13,7 +13,7 @@ import pytest
 from cupy_router import RoutingMethod, activation_topk
 from tests import inputs
 from tests.gradient_cases import SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

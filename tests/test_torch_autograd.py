@@ -17,7 +17,7 @@ import cupy_router
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case, twin
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
