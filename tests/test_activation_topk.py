@@ -46,7 +46,7 @@ def route(
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (64, 6)])
 def test_number_of_tokens(backend: Backend, n: int, experts: int, k: int) -> None:
     n = backend.rows(n, experts, exactly=True)
@@ -340,7 +340,8 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend) -> None:
             compare.assert_same_bits(backend.numpy(b), a)
 
 
-@pytest.mark.parametrize("n", [70, 2049, 16385])  # a kernel for few rows, for some and for many
+# A kernel for few rows, for some and for many.
+@pytest.mark.parametrize("n", [70, 2049, pytest.param(16385, marks=pytest.mark.slow("seconds"))])
 @pytest.mark.parametrize(
     "method",
     [

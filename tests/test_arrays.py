@@ -272,6 +272,7 @@ def test_inputs_are_never_written() -> None:
         compare.assert_same_bits(given[name], a)
 
 
+@pytest.mark.slow("process")
 def test_importing_the_package_imports_no_framework() -> None:
     import subprocess
     import sys
@@ -283,6 +284,7 @@ def test_importing_the_package_imports_no_framework() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.slow("process")
 def test_a_call_imports_no_other_framework() -> None:
     import subprocess
     import sys

@@ -67,7 +67,7 @@ def route(
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 def test_number_of_tokens(backend: Backend, n: int) -> None:
     n = backend.rows(n, 64, exactly=True)
     route(backend, *gated(n, 64, 48), RoutingMethod(64, 6))

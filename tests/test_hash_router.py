@@ -80,7 +80,7 @@ def dot_tolerance(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 # -- Uniform weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 def test_number_of_tokens(backend: Backend, n: int) -> None:
     n = backend.rows(n, 64, exactly=True)
     ids, table = token_ids(n), tables(64, 6)

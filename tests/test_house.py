@@ -107,6 +107,7 @@ def test_frameworks_are_imported_inside_functions_or_in_their_own_module(path: P
     assert found <= own
 
 
+@pytest.mark.slow("process")
 def test_no_public_name_and_no_command_imports_a_framework() -> None:
     code = """
 import sys

@@ -127,6 +127,7 @@ def test_calls_between_other_operations() -> None:
     np.testing.assert_allclose(got[0], (weights[:, ::-1] * 2).T, rtol=1e-6)
 
 
+@pytest.mark.slow("seconds")
 def test_calls_in_loops_and_branches() -> None:
     logits = jnp.array(inputs.normal((7, 5, 32), seed=221))
     each = [activation_topk(step, METHOD) for step in logits]
@@ -229,6 +230,7 @@ def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
+@pytest.mark.slow("seconds")
 def test_a_tracer_in_any_place_is_enough() -> None:
     """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
     call = CALLS["activation_topk of a layer"]
@@ -289,6 +291,7 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
     assert compiled(jnp.zeros((3, 50))).indices.tolist() == [list(range(40))] * 3
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("program", ["lazily", "eager_calls", "at_exit", "at_exit_of_threads"])
 def test_in_a_process_of_its_own(program: str) -> None:
     done = subprocess.run(

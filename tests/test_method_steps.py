@@ -260,17 +260,15 @@ def test_a_bad_own_score(changes: dict[str, Any], error: type[Exception], messag
         ScoreFunction(**{"name": "f", "cuda": "x", "numpy": abs, **changes})
 
 
+@pytest.mark.backends("reference")
 def test_an_own_score_of_the_wrong_shape(backend: Backend) -> None:
-    if backend.runs_kernels:
-        pytest.skip("about the reference")
     wrong = ScoreFunction("wrong", cuda="x", numpy=lambda x: x.sum())
     with pytest.raises(ValueError, match=r"ScoreFunction\('wrong'\) made shape \(\) of an array of shape \(2, 4\)"):
         activation_topk(np.zeros((2, 4), np.float32), M(4, 2, wrong))
 
 
+@pytest.mark.backends("reference")
 def test_jax_does_not_cut_indices(backend: Backend) -> None:
-    if backend.runs_kernels:
-        pytest.skip("about JAX arrays")
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     logits = jax.numpy.zeros((2, 8), "float32")
     with pytest.raises(

@@ -249,6 +249,7 @@ print(activation_topk(x, RoutingMethod(16, 4)).weights.requires_grad)
 """
 
 
+@pytest.mark.slow("process")
 def test_the_first_call_of_a_process_has_a_gradient() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=root, capture_output=True, text=True)
@@ -260,6 +261,7 @@ def test_the_first_call_of_a_process_has_a_gradient() -> None:
 COMPILED = ("everything", "softmax after top-k, bias on logits", "shared in the normaliser", "soft cap")
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
@@ -275,6 +277,7 @@ def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
     case.check(routing)
 
 
+@pytest.mark.slow("seconds")
 def test_a_compiled_router_with_frozen_arrays() -> None:
     """Of any framework: the graph holds the router, and goes back through it."""
     gate = inputs.normal((16, 8), seed=201)
@@ -372,6 +375,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         return torch.einsum("ne,eij,nj->ni", dense, self.experts, x)
 
 
+@pytest.mark.slow("seconds")
 def test_a_layer_learns_as_with_a_plain_router() -> None:
     x, target = tensor(64, 8, seed=8), tensor(64, 8, seed=9)
     curves = []

@@ -64,6 +64,7 @@ def assert_same(got: Any, want: Any) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_compiles_into_one_graph(name: str) -> None:
     """Also for other numbers of tokens."""
@@ -91,6 +92,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]
         return [(weights * 2, indices) for weights, indices in found]
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()
@@ -126,6 +128,7 @@ for got, want in zip(torch.export.load(sys.argv[1]).module()(x), wanted, strict=
 """
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_path: Path) -> None:
     """Where other methods and Routers were made before it is loaded."""
@@ -283,6 +286,7 @@ print(compiled(torch.eye(8)[:2])[1].tolist() == [[0, 1], [1, 0]])
 """
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("program", [PROGRAM, FIRST_CALL_COMPILED], ids=["router", "first call"])
 def test_tensors_compile_without_another_import(program: str) -> None:
     root = Path(cupy_router.__file__).parents[1]
@@ -299,6 +303,7 @@ print(activation_topk(numpy.eye(8, dtype="float32")[:1], "mixtral").indices.toli
 """
 
 
+@pytest.mark.slow("process")
 def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", UNUSABLE], cwd=root, capture_output=True, text=True)
@@ -308,6 +313,7 @@ def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
 # -- Generated code ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds")
 def test_generated_code_has_the_ops_and_no_copy() -> None:
     """Also of rows that lie apart: they are handed over as they are."""
     from torch._inductor.utils import run_and_get_code
@@ -333,6 +339,7 @@ def test_the_check_of_generated_code_sees_copies(line: str) -> None:
         generated_code.assert_nothing_but_ops(code + line + "\n", {"topk_select": 1})
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compiled_calls_of_any_size_without_gradients(mode: Any) -> None:
     torch.compiler.reset()

@@ -75,7 +75,7 @@ def methods(draw: st.DrawFn, num_experts: int, max_top_k: int = 7) -> RoutingMet
         if fields["num_shared_experts"] and draw(st.booleans()):
             fields |= {"shared_in_normalizer": True, "score": "sigmoid", "renormalize": True, **DIVISORS[0]}
     most = min(num_experts // groups * top_groups, max_top_k)
-    return RoutingMethod(num_experts, draw(st.integers(1, most)), **fields)
+    return RoutingMethod(num_experts, draw(st.integers(1, most) | st.just(most)), **fields)  # all: NaN among them
 
 
 DIVISORS: list[dict[str, Any]] = [
