@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ SLOW = ("compiler", "process", "seconds")  # runs g++ or NVRTC; starts a process
 COMPILING = {"simt", "test_compile.py"}  # folders and files whose tests compile kernels
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 TESTS_PER_DOT = 50
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads cost small tensors more than they save
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -116,6 +116,7 @@ def round_a_value(top: Any) -> Any:
     return top
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize(
     ("op", "fault"),
     [

@@ -391,11 +391,9 @@ def test_every_configuration_class_with_experts_is_known() -> None:
 
 @pytest.mark.slow("process")
 def test_neither_torch_nor_transformers_is_imported() -> None:
-    code = f"""
-import sys
-from cupy_router import RoutingMethod
-RoutingMethod.from_config({MIXTRAL})
-print(*sorted({{"numpy", "torch", "transformers"}} & set(sys.modules)))
-"""
+    code = (
+        f"import sys, cupy_router; cupy_router.RoutingMethod.from_config({MIXTRAL}); "
+        'print(*sorted({"numpy", "torch", "transformers"} & set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -88,7 +88,7 @@ def test_gradients_are_central_differences(name: str) -> None:
     gradients.assert_right(np.asarray(got), upstream, indices, logits, case.method, case.layer)
 
 
-@pytest.mark.slow("seconds", every=4)
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize("num_valid", [4, np.int32(4), np.array([4], np.int32)], ids=["int", "scalar", "array"])
 @pytest.mark.parametrize("kind", ["activation_topk", "dense_router", "hash_router of x", "Router", "hash Router"])
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:

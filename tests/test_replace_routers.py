@@ -59,7 +59,7 @@ def test_family(family: str) -> None:
         assert written == moe_models.lines(rows), "write it anew: python -m tests.moe_models --write"
 
 
-@pytest.mark.slow("seconds", every=8)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(variant: str) -> None:
     families = [family for family in moe_configs.families() if moe_configs.varies(family, variant)]
@@ -144,6 +144,7 @@ def test_bfloat16(family: str) -> None:
     assert json.loads(json.dumps(report(examine(family))))
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM"])
 def test_generate(name: str) -> None:
     before, after = generate_twice(getattr(transformers, name), "cpu")

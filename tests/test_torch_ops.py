@@ -174,6 +174,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize(
     "name", ["topk_select", "topk_select_with_options", "activation_topk", "hash_router", "dense_router", "router"]
 )

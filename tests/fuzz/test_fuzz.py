@@ -190,7 +190,7 @@ def test_settings_are_different_and_repeatable() -> None:
     assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
 
 
-@pytest.mark.slow("seconds", every=5)
+@pytest.mark.slow("seconds", every=9)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
 def test_a_setting_is_one_kernel(setting: Setting) -> None:
     """Whatever is drawn: so few kernels are compiled for so many cases."""
