@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
     if hasattr(config, "workeroutput"):  # a worker of pytest-xdist, whose controller collects nothing
         config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of every later garbage collection: it is there to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def runs_on(item: pytest.Item, backend: str, cases: Counter[tuple[str, str]]) -> bool:

@@ -19,9 +19,9 @@ VOCABULARY = 1000
 
 
 def tables(experts: int, k: int, dtype: str = "int32", vocabulary: int = VOCABULARY) -> np.ndarray:
-    """A row of k different experts per token id."""
-    rows = [inputs.rng(40, token, experts).permutation(experts)[:k] for token in range(vocabulary)]
-    return np.array(rows, DTYPES[dtype]).reshape(vocabulary, k)
+    """Return a row of k different experts per token id."""
+    ordered = np.broadcast_to(np.arange(experts), (vocabulary, experts))
+    return inputs.rng(40, experts).permuted(ordered, axis=1)[:, :k].astype(DTYPES[dtype])
 
 
 def token_ids(n: int, dtype: str = "int32", vocabulary: int = VOCABULARY) -> np.ndarray:

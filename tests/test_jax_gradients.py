@@ -59,7 +59,7 @@ def close(got: Any, want: Any) -> None:
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
-@pytest.mark.slow("seconds", every=7)
+@pytest.mark.slow("seconds", every=13)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
     case.check(found, indices)
 
 
-@pytest.mark.slow("seconds", every=4)
+@pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
     """Of the weights in float64, with neither JAX nor the reference between; under jit."""
@@ -88,7 +88,7 @@ def test_gradients_are_central_differences(name: str) -> None:
     gradients.assert_right(np.asarray(got), upstream, indices, logits, case.method, case.layer)
 
 
-@pytest.mark.slow("seconds", every=7)
+@pytest.mark.slow("seconds", every=15)
 @pytest.mark.parametrize("num_valid", [4, np.int32(4), np.array([4], np.int32)], ids=["int", "scalar", "array"])
 @pytest.mark.parametrize("kind", ["activation_topk", "dense_router", "hash_router of x", "Router", "hash Router"])
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
@@ -200,7 +200,7 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow("seconds", every=5)
+@pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_other_transformations(name: str) -> None:
     close(TRANSFORMED[name](LOGITS), jax.grad(of_twin)(LOGITS))

@@ -34,6 +34,7 @@ def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 # -- jax.jit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("backend")
@@ -52,6 +53,7 @@ def test_no_tokens(name: str) -> None:
     same_bits(result, call(on_cpu(call.arrays)))
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_of_a_method(name: str) -> None:
     """Among them groups, scores of the caller's own, other dtypes of the results."""

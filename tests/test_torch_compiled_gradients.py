@@ -105,7 +105,7 @@ ROUTER = Router(METHOD, weight=tensor(16, 8, seed=1))
 TABLE = Router(METHOD, table=torch.from_numpy(np.stack([inputs.rng(204, r).permutation(16)[:4] for r in range(9)])))
 
 
-@pytest.mark.slow("seconds", every=3)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name: str) -> None:
     for given in samples()[name]:

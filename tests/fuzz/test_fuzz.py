@@ -202,6 +202,7 @@ def test_a_setting_is_one_kernel(setting: Setting) -> None:
     assert recorder.sources == [kernels(setting)[function]]
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
 def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
