@@ -32,6 +32,7 @@ def launches() -> list[Launch]:
 # -- The calls ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds")
 def test_the_calls_are_right_on_this_backend() -> None:
     """NumPy arrays stand in for the GPU's: all but the memory is as on the GPU."""
     assert sanitize.make_calls(Backend(), CASES) == len(CASES) == len({repr(case) for case in CASES}) > 150

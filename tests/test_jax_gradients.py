@@ -59,7 +59,7 @@ def close(got: Any, want: Any) -> None:
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
-@pytest.mark.slow("seconds", every=13)
+@pytest.mark.slow("seconds", every=17)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
@@ -200,7 +200,7 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow("seconds", every=8)
+@pytest.mark.slow("seconds", every=16)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_other_transformations(name: str) -> None:
     close(TRANSFORMED[name](LOGITS), jax.grad(of_twin)(LOGITS))
@@ -356,6 +356,7 @@ SECOND = {
 }
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("name", SECOND)
 def test_a_second_derivative_is_refused(name: str) -> None:
     said = "^cupy_router: the weights of a routing have first derivatives only, so this has no gradient"

@@ -271,6 +271,7 @@ def test_no_rows_launch_nothing(recorder: Recorder, fake: Fake) -> None:
     assert (recorder.launches, recorder.sources) == ([], [])
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("columns", [256, 384, 36])
 def test_words_are_read_only_where_every_row_is_aligned(

@@ -105,6 +105,7 @@ def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> Non
             assert got[0].requires_grad == want[0].requires_grad
 
 
+@pytest.mark.slow("seconds", every=2)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_exports(strict: bool) -> None:
     x = arguments(6)[0]

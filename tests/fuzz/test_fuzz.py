@@ -190,7 +190,7 @@ def test_settings_are_different_and_repeatable() -> None:
     assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
 
 
-@pytest.mark.slow("seconds", every=9)
+@pytest.mark.slow("seconds", every=11)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
 def test_a_setting_is_one_kernel(setting: Setting) -> None:
     """Whatever is drawn: so few kernels are compiled for so many cases."""
@@ -202,7 +202,7 @@ def test_a_setting_is_one_kernel(setting: Setting) -> None:
     assert recorder.sources == [kernels(setting)[function]]
 
 
-@pytest.mark.slow("seconds", every=3)
+@pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
 def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
