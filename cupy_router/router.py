@@ -16,7 +16,9 @@ from cupy_router.arrays import View, framework_of
 from cupy_router.method import PROCESS, RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
-from cupy_router.ops import activation_topk as scoring
+from cupy_router.ops._method import check_layer
+from cupy_router.ops._op import FLOATS
+from cupy_router.ops._run import Interceptor
 from cupy_router.results import Routing
 
 # Every router of this process by its key, for callers that can carry a string but no object.
@@ -99,18 +101,13 @@ class Router:
         """What the repr says of the arrays, if nothing is wrong with them."""
         views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
         table = views.get("table")
-        layer = views.get("bias"), views.get("logit_bias"), views.get("expert_scale")
-        if table is None or "weight" in views:
-            dense_router.check_gate(self.method, views.get("weight"))
-            scoring.check_layer(self.method, *layer)
-        elif layer[1] is not None or layer[2] is not None:
+        if table is None and "weight" not in views:
+            raise TypeError("weight must be an array, got None")
+        check_layer(self.method, views)
+        if "weight" not in views and views.keys() & {"logit_bias", "expert_scale"}:
             raise ValueError("logit_bias and expert_scale need a weight, without which weights are uniform")
-        if table is not None:
-            if "bias" in views:
-                raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
-            check.dtype(table, check.INTS)
-            check.rank(table, "vocab_size, top_k")
-            check.shape(table, (table.shape[0], self.method.top_k), "vocab_size, top_k")
+        if table is not None and "bias" in views:
+            raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
@@ -141,12 +138,13 @@ class Router:
         Returns:
             Routing of arrays of the framework of x, on its device.
         """
-        if tracer is not None and tracer.is_tracing():
-            return tracer.route(self, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]  # a Routing
+        for interceptor in interceptors:
+            if interceptor.wants(self, (x, token_ids)):
+                return interceptor.run(self, None, (x, token_ids, num_valid), out, stream, -1)  # type: ignore[no-any-return]
         return self.route(x, token_ids, num_valid, out, stream)
 
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-        """A call that is not being traced."""
+        """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
         if self._follows:
             return self.beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
@@ -239,8 +237,8 @@ class Router:
         return found
 
 
-# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
-tracer: Any = None
+# Framework packages add what takes the call of a Router as a whole.
+interceptors: list[Interceptor] = []
 
 
 def _view(name: str, array: Any) -> View:
@@ -253,7 +251,7 @@ def _view(name: str, array: Any) -> View:
 def _as_float32(key: str, array: Any, num_experts: int) -> Any:
     """[num_experts] float32; some checkpoints keep such arrays in bfloat16, some the bias in a row of its own."""
     view = _view(key, array)
-    check.dtype(view, check.FLOATS)
+    check.dtype(view, FLOATS)
     if view.shape == (1, num_experts):
         array = array.reshape(num_experts)
     if view.dtype == "float32":

@@ -19,7 +19,7 @@ class Routing(NamedTuple):
 # -- Brute force -------------------------------------------------------------------------------------------------------
 
 
-def order(row: np.ndarray) -> np.ndarray:
+def by_value(row: np.ndarray) -> np.ndarray:
     """Columns by descending value, equal values by ascending index, NaN last: all that an op may assume about order."""
     row = row.astype(np.float32)
     if row.size <= 2048:
@@ -29,7 +29,7 @@ def order(row: np.ndarray) -> np.ndarray:
 
 
 def topk(
-    scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, sorted: bool = True, index_map: Any = None,
+    scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, order: str = "value", index_map: Any = None,
     page_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     rows, columns = scores.shape
@@ -41,8 +41,8 @@ def topk(
             continue
         length = columns - start if lengths is None else min(int(lengths[r]), columns - start)
         row = scores[r, start : start + max(length, 0)]
-        chosen = order(row)[:k]
-        if not sorted:
+        chosen = by_value(row)[:k]
+        if order == "column":
             chosen = np.sort(chosen)
         values[r, : chosen.size] = row[chosen]
         if index_map is not None:
@@ -95,7 +95,7 @@ def weigh(chosen: np.ndarray, method: Any) -> np.ndarray:
 
 def route(logits: np.ndarray, method: Any, bias: np.ndarray | None = None, num_valid: int | None = None) -> Routing:
     scores = score(logits, method.score)
-    chosen = [order(row)[: method.top_k] for row in selection(scores, bias)]
+    chosen = [by_value(row)[: method.top_k] for row in selection(scores, bias)]
     indices = np.array(chosen, dtype=np.int32).reshape(len(logits), method.top_k)
     return pad(Routing(weigh(np.take_along_axis(scores, indices, -1), method), indices), num_valid)
 

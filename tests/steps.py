@@ -125,9 +125,9 @@ def eligible(values: np.ndarray, method: RoutingMethod) -> list[int]:
     worth = []
     for group in range(method.num_groups):
         members = values[group * size : (group + 1) * size]
-        best = [members[i] for i in compare.order(members)[: 1 if method.group_score == "max" else 2]]
+        best = [members[i] for i in compare.by_value(members)[: 1 if method.group_score == "max" else 2]]
         worth.append(compare.flush(np.array([math.nan if any(map(math.isnan, best)) else sum(best)], np.float32))[0])
-    kept = sorted(compare.order(np.array(worth, np.float32))[: method.top_groups].tolist())
+    kept = sorted(compare.by_value(np.array(worth, np.float32))[: method.top_groups].tolist())
     return [group * size + i for group in kept for i in range(size)]
 
 
@@ -141,7 +141,7 @@ def choose(row: np.ndarray, method: RoutingMethod, layer: Layer) -> list[int]:
     values = selection(row, method, layer)
     candidates = eligible(values, method) if method.top_groups < method.num_groups else range(method.num_experts)
     among = np.array(list(candidates))
-    return [int(among[i]) for i in compare.order(values[among])[: method.top_k]]
+    return [int(among[i]) for i in compare.by_value(values[among])[: method.top_k]]
 
 
 def weigh(row: np.ndarray, experts: list[int], method: RoutingMethod, layer: Layer) -> np.ndarray:

@@ -142,7 +142,7 @@ def test_what_the_bias_holds(backend: Backend, kind: str, logits_kind: str, expe
 def test_equal_scores_follow_the_bias_exactly(backend: Backend) -> None:
     bias = inputs.BIAS["bias near 8.08"](256)
     got = route(backend, np.full((3, 256), 0.5, np.float32), RoutingMethod(256, 8, "identity"), bias)
-    np.testing.assert_array_equal(got.indices[0], compare.order(bias + np.float32(0.5))[:8])
+    np.testing.assert_array_equal(got.indices[0], compare.by_value(bias + np.float32(0.5))[:8])
 
 
 def test_a_bias_selects_but_does_not_weigh(backend: Backend) -> None:
@@ -199,7 +199,7 @@ def test_small_scores_keep_their_order(backend: Backend) -> None:
     """Down to x = -170 neither sqrt(softplus) nor its order is lost, where log(1 + exp(x)) would be 0 from -16.6."""
     logits = inputs.rng(34).permuted(np.linspace(-170, -10, 256, dtype=np.float32)[None], axis=1)
     got = route(backend, logits, RoutingMethod(256, 256, "sqrtsoftplus", renormalize=False), exact=True)
-    np.testing.assert_array_equal(got.indices[0], compare.order(logits[0]))
+    np.testing.assert_array_equal(got.indices[0], compare.by_value(logits[0]))
     assert (got.weights > 0).all()
 
 

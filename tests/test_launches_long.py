@@ -44,7 +44,7 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
 @pytest.mark.parametrize("rows_of_map", [1, 3])
 def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     pages = Array(0x700, (rows_of_map, 20), "int32", row_stride=30)
-    result = topk_select(Array(0x400, (3, 70)), 6, sorted=False, return_values=False, index_map=pages, page_size=4)
+    result = topk_select(Array(0x400, (3, 70)), 6, order="column", return_values=False, index_map=pages, page_size=4)
     assert result.values is None
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)

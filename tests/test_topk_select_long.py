@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cupy_router import topk_select
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
 from cupy_router.ops._topk_select_long import Plan
 from tests import compare, inputs
@@ -32,11 +32,11 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
 
     def plan(name: str) -> Plan | None:
         monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
-        _call._plans.clear()
+        _cached.forget()
         return PLANS[name]
 
     yield plan
-    _call._plans.clear()
+    _cached.forget()
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -51,13 +51,13 @@ def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("levels", [2, 3, 9, 40])
-@pytest.mark.parametrize("in_order", [False, True])
-def test_few_values(backend: Backend, planned: Planned, levels: int, in_order: bool, name: str) -> None:
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+def test_few_values(backend: Backend, planned: Planned, levels: int, order: str, name: str) -> None:
     """Ties at the threshold, above it and in crowded slots; winners side by side in half of the rows."""
     planned(name)
     scores = inputs.rng(levels).integers(0, levels, (4, COLUMNS)).astype(np.float32)
     scores[::2] = np.sort(scores[::2])
-    select(backend, scores, K, sorted=in_order)
+    select(backend, scores, K, order=order)
 
 
 def k_of_plans() -> Iterator[Any]:
@@ -87,7 +87,7 @@ def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: 
     planned(name)
     k = min(columns, 300)
     scores = np.full((backend.rows(2, columns), columns), -1.5, inputs.FLOATS[columns % 3])
-    _, indices = select(backend, scores, k, sorted=False)
+    _, indices = select(backend, scores, k, order="column")
     np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(k), indices.shape))
 
 
@@ -182,6 +182,6 @@ def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: i
     ("columns", "k"),
     [pytest.param(9000, 8192, marks=ITEM("k = 8192")), (20_000, 10_000), pytest.param(9000, 9000, marks=ITEM("k = E"))],
 )
-@pytest.mark.parametrize("in_order", [False, True])
-def test_large_k(backend: Backend, columns: int, k: int, in_order: bool) -> None:
-    select(backend, inputs.normal((2, columns)), k, sorted=in_order)
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+def test_large_k(backend: Backend, columns: int, k: int, order: str) -> None:
+    select(backend, inputs.normal((2, columns)), k, order=order)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops._method import MethodOptions
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
 from tests.steps import METHODS
@@ -130,7 +130,10 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
     if compiled:  # as graphs call them
         ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
         calls = [
-            (lambda x: ops.activation_topk(METHOD.text, x, None, None, None, None, -1), parameter(5, 16)),
+            (
+                lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, None, None, None, None, -1),
+                parameter(5, 16),
+            ),
             (lambda x: ops.router(router.key, x, None, None, -1), parameter(5, 8)),
         ]
     for call, x in calls:
@@ -308,45 +311,6 @@ def test_a_compiled_call_of_other_sizes() -> None:
         want = torch.autograd.grad(dense_router(x, weight, METHOD).weights.square().sum(), [x, weight])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    method, square = METHOD.text, METHODS["own score, a body"].text
-    routed = activation_topk(tensor(5, 16), METHOD)
-    count = torch.tensor([3], dtype=torch.int32)
-    ids, table = torch.arange(5), torch.from_numpy(np.stack([inputs.rng(203, r).permutation(16)[:4] for r in range(9)]))
-    bias, scale = parameter(16, seed=2), parameter(16, seed=3)
-    padded = routed.indices.clone()
-    padded[3:] = -1
-    return {
-        "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), bias, scale, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, 3),
-        ],
-        "hash_router": [
-            (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
-            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
-            ("", ids, table, None, None, None, None, None, None, -1),
-        ],
-        "dense_router": [(method, "", parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
-        "router": [(ROUTER.key, parameter(5, 8), None, count, -1), (TABLE.key, parameter(5, 8), ids, None, -1)],
-        "activation_topk_backward": [
-            (method, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach(), False, False),
-            (method, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None, True, True),
-        ],
-        "router_backward": [(ROUTER.key, tensor(5, 8), routed.indices, tensor(5, 4))],
-    }
-
-
-ROUTER = Router(METHOD, weight=tensor(16, 8, seed=1))
-TABLE = Router(METHOD, table=torch.from_numpy(np.stack([inputs.rng(204, r).permutation(16)[:4] for r in range(9)])))
-
-
-@pytest.mark.parametrize("name", samples())
-def test_opcheck(name: str) -> None:
-    for given in samples()[name]:
-        results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
-        assert set(results.values()) == {"SUCCESS"}
 
 
 # -- In a model --------------------------------------------------------------------------------------------------------

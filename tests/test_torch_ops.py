@@ -33,7 +33,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "topk_select": lambda x, ids, count: topk_select(x, 3),
     "topk_select with lengths": lambda x, ids, count: topk_select(x, 3, lengths=ids, starts=ids // 8),
     "topk_select by column, mapped": lambda x, ids, count: topk_select(
-        x, 3, sorted=False, index_map=PAGES, page_size=2, starts=ids // 8
+        x, 3, order="column", index_map=PAGES, page_size=2, starts=ids // 8
     ),
     "topk_select without values": lambda x, ids, count: topk_select(x, 3, return_values=False)[1:],
     "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),

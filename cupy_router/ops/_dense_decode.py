@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _layout as layout
-from cupy_router.ops.activation_topk import method_arguments, method_macros
+from cupy_router.ops._method import method_arguments, method_macros
 
 FILE = FUNCTION = "dense_router_decode"
 INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")

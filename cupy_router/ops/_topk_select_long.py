@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cupy_router import compiler, scratch
-from cupy_router.arrays import View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, launch_of
+from cupy_router.ops._cached import Kernel, launch_with
+from cupy_router.ops._op import Arrays
 
 LONG, LARGE = "topk_select_long", "topk_select_large"
 INPUTS = ("scores", "lengths", "starts", "index_map")
@@ -27,15 +27,6 @@ _MAX_PIECES, _PIECE_BYTES = 32, 16 * 1024
 _SPLIT_BYTES = 96 * 1024  # what one block has to be spared, or handing over takes longer
 _ENTRY_BYTES, _STATIC_BYTES = 12, 6 * 1024
 _MAX_CAPACITY = 16384
-
-
-class Options(NamedTuple):
-    """What is asked for besides the arrays."""
-
-    k: int
-    sorted: bool = True
-    return_values: bool = True
-    page_size: int = 1
 
 
 class Plan(NamedTuple):
@@ -102,19 +93,17 @@ def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
 class LongTopK:
     """A launch for any call, with the scratch memory of the stream that it is called on."""
 
-    def __init__(
-        self, options: Options, out_strides: Sequence[int], scores: View, lengths: View | None, starts: View | None,
-        index_map: View | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, options: Any, arrays: Arrays) -> None:
+        scores, index_map = arrays.scores, arrays.index_map
         num_rows, num_columns = scores.shape
-        indices_stride = out_strides[-1]
+        indices_stride = arrays.indices.row_stride
         fixed: dict[str, int | float] = {
             "num_columns": num_columns,
             "k": options.k,
-            "sorted": int(options.sorted),
+            "sorted": int(options.order != "column"),
             "page_size": options.page_size,
             "scores_stride": scores.row_stride,
-            "values_stride": out_strides[0],
+            "values_stride": indices_stride if arrays.values is None else arrays.values.row_stride,
             "indices_stride": indices_stride,
             "map_stride": 0 if index_map is None or index_map.shape[0] == 1 else index_map.row_stride,
         }
@@ -122,12 +111,11 @@ class LongTopK:
         backend = compiler.backend(scores.device[0])
         assert backend is not None, "ops ask for a backend before they ask for a kernel"
         plan = choose(num_rows, num_columns, options.k, scores.dtype, backend.shared_limit(scores.device[1]))
-        self._has_values = options.return_values
         self._device, self._pieces, self._scratch_bytes = scores.device, 0, 0
         self._launches = []
         if plan is None:
             kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, {"num_rows": num_rows} | fixed)
-            self._launches.append(launch_of(kernel, (*INPUTS, *OUTPUTS), scores.device))
+            self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
         else:
             room = 0
             if plan.pieces > 1:
@@ -147,16 +135,12 @@ class LongTopK:
                 grid = min(num_rows - first, MAX_GRID) * plan.pieces
                 numbers = {"pieces": plan.pieces, "list_room": room, "rows_ahead": ahead, "first_row": first} | fixed
                 kernel = Kernel(LONG, LONG, macros, grid, plan.block, numbers, shared_bytes=plan.shared_bytes)
-                self._launches.append(launch_of(kernel, (*INPUTS, *OUTPUTS, *_SCRATCH), scores.device))
+                self._launches.append(launch_with((*INPUTS, *OUTPUTS, *_SCRATCH), kernel, scores.device))
         self._takes_scratch = plan is not None
         self.function: compiler.Function = self._launches[0].function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         pointers = [*varying]
-        if len(pointers) < len(INPUTS) + 1 + self._has_values:
-            pointers.insert(len(INPUTS) - 1, 0)  # no index_map
-        if not self._has_values:
-            pointers.insert(len(INPUTS), 0)
         if self._scratch_bytes:
             memory = scratch.buffer(self._device, stream, LONG, self._scratch_bytes)
             counts = memory + _COUNTER_BYTES

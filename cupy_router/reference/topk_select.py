@@ -17,7 +17,7 @@ def topk_select(
     lengths: NDArray[np.int32] | None = None,
     starts: NDArray[np.int32] | None = None,
     *,
-    sorted: bool = True,
+    order: str = "value",
     index_map: NDArray[np.int32] | None = None,
     page_size: int = 1,
 ) -> tuple[NDArray[Any], NDArray[np.int32]]:
@@ -28,7 +28,7 @@ def topk_select(
         k: entries per row, at least 1.
         lengths: [num_rows] int32, columns in a row's window (default: to the end of the row), cut to what exists.
         starts: [num_rows] int32, first column of a row's window (default: 0); outside the row, the window is empty.
-        sorted: False for the same entries by ascending column.
+        order: "column" for the same entries by ascending column; "any" is the order of "value" here.
         index_map: [num_rows or 1, num_pages] int32 pages that stand for the indices 0..page_size - 1, and so on:
             index i becomes index_map[row, i // page_size] * page_size + i % page_size.
 
@@ -54,7 +54,7 @@ def topk_select(
         with np.errstate(invalid="ignore"):  # a signalling NaN
             comparable = scores[rows].astype(np.float32, copy=False)  # exact for float16 and bfloat16
         chosen = top_indices(comparable, width, eligible)
-        if not sorted:
+        if order == "column":
             chosen = np.sort(chosen.astype(np.uint32)).astype(np.int32)  # -1 last
         found = chosen >= 0
         entries = np.take_along_axis(scores[rows], np.maximum(chosen, 0), axis=-1)

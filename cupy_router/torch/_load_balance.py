@@ -12,6 +12,8 @@ from cupy_router.arrays import _torch as tensors
 from cupy_router.method import FLOAT32_TINY, RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk
+from cupy_router.ops._method import MethodOptions
+from cupy_router.ops._op import INTS
 
 
 class LoadBalance(NamedTuple):
@@ -99,10 +101,11 @@ def _check(method: RoutingMethod, logits: Any, indices: Any, logit_bias: Any) ->
     """What can be checked without a look at the values, which would wait for the GPU."""
     rows, experts = _view("logits", logits), _view("indices", indices)
     bias = None if logit_bias is None else _view("logit_bias", logit_bias)
-    activation_topk._OP.check(method, rows, None, bias, None, None)
-    check.dtype(experts, check.INTS)
-    columns = method.top_k if experts.shape[1:] == (method.top_k,) else method.num_columns
-    check.shape(experts, (rows.shape[0], columns), "num_tokens, top_k + num_shared_experts")
+    activation_topk.OP.check_inputs(MethodOptions(method), [rows, None, bias, None, None])
+    check.dtype(experts, INTS)
+    columns = "top_k" if experts.shape[1:] == (method.top_k,) else "top_k + num_shared_experts"
+    sizes = {"top_k": method.top_k, "top_k + num_shared_experts": method.num_columns, "num_tokens": rows.shape[0]}
+    check.axes(experts, ("num_tokens", columns), sizes)
     check.one_device([rows, experts] if bias is None else [rows, experts, bias])
 
 

@@ -31,3 +31,10 @@ def is_special() -> bool:
 def has_tangent(array: Any) -> bool:
     """Whether forward mode differentiates by a tensor; where a level of it has been entered."""
     return isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None
+
+
+def refuse_out_and_stream(name: str, out: Any, stream: Any) -> None:
+    """Refuse arguments that a traced call cannot have."""
+    if out is not None or stream is not None:
+        places = "torch.compile, torch.export, torch.func, torch.jit.trace or a TorchDispatchMode"
+        raise ValueError(f"{name}: out and stream cannot be given inside {places}")

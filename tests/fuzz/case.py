@@ -9,16 +9,15 @@ import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 import cupy_router
 from cupy_router import RoutingMethod, TopK
-from cupy_router.ops import _call, _layout, _topk_select_long
+from cupy_router.ops import _cached, _layout, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
-from cupy_router.ops.topk_select import Columns
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, steps
 from tests.backends import DTYPES, Backend
@@ -26,6 +25,12 @@ from tests.topk_calls import PLANS
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
+
+
+class Columns(NamedTuple):
+    """The results of topk_select without values."""
+
+    indices: Any
 
 
 @dataclass(frozen=True)
@@ -172,14 +177,14 @@ class _Chosen(AbstractContextManager[None]):
             self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
 
     def __enter__(self) -> None:
-        _call._plans.clear()
+        _cached.forget()
         for patch in self.patches:
             patch.start()
 
     def __exit__(self, *_: Any) -> None:
         for patch in self.patches:
             patch.stop()
-        _call._plans.clear()
+        _cached.forget()
 
 
 def wanted(case: Case) -> tuple[np.ndarray, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from tests import generated_code, inputs
 from tests.gpu.support import NAMES, call, on_gpu, spin, upload
 from tests.jax_calls import METHOD
@@ -99,7 +99,7 @@ def test_reduce_overhead_replays_a_graph(torch: Any) -> None:
 
     torch.compiler.reset()
     counters.clear()
-    _call._plans.clear()  # what a plan remembers must not lie in the graph's pool either
+    _cached.forget()  # what a plan remembers must not lie in the graph's pool either
     compiled = torch.compile(lambda a: tuple(activation_topk(a * 2, METHOD)), fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
         logits = distinct(torch, seed)
