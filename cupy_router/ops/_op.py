@@ -150,7 +150,7 @@ class Op:
 
     name: str
     label: str = ""
-    options: type[Any]
+    options: Any  # the dataclass
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
