@@ -146,7 +146,7 @@ class Router:
         return self.route(x, token_ids, num_valid, out, stream)
 
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-        """Route without tracing."""
+        """A call that is not being traced."""
         if self._follows:
             return self.beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
@@ -238,7 +238,7 @@ class Router:
         return found
 
 
-# Set by cupy_router.torch: detects calls that PyTorch traces, and adds them to its graph.
+# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
 tracer: Any = None
 
 
