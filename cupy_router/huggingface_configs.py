@@ -77,9 +77,9 @@ Rule = Mapping[str, Any] | Choice | str  # a string names the feature that canno
 
 _PLAIN = {"renormalize": False}
 _SOFTMAX: dict[str, Any] = {"score": "softmax"}
-_SOFTMAX_OF_CHOSEN = {"score": "softmax", "score_after_topk": True, **_PLAIN}
+_SOFTMAX_AFTER_TOPK = {"score": "softmax", "score_after_topk": True, **_PLAIN}
 _SIGMOID: dict[str, Any] = {"score": "sigmoid"}
-_SIGMOID_OF_CHOSEN = {"score": "sigmoid", "score_after_topk": True}
+_SIGMOID_AFTER_TOPK = {"score": "sigmoid", "score_after_topk": True}
 _GROUPS = {"num_groups": Read(), "top_groups": Read()}
 _MAYBE_GROUPS = {"num_groups": Read(1), "top_groups": Read(1)}
 _EPS = {"renormalize_eps": 1e-20}
@@ -144,17 +144,17 @@ _FAMILIES: tuple[tuple[str, Rule], ...] = (
     ("deepseek_ocr2_text deepseek_v2 unlimited_ocr_text", _DEEPSEEK_V2),
     ("mistral4", {**_DEEPSEEK_V3, **_SOFTMAX}),
     ("mistral_large4_text", {**_DEEPSEEK_V3, **_SOFTMAX, "renormalize": True}),
-    ("aria_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe", _SOFTMAX_OF_CHOSEN),
-    ("openai_privacy_filter", {**_SOFTMAX_OF_CHOSEN, "scale": Inverse("top_k")}),
+    ("aria_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe", _SOFTMAX_AFTER_TOPK),
+    ("openai_privacy_filter", {**_SOFTMAX_AFTER_TOPK, "scale": Inverse("top_k")}),
     (
         "cohere2_moe",
         Choice(
             "expert_selection_fn",
-            {"softmax": _SOFTMAX_OF_CHOSEN, "sigmoid": {**_SIGMOID_OF_CHOSEN, "renormalize": Read()}},
+            {"softmax": _SOFTMAX_AFTER_TOPK, "sigmoid": {**_SIGMOID_AFTER_TOPK, "renormalize": Read()}},
         ),
     ),
-    ("llama4_text", {**_SIGMOID_OF_CHOSEN, **_PLAIN}),
-    ("kolibri1", {**_SIGMOID_OF_CHOSEN, "bias_on": "logits", "renormalize": Read()}),
+    ("llama4_text", {**_SIGMOID_AFTER_TOPK, **_PLAIN}),
+    ("kolibri1", {**_SIGMOID_AFTER_TOPK, "bias_on": "logits", "renormalize": Read()}),
     ("flint", {**_SIGMOID, "renormalize": Read()}),
     ("minimax_m2 minimax_m3_vl_text step3p5", _SIGMOID),
     ("laguna", {**_SIGMOID, "logit_softcap": Read(0)}),
@@ -256,7 +256,7 @@ def _apply(rule: Rule, config: Config) -> dict[str, Any]:
     """Apply a rule to a configuration and return the fields."""
     if isinstance(rule, Choice):
         value = config.get(rule.name, rule.default)
-        chosen = next((of_value for key, of_value in rule.rules.items() if key == value), None)
+        chosen = next((fields for key, fields in rule.rules.items() if key == value), None)
         if chosen is None:
             allowed = " or ".join(repr(key) for key in rule.rules)
             raise ValueError(f"{rule.name} is {value!r}, but a RoutingMethod expresses only {allowed}")

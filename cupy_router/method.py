@@ -18,7 +18,7 @@ from cupy_router.score_function import ScoreFunction
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
 MAX_EXPERTS = 2**31 - 1  # indices are int32
-FLOAT32_TINY = 2.0**-126  # the smallest normal float32; kernels flush what is smaller to 0
+FLOAT32_TINY = 2.0**-126  # smallest normal float32; kernels flush smaller values to 0
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 BIAS_TARGETS = ("score", "logits")
@@ -107,7 +107,7 @@ class RoutingMethod:
     weight_dtype: str = "float32"
     index_dtype: str = "int32"
 
-    # Every call looks its method up in caches, so key and hash are computed once. They are no fields.
+    # Every call looks its method up in caches, so key and hash are computed once. They are not fields.
     _key: ClassVar[tuple[Any, ...]]
     _hash: ClassVar[int]
     text: ClassVar[str]  # the fields as JSON, see `from_text`

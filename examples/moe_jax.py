@@ -18,7 +18,7 @@ from examples import tokens
 
 
 def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
-    """Compute what `dense_router` computes, in plain JAX."""
+    """Compute the same as `dense_router`, in plain JAX."""
     scores = jnp.sqrt(jax.nn.softplus(x @ gate.T))
     weights, indices = jax.lax.top_k(scores, tokens.METHOD.top_k)
     return weights / weights.sum(axis=1, keepdims=True), indices

@@ -16,7 +16,7 @@ from examples import tokens
 
 
 def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
-    """Compute what `dense_router` computes, in plain PyTorch."""
+    """Compute the same as `dense_router`, in plain PyTorch."""
     scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
     weights, indices = scores.topk(tokens.METHOD.top_k, dim=1)
     return weights / weights.sum(dim=1, keepdim=True), indices

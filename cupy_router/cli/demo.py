@@ -131,7 +131,7 @@ def show_tokens(passage: Passage, routed: Routing, hashed: Routing) -> None:
     print("\nactivation_topk: each token's experts and weights, best first")
     for token in tokens:
         show(token, routed)
-    print("\nhash_router: experts by token id alone, the same each time; the logits only weigh them")
+    print("\nhash_router: experts by token id, the same each time; the logits only determine the weights")
     for token in tokens:
         if words[SENTENCE].count(words[token]) > 1:
             show(token, hashed)

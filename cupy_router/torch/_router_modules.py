@@ -78,8 +78,8 @@ def describe_router(module: Any, method: RoutingMethod) -> RouterSpec | None:
         spec = replace(spec, outputs=outputs)
     if "total_scale" in tensors:  # it is applied before the weights are rounded
         exact = {
-            key: ResultTypes(replace(own, weight_dtype="float32"), dtypes)
-            for key, (own, dtypes) in spec.results.items()
+            key: ResultTypes(replace(method, weight_dtype="float32"), dtypes)
+            for key, (method, dtypes) in spec.results.items()
         }
         spec = replace(spec, results=exact)
     return replace(spec, tensors=tensors, noise=_noise(module))
@@ -228,7 +228,7 @@ def _outputs(returned: Any, method: RoutingMethod) -> tuple[str, ...]:
         names = ("logits", "weights", "shared") if kind == "float" else ("indices",)
         fits = (name for name in names if name not in outputs and shape == [TOKENS, widths[name]])
         outputs.append(next(fits, ""))
-    # Where all experts are chosen, only the usual order tells logits and weights apart.
+    # If all experts are selected, only the usual order distinguishes logits and weights.
     usual = top_k < num_experts or outputs[:3] == ["logits", "weights", "indices"]
     return tuple(outputs) if usual and "" not in outputs and {"weights", "indices"} <= set(outputs) else ()
 
