@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detect tracing and transforms of PyTorch. Every eager call asks, so this takes only 0.2 us."""
+"""Detect tracing and transforms of PyTorch. Every eager call does this, so it takes only 0.2 us."""
 
 from __future__ import annotations
 
