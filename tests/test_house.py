@@ -26,7 +26,9 @@ OPS = ["activation_topk", "activation_topk_backward", "dense_router", "hash_rout
 # Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
 MAY_IMPORT = {
     "watch": set(),
-    "compiler": {"watch"},
+    "kernel_log": set(),
+    "kernel_dump": {"kernel_log"},
+    "compiler": {"kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
