@@ -12,7 +12,6 @@ the larger of the interquartile range and the range of the rounds' medians.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import os
@@ -22,12 +21,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import cupy
 
+from benchmarks import one_size
 from benchmarks import rows as results
+from benchmarks.one_size import OneSize
 from benchmarks.rows import OURS, Row
 from cupy_router import compiler
 
@@ -223,19 +223,29 @@ def attempt(what: str, function: Action) -> Any:
         return None
 
 
-def main(op: str, measure: Callable[[bool], list[Row]]) -> None:
-    """Measure, write <op>.json and print: what every script runs. `measure` is told whether to be quick."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
-    parser.add_argument("--quick", action="store_true", help="only the cells that have a bar")
-    arguments = parser.parse_args()
+def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = None) -> None:
+    """Read the command line; measure, write <op>.json and print. What every script runs.
+
+    `measure` is told whether to be quick. `one` is for a command line that asks for one size, which is only printed.
+    """
+    request = one_size.parse(one)
     # A checkout asks before every call whether a kernel file has changed; an installed wheel, which is what users
     # call, does not.
     compiler.WATCHING = False
     begin = time.perf_counter()
     warm_up()
-    rows = measure(arguments.quick)
-    results.save(arguments.output / f"{op}.json", environment(), rows)
+    if one is not None and request.size is not None:
+        try:
+            rows = one.measure(**request.size)
+        except ValueError as error:  # a size that cannot be, in the words of the op
+            raise SystemExit(f"{op}: {error}") from error
+        facts = environment()
+        print(f"{one_size.table(rows)}\n{results.source(facts)}")
+        if request.json is not None:
+            results.save(request.json, facts, rows)
+        return
+    rows = measure(request.quick)
+    results.save(request.output / f"{op}.json", environment(), rows)
     for row in rows:
         print(results.label(row), *(f"{name}={row[name]}" for name in ("us", "spread_us", "garbage") if name in row))
     print(f"\n{results.bars_table(rows)}\n\n{op}: {len(rows)} rows in {time.perf_counter() - begin:.0f} s")

@@ -65,6 +65,19 @@ def met(row: Row) -> bool:
     return bool(row["us"] <= row["bar_us"]) and not row.get("garbage")
 
 
+def source(environment: dict[str, Any]) -> str:
+    """Where figures are from."""
+    gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
+    parts = [
+        *([gpu["name"], f"driver {gpu.get('driver_version', 'unknown')}"] if gpu.get("name") else ["no GPU"]),
+        f"NVRTC {environment.get('nvrtc', 'unknown')}",
+        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
+        f"commit {environment.get('commit', 'unknown')}",
+        str(environment.get("date", "no date")),
+    ]
+    return ", ".join(parts)
+
+
 def microseconds(value: float) -> str:
     """About three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
