@@ -145,12 +145,17 @@ def facts(tree: Tree) -> dict[str, str]:
     for path in sorted(path for part in ("cupy_router", "kernels") for path in (tree.folder / part).rglob("*.*")):
         if path.suffix in {".py", ".cu", ".cuh"}:
             digest.update(f"{path.relative_to(tree.folder).as_posix()}\0".encode() + path.read_bytes())
-    command = ["git", "-C", str(tree.folder), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+    of_its_own = _git(tree, "rev-parse", "--show-toplevel") == str(tree.folder)  # not a copy within another checkout
+    commit = _git(tree, "describe", "--always", "--dirty") if of_its_own else ""
     return {"commit": commit or "unknown", "sha256": digest.hexdigest()}
+
+
+def _git(tree: Tree, *command: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(tree.folder), *command], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def environment() -> dict[str, Any]:

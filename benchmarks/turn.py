@@ -260,7 +260,7 @@ def main() -> None:
     sys.path[0] = os.getcwd()  # in place of this file's folder
     import cupy_router
 
-    if not Path(cupy_router.__file__).resolve().is_relative_to(Path.cwd().resolve()):
+    if Path(cupy_router.__file__).resolve().parent != Path.cwd().resolve() / "cupy_router":
         raise SystemExit(f"{Path.cwd()} was to be timed, but {cupy_router.__file__} was imported")
     timing, left_out = clockwork(), list[str]()
     off = stop_watching()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,16 +29,20 @@ class KernelReady:
 
     @property
     def specialisation(self) -> str:
-        """Macros by name and value, then generated headers by name and hash, in one line."""
-        macros = (f"{name}={value}" for name, value in self.macros)
-        headers = (f"{name}:{_short_hash(text)}" for name, text in self.headers)
-        return " ".join([*macros, *headers])
+        """Macros and constants of generated headers by name and value, and headers of code by their hash; one line."""
+        words = [f"{name}={value}" for name, value in self.macros]
+        for header, text in self.headers:
+            constants = [f"{name}={' '.join(value.split())}" for name, value in _CONSTANT.findall(text)]
+            words += constants or [f"{header}:{_short_hash(text)}"]
+        return " ".join(words)
 
     @property
     def key(self) -> str:
         """Short hash of the expanded source: equal if and only if the kernel is the same text."""
         return _short_hash(self.source)
 
+
+_CONSTANT = re.compile(r"^(?:inline |static )*constexpr \w[\w: ]* (\w+) = ([^;]+);", re.M)
 
 Listener = Callable[[KernelReady], object]
 

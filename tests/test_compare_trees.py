@@ -7,6 +7,7 @@ No GPU: turns are made up, or the calls run on NumPy under CuPy's name.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,17 @@ def test_the_file_says_what_was_timed_where(compared: Any) -> None:
     assert re.fullmatch("[0-9a-f]{64}", environment["trees"]["new"]["sha256"])
     assert environment["trees"]["old"] == environment["trees"]["new"]  # of one folder here
     assert environment["remarks"] == []
+
+
+def test_a_copy_within_a_checkout_has_no_commit_of_its_own(tmp_path: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
+        subprocess.run([*git, *command], check=True)
+    inner = tree_of(tmp_path / "inner")
+    outer = Tree("new", tmp_path.resolve())
+    assert re.fullmatch("[0-9a-f]{7,}", compare_trees.facts(outer)["commit"])
+    assert compare_trees.facts(inner)["commit"] == "unknown"
+    assert compare_trees.facts(inner)["sha256"] != compare_trees.facts(outer)["sha256"]
 
 
 def test_more_garbage_is_slower(compared: Any) -> None:

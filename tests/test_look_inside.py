@@ -133,6 +133,16 @@ def test_generated_headers_go_by_their_hash() -> None:
     assert one.specialisation != other.specialisation
 
 
+def test_constants_of_a_generated_header_go_by_name_and_value() -> None:
+    text = """// generated
+constexpr int NUM_EXPERTS = 256;  // columns
+inline constexpr bool HAS_BIAS = true;
+constexpr unsigned long long BIG = 1 +
+    2;
+"""
+    assert of("", headers=(("config.cuh", text),)).specialisation == "NUM_EXPERTS=256 HAS_BIAS=true BIG=1 + 2"
+
+
 @pytest.mark.parametrize("value", [None, "", "0"])
 def test_nothing_is_printed_unless_asked(
     value: str | None, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
