@@ -156,8 +156,7 @@ def _summary(ready: KernelReady, code: MachineCode | None, why: str) -> str:
             ("stack", f"{needs.stack} bytes per thread"),
             ("shared", f"{needs.shared} bytes per block, without what a launch adds"),
         ]
-    fields += [("macro", f"{name} = {value}") for name, value in ready.macros]
-    fields += [("header", name) for name, _ in ready.headers]
+    fields += [("switch", f"{name} = {value}") for name, value in ready.switches]
     return "".join(f"{name:<10}{value}\n" for name, value in fields)
 
 

@@ -29,12 +29,17 @@ class KernelReady:
 
     @property
     def specialisation(self) -> str:
-        """Macros and constants of generated headers by name and value, and headers of code by their hash; one line."""
-        words = [f"{name}={value}" for name, value in self.macros]
+        """All switches in one line."""
+        return " ".join(f"{name}={value}" for name, value in self.switches)
+
+    @property
+    def switches(self) -> list[tuple[str, str]]:
+        """Name and value of macros and of constants in generated headers; name and short hash of headers of code."""
+        found = [(name, str(value)) for name, value in self.macros]
         for header, text in self.headers:
-            constants = [f"{name}={' '.join(value.split())}" for name, value in _CONSTANT.findall(text)]
-            words += constants or [f"{header}:{_short_hash(text)}"]
-        return " ".join(words)
+            constants = [(name, " ".join(value.split())) for name, value in _CONSTANT.findall(text)]
+            found += constants or [(header, _short_hash(text))]
+        return found
 
     @property
     def key(self) -> str:

@@ -129,7 +129,7 @@ def test_a_line_names_kernel_specialisation_and_origin(
 
 def test_generated_headers_go_by_their_hash() -> None:
     one, other = (of("", headers=(("score.cuh", text),), macros=(("A", 1),)) for text in "xy")
-    assert re.fullmatch(r"A=1 score\.cuh:[0-9a-f]{10}", one.specialisation)
+    assert re.fullmatch(r"A=1 score\.cuh=[0-9a-f]{10}", one.specialisation)
     assert one.specialisation != other.specialisation
 
 
@@ -262,7 +262,7 @@ def test_a_call_dumps_its_kernel(recorder: Recorder, tmp_path: Path, monkeypatch
     assert [(folder / first[0]).read_text()] == recorder.sources
     text = (folder / first[1]).read_text()
     assert "code      none: the device is no GPU\n" in text
-    assert "macro     TOP_K = 4\n" in text
+    assert "switch    TOP_K = 4\n" in text
     topk_select(np.zeros((4, 64), np.float16), 4)
     assert len(names(folder)) == 4
 
