@@ -29,7 +29,9 @@ OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls
 MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
-    "compiler": {"watch"},
+    "kernel_log": set(),
+    "kernel_dump": {"kernel_log"},
+    "compiler": {"kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
