@@ -22,7 +22,7 @@ DTYPES: dict[str, Any] = {
 
 
 class Backend:
-    """NumPy arrays: cupy_router runs its reference on them, which is compared with the brute force of compare.py."""
+    """NumPy arrays: cupy_router runs its reference on them, which is compared with tests/oracle.py."""
 
     name = "reference"
     runs_kernels = False

@@ -130,12 +130,13 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "registered as PyTorch wants it: `opcheck`": (
-        yes("torch_ops::opcheck", "torch_autograd::opcheck", "gpu/torch_gpu::opcheck"),
+        yes("torch_ops::opcheck", "torch_compiled_gradients::opcheck", "gpu/torch_gpu::opcheck"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",
-            "torch_autograd::compiled_calls_have_the_same_gradients", "torch_func::gradients_are_those_of_autograd",
+            "torch_compiled_gradients::compiled_calls_have_the_same_gradients",
+            "torch_func::gradients_are_those_of_autograd",
             "gpu/autograd_gpu::gradients_are_those_of_plain_pytorch"),
         yes("jax_gradients::gradients_are_those_of_plain_jax", "jax_gradients::gradients_are_central_differences",
             "jax_gradients::under_other_transformations",

@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_router import Router, activation_topk, dense_router, hash_router
 from tests import inputs
-from tests.steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 KINDS = ("activation_topk", "hash_router of logits", "hash_router of x", "dense_router", "Router", "hash Router")
 SMOOTH = ("logits", "x", "weight", "logit_bias", "expert_scale")

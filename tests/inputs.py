@@ -7,12 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.backends import DTYPES
 
 # The acceptance lists of routing and of top-k selection.
 TOKENS = (0, 1, 7, 33, 64, 65, 1025, 8192, 70_000)
 EXPERTS = (1, 2, 8, 36, 60, 64, 72, 96, 108, 128, 144, 160, 192, 256, 320, 384, 512, 576, 896, 1000)
+TOKEN_CASES = [pytest.param(n, id=str(n), marks=pytest.mark.acceptance(f"n = {n}")) for n in TOKENS[:-1]] + [
+    pytest.param(n, id=str(n), marks=[pytest.mark.acceptance(f"n = {n}"), pytest.mark.slow("seconds")])
+    for n in TOKENS[-1:]
+]
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 FLOATS = ("float32", "float16", "bfloat16")
 WIDTHS = (1, 8, 31, 32, 33, 255, 257, 1024, 1025, 8191, 8193, 16385, 131_072, 1_048_576)

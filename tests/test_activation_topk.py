@@ -11,7 +11,7 @@ import pytest
 
 from cupy_router import Routing, RoutingMethod, activation_topk, presets
 from cupy_router.reference.activation_topk import activation_topk as reference
-from tests import compare, inputs, steps
+from tests import compare, inputs, methods, oracle
 from tests.backends import Backend
 
 ITEM = pytest.mark.acceptance
@@ -28,17 +28,17 @@ def route(
     valid_rows: int | None = None,
     **layout: int,
 ) -> Routing:
-    """The op's result on this backend, checked against the reference (on the reference: against the brute force)."""
+    """Return the op's result on this backend, checked against the reference (the reference against the oracle)."""
     on_device = backend.array(logits, **layout)
     result = activation_topk(on_device, method, bias=None if bias is None else backend.array(bias), num_valid=num_valid)
     assert type(result) is Routing
-    got = compare.Routing(backend.numpy(result.weights), backend.numpy(result.indices))
+    got = oracle.Routing(backend.numpy(result.weights), backend.numpy(result.indices))
     n = len(logits) if valid_rows is None else valid_rows
     assert (got.indices[n:] == -1).all()
     assert (got.weights[n:] == 0).all()
-    want = (reference if backend.runs_kernels else compare.route)(logits[:n], method, bias)
-    head = compare.Routing(got.weights[:n], got.indices[:n])
-    compare.assert_routes(head, compare.Routing(*want), logits[:n], method, bias, exact)
+    want = (reference if backend.runs_kernels else oracle.route)(logits[:n], method, bias)
+    head = oracle.Routing(got.weights[:n], got.indices[:n])
+    compare.assert_routes(head, oracle.Routing(*want), logits[:n], method, bias, exact)
     compare.assert_same_bits(backend.numpy(on_device), logits)
     return Routing(got.weights, got.indices)
 
@@ -46,7 +46,7 @@ def route(
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (64, 6)])
 def test_number_of_tokens(backend: Backend, n: int, experts: int, k: int) -> None:
     n = backend.rows(n, experts, exactly=True)
@@ -101,9 +101,9 @@ def test_presets(backend: Backend, name: str) -> None:
     method = presets()[name]
     if method.num_groups > 1 or method.score_after_topk:
         logits = inputs.distinct(backend.rows(40, method.num_experts), method.num_experts)
-        layer = steps.layer_of(method, 1)
+        layer = methods.layer_of(method, 1)
         got = activation_topk(backend.array(logits), name, **layer.arguments(backend.array))
-        steps.assert_right((backend.numpy(got.weights), backend.numpy(got.indices)), logits, method, layer)
+        compare.assert_right((backend.numpy(got.weights), backend.numpy(got.indices)), logits, method, layer)
         return
     logits = inputs.normal((backend.rows(200, method.num_experts), method.num_experts), "bfloat16", seed=32)
     bias = np.float32(8.08) + inputs.normal((method.num_experts,), seed=33, scale=0.01)
@@ -142,7 +142,7 @@ def test_what_the_bias_holds(backend: Backend, kind: str, logits_kind: str, expe
 def test_equal_scores_follow_the_bias_exactly(backend: Backend) -> None:
     bias = inputs.BIAS["bias near 8.08"](256)
     got = route(backend, np.full((3, 256), 0.5, np.float32), RoutingMethod(256, 8, "identity"), bias)
-    np.testing.assert_array_equal(got.indices[0], compare.by_value(bias + np.float32(0.5))[:8])
+    np.testing.assert_array_equal(got.indices[0], oracle.ranking(bias + np.float32(0.5))[:8])
 
 
 def test_a_bias_selects_but_does_not_weigh(backend: Backend) -> None:
@@ -199,7 +199,7 @@ def test_small_scores_keep_their_order(backend: Backend) -> None:
     """Down to x = -170 neither sqrt(softplus) nor its order is lost, where log(1 + exp(x)) would be 0 from -16.6."""
     logits = inputs.rng(34).permuted(np.linspace(-170, -10, 256, dtype=np.float32)[None], axis=1)
     got = route(backend, logits, RoutingMethod(256, 256, "sqrtsoftplus", renormalize=False), exact=True)
-    np.testing.assert_array_equal(got.indices[0], compare.by_value(logits[0]))
+    np.testing.assert_array_equal(got.indices[0], oracle.ranking(logits[0]))
     assert (got.weights > 0).all()
 
 
@@ -304,7 +304,7 @@ def test_layout(backend: Backend, experts: int, k: int, dtype: str, row_pad: int
 def test_a_misaligned_bias(backend: Backend) -> None:
     logits, bias = inputs.normal((9, 256)), inputs.normal((256,), seed=37)
     result = activation_topk(backend.array(logits), RoutingMethod(256, 8), bias=backend.array(bias, offset=1))
-    want = compare.route(logits, RoutingMethod(256, 8), bias)
+    want = oracle.route(logits, RoutingMethod(256, 8), bias)
     np.testing.assert_array_equal(backend.numpy(result.indices), want.indices)
 
 
@@ -316,7 +316,7 @@ def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
     ):
         method = RoutingMethod(host.shape[1], 1, "sigmoid")
         result = activation_topk(view, method)
-        np.testing.assert_array_equal(backend.numpy(result.indices), compare.route(host, method).indices)
+        np.testing.assert_array_equal(backend.numpy(result.indices), oracle.route(host, method).indices)
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
@@ -340,7 +340,8 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend) -> None:
             compare.assert_same_bits(backend.numpy(b), a)
 
 
-@pytest.mark.parametrize("n", [70, 2049, 16385])  # a kernel for few rows, for some and for many
+# A kernel for few rows, for some and for many.
+@pytest.mark.parametrize("n", [70, 2049, pytest.param(16385, marks=pytest.mark.slow("seconds"))])
 @pytest.mark.parametrize(
     "method",
     [

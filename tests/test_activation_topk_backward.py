@@ -12,16 +12,16 @@ import pytest
 from cupy_router import RoutingMethod, ScoreFunction, activation_topk
 from cupy_router.ops import _layout
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
-from tests import compare, gradients, inputs, steps
+from tests import compare, gradients, inputs, methods, oracle
 from tests.backends import Backend
-from tests.gradients import PLAIN, upstream_of
-from tests.steps import METHODS, M, layer_of
+from tests.compare import NO_ARRAYS
+from tests.gradients import upstream_of
+from tests.methods import METHODS, M, layer_of
 
 
-def choose(logits: np.ndarray, method: RoutingMethod, layer: steps.Layer = PLAIN) -> np.ndarray:
-    """The indices of the forward pass, by tests.steps."""
-    shared = list(range(method.num_experts, method.num_experts + method.num_shared_experts))
-    return np.array([steps.choose(row, method, layer) + shared for row in logits], method.index_dtype)
+def choose(logits: np.ndarray, method: RoutingMethod, layer: methods.Layer = NO_ARRAYS) -> np.ndarray:
+    """Return the indices of the forward pass."""
+    return oracle.route(logits, method, **vars(layer)).indices
 
 
 def backward(
@@ -30,7 +30,7 @@ def backward(
     indices: np.ndarray,
     logits: np.ndarray,
     method: RoutingMethod,
-    layer: steps.Layer = PLAIN,
+    layer: methods.Layer = NO_ARRAYS,
     pad: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_few_rows_and_many(
         monkeypatch.setattr(_layout, "few", lambda num_rows: not many)
     method, n = M(experts, 6, renormalize_eps=1e-20, scale=1.5), 33 + 2 * many
     logits, upstream = inputs.normal((n, experts), dtype, seed=71), upstream_of(n, method)
-    indices = compare.route(logits, method).indices
+    indices = oracle.route(logits, method).indices
     got = backward(backend, upstream, indices, logits, method)
     gradients.assert_right(got, upstream, indices, logits, method)
 
@@ -151,7 +151,7 @@ def test_rows_without_experts_get_zeros(backend: Backend, score: str, experts: i
 def test_a_row_does_not_depend_on_others(backend: Backend) -> None:
     method = M(100, 6, "softmax", renormalize=False)
     logits, upstream = inputs.normal((9, 100), "bfloat16", seed=72), upstream_of(9, method)
-    indices = compare.route(logits, method).indices
+    indices = oracle.route(logits, method).indices
     together = backward(backend, upstream, indices, logits, method)
     for r in (0, 4, 8):
         part = slice(r, r + 1)
@@ -258,7 +258,7 @@ def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backe
     """To the bit, though it is computed from the whole row."""
     method = M(128, 8, "softmax")
     logits, upstream = inputs.normal((5, 128), seed=73), upstream_of(5, method)
-    got = backward(backend, upstream, compare.route(logits, method).indices, logits, method)
+    got = backward(backend, upstream, oracle.route(logits, method).indices, logits, method)
     assert ((got != 0).sum(axis=1) == 8).all()
 
 

@@ -157,6 +157,7 @@ def test_tables_in_the_repository_are_those_of_its_results(capsys: pytest.Captur
     assert found == [name for name in table.TABLES if name != "benchmarks"]
 
 
+@pytest.mark.slow("seconds")
 def test_plot_draws_each_line_once_and_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with the dev extra)")
     written(tmp_path)
@@ -185,6 +186,7 @@ def test_counters_of_ncu_are_medians_in_microseconds() -> None:
         ncu.parse("==ERROR== ERR_NVGPUCTRPERM")
 
 
+@pytest.mark.slow("process")
 def test_looking_at_results_needs_python_alone() -> None:
     code = """
 import sys

@@ -85,7 +85,7 @@ def test_demo_and_info_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
     assert re.search(r"^  driver    .*, up to CUDA 13\.1\n  nvrtc     12\.9$", printed, re.M)
 
 
-@pytest.mark.skipif(compiler.why_no_cuda() is not None, reason="CUDA kernels cannot run here")
+@pytest.mark.backends("gpu")
 def test_demo_on_this_machines_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--device", "cuda"]) == 0
     assert "by the CUDA kernels" in capsys.readouterr().out
@@ -116,6 +116,7 @@ def round_a_value(top: Any) -> Any:
     return top
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize(
     ("op", "fault"),
     [
@@ -168,6 +169,7 @@ def test_info_answers_when_cupy_does_not(capsys: pytest.CaptureFixture[str], mon
     assert re.search(r"^  nvrtc +not available: .*cupy", printed, re.M)
 
 
+@pytest.mark.slow("process")
 def test_info_imports_no_framework_for_its_version() -> None:
     code = (
         "import sys; from cupy_router import cli; code = cli.main(['info'])\n"
@@ -204,6 +206,7 @@ def test_a_wrong_command_line_exits_with_2(args: list[str], capsys: pytest.Captu
     assert "usage: cupy-router" in capsys.readouterr().err
 
 
+@pytest.mark.slow("process")
 def test_demo_in_a_narrow_ascii_terminal() -> None:
     done = run("demo", "--device", "cpu", COLUMNS="20", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
@@ -211,6 +214,7 @@ def test_demo_in_a_narrow_ascii_terminal() -> None:
     assert [line for line in lines if re.fullmatch(r"   421  ?[ .:|#]+", line)]
 
 
+@pytest.mark.slow("process")
 def test_demo_in_a_wide_utf8_terminal() -> None:
     done = run("demo", "--device", "cpu", COLUMNS="300", PYTHONIOENCODING="utf-8")
     assert done.returncode == 0, done.stderr
@@ -219,6 +223,7 @@ def test_demo_in_a_wide_utf8_terminal() -> None:
     assert max(map(len, bars)) == 7 + 128
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("command", ["demo", "info"])
 def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
     with subprocess.Popen(
@@ -232,6 +237,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
     assert errors == b""
 
 
+@pytest.mark.slow("process")
 def test_info_spells_what_the_terminal_cannot() -> None:
     done = run("info", CUPY_CACHE_DIR="/tmp/größe", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: both paths against brute force, mostly on products that float32 holds exactly, whatever their order."""
+"""dense_router: both paths against the oracle, mostly on products that float32 holds exactly, whatever their order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cupy_router import Routing, RoutingMethod, dense_router, gemm
 from cupy_router.ops import _chunks
 from cupy_router.ops import _dense_decode as decode
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 ITEM = pytest.mark.acceptance
@@ -47,7 +47,7 @@ def route(
     valid_rows: int | None = None,
     **layout: int,
 ) -> Routing:
-    """The op's result on this backend, checked against brute force on the exact logits."""
+    """Return the op's result on this backend, checked against the oracle on the exact logits."""
     arrays = [backend.array(x, **layout), backend.array(weight, **layout)]
     device_bias = None if bias is None else backend.array(bias)
     result = dense_router(*arrays, method, bias=device_bias, path=path, num_valid=num_valid)
@@ -56,7 +56,7 @@ def route(
     n = len(x) if valid_rows is None else valid_rows
     logits = logits_of(x[:n], weight)
     valid = Routing(got.weights[:n], got.indices[:n])
-    compare.assert_routes(valid, compare.route(logits, method, bias), logits, method, bias)
+    compare.assert_routes(valid, oracle.route(logits, method, bias), logits, method, bias)
     assert (got.indices[n:] == -1).all()
     assert (got.weights[n:] == 0).all()
     for array, host in zip(arrays, (x, weight), strict=True):
@@ -67,7 +67,7 @@ def route(
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 def test_number_of_tokens(backend: Backend, n: int) -> None:
     n = backend.rows(n, 64, exactly=True)
     route(backend, *gated(n, 64, 48), RoutingMethod(64, 6))
@@ -275,7 +275,7 @@ def test_rows_in_any_order(backend: Backend, dtype: str, path: str) -> None:
     hosts = inputs.row_views(np, x)[:3]
     for view, host in zip(views, hosts, strict=True):
         result = dense_router(view, gate[::-1], method, path=path)
-        want = compare.route(logits_of(host, weight[::-1]), method)
+        want = oracle.route(logits_of(host, weight[::-1]), method)
         np.testing.assert_array_equal(backend.numpy(result.indices), want.indices)
         compare.assert_weights_close(backend.numpy(result.weights), want.weights, 2e-6)
 
@@ -286,7 +286,7 @@ def test_out_is_filled_and_returned(backend: Backend, path: str) -> None:
     block = backend.array(np.full((40, 6), 7, np.float32), row_pad=2), backend.array(np.full((40, 6), 7, np.int32))
     out = Routing(*block)
     assert dense_router(backend.array(x), backend.array(weight), RoutingMethod(36, 6), path=path, out=out) is out
-    want = compare.route(logits_of(x, weight), RoutingMethod(36, 6))
+    want = oracle.route(logits_of(x, weight), RoutingMethod(36, 6))
     np.testing.assert_array_equal(backend.numpy(out.indices), want.indices)
     compare.assert_weights_close(backend.numpy(out.weights), want.weights, 2e-6)
 

@@ -20,7 +20,7 @@ from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference.activation_topk import activation_topk
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import Backend
 
 pytestmark = pytest.mark.needs_kernels
@@ -132,7 +132,7 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     layers = macros["WARPS"] * macros["EXPERTS_PER_WARP"] // macros["EXPERTS_PER_BLOCK"]
     steps = -(-x.shape[1] // (16 * macros["SLICES"] * layers)) if macros["TENSOR_CORES"] else 0
     errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
-    assert (errors <= bound * norms + compare.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
+    assert (errors <= bound * norms + oracle.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
     want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)
     np.testing.assert_array_equal(indices, want[1])
     chosen = compare.tolerance(logits, np.maximum(indices, 0), run.method)

@@ -37,6 +37,7 @@ def exact_products() -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", plot.CURVES)
 def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
     module, options = example(name)
@@ -46,6 +47,7 @@ def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
     np.testing.assert_allclose(losses, recorded[:STEPS], rtol=1e-3)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX", "CuPy or NumPy"])
 def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a router whose weights have no gradient the same steps lead elsewhere: the check above would see it."""
@@ -76,6 +78,7 @@ def test_recorded_curves_fall_alike() -> None:
     assert (ROOT / "docs" / "examples.svg").stat().st_size > 10_000
 
 
+@pytest.mark.slow("seconds")
 def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "examples.json").write_text(json.dumps({plot.PLAIN: [2.0, 1.0], "JAX": [2.0, 1.001]}))

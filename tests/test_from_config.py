@@ -362,6 +362,7 @@ def test_configurations_are_not_written() -> None:
     assert config == {"model_type": "some_vlm", "text_config": OLMOE}
 
 
+@pytest.mark.slow("seconds")
 def test_every_configuration_class_with_experts_is_known() -> None:
     """One that is not has to be read: what does the code of its router do?"""
     mapping = pytest.importorskip("transformers.models.auto.configuration_auto").CONFIG_MAPPING
@@ -388,12 +389,11 @@ def test_every_configuration_class_with_experts_is_known() -> None:
     assert beyond <= {"doge", "nllb-moe", "phimoe", "switch_transformers", "vitpose", "vitpose_backbone", "zaya"}
 
 
+@pytest.mark.slow("process")
 def test_neither_torch_nor_transformers_is_imported() -> None:
-    code = f"""
-import sys
-from cupy_router import RoutingMethod
-RoutingMethod.from_config({MIXTRAL})
-print(*sorted({{"numpy", "torch", "transformers"}} & set(sys.modules)))
-"""
+    code = (
+        f"import sys, cupy_router; cupy_router.RoutingMethod.from_config({MIXTRAL}); "
+        'print(*sorted({"numpy", "torch", "transformers"} & set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -96,7 +96,7 @@ def test_on_numpy(dtype: str, weight_dtype: str, form: int) -> None:
     np.testing.assert_array_equal(multiply(product, x, weight), x.astype(np.float32) @ weight.astype(np.float32).T)
 
 
-@pytest.mark.needs_kernels
+@pytest.mark.backends("simt")  # on a GPU cuBLAS itself is under test
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("weight_dtype", inputs.FLOATS)
 @pytest.mark.parametrize("x_form", range(4))
@@ -104,8 +104,6 @@ def test_on_numpy(dtype: str, weight_dtype: str, form: int) -> None:
 def test_arguments_of_cublas(
     backend: Backend, blas: Blas, dtype: str, weight_dtype: str, x_form: int, weight_form: int
 ) -> None:
-    if backend.name == "gpu":
-        pytest.skip("cuBLAS itself is under test there")
     x, weight = layouts(exact((5, 24), 1, dtype))[x_form], layouts(exact((7, 24), 2, weight_dtype))[weight_form]
     product = gemm.CudaProduct(("cpu", 0), matrix(dtype, x), matrix(weight_dtype, weight))
     np.testing.assert_array_equal(multiply(product, x, weight), x.astype(np.float32) @ weight.astype(np.float32).T)

@@ -47,6 +47,7 @@ def test_a_wrong_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         sanitize.make_calls(Backend(), CASES)
 
 
+@pytest.mark.slow("seconds")
 def test_every_variant_is_called() -> None:
     seen = [(launch.function, launch.macros, launch.arguments) for launch in launches()]
     assert len(seen) == len(CASES)
@@ -146,6 +147,7 @@ def fake_sanitizer(folder: Path, errors_planted: int = 3, errors_ours: int = 0, 
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 @pytest.mark.parametrize(
     ("behaviour", "ok"),
@@ -166,6 +168,7 @@ def test_a_tool_is_believed_only_if_it_sees_its_fault_and_nothing_else(
     assert row["errors"] == behaviour.get("errors_ours", 0)
 
 
+@pytest.mark.slow("process")
 def test_a_tool_that_takes_too_long_is_not_clean() -> None:
     command = [sys.executable, "-uc", "import time; print('calls made: 4'); time.sleep(60)"]
     found = sanitize.run_tool(command, timeout=1.0)

@@ -224,6 +224,7 @@ def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyP
     }  # fmt: skip
 
 
+@pytest.mark.slow("compiler")
 def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     gxx = shutil.which("g++")
     if gxx is None:

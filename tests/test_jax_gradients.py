@@ -18,7 +18,7 @@ from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, d
 from tests import gradients, inputs
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, enable_x64, twin
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -59,6 +59,7 @@ def close(got: Any, want: Any) -> None:
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
@@ -68,6 +69,7 @@ def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
     case.check(found, indices)
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
     """Of the weights in float64, with neither JAX nor the reference between; under jit."""
@@ -86,6 +88,7 @@ def test_gradients_are_central_differences(name: str) -> None:
     gradients.assert_right(np.asarray(got), upstream, indices, logits, case.method, case.layer)
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize("num_valid", [4, np.int32(4), np.array([4], np.int32)], ids=["int", "scalar", "array"])
 @pytest.mark.parametrize("kind", ["activation_topk", "dense_router", "hash_router of x", "Router", "hash Router"])
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
@@ -197,11 +200,13 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_other_transformations(name: str) -> None:
     close(TRANSFORMED[name](LOGITS), jax.grad(of_twin)(LOGITS))
 
 
+@pytest.mark.slow("seconds")
 def test_jacobians_are_batches_of_the_way_back() -> None:
     """One call of the kernel for all rows of the Jacobian."""
     indices = activation_topk(LOGITS, METHOD).indices
@@ -212,6 +217,7 @@ def test_jacobians_are_batches_of_the_way_back() -> None:
     assert "while" not in text
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("num_valid", [4, jnp.array([0, 6, 3], jnp.int32)], ids=["int", "arrays"])
 def test_vmap_of_padded_calls(num_valid: Any) -> None:
     many = array(3, 6, 16, seed=4)
@@ -224,6 +230,7 @@ def test_vmap_of_padded_calls(num_valid: Any) -> None:
         assert not rows[n:].any()
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_over_gates_and_over_tokens() -> None:
     """Models that differ in their gates, as in an ensemble, and one gate for many batches."""
 
@@ -238,6 +245,7 @@ def test_vmap_over_gates_and_over_tokens() -> None:
         close(got, tuple(map(jnp.stack, zip(*one, strict=True))))
 
 
+@pytest.mark.slow("seconds")
 def test_a_router_learns_as_a_pytree() -> None:
     x = array(6, 8, seed=7)
     router = Router(METHOD, weight=array(16, 8, seed=8), bias=array(16, seed=9), expert_scale=jnp.ones(16))
@@ -314,6 +322,7 @@ print("done")
 """
 
 
+@pytest.mark.slow("process")
 def test_gradients_inside_and_outside_of_shard_map() -> None:
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     environment = {**os.environ, **devices}

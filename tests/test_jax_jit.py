@@ -15,9 +15,9 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import inputs, steps
+from tests import compare, inputs
 from tests.jax_calls import METHOD, NAMES, calls, same_bits
-from tests.test_method_steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -61,7 +61,7 @@ def test_every_step_of_a_method(name: str) -> None:
     with jax.enable_x64(method.index_dtype == "int64"):
         routed = jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
         weights, indices = routed(logits, layer.arguments(jnp.array))
-    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+    compare.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
 
 
 def test_int64_results_need_64_bit_numbers() -> None:
@@ -127,6 +127,7 @@ def test_calls_between_other_operations() -> None:
     np.testing.assert_allclose(got[0], (weights[:, ::-1] * 2).T, rtol=1e-6)
 
 
+@pytest.mark.slow("seconds")
 def test_calls_in_loops_and_branches() -> None:
     logits = jnp.array(inputs.normal((7, 5, 32), seed=221))
     each = [activation_topk(step, METHOD) for step in logits]
@@ -234,6 +235,7 @@ def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
+@pytest.mark.slow("seconds")
 def test_a_tracer_in_any_place_is_enough() -> None:
     """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
     call = CALLS["activation_topk of a layer"]
@@ -294,6 +296,7 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
     assert compiled(jnp.zeros((3, 50))).indices.tolist() == [list(range(40))] * 3
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("program", ["lazily", "eager_calls", "at_exit", "at_exit_of_threads"])
 def test_in_a_process_of_its_own(program: str) -> None:
     done = subprocess.run(

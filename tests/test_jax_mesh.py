@@ -16,6 +16,8 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
+pytestmark = pytest.mark.slow("process")
+
 
 def run(check: str) -> None:
     """A function of `tests.jax_mesh`, in a process that has four devices."""

@@ -58,6 +58,7 @@ def handled(program: str) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
     call = calls()[name]
@@ -65,6 +66,7 @@ def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_a_gradient_needs_no_handler() -> None:
     def loss(logits: Any, scale: Any) -> Any:
@@ -74,6 +76,7 @@ def test_a_gradient_needs_no_handler() -> None:
     assert (launched(program), handled(program)) == (3, 0)  # and the weights without factors
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_what_stays_with_handlers() -> None:
     rows = jnp.ones((3, 2000))
@@ -83,6 +86,7 @@ def test_what_stays_with_handlers() -> None:
     assert handled(lowered(lambda a: activation_topk(a, RoutingMethod(2000, 2)), rows)) == 0
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_other_platforms_have_handlers() -> None:
     traced = jax.jit(lambda a: topk_select(a, 2)).trace(jnp.ones((3, 20)))
@@ -91,6 +95,7 @@ def test_other_platforms_have_handlers() -> None:
     assert (launched(both), handled(both)) == (1, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_exported_programs_have_the_target_that_lasts() -> None:
     exported = jax.export.export(
@@ -102,6 +107,7 @@ def test_exported_programs_have_the_target_that_lasts() -> None:
     assert (launched(program), handled(program)) == (0, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
@@ -118,6 +124,7 @@ def test_without_a_gpu_there_are_handlers_alone() -> None:
     assert (launched(program), handled(program)) == (0, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cached, "_calls", {"stale": None})
@@ -248,6 +255,7 @@ def test_what_is_not_known_is_an_error(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", [*NAMES, *(f"large {name}" for name in support.NAMES)])
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_every_kernel_assembles(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ptxas = shutil.which("ptxas")

@@ -94,6 +94,7 @@ def stacked(results: list[Any]) -> Any:
     return type(results[0])(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
 
 
+@pytest.mark.slow("seconds", every=9)
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",), ("bias", "weight", "table")], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_is_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
@@ -127,6 +128,7 @@ def test_vmap_of_one_row_array_repeats_the_others() -> None:
     same_bits(got, stacked([call({**arrays, "logits": one}) for one in logits]))
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_of_num_valid_alone() -> None:
     logits = jnp.array(CALLS["activation_topk"].arrays["logits"])
     for counts in (jnp.array([0, 4, 99, -1], jnp.int32), jnp.array([[3], [9]], jnp.int32)):
@@ -140,6 +142,7 @@ def test_vmap_with_num_valid_as_an_int() -> None:
     same_bits(got, stacked([activation_topk(logits, METHOD, num_valid=5) for logits in many]))
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_over_other_axes_and_nested() -> None:
     many = jnp.array(inputs.normal((2, 3, 5, 32), seed=240))
     want = [stacked([topk_select(scores, 4) for scores in part]) for part in many]
@@ -149,6 +152,7 @@ def test_vmap_over_other_axes_and_nested() -> None:
     same_bits(jax.vmap(lambda scores: topk_select(scores, 4), in_axes=1)(many[1].swapaxes(0, 1)), want[1])
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_of_nothing_and_of_too_much_for_decode() -> None:
     weight = jnp.array(CALLS["dense_router"].arrays["weight"])
     for shape in ((3, 0, 48), (0, 3, 48)):
@@ -229,6 +233,7 @@ print("done")
 """
 
 
+@pytest.mark.slow("process")
 def test_shard_map_routes_the_tokens_of_each_device_where_they_are() -> None:
     assert run(SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4") == "done\n"
 
@@ -247,6 +252,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow("process")
 def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -> None:
     """Also for another number of tokens than it was traced with."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
@@ -275,6 +281,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_gradient(kind: str) -> None:
     """By every input, for any number of tokens."""
@@ -302,6 +309,7 @@ def test_an_exported_gradient(kind: str) -> None:
     case.check(*jax.export.deserialize(traced.serialize()).call(case.smooth, case.fixed, case.upstream))
 
 
+@pytest.mark.slow("process")
 def test_a_compilation_cache_on_disk_does_not_mistake_methods(tmp_path: Path) -> None:
     program = """
 import sys

@@ -13,7 +13,7 @@ import pytest
 from cupy_router import RoutingMethod, activation_topk
 from tests import inputs
 from tests.gradient_cases import SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -109,6 +109,7 @@ def test_load_balance_without_tokens_or_of_padding_alone() -> None:
         assert (counts.tolist(), mean_scores.tolist()) == ([0] * 4, [0.0] * 4)
 
 
+@pytest.mark.slow("seconds")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
     """The loss of even use is 1, and the usual one of a whole layer compiles into one graph."""
     torch.compiler.reset()
@@ -161,6 +162,7 @@ def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exceptio
         load_balance(**given(**changed))
 
 
+@pytest.mark.slow("seconds")
 def test_what_load_balance_refuses_in_a_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)

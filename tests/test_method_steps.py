@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step of a routing method in every op that takes one, against tests.steps."""
+"""Every step of a routing method in every op that takes one, against tests/oracle.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router
 from cupy_router.compiler import CompileError
-from tests import inputs, steps
+from tests import compare, inputs
 from tests.backends import Backend
-from tests.steps import METHODS, M, layer_of
+from tests.methods import METHODS, M, layer_of
 
 
 def products(n: int, method: RoutingMethod, hidden: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def test_activation_topk(backend: Backend, name: str) -> None:
         logits = logits - 5
     layer = layer_of(method, kind)
     got = activation_topk(backend.array(logits), method, **layer.arguments(backend.array))
-    steps.assert_right(host(backend, got), logits, method, layer)
+    compare.assert_right(host(backend, got), logits, method, layer)
 
 
 @pytest.mark.parametrize("path", ["decode", "prefill"])
@@ -58,7 +58,7 @@ def test_dense_router(backend: Backend, name: str, path: str) -> None:
             dense_router(*arrays, method, path=path, **given)
         return
     got = dense_router(*arrays, method, path=path, **given)
-    steps.assert_right(host(backend, got), logits, method, layer)
+    compare.assert_right(host(backend, got), logits, method, layer)
 
 
 @pytest.mark.parametrize("source", ["logits", "x", "router"])
@@ -81,7 +81,7 @@ def test_hash_router(backend: Backend, name: str, source: str) -> None:
         arrays = {"logits": logits} if source == "logits" else {"x": x, "weight": weight}
         arrays = {name: backend.array(array) for name, array in arrays.items()}
         got = hash_router(backend.array(ids), uploaded, method, **arrays, **given)
-    steps.assert_right(host(backend, got), logits, method, layer, table[ids])
+    compare.assert_right(host(backend, got), logits, method, layer, table[ids])
 
 
 def test_uniform_weights_come_with_shared_experts(backend: Backend) -> None:
@@ -130,7 +130,7 @@ def test_a_nan_spoils_its_group_only_by_rank(backend: Backend, experts: int) -> 
     for group_score in ("max", "top2"):
         method = M(experts, 3, "identity", num_groups=4, top_groups=1, group_score=group_score, renormalize=False)
         got = host(backend, activation_topk(backend.array(logits), method))
-        steps.assert_right(got, logits, method)
+        compare.assert_right(got, logits, method)
         assert got[1][1].tolist() == [0, 1, 2]
         assert got[1][2].tolist() == ([0, 1, 2] if group_score == "max" else [2 * size, 2 * size + 1, 2 * size + 2])
 
@@ -172,7 +172,7 @@ def test_padding_has_the_dtypes_and_columns_of_the_method(backend: Backend) -> N
         weights, indices = host(backend, got)
         assert (weights[4:] == 0).all()
         assert (indices[4:] == -1).all()
-        steps.assert_right((weights[:4], indices[:4]), logits[:4], method)
+        compare.assert_right((weights[:4], indices[:4]), logits[:4], method)
 
 
 @pytest.mark.parametrize("weight_dtype", ["float16", "bfloat16"])
@@ -260,17 +260,15 @@ def test_a_bad_own_score(changes: dict[str, Any], error: type[Exception], messag
         ScoreFunction(**{"name": "f", "cuda": "x", "numpy": abs, **changes})
 
 
+@pytest.mark.backends("reference")
 def test_an_own_score_of_the_wrong_shape(backend: Backend) -> None:
-    if backend.runs_kernels:
-        pytest.skip("about the reference")
     wrong = ScoreFunction("wrong", cuda="x", numpy=lambda x: x.sum())
     with pytest.raises(ValueError, match=r"ScoreFunction\('wrong'\) made shape \(\) of an array of shape \(2, 4\)"):
         activation_topk(np.zeros((2, 4), np.float32), M(4, 2, wrong))
 
 
+@pytest.mark.backends("reference")
 def test_jax_does_not_cut_indices(backend: Backend) -> None:
-    if backend.runs_kernels:
-        pytest.skip("about JAX arrays")
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     logits = jax.numpy.zeros((2, 8), "float32")
     with pytest.raises(

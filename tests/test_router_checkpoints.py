@@ -233,6 +233,7 @@ def test_a_bias_beside_one_that_selects_is_ambiguous() -> None:
         Router.from_state_dict(state, "", METHOD)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize(("prefix", "of_file"), [("", False), ("model.layers.0.mlp.router", True)])
 def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

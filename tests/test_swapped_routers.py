@@ -198,6 +198,7 @@ def test_noise_in_training_is_kept(calls: list[str]) -> None:
     assert not torch.equal(noisy, plain)
 
 
+@pytest.mark.slow("seconds")
 def test_torch_compile() -> None:
     model = mixtral()
     gate, x = model.model.layers[0].mlp.gate, torch.randn(9, 64)

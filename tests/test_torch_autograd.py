@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager, compiled, and where there are none."""
+"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager calls, and where there are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, d
 from cupy_router.ops._method import MethodOptions
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case, twin
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -253,65 +253,11 @@ print(activation_topk(x, RoutingMethod(16, 4)).weights.requires_grad)
 """
 
 
+@pytest.mark.slow("process")
 def test_the_first_call_of_a_process_has_a_gradient() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
-
-
-# -- In graphs ---------------------------------------------------------------------------------------------------------
-
-COMPILED = ("everything", "softmax after top-k, bias on logits", "shared in the normaliser", "soft cap")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
-    torch.compiler.reset()
-    case = Case(kind, name)
-    if kind == "Router" or kind == "hash Router":
-        given = dict(case.arrays)
-        x, token_ids = given.pop("x"), given.pop("token_ids", None)
-        router = Router(case.method, **given)
-        routing = torch.compile(lambda x: router(x + 0, token_ids), backend="aot_eager", fullgraph=True)(x)
-    else:
-        routing = torch.compile(case.call, backend="aot_eager", fullgraph=True)()
-    case.check(routing)
-
-
-def test_a_compiled_router_with_frozen_arrays() -> None:
-    """Of any framework: the graph holds the router, and goes back through it."""
-    gate = inputs.normal((16, 8), seed=201)
-    table = np.stack([inputs.rng(202, r).permutation(16)[:4] for r in range(9)])
-    ids = torch.arange(5)
-    for router in (
-        Router(METHOD, weight=gate),
-        Router(METHOD, weight=torch.from_numpy(gate), bias=tensor(16, seed=5)),
-        Router(METHOD, weight=torch.from_numpy(gate), table=torch.from_numpy(table)),
-        Router(METHOD, table=torch.from_numpy(table)),
-    ):
-        torch.compiler.reset()
-        compiled = torch.compile(lambda x, r=router: r(x * 2, ids), backend="aot_eager", fullgraph=True)
-        x = parameter(5, 8)
-        routing, eager = compiled(x), router(x * 2, ids)
-        assert routing.weights.requires_grad == eager.weights.requires_grad == (router.weight is not None)
-        if router.weight is not None:
-            got, want = (torch.autograd.grad(r.weights.square().sum(), x)[0] for r in (routing, eager))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-
-
-def test_a_compiled_call_of_other_sizes() -> None:
-    torch.compiler.reset()
-    weight = parameter(16, 8, seed=1)
-    compiled = torch.compile(
-        lambda x: dense_router(x, weight, METHOD).weights, backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    for n in (5, 7, 1, 9):
-        x = parameter(n, 8, seed=n)
-        got = torch.autograd.grad(compiled(x).square().sum(), [x, weight])
-        want = torch.autograd.grad(dense_router(x, weight, METHOD).weights.square().sum(), [x, weight])
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 # -- In a model --------------------------------------------------------------------------------------------------------
@@ -337,6 +283,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         return torch.einsum("ne,eij,nj->ni", dense, self.experts, x)
 
 
+@pytest.mark.slow("seconds")
 def test_a_layer_learns_as_with_a_plain_router() -> None:
     x, target = tensor(64, 8, seed=8), tensor(64, 8, seed=9)
     curves = []

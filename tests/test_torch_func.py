@@ -13,7 +13,7 @@ from cupy_router import RoutingMethod, activation_topk, dense_router, hash_route
 from cupy_router.ops import _run
 from tests import inputs
 from tests.gradient_cases import SMALL
-from tests.test_method_steps import METHODS
+from tests.methods import METHODS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

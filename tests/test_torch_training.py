@@ -28,6 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return moe_configs.counted_calls(monkeypatch)
 
 
+@pytest.mark.slow("seconds", every=12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
     """Every step of a method, every tensor that a router may have, and every way to return results."""
@@ -76,6 +77,7 @@ def test_checkpoints(reentrant: bool, calls: list[str]) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow("seconds")
 def test_a_compiled_router() -> None:
     model = mixtral()
     gate = model.model.layers[0].mlp.gate

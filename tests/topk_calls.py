@@ -10,7 +10,7 @@ import numpy as np
 from cupy_router import TopK, topk_select
 from cupy_router.ops._topk_select_long import Plan
 from cupy_router.reference.topk_select import topk_select as reference
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
@@ -26,14 +26,14 @@ def select(
     backend: Backend, scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, index_map: Any = None,
     row_pad: int = 0, offset: int = 0, **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The op's result on this backend, checked against the reference (on the reference: against the brute force)."""
+    """Return the op's result on this backend, checked against the reference (the reference against the oracle)."""
     device = [None if a is None else backend.array(a) for a in (lengths, starts, index_map)]
     on_device = backend.array(scores, row_pad=row_pad, offset=offset)
     given = options if index_map is None else options | {"index_map": device[2]}
     result = topk_select(on_device, k, lengths=device[0], starts=device[1], **given)
     assert type(result) is TopK
     has_values = options.pop("return_values", True)
-    want = (reference if backend.runs_kernels else compare.topk)(
+    want = (reference if backend.runs_kernels else oracle.topk)(
         scores, k, lengths=lengths, starts=starts, index_map=index_map, **options
     )
     indices = backend.numpy(result.indices)

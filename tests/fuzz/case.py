@@ -19,7 +19,7 @@ from cupy_router import RoutingMethod, TopK
 from cupy_router.ops import _cached, _layout, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
-from tests import compare, gradients, steps
+from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import PLANS
 
@@ -212,7 +212,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     if case.op == BACKWARD:
         assert case.method is not None
         arrays = case.arrays
-        layer = steps.Layer(logit_bias=arrays.get("logit_bias"), expert_scale=arrays.get("expert_scale"))
+        layer = methods.Layer(logit_bias=arrays.get("logit_bias"), expert_scale=arrays.get("expert_scale"))
         given = (arrays[name] for name in ("grad_weights", "indices", "logits"))
         gradients.assert_right(got[0], *given, case.method, layer)
         return
@@ -227,7 +227,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     valid, arrays, method = case.num_valid, case.arrays, case.method
     compare.assert_same_bits(first[valid:], want[0][valid:])
     compare.assert_same_bits(indices[valid:], want[1][valid:])
-    ours, reference = (compare.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
+    ours, reference = (oracle.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
     if has_steps(case):
         assert method is not None
         np.testing.assert_array_equal(ours.indices, reference.indices)
@@ -261,34 +261,23 @@ LAYER = {"logit_bias", "expert_scale"}
 
 
 def assert_steps_close(got: np.ndarray, want: np.ndarray, indices: np.ndarray, case: Case, rows: np.ndarray) -> None:
-    """Weights of the same experts, within the rounding of their steps."""
+    """Weights of the same experts agree within the rounding of their steps."""
     method = case.method
     assert method is not None
-    layer = steps.Layer(logit_bias=case.arrays.get("logit_bias"))
-    prepared = steps.prepare(logits(case)[: case.num_valid][rows], method, layer)
-    experts = indices[:, : method.top_k].astype(np.int64)
-    with np.errstate(all="ignore"):
-        finite = np.where(np.isfinite(prepared), np.abs(prepared), 0).astype(np.float64)
-        exponent = 1.2e-7 * finite.max(axis=-1, keepdims=True, initial=0)  # of x - max, by a softmax of any kind
-    if method.score == "softmax" or method.shared_in_normalizer:
-        rtol = 3e-6 + exponent
-    else:
-        rtol = compare.tolerance(prepared, experts, method).max(axis=-1, keepdims=True, initial=2e-6)
+    prepared = oracle.prepare(logits(case)[: case.num_valid][rows], method, case.arrays.get("logit_bias"))
+    rtol = compare.step_tolerance(prepared, indices[:, : method.top_k].astype(np.int64), method)
+    rtol += 2 * compare.HALF_ULP[method.weight_dtype]  # both were rounded
     scale = case.arrays.get("expert_scale", np.ones(1, np.float32))
     tiny = max(1.0, abs(method.scale)) * max(1.0, float(np.abs(scale).max()))
     if method.weight_dtype == "float16":
-        tiny += 2.0**-25 / compare.TINY  # half of its smallest subnormal
-    rtol += 2 * steps.HALF_ULP[method.weight_dtype]  # both were rounded
+        tiny += 2.0**-25 / oracle.TINY  # half of its smallest subnormal
     compare.assert_weights_close(got, want, rtol, tiny)
 
 
 def logits(case: Case) -> np.ndarray:
-    """Given, or the products of x and weight, which are exact."""
-    if "logits" in case.arrays:
-        return case.arrays["logits"]
-    with np.errstate(invalid="ignore"):
-        x, weight = (case.arrays[name].astype(np.float64) for name in ("x", "weight"))
-        return np.asarray(x @ weight.T, np.float32)
+    """Return the logits as given, or the products of x and weight, which are exact."""
+    arrays = case.arrays
+    return arrays["logits"] if "logits" in arrays else oracle.gate_logits(arrays["x"], arrays["weight"])
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

@@ -132,15 +132,13 @@ def test_saved_cases(path: Path, backend: Backend) -> None:
     prove(load(path), backend)
 
 
-@pytest.mark.needs_kernels
+@pytest.mark.backends("simt")
 @pytest.mark.parametrize("group", range(0, len(SANITIZED), GROUP))
 @pytest.mark.parametrize(("sanitizer", "count", "max_rows"), [("address", 12, 20), ("thread", 4, 3)])
 def test_sanitized_cases(
     sanitizer: str, count: int, max_rows: int, group: int, backend: Backend, path: Callable[[str], Path]
 ) -> None:
     """Arrays have memory of exactly their size; to ThreadSanitizer each thread of a block is one, which takes long."""
-    if backend.name != "simt":
-        pytest.skip("sanitizers are for kernels that the CPU executes")
     reason = why_not_sanitized(sanitizer)
     if reason is not None:
         pytest.skip(reason)
@@ -192,6 +190,7 @@ def test_settings_are_different_and_repeatable() -> None:
     assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
 
 
+@pytest.mark.slow("seconds", every=9)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
 def test_a_setting_is_one_kernel(setting: Setting) -> None:
     """Whatever is drawn: so few kernels are compiled for so many cases."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.backends import DTYPES
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
@@ -76,7 +76,7 @@ def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
 
 
 def _exactly(scores: np.ndarray, k: int, lengths: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.topk(scores, k, lengths)
+    want = oracle.topk(scores, k, lengths)
 
     def check(values: np.ndarray, indices: np.ndarray) -> None:
         np.testing.assert_array_equal(indices, want[1])
@@ -86,12 +86,12 @@ def _exactly(scores: np.ndarray, k: int, lengths: np.ndarray) -> Callable[[np.nd
 
 
 def _routes(logits: np.ndarray, bias: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.route(logits, METHOD, bias)
-    return lambda weights, indices: compare.assert_routes(compare.Routing(weights, indices), want, logits, METHOD, bias)
+    want = oracle.route(logits, METHOD, bias)
+    return lambda weights, indices: compare.assert_routes(oracle.Routing(weights, indices), want, logits, METHOD, bias)
 
 
 def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.hashed(arrays["token_ids"], arrays["table"], METHOD, logits, 256)
+    want = oracle.hash_route(arrays["token_ids"], arrays["table"], METHOD, logits)
 
     def check(weights: np.ndarray, indices: np.ndarray) -> None:
         np.testing.assert_array_equal(indices, want.indices)

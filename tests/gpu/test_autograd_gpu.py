@@ -11,7 +11,7 @@ from cupy_router import Router, RoutingMethod, activation_topk, dense_router
 from tests import inputs
 from tests.gpu.support import on_gpu, spin
 from tests.gradient_cases import KINDS, SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case, twin
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import activation_topk, hash_router, topk_select
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.gpu.support import METHOD, NAMES, call, empty_out, on_gpu, upload
 
 
@@ -82,7 +82,7 @@ def test_replay_with_another_num_valid(framework: str, shape: tuple[int, ...]) -
     gpu, logits = on_gpu(framework), inputs.normal((40, 256))
     on_device, count = gpu.array(logits), gpu.array(np.full(shape, 40, np.int32))
     result, replay = capture(gpu, lambda: activation_topk(on_device, METHOD, num_valid=count))
-    want = compare.route(logits, METHOD)
+    want = oracle.route(logits, METHOD)
     for valid in (40, 7, 0, 41, -3, 39):
         put(gpu, count, np.full(shape, valid, np.int32))
         replay()
@@ -111,10 +111,10 @@ def test_a_graph_of_all_ops_in_a_row(framework: str) -> None:
         logits = inputs.normal((33, 256), seed=112 + seed)
         put(gpu, arrays[0], logits)
         replay()
-        got = compare.Routing(gpu.numpy(routing.weights), gpu.numpy(routing.indices))
-        compare.assert_routes(got, compare.route(logits, METHOD), logits, METHOD)
-        np.testing.assert_array_equal(gpu.numpy(best.indices), compare.topk(got.weights, 2)[1])
-        want = compare.hashed(ids, table, METHOD, logits, 256)
+        got = oracle.Routing(gpu.numpy(routing.weights), gpu.numpy(routing.indices))
+        compare.assert_routes(got, oracle.route(logits, METHOD), logits, METHOD)
+        np.testing.assert_array_equal(gpu.numpy(best.indices), oracle.topk(got.weights, 2)[1])
+        want = oracle.hash_route(ids, table, METHOD, logits)
         compare.assert_weights_close(gpu.numpy(hashed.weights), want.weights, 2e-6)
 
 

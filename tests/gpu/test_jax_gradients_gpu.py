@@ -15,7 +15,7 @@ from tests import inputs
 from tests.gpu.support import COMMAND_BUFFER_FLAGS, LAUNCHED_BY, launched_by, on_gpu, printed
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, twin
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
 

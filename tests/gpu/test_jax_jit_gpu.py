@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, topk_select
-from tests import compare, inputs, steps
+from tests import compare, inputs, oracle
 from tests.gpu.support import COMMAND_BUFFER_FLAGS, LAUNCHED_BY, launched_by, on_gpu, printed, upload
 from tests.gpu.support import NAMES as SUPPORTED
 from tests.gpu.support import call as supported
 from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
-from tests.test_method_steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 
 @pytest.fixture(scope="module", params=LAUNCHED_BY)
@@ -53,7 +53,7 @@ def test_xla_launches_by_itself() -> None:
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_results_are_right(gpu: Any, name: str, dtype: str) -> None:
-    """Of large calls, against brute force."""
+    """Large calls, against the oracle."""
     case = supported(name, dtype=dtype)
     result = gpu.jax.jit(lambda arrays: case(arrays))(upload(gpu, case.arrays))
     assert all(array.devices() == {gpu.device} for array in result)
@@ -85,7 +85,7 @@ def test_every_step_of_a_method(gpu: Any, name: str) -> None:
     with gpu.jax.enable_x64(method.index_dtype == "int64"):
         routed = gpu.jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
         weights, indices = routed(gpu.array(logits), layer.arguments(gpu.array))
-    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+    compare.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
 
 
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",)], ids=str)
@@ -132,11 +132,11 @@ def test_calls_between_slow_operations(gpu: Any) -> None:
     for seed in range(10):
         logits = inputs.normal((500, 32), seed=300 + seed)
         weights, more, indices, best = chain(gpu.array(logits), square)
-        want = compare.route(logits, METHOD)
+        want = oracle.route(logits, METHOD)
         np.testing.assert_array_equal(indices, want.indices * 2)
         compare.assert_weights_close(np.asarray(weights), want.weights, 2e-6)
         np.testing.assert_array_equal(more, np.asarray(weights) + 1)
-        np.testing.assert_array_equal(best.indices, compare.topk(np.asarray(weights), 2)[1])
+        np.testing.assert_array_equal(best.indices, oracle.topk(np.asarray(weights), 2)[1])
 
 
 def test_parts_of_arrays_at_any_offset(gpu: Any) -> None:
@@ -292,7 +292,7 @@ def test_two_devices(gpu: Any) -> None:
     if len(devices) < 2:
         pytest.skip("needs two CUDA devices")
     logits, weight = inputs.normal((64, 32)), jnp.array(calls()["dense_router"].arrays["weight"])
-    want = compare.route(logits, METHOD)
+    want = oracle.route(logits, METHOD)
     for device in devices[:2]:
         got = jax.jit(lambda a: activation_topk(a, METHOD))(jax.device_put(logits, device))
         assert got.indices.devices() == {device}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.gpu.support import NAMES, call, on_gpu, upload
 
 THREADS = 8
@@ -61,8 +61,8 @@ def test_eight_threads_compile_together(cupy: Any) -> None:
             start.wait()
             result = activation_topk(on_device, method)
             cupy.cuda.get_current_stream().synchronize()
-            got = compare.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
-            compare.assert_routes(got, compare.route(logits, method), logits, method)
+            got = oracle.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
+            compare.assert_routes(got, oracle.route(logits, method), logits, method)
 
     together(work)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.gpu.support import METHOD, NAMES, Call, Raw, call, launched_by, on_gpu, spin, upload
 from tests.gpu.test_streams import Streams
 from tests.gpu.test_threads import THREADS, together
@@ -99,8 +99,8 @@ def test_eight_threads_compile_for_both(cupy: Any) -> None:
             result = activation_topk(on_device[number % 2], method)
             with cupy.cuda.Device(number % 2):
                 cupy.cuda.Device().synchronize()
-                got = compare.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
-            compare.assert_routes(got, compare.route(logits, method), logits, method)
+                got = oracle.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
+            compare.assert_routes(got, oracle.route(logits, method), logits, method)
 
     together(work)
 

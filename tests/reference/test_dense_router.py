@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of dense_router against brute force in exact arithmetic, and against transformers."""
+"""The reference of dense_router against exact arithmetic and against transformers."""
 
 from __future__ import annotations
 
