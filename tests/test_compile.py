@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cupy_router import compiler, presets
-from tests import nvrtc, resource_gate
+from tests import machine_code, nvrtc, resource_gate
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.resource_gate import Row, occupancy
 from tests.specialisations import CORNER, FROM_SM_80, FULL, Specialisation, specialisations
@@ -154,6 +154,25 @@ def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
     before = dict(compiler.BACKENDS), compiler._functions
     assert specialisations() == in_use()
     assert (dict(compiler.BACKENDS), compiler._functions) == before
+
+
+# -- Machine code ------------------------------------------------------------------------------------------------------
+
+
+def test_machine_code_is_the_same_whatever_its_text_calls_things() -> None:
+    source = KERNEL.replace("REGISTERS", "8")
+    codes = [any_nvrtc().machine_code(text, "planted", "sm_90") for text in (source, source.replace("sum", "total"))]
+    assert codes[0] == codes[1]
+    assert len(codes[0][0]) % machine_code.INSTRUCTION == 0
+    assert any_nvrtc().machine_code(source.replace("+ x", "- x"), "planted", "sm_90")[0] != codes[0][0]
+
+
+def test_growth_beyond_what_is_allowed_is_told() -> None:
+    before = machine_code.Code("a", 1000, Resources(40, 0, 0, 0))
+    now = machine_code.Code("b", 1010, Resources(41, 8, 0, 0))
+    assert machine_code.growth(before, now, 1) == ["registers 40 -> 41", "spills 0 -> 8"]
+    assert machine_code.growth(before, now, 0.5)[2:] == ["instructions 1000 -> 1010"]
+    assert machine_code.growth(now, before, 0) == []
 
 
 # -- Compiling ---------------------------------------------------------------------------------------------------------
