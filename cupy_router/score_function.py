@@ -67,7 +67,7 @@ class ScoreFunction:
 
     @property
     def header(self) -> str:
-        """What takes the place of kernels/score_function.cuh."""
+        """What takes the place of kernels/routing/score_function.cuh."""
         return self.defined_as("score_function")
 
     def defined_as(self, function: str) -> str:

@@ -41,8 +41,8 @@ if hasattr(uses, "in_order_of_use"):
     found = uses.in_order_of_use()
 else:
     used = uses._largest(uses._presets, uses._benchmarks, uses._besides)
-    corners = {key: sizes for key, sizes in uses._largest(uses._corners).items() if key not in used}
-    found = [uses.Specialisation(*key, *sizes) for key, sizes in (used | corners).items()]
+    both = used | {key: sizes for key, sizes in uses._largest(uses._corners).items() if key not in used}
+    found = [uses.Specialisation(*key, *sizes, key not in used) for key, sizes in both.items()]
 json.dump([[str(one), one.function, one.architectures, one.source] for one in found], sys.stdout)
 """
 

@@ -163,7 +163,7 @@ def headers(method: RoutingMethod | None) -> dict[str, str]:
     """The header that a score of the caller's own replaces."""
     if method is None or isinstance(method.score, str):
         return {}
-    return {"score_function.cuh": method.score.header}
+    return {"routing/score_function.cuh": method.score.header}
 
 
 def kernel(
@@ -198,7 +198,7 @@ def kernel(
         lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
     biases = [view for view in (bias, logit_bias) if view is not None]
     macros |= {
-        "DEALT": int(bool(dealt)),
+        "INTERLEAVED": int(bool(dealt)),
         "DENSE": int(dense),
         "LANES": lanes,
         "PER_LANE": columns,

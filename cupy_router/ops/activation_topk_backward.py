@@ -151,7 +151,8 @@ def kernel(
     }
     headers = scoring.headers(method)
     if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
-        headers["score_derivative.cuh"] = method.score.derivative.defined_as("score_derivative")
+        gradient = method.score.derivative.defined_as("score_function_gradient")
+        headers["routing/score_function_gradient.cuh"] = gradient
     if not layout.fits(method.num_logits, num_weighed):
         if repeated and num_weighed > _MAX_REPEATED:
             raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")

@@ -136,7 +136,7 @@ def _kernel(
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
-        "DEALT": int(bool(dealt)),
+        "INTERLEAVED": int(bool(dealt)),
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
