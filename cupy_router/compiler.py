@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
 
-A kernel's text is expanded first: `#include "x.cuh"` is replaced by the file, with `#line` marks so that errors point
-at `kernels/x.cuh(line)`, and the macros become `#define` lines on top. So headers and macros are part of the text, the
-text is the key of CuPy's disk cache, and a second process loads what the first compiled.
+A kernel's text is expanded first: `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
+errors point at `kernels/device/types.cuh(line)`, and the macros become `#define` lines on top. So headers and macros
+are part of the text, the text is the key of CuPy's disk cache, and a second process loads what the first compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -180,9 +181,37 @@ def require_cuda() -> ModuleType:
 
 
 def kernel_folders() -> list[Path]:
-    """Where kernel files are looked for, in this order: CUPY_ROUTER_KERNELS, the package's or the checkout's own."""
+    """Folders in which a kernel file is looked for: CUPY_ROUTER_KERNELS, then the package's or the checkout's own.
+
+    All have the same paths, such as `topk_select.cu` and `device/types.cuh`.
+    """
     override = os.environ.get("CUPY_ROUTER_KERNELS")
     return [Path(override), _OWN] if override else [_OWN]
+
+
+_reported: set[str] = set()
+
+
+def _report_override(override: Path) -> None:
+    """Warn, once, of a folder that does not exist and of files in it that no kernel reads."""
+    if not override.is_dir():
+        problems = [f"there is no folder {override}"]
+    else:
+        files = [path for path in sorted(override.rglob("*")) if path.suffix in (".cu", ".cuh")]
+        included = {
+            match[1] for path in files for line in path.read_text().splitlines() if (match := _INCLUDE.match(line))
+        }
+        unread = [name for path in files if (name := path.relative_to(override).as_posix()) not in included]
+        own = {path.name: path.relative_to(_OWN).as_posix() for path in _OWN.rglob("*.cu*")}
+        problems = [
+            f"no kernel reads {name} of {override}" + (f", but {own[leaf]}" if (leaf := Path(name).name) in own else "")
+            for name in unread
+            if not (_OWN / name).is_file()
+        ]
+    for problem in problems:
+        if problem not in _reported:
+            _reported.add(problem)
+            warnings.warn(f"CUPY_ROUTER_KERNELS: {problem}", stacklevel=3)
 
 
 _PACKAGE = Path(__file__).parent
@@ -248,6 +277,8 @@ def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Header
     with _lock:
         text = _texts.get((kernel, headers))
         if text is None:
+            if len(folders := kernel_folders()) > 1:
+                _report_override(folders[0])
             lines = _lines(f"{kernel}.cu", dict(headers), set())
             text = _texts[kernel, headers] = "\n".join(lines) + "\n"
     return "".join(f"#define {name} {value}\n" for name, value in dict(macros).items()) + text

@@ -24,7 +24,7 @@ WORKSPACE = (
     32 << 20
 )  # what NVIDIA recommends for Hopper; one size everywhere, since the choice of algorithm depends on it
 
-_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of kernels/types.cuh
+_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of kernels/device/types.cuh
 _CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _NO_TRANSPOSE, _TRANSPOSE = 0, 1

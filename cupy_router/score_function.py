@@ -67,7 +67,7 @@ class ScoreFunction:
 
     @property
     def header(self) -> str:
-        """Text that replaces the header score_function.cuh of the kernels."""
+        """Text that replaces the header routing/score_function.cuh of the kernels."""
         return self.defined_as("score_function")
 
     def defined_as(self, function: str) -> str:

@@ -58,11 +58,15 @@ class Specialisation:
 
 
 def specialisations() -> list[Specialisation]:
-    """In a fixed order, without repetitions."""
+    """Sorted, without repetitions."""
+    return sorted(in_order_of_use())
+
+
+def in_order_of_use() -> list[Specialisation]:
+    """As the ops ask for them, which does not depend on what macros are called."""
     used = _largest(_presets, _benchmarks, _besides)
     found = [Specialisation(*key, *sizes) for key, sizes in used.items()]
-    corners = [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
-    return sorted(found + corners)
+    return found + [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
 
 
 def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:

@@ -81,7 +81,7 @@ class Run:
         """What the kernel left behind the partial sums, where those of the first slice lie."""
         macros, experts = self.plan.macros, self.method.num_experts
         columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
-        partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SLICES"], macros["TOKENS"], columns)
+        partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
         return partials[1, :, 0].reshape(-1, columns)[: len(self.x), :experts].copy()
 
 
@@ -130,7 +130,7 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     norms = np.sqrt((x**2) @ (weight**2).T)
     macros = run.plan.macros
     layers = macros["WARPS"] * macros["EXPERTS_PER_WARP"] // macros["EXPERTS_PER_BLOCK"]
-    steps = -(-x.shape[1] // (16 * macros["SLICES"] * layers)) if macros["TENSOR_CORES"] else 0
+    steps = -(-x.shape[1] // (16 * macros["SPLITS"] * layers)) if macros["TENSOR_CORES"] else 0
     errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
     assert (errors <= bound * norms + oracle.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
     want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)

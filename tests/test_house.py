@@ -161,24 +161,66 @@ both"""
     assert [line == reader for line, reader in readers(text) if not line.startswith("#")] == [True] * 6
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").iterdir()), ids=lambda path: path.name)
-def test_kernels_include_only_headers_of_their_folder(path: Path) -> None:
-    assert path.suffix in {".cu", ".cuh"}
-    headers = {f'"{header.name}"' for header in path.parent.glob("*.cuh")}
-    for line, reader in readers(path.read_text()):
-        include = re.match(r"\s*#\s*include\s+(\S+)", line)
-        if include:  # a C++ twin, which the GPU never sees, may use the standard library
-            assert include[1] in headers or (reader == "cpu" and include[1].startswith("<")), line
+KERNELS = ROOT / "kernels"
+KERNEL_FILES = {path.relative_to(KERNELS).as_posix(): path for path in sorted(KERNELS.rglob("*.cu*"))}
+
+# Folder of kernels/ -> the folders of which it may include headers, besides its own. "" is that of the kernels.
+MAY_INCLUDE = {
+    "device": set(),
+    "select": {"device"},
+    "long_rows": {"device", "select"},
+    "routing": {"device", "select"},
+    "gate": {"device", "select", "routing"},
+    "": {"device", "select", "long_rows", "routing", "gate"},
+}
+
+
+def included(path: Path) -> set[str]:
+    """The headers of kernels/ that a kernel file includes by itself."""
+    return set(re.findall(r'^\s*#\s*include\s+"(.*)"', path.read_text(), re.M))
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_kernel_files_include_only_headers_of_the_layers_below(name: str) -> None:
+    folder = name.rpartition("/")[0]
+    assert name.endswith(".cuh" if folder else ".cu"), "headers lie in folders, kernels do not"
+    for header in included(KERNEL_FILES[name]):
+        assert header in KERNEL_FILES, f"paths are relative to kernels/: {header}"
+        assert header.rpartition("/")[0] in MAY_INCLUDE[folder] | {folder}, f"{name} knows {header}"
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_kernel_files_have_ptx_with_twins_and_nothing_of_the_system(name: str) -> None:
+    for line, reader in readers(KERNEL_FILES[name].read_text()):
+        if re.match(r"\s*#\s*include\s+<", line):
+            assert reader == "cpu", f"only a C++ twin, which the GPU never sees, may use the standard library: {line}"
         if re.search(r"\basm\b", line.partition("//")[0]):
-            assert path.suffix == ".cuh", "PTX lives in headers"
+            assert name.endswith(".cuh"), "PTX lives in headers"
             assert reader == "gpu", f"no C++ twin: {line}"
+
+
+def test_every_header_is_read_by_a_kernel() -> None:
+    reached, todo = set(), [name for name in KERNEL_FILES if name.endswith(".cu")]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += included(KERNEL_FILES[name])
+    assert KERNEL_FILES.keys() - reached == {"device/cluster.cuh"}, "which waits for kernels with clusters"
+
+
+def test_the_readme_of_the_kernels_lists_every_file() -> None:
+    listed = re.findall(r"^\| `([\w/.]+)` \| \S", (KERNELS / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(KERNEL_FILES)
+    others = {path.name for path in KERNELS.rglob("*") if path.is_file()} - {Path(name).name for name in KERNEL_FILES}
+    assert others == {"README.md"}
 
 
 def test_one_op_is_one_kernel_one_op_file_one_reference_one_test_one_benchmark() -> None:
     files = ("cupy_router/ops/{}.py", "cupy_router/reference/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
     parts = [part.format(op) for op in OPS for part in files]
     assert not [part for part in parts if not (ROOT / part).is_file()]
-    assert not [op for op in OPS if not list((ROOT / "kernels").glob(f"{op}*.cu"))]
+    assert not [op for op in OPS if not list(KERNELS.glob(f"{op}*.cu"))]
 
 
 def test_every_op_is_known_here() -> None:

@@ -229,7 +229,7 @@ def test_dense_router_of_few_tokens() -> None:
     )  # fmt: skip
     tiles = -(-256 // launch.macros["EXPERTS_PER_BLOCK"])
     groups = -(-4 // launch.macros["TOKENS"])
-    assert launch.grid == (groups * tiles * launch.macros["SLICES"], 1, 1)
+    assert launch.grid == (groups * tiles * launch.macros["SPLITS"], 1, 1)
     assert launch.block == (32 * launch.macros["WARPS"], 1, 1)
     counters, partials = launch.arguments["counters"], launch.arguments["partials"]
     assert launch.arguments == {

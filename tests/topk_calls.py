@@ -80,7 +80,7 @@ def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool
 
 
 def _sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
-    """Where row_sample.cuh looks in a row that begins at a 16-byte boundary."""
+    """Where long_rows/sample.cuh looks in a row that begins at a 16-byte boundary."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     pairs = plan.block * plan.vectors // 2
     number = np.arange(pairs, dtype=np.uint64)

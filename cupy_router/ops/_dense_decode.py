@@ -86,7 +86,7 @@ def plan(
         "HAS_NUM_VALID": int("num_valid" in given),
         "TENSOR_CORES": int(tiling.tensor_cores),
         "TOKENS": tiling.tokens,
-        "SLICES": tiling.slices,
+        "SPLITS": tiling.slices,
         "EXPERTS_PER_BLOCK": tiling.experts_per_block,
         "EXPERTS_PER_WARP": tiling.experts_per_warp,
         "WARPS": tiling.warps,

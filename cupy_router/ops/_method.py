@@ -144,4 +144,4 @@ def headers(method: RoutingMethod | None) -> dict[str, str]:
     """The header that a score of the caller's own replaces."""
     if method is None or isinstance(method.score, str):
         return {}
-    return {"score_function.cuh": method.score.header}
+    return {"routing/score_function.cuh": method.score.header}

@@ -133,7 +133,12 @@ class LongTopK:
             ahead = _MULTIPROCESSORS * plan.blocks  # as many as run at once
             for first in range(0, num_rows, MAX_GRID):
                 grid = min(num_rows - first, MAX_GRID) * plan.pieces
-                numbers = {"pieces": plan.pieces, "list_room": room, "rows_ahead": ahead, "first_row": first} | fixed
+                numbers = {
+                    "pieces": plan.pieces,
+                    "list_capacity": room,
+                    "rows_ahead": ahead,
+                    "first_row": first,
+                } | fixed
                 kernel = Kernel(LONG, LONG, macros, grid, plan.block, numbers, shared_bytes=plan.shared_bytes)
                 self._launches.append(launch_with((*INPUTS, *OUTPUTS, *_SCRATCH), kernel, scores.device))
         self._takes_scratch = plan is not None

@@ -83,7 +83,7 @@ class ActivationTopK(Op):
             lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
         biases = [view for view in (arrays.bias, arrays.logit_bias) if view is not None]
         macros |= {
-            "DEALT": int(bool(dealt)),
+            "INTERLEAVED": int(bool(dealt)),
             "DENSE": int(dense),
             "LANES": lanes,
             "PER_LANE": columns,

@@ -112,7 +112,8 @@ class ActivationTopKBackward(Op):
         }
         replaced = headers(method)
         if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
-            replaced["score_derivative.cuh"] = method.score.derivative.defined_as("score_derivative")
+            gradient_of_score = method.score.derivative.defined_as("score_function_gradient")
+            replaced["routing/score_function_gradient.cuh"] = gradient_of_score
         if not layout.fits(method.num_logits, num_weighed):
             if repeated and num_weighed > _MAX_REPEATED:
                 raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")

@@ -108,7 +108,7 @@ class TopKSelect(Op):
         whole = lengths is None and starts is None and lanes * columns == num_columns
         macros |= {
             "TOP_K": k,
-            "DEALT": int(bool(dealt)),
+            "INTERLEAVED": int(bool(dealt)),
             "LANES": lanes,
             "PER_LANE": columns,
             "WHOLE_ROWS": int(whole),
