@@ -20,8 +20,9 @@ from pathlib import Path
 
 from benchmarks.rows import text_table
 from cupy_router import RoutingMethod, compiler
-from cupy_router.ops import _dense_decode, _layout
-from cupy_router.ops.activation_topk import dealt_lanes, method_macros
+from cupy_router.ops import _dense_decode, _row_lanes
+from cupy_router.ops.activation_topk import interleaved_lanes, method_macros
+from cupy_router.tuning import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION = 16  # bytes, since sm_70
@@ -38,18 +39,20 @@ def kernels() -> dict[str, tuple[str, str, dict[str, int]]]:
     for title, method in PLAIN.items():
         macros = method_macros(method, ["bias"])
         for rows in (64, 1024, 8192):
-            lanes, columns = _layout.lanes_and_columns(method.num_experts, method.top_k)
-            dealt = dealt_lanes(method, rows)
-            if dealt:
-                lanes, columns = dealt, _layout.dealt_columns(method.num_experts, dealt)
-            layout = {"DEALT": int(bool(dealt))}
+            lanes, columns = _row_lanes.lanes_and_columns(method.num_experts, method.top_k)
+            interleaved = interleaved_lanes(DEFAULT, method, rows)
+            if interleaved:
+                lanes, columns = interleaved, _row_lanes.interleaved_columns(method.num_experts, interleaved)
+            layout = {"DEALT": int(bool(interleaved))}
             layout |= {"LANES": lanes, "PER_LANE": columns}
             found[f"activation_topk, {title}, {rows} rows"] = ("activation_topk", "activation_topk", macros | layout)
         hashing = {"SOURCE": 1, "LANES": 8}
         if method.score != "softmax":
             found[f"hash_router, {title}"] = ("hash_router", "hash_router", method_macros(method) | hashing)
-        plan = _dense_decode.plan(method, "bfloat16", "bfloat16", 16, 4096, aligned=True, dense=True, given=["bias"])
-        found[f"dense_router, {title}, 16 rows"] = (_dense_decode.FILE, _dense_decode.FUNCTION, plan.macros)
+        launch = _dense_decode.launch_for(
+            DEFAULT, method, "bfloat16", "bfloat16", 16, 4096, aligned=True, dense=True, given=["bias"]
+        )
+        found[f"dense_router, {title}, 16 rows"] = (_dense_decode.FILE, _dense_decode.FUNCTION, launch.macros)
     return found
 
 

@@ -19,10 +19,7 @@ import numpy as np
 
 from cupy_router import compiler, scratch
 from cupy_router.launcher import Launch
-
-WORKSPACE = (
-    32 << 20
-)  # what NVIDIA recommends for Hopper; one size everywhere, since the choice of algorithm depends on it
+from cupy_router.tuning import gpu_of
 
 _CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of kernels/types.cuh
 _CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
@@ -31,7 +28,6 @@ _NO_TRANSPOSE, _TRANSPOSE = 0, 1
 _COMPUTE_32F, _COMPUTE_32F_PEDANTIC = 68, 69  # pedantic: float32 products as they are, no tf32
 _DEFAULT_ALGORITHM = -1
 _MATH_MODE = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: partial sums stay in float32
-_MAX_BLOCKS = 4096
 
 
 class Matrix(NamedTuple):
@@ -108,6 +104,7 @@ class CudaProduct:
         self._type = _CUDA_TYPES[dtype]
         self._compute = _COMPUTE_32F_PEDANTIC if dtype == "float32" else _COMPUTE_32F
         self.row_bytes = 4 * x.num_columns if self._x_packer else 0
+        self._workspace_bytes = gpu_of(device).table.gemm.workspace_bytes
 
     def prepare(self, stream: int, weight: int) -> int:
         if self._weight_packer is None:
@@ -118,7 +115,7 @@ class CudaProduct:
         if self._x_packer is not None:
             x = self._pack(self._x_packer, stream, x, "x as float32", num_rows)
         context = self._context
-        context.bind(self._device, stream)
+        context.bind(self._device, stream, self._workspace_bytes)
         # cuBLAS counts columns first: out^T [outputs, rows] = weight [outputs, hidden] x^T [hidden, rows].
         context.check(
             context.library.cublasGemmEx(
@@ -142,7 +139,8 @@ def _needs_packing(matrix: Matrix, mixed: bool) -> bool:
 def _packer(device: tuple[str, int], matrix: Matrix) -> Launch:
     function = compiler.compile("to_float32", "to_float32", {"DTYPE": _CODES[matrix.dtype]}, device)
     fixed = {"num_columns": matrix.num_columns, "source_stride": matrix.stride}
-    return Launch(function, min(matrix.num_rows, _MAX_BLOCKS), 256, ("source", "target", "num_rows"), fixed)
+    blocks = min(matrix.num_rows, gpu_of(device).table.gemm.max_pack_blocks)
+    return Launch(function, blocks, 256, ("source", "target", "num_rows"), fixed)
 
 
 class _Context:
@@ -160,11 +158,11 @@ class _Context:
             self.handle = handle.value
             self.check(self.library.cublasSetMathMode(self.handle, _MATH_MODE))
 
-    def bind(self, device: tuple[str, int], stream: int) -> None:
-        workspace = scratch.buffer(device, stream, "cuBLAS", WORKSPACE)
+    def bind(self, device: tuple[str, int], stream: int, workspace_bytes: int) -> None:
+        workspace = scratch.buffer(device, stream, "cuBLAS", workspace_bytes)
         if self._bound != (stream, workspace):
             self.check(self.library.cublasSetStream_v2(self.handle, stream))  # takes any workspace away
-            self.check(self.library.cublasSetWorkspace_v2(self.handle, workspace, WORKSPACE))
+            self.check(self.library.cublasSetWorkspace_v2(self.handle, workspace, workspace_bytes))
             self._bound = (stream, workspace)
 
     def check(self, status: int) -> None:

@@ -190,7 +190,7 @@ def test_results_are_repeatable(backend: Backend, path: str) -> None:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 16 tokens where there are 32 experts; the method of these tests is no other test's, nor is its plan."""
-    monkeypatch.setattr(_slices, "BUDGET", 16 * 32 * 4)
+    monkeypatch.setattr(_slices, "budget", lambda gpu: 16 * 32 * 4)
 
 
 @pytest.mark.usefixtures("small_slices")

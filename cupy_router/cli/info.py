@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy_router
-from cupy_router import compiler, gemm
+from cupy_router import compiler, gemm, tuning
 
 from . import terminal
 
@@ -30,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     terminal.field("backend", backend)
     for device in ask(device_names).splitlines():
         terminal.field("device", device)
+    chosen = [] if obstacle else ask(tables).splitlines()
+    for line in chosen or [f"no usable GPU; tables for {', '.join(tuning.architectures().values())}"]:
+        terminal.field("tuning", line)
     terminal.field("driver", ask(driver_version))
     terminal.field("nvrtc", ask(nvrtc_version))
     terminal.field("cublas", cublas_version())
@@ -97,6 +100,18 @@ def device_names(cupy: Any) -> str:
         device = cupy.cuda.runtime.getDeviceProperties(i)
         name, memory = device["name"].decode(), device["totalGlobalMem"] / 2**30
         lines.append(f"{i}: {name}, compute capability {device['major']}.{device['minor']}, {memory:.0f} GiB")
+    return "\n".join(lines)
+
+
+def tables(cupy: Any) -> str:
+    """One line for each device: the table of thresholds from which launches are chosen."""
+    known = tuning.architectures()
+    lines = []
+    for i in range(cupy.cuda.runtime.getDeviceCount()):
+        gpu = tuning.Gpu.from_properties(cupy.cuda.runtime.getDeviceProperties(i))
+        reason = "" if gpu.capability in known else ", the nearest to sm_{}{}".format(*gpu.capability)
+        counts = f"{gpu.multiprocessors} multiprocessors (measured on {gpu.table.multiprocessors})"
+        lines.append(f"{i}: table {gpu.table.architecture}{reason}, {counts}")
     return "\n".join(lines)
 
 

@@ -17,10 +17,7 @@ from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct
 from cupy_router.ops.activation_topk import row_bytes
 from cupy_router.results import Routing
-
-# Only the dot products that are needed, if they read at most so many times what the whole gate is: they read from L2,
-# and cuBLAS takes 6 us for even the smallest product. Measured: level at 8 (E 384, H 7168) to 13 (E 256, H 4096).
-GATES_READ = 8
+from cupy_router.tuning import gpu_of
 
 _OUTPUTS = ("weights", "indices")
 _TAKEN = (*hashing.INPUTS, *_OUTPUTS)  # by kernels/hash_router.cu
@@ -65,7 +62,7 @@ def _plan(
 ) -> Work:
     num_tokens = token_ids.shape[0]
     layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
-    few = num_tokens * method.top_k <= GATES_READ * method.num_experts
+    few = num_tokens * method.top_k <= gpu_of(x.device).table.hash_layer.max_gates_read * method.num_experts
     if weight is None or few or gemm.why_not(x.device) is not None:
         gated = None if weight is None else x
         kernel = hashing.kernel(

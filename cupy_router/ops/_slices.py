@@ -12,10 +12,14 @@ from functools import cached_property
 from cupy_router import compiler, gemm, scratch
 from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.launcher import Launch
-
-BUDGET = 64 << 20  # bytes of a slice's logits, and of its hidden states where they have to become float32 first
+from cupy_router.tuning import Gpu, gpu_of
 
 _BY_ROW = ("x", "token_ids")  # the inputs with a row for each token
+
+
+def budget(gpu: Gpu) -> int:
+    """Return the bytes of a slice's logits, and of its hidden states where they are converted to float32 first."""
+    return gpu.table.slices.bytes
 
 
 class Slices:
@@ -98,7 +102,7 @@ class ByProduct(Slices):
     ) -> None:
         num_outputs = weight.shape[0]
         self._product = gemm.product(x.device, _matrix(x), _matrix(weight))
-        rows = max(1, min(BUDGET // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
+        rows = max(1, min(budget(gpu_of(x.device)) // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
         super().__init__(views, outputs, out_steps, rows)
         self._row_bytes, self._taken, self._plan = 4 * num_outputs, tuple(names), plan
         self._num_outputs = num_outputs

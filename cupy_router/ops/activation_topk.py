@@ -10,10 +10,11 @@ from typing import Any
 from cupy_router.arrays import ITEM_SIZES, Output, View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as layout
 from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu, gpu_of
 
 SCORE_CODES = {"identity": 0, "sigmoid": 1, "sqrtsoftplus": 2, "softmax": 3}
 _OWN_SCORE = 4
@@ -193,12 +194,13 @@ def kernel(
         function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
         return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
     lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
-    dealt = dealt_lanes(method, num_tokens)
-    if dealt:
-        lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
+    gpu = gpu_of(logits.device)
+    interleaved = interleaved_lanes(gpu, method, num_tokens)
+    if interleaved:
+        lanes, columns = interleaved, layout.interleaved_columns(num_experts, interleaved)
     biases = [view for view in (bias, logit_bias) if view is not None]
     macros |= {
-        "DEALT": int(bool(dealt)),
+        "DEALT": int(bool(interleaved)),
         "DENSE": int(dense),
         "LANES": lanes,
         "PER_LANE": columns,
@@ -207,17 +209,17 @@ def kernel(
             bool(biases) and all(layout.aligned(view.pointer, num_experts, view.dtype, columns) for view in biases)
         ),
     }
-    grid, block = layout.grid_and_block(num_tokens, lanes, bool(dealt))
+    grid, block = layout.grid_and_block(gpu, num_tokens, lanes, bool(interleaved))
     return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
 
 
-def dealt_lanes(method: RoutingMethod, num_tokens: int) -> int:
-    """Lanes that choose from a row by cut keys; else 0. The sum of a softmax has to be the same for any number of
-    rows."""
+def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:
+    """Return the lanes over which to interleave a row, which then chooses by cut keys; else 0. The sum of a softmax
+    must not depend on the number of rows."""
     softmax = method.score == "softmax" and not method.score_after_topk
     if method.top_groups < method.num_groups:
-        return layout.group_lanes(method) if softmax or not layout.few(num_tokens) else 0
-    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns, True)
+        return layout.group_lanes(gpu, method) if softmax or not layout.few(gpu, num_tokens) else 0
+    return 0 if softmax else layout.interleaved_lanes(gpu, num_tokens, method.num_experts, method.num_columns, True)
 
 
 def _reference(

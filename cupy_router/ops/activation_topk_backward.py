@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 from cupy_router.arrays import Output, View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as layout
 from cupy_router.ops import activation_topk as scoring
 from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.reference import activation_topk_backward as reference
 from cupy_router.score_function import ScoreFunction
+from cupy_router.tuning import gpu_of
 
 # What frameworks answer where a gradient of gradients is asked for.
 NO_SECOND_DERIVATIVE = "cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
 
 _WIDE_BLOCK = 256
 _MAX_REPEATED = 8192  # weights of a token where experts may repeat; a float of shared memory each
-_LEAST_LANES = 8  # of a row, so that they write whole sectors of memory
 # Of a method's macros: what only selects, and the dtype of its indices, since any indices may come.
 _NOT_COMPILED = ("HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_INT64")
 
@@ -159,8 +159,9 @@ def kernel(
         return Kernel("activation_topk_backward", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers)
     lanes, _ = layout.lanes_and_columns(method.num_logits, num_weighed)
     needs_rows = method.score == "softmax" and not method.score_after_topk
-    if not needs_rows and not layout.few(num_tokens):
-        while lanes // 2 >= max(num_weighed, _LEAST_LANES):
+    gpu = gpu_of(logits.device)
+    if not needs_rows and not layout.few(gpu, num_tokens):
+        while lanes // 2 >= max(num_weighed, gpu.table.backward.min_lanes):
             lanes //= 2
     strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, out_strides[0]
     dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
@@ -168,7 +169,7 @@ def kernel(
     if needs_rows:
         unit = 16 // layout.SIZES[dtype or logits.dtype]
         macros["ALIGNED"] = int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))
-    grid, block = layout.grid_and_block(num_tokens, lanes)
+    grid, block = layout.grid_and_block(gpu, num_tokens, lanes)
     return Kernel("activation_topk_backward", "activation_topk_backward", macros, grid, block, fixed, headers)
 
 

@@ -8,20 +8,19 @@ from typing import Any
 
 from cupy_router import gemm, scratch
 from cupy_router.arrays import Output, View
-from cupy_router.compiler import require_cuda
 from cupy_router.launcher import Launch
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as layout
 from cupy_router.ops import activation_topk as scoring
 from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
 from cupy_router.ops._slices import ByProduct, Slices
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import gpu_of
 
 PATHS = ("decode", "prefill")
-DECODE_TOKENS = 64  # up to so many tokens one launch is faster than two; at most decode.MAX_TOKENS
 
 _COUNTER_BYTES = 4 * decode.COUNTERS  # in front of the partial sums, in one piece of scratch memory
 _OUTPUTS = ("weights", "indices")
@@ -140,7 +139,8 @@ def _plan(
     arrays = {"x": x, "weight": weight, **layer, "num_valid": num_valid}
     fused = layout.fits_method(method) and runs_decode(x.device)
     if path is None:
-        path = "decode" if fused and num_tokens <= DECODE_TOKENS else "prefill"
+        most = min(gpu_of(x.device).table.decode.max_tokens, decode.MAX_TOKENS)
+        path = "decode" if fused and num_tokens <= most else "prefill"
     if path == "decode":
         if not fused:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
@@ -162,7 +162,7 @@ def _plan(
 
 def runs_decode(device: tuple[str, int]) -> bool:
     """Whether the fused kernel's instructions are known there: those of sm_80."""
-    return device[0] == "cpu" or int(require_cuda().cuda.Device(device[1]).compute_capability) >= 80
+    return gpu_of(device).capability >= (8, 0)
 
 
 class _Decode:
@@ -181,16 +181,17 @@ class _Decode:
         hidden = x.shape[1]
         both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
         strides = (x.row_stride, weight.row_stride, *out_strides)
-        plan = decode.plan(
-            method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+        launch = decode.launch_for(
+            gpu_of(x.device), method, x.dtype, weight.dtype, num_tokens, hidden,
+            aligned=both_aligned and hidden % 8 == 0,
             dense=strides == (hidden, hidden, method.num_columns, method.num_columns),
             given=[name for name, view in arrays.items() if view is not None],
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, *strides)
         headers = scoring.headers(method)
-        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
+        kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers)
         self._launch = launch_of(kernel, decode.VARYING, x.device)
-        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
+        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * launch.partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:

@@ -10,19 +10,17 @@ from cupy_router.arrays import Output, View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as layout
 from cupy_router.ops._call import Kernel, Op, run
 from cupy_router.ops.activation_topk import check_layer, headers, method_arguments, method_macros, results
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import gpu_of
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
 INPUTS = ("token_ids", "table", "logits", "x", "weight", "logit_bias", "expert_scale", "num_valid")
 
-_MAX_WARPS = 8  # of a token where each has dot products of its own
-_SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
-_BLOCK = 128  # threads that serve tokens from table and logits
 _UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
 
 
@@ -189,14 +187,16 @@ def kernel(
             "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
         }
         whole_rows, hidden = needs_whole_rows(method), x.shape[1]
+        tuned = gpu_of(x.device).table.hash_products
         if method.num_columns > _MAX_PRODUCTS:
             raise ValueError(f"top_k + num_shared_experts must be at most {_MAX_PRODUCTS} with x, got {method}")
         if whole_rows or method.shared_in_normalizer or method.num_columns > layout.MAX_LANES or num_tokens > MAX_GRID:
-            warps = min(method.num_experts if whole_rows else top_k, _MAX_WARPS)
+            warps = min(method.num_experts if whole_rows else top_k, tuned.max_warps)
         else:
-            parts = max(1, min(_SHARING_WARPS // top_k, _MAX_PARTS, -(-hidden // 256)))
+            parts = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, -(-hidden // 256)))
             warps = top_k * parts
-            in_flight = 7 // (1 + ("float32" in (x.dtype, weight.dtype))) // (1 + (warps > _SHARING_WARPS))
+            float32 = "float32" in (x.dtype, weight.dtype)
+            in_flight = tuned.loads_in_flight // (1 + float32) // (1 + (warps > tuned.sharing_warps))
             steps = max(1, -(-hidden // (256 * parts)))
             batches = -(-steps // in_flight)
             macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
@@ -214,8 +214,9 @@ def kernel(
         macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
         dense = dense and logits.row_stride == method.num_logits
     macros["DENSE"] = int(dense)
-    grid = -(-num_tokens * lanes // _BLOCK)
-    return Kernel("hash_router", "hash_router", macros, grid, _BLOCK, fixed, headers(method))
+    block = gpu_of(token_ids.device).table.hash_router.block
+    grid = -(-num_tokens * lanes // block)
+    return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
 
 
 def needs_whole_rows(method: RoutingMethod) -> bool:

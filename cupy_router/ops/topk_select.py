@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as layout
 from cupy_router.ops._call import Kernel, Op, Work, run
 from cupy_router.ops._topk_select_long import INPUTS, LongTopK, Options
 from cupy_router.reference import topk_select as reference
 from cupy_router.results import TopK
+from cupy_router.tuning import gpu_of
 
 
 class Columns(NamedTuple):
@@ -130,13 +131,14 @@ def _kernel(
         "indices_stride": out_strides[1],
     }
     lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k, False)
-    if dealt:
-        lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
+    gpu = gpu_of(scores.device)
+    interleaved = layout.interleaved_lanes(gpu, num_rows, num_columns, k, False)
+    if interleaved:
+        lanes, columns = interleaved, layout.interleaved_columns(num_columns, interleaved)
     whole = lengths is None and starts is None and lanes * columns == num_columns
     macros |= {
         "TOP_K": k,
-        "DEALT": int(bool(dealt)),
+        "DEALT": int(bool(interleaved)),
         "LANES": lanes,
         "PER_LANE": columns,
         "WHOLE_ROWS": int(whole),
@@ -146,7 +148,8 @@ def _kernel(
         "HAS_STARTS": int(starts is not None),
         "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
     }
-    return Kernel("topk_select", "topk_select", macros, *layout.grid_and_block(num_rows, lanes, bool(dealt)), fixed)
+    grid, block = layout.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
+    return Kernel("topk_select", "topk_select", macros, grid, block, fixed)
 
 
 def _reference(k: int, number: int, scores: Any, lengths: Any, starts: Any) -> tuple[Any, Any]:
