@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate product by cuBLAS; knows nothing of routing.
+"""The gate GEMM by cuBLAS; knows nothing of routing.
 
 cuBLAS is the one that CuPy finds, called through ctypes: CuPy wraps no `cublasSetWorkspace`, without which captures
 allocate and streams share a workspace, and refuses to call cuBLAS while a stream is captured. For CPU memory NumPy
@@ -53,12 +53,12 @@ class Product(Protocol):
 
 
 def product(device: tuple[str, int], x: Matrix, weight: Matrix) -> Product:
-    """The product of rows like x with a weight; on CUDA only where :func:`why_not` knows no reason."""
+    """Return the product of rows like x with a weight; on CUDA only where :func:`why_not` returns None."""
     return CudaProduct(device, x, weight) if device[0] == "cuda" else HostProduct(x, weight)
 
 
 def why_not(device: tuple[str, int]) -> str | None:
-    """Why there is no product on this device, with the remedy; None if there is."""
+    """Return why there is no product on this device, with the remedy; None if there is one."""
     return None if device[0] == "cpu" else why_no_cublas()
 
 
@@ -73,7 +73,7 @@ def why_no_cublas() -> str | None:
 
 
 def cublas_version() -> str:
-    """The release of the library, such as "12.9.1"."""
+    """Return the release of the library, such as "12.9.1"."""
     numbers = [ctypes.c_int() for _ in range(3)]
     for kind, number in enumerate(numbers):  # major, minor, patch
         _library().cublasGetProperty(kind, ctypes.byref(number))
@@ -88,11 +88,11 @@ class CudaProduct:
         self._device, self._num_outputs, self._hidden = device, weight.num_rows, x.num_columns
         self._context = _context(device[1])
         self.lock = self._context.lock
-        # cuBLAS takes one type for both operands, and rows that lie apart by at least their length.
+        # cuBLAS needs one dtype for both operands, and rows that do not overlap.
         mixed = x.dtype != weight.dtype
         self._x_packer = _packer(device, x) if _needs_packing(x, mixed) else None
         self._weight_packer = _packer(device, weight) if _needs_packing(weight, mixed) else None
-        # What one operand became, the other has to be.
+        # If one operand is converted to float32, so is the other.
         if self._x_packer or self._weight_packer:
             self._x_packer = self._x_packer or (_packer(device, x) if x.dtype != "float32" else None)
             self._weight_packer = self._weight_packer or (
@@ -185,7 +185,7 @@ def _context(index: int) -> _Context:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library that CuPy uses: importing CuPy's wrapper finds and loads it."""
+    """Return the library that CuPy uses: importing CuPy's wrapper finds and loads it."""
     import cupy
 
     _ = importlib.import_module("cupy_backends.cuda.libs").cublas
@@ -211,7 +211,7 @@ _host_lock = threading.RLock()
 
 
 class HostProduct:
-    """The same on NumPy, for kernels that are executed on the CPU."""
+    """The product by NumPy, for tests that execute kernels on the CPU."""
 
     lock = _host_lock
     row_bytes = 0
@@ -231,11 +231,11 @@ class HostProduct:
 
 
 def _rows(address: int, matrix: Matrix, num_rows: int) -> np.ndarray[Any, Any]:
-    """CPU memory as an array; a negative stride starts at its last row."""
+    """Return CPU memory as an array; with a negative stride, the last row has the lowest address."""
     size = _SIZES[matrix.dtype]
-    behind = (num_rows - 1) * matrix.stride
-    first = min(behind, 0)
-    memory = (ctypes.c_ubyte * ((abs(behind) + matrix.num_columns) * size)).from_address(address + first * size)
+    last = (num_rows - 1) * matrix.stride
+    first = min(last, 0)
+    memory = (ctypes.c_ubyte * ((abs(last) + matrix.num_columns) * size)).from_address(address + first * size)
     strides = (matrix.stride * size, size)
     return np.ndarray(
         (num_rows, matrix.num_columns), _HOST_TYPES[matrix.dtype], memoryview(memory), -first * size, strides

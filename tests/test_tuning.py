@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,25 @@ def test_backends_that_stand_in_for_a_gpu_are_the_default_with_their_own_shared_
         assert tuning.gpu_of(("cpu", 0)) != SMALL
 
 
+def test_a_cuda_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def attribute(number: int, index: int) -> int:
+        asked.append((number, index))
+        return 1000 * number
+
+    codes = {"MultiProcessorCount": 16, "L2CacheSize": 38, "MaxSharedMemoryPerBlockOptin": 97}
+    runtime = SimpleNamespace(
+        deviceGetAttribute=attribute, **{f"cudaDevAttr{name}": code for name, code in codes.items()}
+    )
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: SimpleNamespace(compute_capability="103"))
+    monkeypatch.setattr(compiler, "require_cuda", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(compiler.BACKENDS, "cuda", object.__new__(compiler.CudaBackend))
+    for _ in range(2):
+        assert tuning.gpu_of(("cuda", 77)) == Gpu("cuda:77", (10, 3), 16_000, 97_000, 38_000)
+    assert sorted(asked) == [(16, 77), (38, 77), (97, 77)]
+
+
 @pytest.fixture
 def unplanned() -> Iterator[None]:
     """Calls are planned anew, and what they leave is forgotten."""
@@ -226,8 +246,9 @@ def test_kernels_are_right_for_any_number_of_multiprocessors(backend: Backend, m
 def test_this_machines_gpu() -> None:
     gpu = tuning.gpu_of(("cuda", 0))
     assert gpu.capability >= (7, 0)
-    assert gpu.shared_bytes == compiler.CudaBackend().shared_limit(0)
     assert min(gpu.multiprocessors, gpu.l2_bytes) > 0
+    properties = compiler.require_cuda().cuda.runtime.getDeviceProperties(0)
+    assert gpu == replace(Gpu.from_properties(properties), name=gpu.name)
 
 
 # -- cupy-router info --------------------------------------------------------------------------------------------------

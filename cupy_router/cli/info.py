@@ -54,7 +54,7 @@ def version_of(package: str) -> str:
 
 
 def cupy_packages() -> str:
-    """CuPy comes as one package per CUDA version, all with the same files: two of them break each other."""
+    """Return the installed CuPy packages: one for each CUDA version, with the same files, so that two break each other."""
     names = {str(dist.metadata["Name"]).lower() for dist in metadata.distributions()}
     found = sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
     text = ", ".join(f"{version_of(name)} ({name})" for name in found) or "not installed"
@@ -62,7 +62,7 @@ def cupy_packages() -> str:
 
 
 def ask(question: Callable[[Any], str]) -> str:
-    """What CuPy answers, or why it cannot: whatever is wrong with CuPy, the other lines are still of use."""
+    """Return CuPy's answer, or why there is none: the other lines help even where CuPy is broken."""
     try:
         import cupy
 
@@ -76,13 +76,13 @@ def nvrtc_version(cupy: Any) -> str:
 
 
 def cublas_version() -> str:
-    """What dense_router multiplies many tokens by, or what it does without."""
+    """Return the version of cuBLAS, which multiplies many tokens in dense_router, or why there is none."""
     reason = gemm.why_no_cublas()
     return gemm.cublas_version() if reason is None else f"not available, the decode kernel takes any n: {reason}"
 
 
 def driver_version(cupy: Any) -> str:
-    """The newest CUDA that the driver runs, and its own version where Linux tells."""
+    """Return the driver's version, where Linux gives it, and the newest CUDA that it runs."""
     cuda = cupy.cuda.runtime.driverGetVersion()
     if not cuda:
         return "none"
@@ -94,7 +94,7 @@ def driver_version(cupy: Any) -> str:
 
 
 def device_names(cupy: Any) -> str:
-    """One line for each device."""
+    """Return one line for each device."""
     lines = []
     for i in range(cupy.cuda.runtime.getDeviceCount()):
         device = cupy.cuda.runtime.getDeviceProperties(i)
@@ -104,7 +104,7 @@ def device_names(cupy: Any) -> str:
 
 
 def tables(cupy: Any) -> str:
-    """One line for each device: the table of thresholds from which launches are chosen."""
+    """Return one line for each device: the table of thresholds from which launches are chosen."""
     known = tuning.architectures()
     lines = []
     for i in range(cupy.cuda.runtime.getDeviceCount()):
@@ -116,5 +116,5 @@ def tables(cupy: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """Where CuPy keeps compiled kernels."""
+    """Return the folder in which CuPy keeps compiled kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()

@@ -18,7 +18,7 @@ from cupy_router.tuning.schema import Table
 class Gpu:
     """The properties of a GPU that decide which launch is fastest, or possible."""
 
-    name: str
+    name: str  # for people
     capability: tuple[int, int]  # compute capability: major, minor
     multiprocessors: int
     shared_bytes: int  # shared memory of a block that opts in
@@ -45,8 +45,8 @@ class Gpu:
         return max(1, count * self.multiprocessors // self.table.multiprocessors)
 
 
-# An H100 SXM or H200. Kernels on CPU memory, which only tests run, are planned for it.
-DEFAULT = Gpu("NVIDIA H100", (9, 0), multiprocessors=132, shared_bytes=227 * 1024, l2_bytes=50 * 1024 * 1024)
+# The GPU that was measured for sm_90. Kernels on CPU memory, which only tests run, are planned for it.
+DEFAULT = Gpu(nearest((9, 0)).gpu, (9, 0), nearest((9, 0)).multiprocessors, shared_bytes=227 << 10, l2_bytes=50 << 20)
 
 _assumed: Gpu | None = None
 
@@ -69,7 +69,20 @@ def gpu_of(device: tuple[str, int]) -> Gpu:
 
 @cache
 def _described(index: int) -> Gpu:
-    return Gpu.from_properties(compiler.require_cuda().cuda.runtime.getDeviceProperties(index))
+    """Ask for single attributes: `getDeviceProperties` takes milliseconds, which a first call need not wait for."""
+    cuda = compiler.require_cuda().cuda
+    capability = cuda.Device(index).compute_capability  # such as "90" or "100"
+
+    def attribute(name: str) -> int:
+        return int(cuda.runtime.deviceGetAttribute(getattr(cuda.runtime, f"cudaDevAttr{name}"), index))
+
+    return Gpu(
+        name=f"cuda:{index}",
+        capability=(int(capability[:-1]), int(capability[-1])),
+        multiprocessors=attribute("MultiProcessorCount"),
+        shared_bytes=attribute("MaxSharedMemoryPerBlockOptin"),
+        l2_bytes=attribute("L2CacheSize"),
+    )
 
 
 @contextmanager
