@@ -25,13 +25,13 @@ from tests.backends import Backend
 from tests.recorder import recording
 
 ROOT = Path(__file__).parents[1]
-SMALL = Gpu("a small one", (8, 0), multiprocessors=132 // 4, shared_bytes=163 * 1024, l2_bytes=8 << 20)
+SMALL = replace(DEFAULT, name="a quarter", multiprocessors=DEFAULT.multiprocessors // 4, shared_bytes=100 << 10)
 
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """A function that drops a table into the folder: that of sm_90, under another name."""
-    monkeypatch.setattr(tuning, "__path__", [*tuning.__path__, str(tmp_path)])
+    """A function that drops a table, that of sm_90 under another name, into a folder that holds no other."""
+    monkeypatch.setattr(tuning, "__path__", [str(tmp_path)])
 
     def drop(name: str) -> None:
         text = "from dataclasses import replace\nfrom cupy_router.tuning.sm_90 import TABLE as BASE\n"
@@ -41,9 +41,9 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
     lookup.nearest.cache_clear()
     yield drop
     lookup.nearest.cache_clear()
-    for path in tmp_path.glob("*.py"):
-        sys.modules.pop(f"cupy_router.tuning.{path.stem}", None)
-        vars(tuning).pop(path.stem, None)
+    for name in [name for name in sys.modules if re.fullmatch(r"cupy_router\.tuning\.sm_\d+", name)]:
+        if sys.modules[name].__file__ == str(tmp_path / f"{name.rpartition('.')[2]}.py"):
+            del sys.modules[name]
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
@@ -51,9 +51,10 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)])
 def test_every_gpu_has_a_table(capability: tuple[int, int]) -> None:
+    known = tuning.architectures()
+    older = [name for other, name in known.items() if other <= capability]
     table = replace(DEFAULT, capability=capability).table
-    name = "sm_{}{}".format(*capability)
-    assert table.architecture == (name if name in tuning.architectures().values() else "sm_90")
+    assert table.architecture == (older or [*known.values()][:1])[-1]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_a_table_is_found_by_its_file_name(
     tables: Callable[[str], None], capability: tuple[int, int], architecture: str
 ) -> None:
     """The newest that is not newer than the GPU; the oldest for still older GPUs."""
+    tables("sm_90")
     assert tuning.nearest(capability).architecture == "sm_90"
     for name in ("sm_80", "sm_100", "sm_x", "notes"):
         tables(name)
@@ -255,13 +257,13 @@ def test_this_machines_gpu() -> None:
 
 
 class FakeCupy:
-    """CuPy's runtime with an A100 and an H200."""
+    """CuPy's runtime with an H200 and a GPU that does not exist."""
 
     def __init__(self) -> None:
         common = {"sharedMemPerBlockOptin": 1, "l2CacheSize": 1}
         gpus: list[dict[str, Any]] = [
-            {"name": b"NVIDIA A100", "major": 8, "minor": 0, "multiProcessorCount": 108, **common},
             {"name": b"NVIDIA H200", "major": 9, "minor": 0, "multiProcessorCount": 132, **common},
+            {"name": b"NVIDIA H999", "major": 9, "minor": 9, "multiProcessorCount": 108, **common},
         ]
         self.cuda = self.runtime = self
         self.getDeviceCount = lambda: len(gpus)
@@ -270,6 +272,6 @@ class FakeCupy:
 
 def test_info_names_the_table_of_each_gpu() -> None:
     assert info.tables(FakeCupy()).splitlines() == [
-        "0: table sm_90, the nearest to sm_80, 108 multiprocessors (measured on 132)",
-        "1: table sm_90, 132 multiprocessors (measured on 132)",
+        "0: table sm_90, 132 multiprocessors (measured on 132)",
+        "1: table sm_90, the nearest to sm_99, 108 multiprocessors (measured on 132)",
     ]

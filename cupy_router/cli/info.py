@@ -54,7 +54,7 @@ def version_of(package: str) -> str:
 
 
 def cupy_packages() -> str:
-    """Return the installed CuPy packages: one for each CUDA version, with the same files, so that two break each other."""
+    """Return the installed CuPy packages. Each CUDA version has its own, with the same files: two break each other."""
     names = {str(dist.metadata["Name"]).lower() for dist in metadata.distributions()}
     found = sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
     text = ", ".join(f"{version_of(name)} ({name})" for name in found) or "not installed"
