@@ -218,17 +218,6 @@ def test_calls_are_planned_for_the_gpu() -> None:
         assert decode.grid[0] <= gpu.multiprocessors
 
 
-@pytest.mark.usefixtures("unplanned")
-def test_dense_router_needs_the_instructions_of_sm_80() -> None:
-    x, weight = np.zeros((4, 64), np.float32), np.zeros((16, 64), np.float32)
-    with (
-        recording(),
-        tuning.assume(replace(DEFAULT, capability=(7, 5))),
-        pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0"),
-    ):
-        dense_router(x, weight, RoutingMethod(16, 2), path="decode")
-
-
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("multiprocessors", [1, 33, 500])
 @pytest.mark.usefixtures("unplanned")
