@@ -131,8 +131,8 @@ def choose(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, x_dtype: st
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
     tile = next((tile for tile in table.tiles if tokens <= tile.max_tokens), table.tiles[-1])
     experts = tile.experts_per_block
-    blocks_of_hidden = min(gpu.multiprocessors // -(-num_experts // experts), table.max_slices)
-    slices = max(1, min(blocks_of_hidden, hidden // table.min_slice_columns))
+    tiles = -(-num_experts // experts)
+    slices = max(1, min(gpu.multiprocessors // tiles, table.max_parts, hidden // table.min_part_columns))
     steps = -(-hidden // (32 * slices))  # of a block, which its warps divide among them
     for experts_per_warp, warps in tile.shapes_few_steps if steps <= tile.few_steps else tile.shapes_many_steps:
         share = int(tokens >= table.min_shared_tokens)
@@ -148,5 +148,5 @@ def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int) -> Tiling:
     fma = gpu.table.decode.fma
     tokens = next(tokens for tokens in (1, 2, 4) if tokens >= min(num_tokens, fma.max_tokens))
     blocks = -(-num_tokens // tokens) * -(-num_experts // fma.experts_per_block)  # of each slice
-    slices = max(1, min(fma.max_slices, -(-hidden // fma.min_slice_columns), gpu.multiprocessors // blocks))
+    slices = max(1, min(fma.max_parts, -(-hidden // fma.min_part_columns), gpu.multiprocessors // blocks))
     return Tiling(tokens, slices, fma.experts_per_block, fma.experts_per_warp, fma.warps, tensor_cores=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lanes and columns of a row in the kernels whose warps, or parts of warps, hold a row in registers.
 
-A lane holds adjacent columns, or every so-manieth word of the row: then the row is interleaved over its lanes.
+A lane holds adjacent columns, or words at a distance of as many words as there are lanes: an interleaved row.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Family:
 class Rows(Family):
     """Rows that a warp, or a part of one, holds in registers: topk_select and activation_topk.
 
-    Each lane holds either adjacent columns or every so-manieth word of the row (interleaved). Counts of rows and warps
-    scale with the multiprocessors.
+    Each lane holds adjacent columns, or words at a distance of as many words as there are lanes (interleaved).
+    Counts of rows and warps scale with the multiprocessors.
     """
 
     few_rows: int  # up to here the slowest row decides the time, beyond it the total work
@@ -67,8 +67,8 @@ class DecodeFma:
     experts_per_block: int
     experts_per_warp: int
     warps: int
-    max_slices: int
-    min_slice_columns: int  # of hidden
+    max_parts: int  # split-K parts of hidden
+    min_part_columns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class Decode(Family):
 
     max_tokens: int  # up to here one launch is faster than cuBLAS and a second launch
     tiles: tuple[DecodeTile, ...]  # ascending by tokens
-    max_slices: int  # of hidden
-    min_slice_columns: int
+    max_parts: int  # split-K parts of hidden
+    min_part_columns: int
     min_shared_tokens: int  # from here on, blocks route a token each; fewer tokens are routed by the last block
     fma: DecodeFma
 

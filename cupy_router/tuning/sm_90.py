@@ -62,12 +62,12 @@ TABLE = Table(
                 shapes_many_steps=((16, 8), (32, 4)),
             ),
         ),
-        max_slices=24,
-        min_slice_columns=64,
+        max_parts=24,
+        min_part_columns=64,
         min_shared_tokens=4,
-        # Whole slices for warps with two experts each.
+        # A warp multiplies two experts over its whole part of hidden.
         fma=DecodeFma(
-            max_tokens=4, experts_per_block=16, experts_per_warp=2, warps=8, max_slices=16, min_slice_columns=256
+            max_tokens=4, experts_per_block=16, experts_per_warp=2, warps=8, max_parts=16, min_part_columns=256
         ),
     ),
     long_rows=LongRows(
