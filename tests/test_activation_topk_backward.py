@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, ScoreFunction, activation_topk
-from cupy_router.ops import _layout
+from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
 from tests import compare, gradients, inputs, methods, oracle
 from tests.backends import Backend
@@ -91,7 +91,7 @@ def test_few_rows_and_many(
 ) -> None:
     """Of DeepSeek-V4; many rows share warps."""
     if backend.runs_kernels:
-        monkeypatch.setattr(_layout, "few", lambda num_rows: not many)
+        monkeypatch.setattr(_row_lanes, "few", lambda *_: not many)
     method, n = M(experts, 6, renormalize_eps=1e-20, scale=1.5), 33 + 2 * many
     logits, upstream = inputs.normal((n, experts), dtype, seed=71), upstream_of(n, method)
     indices = oracle.route(logits, method).indices

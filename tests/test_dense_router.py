@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, dense_router, gemm
+from cupy_router import Routing, RoutingMethod, dense_router, gemm, tuning
 from cupy_router.ops import _chunks
 from cupy_router.ops import _dense_decode as decode
 from tests import compare, inputs, oracle
@@ -190,7 +190,7 @@ def test_results_are_repeatable(backend: Backend, path: str) -> None:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 16 tokens where there are 32 experts; the method of these tests is no other test's, nor is its plan."""
-    monkeypatch.setattr(_chunks, "BUDGET", 16 * 32 * 4)
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -241,12 +241,12 @@ def test_without_cublas_the_fused_kernel_serves_any_number(
 
 @pytest.mark.needs_kernels
 def test_gpus_before_sm_80_take_two_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("cupy_router.ops.dense_router"), "runs_decode", lambda device: False)
     method = RoutingMethod(32, 5, scale=1.875)  # its plans are of this test alone
-    monkeypatch.setattr(decode, "plan", None)
-    route(backend, *gated(3, 32, 40, "bfloat16"), method)
-    with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
-        route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
+    monkeypatch.setattr(decode, "launch_for", None)
+    with tuning.assume(replace(tuning.DEFAULT, capability=(7, 5))):
+        route(backend, *gated(3, 32, 40, "bfloat16"), method)
+        with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
+            route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
 
 
 # -- Layout, out -------------------------------------------------------------------------------------------------------

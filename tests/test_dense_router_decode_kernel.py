@@ -20,6 +20,7 @@ from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference.activation_topk import activation_topk
+from cupy_router.tuning import gpu_of
 from tests import compare, inputs, oracle
 from tests.backends import Backend
 
@@ -62,7 +63,7 @@ class Run:
     arrays: list[Any]
     outputs: list[Any]
     launch: Callable[[bool], Launch]  # of the kernel for a count of valid rows in memory, or for a number
-    plan: decode.DecodePlan
+    plan: decode.DecodeLaunch
     method: RoutingMethod
 
     def __call__(self, num_valid: int = -1, device_num_valid: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +102,8 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
     views = [framework_of("x", a).view("x", a, None) for a in (device_x, device_weight)]
     aligned = case.hidden % 8 == 0 and all(v.pointer % 16 == 0 and a.strides[0] % 16 == 0 for v, a in
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
-    plan = decode.plan(
-        method, case.dtype, weight_dtype, len(x), case.hidden,
+    plan = decode.launch_for(
+        gpu_of(views[0].device), method, case.dtype, weight_dtype, len(x), case.hidden,
         aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias, tiling=case.tiling,
     )  # fmt: skip
     k = case.top_k

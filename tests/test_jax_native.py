@@ -6,12 +6,13 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select
+from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select, tuning
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.ops import _cached
 from tests import inputs
@@ -33,12 +34,14 @@ HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or 
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """XLA can, on a GPU that is not here; NVRTC compiles without one."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
     monkeypatch.setattr(_lower_ptx, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
     jax.clear_caches()
+    with tuning.assume(tuning.DEFAULT):
+        yield
 
 
 def lowered(function: Any, *arrays: Any) -> str:

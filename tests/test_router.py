@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cupy_router import Router, Routing, RoutingMethod, dense_router, gemm, hash_router
-from cupy_router.ops import _chunks, _hash_layer
+from cupy_router.ops import _chunks
+from cupy_router.tuning import gpu_of
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 from tests.test_dense_router import exact, logits_of
@@ -132,7 +133,7 @@ def test_hash_layers_of_any_layout(backend: Backend, n: int, layout: dict[str, i
 
 @pytest.mark.parametrize("n", [70, 64])
 def test_hash_layers_in_slices(backend: Backend, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_chunks, "BUDGET", 32 * EXPERTS * 4)
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 32 * EXPERTS * 4)
     method = RoutingMethod(EXPERTS, K, scale=1.25)  # whose plans no other test has made
     check_hash(backend, n, "float32", "int32", method)
     router = Router(method, weight=backend.array(gate()), table=backend.array(table()))
@@ -154,7 +155,7 @@ def test_the_way_of_a_hash_layer_depends_on_its_shape(backend: Backend, monkeypa
     monkeypatch.setattr(gemm.HostProduct, "multiply", counting)
     monkeypatch.setattr(gemm.CudaProduct, "multiply", counting)
     router = Router(METHOD, weight=backend.array(gate()), table=backend.array(table()))
-    limit = _hash_layer.GATES_READ * EXPERTS // K
+    limit = gpu_of(backend_device(backend)).table.hash_layer.max_gates_read * EXPERTS // K
     for n in (1, limit, limit + 1):
         router(backend.array(tokens(n)), backend.array(np.arange(n) % VOCABULARY))
     assert products == [limit + 1]

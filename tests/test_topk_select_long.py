@@ -5,15 +5,16 @@ plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_router import topk_select
+from cupy_router import topk_select, tuning
 from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
-from cupy_router.ops._topk_select_long import Plan
+from cupy_router.ops._topk_select_long import LaunchShape
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
@@ -23,14 +24,14 @@ ITEM = pytest.mark.acceptance
 
 COLUMNS, K = 5000, 300
 
-Planned = Callable[[str], "Plan | None"]
+Planned = Callable[[str], "LaunchShape | None"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
-    def plan(name: str) -> Plan | None:
+    def plan(name: str) -> LaunchShape | None:
         monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
         _cached.forget()
         return PLANS[name]
@@ -163,10 +164,11 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, nam
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: int) -> None:
+    gpu = replace(tuning.DEFAULT, shared_bytes=kilobytes * 1024)
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):
             for rows in (1, 7, 64, 5000):
-                plan = long.choose(rows, columns, min(k, columns), dtype, kilobytes * 1024)
+                plan = long.choose(gpu, rows, columns, min(k, columns), dtype)
                 if plan is None:
                     assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
                     continue

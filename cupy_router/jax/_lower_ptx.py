@@ -22,6 +22,7 @@ from cupy_router.jax import _call_text, _ptx
 from cupy_router.jax._ffi_targets import Buffer, gpus, views_of
 from cupy_router.ops import _cached
 from cupy_router.ops.registry import OPS
+from cupy_router.tuning import gpu_of
 
 TARGET = "__gpu$xla.gpu.ptx"
 HANDLERS = "CUPY_ROUTER_JAX_HANDLERS"  # environment: if set, all calls go through handlers
@@ -45,7 +46,7 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
         return None
     if compiler.WATCHING and compiler.changed():
         _cached.forget()
-    kernel = op.kernel(call.options, arrays)
+    kernel = op.kernel(call.options, arrays, gpu_of(device))
     if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED:
         return None
     source = compiler.expand(kernel.file, kernel.macros, tuple(sorted(kernel.headers.items())))

@@ -19,6 +19,7 @@ from cupy_router.arrays._numpy import host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
 from cupy_router.ops._op import Arrays, Op
+from cupy_router.tuning import gpu_of
 
 NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, after the arrays
 
@@ -114,7 +115,7 @@ def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) 
     device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     if op.rows_independent and num_rows == 0:
         return None
-    work = op.kernel(options, arrays)
+    work = op.kernel(options, arrays, gpu_of(device))
     return launch_of(op, work, device) if isinstance(work, Kernel) else work
 
 

@@ -14,8 +14,12 @@ from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.launcher import Launch
 from cupy_router.ops._cached import Work, dense_view
 from cupy_router.ops._op import Arrays, Op
+from cupy_router.tuning import Gpu
 
-BUDGET = 64 << 20  # bytes of a chunk's logits, and of its hidden states where they have to become float32 first
+
+def budget(gpu: Gpu) -> int:
+    """Return the bytes of a chunk's logits, and of its hidden states where they are converted to float32 first."""
+    return gpu.table.chunks.bytes
 
 
 class Chunks:
@@ -79,11 +83,11 @@ class GateChunks(Chunks):
     left out.
     """
 
-    def __init__(self, op: Op, arrays: Arrays, target: Op, make: Callable[[View], Work]) -> None:
+    def __init__(self, op: Op, arrays: Arrays, gpu: Gpu, target: Op, make: Callable[[View], Work]) -> None:
         weight: View = arrays.weight
         num_outputs = weight.shape[0]
         self._product = gemm.product(weight.device, _matrix(arrays.x), _matrix(weight))
-        rows = max(1, min(BUDGET // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
+        rows = max(1, min(budget(gpu) // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
         super().__init__(op, arrays, rows)
         self._row_bytes, self._num_outputs = 4 * num_outputs, num_outputs
         self._taken, self._make = (*target.names, *target.result_names), make

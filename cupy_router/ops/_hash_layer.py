@@ -20,10 +20,7 @@ from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, row
 from cupy_router.ops._run import run
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.results import Routing
-
-# Only the dot products that are needed, if they read at most this many times what the whole gate is: they read from L2,
-# and cuBLAS takes 6 us for even the smallest product. Measured: level at 8 (E 384, H 7168) to 13 (E 256, H 4096).
-GATES_READ = 8
+from cupy_router.tuning import Gpu
 
 
 class HashLayer(Op):
@@ -53,12 +50,13 @@ class HashLayer(Op):
     def reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
         return hash_router.OP.reference(HashOptions(options.method), _hashed(arrays), num_valid)
 
-    def kernel(self, options: MethodOptions, arrays: Arrays) -> Work:
+    def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, x, weight = options.method, arrays.x, arrays.weight
-        few = arrays.token_ids.shape[0] * method.top_k <= GATES_READ * method.num_experts
+        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate
+        few = arrays.token_ids.shape[0] * method.top_k <= most
         if weight is not None and not few and gemm.why_not(x.device) is None:
-            return GateChunks(self, arrays, hash_router.OP, partial(_on_logits, method, arrays))
-        kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays))
+            return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
+        kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *self.result_names)
         return launch_of(self, kernel._replace(takes=takes), x.device)
 
@@ -96,8 +94,8 @@ def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
     return Arrays(tuple(found), tuple(found.values()))
 
 
-def _on_logits(method: RoutingMethod, arrays: Arrays, logits: View) -> Work:
+def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return what looks experts up and weighs them by the logits of a chunk."""
     hashed = _hashed(arrays, logits)
     hashed.__dict__["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
-    return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed), logits.device)
+    return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed, gpu), logits.device)

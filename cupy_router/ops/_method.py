@@ -11,7 +11,7 @@ from typing import Any
 from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._op import INTS, Arrays, Input, Options, Result
 from cupy_router.ops._op import layer as layer_input
 
@@ -120,7 +120,7 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
         "GROUP_TOP2": int(grouped and method.group_score == "top2"),
         "NUM_SHARED": method.num_shared_experts,
         "SHARED_LOGITS": int(method.shared_in_normalizer),
-        "RESULT_DTYPE": layout.DTYPE_CODES[method.weight_dtype],
+        "RESULT_DTYPE": row_lanes.DTYPE_CODES[method.weight_dtype],
         "INDEX_INT64": int(method.index_dtype == "int64"),
     }
     return macros | {name: value for name, value in options.items() if value}  # the kernels default them to 0

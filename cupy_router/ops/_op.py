@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cupy_router.arrays import Output, View
 from cupy_router.method import from_text
 from cupy_router.ops import _checks as check
+from cupy_router.tuning import Gpu
 
 if TYPE_CHECKING:
     from cupy_router.ops._cached import Kernel, Work
@@ -171,8 +172,8 @@ class Op:
     def check(self, options: Any, arrays: Arrays) -> None:
         """Raise what is wrong with views of inputs whose dtypes and shapes are as declared."""
 
-    def kernel(self, options: Any, arrays: Arrays) -> Kernel | Work:
-        """Return the launch, or several, for views of inputs and results."""
+    def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
+        """Return the launch, or several, for views of inputs and results, chosen for this GPU."""
         raise NotImplementedError
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:

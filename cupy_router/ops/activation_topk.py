@@ -7,7 +7,7 @@ from typing import Any
 
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._method import (
     BIAS,
@@ -26,6 +26,7 @@ from cupy_router.ops._op import NUM_VALID, Arrays, Op, row
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
 _WIDE_BLOCK = 256
 _MAX_WIDE_GROUPS = 8192  # a float of shared memory each
@@ -57,14 +58,14 @@ class ActivationTopK(Op):
         layer = arrays.named("logit_bias", "expert_scale")
         return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
 
-    def kernel(self, options: MethodOptions, arrays: Arrays) -> Kernel:
+    def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         """Choose the kernel for logits that lie where `arrays` say."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
         macros = method_macros(method, arrays.given("bias", "logit_bias", "expert_scale"))
         strides = logits.row_stride, arrays.weights.row_stride, arrays.indices.row_stride
         dense = strides == (method.num_logits, method.num_columns, method.num_columns)
-        macros |= {"DTYPE": layout.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
+        macros |= {"DTYPE": row_lanes.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
         fixed = {
             "num_tokens": num_tokens,
             **method_arguments(method),
@@ -72,27 +73,28 @@ class ActivationTopK(Op):
             "weights_stride": strides[1],
             "indices_stride": strides[2],
         }
-        if not layout.fits_method(method):
+        if not row_lanes.fits_method(method):
             if method.top_groups < method.num_groups > _MAX_WIDE_GROUPS:
                 raise ValueError(f"num_groups must be at most {_MAX_WIDE_GROUPS} on a GPU, got {method.num_groups}")
             function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
             return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
-        lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
-        dealt = dealt_lanes(method, num_tokens)
-        if dealt:
-            lanes, columns = dealt, layout.dealt_columns(num_experts, dealt)
+        lanes, columns = row_lanes.lanes_and_columns(num_experts, row_lanes.lanes_needed(method))
+        interleaved = interleaved_lanes(gpu, method, num_tokens)
+        if interleaved:
+            lanes, columns = interleaved, row_lanes.interleaved_columns(num_experts, interleaved)
         biases = [view for view in (arrays.bias, arrays.logit_bias) if view is not None]
         macros |= {
-            "INTERLEAVED": int(bool(dealt)),
+            "INTERLEAVED": int(bool(interleaved)),
             "DENSE": int(dense),
             "LANES": lanes,
             "PER_LANE": columns,
-            "ALIGNED": int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
+            "ALIGNED": int(row_lanes.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
             "BIAS_ALIGNED": int(
-                bool(biases) and all(layout.aligned(view.pointer, num_experts, view.dtype, columns) for view in biases)
+                bool(biases)
+                and all(row_lanes.aligned(view.pointer, num_experts, view.dtype, columns) for view in biases)
             ),
         }
-        grid, block = layout.grid_and_block(num_tokens, lanes, bool(dealt))
+        grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes, bool(interleaved))
         return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
 
 
@@ -149,10 +151,12 @@ def activation_topk(
     return run(OP, MethodOptions(resolve(method)), inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
-def dealt_lanes(method: RoutingMethod, num_tokens: int) -> int:
-    """Lanes that choose from a row by cut keys; else 0. The sum of a softmax has to be the same for any number of
-    rows."""
+def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:
+    """Return the lanes over which to interleave a row, which then chooses by cut keys; 0 for adjacent columns.
+
+    The sum of a softmax must not depend on the number of rows.
+    """
     softmax = needs_whole_rows(method)
     if method.top_groups < method.num_groups:
-        return layout.group_lanes(method) if softmax or not layout.few(num_tokens) else 0
-    return 0 if softmax else layout.dealt_lanes(num_tokens, method.num_experts, method.num_columns, True)
+        return row_lanes.group_lanes(gpu, method) if softmax or not row_lanes.few(gpu, num_tokens) else 0
+    return 0 if softmax else row_lanes.interleaved_lanes(gpu, num_tokens, method.num_experts, method.num_columns, True)

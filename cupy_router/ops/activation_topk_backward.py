@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from cupy_router.method import RoutingMethod, resolve
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._method import (
     EXPERT_SCALE,
@@ -24,13 +24,13 @@ from cupy_router.ops._op import INTS, Arrays, Op, Options, Result, row
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk_backward as reference
 from cupy_router.score_function import ScoreFunction
+from cupy_router.tuning import Gpu
 
 # What frameworks answer where a gradient of gradients is asked for.
 NO_SECOND_DERIVATIVE = "cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
 
 _WIDE_BLOCK = 256
 _MAX_REPEATED = 8192  # weights of a token where experts may repeat; a float of shared memory each
-_LEAST_LANES = 8  # of a row, so that they write whole sectors of memory
 # Macros of a method that its gradient does without: those that only select, and the dtype of its indices, since any
 # indices may come.
 _NOT_COMPILED = ("HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_INT64")
@@ -89,15 +89,15 @@ class ActivationTopKBackward(Op):
         given = arrays.grad_weights, arrays.indices, arrays.logits, options.method
         return (reference.activation_topk_backward(*given, **layer, dtype=options.dtype),)
 
-    def kernel(self, options: BackwardOptions, arrays: Arrays) -> Kernel:
+    def kernel(self, options: BackwardOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         method, repeated = options.method, options.repeated
         grad_weights, indices, logits = arrays.grad_weights, arrays.indices, arrays.logits
         gradient = arrays.grad_logits
         macros = method_macros(method, arrays.given("logit_bias", "expert_scale"))
         macros = {name: value for name, value in macros.items() if name not in _NOT_COMPILED}
         macros |= {
-            "DTYPE": layout.DTYPE_CODES[logits.dtype],
-            "GRADIENT_DTYPE": layout.DTYPE_CODES[gradient.dtype],
+            "DTYPE": row_lanes.DTYPE_CODES[logits.dtype],
+            "GRADIENT_DTYPE": row_lanes.DTYPE_CODES[gradient.dtype],
             **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
             **({"REPEATED": 1} if repeated else {}),
         }
@@ -114,25 +114,25 @@ class ActivationTopKBackward(Op):
         if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
             gradient_of_score = method.score.derivative.defined_as("score_function_gradient")
             replaced["routing/score_function_gradient.cuh"] = gradient_of_score
-        if not layout.fits(method.num_logits, num_weighed):
+        if not row_lanes.fits(method.num_logits, num_weighed):
             if repeated and num_weighed > _MAX_REPEATED:
                 raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
             function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
             return Kernel(
                 "activation_topk_backward", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, replaced
             )
-        lanes, _ = layout.lanes_and_columns(method.num_logits, num_weighed)
+        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_weighed)
         needs_rows = needs_whole_rows(method)
-        if not needs_rows and not layout.few(num_tokens):
-            while lanes // 2 >= max(num_weighed, _LEAST_LANES):
+        if not needs_rows and not row_lanes.few(gpu, num_tokens):
+            while lanes // 2 >= max(num_weighed, gpu.table.backward.min_lanes):
                 lanes //= 2
         strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, gradient.row_stride
         dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
         macros |= {"LANES": lanes, "DENSE": int(dense)}
         if needs_rows:
-            unit = 16 // layout.SIZES[gradient.dtype]
-            macros["ALIGNED"] = int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))
-        grid, block = layout.grid_and_block(num_tokens, lanes)
+            unit = 16 // row_lanes.SIZES[gradient.dtype]
+            macros["ALIGNED"] = int(row_lanes.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))
+        grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes)
         return Kernel("activation_topk_backward", "activation_topk_backward", macros, grid, block, fixed, replaced)
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from cupy_router import gemm, scratch
 from cupy_router.arrays import View
-from cupy_router.compiler import require_cuda
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops import activation_topk
 from cupy_router.ops._cached import Kernel, Work, launch_of, launch_with
 from cupy_router.ops._chunks import Chunks, GateChunks
@@ -33,9 +32,9 @@ from cupy_router.ops._op import NUM_VALID, Arrays, Op, Options, row
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
 PATHS = ("decode", "prefill")
-DECODE_TOKENS = 64  # up to this many tokens one launch is faster than two; at most decode.MAX_TOKENS
 
 _COUNTER_BYTES = 4 * decode.COUNTERS  # before the partial sums, in one piece of scratch memory
 
@@ -75,7 +74,7 @@ class DenseRouter(Op):
         if hidden < 1:
             raise ValueError(f"x must have at least one column, got {arrays.x}")
         check_bias(method, arrays.bias)
-        if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not layout.fits_method(method)):
+        if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
                 f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
                 f"columns of results and {decode.MAX_K} groups, none of them smaller than what a thread holds, "
@@ -86,23 +85,24 @@ class DenseRouter(Op):
         layer = arrays.named("bias", "logit_bias", "expert_scale")
         return reference.dense_router(arrays.x, arrays.weight, options.method, **layer, num_valid=num_valid)
 
-    def kernel(self, options: DenseOptions, arrays: Arrays) -> Work:
+    def kernel(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
         num_tokens = arrays.x.shape[0]
-        fused = layout.fits_method(method) and runs_decode(device)
+        fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # whose instructions the kernel has
         if path is None:
-            path = "decode" if fused and num_tokens <= DECODE_TOKENS else "prefill"
+            most = min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
+            path = "decode" if fused and num_tokens <= most else "prefill"
         if path == "decode":
             if not fused:
                 raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
-            return _Decode(method, num_tokens, arrays)
+            return _Decode(method, num_tokens, arrays, gpu)
         obstacle = gemm.why_not(device)
         if obstacle is None:
-            return GateChunks(self, arrays, activation_topk.OP, partial(_on_logits, method, arrays))
+            return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, method, arrays, gpu))
         if not fused:
             limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
             raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-        return _DecodeChunks(method, arrays)
+        return _DecodeChunks(method, arrays, gpu)
 
 
 OP = DenseRouter()
@@ -169,35 +169,30 @@ def dense_router(
 # -- What a call launches ----------------------------------------------------------------------------------------------
 
 
-def _on_logits(method: RoutingMethod, arrays: Arrays, logits: View) -> Work:
+def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return what chooses and weighs experts by the logits of a chunk."""
     op, names = activation_topk.OP, ("bias", "logit_bias", "expert_scale", "num_valid", "weights", "indices")
     given = arrays.named(*names)
-    kernel = op.kernel(MethodOptions(method), Arrays(("logits", *given), (logits, *given.values())))
+    kernel = op.kernel(MethodOptions(method), Arrays(("logits", *given), (logits, *given.values())), gpu)
     return launch_of(op, kernel, logits.device)
-
-
-def runs_decode(device: tuple[str, int]) -> bool:
-    """Return whether the GPU has the instructions of the fused kernel, those of sm_80."""
-    return device[0] == "cpu" or int(require_cuda().cuda.Device(device[1]).compute_capability) >= 80
 
 
 class _Decode:
     """The fused kernel, with the scratch memory of the stream that it is called on."""
 
-    def __init__(self, method: RoutingMethod, num_tokens: int, arrays: Arrays) -> None:
+    def __init__(self, method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu) -> None:
         x, weight = arrays.x, arrays.weight
         hidden = x.shape[1]
-        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+        both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
         strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
-        plan = decode.plan(
-            method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+        launch = decode.launch_for(
+            gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
             dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, *strides)
-        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers(method))
+        kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
         self._launch = launch_with(decode.VARYING, kernel, x.device)
-        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
+        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * launch.partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
@@ -208,10 +203,10 @@ class _Decode:
 class _DecodeChunks(Chunks):
     """Any number of tokens by the fused kernel: what runs where there is no cuBLAS."""
 
-    def __init__(self, method: RoutingMethod, arrays: Arrays) -> None:
+    def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
         super().__init__(OP, arrays, decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(method, rows, arrays) for rows in sizes}
+        self._by_rows = {rows: _Decode(method, rows, arrays, gpu) for rows in sizes}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._method import (
     EXPERT_SCALE,
@@ -28,13 +28,11 @@ from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, Options, row
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
 
-_MAX_WARPS = 8  # of a token where each has dot products of its own
-_SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
-_BLOCK = 128  # threads that serve tokens from table and logits
 _UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
 
 
@@ -77,7 +75,7 @@ class HashRouter(Op):
         named = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
         return reference.hash_router(arrays.token_ids, arrays.table, options.method, **named, num_valid=num_valid)
 
-    def kernel(self, options: HashOptions, arrays: Arrays) -> Kernel:
+    def kernel(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         method, token_ids, table = options.method, arrays.token_ids, arrays.table
         logits, x, weight = arrays.logits, arrays.x, arrays.weight
         out_strides = arrays.weights.row_stride, arrays.indices.row_stride
@@ -104,34 +102,36 @@ class HashRouter(Op):
         if method is not None:
             macros |= method_macros(method, arrays.given("logit_bias", "expert_scale"))
         if x is not None and weight is not None and method is not None:
-            both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+            both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
             macros |= {
                 "SOURCE": _PRODUCTS,
-                "DTYPE": layout.DTYPE_CODES[x.dtype],
-                "WEIGHT_DTYPE": layout.DTYPE_CODES[weight.dtype],
+                "DTYPE": row_lanes.DTYPE_CODES[x.dtype],
+                "WEIGHT_DTYPE": row_lanes.DTYPE_CODES[weight.dtype],
                 "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
             }
             whole_rows, hidden = needs_whole_rows(method), x.shape[1]
+            tuned = gpu.table.hash_products
             if method.num_columns > _MAX_PRODUCTS:
                 raise ValueError(f"top_k + num_shared_experts must be at most {_MAX_PRODUCTS} with x, got {method}")
             if (
                 whole_rows
                 or method.shared_in_normalizer
-                or method.num_columns > layout.MAX_LANES
+                or method.num_columns > row_lanes.MAX_LANES
                 or num_tokens > MAX_GRID
             ):
-                warps = min(method.num_experts if whole_rows else top_k, _MAX_WARPS)
+                warps = min(method.num_experts if whole_rows else top_k, tuned.max_warps)
             else:
-                parts = max(1, min(_SHARING_WARPS // top_k, _MAX_PARTS, -(-hidden // 256)))
+                parts = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, -(-hidden // 256)))
                 warps = top_k * parts
-                in_flight = 7 // (1 + ("float32" in (x.dtype, weight.dtype))) // (1 + (warps > _SHARING_WARPS))
+                float32 = "float32" in (x.dtype, weight.dtype)
+                in_flight = tuned.loads_in_flight // (1 + float32) // (1 + (warps > tuned.sharing_warps))
                 steps = max(1, -(-hidden // (256 * parts)))
                 batches = -(-steps // in_flight)
                 macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
             macros["WARPS"] = warps
             grid = min(num_tokens, MAX_GRID)
             return Kernel("hash_router", "hash_router_products", macros, grid, 32 * warps, fixed, headers(method))
-        lanes = layout.MAX_LANES
+        lanes = row_lanes.MAX_LANES
         if method is None or logits is None or not needs_whole_rows(method):
             while lanes // 2 >= (top_k if method is None else method.num_columns):
                 lanes //= 2
@@ -139,11 +139,12 @@ class HashRouter(Op):
         dense = (table.row_stride, *out_strides) == (columns[0], columns[1], columns[1])
         macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
         if method is not None and logits is not None:
-            macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
+            macros["DTYPE"] = row_lanes.DTYPE_CODES[logits.dtype]
             dense = dense and logits.row_stride == method.num_logits
         macros["DENSE"] = int(dense)
-        grid = -(-num_tokens * lanes // _BLOCK)
-        return Kernel("hash_router", "hash_router", macros, grid, _BLOCK, fixed, headers(method))
+        block = gpu.table.hash_router.block
+        grid = -(-num_tokens * lanes // block)
+        return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
 
 
 OP = HashRouter()

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
+from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._op import Arrays, Op, Options, Result, layer, row
 from cupy_router.ops._run import run
 from cupy_router.ops._topk_select_long import LongTopK
 from cupy_router.reference import topk_select as reference
 from cupy_router.results import TopK
+from cupy_router.tuning import Gpu
 
 ORDERS = ("value", "column", "any")
 
@@ -82,17 +83,17 @@ class TopKSelect(Op):
 
     def is_single_kernel(self, options: TopKOptions, arrays: Arrays) -> bool:
         plain = options == TopKOptions(options.k) and arrays.index_map is None
-        return plain and layout.fits(arrays.scores.shape[1], options.k)
+        return plain and row_lanes.fits(arrays.scores.shape[1], options.k)
 
-    def kernel(self, options: TopKOptions, arrays: Arrays) -> Kernel | Work:
+    def kernel(self, options: TopKOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         """Return the kernel for rows that a warp holds; all else goes by that for long rows, which has the options."""
         if not self.is_single_kernel(options, arrays):
-            return LongTopK(options, arrays)
+            return LongTopK(options, arrays, gpu)
         k, scores = options.k, arrays.scores
         num_rows, num_columns = scores.shape
         lengths, starts = arrays.lengths, arrays.starts
         strides = scores.row_stride, arrays.values.row_stride, arrays.indices.row_stride
-        macros = {"DTYPE": layout.DTYPE_CODES[scores.dtype]}
+        macros = {"DTYPE": row_lanes.DTYPE_CODES[scores.dtype]}
         fixed: dict[str, int | float] = {
             "num_rows": num_rows,
             "num_columns": num_columns,
@@ -101,14 +102,14 @@ class TopKSelect(Op):
             "values_stride": arrays.values.row_stride,
             "indices_stride": arrays.indices.row_stride,
         }
-        lanes, columns = layout.lanes_and_columns(num_columns, k)
-        dealt = layout.dealt_lanes(num_rows, num_columns, k, False)
-        if dealt:
-            lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
+        lanes, columns = row_lanes.lanes_and_columns(num_columns, k)
+        interleaved = row_lanes.interleaved_lanes(gpu, num_rows, num_columns, k, False)
+        if interleaved:
+            lanes, columns = interleaved, row_lanes.interleaved_columns(num_columns, interleaved)
         whole = lengths is None and starts is None and lanes * columns == num_columns
         macros |= {
             "TOP_K": k,
-            "INTERLEAVED": int(bool(dealt)),
+            "INTERLEAVED": int(bool(interleaved)),
             "LANES": lanes,
             "PER_LANE": columns,
             "WHOLE_ROWS": int(whole),
@@ -116,9 +117,11 @@ class TopKSelect(Op):
             "DENSE": int(strides == (num_columns, k, k)),
             "HAS_LENGTHS": int(lengths is not None),
             "HAS_STARTS": int(starts is not None),
-            "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
+            "ALIGNED": int(
+                starts is None and row_lanes.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)
+            ),
         }
-        grid, block = layout.grid_and_block(num_rows, lanes, bool(dealt))
+        grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
         takes = ("scores", "lengths", "starts", "values", "indices")
         return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
 

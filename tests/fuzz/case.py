@@ -16,7 +16,7 @@ import numpy as np
 
 import cupy_router
 from cupy_router import RoutingMethod, TopK
-from cupy_router.ops import _cached, _layout, _topk_select_long
+from cupy_router.ops import _cached, _row_lanes, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, methods, oracle
@@ -168,11 +168,14 @@ class _Chosen(AbstractContextManager[None]):
     is forgotten afterwards."""
 
     def __init__(self, rows: int, plan: str) -> None:
-        few, dealt_lanes = _layout.few(rows), _layout.dealt_lanes
+        few, lanes = _row_lanes.few, _row_lanes.interleaved_lanes
         self.patches = []
         if rows:
-            for name, chosen in (("few", lambda _: few), ("dealt_lanes", lambda _, *sizes: dealt_lanes(rows, *sizes))):
-                self.patches.append(mock.patch.object(_layout, name, chosen))
+            chosen = {
+                "few": lambda gpu, _: few(gpu, rows),
+                "interleaved_lanes": lambda gpu, _, *sizes: lanes(gpu, rows, *sizes),
+            }
+            self.patches.append(mock.patch.multiple(_row_lanes, **chosen))
         if plan:
             self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
 
