@@ -103,7 +103,7 @@ def _long_rows() -> Iterator[Case]:
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
             if plan is not None:  # a sample that misleads, so that rows are read again
                 hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
-                options = {"k": 300, "sorted": j % 2 == 0}
+                options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)
     yield case(1, 70_000, 8000, "float32", DENSE)
     yield case(1, 600_000, 2048, "float32", DENSE)
