@@ -26,7 +26,7 @@ from cupy_router.watch import Watch
 Macros = tuple[tuple[str, int], ...]
 Headers = tuple[tuple[str, str], ...]
 
-_OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
+OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
 _KERNEL = r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?{name}\s*\(([^)]*)\)'
 _TYPES = {"int": "i", "long long": "q", "float": "f"}
@@ -97,7 +97,7 @@ class CudaBackend:
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
         with cupy.cuda.Device(device):
-            kernel = cupy.RawKernel(source, function, _OPTIONS, "nvrtc")
+            kernel = cupy.RawKernel(source, function, OPTIONS, "nvrtc")
             # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
             # right where a look at the cache folder is not: another process writes there, a file is damaged, or
             # CUPY_CACHE_IN_MEMORY is set. One log serves all builds: CuPy keeps modules by source and log.
@@ -358,6 +358,6 @@ def compile(
         handle = where.build(source, function, device[1])
         milliseconds = (time.perf_counter() - begin) * 1000
         found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
-        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, _OPTIONS)
+        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, OPTIONS)
     kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found

@@ -67,7 +67,7 @@ class Router:
         self.method = resolve(method)
         self.weight, self.bias, self.table = weight, bias, table
         self.logit_bias, self.expert_scale = logit_bias, expert_scale
-        self._follows = False  # True: copy the arrays to the device of x
+        self.follows_inputs = False  # True: copy the arrays to the device of x
         self._copies: dict[tuple[str, int], Router] = {}
         with check.named("Router"):
             self._described = self._validate()
@@ -80,7 +80,7 @@ class Router:
         router.method = method
         for name, array in arrays.items():
             setattr(router, name, array)
-        router._follows, router._copies = False, {}
+        router.follows_inputs, router._copies = False, {}
         router._described = ", ".join(name for name, array in arrays.items() if array is not None)
         router._enter()
         return router
@@ -145,7 +145,7 @@ class Router:
 
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
-        if self._follows:
+        if self.follows_inputs:
             return self.beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
             return dense_router.dense_router(
@@ -206,7 +206,7 @@ class Router:
             keys = huggingface.router_keys(files, prefix, method)
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
             router = cls._from_keys(state, keys, method)
-        router._follows = True
+        router.follows_inputs = True
         return router
 
     @classmethod
@@ -225,7 +225,7 @@ class Router:
 
     def beside(self, x: Any) -> Router:
         """Return this router with its arrays on the device of x. Only arrays from a file are moved."""
-        if not self._follows:
+        if not self.follows_inputs:
             return self
         device = _view("x", x).device
         found = self._copies.get(device)

@@ -82,6 +82,21 @@ def imports(tree: ast.AST, path: Path) -> Iterator[str]:
             module = ".".join(filter(None, (base, node.module)))
             # `from package import name` may import a module or a name of one: both spellings are looked at below.
             yield from (f"{module}.{alias.name}" for alias in node.names)
+    yield from strings_that_name_modules(tree)
+
+
+def strings_that_name_modules(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package in strings, by which code could import them; docstrings are for readers."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from (name for name in re.findall(r"cupy_router\.\w+", node.value) if name.partition(".")[2] in ROOMS)
 
 
 def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
@@ -113,10 +128,33 @@ def test_modules_import_only_what_they_may() -> None:
         ("from . import order", set()),
         ("def f():\n    from cupy_router.cli.demo import run", {"cli"}),
         ("import numpy", set()),
+        ("import_module('cupy_router.torch')", {"torch"}),
+        ("import_module(f'cupy_router.arrays.{stem}')", {"arrays"}),
+        ("def f():\n    'See cupy_router.torch.'", set()),
     ],
 )
 def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
     assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names with an underscore that a module reads from another one; modules of the package may have such names."""
+    tree, modules = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cupy_router")):
+            folder = PACKAGE.joinpath(*(node.module or "").split(".")[1:])
+            for alias in node.names:
+                modules.add(alias.asname or alias.name)
+                if alias.name.startswith("_") and not (folder / f"{alias.name}.py").is_file():
+                    yield alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield from re.findall(r"^\w+\._(?!_|fields$|replace$|asdict$)\w+$", f"{node.value.id}.{node.attr}")
+
+
+def test_no_private_name_is_read_across_modules() -> None:
+    found = {str(path.relative_to(PACKAGE)): names for path in MODULES if (names := sorted(private_names(path)))}
+    assert not found
 
 
 def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> None:

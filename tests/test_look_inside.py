@@ -26,7 +26,7 @@ from tests.recorder import Recorder, recording
 
 ROOT = Path(__file__).parents[1]
 KERNEL = 'extern "C" __global__ void {name}(float *x) {{ x[threadIdx.x] = {value}; }}\n'
-OPTIONS = compiler._OPTIONS
+OPTIONS = compiler.OPTIONS
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream
 
 
 def _is_of_tensors(router: Router) -> bool:
-    if router._follows:  # copies of the arrays, on the device of each x
+    if router.follows_inputs:  # copies of the arrays, on the device of each x
         return False
     arrays = (router.weight, router.bias, router.logit_bias, router.expert_scale, router.table)
     if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arrays):
