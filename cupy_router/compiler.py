@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
 
-A kernel's text is expanded first: `#include "x.cuh"` is replaced by the file, with `#line` marks so that errors point
-at `kernels/x.cuh(line)`, and the macros become `#define` lines on top. So headers and macros are part of the text, the
-text is the key of CuPy's disk cache, and a second process loads what the first compiled.
+A kernel's text is expanded first: `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
+errors point at `kernels/device/types.cuh(line)`, and the macros become `#define` lines on top. So headers and macros
+are part of the text, the text is the key of CuPy's disk cache, and a second process loads what the first compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +20,13 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
+from cupy_router import kernel_dump, kernel_log
 from cupy_router.watch import Watch
 
 Macros = tuple[tuple[str, int], ...]
 Headers = tuple[tuple[str, str], ...]
 
-_OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
+OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
 _KERNEL = r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?{name}\s*\(([^)]*)\)'
 _TYPES = {"int": "i", "long long": "q", "float": "f"}
@@ -35,6 +38,8 @@ class CompileError(RuntimeError):
 
 class Backend(Protocol):
     """A kind of device that compiles and launches: CUDA by CuPy, or kernels executed on the CPU in the tests."""
+
+    compiled: bool  # by the last `build`; False: it found the machine code in a cache
 
     def build(self, source: str, function: str, device: int) -> int:
         """Compile the text and return a handle of the function; CompileError with file and line if it is wrong."""
@@ -66,13 +71,25 @@ class Backend(Protocol):
         """Enqueue; `kernel_params` is the address of an array of pointers, one to each argument."""
 
 
+class _CompilerLog:
+    """File that notes whether anything is written, even an empty text."""
+
+    written = False
+
+    def write(self, text: str) -> None:
+        self.written = True
+
+
 class CudaBackend:
-    """CuPy's RawModule and NVRTC."""
+    """CuPy's RawKernel and NVRTC."""
+
+    compiled = False
 
     def __init__(self) -> None:
         cupy = require_cuda()
         self._cupy = cupy
         self._modules: dict[int, Any] = {}
+        self._log = _CompilerLog()
         self._thread = threading.local()
         self._devices: int = cupy.cuda.runtime.getDeviceCount()
         self.launch = cupy.cuda.driver.launchKernel
@@ -80,13 +97,18 @@ class CudaBackend:
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
         with cupy.cuda.Device(device):
-            module = cupy.RawModule(code=source, options=_OPTIONS, backend="nvrtc")
+            kernel = cupy.RawKernel(source, function, OPTIONS, "nvrtc")
+            # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
+            # right where a look at the cache folder is not: another process writes there, a file is damaged, or
+            # CUPY_CACHE_IN_MEMORY is set. One log serves all builds: CuPy keeps modules by source and log.
+            self._log.written = False
             try:
-                kernel = module.get_function(function)
+                kernel.compile(log_stream=self._log)
                 handle = int(kernel.kernel.ptr)
             except cupy.cuda.compiler.CompileException as error:
                 raise CompileError(str(error).strip()) from None
         self._modules[handle] = kernel
+        self.compiled = self._log.written
         return handle
 
     def shared_limit(self, device: int) -> int:
@@ -159,9 +181,37 @@ def require_cuda() -> ModuleType:
 
 
 def kernel_folders() -> list[Path]:
-    """Where kernel files are looked for, in this order: CUPY_ROUTER_KERNELS, the package's or the checkout's own."""
+    """Folders in which a kernel file is looked for: CUPY_ROUTER_KERNELS, then the package's or the checkout's own.
+
+    All have the same paths, such as `topk_select.cu` and `device/types.cuh`.
+    """
     override = os.environ.get("CUPY_ROUTER_KERNELS")
     return [Path(override), _OWN] if override else [_OWN]
+
+
+_reported: set[str] = set()
+
+
+def _report_override(override: Path) -> None:
+    """Warn, once, of a folder that does not exist and of files in it that no kernel reads."""
+    if not override.is_dir():
+        problems = [f"there is no folder {override}"]
+    else:
+        files = [path for path in sorted(override.rglob("*")) if path.suffix in (".cu", ".cuh")]
+        included = {
+            match[1] for path in files for line in path.read_text().splitlines() if (match := _INCLUDE.match(line))
+        }
+        unread = [name for path in files if (name := path.relative_to(override).as_posix()) not in included]
+        own = {path.name: path.relative_to(_OWN).as_posix() for path in _OWN.rglob("*.cu*")}
+        problems = [
+            f"no kernel reads {name} of {override}" + (f", but {own[leaf]}" if (leaf := Path(name).name) in own else "")
+            for name in unread
+            if not (_OWN / name).is_file()
+        ]
+    for problem in problems:
+        if problem not in _reported:
+            _reported.add(problem)
+            warnings.warn(f"CUPY_ROUTER_KERNELS: {problem}", stacklevel=3)
 
 
 _PACKAGE = Path(__file__).parent
@@ -227,12 +277,16 @@ def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Header
     with _lock:
         text = _texts.get((kernel, headers))
         if text is None:
+            if len(folders := kernel_folders()) > 1:
+                _report_override(folders[0])
             lines = _lines(f"{kernel}.cu", dict(headers), set())
             text = _texts[kernel, headers] = "\n".join(lines) + "\n"
     return "".join(f"#define {name} {value}\n" for name, value in dict(macros).items()) + text
 
 
 # -- Compiled functions ------------------------------------------------------------------------------------------------
+
+kernel_log.listeners.append(kernel_dump.dump_if_asked)
 
 
 @dataclass(frozen=True)
@@ -295,9 +349,15 @@ def compile(
         return found
     with _lock:
         found = _functions.get(key)
-        if found is None:
-            where = backend(device[0])
-            assert where is not None, "ops ask for a backend before they ask for a kernel"
-            handle = where.build(expand(kernel, key[2], key[3]), function, device[1])
-            found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
+        if found is not None:
+            return found
+        where = backend(device[0])
+        assert where is not None, "ops ask for a backend before they ask for a kernel"
+        source = expand(kernel, key[2], key[3])
+        begin = time.perf_counter()
+        handle = where.build(source, function, device[1])
+        milliseconds = (time.perf_counter() - begin) * 1000
+        found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
+        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, OPTIONS)
+    kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found

@@ -2,14 +2,14 @@
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
 // activation_topk: LANES threads hold a row in registers, up to 1024 experts and 32 winners. They score all logits,
-// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight. DEALT: they
-// select on bounds of the scores, several rows to a warp, and score only the best.
+// select on the order-preserving key of score + bias, and lane r writes the r-th best expert and its weight.
+// INTERLEAVED: they select on bounds of the scores, several rows to a warp, and score only the best.
 // activation_topk_wide (WIDE): one block per row for every other size. Each of TOP_K rounds looks through the whole row
-// for the best entry behind the previous one, so that nothing has to be stored: right for any size, not fast.
-#include "choose.cuh"
-#include "num_valid.cuh"
-#include "route_row.cuh"
-#include "weigh.cuh"
+// for the best entry after the previous one, so that nothing has to be stored: right for any size, not fast.
+#include "routing/choose_experts.cuh"
+#include "routing/num_valid.cuh"
+#include "routing/softmax_statistics.cuh"
+#include "routing/weigh.cuh"
 
 #ifndef DTYPE
 #define DTYPE 0
@@ -42,12 +42,12 @@ typedef LogitRow<logit_t> Row;
 constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
-typedef Deal<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Dealt;
+typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Interleaved;
 
-// From sm_100 on, and for some rows that are dealt, ptxas spills registers to fit more blocks, unless it is told how many
-// are wanted. 0: as it likes.
-#define DEALT_UNEVENLY (LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0))
-#if (DEALT && (LOGIT_CAPPED || DEALT_UNEVENLY)) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
+// From sm_100 on, and for some interleaved rows, ptxas spills registers to fit more blocks, unless it is told how many
+// are wanted. 0: no wish.
+#define UNEVEN (LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0))
+#if (INTERLEAVED && (LOGIT_CAPPED || UNEVEN)) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000)
 #define LEAST_BLOCKS 1
 #else
 #define LEAST_BLOCKS 0
@@ -74,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     int64_t experts[1];
     float weight[1];
-#if DEALT
+#if INTERLEAVED
     const Row source = {logits + (row < num_tokens ? row * logits_stride : 0), logit_bias, numbers};
-    DealtChoice<Dealt, ALIGNED, BIAS_ALIGNED> choice(source, bias, lane, row < valid);
+    InterleavedChoice<Interleaved, ALIGNED, BIAS_ALIGNED> choice(source, bias, lane, row < valid);
     const bool in_order = choice.in_order(lane), complete = choice.complete();
     bool settled = !__any_sync(FULL_WARP, row < valid && !(in_order && complete));
 #pragma unroll 1
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     }
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
-    const RowStatistics statistics = row_statistics<LANES>(values);
+    const SoftmaxStatistics statistics = softmax_statistics<LANES>(values);
     const Chosen chosen = choose_exactly<LANES>(values, biases, statistics, source, lane, row < valid);
     experts[0] = expert_of(lane, chosen.column);
     weight[0] = chosen.value;
@@ -134,7 +134,7 @@ __shared__ bool group_kept[NUM_GROUPS > 0 ? NUM_GROUPS : 1];
 struct WideRow {
     Row row;
     const float* bias;
-    RowStatistics statistics;
+    SoftmaxStatistics statistics;
 
     __device__ __forceinline__ unsigned key(unsigned e) const {
         const float value = selection_value(row[e], statistics);

@@ -11,9 +11,9 @@
 // activation_topk_backward_wide (WIDE): one block per row for every other size.
 //
 // A row in which an index is no expert, as in padding, gets zeros. REPEATED: an expert may be in a row more than once.
-#include "route_row.cuh"
-#include "row.cuh"
-#include "weigh_backward.cuh"
+#include "routing/softmax_statistics.cuh"
+#include "device/row_load.cuh"
+#include "routing/weigh_backward.cuh"
 
 #ifndef DTYPE
 #define DTYPE 0
@@ -66,10 +66,11 @@ __device__ __forceinline__ void store_zeros(gradient_t* row, int thread) {
 }
 
 // What a softmax over the whole row takes from the gradient of a logit.
-__device__ __forceinline__ float drained(float scaled_logit, const RowStatistics& statistics, float drain,
-                                         const Numbers& numbers) {
+__device__ __forceinline__ float softmax_term(float scaled_logit, const SoftmaxStatistics& statistics,
+                                              float softmax_factor, const Numbers& numbers) {
     const float share = softmax_share(capped(scaled_logit, numbers), statistics.highest) * statistics.inverse_sum;
-    return is_nan(share) ? 0.0f : share * drain * prepared_slope(scaled_logit, numbers);  // the sum left NaN out
+    return is_nan(share) ? 0.0f
+                         : share * softmax_factor * prepare_gradient(scaled_logit, numbers);  // the sum left NaN out
 }
 
 #if !WIDE
@@ -171,24 +172,25 @@ extern "C" __global__ void __launch_bounds__(256)
     if (good) scaled_logit = scaled(to_float(source[expert[0]]), bias_of(logit_bias, expert[0]), numbers);
     const bool routed = lanes_ballot<LANES>(weighed && !good) == 0;
 
-    RowStatistics statistics = {0.0f, 0.0f};
+    SoftmaxStatistics statistics = {0.0f, 0.0f};
     if (WHOLE_ROW_SOFTMAX) {
         float prepared[UNITS * UNIT];
 #pragma unroll
         for (int j = 0; j < UNITS * UNIT; ++j) prepared[j] = capped(whole_row[j], numbers);
-        statistics = row_statistics<LANES>(prepared);
+        statistics = softmax_statistics<LANES>(prepared);
     }
     const float logit[1] = {capped(scaled_logit, numbers)};
     float score[1] = {WEIGHS_LOGITS ? logit[0] : score_of(logit[0], statistics)};
-    const float drain = weigh_backward<LaneTeam<TEAM>>(gradient, score, logit, expert, lane, 0, routed && exists,
-                                                       expert_scale, numbers);
+    const float softmax_factor = weigh_backward<LaneTeam<TEAM>>(gradient, score, logit, expert, lane, 0,
+                                                                routed && exists, expert_scale, numbers);
     bool first = true;
     if (REPEATED) first = sum_repeated(expert[0], lane, gradient[0]);
-    gradient[0] *= prepared_slope(scaled_logit, numbers);
+    gradient[0] *= prepare_gradient(scaled_logit, numbers);
     if (WHOLE_ROW_SOFTMAX) {
-        gradient[0] -= drained(scaled_logit, statistics, drain, numbers);
+        gradient[0] -= softmax_term(scaled_logit, statistics, softmax_factor, numbers);
 #pragma unroll
-        for (int j = 0; j < UNITS * UNIT; ++j) whole_row[j] = 0.0f - drained(whole_row[j], statistics, drain, numbers);
+        for (int j = 0; j < UNITS * UNIT; ++j)
+            whole_row[j] = 0.0f - softmax_term(whole_row[j], statistics, softmax_factor, numbers);
         if (exists) store_row(target, lane, whole_row);
     }
     __syncwarp();  // what was written so far lies below what comes now
@@ -232,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             continue;
         }
 
-        RowStatistics statistics = {0.0f, 0.0f};
+        SoftmaxStatistics statistics = {0.0f, 0.0f};
         if (WHOLE_ROW_SOFTMAX) {
             float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
             for (int64_t e = threadIdx.x; e < NUM_LOGITS; e += WIDE_THREADS) {
@@ -258,11 +260,11 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             values[p] = capped(scaled_logits[p], numbers);
             scores[p] = WEIGHS_LOGITS ? values[p] : score_of(values[p], statistics);
         }
-        const float drain = weigh_backward<BlockTeam>(gradients, scores, values, experts, threadIdx.x, WIDE_THREADS,
-                                                      true, expert_scale, numbers);
+        const float softmax_factor = weigh_backward<BlockTeam>(gradients, scores, values, experts, threadIdx.x,
+                                                               WIDE_THREADS, true, expert_scale, numbers);
         if (WHOLE_ROW_SOFTMAX) {
             for (int64_t e = threadIdx.x; e < NUM_LOGITS; e += WIDE_THREADS) {
-                store_float(target + e, 0.0f - drained(scaled_at(e), statistics, drain, numbers));
+                store_float(target + e, 0.0f - softmax_term(scaled_at(e), statistics, softmax_factor, numbers));
             }
         }
         if (REPEATED) {
@@ -287,8 +289,8 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
                 }
                 gradients[p] = sum;
             }
-            float gradient = gradients[p] * prepared_slope(scaled_logits[p], numbers);
-            if (WHOLE_ROW_SOFTMAX) gradient -= drained(scaled_logits[p], statistics, drain, numbers);
+            float gradient = gradients[p] * prepare_gradient(scaled_logits[p], numbers);
+            if (WHOLE_ROW_SOFTMAX) gradient -= softmax_term(scaled_logits[p], statistics, softmax_factor, numbers);
             if (first) store_float(target + experts[p], gradient);
         }
         if (REPEATED) __syncthreads();  // their places are used again

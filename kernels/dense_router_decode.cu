@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // From hidden states to experts in one launch, for few tokens: gate product, score, bias, top-k, renormalisation.
 //
-// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SLICES parts of hidden, and
+// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SPLITS parts of hidden, and
 // leaves its float32 partial sums in global memory. There are blocks for every tile of experts, slice and group of
 // tokens; counters say when all blocks of a group have arrived. SHARE = 0: the last block to arrive adds a group's
 // partial sums up, slice by slice, and routes its tokens. SHARE > 0: there is one group, and the first blocks each
 // route SHARE of its tokens. A block that has waited too long leaves, and the last block to arrive does its part as
 // well.
-#include "async_copy.cuh"
-#include "gate_product.cuh"
-#include "groups.cuh"
-#include "handover.cuh"
-#include "num_valid.cuh"
-#include "route_row.cuh"
-#include "select.cuh"
-#include "weigh.cuh"
+#include "device/async_copy.cuh"
+#include "gate/gate_gemm.cuh"
+#include "routing/groups.cuh"
+#include "device/last_block.cuh"
+#include "routing/num_valid.cuh"
+#include "routing/softmax_statistics.cuh"
+#include "select/warp_topk.cuh"
+#include "routing/weigh.cuh"
 
 #ifndef SHARE
 #define SHARE 0
@@ -34,11 +34,11 @@ struct __align__(4 * N) Floats {
     float value[N];
 };
 
-constexpr int GROUP_BLOCKS = TILES * SLICES;
+constexpr int GROUP_BLOCKS = TILES * SPLITS;
 constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes at once
 constexpr int PER_LANE = 4 * quotient(GATE_ROWS, 128);
 constexpr bool KEEPS_SCORES = !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // rather than logits
-constexpr int REDUCTION_FLOATS = LAYERS * TOKENS * ROW;
+constexpr int REDUCTION_FLOATS = WARP_SPLITS * TOKENS * ROW;
 constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
 __shared__ __align__(16) float shared_floats[REDUCTION_FLOATS > SCORE_FLOATS ? REDUCTION_FLOATS : SCORE_FLOATS];
 __shared__ float shared_bias[32 * PER_LANE];
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_partials(float* partials, int first_expert
         if (token >= num_tokens) break;
         Floats<N> sum = *reinterpret_cast<const Floats<N>*>(&shared_floats[token * ROW + expert]);
 #pragma unroll
-        for (int layer = 1; layer < LAYERS; ++layer) {
+        for (int layer = 1; layer < WARP_SPLITS; ++layer) {
             const float* source = &shared_floats[(layer * TOKENS + token) * ROW + expert];
             const Floats<N> more = *reinterpret_cast<const Floats<N>*>(source);
 #pragma unroll
@@ -84,23 +84,23 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
         const int token = i / WORDS, expert = i % WORDS * N;
         if (token >= count) break;
         float* source = partials + (first + token) * COLUMNS + expert;
-        Floats<N> slices[SLICES];
+        Floats<N> slices[SPLITS];
 #pragma unroll
-        for (int s = 0; s < SLICES; ++s) {
+        for (int s = 0; s < SPLITS; ++s) {
             slices[s] = *reinterpret_cast<const Floats<N>*>(source + s * (TOKENS * COLUMNS));
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             float logit = slices[0].value[j];
 #pragma unroll
-            for (int s = 1; s < SLICES; ++s) logit += slices[s].value[j];
-            if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SLICES * TOKENS * COLUMNS) + j] = logit;
+            for (int s = 1; s < SPLITS; ++s) logit += slices[s].value[j];
+            if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SPLITS * TOKENS * COLUMNS) + j] = logit;
             if (expert + j >= 32 * PER_LANE) continue;
             const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
             const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
             logit = prepare(logit, HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f, numbers);
             shared_floats[token * (32 * PER_LANE) + expert + j] =
-                KEEPS_SCORES ? score_of(logit, RowStatistics()) : logit;
+                KEEPS_SCORES ? score_of(logit, SoftmaxStatistics()) : logit;
         }
     }
 }
@@ -125,7 +125,7 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
             values[j + i] = first + j + i < NUM_EXPERTS ? word.value[i] : __uint_as_float(NAN_BITS);
         }
     }
-    const RowStatistics statistics = row_statistics<32>(values);
+    const SoftmaxStatistics statistics = softmax_statistics<32>(values);
     unsigned keys[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
@@ -159,12 +159,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
     }
-    const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SLICES, group = blockIdx.x / GROUP_BLOCKS;
+    const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SPLITS, group = blockIdx.x / GROUP_BLOCKS;
     const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
     const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
-    float* group_partials = partials + static_cast<int64_t>(group) * SLICES * TOKENS * COLUMNS;
+    float* group_partials = partials + static_cast<int64_t>(group) * SPLITS * TOKENS * COLUMNS;
 
-    // What routing needs besides the sums is under way before the products, and here in time even if this block routes.
+    // What routing needs besides the sums is in flight before the products, and here in time if this block routes.
     const int fetched_valid = fetch_valid(num_valid, num_valid_value);
     if (HAS_BIAS) {
 #pragma unroll
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         }
         copy_async_commit();
     }
-    products(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, slice, count, shared_floats);
+    gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, slice, count, shared_floats);
     if (HAS_BIAS) copy_async_wait<0>();
     __syncthreads();
     store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
@@ -191,14 +191,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         }
     };
     if (SHARE == 0) {
-        if (last_to_arrive(&counters[group], GROUP_BLOCKS)) route_tokens(0, count);
+        if (is_last_block(&counters[group], GROUP_BLOCKS)) route_tokens(0, count);
         return;
     }
     constexpr int STRIDE = SHARE > 0 ? SHARE : 1;
     const int shares = min((count + STRIDE - 1) / STRIDE, GROUP_BLOCKS);
     unsigned* left = counters + 1;  // a flag for each share
     const bool has_share = blockIdx.x < shares;
-    const Arrival arrival = arrive_and_look(&counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
+    const Arrival arrival = arrive_and_poll(&counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
     if (arrival == LEFT) return;
     const auto route_share = [&](int share) {
         for (int first = share * STRIDE; first < count; first += shares * STRIDE) {

@@ -5,11 +5,11 @@
 // id, table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
 // hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows
 // of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row. PARTS >
-// 0: PARTS warps share each of the token's dot products, with the loads of UNROLL words of both factors under way at
+// 0: PARTS warps share each of the token's dot products, with the loads of UNROLL words of both factors in flight at
 // once; nothing waits for the check of the table's entries. The grid has a block for every token.
-#include "eight.cuh"
-#include "num_valid.cuh"
-#include "weigh.cuh"
+#include "device/vector8.cuh"
+#include "routing/num_valid.cuh"
+#include "routing/weigh.cuh"
 
 #ifndef TOKEN_ID_BYTES
 #define TOKEN_ID_BYTES 4
@@ -61,9 +61,9 @@ __device__ __forceinline__ bool exists(int64_t id, int64_t count) { return id >=
 
 #if SOURCE != PRODUCTS
 
-__device__ __forceinline__ RowStatistics row_statistics(const scalar_t* logits, const float* logit_bias,
-                                                        const Numbers& numbers, int lane) {
-    RowStatistics row = {0.0f, 0.0f};
+__device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* logits, const float* logit_bias,
+                                                                const Numbers& numbers, int lane) {
+    SoftmaxStatistics row = {0.0f, 0.0f};
     if (!WHOLE_ROW_SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
     const auto logit = [&](int e) { return prepare(to_float(logits[e]), logit_bias, e, numbers); };
     float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(256)
     bad = lanes_ballot<LANES>(bad) != 0;
 
     if (SOURCE == LOGITS) {
-        const RowStatistics statistics = row_statistics(bad ? nullptr : row_logits, logit_bias, numbers, lane);
+        const SoftmaxStatistics statistics = softmax_statistics(bad ? nullptr : row_logits, logit_bias, numbers, lane);
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
@@ -176,9 +176,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     const int first = part * 256 + lane * 8;
     const scalar_t* own_x = x + row * x_stride + first;
     const auto left = [&](int column) { return WHOLE_STEPS ? 8 : HIDDEN - first - column; };
-    Eight<scalar_t> a[UNROLL];
+    Vector8<scalar_t> a[UNROLL];
 #pragma unroll
-    for (int i = 0; i < UNROLL; ++i) a[i] = load_eight<ALIGNED>(own_x + i * STEP, left(i * STEP));
+    for (int i = 0; i < UNROLL; ++i) a[i] = load_vector8<ALIGNED>(own_x + i * STEP, left(i * STEP));
 
     const bool token_exists = is_valid && exists(token_id, vocab_size);
     const bool has_entry = token_exists && lane < TOP_K;
@@ -191,10 +191,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     float part_sums[UNROLL] = {};
 #pragma unroll 1
     for (int column = 0; column < HIDDEN; column += UNROLL * STEP) {
-        Eight<gate_t> b[UNROLL];
+        Vector8<gate_t> b[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
-            b[i] = load_eight<ALIGNED>(own_weight + column + i * STEP, left(column + i * STEP));
+            b[i] = load_vector8<ALIGNED>(own_weight + column + i * STEP, left(column + i * STEP));
         }
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) part_sums[i] = dot(a[i], b[i], part_sums[i]);
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
             const int next = column + (UNROLL + i) * STEP;
-            a[i] = load_eight<ALIGNED>(own_x + next, left(next));
+            a[i] = load_vector8<ALIGNED>(own_x + next, left(next));
         }
     }
     float sum = part_sums[0];
@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 #pragma unroll
             for (int p = 1; p < PARTS; ++p) value[0] += sums[p][lane];
             value[0] = prepare(value[0], logit_bias, expert, numbers);
-            if (!WEIGHS_LOGITS) value[0] = score_of(value[0], RowStatistics());
+            if (!WEIGHS_LOGITS) value[0] = score_of(value[0], SoftmaxStatistics());
         }
         weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, expert_scale, numbers);
         if (lane < OUTPUTS) {
@@ -237,7 +237,7 @@ __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, in
     float sum = 0.0f;
     for (int64_t i = lane * 8; i < hidden; i += 256) {
         const int left = static_cast<int>(hidden - i);
-        sum = dot(load_eight<ALIGNED>(x + i, left), load_eight<ALIGNED>(w + i, left), sum);
+        sum = dot(load_vector8<ALIGNED>(x + i, left), load_vector8<ALIGNED>(w + i, left), sum);
     }
     return lanes_sum<32>(sum);
 }
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         const auto logit_of = [&](int64_t e) {
             return prepare(warp_dot(row_x, weight + e * weight_stride, hidden, lane), logit_bias, e, numbers);
         };
-        RowStatistics statistics = {0.0f, 0.0f};
+        SoftmaxStatistics statistics = {0.0f, 0.0f};
         if (WHOLE_ROW_SOFTMAX) {
             // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that
             // grows.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How many rows of each slice of slice_rows rows are valid, where one count in device memory says so for all rows: a
 // call that is cut into slices stays right in a CUDA graph whose num_valid changes between replays.
-#include "types.cuh"
+#include "device/types.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
     slice_counts(const int* __restrict__ num_valid, int* __restrict__ counts, long long num_slices,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of any float type and stride as dense float32, for products whose operands differ in type or lie where cuBLAS
 // cannot step: one block per row, adjacent threads on adjacent columns.
-#include "types.cuh"
+#include "device/types.cuh"
 
 #ifndef DTYPE
 #define DTYPE 2

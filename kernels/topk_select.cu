@@ -2,13 +2,13 @@
 // The k largest scores of each row, sorted, exact: descending, equal scores by lower column, NaN last, bit copies out.
 //
 // LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the r-th best. Longer rows and
-// larger k: topk_select_long.cu, topk_select_large.cu. DEALT: they select on keys that are cut to hold their columns,
-// several rows to a warp, and look again at the best.
-#include "dealt.cuh"
-#include "order.cuh"
-#include "row.cuh"
-#include "select.cuh"
-#include "span.cuh"
+// larger k: topk_select_long.cu, topk_select_large.cu. INTERLEAVED: they select on keys that are cut to hold their
+// columns, several rows to a warp, and look again at the best.
+#include "select/row_interleaved.cuh"
+#include "select/order_key.cuh"
+#include "device/row_load.cuh"
+#include "select/warp_topk.cuh"
+#include "select/row_range.cuh"
 
 #ifndef DTYPE
 #define DTYPE 0
@@ -43,40 +43,43 @@
 
 typedef Scalar<DTYPE>::type score_t;
 
-typedef Deal<score_t, LANES, PER_LANE> Dealt;
+typedef InterleavedRow<score_t, LANES, PER_LANE> Interleaved;
 
-// Scores of 16 bits leave room for the column in their keys, so that nothing is cut and the best are known at once.
-constexpr bool ROOM_FOR_COLUMN = sizeof(score_t) == 2;
-// The winners of a row whose `length` columns are dealt to LANES lanes.
-struct DealtTopK : Candidates<TOP_K, LANES> {
+// Scores of 16 bits leave capacity for the column in their keys, so that nothing is cut and the best are known at once.
+constexpr bool KEY_HOLDS_COLUMN = sizeof(score_t) == 2;
+// The winners of a row whose `length` columns are interleaved over LANES lanes.
+struct InterleavedTopK : Candidates<TOP_K, LANES> {
     unsigned next;  // the key that no others are above
 
-    __device__ __forceinline__ DealtTopK(const score_t* source, int length, int lane) {
-        constexpr int HEADS = dealt_heads(TOP_K, LANES, PER_LANE);
+    __device__ __forceinline__ InterleavedTopK(const score_t* source, int length, int lane) {
+        constexpr int HEADS = interleaved_heads(TOP_K, LANES, PER_LANE);
         TaggedHeads<HEADS> heads;
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) heads.key[h] = NO_KEY;
-        float scores[Dealt::Chunk];
-        Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, 0, lane, length, scores);
+        float scores[Interleaved::Chunk];
+        Interleaved::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, 0, lane, length, scores);
 #pragma unroll
-        for (int begin = 0; begin < PER_LANE; begin += Dealt::Chunk) {
-            unsigned keys[Dealt::Chunk];
+        for (int begin = 0; begin < PER_LANE; begin += Interleaved::Chunk) {
+            unsigned keys[Interleaved::Chunk];
 #pragma unroll
-            for (int j = 0; j < Dealt::Chunk; ++j) {
-                const unsigned tag = Dealt::tag(begin + j);
-                keys[j] = ROOM_FOR_COLUMN ? (max(order_key(scores[j]), Dealt::MASK + 1) & ~Dealt::MASK) | tag
-                                          : tagged_key_of_bits<Dealt::MASK>(__float_as_uint(scores[j]), tag);
-                if (!WHOLE_ROWS && Dealt::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
+            for (int j = 0; j < Interleaved::Chunk; ++j) {
+                const unsigned tag = Interleaved::tag(begin + j);
+                keys[j] = KEY_HOLDS_COLUMN
+                              ? (max(order_key(scores[j]), Interleaved::MASK + 1) & ~Interleaved::MASK) | tag
+                              : tagged_key_of_bits<Interleaved::MASK>(__float_as_uint(scores[j]), tag);
+                if (!WHOLE_ROWS && Interleaved::column_of(begin + j, lane) >= length) keys[j] = NO_KEY;
             }
-            if (begin + Dealt::Chunk < PER_LANE)
-                Dealt::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, begin + Dealt::Chunk, lane, length, scores);
+            if (begin + Interleaved::Chunk < PER_LANE)
+                Interleaved::load<WHOLE_ROWS, ALIGNED, ENDS_AT>(source, begin + Interleaved::Chunk, lane, length,
+                                                                scores);
 #pragma unroll
-            for (int j = 0; j < Dealt::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
+            for (int j = 0; j < Interleaved::Chunk; j += 4)
+                heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
         }
-        const Ranked best = rank_heads<ROOM_FOR_COLUMN ? TOP_K : TOP_K + 1, Dealt>(heads, lane);
+        const Ranked best = rank_heads<KEY_HOLDS_COLUMN ? TOP_K : TOP_K + 1, Interleaved>(heads, lane);
         next = best.next;
-        if (ROOM_FOR_COLUMN) {
-            own = {best.key & ~Dealt::MASK, Dealt::column_of(best.key), 0.0f};
+        if (KEY_HOLDS_COLUMN) {
+            own = {best.key & ~Interleaved::MASK, Interleaved::column_of(best.key), 0.0f};
             if (next > __shfl_sync(FULL_WARP, best.key, TOP_K - 1, LANES)) next = ~0u;
         } else {
             own = exactly(source, length, best.key, lane < COUNT);
@@ -86,7 +89,7 @@ struct DealtTopK : Candidates<TOP_K, LANES> {
 
     // What a key stands for, if it is wanted and stands for something.
     static __device__ __forceinline__ Candidate exactly(const score_t* source, int length, unsigned key, bool wanted) {
-        Candidate candidate = {NO_KEY, Dealt::column_of(key), 0.0f};
+        Candidate candidate = {NO_KEY, Interleaved::column_of(key), 0.0f};
         if (wanted && candidate.column < length) {
             candidate.value = to_float(source[candidate.column]);
             candidate.key = order_key(candidate.value);
@@ -96,8 +99,8 @@ struct DealtTopK : Candidates<TOP_K, LANES> {
 
     // Whether candidates in order begin with the winners.
     __device__ __forceinline__ bool complete() const {
-        if (ROOM_FOR_COLUMN) return next != ~0u;
-        const unsigned last = last_key(), reach = next | Dealt::MASK;  // -0.0 lies one below 0.0 here
+        if (KEY_HOLDS_COLUMN) return next != ~0u;
+        const unsigned last = last_key(), reach = next | Interleaved::MASK;  // -0.0 lies one below 0.0 here
         return !overtaken(last) && reach + (reach < 0x80000000u) < last;
     }
 };
@@ -110,8 +113,8 @@ __device__ __forceinline__ Winner select_adjacent(const score_t* source, int len
     unsigned keys[PerLane];
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;
-    // Of rows that were dealt few come here, which may take their time.
-    return DEALT ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
+    // Of interleaved rows few come here, and these may take their time.
+    return INTERLEAVED ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
 }
 
 // Rows that are not sure, each by the whole warp, one after the other.
@@ -147,20 +150,21 @@ extern "C" __global__ void __launch_bounds__(256)
     const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const bool row_exists = row < num_rows;
     const int64_t read_row = min(row, num_rows - 1);  // in the place of a row that does not exist
-    const Span span = row_span(HAS_LENGTHS ? lengths : nullptr, HAS_STARTS ? starts : nullptr, read_row, num_columns);
-    const score_t* source = scores + read_row * scores_stride + span.start;
+    const RowRange range =
+        row_range(HAS_LENGTHS ? lengths : nullptr, HAS_STARTS ? starts : nullptr, read_row, num_columns);
+    const score_t* source = scores + read_row * scores_stride + range.start;
     Candidate winner;
-    if (DEALT) {
-        DealtTopK best(source, span.length, lane);
-        const bool in_order = ROOM_FOR_COLUMN || best.in_order(lane), complete = best.complete();
+    if (INTERLEAVED) {
+        InterleavedTopK best(source, range.length, lane);
+        const bool in_order = KEY_HOLDS_COLUMN || best.in_order(lane), complete = best.complete();
         if (UNLIKELY(__any_sync(FULL_WARP, row_exists && !(in_order && complete)))) {
-            if (!ROOM_FOR_COLUMN) best.sort(lane);
+            if (!KEY_HOLDS_COLUMN) best.sort(lane);
             const bool now_complete = best.complete();
-            select_again(__ballot_sync(FULL_WARP, row_exists && !now_complete), source, span.length, best.own);
+            select_again(__ballot_sync(FULL_WARP, row_exists && !now_complete), source, range.length, best.own);
         }
         winner = best.own;
     } else {
-        const Winner adjacent = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, span.length, lane);
+        const Winner adjacent = select_adjacent<LANES, PER_LANE, WHOLE_ROWS, ALIGNED>(source, range.length, lane);
         winner = {adjacent.key, adjacent.column, 0.0f};
     }
     if (row_exists && lane < TOP_K) {
@@ -168,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(256)
         score_t* value = values + row * values_stride + lane;
         if (!found) {
             *value = minus_infinity<DTYPE>();
-        } else if (DEALT && !ROOM_FOR_COLUMN) {
+        } else if (INTERLEAVED && !KEY_HOLDS_COLUMN) {
             store_float(value, winner.value);
         } else {
             *value = source[winner.column];

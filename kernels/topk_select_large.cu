@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The k largest scores of each row, exact, for k of which no list fits in shared memory: one block per row, slow.
 //
-// Four passes over the row find the key of the k-th best from histograms (row_radix.cuh). A pass in column order then
+// Four passes over the row find the key of the k-th best from histograms (radix.cuh). A pass in column order then
 // writes the columns above it and the first of those that tie with it to the row's indices, which are sorted there if
 // they are to be sorted. Values are written last, and indices through their map.
-#include "row_radix.cuh"
-#include "span.cuh"
+#include "long_rows/radix.cuh"
+#include "select/row_range.cuh"
 
 #ifndef DTYPE
 #define DTYPE 0
@@ -46,23 +46,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
                       long long map_stride) {
     __shared__ int histogram[RADIX];
     for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
-        const Span span = row_span(lengths, starts, row, num_columns);
-        const score_t* source = scores + row * scores_stride + span.start;
+        const RowRange range = row_range(lengths, starts, row, num_columns);
+        const score_t* source = scores + row * scores_stride + range.start;
         int* row_indices = indices + row * indices_stride;
         const auto key_of = [&](unsigned column) { return bits_key<DTYPE>(score_bits(source[column])); };
 
-        const int wanted = min(k, span.length);
+        const int wanted = min(k, range.length);
         int ties = 0;
         unsigned threshold = NO_KEY;  // all keys are above: everything is taken
-        if (wanted < span.length) {
-            const KthKey kth = radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, histogram);
+        if (wanted < range.length) {
+            const KthKey kth = radix_threshold<DTYPE, BLOCK>(source, range.length, wanted, histogram);
             threshold = kth.key;
             ties = kth.ties;
         }
         int taken = 0, taken_ties = 0;
-        for (unsigned begin = 0; begin < span.length && taken < wanted; begin += BLOCK) {
+        for (unsigned begin = 0; begin < range.length && taken < wanted; begin += BLOCK) {
             const unsigned column = begin + threadIdx.x;
-            const unsigned key = column < span.length ? key_of(column) : NO_KEY;
+            const unsigned key = column < range.length ? key_of(column) : NO_KEY;
             int more_ties, more;
             const int tie = taken_ties + block_prefix<BLOCK>(key == threshold && key != NO_KEY, more_ties);
             const bool takes = key > threshold || (key == threshold && key != NO_KEY && tie < ties);

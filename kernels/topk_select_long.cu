@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // The k largest scores of long rows, exact: descending, equal scores by lower column, NaN last, bit copies out.
 //
-// A sample of the row gives a key that at least k scores reach, and few more than twice as many (row_sample.cuh). One
-// read of the row puts those on a list (row_stream.cuh), in any order, which is sorted (block_sort.cuh) and of which the
+// A sample of the row gives a key that at least k scores reach, and few more than twice as many (sample.cuh). One
+// read of the row puts those on a list (stream.cuh), in any order, which is sorted (block_sort.cuh) and of which the
 // first k are written. If many scores tie at that key, the list is of those above it, and the ties behind them are taken
 // in the order of columns. What the sample promised is checked: else the row is read once more by another
-// sample's key, and if that is no better, by the key of the k-th best, found exactly (row_radix.cuh). So samples decide
+// sample's key, and if that is no better, by the key of the k-th best, found exactly (radix.cuh). So samples decide
 // how long a row takes, never what comes out. Rows of up to CAPACITY scores are on the list as they are.
 //
 // SPLIT 0: a block for each row, which, while it sorts, asks for the first bytes of the row `rows_ahead` of it, whose
 // block is among the next to start. SPLIT 1, for few rows: a row is cut into `pieces`, a block for each, whose lists lie in
-// global memory; the last block to arrive (handover.cuh) does the rest.
-#include "block_sort.cuh"
-#include "handover.cuh"
-#include "row_radix.cuh"
-#include "row_sample.cuh"
-#include "row_stream.cuh"
-#include "span.cuh"
+// global memory; the last block to arrive (last_block.cuh) does the rest.
+#include "long_rows/block_sort.cuh"
+#include "device/last_block.cuh"
+#include "long_rows/radix.cuh"
+#include "long_rows/sample.cuh"
+#include "long_rows/stream.cuh"
+#include "select/row_range.cuh"
 
 #ifndef DTYPE
 #define DTYPE 0
@@ -61,7 +61,7 @@ struct Found {
 };
 
 // The lists of all pieces of a row, at most 32, one behind the other in `entries`. False if that cannot be or is not enough.
-__device__ __forceinline__ bool gather(const Found* found, const Entry* lists, int pieces, int room, int wanted,
+__device__ __forceinline__ bool gather(const Found* found, const Entry* lists, int pieces, int capacity, int wanted,
                                        Entry* entries, Found& all) {
     // Every warp adds up for itself; a lane has a piece.
     const int lane = threadIdx.x % 32;
@@ -69,7 +69,7 @@ __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, i
     const int above = exists ? __ldcg(&found[lane].above) : 0, ties = exists ? __ldcg(&found[lane].ties) : 0;
     const int above_end = warp_prefix(above), ties_end = warp_prefix(ties);
     all = {__shfl_sync(FULL_WARP, above_end, 31), __shfl_sync(FULL_WARP, ties_end, 31)};
-    const bool too_long = __any_sync(FULL_WARP, above > room) || all.above > CAPACITY;
+    const bool too_long = __any_sync(FULL_WARP, above > capacity) || all.above > CAPACITY;
     if (too_long || all.above + all.ties < wanted) return false;
 
     // As many threads for each piece.
@@ -79,7 +79,7 @@ __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, i
     const int tie_count = __shfl_sync(FULL_WARP, ties, source);
     const int ties_at = all.above + __shfl_sync(FULL_WARP, ties_end, source) - tie_count;
     if (piece < pieces) {
-        const Entry* list = lists + static_cast<int64_t>(piece) * room;
+        const Entry* list = lists + static_cast<int64_t>(piece) * capacity;
 #pragma unroll 4
         for (int i = first; i < count; i += threads) entries[at + i] = __ldcg(list + i);
 #pragma unroll 4
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     topk_select_long(const score_t* __restrict__ scores, const int* __restrict__ lengths,
                      const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
                      int* __restrict__ indices, unsigned* counters, int* piece_counts, long long* lists, int pieces,
-                     int list_room, int rows_ahead, long long first_row, int num_columns, int k, int sorted,
+                     int list_capacity, int rows_ahead, long long first_row, int num_columns, int k, int sorted,
                      int page_size, long long scores_stride, long long values_stride, long long indices_stride,
                      long long map_stride) {
 #ifdef __CUDACC__
@@ -109,44 +109,45 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
 
     const int64_t row = first_row + (SPLIT ? blockIdx.x / pieces : blockIdx.x);
     const int number = SPLIT ? blockIdx.x % pieces : 0;
-    const Span span = row_span(lengths, starts, row, num_columns);
-    const score_t* source = scores + row * scores_stride + span.start;
-    const int wanted = min(k, span.length);
+    const RowRange range = row_range(lengths, starts, row, num_columns);
+    const score_t* source = scores + row * scores_stride + range.start;
+    const int wanted = min(k, range.length);
 
-    Piece piece(source, span.length, number, SPLIT ? pieces : 1);
+    Piece piece(source, range.length, number, SPLIT ? pieces : 1);
     Piece::Chunk chunk;
     Sample sample;
-    if (!FITS && span.length > CAPACITY) sample.load(piece, 0);
+    if (!FITS && range.length > CAPACITY) sample.load(piece, 0);
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
     if (threadIdx.x < 33) slots[threadIdx.x] = 0;
     __syncthreads();
     Threshold threshold = {NO_KEY, false};
-    if (!FITS && span.length > CAPACITY) threshold = sample.threshold(wanted, span.length, slots);
+    if (!FITS && range.length > CAPACITY) threshold = sample.threshold(wanted, range.length, slots);
 
     bool split = SPLIT;  // the list is of a piece
     bool resample = true;
     Found found;
 #pragma unroll 1
     for (;;) {
-        Entry* list = split ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_room : entries;
-        const int room = split ? list_room : CAPACITY;
-        piece.collect(chunk, {threshold.key, threshold.tied}, list, room, &count);
+        Entry* list =
+            split ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_capacity : entries;
+        const int capacity = split ? list_capacity : CAPACITY;
+        piece.collect(chunk, {threshold.key, threshold.tied}, list, capacity, &count);
         __syncthreads();
         found = {count, 0};
         if (FITS) break;
         if (threshold.tied && found.above < wanted) {
             found.ties =
-                collect_ties<DTYPE, BLOCK, 2>(source, span.length, split ? number : 0, split ? pieces : 1,
-                                              threshold.key, list + found.above, min(wanted, room) - found.above);
+                collect_ties<DTYPE, BLOCK, 2>(source, range.length, split ? number : 0, split ? pieces : 1,
+                                              threshold.key, list + found.above, min(wanted, capacity) - found.above);
         }
         if (split) {
             Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;
             if (threadIdx.x == 0) row_found[number] = found;
-            if (!last_to_arrive(&counters[row], pieces)) break;
-            const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_room;
+            if (!is_last_block(&counters[row], pieces)) break;
+            const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_capacity;
             split = false;  // from now on as if it were not
-            if (gather(row_found, row_lists, pieces, list_room, wanted, entries, found)) break;
+            if (gather(row_found, row_lists, pieces, list_capacity, wanted, entries, found)) break;
         } else if (found.above <= CAPACITY && found.above + found.ties >= wanted) {
             break;
         }
@@ -154,34 +155,34 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         if (threadIdx.x == 0) count = 0;
         if (threadIdx.x < 33) slots[threadIdx.x] = 0;
         __syncthreads();
-        if (SPLIT) piece = Piece(source, span.length, 0, 1);
+        if (SPLIT) piece = Piece(source, range.length, 0, 1);
         if (resample && !threshold.tied) {
             resample = false;
             // Read anew, or what both samples have in common is kept in registers, of which there are not enough.
-            const Span again = row_span(lengths, starts, row, num_columns);
+            const RowRange again = row_range(lengths, starts, row, num_columns);
             sample.load(Piece(source, again.length, 0, 1), 1);
-            threshold = sample.threshold(wanted, span.length, slots);
+            threshold = sample.threshold(wanted, range.length, slots);
         } else {
-            threshold = {radix_threshold<DTYPE, BLOCK>(source, span.length, wanted, slots).key, true};
+            threshold = {radix_threshold<DTYPE, BLOCK>(source, range.length, wanted, slots).key, true};
         }
         piece.load_first(chunk);
     }
     if (split) return;  // another block does the rest
 
     if (!SPLIT && blockIdx.x + rows_ahead < gridDim.x) {
-        const Span next = row_span(lengths, starts, row + rows_ahead, num_columns);
+        const RowRange next = row_range(lengths, starts, row + rows_ahead, num_columns);
         const Piece row_ahead(scores + (row + rows_ahead) * scores_stride + next.start, next.length, 0, 1);
         if (!FITS && next.length > CAPACITY) Sample::prefetch(row_ahead);
         row_ahead.prefetch_first();
     }
 
-    const int column_shift = max(16 - __clz(span.length), 0);
+    const int column_shift = max(16 - __clz(range.length), 0);
     // By key; and if they are not to be sorted, the best once more by column.
     __syncthreads();
 #pragma unroll 1
     for (int pass = sorted; pass < 2; ++pass) {
         const bool by_key = pass == sorted;
-        Sort::sort(entries, by_key ? found.above : wanted, wanted, slots, span.length, [&](Entry entry) {
+        Sort::sort(entries, by_key ? found.above : wanted, wanted, slots, range.length, [&](Entry entry) {
             const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
             if (!by_key) return entry << 32 | upper;
             // The low half of a 16-bit score's key is free for the column's high bits, by which ties find their slots.

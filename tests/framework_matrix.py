@@ -129,8 +129,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
             "jax_native::exported_programs_have_the_target_that_lasts", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
-    "registered as PyTorch wants it: `opcheck`": (
-        yes("torch_ops::opcheck", "torch_compiled_gradients::opcheck", "gpu/torch_gpu::opcheck"),
+    "passes PyTorch's `opcheck`": (
+        yes("torch_opcheck::opcheck", "gpu/torch_gpu::opcheck"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "gradients of weights": (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -18,7 +19,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
 
 # As the package compiles and CuPy completes it, with ptxas telling what it does.
-_OPTIONS = (*compiler._OPTIONS, "-ftz=true", "--ptxas-options=-v")
+_OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,22 @@ class Nvrtc:
     @cached_property
     def version(self) -> str:
         """Such as "12.9.86": what the library writes into PTX, since nvrtcVersion leaves out the last part."""
-        ptx = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
-        found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx)
+        (ptx,) = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
+        found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx.decode())
         assert found is not None, ptx
         return found[1]
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
-        log = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
-        return parse_log(log, function, architecture)
+        (log,) = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
+        return parse_log(log.decode(), function, architecture)
 
-    def _compile(self, source: str, options: list[str], wanted: str) -> str:
+    def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
+        """The bytes of the instructions, padding included, and what they need."""
+        log, cubin = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog", "CUBIN")
+        return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
+
+    def _compile(self, source: str, options: list[str], *wanted: str) -> list[bytes]:
         program = ctypes.c_void_p()
         self._check(
             self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
@@ -62,17 +68,17 @@ class Nvrtc:
         try:
             encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             if self._library.nvrtcCompileProgram(program, len(options), encoded):
-                raise CompileError(self._text(program, "ProgramLog"))
-            return self._text(program, wanted)
+                raise CompileError(self._read(program, "ProgramLog").decode())
+            return [self._read(program, what) for what in wanted]
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def _text(self, program: ctypes.c_void_p, what: str) -> str:
+    def _read(self, program: ctypes.c_void_p, what: str) -> bytes:
         size = ctypes.c_size_t()
         self._check(getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
-        text = ctypes.create_string_buffer(size.value)
-        self._check(getattr(self._library, f"nvrtcGet{what}")(program, text))
-        return text.value.decode()
+        found = ctypes.create_string_buffer(size.value)
+        self._check(getattr(self._library, f"nvrtcGet{what}")(program, found))
+        return found.raw if what == "CUBIN" else found.value  # texts end with a zero byte
 
     def _check(self, status: int) -> None:
         if status:
@@ -96,6 +102,18 @@ def parse_log(log: str, function: str, architecture: str) -> Resources:
                 registers, stores, loads, stack = (number or 0 for number in required)
                 return Resources(registers, stores + loads, stack, numbers["shared"] or 0)
     raise ValueError(f"the log does not say what {function} needs on {architecture}:\n{log}")
+
+
+def section(elf: bytes, wanted: str) -> bytes:
+    """A section of a 64-bit ELF file; ValueError if it has none of that name."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * entry) for i in range(count)]
+    texts = headers[names][4]
+    for name, _, _, _, offset, size in headers:
+        if elf[texts + name : elf.index(b"\0", texts + name)].decode() == wanted:
+            return elf[offset : offset + size]
+    raise ValueError(f"the machine code has no section {wanted}")
 
 
 @cache

@@ -233,7 +233,7 @@ def pad(routing: Routing, num_valid: int | None) -> Routing:
 
 
 def topk(
-    scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, sorted: bool = True, index_map: Any = None,
+    scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, order: str = "value", index_map: Any = None,
     page_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """topk_select: each row of it for itself."""
@@ -247,7 +247,7 @@ def topk(
         length = columns - start if lengths is None else min(int(lengths[r]), columns - start)
         row = scores[r, start : start + max(length, 0)]
         chosen = ranking(row)[:k]
-        if not sorted:
+        if order == "column":
             chosen = np.sort(chosen)
         values[r, : chosen.size] = row[chosen]
         if index_map is not None:

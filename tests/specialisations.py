@@ -58,11 +58,15 @@ class Specialisation:
 
 
 def specialisations() -> list[Specialisation]:
-    """In a fixed order, without repetitions."""
+    """Sorted, without repetitions."""
+    return sorted(in_order_of_use())
+
+
+def in_order_of_use() -> list[Specialisation]:
+    """As the ops ask for them, which does not depend on what macros are called."""
     used = _largest(_presets, _benchmarks, _besides)
     found = [Specialisation(*key, *sizes) for key, sizes in used.items()]
-    corners = [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
-    return sorted(found + corners)
+    return found + [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
 
 
 def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:
@@ -134,7 +138,7 @@ def _corners() -> None:
     topk_select(_matrix(4096, 1000, "float32"), 32)
     topk_select(_matrix(1, 140_000, "float32"), 8192)
     topk_select(_matrix(2, 40_000, "float32"), 20_000)
-    topk_select(_matrix(64, 256, "float32"), 8, sorted=False, return_values=False)
+    topk_select(_matrix(64, 256, "float32"), 8, order="column", return_values=False)
     topk_select(_matrix(4096, 1000, "float32"), 15)
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 15), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, ScoreFunction, activation_topk
-from cupy_router.ops import _layout
+from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
 from tests import compare, gradients, inputs, methods, oracle
 from tests.backends import Backend
@@ -91,7 +91,7 @@ def test_few_rows_and_many(
 ) -> None:
     """Of DeepSeek-V4; many rows share warps."""
     if backend.runs_kernels:
-        monkeypatch.setattr(_layout, "few", lambda num_rows: not many)
+        monkeypatch.setattr(_row_lanes, "few", lambda *_: not many)
     method, n = M(experts, 6, renormalize_eps=1e-20, scale=1.5), 33 + 2 * many
     logits, upstream = inputs.normal((n, experts), dtype, seed=71), upstream_of(n, method)
     indices = oracle.route(logits, method).indices
@@ -334,14 +334,14 @@ GOOD: dict[str, Any] = {
     "grad_weights": np.zeros((3, 2), F32), "indices": np.zeros((3, 2), I32), "logits": np.zeros((3, 8), F32),
 }  # fmt: skip
 BAD = [
-    ({"grad_weights": np.zeros((3, 2), np.float16)}, TypeError, r"grad_weights must be float32, got float16 \[3, 2\]"),
-    ({"grad_weights": np.zeros((3, 3), F32)}, ValueError, r"grad_weights must have shape \[num_tokens, top_k \+"),
+    ({"grad_weights": np.zeros((3, 2), np.float16)}, TypeError, "grad_weights must be float32, as .* got float16"),
+    ({"grad_weights": np.zeros((3, 3), F32)}, ValueError, r"grad_weights must have shape \[num_tokens, top_k \(\+"),
     ({"grad_weights": None}, TypeError, "grad_weights must be an array"),
     ({"indices": np.zeros((3, 2), np.int16)}, TypeError, "indices must be int32 or int64, got int16"),
     ({"indices": np.zeros((2, 2), I32)}, ValueError, r"indices must have shape .* = \[3, 2\], got int32 \[2, 2\]"),
-    ({"indices": None}, TypeError, "indices and logits must be arrays, got None"),
-    ({"logits": np.zeros((3, 9), F32)}, ValueError, r"logits must have shape \[num_tokens, num_experts\] = \[3, 8\]"),
-    ({"logits": np.zeros(8, F32)}, ValueError, r"logits must have shape \[num_tokens, num_experts\], got"),
+    ({"indices": None}, TypeError, "indices must be an array, got None"),
+    ({"logits": np.zeros((3, 9), F32)}, ValueError, r"logits must have shape \[num_tokens, .*\] = \[3, 8\]"),
+    ({"logits": np.zeros(8, F32)}, ValueError, r"logits must have shape \[num_tokens, .*\], got"),
     ({"logits": np.zeros((3, 8), np.float64)}, TypeError, "logits must be float32 or float16 or bfloat16, got float64"),
     ({"logit_bias": np.zeros(7, F32)}, ValueError, "logit_bias must have shape"),
     ({"expert_scale": np.zeros(8, np.float16)}, TypeError, "expert_scale must be float32"),

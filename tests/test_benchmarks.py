@@ -190,7 +190,8 @@ def test_counters_of_ncu_are_medians_in_microseconds() -> None:
 def test_looking_at_results_needs_python_alone() -> None:
     code = """
 import sys
-import benchmarks.compare, benchmarks.ncu, benchmarks.plot, benchmarks.table
+import benchmarks.compare, benchmarks.compare_trees, benchmarks.ncu, benchmarks.one_size
+import benchmarks.plot, benchmarks.table
 print(*sorted({"cupy", "jax", "matplotlib", "numpy", "torch", "triton"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

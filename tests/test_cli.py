@@ -53,7 +53,10 @@ class FakeCupy(ModuleType):
     def __init__(self) -> None:
         super().__init__("cupy")
         self.to_device = self.to_host = 0
-        h100 = {"name": b"NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "totalGlobalMem": 85 * 10**9}
+        h100 = {
+            "name": b"NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "totalGlobalMem": 85 * 10**9,
+            "multiProcessorCount": 132, "sharedMemPerBlockOptin": 232448, "l2CacheSize": 52428800,
+        }  # fmt: skip
         runtime = SimpleNamespace(
             driverGetVersion=lambda: 13010, getDeviceCount=lambda: 1, getDeviceProperties=lambda device: h100
         )
@@ -81,6 +84,7 @@ def test_demo_and_info_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
     printed = capsys.readouterr().out
     assert "  backend   CUDA kernels; NumPy reference for CPU arrays\n" in printed
     assert "  device    0: NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB\n" in printed
+    assert "  tuning    0: table sm_90, 132 multiprocessors (measured on 132)\n" in printed
     assert "  cublas    not available, the decode kernel takes any n: no library.\n" in printed
     assert re.search(r"^  driver    .*, up to CUDA 13\.1\n  nvrtc     12\.9$", printed, re.M)
 
@@ -166,6 +170,7 @@ def test_info_answers_when_cupy_does_not(capsys: pytest.CaptureFixture[str], mon
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "NumPy reference: CuPy is not installed." in printed
+    assert re.search(r"^  tuning +no usable GPU; tables for .*sm_90", printed, re.M)
     assert re.search(r"^  nvrtc +not available: .*cupy", printed, re.M)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cupy_router import compiler, presets
-from tests import nvrtc, resource_gate
+from tests import machine_code, nvrtc, resource_gate
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.resource_gate import Row, occupancy
 from tests.specialisations import CORNER, FROM_SM_80, FULL, Specialisation, specialisations
@@ -156,6 +156,25 @@ def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
     assert (dict(compiler.BACKENDS), compiler._functions) == before
 
 
+# -- Machine code ------------------------------------------------------------------------------------------------------
+
+
+def test_machine_code_is_the_same_whatever_its_text_calls_things() -> None:
+    source = KERNEL.replace("REGISTERS", "8")
+    codes = [any_nvrtc().machine_code(text, "planted", "sm_90") for text in (source, source.replace("sum", "total"))]
+    assert codes[0] == codes[1]
+    assert len(codes[0][0]) % machine_code.INSTRUCTION == 0
+    assert any_nvrtc().machine_code(source.replace("+ x", "- x"), "planted", "sm_90")[0] != codes[0][0]
+
+
+def test_growth_beyond_what_is_allowed_is_told() -> None:
+    before = machine_code.Code("a", 1000, Resources(40, 0, 0, 0))
+    now = machine_code.Code("b", 1010, Resources(41, 8, 0, 0))
+    assert machine_code.growth(before, now, 1) == ["registers 40 -> 41", "spills 0 -> 8"]
+    assert machine_code.growth(before, now, 0.5)[2:] == ["instructions 1000 -> 1010"]
+    assert machine_code.growth(now, before, 0) == []
+
+
 # -- Compiling ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +192,8 @@ def test_kernels_that_are_left_out_need_newer_instructions(kernel: str) -> None:
         any_nvrtc().resources(compiler.expand(kernel), kernel, "sm_75")
 
 
-@pytest.mark.parametrize("header", sorted(path.name for path in KERNELS.glob("*.cuh")))
+@pytest.mark.filterwarnings("ignore:CUPY_ROUTER_KERNELS. no kernel reads alone.cu")
+@pytest.mark.parametrize("header", sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cuh")))
 def test_every_header_compiles_alone(header: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It includes what it needs."""
     (tmp_path / "alone.cu").write_text(f'#include "{header}"\nextern "C" __global__ void alone() {{}}\n')
@@ -183,7 +203,7 @@ def test_every_header_compiles_alone(header: str, tmp_path: Path, monkeypatch: p
 
 def test_errors_name_file_and_line() -> None:
     source = compiler.expand("topk_select", {"TOP_K": 33})  # more winners than lanes
-    with pytest.raises(compiler.CompileError, match=r"kernels/\w+\.cuh?\(\d+\): error: static assertion failed"):
+    with pytest.raises(compiler.CompileError, match=r"kernels/[\w/]+\.cuh?\(\d+\): error: static assertion failed"):
         any_nvrtc().resources(source, "topk_select", "sm_90")
 
 

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, dense_router, gemm
+from cupy_router import Routing, RoutingMethod, dense_router, gemm, tuning
+from cupy_router.ops import _chunks
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops import _slices
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
@@ -190,7 +190,7 @@ def test_results_are_repeatable(backend: Backend, path: str) -> None:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 16 tokens where there are 32 experts; the method of these tests is no other test's, nor is its plan."""
-    monkeypatch.setattr(_slices, "BUDGET", 16 * 32 * 4)
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
 
 
 @pytest.mark.usefixtures("small_slices")
@@ -241,12 +241,12 @@ def test_without_cublas_the_fused_kernel_serves_any_number(
 
 @pytest.mark.needs_kernels
 def test_gpus_before_sm_80_take_two_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("cupy_router.ops.dense_router"), "runs_decode", lambda device: False)
     method = RoutingMethod(32, 5, scale=1.875)  # its plans are of this test alone
-    monkeypatch.setattr(decode, "plan", None)
-    route(backend, *gated(3, 32, 40, "bfloat16"), method)
-    with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
-        route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
+    monkeypatch.setattr(decode, "launch_for", None)
+    with tuning.assume(replace(tuning.DEFAULT, capability=(7, 5))):
+        route(backend, *gated(3, 32, 40, "bfloat16"), method)
+        with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
+            route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
 
 
 # -- Layout, out -------------------------------------------------------------------------------------------------------
@@ -306,7 +306,11 @@ METHOD = RoutingMethod(8, 2)
         ({"weight": np.zeros((8, 16))}, TypeError, "weight must be float32 or float16 or bfloat16, got float64"),
         ({"x": np.zeros((3, 16), np.int32)}, TypeError, "x must be float32 or float16 or bfloat16, got int32"),
         ({"x": np.zeros((3, 16, 1), np.float32)}, ValueError, r"x must have shape \[num_tokens, hidden\]"),
-        ({"x": np.zeros((3, 0), np.float32)}, ValueError, "x must have at least one column"),
+        (
+            {"x": np.zeros((3, 0), np.float32), "weight": np.zeros((8, 0), np.float32)},
+            ValueError,
+            "x must have at least one column",
+        ),
         ({"bias": np.zeros(7, np.float32)}, ValueError, r"bias must have shape \[num_experts\] = \[8\]"),
         ({"bias": np.zeros(8, np.float16)}, TypeError, "bias must be float32, got float16"),
         ({"num_valid": 4}, ValueError, r"num_valid must be in 0\.\.3, got 4"),

@@ -20,6 +20,7 @@ from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference.activation_topk import activation_topk
+from cupy_router.tuning import gpu_of
 from tests import compare, inputs, oracle
 from tests.backends import Backend
 
@@ -62,7 +63,7 @@ class Run:
     arrays: list[Any]
     outputs: list[Any]
     launch: Callable[[bool], Launch]  # of the kernel for a count of valid rows in memory, or for a number
-    plan: decode.DecodePlan
+    plan: decode.DecodeLaunch
     method: RoutingMethod
 
     def __call__(self, num_valid: int = -1, device_num_valid: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,7 @@ class Run:
         """What the kernel left behind the partial sums, where those of the first slice lie."""
         macros, experts = self.plan.macros, self.method.num_experts
         columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
-        partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SLICES"], macros["TOKENS"], columns)
+        partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
         return partials[1, :, 0].reshape(-1, columns)[: len(self.x), :experts].copy()
 
 
@@ -101,8 +102,8 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
     views = [framework_of("x", a).view("x", a, None) for a in (device_x, device_weight)]
     aligned = case.hidden % 8 == 0 and all(v.pointer % 16 == 0 and a.strides[0] % 16 == 0 for v, a in
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
-    plan = decode.plan(
-        method, case.dtype, weight_dtype, len(x), case.hidden,
+    plan = decode.launch_for(
+        gpu_of(views[0].device), method, case.dtype, weight_dtype, len(x), case.hidden,
         aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias, tiling=case.tiling,
     )  # fmt: skip
     k = case.top_k
@@ -130,7 +131,7 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     norms = np.sqrt((x**2) @ (weight**2).T)
     macros = run.plan.macros
     layers = macros["WARPS"] * macros["EXPERTS_PER_WARP"] // macros["EXPERTS_PER_BLOCK"]
-    steps = -(-x.shape[1] // (16 * macros["SLICES"] * layers)) if macros["TENSOR_CORES"] else 0
+    steps = -(-x.shape[1] // (16 * macros["SPLITS"] * layers)) if macros["TENSOR_CORES"] else 0
     errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
     assert (errors <= bound * norms + oracle.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
     want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)

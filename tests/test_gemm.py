@@ -12,11 +12,13 @@ import pytest
 
 from cupy_router import gemm, scratch
 from cupy_router.gemm import Matrix
+from cupy_router.tuning import DEFAULT
 from tests import inputs
 from tests.backends import DTYPES, Backend
 from tests.test_dense_router import exact
 
 TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # cudaDataType_t
+WORKSPACE = DEFAULT.table.gemm.workspace_bytes
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -118,9 +120,9 @@ def test_streams_have_workspaces_of_their_own(blas: Blas) -> None:
     product = gemm.CudaProduct(("cpu", 0), matrix("float32", x), matrix("float32", weight))
     for stream in (3, 3, 4, 3):
         multiply(product, x, weight, stream)
-    workspaces = {stream: scratch.buffer(("cpu", 0), stream, "cuBLAS", gemm.WORKSPACE) for stream in (3, 4)}
+    workspaces = {stream: scratch.buffer(("cpu", 0), stream, "cuBLAS", WORKSPACE) for stream in (3, 4)}
     assert workspaces[3] != workspaces[4]
-    bind = {s: [("stream", 99, s), ("workspace", 99, workspaces[s], gemm.WORKSPACE)] for s in (3, 4)}
+    bind = {s: [("stream", 99, s), ("workspace", 99, workspaces[s], WORKSPACE)] for s in (3, 4)}
     run = [("gemm", 7, 5, 24)]
     assert blas.calls == [*bind[3], *run, *run, *bind[4], *run, *bind[3], *run]
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cupy_router.ops import registry
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cupy_router"
 SOURCES = sorted(
@@ -21,12 +23,15 @@ SOURCES = sorted(
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )
 MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
-OPS = ["activation_topk", "activation_topk_backward", "dense_router", "hash_router", "topk_select"]
+OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls hash_router
 
 # Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
 MAY_IMPORT = {
+    "_hooks": set(),
     "watch": set(),
-    "compiler": {"watch"},
+    "kernel_log": set(),
+    "kernel_dump": {"kernel_log"},
+    "compiler": {"kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
@@ -35,15 +40,27 @@ MAY_IMPORT = {
     "method": {"huggingface_configs", "score_function"},
     "launcher": {"compiler"},
     "scratch": {"compiler"},
-    "gemm": {"compiler", "launcher", "scratch"},
-    "arrays": {"compiler"},
+    "tuning": {"compiler"},
+    "gemm": {"compiler", "launcher", "scratch", "tuning"},
+    "arrays": {"_hooks", "compiler"},
     "reference": {"method", "score_function"},
-    "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "score_function", "scratch"},
+    "ops": {
+        "arrays",
+        "compiler",
+        "gemm",
+        "launcher",
+        "method",
+        "reference",
+        "results",
+        "score_function",
+        "scratch",
+        "tuning",
+    },
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
-    "jax": {"arrays", "compiler", "method", "ops", "router"},
-    "__init__": {"method", "ops", "results", "router", "score_function"},
-    "cli": {"__init__", "compiler", "gemm", "method", "results"},
+    "jax": {"arrays", "compiler", "method", "ops", "router", "tuning"},
+    "__init__": {"_hooks", "method", "ops", "results", "router", "score_function"},
+    "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
     "__main__": {"cli"},
 }
 ROOMS = {path.stem for path in PACKAGE.iterdir()}
@@ -65,6 +82,21 @@ def imports(tree: ast.AST, path: Path) -> Iterator[str]:
             module = ".".join(filter(None, (base, node.module)))
             # `from package import name` may import a module or a name of one: both spellings are looked at below.
             yield from (f"{module}.{alias.name}" for alias in node.names)
+    yield from strings_that_name_modules(tree)
+
+
+def strings_that_name_modules(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package in strings, by which code could import them; docstrings are for readers."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from (name for name in re.findall(r"cupy_router\.\w+", node.value) if name.partition(".")[2] in ROOMS)
 
 
 def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
@@ -96,10 +128,33 @@ def test_modules_import_only_what_they_may() -> None:
         ("from . import order", set()),
         ("def f():\n    from cupy_router.cli.demo import run", {"cli"}),
         ("import numpy", set()),
+        ("import_module('cupy_router.torch')", {"torch"}),
+        ("import_module(f'cupy_router.arrays.{stem}')", {"arrays"}),
+        ("def f():\n    'See cupy_router.torch.'", set()),
     ],
 )
 def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
     assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names with an underscore that a module reads from another one; modules of the package may have such names."""
+    tree, modules = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cupy_router")):
+            folder = PACKAGE.joinpath(*(node.module or "").split(".")[1:])
+            for alias in node.names:
+                modules.add(alias.asname or alias.name)
+                if alias.name.startswith("_") and not (folder / f"{alias.name}.py").is_file():
+                    yield alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield from re.findall(r"^\w+\._(?!_|fields$|replace$|asdict$)\w+$", f"{node.value.id}.{node.attr}")
+
+
+def test_no_private_name_is_read_across_modules() -> None:
+    found = {str(path.relative_to(PACKAGE)): names for path in MODULES if (names := sorted(private_names(path)))}
+    assert not found
 
 
 def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> None:
@@ -156,28 +211,70 @@ both"""
     assert [line == reader for line, reader in readers(text) if not line.startswith("#")] == [True] * 6
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").iterdir()), ids=lambda path: path.name)
-def test_kernels_include_only_headers_of_their_folder(path: Path) -> None:
-    assert path.suffix in {".cu", ".cuh"}
-    headers = {f'"{header.name}"' for header in path.parent.glob("*.cuh")}
-    for line, reader in readers(path.read_text()):
-        include = re.match(r"\s*#\s*include\s+(\S+)", line)
-        if include:  # a C++ twin, which the GPU never sees, may use the standard library
-            assert include[1] in headers or (reader == "cpu" and include[1].startswith("<")), line
+KERNELS = ROOT / "kernels"
+KERNEL_FILES = {path.relative_to(KERNELS).as_posix(): path for path in sorted(KERNELS.rglob("*.cu*"))}
+
+# Folder of kernels/ -> the folders of which it may include headers, besides its own. "" is that of the kernels.
+MAY_INCLUDE = {
+    "device": set(),
+    "select": {"device"},
+    "long_rows": {"device", "select"},
+    "routing": {"device", "select"},
+    "gate": {"device", "select", "routing"},
+    "": {"device", "select", "long_rows", "routing", "gate"},
+}
+
+
+def included(path: Path) -> set[str]:
+    """The headers of kernels/ that a kernel file includes by itself."""
+    return set(re.findall(r'^\s*#\s*include\s+"(.*)"', path.read_text(), re.M))
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_kernel_files_include_only_headers_of_the_layers_below(name: str) -> None:
+    folder = name.rpartition("/")[0]
+    assert name.endswith(".cuh" if folder else ".cu"), "headers lie in folders, kernels do not"
+    for header in included(KERNEL_FILES[name]):
+        assert header in KERNEL_FILES, f"paths are relative to kernels/: {header}"
+        assert header.rpartition("/")[0] in MAY_INCLUDE[folder] | {folder}, f"{name} knows {header}"
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_kernel_files_have_ptx_with_twins_and_nothing_of_the_system(name: str) -> None:
+    for line, reader in readers(KERNEL_FILES[name].read_text()):
+        if re.match(r"\s*#\s*include\s+<", line):
+            assert reader == "cpu", f"only a C++ twin, which the GPU never sees, may use the standard library: {line}"
         if re.search(r"\basm\b", line.partition("//")[0]):
-            assert path.suffix == ".cuh", "PTX lives in headers"
+            assert name.endswith(".cuh"), "PTX lives in headers"
             assert reader == "gpu", f"no C++ twin: {line}"
+
+
+def test_every_header_is_read_by_a_kernel() -> None:
+    reached, todo = set(), [name for name in KERNEL_FILES if name.endswith(".cu")]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += included(KERNEL_FILES[name])
+    assert KERNEL_FILES.keys() - reached == {"device/cluster.cuh"}, "which waits for kernels with clusters"
+
+
+def test_the_readme_of_the_kernels_lists_every_file() -> None:
+    listed = re.findall(r"^\| `([\w/.]+)` \| \S", (KERNELS / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(KERNEL_FILES)
+    others = {path.name for path in KERNELS.rglob("*") if path.is_file()} - {Path(name).name for name in KERNEL_FILES}
+    assert others == {"README.md"}
 
 
 def test_one_op_is_one_kernel_one_op_file_one_reference_one_test_one_benchmark() -> None:
     files = ("cupy_router/ops/{}.py", "cupy_router/reference/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
     parts = [part.format(op) for op in OPS for part in files]
     assert not [part for part in parts if not (ROOT / part).is_file()]
-    assert not [op for op in OPS if not list((ROOT / "kernels").glob(f"{op}*.cu"))]
+    assert not [op for op in OPS if not list(KERNELS.glob(f"{op}*.cu"))]
 
 
 def test_every_op_is_known_here() -> None:
-    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[a-z]*.py"))] == OPS
+    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[a-z]*.py"))] == sorted([*OPS, "registry"])
 
 
 def test_sources_start_with_a_licence_line() -> None:

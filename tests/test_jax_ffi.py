@@ -24,18 +24,23 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
-from cupy_router.jax import _ffi, _targets, _text  # noqa: E402
+from cupy_router.jax import _call_text, _ffi, _ffi_targets  # noqa: E402
+from cupy_router.ops._method import MethodOptions  # noqa: E402
+from cupy_router.ops.registry import OPS  # noqa: E402
+from cupy_router.ops.topk_select import TopKOptions  # noqa: E402
 
 METHOD = RoutingMethod(16, 4)
 LOGITS, BIAS = inputs.normal((6, 16)), inputs.normal((16,))
 
 
 def handler(op: str, on_cuda: bool = True) -> Any:
-    return _ffi.handler(op, partial(_targets.execute, op), on_cuda, True)
+    return _ffi.handler(op, partial(_ffi_targets.execute, OPS[op]), on_cuda, True)
 
 
 def call(options: Any, *given: int, number: int = -1) -> dict[str, str]:
-    return {_ffi.ATTRIBUTE: _text.encode(_text.Text(options, given, number))}
+    """Return the attribute of a call with this method, or this k."""
+    options = TopKOptions(options) if isinstance(options, int) else MethodOptions(options)
+    return {_ffi.ATTRIBUTE: _call_text.encode(options, given, number)}
 
 
 def results(n: int, k: int, dtype: Any = np.float32) -> list[np.ndarray]:
@@ -47,10 +52,10 @@ def results(n: int, k: int, dtype: Any = np.float32) -> list[np.ndarray]:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from cupy_router.ops import _call
+    from cupy_router.ops import _cached
 
     monkeypatch.setattr(scratch, "relaxed", nullcontext)
-    monkeypatch.setattr(_call, "_plans", {})
+    monkeypatch.setattr(_cached, "_calls", {})
     with recording("cuda") as recorder:
         yield recorder
 
@@ -138,7 +143,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
     "no text": (XLA(), (*GOOD[:2], {"call": "?"}), {}, "Expecting value"),
     "missing buffers": (XLA(), (*GOOD[:2], call(METHOD, 0, 1)), {}, "activation_topk got 3 buffers from XLA, not"),
     "another dtype": (XLA(), ([LOGITS.astype(np.float64)], *GOOD[1:]), {}, "logits must be float32.*got XLA type 12"),
-    "another shape": (XLA(), ([LOGITS[:, 1:].copy()], *GOOD[1:]), {}, r"logits must have num_experts = 16"),
+    "another shape": (XLA(), ([LOGITS[:, 1:].copy()], *GOOD[1:]), {}, r"logits must have shape .* = \[6, 16\]"),
     "results of another shape": (
         XLA(),
         (GOOD[0], results(5, 4), GOOD[2]),
@@ -211,8 +216,8 @@ def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *arguments, **more: None)
-    monkeypatch.setattr(_targets.atexit, "register", lambda function: None)
-    _targets.register()
+    monkeypatch.setattr(_ffi_targets.atexit, "register", lambda function: None)
+    _ffi_targets.register()
     assert asked == {
         "topk_select": False, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
         "activation_topk_backward": True,
@@ -246,7 +251,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     lines += [f"static_assert(XLA_FFI_CallFrame_STRUCT_SIZE == {_ffi._FRAME_BYTES});"]
     lines += [f"static_assert(XLA_FFI_Api_STRUCT_SIZE >= {ctypes.sizeof(_ffi._Table)});"]
     lines += ["static_assert(XLA_FFI_ExecutionStage_EXECUTE == 3 && XLA_FFI_AttrType_STRING == 4);"]
-    names = {4: "S32", 5: "S64", 10: "F16", 11: "F32", 16: "BF16"}
+    names = {3: "S16", 4: "S32", 5: "S64", 6: "U8", 7: "U16", 10: "F16", 11: "F32", 16: "BF16"}
     assert sorted(names) == sorted(_ffi.DTYPES)
     lines += [f"static_assert(XLA_FFI_DataType_{name} == {code});" for code, name in names.items()]
     source = tmp_path / "layout.cpp"

@@ -6,14 +6,15 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select
+from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select, tuning
 from cupy_router.compiler import CompileError, Signature
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from tests import inputs
 from tests.gpu import support
 from tests.jax_calls import METHOD, NAMES, calls
@@ -24,7 +25,7 @@ jnp = jax.numpy
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
-from cupy_router.jax import _native, _ptx  # noqa: E402
+from cupy_router.jax import _lower_ptx, _ptx  # noqa: E402
 
 ARCHITECTURE = "compute_90"
 
@@ -33,12 +34,14 @@ HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or 
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """XLA can, on a GPU that is not here; NVRTC compiles without one."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
-    monkeypatch.setattr(_native, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
+    monkeypatch.setattr(_lower_ptx, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
     jax.clear_caches()
+    with tuning.assume(tuning.DEFAULT):
+        yield
 
 
 def lowered(function: Any, *arrays: Any) -> str:
@@ -47,7 +50,7 @@ def lowered(function: Any, *arrays: Any) -> str:
 
 
 def launched(program: str) -> int:
-    return program.count(f"custom_call @{_native.TARGET}(")
+    return program.count(f"custom_call @{_lower_ptx.TARGET}(")
 
 
 def handled(program: str) -> int:
@@ -118,7 +121,7 @@ def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
 def test_without_a_gpu_there_are_handlers_alone() -> None:
     if compiler.why_no_cuda() is None:
         pytest.skip("there is one")
-    _native._gpu.cache_clear()
+    _lower_ptx._gpu.cache_clear()
     jax.clear_caches()
     program = lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
@@ -127,11 +130,11 @@ def test_without_a_gpu_there_are_handlers_alone() -> None:
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_call, "_plans", {"stale": None})
+    monkeypatch.setattr(_cached, "_calls", {"stale": None})
     monkeypatch.setattr(compiler, "WATCHING", True)
     monkeypatch.setattr(compiler, "changed", lambda: True)
     assert launched(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
-    assert not _call._plans
+    assert not _cached._calls
 
 
 # -- Whether it works --------------------------------------------------------------------------------------------------
@@ -157,9 +160,9 @@ def test_one_architecture_on_which_a_trial_works(
 ) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu(capability) for capability in capabilities])
-    monkeypatch.setattr(_native, "_adds_one", lambda architecture, device: works)
-    monkeypatch.setenv(_native.HANDLERS, environment)
-    assert _native._gpu.__wrapped__() == expected
+    monkeypatch.setattr(_lower_ptx, "_adds_one", lambda architecture, device: works)
+    monkeypatch.setenv(_lower_ptx.HANDLERS, environment)
+    assert _lower_ptx._gpu.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(("number", "loaded"), [(0, []), (1, []), (2, [0, 1])])
@@ -169,7 +172,7 @@ def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
     """Before a program runs in which one GPU may wait for another."""
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu("9.0", i) for i in range(number)])
-    monkeypatch.setattr(_native, "_gpu", lambda: None)
+    monkeypatch.setattr(_lower_ptx, "_gpu", lambda: None)
     jax.clear_caches()
     with recording("cuda") as recorder:
         assert handled(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
@@ -178,7 +181,7 @@ def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
 
 def test_a_trial_that_fails_is_no_error() -> None:
     """Here XLA has no such call, and NVRTC perhaps no driver."""
-    assert not _native._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
+    assert not _lower_ptx._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
 
 
 # -- PTX ---------------------------------------------------------------------------------------------------------------
@@ -262,8 +265,8 @@ def test_every_kernel_assembles(name: str, dtype: str, tmp_path: Path, monkeypat
     if ptxas is None:
         pytest.skip("ptxas is not installed")
     found: list[dict[str, Any]] = []
-    attributes = _native.attributes
-    monkeypatch.setattr(_native, "attributes", lambda *given: found.append(attributes(*given)) or found[-1])
+    attributes = _lower_ptx.attributes
+    monkeypatch.setattr(_lower_ptx, "attributes", lambda *given: found.append(attributes(*given)) or found[-1])
     call: Any = support.call(name.removeprefix("large "), dtype=dtype) if "large" in name else calls(dtype)[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     for made in filter(None, found):

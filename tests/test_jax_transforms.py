@@ -277,7 +277,7 @@ EXPORTED = {
     "hash_router of x": ("logit scale", "hash_router"),
     "dense_router": ("logit scale", "dense_router"),
     "Router": ("soft cap", "dense_router"),
-    "hash Router": ("soft cap", "Router"),
+    "hash Router": ("soft cap", "hash_layer"),
 }
 
 

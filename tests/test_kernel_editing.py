@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.needs_kernels, pytest.mark.acceptance("an edited kerne
 SCORES = inputs.normal((3, 256))
 K = 8
 KERNEL = FUNCTION = "topk_select"
+HEADER = "select/order_key.cuh"
 OWN = compiler.kernel_folders()[-1]
 
 
@@ -61,15 +62,16 @@ def test_the_next_call_uses_an_edited_kernel(backend: Backend, folder: Path) -> 
 def test_the_next_call_uses_an_edited_header(backend: Backend, folder: Path) -> None:
     """Files take precedence one by one: the header is the folder's, the kernel that includes it is not."""
     assert works(backend)
-    header = (OWN / "order.cuh").read_text()
-    (folder / "order.cuh").write_text(header + "\n// a remark\n")
+    header = (OWN / HEADER).read_text()
+    (folder / HEADER).parent.mkdir()
+    (folder / HEADER).write_text(header + "\n// a remark\n")
     assert works(backend)
     lines = header.splitlines()
     lines.insert(4, "#error edited")
-    (folder / "order.cuh").write_text("\n".join(lines))
-    with pytest.raises(compiler.CompileError, match=r"kernels/order\.cuh[(:]5\b"):
+    (folder / HEADER).write_text("\n".join(lines))
+    with pytest.raises(compiler.CompileError, match=r"kernels/select/order_key\.cuh[(:]5\b"):
         topk_select(backend.array(SCORES), K)
-    (folder / "order.cuh").unlink()
+    (folder / HEADER).unlink()
     assert works(backend)
 
 

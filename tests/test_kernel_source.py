@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ KERNELS = sorted(compiler.kernel_folders()[-1].glob("*.cu"))
 KERNEL = 'extern "C" __global__ void kernel(int n) {}\n'
 
 Write = Callable[..., None]
+
+pytestmark = pytest.mark.filterwarnings("ignore:CUPY_ROUTER_KERNELS. no kernel reads")
 
 
 @pytest.fixture
@@ -130,6 +133,38 @@ def test_our_own_lines_are_all_there_at_their_places(path: Path) -> None:
         number += 1
     assert sorted(found) == sorted(wanted)
     assert len(seen) > 2
+
+
+# -- A folder of one's own ---------------------------------------------------------------------------------------------
+
+
+def warned(folder: Path) -> list[str]:
+    """What is said of the folder, of which nothing has been read yet."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiler._texts.clear()
+            compiler.expand("topk_select")
+    return [str(warning.message).replace(str(folder), "FOLDER") for warning in caught]
+
+
+def test_files_that_no_kernel_reads_are_reported_once(write: Write, tmp_path: Path) -> None:
+    for name in ("types.cuh", "device/types.cuh", "device/mine.cuh", "device/other.cuh", "topk_select.cu", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('#include "device/mine.cuh"\n' if name == "topk_select.cu" else "")
+    assert warned(tmp_path) == [
+        "CUPY_ROUTER_KERNELS: no kernel reads device/other.cuh of FOLDER",
+        "CUPY_ROUTER_KERNELS: no kernel reads types.cuh of FOLDER, but device/types.cuh",
+    ]
+    assert warned(tmp_path) == []
+
+
+def test_a_folder_that_does_not_exist_is_reported_once(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUPY_ROUTER_KERNELS", str(tmp_path / "missing"))
+    assert warned(tmp_path) == ["CUPY_ROUTER_KERNELS: there is no folder FOLDER/missing"]
+    assert warned(tmp_path) == []
 
 
 # -- Parameters --------------------------------------------------------------------------------------------------------
@@ -263,10 +298,12 @@ def test_a_file_that_appears_in_front_or_goes_is_an_edit(
 ) -> None:
     own = compiler.expand("topk_select")
     assert not compiler.changed()
-    write(order_cuh="int ours;\n")
+    (tmp_path / "select").mkdir()
+    ours = tmp_path / "select" / "order_key.cuh"
+    ours.write_text("int ours;\n")
     assert compiler.changed()
     assert "int ours;" in compiler.expand("topk_select")
-    (tmp_path / "order.cuh").unlink()
+    ours.unlink()
     assert compiler.changed()
     assert compiler.expand("topk_select") == own
     write(topk_select_cu=KERNEL)

@@ -19,7 +19,7 @@ import pytest
 
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
-from cupy_router.ops import _call
+from cupy_router.ops import _run
 from tests.recorder import Launch, Recorder, recording
 
 HEAP = 1 << 40  # results of the fake framework lie from here on
@@ -84,7 +84,7 @@ class Fake(Framework):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     framework = Fake()
     monkeypatch.setitem(FRAMEWORKS, Array, framework)
-    monkeypatch.setattr(_call, "in_flight", [])  # of tests on a real GPU
+    monkeypatch.setattr(_run, "in_flight", [])  # of tests on a real GPU
     return framework
 
 
@@ -229,7 +229,7 @@ def test_dense_router_of_few_tokens() -> None:
     )  # fmt: skip
     tiles = -(-256 // launch.macros["EXPERTS_PER_BLOCK"])
     groups = -(-4 // launch.macros["TOKENS"])
-    assert launch.grid == (groups * tiles * launch.macros["SLICES"], 1, 1)
+    assert launch.grid == (groups * tiles * launch.macros["SPLITS"], 1, 1)
     assert launch.block == (32 * launch.macros["WARPS"], 1, 1)
     counters, partials = launch.arguments["counters"], launch.arguments["partials"]
     assert launch.arguments == {
@@ -360,13 +360,13 @@ class Stream:
 def test_the_stream(recorder: Recorder, fake: Fake, monkeypatch: pytest.MonkeyPatch, given: Any, handle: int) -> None:
     """The framework's current one unless another is given; then inputs are kept until the kernel has read them."""
     kept: list[Any] = []
-    monkeypatch.setattr(_call, "keep_until_done", lambda owners, stream, device: kept.append((owners, stream, device)))
+    monkeypatch.setattr(_run, "keep_until_done", lambda owners, stream, device: kept.append((owners, stream, device)))
     scores = Array(0x1000, (7, 256))
     topk_select(scores, 8, stream=given)
     assert only(recorder).stream == handle
     another = handle != 77
     assert fake.entered == ([handle] if another else [])
-    assert kept == ([([scores, None, None], handle, 0)] if another else [])
+    assert kept == ([([scores, None, None, None], handle, 0)] if another else [])
 
 
 def test_eight_threads_never_mix_their_arguments(recorder: Recorder, fake: Fake) -> None:

@@ -36,7 +36,7 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
     assert launch.macros["CAPACITY"] >= 600
     assert launch.arguments == LIMITED | {
         "scores": 0x400, "values": 0x500, "indices": 0x600, "counters": 0, "piece_counts": 0, "lists": 0,
-        "pieces": 1, "list_room": 0, "rows_ahead": 132, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1,
+        "pieces": 1, "list_capacity": 0, "rows_ahead": 132, "first_row": 0, "num_columns": 5000, "k": 600, "sorted": 1,
         "page_size": 1, "scores_stride": 5000, "values_stride": 700, "indices_stride": 800, "map_stride": 0,
     }  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
 @pytest.mark.parametrize("rows_of_map", [1, 3])
 def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     pages = Array(0x700, (rows_of_map, 20), "int32", row_stride=30)
-    result = topk_select(Array(0x400, (3, 70)), 6, sorted=False, return_values=False, index_map=pages, page_size=4)
+    result = topk_select(Array(0x400, (3, 70)), 6, order="column", return_values=False, index_map=pages, page_size=4)
     assert result.values is None
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)
@@ -82,7 +82,7 @@ def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)
     numbers = launch.arguments
     assert launch.grid[0] == rows * numbers["pieces"]
-    assert numbers["pieces"] * numbers["list_room"] >= 131_072
+    assert numbers["pieces"] * numbers["list_capacity"] >= 131_072
     assert numbers["counters"] == SCRATCH
     assert numbers["piece_counts"] - numbers["counters"] >= 4 * rows
     assert numbers["lists"] - numbers["piece_counts"] == 8 * launch.grid[0]

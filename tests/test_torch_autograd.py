@@ -15,6 +15,7 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops._method import MethodOptions
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
 from tests.methods import METHODS
@@ -130,7 +131,10 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
     if compiled:  # as graphs call them
         ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
         calls = [
-            (lambda x: ops.activation_topk(METHOD.text, x, None, None, None, None, -1), parameter(5, 16)),
+            (
+                lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, None, None, None, None, -1),
+                parameter(5, 16),
+            ),
             (lambda x: ops.router(router.key, x, None, None, -1), parameter(5, 8)),
         ]
     for call, x in calls:

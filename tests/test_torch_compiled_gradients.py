@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from cupy_router import Router, activation_topk, dense_router
+from cupy_router import Router, dense_router
 from tests import inputs
 from tests.gradient_cases import KINDS
-from tests.methods import METHODS
 from tests.test_torch_autograd import METHOD, parameter, tensor
 from tests.torch_gradients import Case
 
@@ -71,43 +68,3 @@ def test_a_compiled_call_of_other_sizes() -> None:
         want = torch.autograd.grad(dense_router(x, weight, METHOD).weights.square().sum(), [x, weight])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    method, square = METHOD.text, METHODS["own score, a body"].text
-    routed = activation_topk(tensor(5, 16), METHOD)
-    count = torch.tensor([3], dtype=torch.int32)
-    ids, table = torch.arange(5), torch.from_numpy(np.stack([inputs.rng(203, r).permutation(16)[:4] for r in range(9)]))
-    bias, scale = parameter(16, seed=2), parameter(16, seed=3)
-    padded = routed.indices.clone()
-    padded[3:] = -1
-    return {
-        "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), bias, scale, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, 3),
-        ],
-        "hash_router": [
-            (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
-            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
-            ("", ids, table, None, None, None, None, None, None, -1),
-        ],
-        "dense_router": [(method, "", parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
-        "router": [(ROUTER.key, parameter(5, 8), None, count, -1), (TABLE.key, parameter(5, 8), ids, None, -1)],
-        "activation_topk_backward": [
-            (method, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach(), False, False),
-            (method, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None, True, True),
-        ],
-        "router_backward": [(ROUTER.key, tensor(5, 8), routed.indices, tensor(5, 4))],
-    }
-
-
-ROUTER = Router(METHOD, weight=tensor(16, 8, seed=1))
-TABLE = Router(METHOD, table=torch.from_numpy(np.stack([inputs.rng(204, r).permutation(16)[:4] for r in range(9)])))
-
-
-@pytest.mark.slow("seconds")
-@pytest.mark.parametrize("name", samples())
-def test_opcheck(name: str) -> None:
-    for given in samples()[name]:
-        results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
-        assert set(results.values()) == {"SUCCESS"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from cupy_router.ops import _call
+from cupy_router.ops import _run
 from tests import inputs
 from tests.gradient_cases import SMALL
 from tests.methods import METHODS
@@ -72,13 +72,13 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ops that are called while nothing is transformed."""
     found: list[str] = []
-    on_host = _call._run_on_host
+    on_host = _run._run_on_host
 
     def counting(op: Any, *others: Any) -> Any:
         found.append(op.name)
         return on_host(op, *others)
 
-    monkeypatch.setattr(_call, "_run_on_host", counting)
+    monkeypatch.setattr(_run, "_run_on_host", counting)
     return found
 
 

@@ -15,10 +15,12 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.method import from_text
+from cupy_router.ops.topk_select import TopKOptions
 from tests import generated_code, inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-registry = pytest.importorskip("cupy_router.torch._registry")
+from cupy_router.torch import _router_op  # noqa: E402
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
 WEIGHT = torch.from_numpy(inputs.normal((16, 8), seed=80))
@@ -33,7 +35,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "topk_select": lambda x, ids, count: topk_select(x, 3),
     "topk_select with lengths": lambda x, ids, count: topk_select(x, 3, lengths=ids, starts=ids // 8),
     "topk_select by column, mapped": lambda x, ids, count: topk_select(
-        x, 3, sorted=False, index_map=PAGES, page_size=2, starts=ids // 8
+        x, 3, order="column", index_map=PAGES, page_size=2, starts=ids // 8
     ),
     "topk_select without values": lambda x, ids, count: topk_select(x, 3, return_values=False)[1:],
     "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),
@@ -162,45 +164,27 @@ def test_layers_alike_share_one_graph() -> None:
     assert graphs.frame_count == 1
 
 
-def samples() -> dict[str, tuple[Any, ...]]:
-    x, ids, count = arguments(6)
-    key, logits = METHOD.text, arguments(6)[0] @ WEIGHT.T
-    return {
-        "topk_select": (3, x, ids, None),
-        "topk_select_with_options": (3, False, False, 2, x, ids, None, PAGES),
-        "activation_topk": (key, logits, BIAS, None, BIAS.exp(), count, -1),
-        "hash_router": (key, ids, TABLE, None, x, WEIGHT, BIAS, None, None, 4),
-        "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, None, None, -1),
-        "router": (HASH.key, x, ids, None, -1),
-    }
-
-
-@pytest.mark.slow("seconds", every=3)
-@pytest.mark.parametrize(
-    "name", ["topk_select", "topk_select_with_options", "activation_topk", "hash_router", "dense_router", "router"]
-)
-def test_opcheck(name: str) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, samples()[name])
-    assert set(results.values()) == {"SUCCESS"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for name, given in samples().items():
-        if name == "hash_router":
-            given = (*given[:3], arguments(6)[0] @ WEIGHT.T, None, None, None, None, None, -1)
-        real = [
-            a.to(dtype) if isinstance(a, torch.Tensor) and a.shape[:1] == (6,) and a.is_floating_point() else a
-            for a in given
-        ]
-        op = getattr(torch.ops.cupy_router, name)
-        want = op(*real)
-        with FakeTensorMode() as mode:
-            got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in real))
-        for a, b in zip(got, want, strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    from tests.torch_samples import samples
+
+    for name, calls in samples().items():
+        for given in calls:
+            inner = [array.detach() if isinstance(array, torch.Tensor) else array for array in given]
+            if not name.endswith("_backward"):  # weights have one dtype
+                inner = [
+                    a.to(dtype) if isinstance(a, torch.Tensor) and a.ndim == 2 and a.is_floating_point() else a
+                    for a in inner
+                ]
+            op = getattr(torch.ops.cupy_router, name)
+            want = op(*inner)
+            with FakeTensorMode() as mode:
+                got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inner))
+            pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+            for a, b in pairs:
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 @pytest.mark.parametrize("name", ["out", "stream"])
@@ -216,15 +200,15 @@ def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
 def test_equal_methods_share_a_text_and_routers_share_no_key() -> None:
     assert METHOD.text == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).text
     assert METHOD.text != RoutingMethod(16, 4, scale=1.5).text
-    assert registry.method_of(METHOD.text) == METHOD
+    assert from_text(METHOD.text) == METHOD
     router = Router(METHOD, weight=WEIGHT, bias=BIAS)
     twin = copy.deepcopy(router)
     assert len({router.key, twin.key, DENSE.key}) == 3
-    assert registry.router_of(twin.key) is twin
+    assert _router_op._router_of(twin.key) is twin
     key = router.key
     del router
     with pytest.raises(RuntimeError, match="a Router that is gone: keep it as long as the graph"):
-        registry.router_of(key)
+        _router_op._router_of(key)
 
 
 def test_eager_calls_pass_no_dispatcher() -> None:
@@ -237,7 +221,7 @@ def test_eager_calls_pass_no_dispatcher() -> None:
         return any("cupy_router" in event.key for event in profile.key_averages())
 
     assert not seen(lambda: (activation_topk(logits, METHOD, num_valid=count), DENSE(x), HASH(x, ids)))
-    assert seen(lambda: torch.ops.cupy_router.topk_select(3, logits, None, None))
+    assert seen(lambda: torch.ops.cupy_router.topk_select(TopKOptions(3).text, logits, None, None, None))
 
 
 def test_traces_have_ops_and_no_constants() -> None:

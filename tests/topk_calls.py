@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from cupy_router import TopK, topk_select
-from cupy_router.ops._topk_select_long import Plan
+from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
 PLANS = {
-    "one list": Plan(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
-    "2 pieces": Plan(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
-    "7 pieces": Plan(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
+    "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
+    "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
+    "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
     "no list": None,
 }
 
@@ -67,7 +67,7 @@ def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> 
     return scores
 
 
-def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
+def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
     """Rows, aligned if `columns` are, whose sample holds the best scores or none of them."""
     sampled = np.isin(np.arange(columns), _sampled_columns(plan, columns, dtype))
     first = sampled if shows_best else ~sampled
@@ -79,8 +79,8 @@ def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool
     return scores.astype(DTYPES[dtype])
 
 
-def _sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
-    """Where row_sample.cuh looks in a row that begins at a 16-byte boundary."""
+def _sampled_columns(plan: LaunchShape, columns: int, dtype: str) -> np.ndarray:
+    """Where long_rows/sample.cuh looks in a row that begins at a 16-byte boundary."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     pairs = plan.block * plan.vectors // 2
     number = np.arange(pairs, dtype=np.uint64)

@@ -34,7 +34,7 @@ def _compiled(source: str, architecture: str) -> str:
     nvrtc = compiler.require_cuda().cuda.nvrtc
     program = nvrtc.createProgram(source, "kernel.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*compiler._OPTIONS, "-ftz=true", f"-arch={architecture}"))
+        nvrtc.compileProgram(program, (*compiler.OPTIONS, "-ftz=true", f"-arch={architecture}"))
         text = nvrtc.getPTX(program)
     except nvrtc.NVRTCError:
         raise CompileError(nvrtc.getProgramLog(program)) from None

@@ -9,16 +9,15 @@ import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 import cupy_router
 from cupy_router import RoutingMethod, TopK
-from cupy_router.ops import _call, _layout, _topk_select_long
+from cupy_router.ops import _cached, _row_lanes, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
-from cupy_router.ops.topk_select import Columns
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
@@ -26,6 +25,12 @@ from tests.topk_calls import PLANS
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
+
+
+class Columns(NamedTuple):
+    """The results of topk_select without values."""
+
+    indices: Any
 
 
 @dataclass(frozen=True)
@@ -163,23 +168,26 @@ class _Chosen(AbstractContextManager[None]):
     is forgotten afterwards."""
 
     def __init__(self, rows: int, plan: str) -> None:
-        few, dealt_lanes = _layout.few(rows), _layout.dealt_lanes
+        few, lanes = _row_lanes.few, _row_lanes.interleaved_lanes
         self.patches = []
         if rows:
-            for name, chosen in (("few", lambda _: few), ("dealt_lanes", lambda _, *sizes: dealt_lanes(rows, *sizes))):
-                self.patches.append(mock.patch.object(_layout, name, chosen))
+            chosen = {
+                "few": lambda gpu, _: few(gpu, rows),
+                "interleaved_lanes": lambda gpu, _, *sizes: lanes(gpu, rows, *sizes),
+            }
+            self.patches.append(mock.patch.multiple(_row_lanes, **chosen))
         if plan:
             self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
 
     def __enter__(self) -> None:
-        _call._plans.clear()
+        _cached.forget()
         for patch in self.patches:
             patch.start()
 
     def __exit__(self, *_: Any) -> None:
         for patch in self.patches:
             patch.stop()
-        _call._plans.clear()
+        _cached.forget()
 
 
 def wanted(case: Case) -> tuple[np.ndarray, ...]:

@@ -231,7 +231,7 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         arrays[name] = draw(integers(rows, "int32", edges | st.integers(0, columns)))
     layouts, options = {"scores": layout}, {"k": k}
     if setting.plan:
-        options |= {"sorted": draw(st.booleans()), "return_values": draw(st.booleans())}
+        options |= {"order": draw(st.sampled_from(("value", "column", "any"))), "return_values": draw(st.booleans())}
     if "index_map" in setting.given:
         page_size = options["page_size"] = draw(st.sampled_from([1, 2, 7, 64, 5000]))
         shape = draw(st.sampled_from([1, rows])), -(-columns // page_size) + draw(st.integers(0, 2))

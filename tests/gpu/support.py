@@ -166,19 +166,19 @@ LAUNCHED_BY = ("XLA", "handlers")
 @contextmanager
 def launched_by(how: str, jax: Any) -> Iterator[None]:
     """Whether XLA launches kernels by itself or calls our handlers, in all that is compiled meanwhile."""
-    from cupy_router.jax import _calls, _native
+    from cupy_router.jax import _lower_ptx, _primitive
 
     def forget() -> None:
         jax.clear_caches()
-        _calls._jitted.cache_clear()
+        _primitive._jitted.cache_clear()
 
     if jax.__version_info__ < (0, 8):
         pytest.skip("calls inside jax.jit need JAX 0.8 or later")
-    if how == "XLA" and _native._gpu() is None:
+    if how == "XLA" and _lower_ptx._gpu() is None:
         pytest.skip("XLA cannot launch our kernels here")
     with pytest.MonkeyPatch.context() as patch:
         if how == "handlers":
-            patch.setattr(_native, "_gpu", lambda: None)
+            patch.setattr(_lower_ptx, "_gpu", lambda: None)
         forget()
         yield
     forget()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cupy_router import Router, RoutingMethod, dense_router, gemm, scratch
-from cupy_router.ops import _slices
+from cupy_router.ops import _chunks
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES
 from tests.gpu.support import METHOD, call, on_gpu, spin, upload
@@ -128,7 +128,7 @@ def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_a_graph_of_slices_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slices, "BUDGET", 16 * 32 * 4)
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
     gpu, method = on_gpu(framework), RoutingMethod(32, 5, scale=1.125)  # whose plans no other test has made
     x = (inputs.rng(132).integers(-8, 9, (70, 64)) / 8).astype(np.float32)
     weight = (inputs.rng(133).integers(-8, 9, (32, 64)) / 16).astype(np.float32)

@@ -116,7 +116,7 @@ def test_the_way_back_behind_a_slow_producer(gpu: Any) -> None:
 
 TRAINING = """
 import jax, jax.numpy as jnp, numpy as np
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from cupy_router import activation_topk
 from tests import inputs
 from tests.gpu.test_jax_gradients_gpu import METHOD
@@ -129,8 +129,8 @@ def step(logits):
     return logits
 
 asked = []
-work_for = _call.work_for
-_call.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
+work_for = _cached.work_for
+_cached.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
 compiled = jax.jit(step)
 want = step(logits)
 before = len(asked)

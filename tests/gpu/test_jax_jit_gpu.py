@@ -32,10 +32,10 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
 BY_ITSELF = """
 import jax, numpy as np
 from cupy_router import activation_topk, topk_select
-from cupy_router.jax import _native
+from cupy_router.jax import _lower_ptx
 from tests.jax_calls import METHOD
 program = jax.jit(lambda a: topk_select(activation_topk(a, METHOD).weights, 2)).lower(np.zeros((3, 32), np.float32))
-print("done", program.as_text().count(f"custom_call @{_native.TARGET}("))
+print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 """
 
 
@@ -204,7 +204,7 @@ COMMAND_BUFFERS = """
 import numpy as np
 import jax, jax.numpy as jnp
 from cupy_router import activation_topk, dense_router, hash_router, topk_select
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from tests.jax_calls import METHOD, calls, same_bits
 
 found = calls(n=40)
@@ -220,8 +220,8 @@ def model(x, weight, ids, table):
     return [*found, dense_router(x, weight, METHOD)]
 
 asked = []
-work_for = _call.work_for
-_call.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
+work_for = _cached.work_for
+_cached.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
 compiled = jax.jit(model)
 for turn in range(30):
     x = jnp.roll(x, 1, axis=0)
@@ -309,7 +309,7 @@ def test_two_devices(gpu: Any) -> None:
 
 
 def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cupy_router.ops import _call
+    from cupy_router.ops import _cached
 
     jax = gpu.jax
     scores = gpu.array(inputs.normal((3, 1700)))  # long rows have a handler always
@@ -319,7 +319,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_call, "work_for", fail)
+        patch.setattr(_cached, "work_for", fail)
         with pytest.raises(Exception, match="topk_select: RuntimeError: broken"):
             jax.block_until_ready(compiled(scores))
     same_bits(compiled(scores), topk_select(scores, 2))

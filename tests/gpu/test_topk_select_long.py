@@ -70,7 +70,7 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
 @pytest.mark.parametrize(
     ("rows", "columns", "k"), [(1, 131_072, 2048), (300, 32_768, 512), (140, 40_000, 1024), (3, 20_000, 20_000)]
 )
-@pytest.mark.acceptance("sorted=False", "return_values=False", "index_map and page tables")
+@pytest.mark.acceptance("order=column", "return_values=False", "index_map and page tables")
 def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
     """Against the sorted result without options."""
     page_size = 64
@@ -78,7 +78,7 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
     table = cupy.asarray(inputs.rng(9).permutation(num_pages).astype(np.int32).reshape(rows, -1))
     for name, scores in kinds(cupy, rows, columns).items():
         want = topk_select(scores, k).indices
-        by_column = topk_select(scores, k, sorted=False)
+        by_column = topk_select(scores, k, order="column")
         assert bool((by_column.indices == cupy.sort(want, axis=1)).all()), name
         assert bool((by_column.values == cupy.take_along_axis(scores, by_column.indices, axis=1)).all()), name
         mapped = topk_select(scores, k, index_map=table, page_size=page_size, return_values=False).indices

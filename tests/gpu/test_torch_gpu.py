@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Router, RoutingMethod, activation_topk, dense_router
-from cupy_router.ops import _call
+from cupy_router import RoutingMethod, activation_topk, dense_router
+from cupy_router.ops import _cached
+from cupy_router.ops.registry import OPS
 from tests import generated_code, inputs
 from tests.gpu.support import NAMES, call, on_gpu, spin, upload
 from tests.jax_calls import METHOD
@@ -39,37 +40,13 @@ def distinct(torch: Any, seed: int) -> Any:
     return torch.from_numpy(np.ascontiguousarray(inputs.distinct(40, 32, seed=seed))).cuda()
 
 
-OPS = (
-    "topk_select", "activation_topk", "hash_router", "dense_router", "router", "activation_topk_backward",
-    "router_backward",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", sorted({*OPS, "router", "router_backward"}))
 def test_opcheck(torch: Any, op: str) -> None:
-    def tensor(*shape: int, seed: int) -> Any:
-        return torch.from_numpy(inputs.normal(shape, seed=270 + seed)).cuda()
+    from tests.torch_samples import samples
 
-    x, weight = tensor(5, 8, seed=0).requires_grad_(), tensor(16, 8, seed=1).requires_grad_()
-    logits = tensor(5, 16, seed=2).requires_grad_()
-    bias, scale = tensor(16, seed=3), tensor(16, seed=4).exp().requires_grad_()
-    ids, count = torch.arange(5, device="cuda"), torch.tensor([3], dtype=torch.int32, device="cuda")
-    table = torch.stack([torch.randperm(16)[:4] for _ in range(9)]).cuda()
-    router = Router(SMALL, weight=weight.detach())
-    routed, key = activation_topk(logits.detach(), SMALL), SMALL.text
-    samples = {
-        "topk_select": (3, logits.detach(), ids.int() + 5, None),
-        "activation_topk": (key, logits, bias, None, scale, count, -1),
-        "hash_router": (key, ids, table, None, x, weight, None, scale, None, 4),
-        "dense_router": (key, "", x, weight, bias, None, scale, None, -1),
-        "router": (router.key, x, None, count, -1),
-        "activation_topk_backward": (
-            key, tensor(5, 4, seed=5), routed.indices, logits.detach(), None, scale.detach(), False, False
-        ),
-        "router_backward": (router.key, x.detach(), routed.indices, tensor(5, 4, seed=5)),
-    }  # fmt: skip
-    results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, samples[op])
-    assert set(results.values()) == {"SUCCESS"}
+    for given in samples("cuda")[op]:
+        results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, given)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +76,7 @@ def test_reduce_overhead_replays_a_graph(torch: Any) -> None:
 
     torch.compiler.reset()
     counters.clear()
-    _call._plans.clear()  # what a plan remembers must not lie in the graph's pool either
+    _cached.forget()  # what a plan remembers must not lie in the graph's pool either
     compiled = torch.compile(lambda a: tuple(activation_topk(a * 2, METHOD)), fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
         logits = distinct(torch, seed)

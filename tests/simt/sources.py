@@ -39,7 +39,7 @@ def _expanded(path: Path, seen: set[Path]) -> str:
     """Each header once, as its `#pragma once` has it."""
     lines = [f'#line 1 "{path.name}"']
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        include = re.match(r'#include "([\w.]+)"', line)
+        include = re.match(r'#include "([\w./]+)"', line)
         if include is None:
             lines.append(line)
         elif (header := KERNELS / include[1]) not in seen:

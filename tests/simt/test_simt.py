@@ -179,11 +179,14 @@ ARCHITECTURES = {"cluster": ["sm_90", "sm_100"], "integers": ["sm_75"], "floats"
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROBES.glob("*.cu")))
 def test_nvrtc_accepts_the_probe(name: str) -> None:
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
-    headers = sorted(KERNELS.glob("*.cuh"))
+    headers = sorted(KERNELS.rglob("*.cuh"))
     for architecture in ARCHITECTURES.get(name, ["sm_80", "sm_90"]):
         text = (PROBES / f"{name}.cu").read_text()
         program = nvrtc.createProgram(
-            text, f"{name}.cu", [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
+            text,
+            f"{name}.cu",
+            [path.read_bytes() for path in headers],
+            [path.relative_to(KERNELS).as_posix().encode() for path in headers],
         )
         try:
             nvrtc.compileProgram(program, (f"-arch={architecture}", "-std=c++17", "-ftz=true"))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fault: blocks read their neighbour's shared memory before it has been written. out = x of the other block of a pair.
-#include "cluster.cuh"
+#include "device/cluster.cuh"
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(64)
     missing_cluster_barrier(const float* x, float* out, int n, int faulty) {

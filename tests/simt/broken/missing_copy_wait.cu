@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fault: an asynchronous copy is used without waiting for it. out = x.
-#include "async_copy.cuh"
+#include "device/async_copy.cuh"
 
 extern "C" __global__ void __launch_bounds__(64) missing_copy_wait(const float* x, float* out, int n, int faulty) {
-    __shared__ __align__(16) float part[64];
-    if (threadIdx.x < 16) copy_async16(&part[threadIdx.x * 4], x + blockIdx.x * 64 + threadIdx.x * 4);
+    __shared__ float part[64];
+    copy_async4(&part[threadIdx.x], x + blockIdx.x * 64 + threadIdx.x);
     copy_async_commit();
     if (!faulty) copy_async_wait<0>();
     __syncthreads();

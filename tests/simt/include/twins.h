@@ -18,15 +18,12 @@ SIMT_RUNTIME static T* cluster_map(T* shared, unsigned rank) {
 
 // Asynchronous copies run at once under the first two schedules and as late as allowed under the others: a kernel that
 // does not wait sees old data there, one that reuses the target too early sees new data here.
-inline void perform(Copy copy) {
-    memcpy(copy.to, copy.from, copy.bytes);
-    memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
-}
-SIMT_RUNTIME static void copy_async_wait(unsigned groups_under_way) {
+inline void perform(Copy copy) { memcpy(copy.to, copy.from, copy.bytes); }
+SIMT_RUNTIME static void copy_async_wait(unsigned groups_in_flight) {
     Thread& me = *self;
     unsigned left = 0;
     for (unsigned i = 0; i < me.num_copies; ++i) {
-        if (me.copies[i].group + groups_under_way < me.copy_group)
+        if (me.copies[i].group + groups_in_flight < me.copy_group)
             perform(me.copies[i]);
         else
             me.copies[left++] = me.copies[i];
@@ -35,7 +32,7 @@ SIMT_RUNTIME static void copy_async_wait(unsigned groups_under_way) {
 }
 SIMT_RUNTIME static void copy_async(void* to, const void* from, unsigned bytes, Site site = Site::here()) {
     Thread& me = *self;
-    if (((uintptr_t)to | (uintptr_t)from) % 16) fault(site, "misaligned asynchronous copy", "%p from %p", to, from);
+    if (((uintptr_t)to | (uintptr_t)from) % bytes) fault(site, "misaligned asynchronous copy", "%p from %p", to, from);
     const Copy copy = {to, from, bytes, me.copy_group};
     if (launch->schedule <= Schedule::kReversed || me.num_copies == sizeof me.copies / sizeof copy)
         perform(copy);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Each block sums its part of x through a ring of two buffers: while one is added up, the other is on its way.
-#include "async_copy.cuh"
+#include "device/async_copy.cuh"
 
 extern "C" __global__ void __launch_bounds__(32) async_copy(const float* x, float* sums, int chunks, int count) {
     __shared__ __align__(16) float ring[2][128];
@@ -8,8 +8,14 @@ extern "C" __global__ void __launch_bounds__(32) async_copy(const float* x, floa
     float sum = 0.0f;
     for (int chunk = 0; chunk <= chunks; ++chunk) {
         if (chunk < chunks) {
-            const int first = chunk * 128 + threadIdx.x * 4, left = min(max(count - first, 0), 4);
-            copy_async16(&ring[chunk % 2][threadIdx.x * 4], part + (left ? first : 0), left * 4);
+            for (int i = threadIdx.x; i < 128; i += 32) {
+                const int column = chunk * 128 + i;
+                if (column < count) {
+                    copy_async4(&ring[chunk % 2][i], part + column);
+                } else {
+                    ring[chunk % 2][i] = 0.0f;
+                }
+            }
         }
         copy_async_commit();
         copy_async_wait<1>();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Clusters of four blocks: a histogram of each cluster's values modulo 8, by atomics into the first block's shared memory;
 // then every block reads its right neighbour's mark and leaves a greeting at its left neighbour.
-#include "cluster.cuh"
+#include "device/cluster.cuh"
 
 extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(64)
     cluster(const int* values, int* histograms, int* marks, int* greetings) {

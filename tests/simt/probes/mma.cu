@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp: d = a * b + c through both kinds of mma, a row-major [16][16], b [16][8], c and d [16][8].
-#include "mma.cuh"
+#include "device/mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(32)
     mma(const unsigned short* a, const unsigned short* b, const float* c, float* d, int is_bfloat16) {

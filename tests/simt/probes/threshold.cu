@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The threshold that a row's sample of this number gives, by a block of 256 threads that look at two vectors each: its key, and whether
 // scores may tie with it.
-#include "row_sample.cuh"
+#include "long_rows/sample.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
     threshold(const float* row, unsigned* result, int length, int k, int number) {

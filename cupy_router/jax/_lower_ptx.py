@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that XLA launches by itself: the kernel is a part of its program, and nothing of ours runs when it is executed.
+
+XLA has a custom call for kernels as PTX (openxla/xla, pull request 26236). It costs what XLA's own kernels cost, and
+command buffers hold it like these, while a handler in Python takes its time and the GIL. Whether it works here is tried
+once, with a kernel that adds 1; where it does not, calls go through the handlers of `_targets`.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from cupy_router import compiler
+from cupy_router.compiler import CompileError, Signature
+from cupy_router.jax import _call_text, _ptx
+from cupy_router.jax._ffi_targets import Buffer, gpus, views_of
+from cupy_router.ops import _cached
+from cupy_router.ops.registry import OPS
+from cupy_router.tuning import gpu_of
+
+TARGET = "__gpu$xla.gpu.ptx"
+HANDLERS = "CUPY_ROUTER_JAX_HANDLERS"  # environment: if set, all calls go through handlers
+
+_MAX_SHARED = 48 * 1024  # XLA does not opt in to more
+
+
+def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[Buffer, ...]) -> dict[str, Any] | None:
+    """Of the custom call that is this call of an op; None if XLA cannot launch it by itself."""
+    gpu = _gpu()
+    num_rows = results[0][0][0]
+    if gpu is None or num_rows == 0:
+        return None
+    device, architecture = gpu
+    op = OPS[name]
+    call = _call_text.decode(op, text)
+    given = [op.names[position] for position in call.given]
+    views = views_of(op, call, inputs, device)
+    arrays = _cached.arrays_of(op, call.options, views, (), results)
+    if not op.is_single_kernel(call.options, arrays):
+        return None
+    if compiler.WATCHING and compiler.changed():
+        _cached.forget()
+    kernel = op.kernel(call.options, arrays, gpu_of(device))
+    if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED:
+        return None
+    source = compiler.expand(kernel.file, kernel.macros, tuple(sorted(kernel.headers.items())))
+    signature = compiler.signature(kernel.file, kernel.function)
+    buffers = (*given, *(declared.name for declared in op.existing(call.options)))
+    constants = {**dict.fromkeys((*op.names, *op.result_names), 0), _cached.NUMBER: call.number, **kernel.fixed}
+    try:
+        ptx = _ptx.kernel(source, architecture, signature, buffers, tuple(constants.items()))
+    except CompileError:  # the handler will say so
+        return None
+    return _launched(kernel.function, ptx, kernel.grid, kernel.block, kernel.shared_bytes)
+
+
+def _launched(function: str, ptx: str, grid: int, block: int, shared_bytes: int) -> dict[str, Any]:
+    sizes = {"grid_x": grid, "block_x": block, "shared_mem_bytes": shared_bytes}
+    sizes |= {f"{of}_{axis}": 1 for of in ("grid", "block") for axis in "yz"}
+    numbers = {name: np.int32(size) for name, size in sizes.items()}
+    return {"name": function, "kernel_type": "ptx", "kernel_data": ptx, **numbers}
+
+
+# -- Whether it works --------------------------------------------------------------------------------------------------
+
+_SOURCE = 'extern "C" __global__ void add_one(const int* input, int one, int* output) { *output = *input + one; }'
+_SIGNATURE = Signature("add_one", ("input", "one", "output"), "PiP")
+
+
+@cache
+def _gpu() -> tuple[tuple[str, int], str] | None:
+    """A device and the architecture of all that JAX has; None if XLA cannot launch kernels of ours on them."""
+    if os.environ.get(HANDLERS) or compiler.why_no_cuda() is not None:
+        return None
+    devices = gpus()
+    architectures = {f"compute_{device.compute_capability}".replace(".", "") for device in devices}
+    if len(architectures) != 1:
+        return None
+    (architecture,) = architectures
+    with ThreadPoolExecutor(1) as thread:  # nothing is being traced there
+        works = thread.submit(_adds_one, architecture, devices[0]).result()
+    return (("cuda", devices[0].local_hardware_id), architecture) if works else None
+
+
+def _adds_one(architecture: str, device: Any) -> bool:
+    like = jax.ShapeDtypeStruct((), np.int32)
+    try:
+        ptx = _ptx.kernel(_SOURCE, architecture, _SIGNATURE, ("input", "output"), (("one", 1),))
+        call = jax.jit(lambda number: jax.ffi.ffi_call(TARGET, like)(number, **_launched("add_one", ptx, 1, 1, 0)))
+        return int(call(jax.device_put(np.int32(41), device))) == 42
+    except Exception:  # whatever it is: an XLA that has no such call, a driver older than NVRTC
+        return False

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of an op as a primitive of JAX: for CUDA a kernel in XLA's program where that works, else a handler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+
+from cupy_router.arrays._numpy import dtype_of
+from cupy_router.jax import _ffi, _lower_ptx, _mesh
+from cupy_router.jax._ffi_targets import Buffer, load, target
+from cupy_router.ops._op import Op
+
+_call_p = Primitive("cupy_router_call")
+_call_p.multiple_results = True
+
+
+def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the existing results of an op for the given inputs; `text` is all of the call but its arrays."""
+    shapes: list[Any] = [None] * len(op.inputs)
+    dtypes: list[Any] = [None] * len(op.inputs)
+    for position, array in zip(given, arrays, strict=True):
+        shapes[position], dtypes[position] = array.shape, array.dtype.name
+    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
+    for _, dtype in outputs:
+        if dtype == np.int64 and not jax.config.jax_enable_x64:
+            raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
+    return tuple(_call_p.bind(*arrays, name=op.name, text=text, avals=_mesh.result_types(outputs, arrays)))
+
+
+def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
+    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]  # no mesh has a say in lowering
+    return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
+
+
+def _abstract(*arrays: Any, avals: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
+    return avals
+
+
+def _eagerly(*arrays: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):  # else jit would only bind the primitive again, which comes here
+        return _jitted(tuple(params.items()))(*arrays)
+
+
+@lru_cache(maxsize=1024)
+def _jitted(params: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(partial(_call_p.bind, **dict(params)))
+
+
+def _refuse(*_: Any, name: str, **__: Any) -> Any:
+    raise ValueError(f"`{target(name)}` cannot be differentiated")
+
+
+_call_p.def_abstract_eval(_abstract)
+_call_p.def_impl(_eagerly)
+ad.primitive_jvps[_call_p] = _refuse
+
+_lower_to_handler = mlir.lower_fun(_by_handler, multiple_results=True)
+
+
+def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: Any) -> Any:
+    attributes = None
+    # What is exported may meet another GPU and another XLA: it gets the target that is promised to last.
+    if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
+        inputs, results = _buffers(ctx.avals_in), _buffers(ctx.avals_out)
+        attributes = _lower_ptx.attributes(name, text, inputs, results)
+        if attributes is None:
+            load(name, text, inputs, results)
+    if attributes is None:
+        return _lower_to_handler(ctx, *operands, name=name, text=text, **others)
+    return jax.ffi.ffi_lowering(_lower_ptx.TARGET)(ctx, *operands, **attributes)
+
+
+def _buffers(avals: Sequence[Any]) -> tuple[Buffer, ...]:
+    return tuple((tuple(aval.shape), str(aval.dtype)) for aval in avals)
+
+
+mlir.register_lowering(_call_p, _lower_to_handler)
+mlir.register_lowering(_call_p, _lower_to_kernel, platform="cuda")

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row laid over Lanes threads: lane l holds PerLane adjacent columns from l * PerLane on.
+#pragma once
+
+#include "device/types.cuh"
+
+// N columns of a row from `first` on as float; NaN from column `end` on, which is a multiple of EndsAt. Whole: there is no
+// such column. Aligned: they are read as one word; one behind the end is read from the row's start instead, since a
+// branch would hold up what comes behind it.
+template <int N, bool Whole, bool Aligned, int EndsAt, typename T>
+__device__ __forceinline__ void load_piece(const T* row, int first, int end, float* values) {
+    constexpr bool ENDS_BETWEEN = EndsAt % N == 0;
+    const float nan = __uint_as_float(0x7fc00000u);
+    if (Aligned && (Whole || ENDS_BETWEEN || first + N <= end)) {
+        const bool exists = Whole || !ENDS_BETWEEN || first < end;
+        load_floats<T, N>(row + (exists ? first : 0), values);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = exists ? values[i] : nan;
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = Whole || first + i < end ? to_float(row[first + i]) : nan;
+    }
+}
+
+// Columns first .. first + PerLane - 1 of a row. Aligned: rows start at whole words, the longest of up to 16 bytes that
+// PerLane is a multiple of, and are read by words.
+template <typename T, int PerLane, bool Whole, bool Aligned, int EndsAt = 1>
+__device__ __forceinline__ void load_columns(const T* row, int first, int end, float (&values)[PerLane]) {
+    constexpr int LONGEST = 16 / sizeof(T);
+    constexpr int WORD = PerLane % LONGEST == 0 ? LONGEST : 4;
+#pragma unroll
+    for (int j = 0; j < PerLane; j += WORD) load_piece<WORD, Whole, Aligned, EndsAt>(row, first + j, end, values + j);
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// Number types of NVRTC without any CUDA header: 16-bit floats are words that are converted to float, which is exact.
+#pragma once
+
+#include "device/ptx.cuh"
+
+typedef long long int64_t;
+
+#define FULL_WARP 0xffffffffu
+
+// Code behind it is laid out of the way: at small sizes much of a kernel's time is the fetching of its instructions.
+#define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+
+struct Float16 {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+
+__device__ __forceinline__ float to_float(Float16 value) { return half_bits_to_float(value.bits); }
+
+__device__ __forceinline__ float to_float(BFloat16 value) {
+    return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
+}
+
+// The type of a dtype code: 0 float32, 1 float16, 2 bfloat16.
+template <int CODE>
+struct Scalar {
+    typedef float type;
+};
+template <>
+struct Scalar<1> {
+    typedef Float16 type;
+};
+template <>
+struct Scalar<2> {
+    typedef BFloat16 type;
+};
+
+// A signed integer of so many bytes.
+template <int BYTES>
+struct Integer {
+    typedef int type;
+};
+template <>
+struct Integer<8> {
+    typedef long long type;
+};
+
+// The bits of the nearest 16-bit float, ties to even.
+__device__ __forceinline__ unsigned short rounded_bits(float value, Float16) { return float_to_half_bits(value); }
+
+__device__ __forceinline__ unsigned short rounded_bits(float value, BFloat16) {
+    const unsigned bits = __float_as_uint(value);
+    const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<unsigned short>(value != value ? 0x7fffu : rounded);
+}
+
+__device__ __forceinline__ void store_float(float* target, float value) { *target = value; }
+
+template <typename T>
+__device__ __forceinline__ void store_float(T* target, float value) {
+    target->bits = rounded_bits(value, T());
+}
+
+// The 32-bit word of the next floats of `source`, the first at the lower address.
+__device__ __forceinline__ unsigned floats_to_word(const float* source, float) { return __float_as_uint(source[0]); }
+
+template <typename T>
+__device__ __forceinline__ unsigned floats_to_word(const float* source, T type) {
+    return rounded_bits(source[0], type) | static_cast<unsigned>(rounded_bits(source[1], type)) << 16;
+}
+
+// Write as many adjacent elements as 16 bytes hold together, at an address that is a multiple of that.
+template <typename T>
+__device__ __forceinline__ void store_floats(T* target, const float (&source)[16 / sizeof(T)]) {
+    constexpr int IN_WORD = 4 / sizeof(T);
+    uint4 words;
+    words.x = floats_to_word(source, T());
+    words.y = floats_to_word(source + IN_WORD, T());
+    words.z = floats_to_word(source + 2 * IN_WORD, T());
+    words.w = floats_to_word(source + 3 * IN_WORD, T());
+    *reinterpret_cast<uint4*>(target) = words;
+}
+
+// The floats in a 32-bit word, the one at the lower address first.
+__device__ __forceinline__ void word_to_floats(unsigned word, float, float* target) {
+    target[0] = __uint_as_float(word);
+}
+
+__device__ __forceinline__ void word_to_floats(unsigned word, BFloat16, float* target) {
+    target[0] = __uint_as_float(word << 16);
+    target[1] = __uint_as_float(word & 0xffff0000u);
+}
+
+__device__ __forceinline__ void word_to_floats(unsigned word, Float16, float* target) {
+    target[0] = half_bits_to_float(static_cast<unsigned short>(word));
+    target[1] = half_bits_to_float(static_cast<unsigned short>(word >> 16));
+}
+
+// Words of 32 bits that are read at once, by the read-only path.
+template <int N>
+struct Words {
+    unsigned word[N];
+};
+
+__device__ __forceinline__ Words<2> load_words(const void* source, Words<2>) {
+    const uint2 read = __ldg(static_cast<const uint2*>(source));
+    return {{read.x, read.y}};
+}
+
+__device__ __forceinline__ Words<4> load_words(const void* source, Words<4>) {
+    const uint4 read = __ldg(static_cast<const uint4*>(source));
+    return {{read.x, read.y, read.z, read.w}};
+}
+
+// Read N adjacent elements of 8 or 16 bytes together, at an address that is a multiple of that, as float.
+template <typename T, int N>
+__device__ __forceinline__ void load_floats(const T* source, float* target) {
+    constexpr int WORDS = N * sizeof(T) / 4;
+    static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes are read at once");
+    const Words<WORDS> words = load_words(source, Words<WORDS>());
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) word_to_floats(words.word[i], T(), target + i * (4 / sizeof(T)));
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of a matrix in pieces of eight elements, as dot products over hidden read them.
+#pragma once
+
+#include "device/types.cuh"
+
+// Eight elements as they lie in memory, so that many loads can be in flight in few registers.
+template <typename T>
+struct Vector8 {
+    unsigned words[2 * sizeof(T)];
+
+    __device__ __forceinline__ float operator[](int j) const;
+};
+
+template <>
+__device__ __forceinline__ float Vector8<float>::operator[](int j) const {
+    return __uint_as_float(words[j]);
+}
+
+template <typename T>
+__device__ __forceinline__ float Vector8<T>::operator[](int j) const {
+    const T element = {static_cast<unsigned short>(words[j / 2] >> j % 2 * 16)};
+    return to_float(element);
+}
+
+__device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uint(value); }
+template <typename T>
+__device__ __forceinline__ unsigned bits_of(T value) {
+    return value.bits;
+}
+
+// The eight elements from `source` on, of which `left` (any number) are before the end of their row; the others are 0.
+// Aligned: the source is a 16-byte word, and the row holds whole ones.
+template <bool Aligned, typename T>
+__device__ __forceinline__ Vector8<T> load_vector8(const T* source, int left) {
+    constexpr int SIZE = sizeof(T), PER_WORD = 4 / SIZE;
+    Vector8<T> vector;
+#pragma unroll
+    for (int i = 0; i < 2 * SIZE; ++i) vector.words[i] = 0u;
+    if (Aligned) {
+        if (left > 0) {
+#pragma unroll
+            for (int i = 0; i < SIZE / 2; ++i) {
+                const uint4 word = __ldg(reinterpret_cast<const uint4*>(source) + i);
+                vector.words[4 * i] = word.x;
+                vector.words[4 * i + 1] = word.y;
+                vector.words[4 * i + 2] = word.z;
+                vector.words[4 * i + 3] = word.w;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (j < left) vector.words[j / PER_WORD] |= bits_of(source[j]) << j % PER_WORD * 16;
+        }
+    }
+    return vector;
+}
+
+// One more piece of a dot product.
+template <typename A, typename B>
+__device__ __forceinline__ float dot(const Vector8<A>& a, const Vector8<B>& b, float sum) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = fmaf(a[j], b[j], sum);
+    return sum;
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The key of the k-th best of a row, exactly and whatever the row holds: its bytes from the highest, each from a
+// histogram of the scores that share the bytes above. Four passes over the row by one block.
+#pragma once
+
+#include "device/block_scan.cuh"
+#include "select/order_bits.cuh"
+
+#define RADIX 256
+
+struct KthKey {
+    unsigned key;
+    int ties;  // of the scores with this key, how many are among the k
+};
+
+// `histogram`: RADIX words of shared memory. For k up to `length`.
+template <int Code, int Block>
+__device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::type* row, int length, int k,
+                                                  int* histogram) {
+    static_assert(Block >= RADIX, "a thread for each bin");
+    __shared__ unsigned chosen_bin;
+    __shared__ int chosen_rest;
+    unsigned prefix = 0;
+    int rest = k;  // scores still to be taken from those that share the prefix
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        if (threadIdx.x < RADIX) histogram[threadIdx.x] = 0;
+        __syncthreads();
+        for (unsigned c = threadIdx.x; c < length; c += Block) {
+            const unsigned key = bits_key<Code>(score_bits(row[c]));
+            const bool shares = shift == 24 || (key ^ prefix) >> (shift + 8) % 32 == 0;
+            if (shares) atomicAdd(&histogram[key >> shift & (RADIX - 1)], 1);
+        }
+        __syncthreads();
+        // Thread t looks at bin 255 - t: scores in better bins come first.
+        const unsigned bin = RADIX - 1 - threadIdx.x;
+        const int count = threadIdx.x < RADIX ? histogram[bin % RADIX] : 0;
+        int total;
+        const int better = block_prefix<Block>(count, total);
+        if (threadIdx.x < RADIX && better < rest && rest <= better + count) {
+            chosen_bin = bin;
+            chosen_rest = rest - better;
+        }
+        __syncthreads();
+        prefix |= chosen_bin << shift;
+        rest = chosen_rest;
+    }
+    return {prefix, rest};
+}

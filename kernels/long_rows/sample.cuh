@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// A threshold that, with all but certainty, at least k scores of a long row pass and few more than twice as many, from a sample.
+//
+// Two threads look at two vectors side by side, the 32 bytes that memory gives at least, from one of as many stretches
+// of the row as there are such pairs, at a place in it that looks random. How many of the sample are among the row's k
+// best is known but for a deviation, which is larger where neighbours are alike; whoever needs to be sure counts. Every
+// block that samples a row gets the same threshold.
+#pragma once
+
+#include "device/prefetch.cuh"
+#include "long_rows/stream.cuh"
+
+struct Threshold {
+    unsigned key;
+    bool tied;  // more scores than are wanted may have this very key
+};
+
+// The lowest of a range of keys, so narrowed that at least `target` of whatever count() counts from a key reach it, and no
+// more than an eighth more if keys differ. How many those are.
+template <typename Count>
+__device__ __forceinline__ int narrow(Extent& range, int reached, int target, Count count) {
+#pragma unroll 1
+    for (int round = 0; reached > target + target / 8 && range.high - range.low > 1; ++round) {
+        const unsigned middle = range.low + (range.high - range.low) / 2;
+        const int from_middle = count(middle, round);
+        if (from_middle >= target) {
+            range.low = middle;
+            reached = from_middle;
+        } else {
+            range.high = middle;
+        }
+    }
+    return reached;
+}
+
+// The key that about `target` of all threads' keys reach, or a few more: key_of(j) for j below Keys. `counts`: 33 words
+// of shared memory, all 0.
+template <int Block, int Keys, typename KeyOf>
+__device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, int* counts) {
+    // Threads' best keys are counted with a barrier and nothing else. So many threads have one of `target` keys:
+    float misses = 1.0f;
+#pragma unroll
+    for (int j = 0; j < Keys; ++j) misses *= 1.0f - min(static_cast<float>(target) / (Block * Keys), 1.0f);
+    const int threads = static_cast<int>(Block * (1.0f - misses));
+    unsigned best = NO_KEY;
+#pragma unroll
+    for (int j = 0; j < Keys; ++j) best = max(best, key_of(j));
+    const auto count_threads = [&](unsigned key, int) { return __syncthreads_count(best >= key); };
+
+    // Four threads in a row have none of them somewhere, if there are more such fours than `threads`.
+    unsigned best_of_four = max(best, __shfl_xor_sync(FULL_WARP, best, 1));
+    best_of_four = max(best_of_four, __shfl_xor_sync(FULL_WARP, best_of_four, 2));
+    Extent range = block_extent<Block>({best_of_four, best_of_four});
+    range.high += 1;
+    int reached = count_threads(range.low, 0);
+    if (reached < threads) {
+        range = {NO_KEY, range.low};
+        reached = Block;
+    }
+    reached = narrow(range, reached, threads, count_threads);
+    const bool tied = reached > threads + threads / 8;
+
+    // Where neighbours are alike, threads have more than one such key each, and the threshold has to be higher.
+    const auto count_keys = [&](unsigned key, int round) {
+        unsigned sum = 0;
+#pragma unroll
+        for (int j = 0; j < Keys; ++j) sum += key_of(j) >= key;
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0) atomicAdd(&counts[round], static_cast<int>(sum));
+        __syncthreads();
+        return counts[round];
+    };
+    const int all = count_keys(range.low, 32);
+    if (tied || all <= target + target / 4) return {range.low, tied};
+    range.high = ~0u;
+    const int reached_by_keys = narrow(range, all, target, count_keys);
+    return {range.low, reached_by_keys > target + target / 8};
+}
+
+// threadIdx.x, read anew: what a loop computes of it is not kept in registers from one round to the next.
+__device__ __forceinline__ unsigned thread_anew() {
+#ifdef __CUDACC__
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#else
+    return threadIdx.x;
+#endif
+}
+
+// What the threads of a block see of a row of at least two vectors.
+template <typename Piece, int Code, int Block, int Vectors>
+struct RowSample {
+    static constexpr int SCORES = Piece::VECTOR, SIZE = Block * Vectors * SCORES;
+
+    Words<4> vectors[Vectors];
+
+    // Of sample `number`, 0, 1 and so on.
+    __device__ __forceinline__ void load(const Piece& piece, int number) {
+#pragma unroll
+        for (int j = 0; j < Vectors; ++j) vectors[j] = load_words(place(piece, number, j), Words<4>());
+    }
+
+    // What load() will read of sample 0.
+    static __device__ __forceinline__ void prefetch(const Piece& piece) {
+#pragma unroll
+        for (int j = 0; j < Vectors; ++j) prefetch_line(place(piece, 0, j));
+    }
+
+    // For k up to half a row. `counts` as for block_threshold.
+    __device__ __forceinline__ Threshold threshold(int k, int length, int* counts) const {
+        const float hits = static_cast<float>(SIZE) * k / length;
+        const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
+        const auto key_of = [&](int j) { return bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES)); };
+        return block_threshold<Block, Vectors * SCORES>(key_of, target, counts);
+    }
+
+  private:
+    static __device__ __forceinline__ const typename Piece::T* place(const Piece& piece, int sample, int j) {
+        constexpr unsigned PAIRS = Block * Vectors / 2;
+        const unsigned thread = thread_anew(), number = (j * Block + thread) / 2;
+        unsigned random = (sample * PAIRS + number + 1) * 0x9e3779b1u;
+        random = (random ^ random >> 15) * 0x85ebca6bu;
+        const unsigned part = ~0u / PAIRS * number + random / PAIRS;  // of 2**32 parts of a row
+        const unsigned row_pairs = (piece.tail - piece.head) / SCORES / 2;
+        const unsigned vector = 2 * __umulhi(part, row_pairs) + thread % 2;
+        return piece.row + piece.head + static_cast<int64_t>(vector) * SCORES;
+    }
+};

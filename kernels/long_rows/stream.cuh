@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block reads a piece of a row, 16 bytes a load, and puts the scores that reach a key on a list.
+//
+// A row of any alignment is a head of single scores up to the first 16-byte boundary, vectors, and a tail of single
+// scores. Pieces are of whole vectors; the first piece has the head and the last the tail.
+#pragma once
+
+#include "device/block_scan.cuh"
+#include "device/prefetch.cuh"
+#include "select/order_bits.cuh"
+
+// A score on a list: its bits and its column.
+__device__ __forceinline__ unsigned long long list_entry(unsigned bits, int column) {
+    return static_cast<unsigned long long>(bits) << 32 | static_cast<unsigned>(column);
+}
+
+template <int Code, int Block, int Loads>
+struct RowPiece {
+    typedef typename Scalar<Code>::type T;
+    typedef unsigned long long Entry;
+    static constexpr int VECTOR = 16 / sizeof(T);
+    static_assert(Loads <= 4, "a bit for each score, those of first and second halves in half a word");
+    static_assert(Block >= 2 * VECTOR, "a thread for each single score");
+
+    // What a thread reads at once: Loads vectors.
+    struct Chunk {
+        Words<4> vector[Loads];
+
+        __device__ __forceinline__ unsigned bits(int e) const { return bits_of(vector[e / VECTOR], e % VECTOR); }
+    };
+
+    // The bits of a vector's score e, which stand at the top of a word.
+    static __device__ __forceinline__ unsigned bits_of(const Words<4>& vector, int e) {
+        const unsigned word = vector.word[e * sizeof(T) / 4];
+        return sizeof(T) == 4 ? word : e % 2 == 0 ? word << 16 : word & 0xffff0000u;
+    }
+
+    const T* row;
+    int length;
+    int head;        // single scores before the vectors
+    int tail;        // the column of the first single score behind them
+    int begin, end;  // the vectors of this piece
+    bool has_head, has_tail;
+
+    __device__ __forceinline__ RowPiece(const T* row, int length, int number, int pieces) : row(row), length(length) {
+        const int misalignment = static_cast<int>(reinterpret_cast<unsigned long long>(row) % 16 / sizeof(T));
+        head = min((VECTOR - misalignment) % VECTOR, length);
+        const int vectors = (length - head) / VECTOR;
+        tail = head + vectors * VECTOR;
+        const int share = (vectors + pieces - 1) / pieces;
+        begin = min(number * share, vectors);
+        end = min(begin + share, vectors);
+        has_head = number == 0;
+        has_tail = number == pieces - 1;
+    }
+
+    // The vectors `step` apart from vector `first` on.
+    __device__ __forceinline__ void load(int first, int step, Chunk& chunk) const {
+#pragma unroll
+        for (int u = 0; u < Loads; ++u) {
+            if (first + u * step < end) {
+                const T* source = row + head + static_cast<int64_t>(first + u * step) * VECTOR;
+                chunk.vector[u] = load_words(source, Words<4>());
+            }
+        }
+    }
+
+    // The chunk that collect() begins with, which may be on its way long before.
+    __device__ __forceinline__ void load_first(Chunk& chunk) const {
+        chunk = Chunk();  // what is not loaded does not keep registers for what it was
+        load(begin + threadIdx.x, Block, chunk);
+    }
+
+    // What load_first() will read.
+    __device__ __forceinline__ void prefetch_first() const {
+        constexpr int IN_LINE = 128 / 16;
+        const int first = begin + static_cast<int>(threadIdx.x) * IN_LINE;
+        if (threadIdx.x < Loads * Block / IN_LINE && first < end) {
+            prefetch_line(row + head + static_cast<int64_t>(first) * VECTOR);
+        }
+    }
+
+    // Put the scores that pass on the list, in any order, as far as it has room. `count`, in shared memory and 0 before,
+    // is how many there are, or more than the list has capacity for: then it may be too low. A thread makes a bit for each
+    // score of its chunk, asks for the next chunk, and looks up again the few scores that passed.
+    __device__ __forceinline__ void collect(Chunk& chunk, const Passes<Code>& passes, Entry* list, int capacity,
+                                            int* count) const {
+        const int single = single_score();
+        if (single >= 0) {
+            const unsigned bits = score_bits(row[single]);
+            if (passes.by_bits(bits)) {
+                const int place = atomicAdd(count, 1);
+                if (place < capacity) list[place] = list_entry(bits, single);
+            }
+        }
+        if (passes.nothing) return;
+#pragma unroll 1
+        for (int first = begin; first < end; first += Loads * Block) {
+            const int mine = first + static_cast<int>(threadIdx.x);
+            unsigned found = 0;
+            if (passes.everything) {
+                found = ~0u >> (sizeof(T) == 4 ? 16 : 0);
+            } else {
+                test_words<0>(chunk, passes, found);
+            }
+            if (mine + (Loads - 1) * Block >= end) {
+                const unsigned vectors = max(0, (end - mine + Block - 1) / Block);
+                if (vectors < Loads) found &= 0x10001u * ((1u << 4 * vectors) - 1u);
+            }
+            load(mine + Loads * Block, Block, chunk);
+
+            const unsigned total = warp_sum(__popc(found));
+            if (total == 0) continue;
+            int place = threadIdx.x % 32 == 0 ? atomicAdd(count, static_cast<int>(total)) : 0;
+            place = __shfl_sync(FULL_WARP, place, 0);
+            if (place >= capacity) break;
+#pragma unroll 1
+            for (unsigned lanes = ~0u; (lanes = __ballot_sync(FULL_WARP, found != 0)) != 0; place += __popc(lanes)) {
+                if (found == 0) continue;
+                const int bit = __ffs(found) - 1;
+                const int my_place = place + __popc(lanes & ((1u << threadIdx.x % 32) - 1u));
+                found &= found - 1;
+                // Bits 0 to 15 are words, or their first halves.
+                const int word = bit % 16;
+                const int in_vector = sizeof(T) == 4 ? word % 4 : word % 4 * 2 + bit / 16;
+                const int column = head + (mine + word / 4 * Block) * VECTOR + in_vector;
+                if (my_place < capacity) list[my_place] = list_entry(score_bits(row[column]), column);
+            }
+        }
+    }
+
+  private:
+    template <int Word>
+    static __device__ __forceinline__ void test_words(const Chunk& chunk, const Passes<Code>& passes, unsigned& found) {
+        passes.template by_word<Word>(chunk.vector[Word / 4].word[Word % 4], found);
+        if constexpr (Word + 1 < 4 * Loads) test_words<Word + 1>(chunk, passes, found);
+    }
+
+    // The column of the head or tail that is this thread's; -1: none.
+    __device__ __forceinline__ int single_score() const {
+        const int i = threadIdx.x;
+        if (i < VECTOR) return has_head && i < head ? i : -1;
+        return has_tail && i - VECTOR < length - tail ? tail + i - VECTOR : -1;
+    }
+};
+
+// Put the first `wanted` scores of a piece that have this very key on the list, by column; as rank keys. How many there
+// are.
+template <int Code, int Block, int Loads>
+__device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
+                                            unsigned key, unsigned long long* list, int wanted) {
+    typedef RowPiece<Code, Block, Loads> Piece;
+    constexpr int VECTOR = Piece::VECTOR;
+    const Piece piece(row, length, number, pieces);
+    int taken = 0;
+    const auto take = [&](unsigned ties, int column) {  // a bit for each of the scores from this column on
+        int total;
+        int place = taken + block_prefix<Block>(__popc(ties), total);
+#pragma unroll 1
+        for (; ties != 0 && place < wanted; ties &= ties - 1) list[place++] = rank_key(key, column + __ffs(ties) - 1);
+        taken += total;
+    };
+    const auto is_tie = [&](bool exists, int column) {
+        return exists && bits_key<Code>(score_bits(row[column])) == key;
+    };
+    const int i = threadIdx.x;
+    if (piece.has_head && piece.head > 0) take(is_tie(i < piece.head, i), i);
+#pragma unroll 1
+    for (int first = piece.begin; first < piece.end && taken < wanted; first += Loads * Block) {
+        typename Piece::Chunk chunk;
+        const int mine = first + Loads * i;
+        piece.load(mine, 1, chunk);
+        unsigned ties = 0;
+#pragma unroll
+        for (int e = 0; e < Loads * VECTOR; ++e) {
+            const bool tie = mine + e / VECTOR < piece.end && bits_key<Code>(chunk.bits(e)) == key;
+            ties |= tie ? 1u << e : 0u;
+        }
+        take(ties, piece.head + mine * VECTOR);
+    }
+    if (piece.has_tail && piece.tail < length && taken < wanted)
+        take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
+    return min(taken, wanted);
+}

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a row's logits to its TOP_K experts: by the exact scores of all, or, where columns are interleaved and several
+// rows may share a warp, by bounds and the exact scores of the best alone.
+#pragma once
+
+#include "routing/score_bound.cuh"
+#include "select/row_interleaved.cuh"
+#include "routing/groups.cuh"
+#include "device/row_load.cuh"
+#include "routing/softmax_statistics.cuh"
+#include "select/warp_topk.cuh"
+
+// The logits of a row, prepared one at a time.
+template <typename T>
+struct LogitRow {
+    const T* logits;
+    const float* logit_bias;
+    Numbers numbers;
+
+    __device__ __forceinline__ float operator[](int64_t column) const {
+        return prepare(to_float(logits[column]), logit_bias, column, numbers);
+    }
+};
+
+struct Chosen {
+    int column;
+    float value;  // score, or logit if WEIGHS_LOGITS; without bias
+};
+
+// The r-th expert in lane r of Lanes that hold PerLane adjacent columns each. Without a bias the key is the score; with
+// one the score is gathered, since biased minus bias loses bits.
+template <int Lanes, typename Row, int PerLane>
+__device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane], const float (&biases)[PerLane],
+                                                 const SoftmaxStatistics& statistics, const Row& row, int lane,
+                                                 bool valid) {
+    constexpr bool KEY_IS_VALUE = !HAS_BIAS && bool(SELECT_ON_LOGITS) == WEIGHS_LOGITS;
+    unsigned keys[PerLane];
+#pragma unroll
+    for (int j = 0; j < PerLane; ++j) {
+        const float value = selection_value(logits[j], statistics);
+        keys[j] = sum_order_key(HAS_BIAS ? __fadd_rn(value, biases[j]) : value);
+        if (Lanes * PerLane != NUM_EXPERTS && lane * PerLane + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+    }
+    if (NUM_GROUPS > 0) keep_best_groups<Lanes>(keys, lane);
+    constexpr int USED = (NUM_EXPERTS + PerLane - 1) / PerLane;  // lanes; the best are in those of the best groups
+    constexpr int SPREAD = NUM_GROUPS > 0 ? max_int(USED * TOP_GROUPS / max_int(NUM_GROUPS, 1), 1) : USED;
+    // After a choice by bounds this one is rare and may take its time.
+    const Winner winner =
+        INTERLEAVED ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes, SPREAD>(keys, lane);
+    float value = sum_key_value(winner.key);
+    if (!KEY_IS_VALUE && valid && lane < TOP_K) {
+        value = row[winner.column];
+        if (!WEIGHS_LOGITS) value = score_of(value, statistics);
+    }
+    return {winner.column, value};
+}
+
+// What a lane reads of a row and of a layer's arrays at once.
+template <typename Interleaved>
+struct Chunk {
+    float logits[Interleaved::Chunk], logit_biases[Interleaved::Chunk], biases[Interleaved::Chunk];
+
+    template <bool Aligned, bool BiasAligned, typename T>
+    __device__ __forceinline__ void load(const LogitRow<T>& row, const float* bias, int begin, int lane) {
+        constexpr bool WHOLE = Interleaved::Lanes * Interleaved::PerLane == NUM_EXPERTS;
+        Interleaved::template load<WHOLE, Aligned, NUM_EXPERTS>(row.logits, begin, lane, NUM_EXPERTS, logits);
+        if (HAS_LOGIT_BIAS)
+            Interleaved::template load<WHOLE, BiasAligned, NUM_EXPERTS>(row.logit_bias, begin, lane, NUM_EXPERTS,
+                                                                        logit_biases);
+        if (HAS_BIAS)
+            Interleaved::template load<WHOLE, BiasAligned, NUM_EXPERTS>(bias, begin, lane, NUM_EXPERTS, biases);
+    }
+};
+
+// The best of a lane's columns by bounds of their selection values.
+template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
+__device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias, int lane) {
+    TaggedHeads<Heads> heads;
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] = NO_KEY;
+    Chunk<Interleaved> next;
+    next.template load<Aligned, BiasAligned>(row, bias, 0, lane);
+#pragma unroll
+    for (int begin = 0; begin < Interleaved::PerLane; begin += Interleaved::Chunk) {
+        const Chunk<Interleaved> chunk = next;
+        if (begin + Interleaved::Chunk < Interleaved::PerLane)
+            next.template load<Aligned, BiasAligned>(row, bias, begin + Interleaved::Chunk, lane);
+        unsigned keys[Interleaved::Chunk];
+#pragma unroll
+        for (int j = 0; j < Interleaved::Chunk; ++j) {
+            const float logit = prepare(chunk.logits[j], HAS_LOGIT_BIAS ? chunk.logit_biases[j] : 0.0f, row.numbers);
+            const float bound = selection_bound(logit);
+            keys[j] =
+                tagged_key<Interleaved::MASK>(HAS_BIAS ? bound + chunk.biases[j] : bound, Interleaved::tag(begin + j));
+            const bool exists = Interleaved::Lanes * Interleaved::PerLane == NUM_EXPERTS ||
+                                Interleaved::column_of(begin + j, lane) < NUM_EXPERTS;
+            if (!exists) keys[j] = NO_KEY;
+        }
+#pragma unroll
+        for (int j = 0; j < Interleaved::Chunk; j += 4) heads.insert(keys[j], keys[j + 1], keys[j + 2], keys[j + 3]);
+    }
+    return heads;
+}
+
+// The best of a lane's columns where neighbouring lanes hold a group, by exact values, since groups are ranked by them;
+// none of a group that is not kept.
+template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
+__device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& row, const float* bias, int lane,
+                                                             SoftmaxStatistics& statistics) {
+    constexpr int N = Interleaved::PerLane;
+    const int first = lane * N;
+    float logits[N], logit_biases[N], biases[N];
+    load_columns<T, N, true, Aligned>(row.logits, first, NUM_EXPERTS, logits);
+    if (HAS_LOGIT_BIAS) load_columns<float, N, true, BiasAligned>(row.logit_bias, first, NUM_EXPERTS, logit_biases);
+    if (HAS_BIAS) load_columns<float, N, true, BiasAligned>(bias, first, NUM_EXPERTS, biases);
+#pragma unroll
+    for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
+    statistics = softmax_statistics<Interleaved::Lanes>(logits);
+
+    TaggedHeads<Heads> heads;
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] = NO_KEY;
+    BestTwo seen = {NO_KEY, NO_KEY};
+#pragma unroll
+    for (int begin = 0; begin < N; begin += 4) {
+        unsigned keys[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float value = selection_value(logits[begin + j], statistics);
+            if (HAS_BIAS) value = __fadd_rn(value, biases[begin + j]);
+            seen.insert(sum_order_key(value));
+            keys[j] = tagged_key<Interleaved::MASK>(value, Interleaved::tag(begin + j));
+        }
+        heads.insert(keys[0], keys[1], keys[2], keys[3]);
+    }
+    const bool kept = keeps_own_group<Interleaved::Lanes>(seen, lane);
+#pragma unroll
+    for (int h = 0; h < Heads; ++h) heads.key[h] = kept ? heads.key[h] : NO_KEY;
+    return heads;
+}
+
+// A row's best by bounds of their selection values, then of the exact values of these alone.
+template <typename Interleaved, bool Aligned, bool BiasAligned>
+struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
+    typedef Candidates<TOP_K, Interleaved::Lanes> Base;
+    // Lanes that the best are spread over.
+    static constexpr int SPREAD =
+        NUM_GROUPS > 0 ? Interleaved::Lanes / max_int(NUM_GROUPS, 1) * TOP_GROUPS : Interleaved::Lanes;
+    static constexpr int HEADS = interleaved_heads(TOP_K, SPREAD, Interleaved::PerLane);
+    // Whether there are as many experts to choose from as are looked at.
+    static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
+
+    unsigned next;  // the key of a bound that no others are above
+    SoftmaxStatistics statistics;
+
+    template <typename T>
+    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, int lane, bool valid) {
+        TaggedHeads<HEADS> heads;
+        if (NUM_GROUPS > 0) {
+            heads = best_of_groups<Interleaved, HEADS, Aligned, BiasAligned>(row, bias, lane, statistics);
+        } else {
+            statistics = {0.0f, 0.0f};
+            heads = best_bounds<Interleaved, HEADS, Aligned, BiasAligned>(row, bias, lane);
+        }
+        const Ranked best = rank_heads<TOP_K + 1, Interleaved>(heads, lane);
+        next = best.next;
+        this->own = exactly(row, bias, best.key, valid && lane < Base::COUNT);
+        this->extra = exactly(row, bias, best.last, valid && Base::FULL);
+    }
+
+    // What a key stands for, if it is wanted and stands for something.
+    template <typename T>
+    __device__ __forceinline__ Candidate exactly(const LogitRow<T>& row, const float* bias, unsigned key, bool wanted) {
+        Candidate candidate = {NO_KEY, Interleaved::column_of(key), 0.0f};
+        if (wanted && (ENOUGH || key > Interleaved::MASK)) {
+            const float logit = row[candidate.column];
+            const float value = selection_value(logit, statistics);
+            candidate.value = WEIGHS_LOGITS ? logit : value;
+            candidate.key = sum_order_key(HAS_BIAS ? __fadd_rn(value, bias[candidate.column]) : value);
+        }
+        return candidate;
+    }
+
+    // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
+    // its bound were as far off as it can be.
+    __device__ __forceinline__ bool complete() const {
+        const unsigned last_key = this->last_key();
+        if (this->overtaken(last_key)) return false;
+        if (NUM_GROUPS > 0 && next <= Interleaved::MASK) return true;  // there are no others
+        const float last = sum_key_value(last_key);
+        return selection_reach(tagged_key_ceiling<Interleaved::MASK>(next)) < last - fabsf(last) * 2.5e-7f;
+    }
+};
+
+// Rows whose choice is not sure, for which lanes of theirs vote `unsure`: one after the other, by the whole warp.
+template <int Lanes, typename T>
+__device__ __forceinline__ void choose_again(unsigned unsure, const LogitRow<T>& row, const float* bias,
+                                             const SoftmaxStatistics& statistics, Candidate& chosen) {
+    constexpr int COLUMNS = (NUM_EXPERTS + 127) / 128 * 4;
+    constexpr bool WHOLE = COLUMNS * 32 == NUM_EXPERTS;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int turn = 0; turn < 32 / Lanes; ++turn) {
+        if (!any_of_turn<Lanes>(unsure, turn)) continue;
+        const int64_t address = __shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(row.logits), turn * Lanes);
+        const LogitRow<T> its_row = {reinterpret_cast<const T*>(address), row.logit_bias, row.numbers};
+        float logits[COLUMNS], logit_biases[COLUMNS], biases[COLUMNS];
+        load_columns<T, COLUMNS, WHOLE, false>(its_row.logits, lane * COLUMNS, NUM_EXPERTS, logits);
+        if (HAS_LOGIT_BIAS)
+            load_columns<float, COLUMNS, WHOLE, false>(row.logit_bias, lane * COLUMNS, NUM_EXPERTS, logit_biases);
+        if (HAS_BIAS) load_columns<float, COLUMNS, WHOLE, false>(bias, lane * COLUMNS, NUM_EXPERTS, biases);
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+            logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
+        const SoftmaxStatistics its_statistics = {__shfl_sync(FULL_WARP, statistics.highest, turn * Lanes),
+                                                  __shfl_sync(FULL_WARP, statistics.inverse_sum, turn * Lanes)};
+        const Chosen again = choose_exactly<32>(logits, biases, its_statistics, its_row, lane, true);
+        const int column = __shfl_sync(FULL_WARP, again.column, lane % Lanes);
+        const float value = __shfl_sync(FULL_WARP, again.value, lane % Lanes);
+        if (lane / Lanes == turn) chosen = {NO_KEY, column, value};
+    }
+}
