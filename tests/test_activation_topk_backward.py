@@ -54,7 +54,7 @@ def test_every_step(backend: Backend, name: str) -> None:
     gradients.assert_right(got, upstream, indices, logits, method, layer)
 
 
-def test_an_op_forwards_and_backwards(backend: Backend) -> None:
+def test_forward_then_backward(backend: Backend) -> None:
     """What the forward pass gave goes in as it is."""
     method = M(64, 6, scale=2.5, num_shared_experts=1)
     logits, upstream = inputs.distinct(7, 64), upstream_of(7, method)
@@ -113,7 +113,7 @@ def test_a_float32_gradient_of_16_bit_logits(backend: Backend, score: str, dtype
 @pytest.mark.parametrize("pad", [(0, 1), (1, 0), (8, 0), (24, 3)], ids=str)
 @pytest.mark.parametrize("experts", [64, 1100])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_rows_anywhere_in_memory(backend: Backend, score: str, experts: int, pad: tuple[int, int]) -> None:
+def test_any_stride_and_alignment(backend: Backend, score: str, experts: int, pad: tuple[int, int]) -> None:
     """Inputs between poison, and an `out` in which nothing but its rows is written, and those wholly."""
     method = M(experts, 5, score, renormalize=False, index_dtype="int64")
     logits, upstream = inputs.distinct(6, experts), upstream_of(6, method)
@@ -201,7 +201,7 @@ def test_a_cap_far_from_zero(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax"])
-def test_ratios_of_scores_that_are_almost_nothing(backend: Backend, score: str) -> None:
+def test_ratios_of_tiny_scores(backend: Backend, score: str) -> None:
     """Of -80 and -81, chosen beside 0: renormalised, the gradient is of ordinary size, though scores are not."""
     method = M(3, 2, score)
     logits, indices = np.array([[0.0, -80.0, -81.0]], np.float32), np.array([[1, 2]], np.int32)
@@ -212,7 +212,7 @@ def test_ratios_of_scores_that_are_almost_nothing(backend: Backend, score: str) 
     np.testing.assert_allclose(got, [[0, step * u * (1 - u), -step * u * (1 - u)]], rtol=2e-5, atol=1e-12)
 
 
-def test_the_last_normal_score(backend: Backend) -> None:
+def test_the_smallest_normal_score(backend: Backend) -> None:
     """Its root is normal, half of it is not: the quotient by the sum comes first."""
     logits = np.array([[-174.0, -174.5]], np.float32)
     got = backward(backend, np.array([[1, 0]], np.float32), np.array([[0, 1]], np.int32), logits, M(2, 2))
@@ -254,7 +254,7 @@ def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) ->
     assert ((got != 0).sum(axis=1) == (6 if after else experts)).all()
 
 
-def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backend: Backend) -> None:
+def test_softmax_over_the_chosen_has_no_gradient_elsewhere(backend: Backend) -> None:
     """To the bit, though it is computed from the whole row."""
     method = M(128, 8, "softmax")
     logits, upstream = inputs.normal((5, 128), seed=73), upstream_of(5, method)
@@ -264,7 +264,7 @@ def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backe
 
 @pytest.mark.parametrize("columns", [8, 1200])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax", "identity"])
-def test_nan_stays_where_it_is(backend: Backend, score: str, columns: int) -> None:
+def test_nan_does_not_spread(backend: Backend, score: str, columns: int) -> None:
     """A chosen NaN has gradient NaN, one that was not chosen 0, and neither changes what the others have."""
     logits = inputs.distinct(3, columns, seed=3) + np.float32(5)
     indices = np.array([[0, 1, 2]] * 3, np.int32)
@@ -302,7 +302,7 @@ def test_equal_infinite_logits_share_a_softmax(backend: Backend) -> None:
     np.testing.assert_allclose(got, [[0.25, 0, -0.25, 0], [3 / 16, -1 / 16, -1 / 16, -1 / 16]], rtol=1e-6)
 
 
-def test_a_gradient_that_is_not_a_number_is_not_hidden(backend: Backend) -> None:
+def test_a_nan_gradient_is_passed_on(backend: Backend) -> None:
     method = M(16, 3)
     logits, upstream = inputs.distinct(2, 16), upstream_of(2, method)
     upstream[1, 0] = np.nan

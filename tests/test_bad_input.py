@@ -231,7 +231,7 @@ def test_jax_out(op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 @pytest.mark.parametrize("stream", [object(), "0", 1.5, True, [0]], ids=lambda s: type(s).__name__)
-def test_a_stream_that_is_none(op: str, stream: Any) -> None:
+def test_not_a_stream(op: str, stream: Any) -> None:
     assert_refused(op, {"stream": stream}, TypeError, "stream", type(stream).__name__)
 
 
@@ -252,7 +252,7 @@ def test_no_rows_give_empty_arrays(op: str, backend: Backend) -> None:
 # -- Frameworks' own oddities ------------------------------------------------------------------------------------------
 
 
-def test_tensors_that_are_no_memory() -> None:
+def test_tensors_without_memory() -> None:
     torch = pytest.importorskip("torch")
     for tensor in (torch.zeros(6, 16, device="meta"), torch.zeros(6, 16).to_sparse()):
         assert_refused("topk_select", {"scores": tensor}, ValueError, "scores", "")
@@ -298,7 +298,7 @@ def has_cuda() -> bool:
 
 @pytest.mark.skipif(has_cuda(), reason="there is a usable CUDA device")
 @pytest.mark.parametrize("op", sorted(OPS))
-def test_a_cuda_array_without_cuda_gets_the_remedy(op: str) -> None:
+def test_a_cuda_array_without_cuda_is_an_error_with_advice(op: str) -> None:
     first = next(iter(OPS[op][1]()))
     changes = {first: Impostor(OPS[op][1]()[first])}
     function, good = OPS[op]

@@ -182,7 +182,7 @@ def test_tilings(backend: Backend, tiling: Tiling) -> None:
 
 @pytest.mark.parametrize(("pad", "offset", "hidden"), [(3, 1, 264), (8, 8, 264), (1, 0, 7), (0, 1, 64)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_anywhere(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
+def test_any_stride_and_offset(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
     assert_right(prepare(backend, Case(dtype=dtype, pad=pad, offset=offset, hidden=hidden)))
 
 
@@ -196,7 +196,7 @@ def test_padding(backend: Backend, tiling: Tiling | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, dtype: str) -> None:
+def test_nan_and_infinity_do_not_spread(backend: Backend, dtype: str) -> None:
     case = Case(dtype=dtype, hidden=64, num_tokens=9)
     clean = prepare(backend, case)
     want = clean()
@@ -216,7 +216,7 @@ def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, d
     compare.assert_same_bits(weights[untouched], want[0][untouched])
 
 
-def test_a_flag_left_raised_is_lowered_again(backend: Backend) -> None:
+def test_a_stale_flag_is_reset(backend: Backend) -> None:
     run = prepare(backend, Case(tiling=Tiling(8, 4, 16, 16, 4, 1)))
     run.outputs[2][3] = 1
     assert_right(run)

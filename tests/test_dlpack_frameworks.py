@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("name", FOREIGN)
-def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None:
+def test_results_have_the_closest_type(name: str, op: str) -> None:
     foreign, (call, arrays) = FOREIGN[name](), CALLS[op]
     got = call(**{key: foreign.array(host) for key, host in arrays.items()})
     for a, b in zip(got, call(**arrays), strict=True):
@@ -131,7 +131,7 @@ def test_out_is_filled_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_they_go_with_arrays_of_others(name: str) -> None:
+def test_mixed_with_arrays_of_other_frameworks(name: str) -> None:
     """The first array decides what comes out."""
     foreign, (call, arrays) = FOREIGN[name](), CALLS["activation_topk"]
     want = call(**arrays)

@@ -39,7 +39,7 @@ def exact_products() -> Iterator[None]:
 
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", plot.CURVES)
-def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
+def test_an_example_reproduces_the_recorded_run(name: str) -> None:
     module, options = example(name)
     losses = module.train(STEPS, **options)
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())[name]
@@ -49,7 +49,7 @@ def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
 
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX", "CuPy or NumPy"])
-def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a router whose weights have no gradient the same steps lead elsewhere: the check above would see it."""
     module, _ = example(framework)
     if framework == "CuPy or NumPy":
@@ -68,7 +68,7 @@ def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(np.array(losses) / recorded[:STEPS] - 1).max() > 2e-3
 
 
-def test_recorded_curves_fall_alike() -> None:
+def test_recorded_curves_agree() -> None:
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())
     assert recorded.keys() == plot.CURVES.keys()
     for curve in recorded.values():

@@ -38,5 +38,5 @@ def test_the_document_is_up_to_date() -> None:
     assert text == framework_matrix.updated(text), "run python -m tests.framework_matrix --write"
 
 
-def test_the_readme_leads_there() -> None:
+def test_the_readme_links_to_it() -> None:
     assert "(docs/frameworks.md)" in (ROOT / "README.md").read_text()

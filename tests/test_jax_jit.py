@@ -231,14 +231,14 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
+def test_errors_are_raised_while_tracing(name: str) -> None:
     function, array, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
 @pytest.mark.slow("seconds")
-def test_a_tracer_in_any_place_is_enough() -> None:
+def test_a_tracer_in_any_argument_traces_the_call() -> None:
     """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
     call = CALLS["activation_topk of a layer"]
     want = call(on_cpu(call.arrays))
@@ -280,7 +280,7 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("broken"), ValueError("broken"), KeyboardInterrupt("broken")])
-def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_errors_become_jax_errors(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
     # XLA never launches so large a k by itself.

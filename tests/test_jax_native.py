@@ -63,7 +63,7 @@ def handled(program: str) -> int:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
+def test_single_kernel_calls_need_no_handler(name: str) -> None:
     call = calls()[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
@@ -81,7 +81,7 @@ def test_a_gradient_needs_no_handler() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_stays_with_handlers() -> None:
+def test_calls_that_need_a_handler() -> None:
     rows = jnp.ones((3, 2000))
     assert handled(lowered(lambda a: topk_select(a, 2), rows)) == 1, "long rows may need memory"
     assert handled(lowered(lambda a: topk_select(a, 2), jnp.ones((0, 20)))) == 1, "no rows are no grid"
@@ -100,7 +100,7 @@ def test_other_platforms_have_handlers() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_exported_programs_have_the_target_that_lasts() -> None:
+def test_exported_programs_use_the_stable_target() -> None:
     exported = jax.export.export(
         jax.jit(lambda a: activation_topk(a, METHOD)),
         platforms=["cuda"],
@@ -112,13 +112,13 @@ def test_exported_programs_have_the_target_that_lasts() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
+def test_compile_errors_are_reported_by_the_handler() -> None:
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
     program = lowered(lambda a: activation_topk(a, RoutingMethod(32, 4, wrong)), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
 
 
-def test_without_a_gpu_there_are_handlers_alone() -> None:
+def test_without_a_gpu_every_call_has_a_handler() -> None:
     if compiler.why_no_cuda() is None:
         pytest.skip("there is one")
     _lower_ptx._gpu.cache_clear()
@@ -155,7 +155,7 @@ class Gpu:
         (["9.0"], True, "1", None),
     ],
 )
-def test_one_architecture_on_which_a_trial_works(
+def test_gpus_must_share_an_architecture_that_passes_a_trial(
     capabilities: list[str], works: bool, environment: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
@@ -251,7 +251,7 @@ def test_arguments_come_in_the_order_of_xla() -> None:
         (PTX.replace(".entry route", ".func route"), "has 0 parameters"),
     ],
 )
-def test_what_is_not_known_is_an_error(text: str, message: str) -> None:
+def test_unknown_ptx_is_an_error(text: str, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         _ptx.specialised(text, SIGNATURE, ("logits", "out"), CONSTANTS)
 

@@ -248,7 +248,7 @@ def test_dense_router_of_few_tokens() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 1023, 1024, 1025, 8192, 70_000, 2**31 - 1, 2**31 + 5, 5 * 10**9])
 @pytest.mark.parametrize("columns", [2, 8, 64, 256, 1000])
-def test_every_row_has_its_lanes_and_few_are_idle(recorder: Recorder, fake: Fake, n: int, columns: int) -> None:
+def test_few_lanes_are_idle(recorder: Recorder, fake: Fake, n: int, columns: int) -> None:
     topk_select(Array(0x1000, (n, columns)), 2)
     launch = only(recorder)
     threads, lanes = launch.grid[0] * launch.block[0], launch.macros["LANES"]
@@ -274,9 +274,7 @@ def test_no_rows_launch_nothing(recorder: Recorder, fake: Fake) -> None:
 @pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("columns", [256, 384, 36])
-def test_words_are_read_only_where_every_row_is_aligned(
-    recorder: Recorder, fake: Fake, dtype: str, columns: int
-) -> None:
+def test_vector_loads_only_where_every_row_is_aligned(recorder: Recorder, fake: Fake, dtype: str, columns: int) -> None:
     """ALIGNED promises words of up to 16 bytes: checked here against every address that the kernel would read."""
     size = ITEM_SIZES[dtype]
     for offset in range(16 // size + 1):
@@ -290,9 +288,7 @@ def test_words_are_read_only_where_every_row_is_aligned(
 
 
 @pytest.mark.parametrize("padded", [None, "logits", "weights", "indices"])
-def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(
-    recorder: Recorder, fake: Fake, padded: str | None
-) -> None:
+def test_strides_are_compiled_in_only_for_contiguous_rows(recorder: Recorder, fake: Fake, padded: str | None) -> None:
     def array(name: str, columns: int, dtype: str = "float32") -> Array:
         return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
 
@@ -315,7 +311,7 @@ def test_a_second_call_has_its_own_addresses_and_compiles_nothing(recorder: Reco
     assert len(recorder.sources) == 1
 
 
-def test_kinds_of_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
+def test_plans_of_different_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
     """Calls that differ in one thing, twice each and in turns: every launch is that of its own call."""
     for _ in range(2):
         for n in (7, 70_000):

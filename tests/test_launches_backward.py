@@ -68,7 +68,7 @@ def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("padded", [None, "grad_weights", "indices", "logits", "grad_logits"])
-def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(recorder: Recorder, padded: str | None) -> None:
+def test_strides_are_compiled_in_only_for_contiguous_rows(recorder: Recorder, padded: str | None) -> None:
     def array(name: str, columns: int, dtype: str = "float32") -> Array:
         return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
 

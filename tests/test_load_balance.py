@@ -52,7 +52,7 @@ def test_load_balance(name: str) -> None:
         torch.testing.assert_close(normalized, (scores / scores.sum(1, keepdim=True)).mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_its_example() -> None:
+def test_the_docstring_example() -> None:
     assert doctest.testmod(sys.modules["cupy_router.torch._load_balance"]).failed == 0
 
 
@@ -73,7 +73,7 @@ def test_load_balance_of_ties_and_far_logits() -> None:
         ("sqrtsoftplus", -np.inf), ("sqrtsoftplus", 300.0), ("softmax", -np.inf), ("softmax", np.inf), ("identity", 0),
     ],
 )  # fmt: skip
-def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float) -> None:
+def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
     """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
@@ -90,7 +90,7 @@ def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float)
         assert not got[1].any()
 
 
-def test_load_balance_of_indices_that_are_no_experts() -> None:
+def test_load_balance_of_invalid_indices() -> None:
     """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
     method = RoutingMethod(4, 2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
@@ -101,7 +101,7 @@ def test_load_balance_of_indices_that_are_no_experts() -> None:
             torch.testing.assert_close(got, alone)
 
 
-def test_load_balance_without_tokens_or_of_padding_alone() -> None:
+def test_load_balance_without_valid_tokens() -> None:
     method = RoutingMethod(4, 2, "softmax")
     for n in (0, 3):
         logits = torch.full((n, 4), np.nan, requires_grad=True)
@@ -156,14 +156,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
-def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_refused_arguments_of_load_balance(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     load_balance(**given())
     with pytest.raises(error, match=f"^load_balance: {words}"):
         load_balance(**given(**changed))
 
 
 @pytest.mark.slow("seconds")
-def test_what_load_balance_refuses_in_a_graph() -> None:
+def test_refused_arguments_of_load_balance_in_a_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (5, 9):

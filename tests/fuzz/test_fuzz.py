@@ -182,7 +182,7 @@ def call(case: Case) -> Call:
 # -- The fuzzer itself -------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_different_and_repeatable() -> None:
+def test_settings_are_distinct_and_repeatable() -> None:
     found = settings(5, 60)
     assert found == settings(5, 60)
     assert found != settings(6, 60)
@@ -192,7 +192,7 @@ def test_settings_are_different_and_repeatable() -> None:
 
 @pytest.mark.slow("seconds", every=11)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_a_setting_is_one_kernel(setting: Setting) -> None:
+def test_each_setting_uses_one_kernel(setting: Setting) -> None:
     """Whatever is drawn: so few kernels are compiled for so many cases."""
     (function,) = kernels(setting)
     with recording() as recorder:
@@ -204,7 +204,7 @@ def test_a_setting_is_one_kernel(setting: Setting) -> None:
 
 @pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
+def test_the_reference_passes_and_a_saved_case_is_read_back(setting: Setting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
         check(case, cases_room.wanted(case))
         save(case, tmp_path / "kept.json")
@@ -240,7 +240,7 @@ def test_a_wrong_result_is_found(case: Case, result: int) -> None:
 
 
 @pytest.mark.parametrize("at", [(0, -1), (0, 2), (1, 2), (1, 4)])
-def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
+def test_a_write_outside_a_result_is_found(at: tuple[int, int]) -> None:
     canvas = Canvas((2, 2), 2, np.float32, HOST)
     canvas.array[...] = 1
     assert canvas.is_clean()
@@ -249,7 +249,7 @@ def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
     assert not canvas.is_clean()
 
 
-def test_files_of_cases_never_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_files_are_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzz.test_fuzz.FOLDER", tmp_path)
     for number in (1, 2, 3):
         assert free_path("topk_select") == tmp_path / f"topk_select_{number}.json"

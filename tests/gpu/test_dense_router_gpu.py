@@ -20,14 +20,14 @@ from tests.gpu.test_graphs import capture, put
 PATHS = ("dense_router", "dense_router prefill")
 
 
-def test_cublas_is_there() -> None:
+def test_cublas_is_available() -> None:
     """Without it the tests of the prefill path would be tests of the decode kernel."""
     assert gemm.why_no_cublas() is None
 
 
 @pytest.mark.parametrize("n", [65, 1025, 8192])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_logits_of_cublas_keep_their_bound(n: int, dtype: str) -> None:
+def test_cublas_logits_are_within_their_error_bound(n: int, dtype: str) -> None:
     """float32 as exactly as float32 sums are, which tf32 would miss by far; 16-bit inputs at what tensor cores do."""
     gpu = on_gpu("cupy")
     experts, hidden = 64, 4096
@@ -111,7 +111,7 @@ def test_first_use_of_a_stream_under_capture(name: str, cupy: Any) -> None:
     case.check(*(cupy.asnumpy(a) for a in out))
 
 
-def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
+def test_each_capture_has_its_own_number(cupy: Any) -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     assert scratch.capture_of(stream.ptr) == 0
     assert scratch.capture_of(0) == 0
@@ -127,7 +127,7 @@ def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_a_graph_of_slices_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_in_chunks_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
     gpu, method = on_gpu(framework), RoutingMethod(32, 5, scale=1.125)  # whose plans no other test has made
     x = (inputs.rng(132).integers(-8, 9, (70, 64)) / 8).astype(np.float32)

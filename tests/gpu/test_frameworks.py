@@ -100,7 +100,7 @@ def test_torch_tensors_without_strides_are_refused() -> None:
         topk_select(torch.zeros(4, 16, device="cuda"), 2, lengths=torch.zeros(4, device="meta", dtype=torch.int32))
 
 
-def test_the_c_exchange_api_tells_the_current_stream() -> None:
+def test_the_c_exchange_api_reports_the_current_stream() -> None:
     torch = on_gpu("torch").torch
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -128,7 +128,7 @@ class OnlyDLPack:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arrays_with_nothing_but_dlpack(name: str) -> None:
+def test_arrays_with_only_dlpack(name: str) -> None:
     cupy, case = on_gpu("cupy"), call(name)
     arrays = {key: OnlyDLPack(a) for key, a in upload(cupy, case.arrays).items()}
     case.check(*map(cupy.numpy, case(arrays)))

@@ -39,7 +39,7 @@ print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 """
 
 
-def test_xla_launches_by_itself() -> None:
+def test_xla_launches_without_a_handler() -> None:
     """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
     if on_gpu("jax").jax.__version_info__ < (0, 11):
         pytest.skip("not measured with this JAX")
@@ -90,7 +90,7 @@ def test_every_step_of_a_method(gpu: Any, name: str) -> None:
 
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_is_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
+def test_vmap_equals_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
     call, size = calls()[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
     many = {key: a if key in shared else batch({key: a}, size)[key] for key, a in call.arrays.items()}
@@ -308,7 +308,7 @@ def test_two_devices(gpu: Any) -> None:
         same_bits(jax.jit(sharded)(x, weight), dense_router(x, weight, METHOD))
 
 
-def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_errors_are_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
     jax = gpu.jax

@@ -71,7 +71,7 @@ def test_a_row_stride_beyond_31_bits(cupy: Any) -> None:
 
 
 @pytest.mark.acceptance("2**31 - 1 columns")
-def test_as_many_columns_as_an_index_counts(cupy: Any) -> None:
+def test_as_many_columns_as_an_index_can_count(cupy: Any) -> None:
     """A window at the end of the row: one block would take long for all of it."""
     columns = LIMIT - 1
     scores = cupy.zeros((1, columns), np.float16)

@@ -88,7 +88,7 @@ def test_the_table(framework: str, producer: str, how: str, op: str) -> None:
 
 @pytest.mark.parametrize("how", CONSUMERS[1:4])
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_wrong_order_would_show(framework: str, how: str) -> None:
+def test_a_wrong_order_is_detected(framework: str, how: str) -> None:
     """The same without the wait: what is read are the other values."""
     streams = Streams(framework)
     first = stream_of(streams, "side")
@@ -113,7 +113,7 @@ class Foreign(OnlyDLPack):
 
 
 @pytest.mark.parametrize(("producer", "how", "op"), [*product(PRODUCERS, ("current", "given", "handle"), OPS)])
-def test_dlpack_orders_what_nobody_else_does(producer: str, how: str, op: str) -> None:
+def test_dlpack_orders_other_frameworks(producer: str, how: str, op: str) -> None:
     """A foreign array makes our stream wait for its producer's, of which nobody here has heard."""
     streams = Streams("cupy")
     first, consumer = stream_of(streams, producer), streams.new()

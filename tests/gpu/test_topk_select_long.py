@@ -87,7 +87,7 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
-def test_more_rows_than_a_grid_is_high(cupy: Any) -> None:
+def test_more_rows_than_the_grid_limit(cupy: Any) -> None:
     rows, columns, k = 70_000, 2100, 100
     scores = cupy.random.default_rng(7).standard_normal((rows, columns), dtype=np.float32)
     few = [0, 1, 65_535, 65_536, rows - 1]

@@ -41,7 +41,7 @@ def test_logits_are_rounded_once(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("score", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("num_valid", [None, 0, 3, 7])
-def test_it_is_activation_topk_of_the_product(score: str, num_valid: int | None) -> None:
+def test_equals_activation_topk_of_the_product(score: str, num_valid: int | None) -> None:
     draw = np.random.default_rng(20261122)
     x, weight, bias = (draw.standard_normal(shape).astype(np.float32) for shape in ((7, 12), (9, 12), (9,)))
     method = RoutingMethod(9, 3, score, scale=2.0)
