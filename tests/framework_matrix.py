@@ -15,7 +15,7 @@ COLUMNS = ("PyTorch", "JAX", "CuPy", "NumPy", "other DLPack")
 
 
 class Cell(NamedTuple):
-    """What a cell says, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
+    """Text of a cell, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
 
     said: str
     tests: tuple[str, ...] = ()
@@ -247,7 +247,7 @@ BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 
 def updated(text: str) -> str:
-    """The document with today's tables."""
+    """Return the document with current tables."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"

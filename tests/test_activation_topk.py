@@ -163,7 +163,7 @@ def test_special_logits_in_every_dtype(backend: Backend, dtype: str, kind: str) 
 
 @pytest.mark.acceptance("subnormal scores are 0")
 def test_subnormal_scores_are_zero(backend: Backend) -> None:
-    """Where float32 holds a score only as subnormal, every path says 0, and so the lower index wins."""
+    """A score that is subnormal in float32 is 0 on every path, so the lower index wins."""
     steps = np.arange(64, dtype=np.float32)[None]
     for score, logits in (
         ("identity", np.float32(2.0**-140) * steps),

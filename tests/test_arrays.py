@@ -90,7 +90,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
             return self.host.__dlpack_device__()
 
     class OldDLPack(OnlyDLPack):
-        """A producer from before DLPack 1.0: it knows no max_version."""
+        """A producer from before DLPack 1.0, without max_version."""
 
         def __dlpack__(self, stream: Any = None) -> object:  # type: ignore[override]
             return self.host.__dlpack__()
@@ -108,7 +108,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
 
 
 def test_the_c_exchange_api_agrees_with_the_attributes() -> None:
-    """PyTorch is read by its attributes; its exchange API, by which other types are read, has to agree."""
+    """PyTorch tensors are read by attributes; the exchange API, used for other types, must agree."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -137,7 +137,7 @@ def test_results_outlive_the_inputs_and_share_no_memory() -> None:
 
 
 def misaligned(host: np.ndarray) -> np.ndarray:
-    """The same array at an address that is a multiple of nothing but its item size."""
+    """Return the same array at an address that is aligned only to its item size."""
     memory = np.zeros(host.nbytes + 64, np.uint8)
     shift = (-memory.ctypes.data) % 16 + host.itemsize
     array = memory[shift : shift + host.nbytes].view(host.dtype).reshape(host.shape)

@@ -169,7 +169,7 @@ def assert_one_sentence(message: str) -> None:
 def assert_refused(
     op: str, changes: dict[str, Any], error: Any, name: str, said: str, backend: Backend | None = None
 ) -> None:
-    """The call fails as it should and pre-filled results stay as they were; on CuPy arrays if the backend is a GPU."""
+    """Assert that the call raises this error and leaves results unchanged; on CuPy arrays with a GPU backend."""
     function, good = OPS[op]
     out = (TopK if op == "topk_select" else Routing)(np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32))
     arguments = {**good(), "out": out, **changes}
@@ -189,7 +189,7 @@ def assert_refused(
 
 
 def on_gpu(backend: Backend, value: Any) -> Any:
-    """NumPy arrays, also those in a tuple, as CuPy arrays of the same strides."""
+    """Return NumPy arrays, also those in a tuple, as CuPy arrays of the same strides."""
     if isinstance(value, tuple):
         moved = [on_gpu(backend, a) for a in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
@@ -271,7 +271,7 @@ def test_a_jax_tracer() -> None:
 
 
 class Impostor:
-    """A NumPy array that says, in its DLPack device and in its capsule, that it lies in CUDA memory."""
+    """A NumPy array whose DLPack device and capsule claim CUDA memory."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.host = host

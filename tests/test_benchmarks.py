@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with results of benchmarks: compare, plot, tables, on small made-up files. The measuring needs a GPU."""
+"""Comparison, plots and tables of benchmark results, on small made-up files. Measuring needs a GPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cupy-router demo`` and ``cupy-router info``, as a person in a terminal meets them."""
+"""``cupy-router demo`` and ``cupy-router info``, as seen in a terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_demo_tells_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], mo
 
 
 class FakeCupy(ModuleType):
-    """What the command line asks of CuPy, as if on an H100; its arrays are NumPy's, and it counts transfers."""
+    """The part of CuPy that the command line uses, as on an H100; arrays are NumPy's, and transfers are counted."""
 
     def __init__(self) -> None:
         super().__init__("cupy")

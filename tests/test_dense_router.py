@@ -132,7 +132,7 @@ def test_bias(backend: Backend, kind: str, path: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_kind_of_tokens(backend: Backend, value: float, dtype: str, path: str) -> None:
-    """A token with NaN has no finite logit; one with an infinity has infinite and, from opposite ones, NaN logits."""
+    """A token with NaN has no finite logit; one with infinities has infinite logits and, from opposite signs, NaN."""
     x, weight = gated(9, 36, 64, dtype)
     x[2, 5] = x[7, 63] = value
     x[7, 0] = -value

@@ -334,7 +334,7 @@ def test_inexpressible_features_are_refused_by_name(config: dict[str, Any], mess
 
 
 class Model:
-    """Callable, like the model that somebody passes instead of its configuration."""
+    """Callable, like a model passed instead of its configuration."""
 
     def __init__(self) -> None:
         self.config = MIXTRAL
@@ -364,7 +364,7 @@ def test_configurations_are_not_changed() -> None:
 
 @pytest.mark.slow("seconds")
 def test_every_configuration_class_with_experts_is_known() -> None:
-    """One that is not has to be read: what does the code of its router do?"""
+    """For a new one, read the code of its router."""
     mapping = pytest.importorskip("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     logging.getLogger("transformers").setLevel(logging.ERROR)
     served, refused, unknown = set(), {}, []

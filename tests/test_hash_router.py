@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hash_router: experts as they stand in the table; weights uniform, from given logits, or from x and weight."""
+"""hash_router: experts from the table; weights uniform, from given logits, or from x and weight."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def look_up(
 
 
 def dot_tolerance(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """What float32 accumulation may do to a weight: a random walk of roundings in the logit, of slope 1, twice."""
+    """Return the effect of float32 accumulation on a weight: a random walk of roundings in the logit, doubled."""
     terms = np.sqrt((x.astype(np.float64) ** 2) @ (weight.astype(np.float64) ** 2).T).max(-1, initial=0)
     return np.asarray(2 * np.finfo(np.float32).eps * 8 * terms)
 
@@ -233,7 +233,7 @@ BAD_IDS = [
 
 
 def way(name: str, n: int, experts: int) -> dict[str, Any]:
-    """Arguments of the four ways to call the op."""
+    """Return the arguments of one of four ways to call the op."""
     if name in ("alone", "method"):
         return {} if name == "alone" else {"method": RoutingMethod(experts, 6)}
     method = RoutingMethod(experts, 6, scale=1.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers between XLA and the kernels: on call frames that are made here, and in XLA with a recorder for a GPU."""
+"""Handlers between XLA and the kernels: on made-up call frames, and in XLA with a recorder in place of a GPU."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
 
 
 def test_plans_are_cached_by_what_they_depend_on(recorder: Any) -> None:
-    """Device and alignment among them, streams and other addresses not."""
+    """By device and alignment, but not by streams and other addresses."""
     run, out = handler("activation_topk"), results(6, 4)
     memory = np.zeros(300, np.float32)
     first = -memory.ctypes.data // 4 % 4  # the first element at a multiple of 16 bytes
@@ -199,7 +199,7 @@ def test_cuda_without_cupy_is_an_error_with_advice(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("command_buffers", [False, True])
 def test_metadata(command_buffers: bool) -> None:
-    """XLA's own version is the answer, so that no registration fails, which would take JAX's backend with it."""
+    """The answer is XLA's own version: a failing registration would break JAX's backend."""
     handle = _ffi.handler("x", lambda execution: pytest.fail("executed"), True, command_buffers)
     for version in ((0, 1), (0, 4), (1, 7)):
         xla = XLA(version=version)
@@ -211,7 +211,7 @@ def test_metadata(command_buffers: bool) -> None:
 
 
 def test_capturable_calls_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capture would take another piece of it, never to be freed."""
+    """Each capture would allocate scratch memory that is never freed."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: None)
@@ -266,7 +266,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
 
 
 def test_a_compiled_program_launches_kernels() -> None:
-    """On the CPU, where a recorder stands for a GPU: all of the way but the driver."""
+    """On the CPU with a recorder in place of a GPU: everything but the driver."""
     given = inputs.normal((70, 32)), inputs.normal((16, 32)), np.zeros((9, 4), np.int32)
     x, weight, table = jax.device_put(given, jax.devices("cpu")[0])
     routed: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by jax.grad, on the CPU: under JAX's other transformations, and where there are none."""
+"""Gradients of weights by jax.grad on the CPU: under JAX's other transformations, and results without gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
 @pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
-    """Of the weights in float64, with neither JAX nor the reference between; under jit."""
+    """Central differences of the oracle's float64 weights, without JAX or the reference; under jit."""
     case = Case("activation_topk", name, jnp.array)
     upstream = gradients.upstream_of(len(case.hosts["logits"]), case.method)
 
@@ -208,7 +208,7 @@ def test_under_other_transformations(name: str) -> None:
 
 @pytest.mark.slow("seconds")
 def test_a_jacobian_is_one_batched_backward_call() -> None:
-    """One call of the kernel for all rows of the Jacobian."""
+    """One kernel call computes all rows of the Jacobian."""
     indices = activation_topk(LOGITS, METHOD).indices
     back = jax.jit(jax.jacrev(lambda a: activation_topk(a, METHOD).weights))
     close(back(LOGITS), jax.jacrev(lambda a: twin(a, indices, METHOD))(LOGITS))
@@ -388,7 +388,7 @@ def test_stopped_gradients_are_zero() -> None:
 
 
 def test_a_custom_score_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+    """Routing works without; the backward pass reports what is missing."""
     cubic = RoutingMethod(16, 4, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))
     assert activation_topk(LOGITS, cubic).weights.shape == (6, 4)
     with pytest.raises(ValueError, match=r"ScoreFunction\('cubic'\) has no gradient: give"):

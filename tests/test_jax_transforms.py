@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -254,7 +254,7 @@ except Exception as error:
 
 @pytest.mark.slow("process")
 def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
-    """Also for another number of tokens than it was traced with."""
+    """Also with another number of tokens than at tracing."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     own = ScoreFunction("own", cuda="-x", numpy=lambda x: -x)
     expected = {
@@ -284,7 +284,7 @@ EXPORTED = {
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_gradient(kind: str) -> None:
-    """By every input, for any number of tokens."""
+    """With respect to every input, for any number of tokens."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     method, target = EXPORTED[kind]
     case = Case(kind, method, jnp.array)

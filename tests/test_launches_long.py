@@ -76,7 +76,7 @@ def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
-    """A block for each piece, and scratch memory in which the lists of pieces do not meet."""
+    """One block per piece, and scratch memory in which the lists of pieces do not overlap."""
     topk_select(Array(0x1000, (rows, 131_072)), 2048)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)

@@ -24,7 +24,7 @@ METHOD = RoutingMethod(8, 2)
 
 @pytest.mark.parametrize("name", [name for name in SMALL if isinstance(METHODS[name].score, str)])
 def test_load_balance(name: str) -> None:
-    """Counts by hand, scores as the op has them; padding counts nothing, whatever lies there."""
+    """Counts by hand, scores as in the op; padding is not counted."""
     case = Case("activation_topk", name)
     method, logit_bias = case.method, case.arrays.get("logit_bias")
     logits = case.arrays["logits"].detach()[:, : method.num_experts].float()
@@ -74,7 +74,7 @@ def test_load_balance_of_ties_and_far_logits() -> None:
     ],
 )  # fmt: skip
 def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
-    """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
+    """Its scores are the op's weights, 0 for a sum of 0; gradients of other tokens are unaffected."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -
 
 
 def test_load_balance_of_invalid_indices() -> None:
-    """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
+    """Their rows count as padding: checking them would wait for the GPU, counting them would break its context."""
     method = RoutingMethod(4, 2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     want = load_balance(logits[:1], torch.tensor([[0, 3]]), method)
@@ -111,7 +111,7 @@ def test_load_balance_without_valid_tokens() -> None:
 
 @pytest.mark.slow("seconds")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
-    """The loss of even use is 1, and the usual one of a whole layer compiles into one graph."""
+    """Even use gives loss 1, and the usual loss of a whole layer compiles into one graph."""
     torch.compiler.reset()
     method = RoutingMethod(16, 4, "softmax")
 
@@ -177,7 +177,7 @@ def test_refused_arguments_of_load_balance_in_a_graph() -> None:
 
 
 def test_load_balance_with_shared_experts() -> None:
-    """Their columns may be given or not; those of logits are as the op has them."""
+    """Their columns may be given or not; logits have the columns of the op."""
     method = RoutingMethod(8, 2, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
     indices = activation_topk(logits, method).indices

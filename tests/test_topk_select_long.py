@@ -62,7 +62,7 @@ def test_few_values(backend: Backend, planned: Planned, levels: int, order: str,
 
 
 def k_of_plans() -> Iterator[Any]:
-    """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
+    """k as large as a list holds, of sampled rows; and all but one or all scores of shorter rows."""
     for name, plan in PLANS.items():
         largest = COLUMNS if plan is None else plan.capacity
         for k in (1, *inputs.TOP_K):

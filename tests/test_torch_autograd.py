@@ -146,7 +146,7 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
 
 
 def test_a_custom_score_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+    """Routing works without; the backward pass reports what is missing."""
     x = parameter(5, 16)
     cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
     weights, _ = activation_topk(x, RoutingMethod(16, 4, cubic))

@@ -90,7 +90,7 @@ def test_repeats_agree_bitwise(gpu: Any) -> None:
 
 
 def test_gradients_after_a_slow_producer(gpu: Any) -> None:
-    """Both ways are enqueued while the producer runs; read too early, its values would be others."""
+    """Forward and backward are enqueued while the producer runs; read too early, its values would differ."""
     jax = gpu.jax
     square = gpu.array(np.eye(8192, dtype=np.float32))
     x, weight = gpu.array(inputs.normal((64, 128), seed=247)), gpu.array(inputs.normal((256, 128), seed=248))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select at the sizes of sparse attention, against a sort of the GPU's own, repeated under load and in graphs."""
+"""topk_select at the sizes of sparse attention, against CuPy's sort, repeated under load and in graphs."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: in
 @pytest.mark.acceptance("graph replay with lengths changed in place")
 @pytest.mark.parametrize(("rows", "columns", "k"), [(3, 131_072, 2048), (150, 20_000, 300)])
 def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -> None:
-    """From rows that are taken whole to rows that are sampled, and back: one plan for all."""
+    """From rows that are read whole to rows that are sampled, and back, with one plan."""
     scores = inputs.normal((rows, columns))
     on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)

@@ -19,7 +19,7 @@ small = st.integers(-8, 8).map(float)  # whose products and sums are exact
 
 
 def ints(dtype: str, highest: int) -> st.SearchStrategy[int]:
-    """Mostly valid, sometimes not: around the ends and at the limits of the dtype."""
+    """Draw mostly valid integers; the others are just outside the range or at the limits of the dtype."""
     limit = np.iinfo(dtype)
     wrong = [-1, highest + 1, int(limit.min), int(limit.max)] + ([2**31, 2**32] if dtype == "int64" else [])
     valid = st.integers(0, max(0, highest))
