@@ -40,13 +40,20 @@ def register() -> None:
     if why_not() is not None:
         return
     for op in OPS.values():
-        for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
-            # Other ops use memory of `scratch`: one piece more for each capture, never freed, and XLA captures anew
-            # whenever buffers move.
-            function = _ffi.handler(op.label, partial(run, op), on_cuda, op.single_kernel)
-            _handlers.append(function)
-            jax.ffi.register_ffi_target(target(op.name), jax.ffi.pycapsule(function), platform=platform)
+        register_op(op)
     atexit.register(_exit.wait)  # runs before JAX's own, which was registered earlier
+
+
+def register_op(op: Op) -> None:
+    """Tell XLA the targets of an op.
+
+    XLA may capture a handler in a command buffer only if it takes no memory of `scratch`: that is one piece more for
+    each capture, never freed, and XLA captures anew whenever buffers move.
+    """
+    for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
+        function = _ffi.handler(op.label, partial(run, op), on_cuda, op.single_kernel)
+        _handlers.append(function)
+        jax.ffi.register_ffi_target(target(op.name), jax.ffi.pycapsule(function), platform=platform)
 
 
 Buffer = tuple[tuple[int, ...], str]  # shape and dtype
@@ -104,7 +111,7 @@ def execute(op: Op, execution: _ffi.Execution) -> None:
 
 def _describe(op: Op, text: CallText, execution: _ffi.Execution) -> tuple[Any, Sequence[View | None], Sequence[View]]:
     names = [op.names[position] for position in text.given]
-    names += [f"out.{declared.name}" for declared in op.existing(text.options)]
+    names += [f"out.{declared.path}" for declared in op.existing(text.options)]
     if len(names) != len(execution.pointers) or len(text.given) != execution.num_inputs:
         raise RuntimeError(f"{op.label} got {len(execution.pointers)} buffers from XLA, not {', '.join(names)}")
     buffers = [

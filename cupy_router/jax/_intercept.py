@@ -46,10 +46,10 @@ def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, numb
         raise ValueError(f"{op.label}: out and stream cannot be given inside jax.jit, where both are XLA's")
     with check.named(op.label):
         views = [None if array is None else _view(op.names[i], array) for i, array in enumerate(inputs)]
-        op.check_inputs(options, views)
         for position in op.written:
             if views[position] is not None:
                 raise ValueError(f"{op.names[position]} cannot be written inside jax.jit, where arrays are immutable")
+        op.check_inputs(options, views)
         if number >= 0:
             check.integer("num_valid", number, 0, views[0].shape[0])  # type: ignore[union-attr]  # never left out
         arrays = [_value(view, array) for view, array in zip(views, inputs, strict=True) if view is not None]

@@ -97,7 +97,7 @@ def arrays_of(
     device = next(view.device for view in views if view is not None)
     results: list[View | None] = [None] * len(op.results)
     for i, result in enumerate(op.existing(options)):
-        view = out_views[i] if out_views else dense_view(f"out.{result.name}", 0, *outputs[i], device)
+        view = out_views[i] if out_views else dense_view(f"out.{result.path}", 0, *outputs[i], device)
         results[op.result_names.index(result.name)] = view
     return Arrays((*op.names, *op.result_names), (*views, *results))
 

@@ -9,10 +9,11 @@ of ops that tests go through.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from cupy_router.arrays import Output, View
 from cupy_router.method import from_text
@@ -94,6 +95,7 @@ NUM_VALID = Input("num_valid", "count", (), ("int32",))
 class Result:
     """An array that an op returns.
 
+    path: its field in what the caller gets, such as "weights", or "layout.counts" in a nested tuple.
     axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
     dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
     fill: what stands in rows from `num_valid` on.
@@ -101,12 +103,17 @@ class Result:
     differentiable: the inputs that it has a gradient with respect to.
     """
 
-    name: str
+    path: str
     axes: str
     dtype: str | Callable[[Any, Mapping[str, str]], str]
     fill: float | int = 0
     exists: Callable[[Any], bool] | None = None
     differentiable: tuple[str, ...] = ()
+
+    @cached_property
+    def name(self) -> str:
+        """The parameter of kernels: the last part of the path."""
+        return self.path.rpartition(".")[2]
 
     @cached_property
     def axis_names(self) -> tuple[str, ...]:
@@ -140,8 +147,8 @@ class Op:
     label: how its errors begin; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
-    returns: the named tuple that the caller gets. Its fields are results, or by its `NESTED` named tuples of the
-        results whose names begin with "field."; a result that does not exist is None there.
+    returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
+    nested: named tuples by the field of `returns` in which they stand; the paths of their results are "field.name".
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
         calls may be merged into one call, and one call may be cut into several.
     vmap: "merge" calls into one, "loop" over them, or "refuse".
@@ -155,6 +162,7 @@ class Op:
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
+    nested: Mapping[str, Any] = MappingProxyType({})
     rows_independent = True
     vmap = "merge"
     single_kernel = False
@@ -228,15 +236,16 @@ class Op:
         return tuple(i for i, declared in enumerate(self.inputs) if declared.written)
 
     @cached_property
-    def has_options(self) -> bool:
-        """Whether all results exist always, as fields of one flat tuple."""
-        return any(result.exists for result in self.results) or self.returns._fields != self.result_names
+    def varies(self) -> bool:
+        """Whether the form of what is returned depends on options, or is nested."""
+        paths = tuple(result.path for result in self.results)
+        return any(result.exists for result in self.results) or self.returns._fields != paths
 
     # -- Results -------------------------------------------------------------------------------------------------------
 
     def existing(self, options: Any) -> tuple[Result, ...]:
         """Return the results that these options ask for."""
-        if not self.has_options:
+        if not self.varies:
             return self.results
         return tuple(result for result in self.results if result.exists is None or result.exists(options))
 
@@ -268,25 +277,31 @@ class Op:
 
     def pack(self, options: Any, arrays: Sequence[Any]) -> Any:
         """Return what the caller gets, of the results that exist."""
-        if not self.has_options:
+        if not self.varies:
             return self.returns(*arrays)
-        found = dict(zip((result.name for result in self.existing(options)), arrays, strict=True))
-        return _packed(self.returns, "", found, frozenset(self.result_names))
+        found = dict(zip((result.path for result in self.existing(options)), arrays, strict=True))
+        return self.returns(*(self._packed(field, found) for field in self.returns._fields))
+
+    def _packed(self, field: str, found: Mapping[str, Any]) -> Any:
+        if field not in self.nested:
+            return found.get(field)
+        inner = [found.get(f"{field}.{name}") for name in self.nested[field]._fields]
+        return None if all(array is None for array in inner) else self.nested[field](*inner)
 
     def unpack(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
-        if not self.has_options:
-            if isinstance(out, tuple) and len(out) == len(self.results):
-                return out
-            count = ("one array", "two arrays")[len(self.results) - 1] if len(self.results) < 3 else "arrays"
-            raise TypeError(f"out must be a {self.returns.__name__} of {count}, got {type(out).__name__}")
-        found: dict[str, Any] = {}
-        _unpack(self.returns, "out", "", out, frozenset(self.result_names), found)
-        wanted = [result.name for result in self.existing(options)]
+        if not self.varies:
+            return tuple([array for _, array in _fields("out", self.returns, out)])
+        found = dict(_fields("out", self.returns, out))
+        for field, kind in self.nested.items():
+            inner = found.pop(field)
+            if inner is not None:
+                found |= {f"{field}.{name}": array for name, array in _fields(f"out.{field}", kind, inner)}
+        wanted = [result.path for result in self.existing(options)]
         for name, array in found.items():
             if array is not None and name not in wanted:
                 raise TypeError(f"out.{name} must be None where it is not returned, got {type(array).__name__}")
-        return tuple(found[name] for name in wanted)
+        return tuple(found.get(name) for name in wanted)
 
     # -- Arguments -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +309,7 @@ class Op:
         """Return the name of an array argument: inputs, then the existing fields of `out`."""
         if position < len(self.names):
             return self.names[position]
-        return f"out.{self.existing(options)[position - len(self.names)].name}"
+        return f"out.{self.existing(options)[position - len(self.names)].path}"
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
         """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
@@ -323,41 +338,27 @@ def _split(axes: str) -> tuple[str, ...]:
     return tuple(axes.split(", ")) if axes else ()
 
 
+def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
+    """Return names and arrays of an `out`, or of a tuple in it."""
+    if not (isinstance(out, tuple) and len(out) == len(kind._fields)):
+        count = {1: "one array", 2: "two arrays"}.get(len(kind._fields), f"{len(kind._fields)} arrays")
+        raise TypeError(f"{path} must be a {kind.__name__} of {count}, got {type(out).__name__}")
+    return zip(kind._fields, out, strict=True)
+
+
 @lru_cache(maxsize=4096)
 def _options_of(kind: Any, text: str) -> Any:
-    fields = json.loads(text)
-    return kind(**{name: _value(kind, name, value) for name, value in fields.items()})
+    nested: dict[str, Any] = {
+        name: option
+        for name, hint in get_type_hints(kind).items()
+        for option in (hint, *get_args(hint))
+        if isinstance(option, type) and issubclass(option, Options)
+    }
 
+    def value(name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        text = json.dumps(value)
+        return _options_of(nested[name], text) if name in nested else from_text(text)
 
-def _value(kind: type[Options], name: str, value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    nested = getattr(kind, "NESTED", {}).get(name)
-    text = json.dumps(value)
-    return from_text(text) if nested is None else _options_of(nested, text)
-
-
-def _packed(kind: Any, prefix: str, found: Mapping[str, Any], names: Collection[str]) -> Any:
-    if prefix and not any(name.startswith(prefix) for name in found):
-        return None
-    nested = getattr(kind, "NESTED", {})
-    return kind(
-        *(
-            _packed(nested[field], f"{prefix}{field}.", found, names) if field in nested else found.get(prefix + field)
-            for field in kind._fields
-        )
-    )
-
-
-def _unpack(kind: Any, path: str, prefix: str, out: Any, names: Collection[str], found: dict[str, Any]) -> None:
-    if out is None and prefix:
-        found |= {name: None for name in names if name.startswith(prefix)}
-        return
-    if not (isinstance(out, tuple) and len(out) == len(kind._fields)):
-        raise TypeError(f"{path} must be a {kind.__name__} of {len(kind._fields)} arrays, got {type(out).__name__}")
-    nested = getattr(kind, "NESTED", {})
-    for field, array in zip(kind._fields, out, strict=True):
-        if field in nested:
-            _unpack(nested[field], f"{path}.{field}", f"{prefix}{field}.", array, names, found)
-        else:
-            found[prefix + field] = array
+    return kind(**{name: value(name, field) for name, field in json.loads(text).items()})

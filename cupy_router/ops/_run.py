@@ -94,7 +94,7 @@ def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream:
         _mark_written(op, inputs)
     if out is not None:
         return out
-    return op.pack(options, results) if op.has_options else op.returns(*results)
+    return op.pack(options, results) if op.varies else op.returns(*results)
 
 
 def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:

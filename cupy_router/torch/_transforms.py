@@ -22,8 +22,9 @@ def concern(inputs: Sequence[Any]) -> bool:
 
 def run(op: Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
     """Return the results of a call that transforms concern."""
-    if op.written:
-        raise ValueError(f"{op.label}: {op.names[op.written[0]]} cannot be written inside torch.func")
+    for position in op.written:
+        if inputs[position] is not None:
+            raise ValueError(f"{op.label}: {op.names[position]} cannot be written inside torch.func")
     return op.pack(options, _Call.apply(op, options, number, *inputs))
 
 
