@@ -161,9 +161,9 @@ def dense_router(
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
     number, num_valid = check.split_num_valid(num_valid)
-    options = DenseOptions(resolve(method), path)
+    fields = resolve(method), path
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 # -- What a call launches ----------------------------------------------------------------------------------------------
