@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests run, and where: --backend, and --all for the slow ones. CONTRIBUTING.md tells what to run when."""
+"""Which tests run, and where: --backend, and --all for the slow ones. CONTRIBUTING.md lists what to run when."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is not for this backend, and the slow tests if they were not asked for."""
+    """Deselect tests of other backends, and slow tests unless they are asked for."""
     backend, cases = config.getoption("--backend"), Counter[tuple[str, str]]()
     everything = config.getoption("--all") or backend != "reference"
     only_slow = config.getoption("--only-slow")
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
 
 
+def pytest_collection_finish() -> None:
+    """Exclude imported and collected objects from later garbage collections: they live to the end."""
+    gc.collect()
+    gc.freeze()
+
+
 def runs_on(item: pytest.Item, backend: str, cases: Counter[tuple[str, str]]) -> bool:
     if backend != "gpu" and Path(item.path).parent.name == "gpu":
         return False
@@ -81,7 +88,7 @@ def runs_on(item: pytest.Item, backend: str, cases: Counter[tuple[str, str]]) ->
 
 
 def slow_reason(item: pytest.Item, cases: Counter[tuple[str, str]]) -> str | None:
-    """Return why a test is slow, or None if it is not, or is among the few cases of it that always run."""
+    """Return why a test is slow, or None if it is fast or one of the cases that always run."""
     for marker in item.iter_markers("slow"):
         (reason,), every = marker.args, marker.kwargs.get("every")
         assert reason in SLOW, f"{item.nodeid}: {reason} is none of {SLOW}"
@@ -118,7 +125,7 @@ def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, s
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
-    """Say last, before pytest's own closing line, how many slow tests were left out."""
+    """Print how many slow tests were left out, last before pytest's own closing line."""
     yield
     left_out = config.stash[LEFT_OUT]
     if left_out.total():

@@ -15,7 +15,7 @@ ALL_COLUMNS = 300  # of wider rows only the chosen ones and some others are trie
 
 
 def weights(logits: np.ndarray, experts: list[int], method: RoutingMethod, layer: Layer) -> np.ndarray:
-    """[rows, num_columns] float64 of the same experts for every row: smooth, never rounded."""
+    """Return float64 weights [rows, num_columns] of the same experts for every row, not rounded."""
     x = oracle.prepare(logits, method, layer.logit_bias, oracle.unrounded)
     return oracle.weigh(x, np.tile(experts, (len(x), 1)), method, layer.expert_scale, oracle.unrounded)
 
@@ -23,7 +23,7 @@ def weights(logits: np.ndarray, experts: list[int], method: RoutingMethod, layer
 def differences(
     row: np.ndarray, experts: list[int], upstream: np.ndarray, method: RoutingMethod, layer: Layer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the logits that were tried, and how the loss, the sum of weights * upstream, changes with each."""
+    """Return the tried columns of the logits and the derivative of sum(weights * upstream) with respect to each."""
     columns = np.arange(row.size)
     if row.size > ALL_COLUMNS:
         columns = np.unique([*experts, *columns[:: row.size // 20]])
@@ -44,7 +44,7 @@ def assert_right(
     layer: Layer = NO_ARRAYS,
     rtol: float = 1e-5,
 ) -> None:
-    """`got` is the gradient for logits of ordinary size, within rounding of its terms; 0 where an index is -1."""
+    """Assert that `got` is the gradient within rounding, for logits of ordinary size; 0 where an index is -1."""
     assert got.shape == logits.shape
     plain = 1.0 if layer.expert_scale is None else float(np.abs(layer.expert_scale).max())
     for r, row in enumerate(logits):
@@ -64,5 +64,5 @@ def assert_right(
 
 
 def upstream_of(n: int, method: RoutingMethod, seed: int = 70) -> np.ndarray:
-    """The gradient of some loss by the weights."""
+    """Return the gradient of a loss with respect to the weights."""
     return inputs.normal((n, method.num_columns), method.weight_dtype, seed=seed)

@@ -15,7 +15,7 @@ M = RoutingMethod
 SOFTSIGN = ScoreFunction(
     "softsign", cuda="x / (1.0f + fabsf(x))  // return in a comment makes no body", numpy=lambda x: x / (1 + np.abs(x)),
     derivative=ScoreFunction(
-        "softsign-slope", cuda="float y = 1.0f + fabsf(x);\nreturn 1.0f / (y * y);",
+        "softsign-derivative", cuda="float y = 1.0f + fabsf(x);\nreturn 1.0f / (y * y);",
         numpy=lambda x: (1 + np.abs(x)) ** -2.0,
     ),
 )  # fmt: skip
@@ -70,7 +70,7 @@ METHODS: dict[str, RoutingMethod] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The arrays of a layer beside its gate, each [num_experts] float32 or None."""
+    """Arrays of a layer besides its gate, each [num_experts] float32 or None."""
 
     bias: np.ndarray | None = None
     logit_bias: np.ndarray | None = None
@@ -81,7 +81,7 @@ class Layer:
 
 
 def layer_of(method: RoutingMethod, kind: int) -> Layer:
-    """Arrays whose sums with multiples of 1/8 are exact and so cannot be told apart by rounding; by turns."""
+    """Return arrays of multiples of 1/8, whose sums with such logits are exact; `kind` decides which are there."""
 
     def draw(low: int, high: int, seed: int) -> np.ndarray:
         return (inputs.rng(seed, method.num_experts).integers(low, high, method.num_experts) / 8).astype(np.float32)

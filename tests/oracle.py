@@ -198,11 +198,9 @@ def hash_route(
     """hash_router: a row whose token id or any expert of it does not exist gets -1 and 0."""
     (vocab_size, k), n = table.shape, token_ids.size
     num_experts = 2**31 if method is None else method.num_experts
-
-    def exists(token: int) -> bool:
-        return 0 <= token < vocab_size and all(0 <= expert < num_experts for expert in table[token].tolist())
-
-    good = np.array([r for r, token in enumerate(token_ids.tolist()) if exists(token)], np.int64)
+    known = np.flatnonzero((token_ids >= 0) & (token_ids < vocab_size))
+    rows = table[token_ids[known]]
+    good = known[((rows >= 0) & (rows < num_experts)).all(-1)]
     experts = table[token_ids[good]].astype(np.int64)
     method_of_table = method or RoutingMethod(2**31 - 1, k)
     if method is None or logits is None:
@@ -213,8 +211,8 @@ def hash_route(
     found = results(weights, experts, method_of_table)
     everywhere = Routing(*(np.empty((n, array.shape[1]), array.dtype) for array in found))
     pad(everywhere, 0)
-    for whole, rows in zip(everywhere, found, strict=True):
-        whole[good] = rows
+    for whole, part in zip(everywhere, found, strict=True):
+        whole[good] = part
     return pad(everywhere, num_valid)
 
 

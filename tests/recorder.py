@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that compiles and launches nothing: it notes what is asked of it and reads what the driver would read."""
+"""A backend that compiles and launches nothing: it records requests and reads what the driver would read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; `arguments` by the names and C types that the kernel's own text gives to its parameters."""
+    """One launch; `arguments` by the names and C types in the kernel's own text."""
 
     kernel: str
     function: str
@@ -111,12 +111,12 @@ class Recorder:
 
 
 def head(source: str) -> list[str]:
-    """The lines above the kernel file, where the macros are."""
+    """Return the lines above the kernel file, with the macros."""
     return source.partition("#line")[0].splitlines()
 
 
 def declared(source: str, function: str) -> list[tuple[str, str]]:
-    """Names and C types ("*": pointer) of a kernel's parameters, from its text but not by cupy_router's own parser."""
+    """Return names and C types ("*": pointer) of a kernel's parameters, by another parser than cupy_router's."""
     text = re.sub(r"//.*|\bconst\b|__restrict__", " ", source)
     start = re.search(rf"\bvoid\b[^;{{}}]*?\b{function}\s*\(", text)
     assert start is not None, f"no kernel {function}"
@@ -129,7 +129,7 @@ def declared(source: str, function: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def recording(kind: str = "cpu", patience: float = 0.0) -> Iterator[Recorder]:
-    """Ops on arrays of this kind of device go to a recorder, and nothing compiled before is used."""
+    """Send ops on this kind of device to a recorder, without anything compiled before."""
     recorder = Recorder(patience)
     before = compiler.BACKENDS.get(kind), compiler._functions
     compiler.BACKENDS[kind], compiler._functions = recorder, {}

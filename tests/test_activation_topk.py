@@ -53,7 +53,7 @@ def test_number_of_tokens(backend: Backend, n: int, experts: int, k: int) -> Non
     route(backend, inputs.normal((n, experts)), RoutingMethod(experts, k))
 
 
-def test_so_many_tokens_that_warps_share_blocks(backend: Backend) -> None:
+def test_many_tokens_with_several_warps_per_block(backend: Backend) -> None:
     n = backend.rows(1090, 256, exactly=True)
     route(backend, inputs.normal((n, 256), seed=29), RoutingMethod(256, 6))
 
@@ -121,7 +121,7 @@ STRUCTURES = [(8, 2), (60, 4), (256, 8), (384, 6), (1000, 31)]
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind), id=kind) for kind in inputs.LOGITS])
 @pytest.mark.parametrize("score", inputs.SCORES)
 @pytest.mark.parametrize(("experts", "k"), STRUCTURES)
-def test_what_logits_hold(backend: Backend, kind: str, score: str, experts: int, k: int) -> None:
+def test_every_kind_of_logits(backend: Backend, kind: str, score: str, experts: int, k: int) -> None:
     logits = inputs.LOGITS[kind](backend.rows(21, experts), experts)
     got = route(backend, logits, RoutingMethod(experts, k, score), exact=True)
     if kind in ("all logits equal", "logits all -100", "logits all +inf", "logits all -inf"):
@@ -133,7 +133,7 @@ def test_what_logits_hold(backend: Backend, kind: str, score: str, experts: int,
 @pytest.mark.parametrize(
     ("experts", "k", "score"), [(*shape, inputs.SCORES[i % 4]) for i, shape in enumerate(STRUCTURES)]
 )
-def test_what_the_bias_holds(backend: Backend, kind: str, logits_kind: str, experts: int, k: int, score: str) -> None:
+def test_every_kind_of_bias(backend: Backend, kind: str, logits_kind: str, experts: int, k: int, score: str) -> None:
     logits = inputs.LOGITS[logits_kind](backend.rows(21, experts), experts)
     route(backend, logits, RoutingMethod(experts, k, score), inputs.BIAS[kind](experts))
 
@@ -163,7 +163,7 @@ def test_special_logits_in_every_dtype(backend: Backend, dtype: str, kind: str) 
 
 @pytest.mark.acceptance("subnormal scores are 0")
 def test_subnormal_scores_are_zero(backend: Backend) -> None:
-    """Where float32 holds a score only as subnormal, every path says 0, and so the lower index wins."""
+    """A score that is subnormal in float32 is 0 on every path, so the lower index wins."""
     steps = np.arange(64, dtype=np.float32)[None]
     for score, logits in (
         ("identity", np.float32(2.0**-140) * steps),
@@ -185,7 +185,7 @@ def test_a_subnormal_bias_does_not_select(backend: Backend) -> None:
 
 @pytest.mark.parametrize("experts", [4, 2000])
 @pytest.mark.acceptance("subnormal scores are 0", "+0.0 and -0.0")
-def test_a_sum_with_the_bias_that_is_flushed_has_no_sign(backend: Backend, experts: int) -> None:
+def test_a_flushed_sum_with_the_bias_has_no_sign(backend: Backend, experts: int) -> None:
     """-1.5 + 1 is negative and subnormal in these units, and ties with 0 then."""
     unit = np.float32(2.0**-126)
     logits, bias = np.full((1, experts), -9, np.float32), np.zeros(experts, np.float32)
@@ -212,7 +212,7 @@ def test_small_scores_keep_their_order(backend: Backend) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("score", inputs.SCORES)
-def test_what_the_sum_gets(backend: Backend, field: dict[str, Any], score: str) -> None:
+def test_eps_and_minimum_of_the_sum(backend: Backend, field: dict[str, Any], score: str) -> None:
     logits = np.abs(inputs.normal((20, 64), seed=35))
     route(backend, logits, RoutingMethod(64, 4, score, scale=1.5, **field))
 
@@ -225,7 +225,7 @@ def test_a_sum_of_zero_gives_weights_zero(backend: Backend, field: dict[str, Any
 
 
 @pytest.mark.acceptance("one NaN")
-def test_a_chosen_nan_weighs_nan_and_spoils_nobody(backend: Backend) -> None:
+def test_a_chosen_nan_weighs_nan_and_leaves_the_others_finite(backend: Backend) -> None:
     logits = np.array([[1, np.nan, 3], [np.nan, np.nan, np.nan]], np.float32)
     got = route(backend, logits, RoutingMethod(3, 3, "identity"))
     np.testing.assert_array_equal(got.indices, [[2, 0, 1], [0, 1, 2]])
@@ -233,7 +233,7 @@ def test_a_chosen_nan_weighs_nan_and_spoils_nobody(backend: Backend) -> None:
 
 
 @pytest.mark.acceptance("logits at +-inf")
-def test_an_infinite_score_weighs_nan_and_the_others_nothing(backend: Backend) -> None:
+def test_an_infinite_score_weighs_nan_and_the_others_zero(backend: Backend) -> None:
     logits = np.array([[1, np.inf, 3], [np.inf, 1, np.inf]], np.float32)
     for score in ("identity", "sqrtsoftplus"):
         got = route(backend, logits, RoutingMethod(3, 2, score))
@@ -274,7 +274,7 @@ def test_num_valid_in_an_array_is_clamped(backend: Backend, given: int, valid: i
     route(backend, inputs.normal((33, 64)), RoutingMethod(64, 4), num_valid=count, valid_rows=valid)
 
 
-def test_padding_is_not_read_into_the_result(backend: Backend) -> None:
+def test_padding_does_not_affect_results(backend: Backend) -> None:
     logits = inputs.normal((10, 64))
     logits[6:] = np.nan
     route(backend, logits, RoutingMethod(64, 4), num_valid=6, valid_rows=6)
@@ -309,7 +309,7 @@ def test_a_misaligned_bias(backend: Backend) -> None:
 
 
 @pytest.mark.acceptance("strided rows")
-def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
+def test_reversed_rows_and_a_repeated_row(backend: Backend) -> None:
     logits = inputs.distinct(6, 64)
     for view, host in zip(
         inputs.row_views(backend.xp, backend.array(logits)), inputs.row_views(np, logits), strict=True

@@ -32,7 +32,7 @@ def dtypes_of(framework: Any) -> list[str]:
 # -- Frameworks --------------------------------------------------------------------------------------------------------
 
 
-def test_topk_select_of_every_framework(framework: Any) -> None:
+def test_topk_select_with_every_framework(framework: Any) -> None:
     for dtype in dtypes_of(framework):
         scores = inputs.normal((5, 40), dtype)
         lengths = np.array([40, 3, 0, 17, 5], np.int32)
@@ -43,7 +43,7 @@ def test_topk_select_of_every_framework(framework: Any) -> None:
         compare.assert_same_bits(framework.numpy(result.indices), want[1])
 
 
-def test_activation_topk_of_every_framework(framework: Any) -> None:
+def test_activation_topk_with_every_framework(framework: Any) -> None:
     bias = inputs.normal((16,), seed=61)
     for dtype in dtypes_of(framework):
         logits = LOGITS.astype(DTYPES[dtype])
@@ -53,7 +53,7 @@ def test_activation_topk_of_every_framework(framework: Any) -> None:
         compare.assert_routes(got, oracle.route(logits, METHOD, bias), logits, METHOD, bias)
 
 
-def test_hash_router_of_every_framework(framework: Any) -> None:
+def test_hash_router_with_every_framework(framework: Any) -> None:
     result = hash_router(framework.array(IDS), framework.array(TABLE), METHOD, logits=framework.array(LOGITS))
     assert all(isinstance(a, framework.result_type) for a in result)
     want = oracle.hash_route(IDS, TABLE, METHOD, LOGITS)
@@ -61,7 +61,7 @@ def test_hash_router_of_every_framework(framework: Any) -> None:
     compare.assert_weights_close(framework.numpy(result.weights), want.weights, 2e-6)
 
 
-def test_arrays_of_several_frameworks_give_the_first_ones() -> None:
+def test_results_belong_to_the_framework_of_the_first_array() -> None:
     torch, jax = frameworks.PyTorch(), frameworks.JAX()
     bias = inputs.normal((16,))
     assert isinstance(activation_topk(torch.array(LOGITS), METHOD, bias=bias).weights, torch.result_type)
@@ -69,7 +69,7 @@ def test_arrays_of_several_frameworks_give_the_first_ones() -> None:
     assert isinstance(hash_router(jax.array(IDS), TABLE).indices, jax.result_type)
 
 
-def test_a_tensor_that_requires_grad_is_an_input_like_any() -> None:
+def test_a_tensor_that_requires_grad_is_accepted() -> None:
     torch = frameworks.PyTorch()
     logits = torch.array(LOGITS).requires_grad_()
     result = activation_topk(logits, METHOD)
@@ -90,7 +90,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
             return self.host.__dlpack_device__()
 
     class OldDLPack(OnlyDLPack):
-        """A producer from before DLPack 1.0: it knows no max_version."""
+        """A producer from before DLPack 1.0, without max_version."""
 
         def __dlpack__(self, stream: Any = None) -> object:  # type: ignore[override]
             return self.host.__dlpack__()
@@ -107,8 +107,8 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
     np.testing.assert_array_equal(reversed_rows.indices, want[1][::-1])
 
 
-def test_the_c_exchange_api_sees_what_the_attributes_say() -> None:
-    """PyTorch is read by its attributes; its exchange API, by which other types are read, has to agree."""
+def test_the_c_exchange_api_agrees_with_the_attributes() -> None:
+    """PyTorch tensors are read by attributes; the exchange API, used for other types, must agree."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -137,7 +137,7 @@ def test_results_outlive_the_inputs_and_share_no_memory() -> None:
 
 
 def misaligned(host: np.ndarray) -> np.ndarray:
-    """The same array at an address that is a multiple of nothing but its item size."""
+    """Return the same array at an address that is aligned only to its item size."""
     memory = np.zeros(host.nbytes + 64, np.uint8)
     shift = (-memory.ctypes.data) % 16 + host.itemsize
     array = memory[shift : shift + host.nbytes].view(host.dtype).reshape(host.shape)
@@ -184,7 +184,7 @@ def test_another_layout_is_refused_with_its_strides(view: Any) -> None:
         activation_topk(array, method)
 
 
-def test_a_spread_out_vector_is_refused() -> None:
+def test_a_strided_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"bias.*strides \[2\]"):
         activation_topk(LOGITS, METHOD, bias=np.zeros(32, np.float32)[::2])
     with pytest.raises(ValueError, match=r"token_ids.*strides \[2\]"):
@@ -198,7 +198,7 @@ def outs(n: int, k: int, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarra
     return np.full((n, k), 7, dtype), np.full((n, k), 7, np.int32)
 
 
-def test_out_of_every_framework_that_may_be_written() -> None:
+def test_out_with_every_framework_that_can_be_written() -> None:
     for framework in (frameworks.NumPy(), frameworks.PyTorch()):
         out = Routing(*map(framework.array, outs(5, 3)))
         assert activation_topk(framework.array(LOGITS), METHOD, out=out) is out
@@ -221,7 +221,7 @@ def test_out_may_be_strided_and_misaligned(dtype: str) -> None:
     assert (base[:, 7:] == 7).all()
 
 
-def test_a_plain_tuple_is_enough_for_out_and_comes_back() -> None:
+def test_a_plain_tuple_as_out_is_returned() -> None:
     out = outs(5, 2)
     assert topk_select(LOGITS, 2, out=out) is out
     np.testing.assert_array_equal(out[1], oracle.topk(LOGITS, 2)[1])
@@ -246,7 +246,7 @@ def test_jax_out_is_refused() -> None:
     assert (jax.numpy(out.weights) == 7).all()
 
 
-def test_out_with_rows_on_top_of_each_other_is_refused() -> None:
+def test_out_with_overlapping_rows_is_refused() -> None:
     weights, indices = outs(5, 3)
     with pytest.raises(ValueError, match=r"out\.weights.*strides"):
         activation_topk(LOGITS, METHOD, out=Routing(np.lib.stride_tricks.as_strided(weights, (5, 3), (0, 4)), indices))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cupy-router demo`` and ``cupy-router info``, as a person in a terminal meets them."""
+"""``cupy-router demo`` and ``cupy-router info``, as seen in a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_demo_shows_tokens_words_and_load_and_its_checks_pass(capsys: pytest.Cap
     assert "FAILED" not in printed
 
 
-def test_demo_says_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_tells_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "the GPU is on holiday.")
     assert cli.main(["demo"]) == 0
     assert "the NumPy reference: the GPU is on holiday." in capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_demo_says_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], mon
 
 
 class FakeCupy(ModuleType):
-    """What the command line asks of CuPy, as if on an H100; its arrays are NumPy's, and it counts transfers."""
+    """The part of CuPy that the command line uses, as on an H100; arrays are NumPy's, and transfers are counted."""
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -164,7 +164,7 @@ def test_info_names_versions_folders_and_backend(capsys: pytest.CaptureFixture[s
     assert rows["backend"].startswith("NumPy reference: " if compiler.why_no_cuda() else "CUDA kernels")
 
 
-def test_info_answers_when_cupy_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_works_when_cupy_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # what an import finds then is an ImportError
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not installed.")
     assert cli.main(["info"]) == 0
@@ -230,7 +230,7 @@ def test_demo_in_a_wide_utf8_terminal() -> None:
 
 @pytest.mark.slow("process")
 @pytest.mark.parametrize("command", ["demo", "info"])
-def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
+def test_a_closed_pipe_gives_no_traceback(command: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "cupy_router", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -243,7 +243,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
 
 
 @pytest.mark.slow("process")
-def test_info_spells_what_the_terminal_cannot() -> None:
+def test_info_escapes_what_the_terminal_cannot_show() -> None:
     done = run("info", CUPY_CACHE_DIR="/tmp/größe", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert b"gr??e" in done.stdout

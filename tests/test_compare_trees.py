@@ -279,6 +279,7 @@ def tree_of(folder: Path, package: str = PACKAGE) -> Tree:
     return Tree("old", folder.resolve())
 
 
+@pytest.mark.slow("process")
 def test_a_turn_times_the_tree_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPY_ROUTER_LOG", "1")
     found = compare_trees.run_turn(tree_of(tmp_path), "host", True)
@@ -289,6 +290,7 @@ def test_a_turn_times_the_tree_it_is_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(compare_trees.rows_of([found, found])) == len(found["rows"])
 
 
+@pytest.mark.slow("process")
 def test_a_turn_of_another_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tree_of(tmp_path / "inner").folder))
     (tmp_path / "empty").mkdir()
@@ -296,6 +298,7 @@ def test_a_turn_of_another_package_is_refused(tmp_path: Path, monkeypatch: pytes
         compare_trees.run_turn(Tree("old", tmp_path / "empty"), "gpu", True)
 
 
+@pytest.mark.slow("process")
 def test_a_turn_that_fails_ends_the_run_with_its_message(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"(?s)a turn \(gpu\) of the old tree failed:.*no ops here"):
         compare_trees.run_turn(tree_of(tmp_path, "raise ImportError('no ops here')"), "gpu", True)

@@ -88,7 +88,7 @@ def test_experts_and_k(backend: Backend, experts: int, k: int, path: str) -> Non
 
 
 @pytest.mark.parametrize("experts", [1025, 1500])
-def test_more_experts_or_winners_than_the_fused_kernel_takes(backend: Backend, experts: int) -> None:
+def test_more_experts_or_results_than_the_fused_kernel_takes(backend: Backend, experts: int) -> None:
     route(backend, *gated(3, experts, 24), RoutingMethod(experts, 6))
     route(backend, *gated(3, 60, 24), RoutingMethod(60, 40))
 
@@ -131,8 +131,8 @@ def test_bias(backend: Backend, kind: str, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_tokens_hold(backend: Backend, value: float, dtype: str, path: str) -> None:
-    """A token with NaN has no finite logit; one with an infinity has infinite and, from opposite ones, NaN logits."""
+def test_every_kind_of_tokens(backend: Backend, value: float, dtype: str, path: str) -> None:
+    """A token with NaN has no finite logit; one with infinities has infinite logits and, from opposite signs, NaN."""
     x, weight = gated(9, 36, 64, dtype)
     x[2, 5] = x[7, 63] = value
     x[7, 0] = -value
@@ -195,7 +195,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("n", [1, 16, 17, 80])
-def test_slices_of_tokens(backend: Backend, n: int) -> None:
+def test_chunks_of_tokens(backend: Backend, n: int) -> None:
     bias = inputs.normal((32,), seed=66)
     route(backend, *gated(n, 32, 40, "bfloat16"), RoutingMethod(32, 5, scale=1.25), bias, path="prefill", row_pad=3)
 
@@ -318,7 +318,7 @@ METHOD = RoutingMethod(8, 2)
         ({"method": "no-such-model"}, ValueError, "must be the name of a preset"),
     ],
 )
-def test_what_is_refused(backend: Backend, change: dict[str, Any], error: type, words: str) -> None:
+def test_refused_arguments(backend: Backend, change: dict[str, Any], error: type, words: str) -> None:
     given = {"x": np.zeros((3, 16), np.float32), "weight": np.zeros((8, 16), np.float32), "method": METHOD} | change
     arrays = {name: backend.array(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
     with pytest.raises(error, match=words):

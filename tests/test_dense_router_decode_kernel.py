@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode kernel of dense_router by itself, in tilings of the test's choice, against the reference.
+"""The decode kernel of dense_router alone, in tilings chosen by the test, against the reference.
 
 The logits that the kernel routed by are left in its scratch memory. They are compared with float64; weights and indices
 are compared with what activation_topk's reference makes of those very logits, so that no rounding can hide an error.
@@ -33,7 +33,7 @@ FMA_BOUND, STEP_BOUND = 1e-6, 2.0**-23
 
 @dataclass(frozen=True)
 class Case:
-    """What to route and how; `pad` and `offset` in elements, as tests.backends.Backend.array has them."""
+    """What to route and how; `pad` and `offset` in elements, as in tests.backends.Backend.array."""
 
     num_experts: int = 96
     top_k: int = 6
@@ -79,7 +79,7 @@ class Run:
         return weights, indices
 
     def logits(self) -> np.ndarray:
-        """What the kernel left behind the partial sums, where those of the first slice lie."""
+        """Return the logits, which the kernel leaves after the partial sums, at the place of the first part."""
         macros, experts = self.plan.macros, self.method.num_experts
         columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
         partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
@@ -123,7 +123,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
 
 
 def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = None) -> None:
-    """`valid` is given to the kernel as a number, or what an array of its own means."""
+    """`valid` is passed as a number, or as an array."""
     number = -1 if valid is None or device_num_valid is not None else valid
     weights, indices = run(number, device_num_valid)
     logits = run.logits()
@@ -182,7 +182,7 @@ def test_tilings(backend: Backend, tiling: Tiling) -> None:
 
 @pytest.mark.parametrize(("pad", "offset", "hidden"), [(3, 1, 264), (8, 8, 264), (1, 0, 7), (0, 1, 64)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_anywhere(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
+def test_any_stride_and_offset(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
     assert_right(prepare(backend, Case(dtype=dtype, pad=pad, offset=offset, hidden=hidden)))
 
 
@@ -196,7 +196,7 @@ def test_padding(backend: Backend, tiling: Tiling | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, dtype: str) -> None:
+def test_nan_and_infinity_do_not_spread(backend: Backend, dtype: str) -> None:
     case = Case(dtype=dtype, hidden=64, num_tokens=9)
     clean = prepare(backend, case)
     want = clean()
@@ -216,7 +216,7 @@ def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, d
     compare.assert_same_bits(weights[untouched], want[0][untouched])
 
 
-def test_a_flag_left_raised_is_lowered_again(backend: Backend) -> None:
+def test_a_stale_flag_is_reset(backend: Backend) -> None:
     run = prepare(backend, Case(tiling=Tiling(8, 4, 16, 16, 4, 1)))
     run.outputs[2][3] = 1
     assert_right(run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/frameworks.md is up to date, and what it says is backed by tests that exist."""
+"""docs/frameworks.md is up to date, and every claim names tests that exist."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def test_the_document_is_up_to_date() -> None:
     assert text == framework_matrix.updated(text), "run python -m tests.framework_matrix --write"
 
 
-def test_the_readme_leads_there() -> None:
+def test_the_readme_links_to_it() -> None:
     assert "(docs/frameworks.md)" in (ROOT / "README.md").read_text()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate product: NumPy's, and cuBLAS's arguments by a stand-in that does on CPU memory what BLAS defines."""
+"""The gate GEMM: NumPy's, and the arguments of cuBLAS by a fake that computes on CPU memory what BLAS defines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def columns(address: int, kind: int, rows: int, count: int, leading: int) -> np.
 
 
 class Blas:
-    """cublasGemmEx of the one kind that is asked for, and a record of the other calls."""
+    """The one form of cublasGemmEx that is used, and a record of the other calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -64,7 +64,7 @@ class Blas:
 
 @pytest.fixture
 def blas(monkeypatch: pytest.MonkeyPatch) -> Blas:
-    """In place of the library and its handle."""
+    """Replace the library and its handle."""
     found = Blas()
     context = object.__new__(gemm._Context)
     vars(context).update(library=found, handle=99, lock=threading.RLock(), _bound=(-1, -1))
@@ -114,8 +114,8 @@ def test_arguments_of_cublas(
     assert (product.prepare(0, weight.ctypes.data) == weight.ctypes.data) == as_it_is
 
 
-def test_streams_have_workspaces_of_their_own(blas: Blas) -> None:
-    """The handle is bound again only where the stream changes; a new stream takes the workspace away, so is first."""
+def test_each_stream_has_its_own_workspace(blas: Blas) -> None:
+    """The handle is bound again only for another stream; setting a stream drops the workspace, so it comes first."""
     x, weight = exact((5, 24), 1), exact((7, 24), 2)
     product = gemm.CudaProduct(("cpu", 0), matrix("float32", x), matrix("float32", weight))
     for stream in (3, 3, 4, 3):
@@ -134,7 +134,7 @@ def test_errors_of_cublas_are_raised(blas: Blas) -> None:
         multiply(product, x, weight)
 
 
-def test_a_missing_cublas_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cublas_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
         raise ImportError("libcublas.so.12 is\nnowhere")
 

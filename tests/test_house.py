@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules: who may know whom, what a source looks like, what one op consists of."""
+"""The house rules: imports between modules, the form of sources, the parts of an op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCES = sorted(
 MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
 OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls hash_router
 
-# Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
+# Module or folder of the package -> those that it may import; `results` only names the outputs.
 MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
@@ -63,11 +63,11 @@ MAY_IMPORT = {
     "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
     "__main__": {"cli"},
 }
-ROOMS = {path.stem for path in PACKAGE.iterdir()}
+TOP_LEVEL = {path.stem for path in PACKAGE.iterdir()}
 FRAMEWORKS = {"cupy", "jax", "torch"}
 
 
-def room_of(path: Path) -> str:
+def module_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -96,30 +96,32 @@ def strings_that_name_modules(tree: ast.AST) -> Iterator[str]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            yield from (name for name in re.findall(r"cupy_router\.\w+", node.value) if name.partition(".")[2] in ROOMS)
+            yield from (
+                name for name in re.findall(r"cupy_router\.\w+", node.value) if name.partition(".")[2] in TOP_LEVEL
+            )
 
 
-def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
-    rooms = set()
+def modules_imported(tree: ast.AST, path: Path) -> set[str]:
+    modules = set()
     for name in imports(tree, path):
         first, _, rest = name.partition(".")
         if first == "cupy_router":
-            room = rest.split(".")[0]
-            rooms.add(room if room in ROOMS else "__init__")
-    return rooms - {room_of(path)}
+            module = rest.split(".")[0]
+            modules.add(module if module in TOP_LEVEL else "__init__")
+    return modules - {module_of(path)}
 
 
 def test_modules_import_only_what_they_may() -> None:
     wrong = {}
     for path in MODULES:
-        found = rooms_imported(ast.parse(path.read_text()), path) - MAY_IMPORT[room_of(path)]
+        found = modules_imported(ast.parse(path.read_text()), path) - MAY_IMPORT[module_of(path)]
         if found:
             wrong[str(path.relative_to(PACKAGE))] = found
     assert not wrong
 
 
 @pytest.mark.parametrize(
-    ("statement", "rooms"),
+    ("statement", "modules"),
     [
         ("import cupy_router.ops.topk_select", {"ops"}),
         ("from cupy_router import compiler, RoutingMethod", {"compiler", "__init__"}),
@@ -133,8 +135,8 @@ def test_modules_import_only_what_they_may() -> None:
         ("def f():\n    'See cupy_router.torch.'", set()),
     ],
 )
-def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
-    assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+def test_the_import_rule_sees_every_spelling(statement: str, modules: set[str]) -> None:
+    assert modules_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == modules
 
 
 def private_names(path: Path) -> Iterator[str]:
@@ -162,7 +164,7 @@ def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> No
     for path in MODULES:
         at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         found = {name.split(".")[0] for node in at_import for name in imports(node, path)} & FRAMEWORKS
-        found -= {path.stem.removeprefix("_") if room_of(path) == "arrays" else room_of(path)}
+        found -= {path.stem.removeprefix("_") if module_of(path) == "arrays" else module_of(path)}
         if found:
             wrong[str(path.relative_to(PACKAGE))] = found
     assert not wrong

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers between XLA and the kernels: on call frames that are made here, and in XLA with a recorder for a GPU."""
+"""Handlers between XLA and the kernels: on made-up call frames, and in XLA with a recorder in place of a GPU."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
     assert (said["starts"], said["k"], said["num_columns"]) == (0, 50, 2000)
 
 
-def test_a_plan_is_made_once_for_what_it_depends_on(recorder: Any) -> None:
-    """Device and alignment among them, streams and other addresses not."""
+def test_plans_are_cached_by_what_they_depend_on(recorder: Any) -> None:
+    """By device and alignment, but not by streams and other addresses."""
     run, out = handler("activation_topk"), results(6, 4)
     memory = np.zeros(300, np.float32)
     first = -memory.ctypes.data // 4 % 4  # the first element at a multiple of 16 bytes
@@ -122,7 +122,7 @@ def test_no_rows_launch_nothing(recorder: Any) -> None:
     assert not xla.errors
 
 
-def test_only_execution_executes(recorder: Any) -> None:
+def test_only_the_execute_stage_launches(recorder: Any) -> None:
     for stage in (0, 1, 2, 4):
         assert handler("activation_topk")(XLA().frame([LOGITS], results(6, 4), call(METHOD, 0), stage=stage)) is None
     assert not recorder.launches
@@ -160,7 +160,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_becomes_an_error_of_xla(name: str, recorder: Any) -> None:
+def test_errors_become_xla_errors(name: str, recorder: Any) -> None:
     xla, arguments, more, message = WRONG[name]
     xla.errors.clear()
     made = handler("activation_topk")(xla.frame(*arguments, **more))
@@ -171,7 +171,7 @@ def test_what_is_wrong_becomes_an_error_of_xla(name: str, recorder: Any) -> None
     assert not recorder.launches
 
 
-def test_errors_of_xla_are_passed_on_and_freed(recorder: Any) -> None:
+def test_xla_errors_are_passed_on_and_freed(recorder: Any) -> None:
     xla = XLA()
     xla.refusal = b"no stream here"
     assert handler("activation_topk")(xla.frame(*GOOD)) == 0xE1
@@ -186,7 +186,7 @@ def test_a_launch_that_fails(recorder: Any) -> None:
     assert xla.errors == [("activation_topk: OSError: the driver is gone ?", 13)]
 
 
-def test_cuda_without_cupy_gets_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_cupy_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "BACKENDS", {})
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not usable: install cupy-router[cuda12].")
     xla = XLA()
@@ -199,7 +199,7 @@ def test_cuda_without_cupy_gets_the_remedy(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("command_buffers", [False, True])
 def test_metadata(command_buffers: bool) -> None:
-    """XLA's own version is the answer, so that no registration fails, which would take JAX's backend with it."""
+    """The answer is XLA's own version: a failing registration would break JAX's backend."""
     handle = _ffi.handler("x", lambda execution: pytest.fail("executed"), True, command_buffers)
     for version in ((0, 1), (0, 4), (1, 7)):
         xla = XLA(version=version)
@@ -210,8 +210,8 @@ def test_metadata(command_buffers: bool) -> None:
         assert not xla.errors
 
 
-def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capture would take another piece of it, never to be freed."""
+def test_capturable_calls_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each capture would allocate scratch memory that is never freed."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: None)
@@ -266,7 +266,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
 
 
 def test_a_compiled_program_launches_kernels() -> None:
-    """On the CPU, where a recorder stands for a GPU: all of the way but the driver."""
+    """On the CPU with a recorder in place of a GPU: everything but the driver."""
     given = inputs.normal((70, 32)), inputs.normal((16, 32)), np.zeros((9, 4), np.int32)
     x, weight, table = jax.device_put(given, jax.devices("cpu")[0])
     routed: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by jax.grad, on the CPU: under JAX's other transformations, and where there are none."""
+"""Gradients of weights by jax.grad on the CPU: under JAX's other transformations, and results without gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -59,7 +59,7 @@ def close(got: Any, want: Any) -> None:
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
-@pytest.mark.slow("seconds", every=7)
+@pytest.mark.slow("seconds", every=17)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
@@ -69,10 +69,10 @@ def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
     case.check(found, indices)
 
 
-@pytest.mark.slow("seconds", every=4)
+@pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
-    """Of the weights in float64, with neither JAX nor the reference between; under jit."""
+    """Central differences of the oracle's float64 weights, without JAX or the reference; under jit."""
     case = Case("activation_topk", name, jnp.array)
     upstream = gradients.upstream_of(len(case.hosts["logits"]), case.method)
 
@@ -88,7 +88,7 @@ def test_gradients_are_central_differences(name: str) -> None:
     gradients.assert_right(np.asarray(got), upstream, indices, logits, case.method, case.layer)
 
 
-@pytest.mark.slow("seconds", every=7)
+@pytest.mark.slow("seconds", every=15)
 @pytest.mark.parametrize("num_valid", [4, np.int32(4), np.array([4], np.int32)], ids=["int", "scalar", "array"])
 @pytest.mark.parametrize("kind", ["activation_topk", "dense_router", "hash_router of x", "Router", "hash Router"])
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
@@ -200,15 +200,15 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow("seconds", every=5)
+@pytest.mark.slow("seconds", every=16)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_other_transformations(name: str) -> None:
     close(TRANSFORMED[name](LOGITS), jax.grad(of_twin)(LOGITS))
 
 
 @pytest.mark.slow("seconds")
-def test_jacobians_are_batches_of_the_way_back() -> None:
-    """One call of the kernel for all rows of the Jacobian."""
+def test_a_jacobian_is_one_batched_backward_call() -> None:
+    """One kernel call computes all rows of the Jacobian."""
     indices = activation_topk(LOGITS, METHOD).indices
     back = jax.jit(jax.jacrev(lambda a: activation_topk(a, METHOD).weights))
     close(back(LOGITS), jax.jacrev(lambda a: twin(a, indices, METHOD))(LOGITS))
@@ -266,13 +266,13 @@ def test_a_router_learns_as_a_pytree() -> None:
     assert step(moved, x)[0] < first
 
 
-def test_what_a_router_holds_of_numpy_is_a_constant() -> None:
+def test_numpy_arrays_in_a_router_are_constants() -> None:
     gate, x = inputs.normal((16, 8), seed=201), array(5, 8)
     got = jax.grad(lambda x: (Router(METHOD, weight=gate)(x).weights ** 2).sum())(x)
     close(got, jax.grad(lambda x: (dense_router(x, jnp.array(gate), METHOD).weights ** 2).sum())(x))
 
 
-def test_what_nobody_asks_for_is_not_computed() -> None:
+def test_unused_gradients_are_not_computed() -> None:
     x, weight, scale = array(5, 8), array(16, 8, seed=1), jnp.ones(16)
 
     def routed(x: Any, weight: Any, scale: Any) -> Any:
@@ -356,6 +356,7 @@ SECOND = {
 }
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("name", SECOND)
 def test_a_second_derivative_is_refused(name: str) -> None:
     said = "^cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
@@ -369,7 +370,7 @@ def test_forward_mode_is_refused_by_jax(forward: Any) -> None:
         forward(LOGITS)
 
 
-def test_a_selection_is_refused_by_jax_and_may_be_stopped() -> None:
+def test_topk_select_has_no_gradient_but_may_be_stopped() -> None:
     with pytest.raises(ValueError, match=r"cupy_router\.topk_select` cannot be differentiated"):
         jax.grad(lambda a: topk_select(a, 2).values.sum())(LOGITS)
     chosen = topk_select(LOGITS, 2)
@@ -386,8 +387,8 @@ def test_stopped_gradients_are_zero() -> None:
     np.testing.assert_allclose(got[:, :4], activation_topk(LOGITS, METHOD).weights)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+def test_a_custom_score_needs_a_derivative() -> None:
+    """Routing works without; the backward pass reports what is missing."""
     cubic = RoutingMethod(16, 4, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))
     assert activation_topk(LOGITS, cubic).weights.shape == (6, 4)
     with pytest.raises(ValueError, match=r"ScoreFunction\('cubic'\) has no gradient: give"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside jax.jit and its relatives, on the CPU: results are those of calls with arrays that hold values."""
+"""The ops inside jax.jit and related transformations, on the CPU: results equal those of eager calls."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 # -- jax.jit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("backend")
 def test_a_traced_call_gives_what_an_eager_call_gives(name: str, dtype: str) -> None:
-    """With --backend=simt by kernels, which read and write XLA's buffers."""
+    """With --backend=simt kernels read and write XLA's buffers."""
     call = calls(dtype)[name]
     arrays = on_cpu(call.arrays)
     same_bits(jax.jit(call.function)(**arrays), call(arrays))
@@ -52,9 +53,10 @@ def test_no_tokens(name: str) -> None:
     same_bits(result, call(on_cpu(call.arrays)))
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_of_a_method(name: str) -> None:
-    """Among them groups, scores of the caller's own, other dtypes of the results."""
+    """Including groups, custom scores and other dtypes of results."""
     method, kind = METHODS[name], list(METHODS).index(name)
     logits = inputs.distinct(5, method.num_logits)
     layer = layer_of(method, kind)
@@ -113,7 +115,7 @@ def test_a_second_call_is_not_traced_again() -> None:
 
 
 def test_calls_between_other_operations() -> None:
-    """XLA may keep what goes in and out in other layouts and fuse around the call."""
+    """XLA may choose other layouts around the call and fuse its neighbours."""
     logits = jnp.array(inputs.normal((12, 32), seed=220))
 
     @jax.jit
@@ -139,7 +141,7 @@ def test_calls_in_loops_and_branches() -> None:
 
 
 def test_donated_arguments() -> None:
-    """XLA may put another result where the input was, once the call has read it."""
+    """XLA may reuse an input's memory for another result once the call has read it."""
     for name in ("activation_topk", "dense_router", "topk_select"):
         call = CALLS[name]
         want = call(on_cpu(call.arrays))
@@ -170,7 +172,7 @@ def test_inputs_are_never_written() -> None:
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_eager_calls_are_not_traced(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays with values are read where they are, also while something else is traced."""
+    """Arrays with values are computed eagerly, also while something else is traced."""
     from cupy_router.jax import _intercept
 
     monkeypatch.setattr(_intercept, "run", lambda *arguments: pytest.fail("was traced"))
@@ -229,15 +231,15 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
+def test_errors_are_raised_while_tracing(name: str) -> None:
     function, array, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
 @pytest.mark.slow("seconds")
-def test_a_tracer_in_any_place_is_enough() -> None:
-    """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
+def test_a_tracer_in_any_argument_traces_the_call() -> None:
+    """Other arrays, of JAX, NumPy or PyTorch, become constants of the graph."""
     call = CALLS["activation_topk of a layer"]
     want = call(on_cpu(call.arrays))
     torch = pytest.importorskip("torch")
@@ -249,7 +251,7 @@ def test_a_tracer_in_any_place_is_enough() -> None:
 
 
 def test_int64_constants_keep_their_meaning() -> None:
-    """As int32 these would wrap around into token ids and experts that exist."""
+    """As int32 these would wrap around into valid token ids and experts."""
     table = np.array([[0, 1, 2, 3], [4, 5, 6, 2**32 + 7]])
     ids = np.array([0, 1, 2**32, -(2**32)])
     alone = jax.jit(lambda ids: hash_router(ids, table))(jnp.array([0, 1, 5], jnp.int32))
@@ -278,7 +280,7 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("broken"), ValueError("broken"), KeyboardInterrupt("broken")])
-def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_errors_become_jax_errors(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
     # XLA never launches so large a k by itself.

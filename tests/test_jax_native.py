@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels in XLA's programs: what is lowered for CUDA, as far as it can be seen without a GPU."""
+"""Kernels in XLA's programs: lowering for CUDA, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """XLA can, on a GPU that is not here; NVRTC compiles without one."""
+    """Pretend that XLA can launch kernels on a GPU; NVRTC compiles without one."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
     monkeypatch.setattr(_lower_ptx, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def lowered(function: Any, *arrays: Any) -> str:
-    """The program for a GPU."""
+    """Return the program lowered for a GPU."""
     return str(jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text())
 
 
@@ -63,7 +63,7 @@ def handled(program: str) -> int:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
+def test_single_kernel_calls_need_no_handler(name: str) -> None:
     call = calls()[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
@@ -81,7 +81,7 @@ def test_a_gradient_needs_no_handler() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_stays_with_handlers() -> None:
+def test_calls_that_need_a_handler() -> None:
     rows = jnp.ones((3, 2000))
     assert handled(lowered(lambda a: topk_select(a, 2), rows)) == 1, "long rows may need memory"
     assert handled(lowered(lambda a: topk_select(a, 2), jnp.ones((0, 20)))) == 1, "no rows are no grid"
@@ -100,7 +100,7 @@ def test_other_platforms_have_handlers() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_exported_programs_have_the_target_that_lasts() -> None:
+def test_exported_programs_use_the_stable_target() -> None:
     exported = jax.export.export(
         jax.jit(lambda a: activation_topk(a, METHOD)),
         platforms=["cuda"],
@@ -112,13 +112,13 @@ def test_exported_programs_have_the_target_that_lasts() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
+def test_compile_errors_are_reported_by_the_handler() -> None:
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
     program = lowered(lambda a: activation_topk(a, RoutingMethod(32, 4, wrong)), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
 
 
-def test_without_a_gpu_there_are_handlers_alone() -> None:
+def test_without_a_gpu_every_call_has_a_handler() -> None:
     if compiler.why_no_cuda() is None:
         pytest.skip("there is one")
     _lower_ptx._gpu.cache_clear()
@@ -155,7 +155,7 @@ class Gpu:
         (["9.0"], True, "1", None),
     ],
 )
-def test_one_architecture_on_which_a_trial_works(
+def test_gpus_must_share_an_architecture_that_passes_a_trial(
     capabilities: list[str], works: bool, environment: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
@@ -169,7 +169,7 @@ def test_one_architecture_on_which_a_trial_works(
 def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
     number: int, loaded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a program runs in which one GPU may wait for another."""
+    """Loaded before a program runs, in which one GPU may wait for another."""
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu("9.0", i) for i in range(number)])
     monkeypatch.setattr(_lower_ptx, "_gpu", lambda: None)
@@ -180,7 +180,7 @@ def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
 
 
 def test_a_trial_that_fails_is_no_error() -> None:
-    """Here XLA has no such call, and NVRTC perhaps no driver."""
+    """Here XLA lacks the call, and there may be no driver."""
     assert not _lower_ptx._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
 
 
@@ -217,7 +217,7 @@ CONSTANTS = {"logits": 0, "count": 7, "scale": 1.5, "stride": 2**33 + 9}
 @pytest.mark.parametrize("count", [7, -2, 2**31 - 1])
 @pytest.mark.parametrize("scale", [1.5, float("-inf"), -0.0])
 def test_parameters_become_constants(count: int, scale: float) -> None:
-    """Loads may be of a part, and into larger registers with or without the sign."""
+    """Loads may read a part of a parameter, into larger registers, signed or not."""
     text = _ptx.specialised(PTX, SIGNATURE, ("out",), CONSTANTS | {"count": count, "scale": scale})
     assert ".entry other(.param .u64 other_param_0)" in text
     assert ".entry route(.param .u64 route_param_1)" in text
@@ -251,7 +251,7 @@ def test_arguments_come_in_the_order_of_xla() -> None:
         (PTX.replace(".entry route", ".func route"), "has 0 parameters"),
     ],
 )
-def test_what_is_not_known_is_an_error(text: str, message: str) -> None:
+def test_unknown_ptx_is_an_error(text: str, message: str) -> None:
     with pytest.raises(CompileError, match=message):
         _ptx.specialised(text, SIGNATURE, ("logits", "out"), CONSTANTS)
 

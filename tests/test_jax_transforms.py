@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -94,10 +94,10 @@ def stacked(results: list[Any]) -> Any:
     return type(results[0])(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
 
 
-@pytest.mark.slow("seconds", every=9)
+@pytest.mark.slow("seconds", every=17)
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",), ("bias", "weight", "table")], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_is_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
+def test_vmap_equals_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
     """`shared` are the arrays that are the same for all; the others have a leading axis."""
     call, size = CALLS[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
@@ -153,7 +153,7 @@ def test_vmap_over_other_axes_and_nested() -> None:
 
 
 @pytest.mark.slow("seconds")
-def test_vmap_of_nothing_and_of_too_much_for_decode() -> None:
+def test_vmap_of_no_rows_and_of_too_many_for_decode() -> None:
     weight = jnp.array(CALLS["dense_router"].arrays["weight"])
     for shape in ((3, 0, 48), (0, 3, 48)):
         empty = jax.vmap(lambda x: dense_router(x, weight, METHOD))(jnp.zeros(shape))
@@ -234,7 +234,7 @@ print("done")
 
 
 @pytest.mark.slow("process")
-def test_shard_map_routes_the_tokens_of_each_device_where_they_are() -> None:
+def test_shard_map_routes_tokens_on_their_own_device() -> None:
     assert run(SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4") == "done\n"
 
 
@@ -253,8 +253,8 @@ except Exception as error:
 
 
 @pytest.mark.slow("process")
-def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -> None:
-    """Also for another number of tokens than it was traced with."""
+def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+    """Also with another number of tokens than at tracing."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     own = ScoreFunction("own", cuda="-x", numpy=lambda x: -x)
     expected = {
@@ -281,10 +281,10 @@ EXPORTED = {
 }
 
 
-@pytest.mark.slow("seconds", every=6)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_gradient(kind: str) -> None:
-    """By every input, for any number of tokens."""
+    """With respect to every input, for any number of tokens."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     method, target = EXPORTED[kind]
     case = Case(kind, method, jnp.array)
@@ -310,7 +310,7 @@ def test_an_exported_gradient(kind: str) -> None:
 
 
 @pytest.mark.slow("process")
-def test_a_compilation_cache_on_disk_does_not_mistake_methods(tmp_path: Path) -> None:
+def test_the_compilation_cache_distinguishes_methods(tmp_path: Path) -> None:
     program = """
 import sys
 import jax, jax.numpy as jnp

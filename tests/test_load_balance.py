@@ -24,7 +24,7 @@ METHOD = RoutingMethod(8, 2)
 
 @pytest.mark.parametrize("name", [name for name in SMALL if isinstance(METHODS[name].score, str)])
 def test_load_balance(name: str) -> None:
-    """Counts by hand, scores as the op has them; padding counts nothing, whatever lies there."""
+    """Counts by hand, scores as in the op; padding is not counted."""
     case = Case("activation_topk", name)
     method, logit_bias = case.method, case.arrays.get("logit_bias")
     logits = case.arrays["logits"].detach()[:, : method.num_experts].float()
@@ -52,7 +52,7 @@ def test_load_balance(name: str) -> None:
         torch.testing.assert_close(normalized, (scores / scores.sum(1, keepdim=True)).mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_its_example() -> None:
+def test_the_docstring_example() -> None:
     assert doctest.testmod(sys.modules["cupy_router.torch._load_balance"]).failed == 0
 
 
@@ -73,8 +73,8 @@ def test_load_balance_of_ties_and_far_logits() -> None:
         ("sqrtsoftplus", -np.inf), ("sqrtsoftplus", 300.0), ("softmax", -np.inf), ("softmax", np.inf), ("identity", 0),
     ],
 )  # fmt: skip
-def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float) -> None:
-    """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
+def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
+    """Its scores are the op's weights, 0 for a sum of 0; gradients of other tokens are unaffected."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float)
         assert not got[1].any()
 
 
-def test_load_balance_of_indices_that_are_no_experts() -> None:
-    """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
+def test_load_balance_of_invalid_indices() -> None:
+    """Their rows count as padding: checking them would wait for the GPU, counting them would break its context."""
     method = RoutingMethod(4, 2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     want = load_balance(logits[:1], torch.tensor([[0, 3]]), method)
@@ -101,7 +101,7 @@ def test_load_balance_of_indices_that_are_no_experts() -> None:
             torch.testing.assert_close(got, alone)
 
 
-def test_load_balance_without_tokens_or_of_padding_alone() -> None:
+def test_load_balance_without_valid_tokens() -> None:
     method = RoutingMethod(4, 2, "softmax")
     for n in (0, 3):
         logits = torch.full((n, 4), np.nan, requires_grad=True)
@@ -111,7 +111,7 @@ def test_load_balance_without_tokens_or_of_padding_alone() -> None:
 
 @pytest.mark.slow("seconds")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
-    """The loss of even use is 1, and the usual one of a whole layer compiles into one graph."""
+    """Even use gives loss 1, and the usual loss of a whole layer compiles into one graph."""
     torch.compiler.reset()
     method = RoutingMethod(16, 4, "softmax")
 
@@ -156,14 +156,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
-def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_refused_arguments_of_load_balance(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     load_balance(**given())
     with pytest.raises(error, match=f"^load_balance: {words}"):
         load_balance(**given(**changed))
 
 
 @pytest.mark.slow("seconds")
-def test_what_load_balance_refuses_in_a_graph() -> None:
+def test_refused_arguments_of_load_balance_in_a_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (5, 9):
@@ -177,7 +177,7 @@ def test_what_load_balance_refuses_in_a_graph() -> None:
 
 
 def test_load_balance_with_shared_experts() -> None:
-    """Their columns may be given or not; those of logits are as the op has them."""
+    """Their columns may be given or not; logits have the columns of the op."""
     method = RoutingMethod(8, 2, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
     indices = activation_topk(logits, method).indices

@@ -203,6 +203,7 @@ def build_by_cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     return call
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_cupy_writes_the_log_if_and_only_if_it_compiled(
     in_memory: bool, build_by_cupy: Callable[[str], tuple[bytes, bool]], monkeypatch: pytest.MonkeyPatch
@@ -219,6 +220,7 @@ for dtype in ("float32", "float16", "float32"):
 """
 
 
+@pytest.mark.backends("gpu")
 def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     if not cupy.cuda.is_available():
@@ -267,6 +269,7 @@ def test_a_call_dumps_its_kernel(recorder: Recorder, tmp_path: Path, monkeypatch
     assert len(names(folder)) == 4
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_a_dump_holds_what_nvrtc_makes_of_a_kernel(
     architecture: str, recorder: Recorder, events: list[KernelReady], tmp_path: Path
@@ -286,6 +289,7 @@ def test_a_dump_holds_what_nvrtc_makes_of_a_kernel(
     assert re.search(r"^registers +[1-9]\d* per thread$", text, re.M)
 
 
+@pytest.mark.slow("compiler")
 def test_resources_are_those_that_ptxas_names() -> None:
     cupy_of_nvrtc()
     source = """
@@ -307,11 +311,13 @@ extern "C" __global__ void last(float *x) { x[threadIdx.x] = 1; }
     assert kernel_dump.compile_for(source, "first", OPTIONS, "sm_90").resources.shared == 0
 
 
+@pytest.mark.slow("compiler")
 def test_a_dump_has_the_cubin_that_cupy_loads(build_by_cupy: Callable[[str], tuple[bytes, bool]]) -> None:
     source = compiler.expand("topk_select")
     assert kernel_dump.compile_for(source, "topk_select", OPTIONS, "sm_90").cubin == build_by_cupy(source)[0]
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.parametrize("version", nvrtc.libraries())
 def test_the_log_of_every_nvrtc_is_understood(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library, kernel = nvrtc.libraries()[version], (compiler.expand("topk_select"), "topk_select", "sm_90")

@@ -225,7 +225,7 @@ def test_presets_of_deepseek_v4() -> None:
     }
 
 
-def test_presets_belong_to_the_caller() -> None:
+def test_presets_returns_a_copy() -> None:
     presets().clear()
     assert "deepseek-v4-pro" in presets()
 

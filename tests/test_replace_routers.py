@@ -47,7 +47,7 @@ def check(rows: list[Any], variant: str | None = None) -> None:
             assert share >= 0.1, f"{step} changes only {share:.0%} of the picks, which shows little"
 
 
-@pytest.mark.slow("seconds", every=8)
+@pytest.mark.slow("seconds", every=13)
 @pytest.mark.parametrize("family", moe_configs.families())
 def test_family(family: str) -> None:
     rows = examine(family)
@@ -121,6 +121,7 @@ def test_a_wrong_method_is_noticed(
     noticed(family)
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize(
     ("family", "role"), [("glm4_moe", "bias"), ("afmoe", "bias"), ("gemma4", "expert_scale"), ("gpt_oss", "logit_bias")]
 )

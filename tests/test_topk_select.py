@@ -74,7 +74,7 @@ def kinds_of_rows() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("kind", "columns", "k", "dtype"), list(kinds_of_rows()))
-def test_what_rows_hold(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
+def test_every_kind_of_rows(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
     rows = backend.rows(4 if columns < 100_000 else 2, columns)
     select(backend, inputs.ROWS[kind](rows, columns, k, dtype), k)
 
@@ -167,7 +167,7 @@ def test_layout(backend: Backend, columns: int, dtype: str, row_pad: int, offset
 
 
 @pytest.mark.acceptance("strided rows")
-def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
+def test_reversed_rows_and_a_repeated_row(backend: Backend) -> None:
     scores = inputs.normal((6, 100))
     for view, host in zip(
         inputs.row_views(backend.xp, backend.array(scores)), inputs.row_views(np, scores), strict=True
@@ -177,11 +177,11 @@ def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
-def test_more_rows_than_a_grid_is_high(backend: Backend) -> None:
+def test_more_rows_than_the_grid_limit(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(70_000, 8, exactly=True), 8)), 3)
 
 
-def test_so_many_rows_that_warps_share_blocks(backend: Backend) -> None:
+def test_many_rows_with_several_warps_per_block(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(1090, 256, exactly=True), 256)), 8)
 
 

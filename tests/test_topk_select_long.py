@@ -42,7 +42,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind)) for kind in inputs.ROWS])
-def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str) -> None:
+def test_every_kind_of_rows(backend: Backend, planned: Planned, kind: str, name: str) -> None:
     planned(name)
     dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(PLANS).index(name)) % 3]
     if kind in inputs.BITS_OF_FLOAT32 or kind.startswith("above 65504"):
@@ -62,7 +62,7 @@ def test_few_values(backend: Backend, planned: Planned, levels: int, order: str,
 
 
 def k_of_plans() -> Iterator[Any]:
-    """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
+    """k as large as a list holds, of sampled rows; and all but one or all scores of shorter rows."""
     for name, plan in PLANS.items():
         largest = COLUMNS if plan is None else plan.capacity
         for k in (1, *inputs.TOP_K):
@@ -106,7 +106,7 @@ def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Plann
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("with_starts", [False, pytest.param(True, marks=ITEM("starts and lengths"))])
 @ITEM("lengths 0, 1, k-1, k, k+1, E, all different", "poison outside the row", "strided rows", "misaligned base")
-def test_lengths_around_all_that_plans_know(
+def test_lengths_around_the_limits_of_plans(
     backend: Backend, planned: Planned, with_starts: bool, dtype: str, name: str
 ) -> None:
     plan = planned(name)
@@ -119,7 +119,7 @@ def test_lengths_around_all_that_plans_know(
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
+def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
     """A kernel of its own up to as many columns."""
     plan = planned("one list")
     assert plan is not None
@@ -163,7 +163,7 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, nam
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: int) -> None:
+def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
     gpu = replace(tuning.DEFAULT, shared_bytes=kilobytes * 1024)
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):

@@ -69,7 +69,7 @@ def test_weights_are_the_same_with_a_gradient_and_without() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "logit_bias", "expert_scale"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
     given = {"x": parameter(5, 8), "weight": parameter(16, 8, seed=1)}
     given |= {"logit_bias": parameter(16, seed=2), "expert_scale": parameter(16, seed=3)}
     given[frozen].requires_grad_(False)
@@ -99,12 +99,12 @@ NO_GRADIENT: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_GRADIENT)
-def test_what_has_no_gradient(name: str) -> None:
+def test_results_without_a_gradient(name: str) -> None:
     assert not NO_GRADIENT[name](parameter(5, 16)).requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
+def test_no_graph_is_recorded_without_grad_mode(mode: Any) -> None:
     x, weight = parameter(5, 8), parameter(16, 8, seed=1)
     with mode():
         out = dense_router(x, weight, METHOD)
@@ -113,7 +113,7 @@ def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
     assert out.weights.grad_fn is None
 
 
-def test_out_and_a_gradient_do_not_go_together() -> None:
+def test_out_is_refused_with_a_gradient() -> None:
     x = parameter(5, 16)
     out = activation_topk(x.detach(), METHOD)
     before = out.weights.clone()
@@ -145,8 +145,8 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
             torch.autograd.grad(first.sum(), x)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+def test_a_custom_score_needs_a_derivative() -> None:
+    """Routing works without; the backward pass reports what is missing."""
     x = parameter(5, 16)
     cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
     weights, _ = activation_topk(x, RoutingMethod(16, 4, cubic))
@@ -156,7 +156,7 @@ def test_a_score_of_ones_own_needs_a_derivative() -> None:
         weights.sum().backward()
 
 
-def test_a_graph_can_be_gone_back_twice() -> None:
+def test_backward_twice_with_retain_graph() -> None:
     x = parameter(5, 8)
     weights, _ = dense_router(x, tensor(16, 8, seed=1), METHOD)
     loss = weights.square().sum()
@@ -178,7 +178,7 @@ def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_gradients_that_are_not_contiguous_come_in() -> None:
+def test_incoming_gradients_may_be_noncontiguous() -> None:
     """That of a sum is one number, repeated; that of a transpose has strides."""
     x = parameter(5, 16)
     method = RoutingMethod(16, 4, "sigmoid", renormalize=False)
@@ -200,7 +200,7 @@ def test_inputs_that_are_strided_or_not_leaves() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_arrays_of_other_frameworks_take_part() -> None:
+def test_mixed_with_other_frameworks() -> None:
     """They have no gradient themselves, also where they are strided, read-only or bfloat16."""
     import ml_dtypes
 
@@ -228,7 +228,7 @@ def test_arrays_of_other_frameworks_take_part() -> None:
     assert isinstance(results.weights, np.ndarray)
 
 
-def test_autocast_does_not_round_the_way_back() -> None:
+def test_autocast_does_not_round_gradients() -> None:
     x, weight = parameter(5, 8), parameter(16, 8, seed=1)
     method = RoutingMethod(16, 4, "softmax", logit_scale=8.0)
     want = torch.autograd.grad(dense_router(x, weight, method).weights.square().sum(), [x, weight])

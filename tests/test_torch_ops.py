@@ -107,6 +107,7 @@ def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> Non
             assert got[0].requires_grad == want[0].requires_grad
 
 
+@pytest.mark.slow("seconds", every=2)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_exports(strict: bool) -> None:
     x = arguments(6)[0]
@@ -132,7 +133,7 @@ for got, want in zip(torch.export.load(sys.argv[1]).module()(x), wanted, strict=
 
 @pytest.mark.slow("process")
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_path: Path) -> None:
+def test_an_exported_model_runs_in_another_process(strict: bool, tmp_path: Path) -> None:
     """Where other methods and Routers were made before it is loaded."""
     x, model = arguments(6)[0], Model()
     torch.export.save(torch.export.export(model, (x,), strict=strict), tmp_path / "model.pt2")
@@ -142,7 +143,7 @@ def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_layers_alike_share_one_graph() -> None:
+def test_equal_layers_share_one_graph() -> None:
     """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
     from torch._dynamo.testing import CompileCounter
 
@@ -164,7 +165,7 @@ def test_layers_alike_share_one_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
+def test_fake_tensors_have_the_right_shapes_and_dtypes(dtype: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from tests.torch_samples import samples
@@ -187,7 +188,7 @@ def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "stream"])
-def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
+def test_objects_that_a_graph_cannot_hold_are_refused(name: str) -> None:
     x = arguments(5)[0]
     given = {"out": topk_select(x, 2)} if name == "out" else {"stream": 0}
     for call in (lambda x: topk_select(x, 2, **given), lambda x: DENSE(x, **given)):
@@ -210,7 +211,7 @@ def test_equal_methods_share_a_text_and_routers_share_no_key() -> None:
         _router_op._router_of(key)
 
 
-def test_eager_calls_pass_no_dispatcher() -> None:
+def test_eager_calls_bypass_the_dispatcher() -> None:
     x, ids, count = arguments(5)
     logits = x @ WEIGHT.T
 
@@ -238,7 +239,7 @@ def test_traces_have_ops_and_no_constants() -> None:
         assert_same(tuple(traced(others)), function(others))
 
 
-def test_wrappers_of_tensors_are_named() -> None:
+def test_tensor_wrappers_are_refused_by_name() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -289,7 +290,7 @@ print(activation_topk(numpy.eye(8, dtype="float32")[:1], "mixtral").indices.toli
 
 
 @pytest.mark.slow("process")
-def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
+def test_other_frameworks_work_with_a_broken_torch() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", UNUSABLE], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -39,7 +39,7 @@ def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
     moe_models.assert_same_gradients(ours, theirs, 1e-5)
 
 
-def test_a_loss_of_the_logits_too(calls: list[str]) -> None:
+def test_a_loss_on_the_logits_as_well(calls: list[str]) -> None:
     """The model's own loss that balances the load is made of the logits that routers return."""
     model, untouched = mixtral().train(), mixtral().train()
     replace_routers(model)

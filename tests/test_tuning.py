@@ -233,7 +233,7 @@ def test_kernels_are_right_for_any_number_of_multiprocessors(backend: Backend, m
     np.testing.assert_array_equal(backend.numpy(routed.indices), want)
 
 
-@pytest.mark.skipif(compiler.why_no_cuda() is not None, reason="CUDA kernels cannot run here")
+@pytest.mark.backends("gpu")
 def test_this_machines_gpu() -> None:
     gpu = tuning.gpu_of(("cuda", 0))
     assert gpu.capability >= (7, 0)

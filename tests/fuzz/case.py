@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of an op with its arrays: how it runs on a backend, what must come out of it, how it is kept in a file."""
+"""One call of an op with its arrays: running it on a backend, checking its results, saving it to a file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of all results."""
+        """Common to all results."""
         if self.op == BACKWARD:
             return self.arrays["logits"].shape
         if self.op == "topk_select":
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def dtypes(self) -> tuple[Any, ...]:
-        """Of all results."""
+        """Common to all results."""
         if self.op == BACKWARD:
             return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def num_valid(self) -> int:
-        """How many rows are valid."""
+        """Number of valid rows."""
         if "num_valid" in self.arrays:
             return min(max(int(self.arrays["num_valid"].reshape(())), 0), self.shape[0])
         return self.options.get("num_valid", self.shape[0])
@@ -94,14 +94,14 @@ class Case:
 
 
 def arguments(case: Case, backend: Backend) -> dict[str, Any]:
-    """The op's arguments but for `out`, arrays on the backend."""
+    """Return the op's arguments except `out`, with arrays on the backend."""
     given: dict[str, Any] = {name: backend.array(a, *case.layouts.get(name, (0, 0))) for name, a in case.arrays.items()}
     given |= case.options
     return given if case.method is None else given | {"method": case.method}
 
 
 class Canvas:
-    """Memory for a result, every byte of it marked, so that what is written beside the result can be seen."""
+    """Memory for a result with every byte marked, so that writes outside the result are seen."""
 
     MARK = 0x5A
     BEFORE = 3  # elements in front of the result
@@ -119,7 +119,7 @@ class Canvas:
         return memory[self.BEFORE : self.BEFORE + rows * self.stride].reshape(rows, self.stride)[:, :width]
 
     def is_clean(self) -> bool:
-        """Whether all but the result still has its mark."""
+        """Return True if all bytes outside the result are unchanged."""
         now = self.backend.numpy(self.memory)
         beside = np.ones(now.shape, bool)
         self._result(beside)[...] = False
@@ -127,7 +127,7 @@ class Canvas:
 
 
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
-    """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
+    """Call the op on the backend and return NumPy arrays. AssertionError if it wrote outside its results."""
     given = arguments(case, backend)
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, case.plan, **given)
@@ -143,18 +143,18 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
 
 
 def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
-    """The op; `as_of_rows` and `plan` as in a case."""
+    """Call the op; `as_of_rows` and `plan` as in a case."""
     with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
         return function(op)(**given)
 
 
 def function(op: str) -> Any:
-    """The op by its name, with results that are all arrays."""
+    """Return the op of this name, with results that are all arrays."""
     return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)
 
 
 def _topk_select(*, out: Any = None, **given: Any) -> TopK | Columns:
-    """Without values, the columns alone."""
+    """Return only the columns if there are no values."""
     if given.get("return_values", True):
         return cupy_router.topk_select(**given, out=out)
     into = None if out is None else TopK(None, out.indices)
@@ -191,7 +191,7 @@ class _Chosen(AbstractContextManager[None]):
 
 
 def wanted(case: Case) -> tuple[np.ndarray, ...]:
-    """What the NumPy reference says."""
+    """Return the results of the NumPy reference."""
     arrays, method = case.arrays, case.method
     if case.op == "topk_select":
         given = arrays | case.options
@@ -211,7 +211,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
 
 
 def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
-    """AssertionError unless the results are those of the reference, bit by bit where no float is rounded."""
+    """Assert that the results are those of the reference, to the bit where no float is rounded."""
     if case.op == BACKWARD:
         assert case.method is not None
         arrays = case.arrays
@@ -252,7 +252,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
 
 
 def has_steps(case: Case) -> bool:
-    """Whether there is more to it than a score of a logit, a bias and a sum."""
+    """Return True if the method has more steps than score, bias and renormalisation."""
     if case.method is None:
         return False
     plain = {"num_experts", "top_k", "score", "renormalize", "renormalize_eps", "renormalize_min", "scale"}
@@ -287,7 +287,7 @@ def logits(case: Case) -> np.ndarray:
 
 
 def save(case: Case, path: Path) -> None:
-    """As JSON, arrays by their bytes: a failing case stays what it is, however cases are drawn later."""
+    """Write JSON with the bytes of the arrays: a saved case does not depend on how cases are drawn."""
     content = {
         "op": case.op,
         "method": None if case.method is None else _set(case.method),
@@ -311,7 +311,7 @@ def save(case: Case, path: Path) -> None:
 
 
 def _set(method: RoutingMethod) -> dict[str, Any]:
-    """The fields of a method that differ from their defaults."""
+    """Return the fields of a method that differ from their defaults."""
     return {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every op with their right answers, and kernels that keep a stream busy."""
+"""Calls of every op with expected results, and kernels that keep a stream busy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = (
 
 @cache
 def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
-    """The same shapes and dtypes for every seed, other values."""
+    """Return a call; seeds change the values, not shapes and dtypes."""
     if name.startswith("topk_select"):
         columns, k = (256, 8) if name == "topk_select" else (5000, 600)
         scores = inputs.normal((n, columns), dtype, seed=100 + seed)
@@ -101,7 +101,7 @@ def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> C
 
 
 def on_gpu(name: str) -> Any:
-    """The framework of that name with arrays on the GPU, or a skip."""
+    """Return the framework of that name with arrays on the GPU, or skip."""
     framework = frameworks.ON_GPU[name]()
     if name == "torch" and not framework.torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
@@ -113,7 +113,7 @@ def upload(framework: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def empty_out(framework: Any, result: Any) -> Any:
-    """Arrays like those of a result, for `out=`, filled with what no result holds."""
+    """Return arrays like a result for `out=`, filled with values that no result has."""
     return type(result)(*(framework.array(np.full(a.shape, 77, _dtype(a))) for a in result))
 
 
@@ -147,7 +147,7 @@ def spin(milliseconds: float, stream: Any = None) -> None:
 
 
 class Raw:
-    """A stream as its handle and nothing else."""
+    """A stream with only its handle."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -165,7 +165,7 @@ LAUNCHED_BY = ("XLA", "handlers")
 
 @contextmanager
 def launched_by(how: str, jax: Any) -> Iterator[None]:
-    """Whether XLA launches kernels by itself or calls our handlers, in all that is compiled meanwhile."""
+    """Compile with kernels launched by XLA itself, or with our handlers."""
     from cupy_router.jax import _lower_ptx, _primitive
 
     def forget() -> None:

@@ -60,7 +60,7 @@ def test_views_of_torch_tensors() -> None:
     torch = on_gpu("torch")
     scores = inputs.normal((9, 300), "bfloat16")
     tensor = torch.array(scores)
-    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element behind an aligned base
+    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element after an aligned base
     for view in (tensor[::3], tensor[:, 7:200], tensor[:1].expand(5, 300), cut, tensor.clone().requires_grad_()):
         result = topk_select(view, 12)
         want = oracle.topk(torch.numpy(view.detach().clone()), 12)
@@ -100,7 +100,7 @@ def test_torch_tensors_without_strides_are_refused() -> None:
         topk_select(torch.zeros(4, 16, device="cuda"), 2, lengths=torch.zeros(4, device="meta", dtype=torch.int32))
 
 
-def test_the_c_exchange_api_tells_the_current_stream() -> None:
+def test_the_c_exchange_api_reports_the_current_stream() -> None:
     torch = on_gpu("torch").torch
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -114,7 +114,7 @@ def test_the_c_exchange_api_tells_the_current_stream() -> None:
 
 
 class OnlyDLPack:
-    """CUDA memory of a framework that nobody knows."""
+    """CUDA memory of an unknown framework."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -128,7 +128,7 @@ class OnlyDLPack:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arrays_with_nothing_but_dlpack(name: str) -> None:
+def test_arrays_with_only_dlpack(name: str) -> None:
     cupy, case = on_gpu("cupy"), call(name)
     arrays = {key: OnlyDLPack(a) for key, a in upload(cupy, case.arrays).items()}
     case.check(*map(cupy.numpy, case(arrays)))
@@ -169,7 +169,7 @@ def deepseek() -> Any:
 
 
 def same_routing(result: Any, weights: Any, indices: Any) -> None:
-    """The same experts for every token, and their weights within 1e-6."""
+    """Assert the same experts for every token, and weights within 1e-6."""
     import torch
 
     ours, theirs = result.indices.long(), indices.long()

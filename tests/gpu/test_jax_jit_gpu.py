@@ -39,8 +39,8 @@ print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 """
 
 
-def test_xla_launches_by_itself() -> None:
-    """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
+def test_xla_launches_without_a_handler() -> None:
+    """Where XLA supports it: otherwise a fallback to handlers would go unnoticed."""
     if on_gpu("jax").jax.__version_info__ < (0, 11):
         pytest.skip("not measured with this JAX")
     assert printed(BY_ITSELF, "", "XLA") == 2
@@ -90,7 +90,7 @@ def test_every_step_of_a_method(gpu: Any, name: str) -> None:
 
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_is_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
+def test_vmap_equals_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
     call, size = calls()[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
     many = {key: a if key in shared else batch({key: a}, size)[key] for key, a in call.arrays.items()}
@@ -117,7 +117,7 @@ def test_num_valid_is_no_constant(gpu: Any) -> None:
 
 
 def test_calls_between_slow_operations(gpu: Any) -> None:
-    """Wrong order would be wrong results: what is routed is the end of a long chain, what follows reads the results."""
+    """A wrong order gives wrong results: the input ends a long chain, and later operations read the results."""
     jax = gpu.jax
     square = gpu.array(np.eye(2048, dtype=np.float32))
 
@@ -140,7 +140,7 @@ def test_calls_between_slow_operations(gpu: Any) -> None:
 
 
 def test_parts_of_arrays_at_any_offset(gpu: Any) -> None:
-    """Kernels may be chosen for buffers that begin at a multiple of 16 bytes, which is XLA's to see to."""
+    """Kernels may assume buffers at multiples of 16 bytes, which XLA guarantees."""
     jax = gpu.jax
     method = RoutingMethod(32, 4)
     logits = inputs.normal((6, 3, 33), seed=310)
@@ -235,7 +235,7 @@ print("done", len(asked))
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 @pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
 def test_with_and_without_command_buffers(flag: str, how: str) -> None:
-    """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
+    """Command buffers by XLA's choice, wherever possible, and never. Captured handlers are not called again."""
     on_gpu("jax")
     calls = printed(COMMAND_BUFFERS, flag, how)
     print(f"{flag or 'by default'}: {calls} of {30 * 19} calls passed through the handlers")
@@ -258,7 +258,7 @@ print("done", len(hits))
 
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 def test_programs_of_the_compilation_cache(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one process compiled, another loads: kernels are in it, handlers have names."""
+    """One process loads what another compiled: kernels are included, handlers have names."""
     on_gpu("jax")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -308,7 +308,7 @@ def test_two_devices(gpu: Any) -> None:
         same_bits(jax.jit(sharded)(x, weight), dense_router(x, weight, METHOD))
 
 
-def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handler_errors_are_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
     jax = gpu.jax
@@ -326,7 +326,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_a_call_costs_little_more_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
-    """The bar is 30 us until ready, which handlers miss."""
+    """The limit is 30 us until ready, which handlers exceed."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("tests beside this one take its time")
     jax = gpu.jax

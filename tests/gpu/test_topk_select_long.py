@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select at the sizes of sparse attention, against a sort of the GPU's own, repeated under load and in graphs."""
+"""topk_select at the sizes of sparse attention, against CuPy's sort, repeated under load and in graphs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
-def test_more_rows_than_a_grid_is_high(cupy: Any) -> None:
+def test_more_rows_than_the_grid_limit(cupy: Any) -> None:
     rows, columns, k = 70_000, 2100, 100
     scores = cupy.random.default_rng(7).standard_normal((rows, columns), dtype=np.float32)
     few = [0, 1, 65_535, 65_536, rows - 1]
@@ -120,7 +120,7 @@ def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: in
 @pytest.mark.acceptance("graph replay with lengths changed in place")
 @pytest.mark.parametrize(("rows", "columns", "k"), [(3, 131_072, 2048), (150, 20_000, 300)])
 def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -> None:
-    """From rows that are taken whole to rows that are sampled, and back: one plan for all."""
+    """From rows that are read whole to rows that are sampled, and back, with one plan."""
     scores = inputs.normal((rows, columns))
     on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as PyTorch's own on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
+"""The PyTorch ops on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def same(got: Any, want: Any) -> None:
 
 
 def distinct(torch: Any, seed: int) -> Any:
-    """Logits in dense rows, whose order no rounding changes."""
+    """Return dense logits whose order no rounding changes."""
     return torch.from_numpy(np.ascontiguousarray(inputs.distinct(40, 32, seed=seed))).cuda()
 
 
@@ -107,7 +107,7 @@ def kinds_of_nodes(graph: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router"])
 def test_a_captured_call_is_one_kernel(torch: Any, name: str) -> None:
-    """No copy, no memset, no event: inside a CUDA graph a call costs its kernel."""
+    """No copy, memset or event: inside a CUDA graph a call is its kernel."""
     gpu, case = on_gpu("torch"), call(name)
     arrays = upload(gpu, case.arrays)
     case(arrays)
@@ -168,8 +168,8 @@ assert route(logits).equal(torch.compile(route, fullgraph=True)(logits))
 """
 
 
-def test_code_from_inductors_cache_is_that_of_the_method(tmp_path: Path) -> None:
-    """Of two processes that differ in their method alone: the second one finds the first one's code."""
+def test_inductors_cache_distinguishes_methods(tmp_path: Path) -> None:
+    """Two processes with different methods: the second one finds the first one's code."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for dtype in ("float32", "float16"):
         program = [sys.executable, "-c", CACHED, dtype]

@@ -35,7 +35,7 @@ def cases() -> list[Case]:
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """A third normal, a third of few values, a third with NaN."""
+    """Return rows: a third normal, a third of few values, a third with NaN."""
     scores = inputs.normal((rows, columns), dtype, seed=rows)
     scores[1::3] = np.round(scores[1::3].astype(np.float32))
     scores[2::3, ::7] = np.nan
@@ -149,7 +149,7 @@ def _activation_topk() -> Iterator[Case]:
 
 
 def _steps() -> Iterator[Case]:
-    """Of routing methods; logits are so far apart that rounding decides nothing."""
+    """Cases of every step of a method; logits are so far apart that rounding decides nothing."""
     for i, method in enumerate(methods.METHODS.values()):
         rows = FEW_ROWS if method.num_experts > 1000 else ROWS
         arrays = {"logits": inputs.distinct(rows, method.num_logits)} | methods.layer_of(method, i).arguments(np.copy)

@@ -28,7 +28,7 @@ def test_agrees_with_the_oracle(data: st.DataObject, dtype: str, tokens: int, ex
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("experts", [1, 36, 256, 1000])
 def test_many_rows_and_each_row_alone(score: str, experts: int) -> None:
-    """More rows than one pass takes, in a strided array; bit by bit what each row gives alone."""
+    """More rows than one pass takes, in a strided array: each row equals that row routed alone."""
     rng = np.random.default_rng(experts)
     logits = rng.standard_normal((700_000 // experts, experts + 3)).astype(np.float32)[:, 1:-2]
     bias = rng.standard_normal(experts).astype(np.float32)

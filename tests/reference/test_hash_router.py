@@ -19,7 +19,7 @@ small = st.integers(-8, 8).map(float)  # whose products and sums are exact
 
 
 def ints(dtype: str, highest: int) -> st.SearchStrategy[int]:
-    """Mostly valid, sometimes not: around the ends and at the limits of the dtype."""
+    """Draw mostly valid integers; the others are just outside the range or at the limits of the dtype."""
     limit = np.iinfo(dtype)
     wrong = [-1, highest + 1, int(limit.min), int(limit.max)] + ([2**31, 2**32] if dtype == "int64" else [])
     valid = st.integers(0, max(0, highest))
@@ -70,14 +70,14 @@ def test_many_tokens(score: str) -> None:
         np.testing.assert_allclose(weights[r], expected[indices[r]], rtol=1.2e-7)
 
 
-def test_scale_does_not_touch_uniform_weights() -> None:
+def test_scale_does_not_change_uniform_weights() -> None:
     method = RoutingMethod(4, 2, scale=2.5)
     weights, _ = hash_router(np.array([0], np.int32), np.array([[3, 1]], np.int32), method)
     assert weights.tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("given", ["logits", "x"])
-def test_bad_rows_do_not_touch_good_ones(given: str) -> None:
+def test_invalid_rows_do_not_affect_valid_ones(given: str) -> None:
     table = np.array([[0, 1], [1, 4], [2, -1], [3, 2]], np.int64)
     token_ids = np.array([3, 1, 2, 4, -1, 2**63 - 1, 0], np.int64)
     logits = np.arange(28, dtype=np.float32).reshape(7, 4)
@@ -90,7 +90,7 @@ def test_bad_rows_do_not_touch_good_ones(given: str) -> None:
     assert not weights[1:6].any()
 
 
-def test_without_a_method_experts_are_all_that_int32_holds() -> None:
+def test_without_a_method_any_int32_is_an_expert() -> None:
     table = np.array([[0, 2**31 - 1], [0, 2**31], [2**32, 0]], np.int64)
     weights, indices = hash_router(np.arange(3, dtype=np.int32), table)
     assert indices.tolist() == [[0, 2**31 - 1], [-1, -1], [-1, -1]]

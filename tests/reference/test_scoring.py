@@ -68,7 +68,7 @@ def test_scores_at_their_limits(score: str, logit: float, expected: float) -> No
         ([3e38, -3e38], [1, 0]),
     ],
 )
-def test_softmax_of_unruly_rows(logits: list[float], expected: list[float]) -> None:
+def test_softmax_with_nan_and_infinity(logits: list[float], expected: list[float]) -> None:
     got = score_logits(np.array([logits], np.float32), RoutingMethod(len(logits), 1, "softmax"))
     np.testing.assert_array_equal(got, np.array([expected], np.float32))
 
