@@ -99,6 +99,9 @@ class TallyOp(Op):
     rows_independent = False
     vmap = "loop"
 
+    def example(self) -> TallyOptions:
+        return TallyOptions(3, 5, True)
+
     def sizes(self, options: TallyOptions) -> dict[str, int]:
         return {"num_experts": options.num_experts}
 

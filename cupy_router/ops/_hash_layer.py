@@ -41,6 +41,9 @@ class HashLayer(Op):
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
 
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
+
     def sizes(self, options: MethodOptions) -> Mapping[str, int]:
         return hash_router.OP.sizes(HashOptions(options.method))
 

@@ -9,6 +9,7 @@ of ops that tests go through.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -50,7 +51,9 @@ def _as_json(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
+    if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
         return f'"{value}"'
@@ -186,6 +189,10 @@ class Op:
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
+        raise NotImplementedError
+
+    def example(self) -> Any:
+        """Return options with which the tests that all ops share call this op."""
         raise NotImplementedError
 
     def max_rows(self, options: Any) -> int | None:

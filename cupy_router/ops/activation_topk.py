@@ -48,6 +48,9 @@ class ActivationTopK(Op):
     returns = Routing
     single_kernel = True
 
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
+
     def sizes(self, options: MethodOptions) -> dict[str, int]:
         return method_sizes(options.method)
 

@@ -75,6 +75,9 @@ class ActivationTopKBackward(Op):
     returns = LogitsGradient
     single_kernel = True
 
+    def example(self) -> BackwardOptions:
+        return BackwardOptions(RoutingMethod(8, 2), None, True)
+
     def sizes(self, options: BackwardOptions) -> dict[str, int]:
         return method_sizes(options.method)
 

@@ -63,6 +63,9 @@ class DenseRouter(Op):
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
 
+    def example(self) -> DenseOptions:
+        return DenseOptions(RoutingMethod(8, 2), None)
+
     def sizes(self, options: DenseOptions) -> dict[str, int]:
         return method_sizes(options.method)
 

@@ -62,6 +62,9 @@ class HashRouter(Op):
     returns = Routing
     single_kernel = True
 
+    def example(self) -> HashOptions:
+        return HashOptions(None)
+
     def sizes(self, options: HashOptions) -> dict[str, int]:
         return {} if options.method is None else {"top_k": options.method.top_k} | method_sizes(options.method)
 

@@ -55,6 +55,9 @@ class TopKSelect(Op):
     )
     returns = TopK
 
+    def example(self) -> TopKOptions:
+        return TopKOptions(3)
+
     def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
         return {"k": options.k}
 
