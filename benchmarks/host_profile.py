@@ -92,11 +92,11 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
         (OURS, "kernel files looked at (a checkout only)"): compiler.changed,
     }
     activation_topk(logits, RoutingMethod(256, 6), bias=bias, out=out)
-    key, plan = list(_cached._calls.items())[-1]
+    key, plan = list(_cached.calls.items())[-1]
     launch = plan.launch
     if launch is not None:
         pointers = [logits.data_ptr(), bias.data_ptr(), 0, 0, 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
-        parts[OURS, "plan looked up"] = lambda: _cached._calls.get(key)
+        parts[OURS, "plan looked up"] = lambda: _cached.calls.get(key)
         parts[OURS, "arguments packed, kernel launched"] = lambda: launch(stream, pointers)
         parts[OURS, "device checked"] = lambda: launch.function.backend.use(0)
     return parts

@@ -99,6 +99,9 @@ class TallyOp(Op):
     rows_independent = False
     vmap = "loop"
 
+    def example(self) -> TallyOptions:
+        return TallyOptions(3, 5, True)
+
     def sizes(self, options: TallyOptions) -> dict[str, int]:
         return {"num_experts": options.num_experts}
 
@@ -158,5 +161,5 @@ def tally(
 ) -> Tally:  # fmt: skip
     """Count ids, order their pairs by id, and copy a payload."""
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
-    options = TallyOptions(num_experts, capacity, with_order)
-    return run(OP, options, (ids, payload, load, count), out, stream, number)  # type: ignore[no-any-return]
+    fields = num_experts, capacity, with_order
+    return run(OP, fields, (ids, payload, load, count), out, stream, number)  # type: ignore[no-any-return]

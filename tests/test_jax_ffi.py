@@ -55,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     from cupy_router.ops import _cached
 
     monkeypatch.setattr(scratch, "relaxed", nullcontext)
-    monkeypatch.setattr(_cached, "_calls", {})
+    monkeypatch.setattr(_cached, "calls", {})
     with recording("cuda") as recorder:
         yield recorder
 

@@ -130,11 +130,11 @@ def test_without_a_gpu_every_call_has_a_handler() -> None:
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cached, "_calls", {"stale": None})
+    monkeypatch.setattr(_cached, "calls", {"stale": None})
     monkeypatch.setattr(compiler, "WATCHING", True)
     monkeypatch.setattr(compiler, "changed", lambda: True)
     assert launched(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
-    assert not _cached._calls
+    assert not _cached.calls
 
 
 # -- Whether it works --------------------------------------------------------------------------------------------------

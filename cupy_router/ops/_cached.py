@@ -63,28 +63,24 @@ class CachedCall(NamedTuple):
     allocate: Allocator  # the results
     work: Work | None  # None: there is nothing to do
     absent: tuple[int, ...]  # positions of the results that these options do not ask for
+    pack: Callable[..., Any]  # from existing results to what the caller gets
 
 
 _MAX_CALLS = 4096
-_calls: dict[Hashable, CachedCall] = {}
-
-
-def lookup(key: Hashable) -> CachedCall | None:
-    """Return the cached call of a key."""
-    return _calls.get(key)
+calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at
 
 
 def keep(key: Hashable, call: CachedCall) -> CachedCall:
     """Add a call to the cache."""
-    if len(_calls) >= _MAX_CALLS:
-        _calls.clear()
-    _calls[key] = call
+    if len(calls) >= _MAX_CALLS:
+        calls.clear()
+    calls[key] = call
     return call
 
 
 def forget() -> None:
     """Empty the cache, because kernel files have changed."""
-    _calls.clear()
+    calls.clear()
 
 
 # -- From arrays to work -----------------------------------------------------------------------------------------------
@@ -162,7 +158,7 @@ def work_for(
     """
     if compiler.WATCHING and compiler.changed():
         forget()
-    call = _calls.get(key)
+    call = calls.get(key)
     if call is None:
         options, views, out_views = describe()
         op.check_inputs(options, views)
@@ -176,7 +172,7 @@ def work_for(
         else:
             with scratch.relaxed() if kind == "cuda" else nullcontext():  # others may be capturing the stream
                 work = work_of(op, options, arrays, views)
-        call = keep(key, CachedCall(0, _no_allocation, work, ()))
+        call = keep(key, CachedCall(0, _no_allocation, work, (), op.returns))
     return call.work
 
 

@@ -41,6 +41,9 @@ class HashLayer(Op):
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
 
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
+
     def sizes(self, options: MethodOptions) -> Mapping[str, int]:
         return hash_router.OP.sizes(HashOptions(options.method))
 
@@ -82,7 +85,7 @@ def hash_layer(
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    return run(OP, MethodOptions(method), inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, (method,), inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:

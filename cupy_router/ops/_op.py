@@ -9,6 +9,7 @@ of ops that tests go through.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -50,7 +51,9 @@ def _as_json(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
+    if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
         return f'"{value}"'
@@ -188,6 +191,10 @@ class Op:
         """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
         raise NotImplementedError
 
+    def example(self) -> Any:
+        """Return options with which the tests that all ops share call this op."""
+        raise NotImplementedError
+
     def max_rows(self, options: Any) -> int | None:
         """Return the largest number of rows that merged calls may have; None: any."""
         return None
@@ -204,42 +211,25 @@ class Op:
 
     # -- Derived once --------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Names of the inputs."""
-        return tuple(declared.name for declared in self.inputs)
+    names: tuple[str, ...]  # of the inputs
+    result_names: tuple[str, ...]  # of all results, also of those that exist for some options only
+    by_row: frozenset[str]  # names of the inputs with an entry for each row
+    takes_number: bool  # num_valid may be given; then kernels have an int parameter `num_valid_value`
+    differentiable: tuple[int, ...]  # positions of the inputs that a result has a gradient with respect to
+    written: tuple[int, ...]  # positions of the inputs that the op writes into
+    varies: bool  # some results exist for some options only
+    num_fields: int  # number of arrays in a flat `out`; -1 if it is nested
 
-    @cached_property
-    def result_names(self) -> tuple[str, ...]:
-        """Names of all results, also of those that exist for some options only."""
-        return tuple(result.name for result in self.results)
-
-    @cached_property
-    def by_row(self) -> frozenset[str]:
-        """Names of the inputs with an entry for each row."""
-        return frozenset(declared.name for declared in self.inputs if declared.kind == "row")
-
-    @cached_property
-    def takes_number(self) -> bool:
-        """Whether `num_valid` may be given: then kernels have an int parameter `num_valid_value`."""
-        return any(declared.kind == "count" for declared in self.inputs)
-
-    @cached_property
-    def differentiable(self) -> tuple[int, ...]:
-        """Positions of the inputs that a result has a gradient with respect to."""
-        names = {name for result in self.results for name in result.differentiable}
-        return tuple(i for i, name in enumerate(self.names) if name in names)
-
-    @cached_property
-    def written(self) -> tuple[int, ...]:
-        """Positions of the inputs that the op writes into."""
-        return tuple(i for i, declared in enumerate(self.inputs) if declared.written)
-
-    @cached_property
-    def varies(self) -> bool:
-        """Whether the form of what is returned depends on options, or is nested."""
-        paths = tuple(result.path for result in self.results)
-        return any(result.exists for result in self.results) or self.returns._fields != paths
+    def __init__(self) -> None:
+        smooth = {name for result in self.results for name in result.differentiable}
+        self.names = tuple(declared.name for declared in self.inputs)
+        self.result_names = tuple(result.name for result in self.results)
+        self.by_row = frozenset(declared.name for declared in self.inputs if declared.kind == "row")
+        self.takes_number = any(declared.kind == "count" for declared in self.inputs)
+        self.differentiable = tuple(i for i, name in enumerate(self.names) if name in smooth)
+        self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
+        self.varies = any(result.exists for result in self.results)
+        self.num_fields = -1 if self.nested else len(self.results)
 
     # -- Results -------------------------------------------------------------------------------------------------------
 
@@ -275,33 +265,50 @@ class Op:
             options, [view and view.shape for view in views], [None if view is None else view.dtype for view in views]
         )
 
+    def packer(self, options: Any) -> Callable[..., Any]:
+        """Return a function from the existing results to what the caller gets."""
+        existing = self.existing(options)
+        if existing == self.results and not self.nested:
+            return self.returns  # type: ignore[no-any-return]  # a named tuple
+        paths = [result.path for result in existing]
+
+        def field(name: str, found: Mapping[str, Any]) -> Any:
+            if name not in self.nested:
+                return found.get(name)
+            inner = [found.get(f"{name}.{part}") for part in self.nested[name]._fields]
+            return None if all(array is None for array in inner) else self.nested[name](*inner)
+
+        def pack(*arrays: Any) -> Any:
+            found = dict(zip(paths, arrays, strict=True))
+            return self.returns(*(field(name, found) for name in self.returns._fields))
+
+        return pack
+
     def pack(self, options: Any, arrays: Sequence[Any]) -> Any:
         """Return what the caller gets, of the results that exist."""
-        if not self.varies:
-            return self.returns(*arrays)
-        found = dict(zip((result.path for result in self.existing(options)), arrays, strict=True))
-        return self.returns(*(self._packed(field, found) for field in self.returns._fields))
+        return self.packer(options)(*arrays)
 
-    def _packed(self, field: str, found: Mapping[str, Any]) -> Any:
-        if field not in self.nested:
-            return found.get(field)
-        inner = [found.get(f"{field}.{name}") for name in self.nested[field]._fields]
-        return None if all(array is None for array in inner) else self.nested[field](*inner)
-
-    def unpack(self, options: Any, out: Any) -> tuple[Any, ...]:
+    def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
-        if not self.varies:
-            return tuple([array for _, array in _fields("out", self.returns, out)])
+        if isinstance(out, tuple) and len(out) == self.num_fields:  # the usual form
+            if not self.varies:
+                return out
+            if type(None) not in map(type, out) and _all_exist(self, options):
+                return out
         found = dict(_fields("out", self.returns, out))
-        for field, kind in self.nested.items():
-            inner = found.pop(field)
+        for name, kind in self.nested.items():
+            inner = found.pop(name)
             if inner is not None:
-                found |= {f"{field}.{name}": array for name, array in _fields(f"out.{field}", kind, inner)}
-        wanted = [result.path for result in self.existing(options)]
-        for name, array in found.items():
-            if array is not None and name not in wanted:
-                raise TypeError(f"out.{name} must be None where it is not returned, got {type(array).__name__}")
-        return tuple(found.get(name) for name in wanted)
+                found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", kind, inner)}
+        wanted = [result.path for result in self.existing(self.as_options(options))]
+        for path, array in found.items():
+            if array is not None and path not in wanted:
+                raise TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}")
+        return tuple(found.get(path) for path in wanted)
+
+    def as_options(self, options: Any) -> Any:
+        """Return options, given as such or by their fields."""
+        return self.options(*options) if type(options) is tuple else options
 
     # -- Arguments -----------------------------------------------------------------------------------------------------
 
@@ -309,7 +316,7 @@ class Op:
         """Return the name of an array argument: inputs, then the existing fields of `out`."""
         if position < len(self.names):
             return self.names[position]
-        return f"out.{self.existing(options)[position - len(self.names)].path}"
+        return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
         """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
@@ -344,6 +351,12 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
         count = {1: "one array", 2: "two arrays"}.get(len(kind._fields), f"{len(kind._fields)} arrays")
         raise TypeError(f"{path} must be a {kind.__name__} of {count}, got {type(out).__name__}")
     return zip(kind._fields, out, strict=True)
+
+
+@lru_cache(maxsize=4096)
+def _all_exist(op: Op, options: Any) -> bool:
+    """Return whether all results of an op exist, for options or their fields."""
+    return len(op.existing(op.as_options(options))) == len(op.results)
 
 
 @lru_cache(maxsize=4096)

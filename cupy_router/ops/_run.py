@@ -45,37 +45,32 @@ class Interceptor(Protocol):
 interceptors: list[Interceptor] = []
 
 
-def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1) -> Any:
-    """Return the results of one call of an op; `number` is num_valid as an int, -1 for all rows."""
-    for interceptor in interceptors:
-        if interceptor.wants(op, inputs):
-            return interceptor.run(op, options, inputs, out, stream, number)
-    if type(inputs[0]) not in FRAMEWORKS and _becomes_known(inputs[0]):
-        return run(op, options, inputs, out, stream, number)  # its framework may have brought an interceptor
-    return run_eagerly(op, options, inputs, out, stream, number)
+def run(
+    op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1, eager: bool = False
+) -> Any:
+    """Return the results of one call of an op.
 
-
-def _becomes_known(array: Any) -> bool:
-    """Look up the framework of a type that was not seen before; False if it is no array, which the call then says."""
-    try:
-        framework_of("", array)
-    except TypeError:
-        return False
-    return True
-
-
-def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int = -1) -> Any:
-    """Return the results of a call that is neither traced nor differentiated."""
+    options: or the tuple of their fields, from which they are made when somebody needs them.
+    number: num_valid as an int, -1 for all rows.
+    eager: the call is neither traced nor differentiated.
+    """
+    if not eager:
+        for interceptor in interceptors:
+            if interceptor.wants(op, inputs):
+                return interceptor.run(op, op.as_options(options), inputs, out, stream, number)
+    first = inputs[0]
+    framework = FRAMEWORKS.get(type(first))
+    if framework is None:  # the first array of its type
+        with check.named(op.label):
+            framework_of(op.names[0], first)
+        return run(op, options, inputs, out, stream, number, eager)  # its framework may have brought an interceptor
     try:
         if compiler.WATCHING and compiler.changed():
             _cached.forget()
-        first = inputs[0]
-        framework = FRAMEWORKS.get(type(first)) or framework_of(op.names[0], first)
-        outs = () if out is None else op.unpack(options, out)
+        outs = () if out is None else op.flatten(options, out)
         current = framework.current_stream(first)
-        handle = stream_handle(stream) if stream is not None else current or 0
-        results: Sequence[Any] | None
-        if current is None:
+        handle = current if stream is None else stream_handle(stream)
+        if current is None or handle is None:
             results = _run_on_host(op, options, inputs, outs, framework, number)
         elif handle == current:
             results = _run_on_device(op, options, inputs, outs, framework, current, number, [])
@@ -89,12 +84,15 @@ def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream:
     except ValueError as error:
         raise ValueError(f"{op.label}: {error}") from error
     if results is None:
-        return _run_traced(op, options, inputs, out, stream, number)
+        return _run_traced(op, op.as_options(options), inputs, out, stream, number)
     if op.written:
         _mark_written(op, inputs)
-    if out is not None:
-        return out
-    return op.pack(options, results) if op.varies else op.returns(*results)
+    return results if out is None else out
+
+
+def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], number: int = -1) -> Any:
+    """Return the results of a call that is neither traced nor differentiated, on the current stream."""
+    return run(op, options, inputs, None, None, number, eager=True)
 
 
 def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
@@ -120,7 +118,8 @@ def _run_on_device(
     stream: int,
     number: int,
     owners: list[object],
-) -> Sequence[Any] | None:
+) -> Any:
+    """Return what the caller gets, or anything if it gave its own results; None if an array has no memory."""
     key: list[Hashable] = [op.name, options, framework]
     pointers: list[int] = []
     for array in (*inputs, *outs) if outs else inputs:
@@ -137,13 +136,13 @@ def _run_on_device(
             key.append(facts)
             pointers.append(pointer)
     known = tuple(key)
-    call = _cached.lookup(known)
+    call = _cached.calls.get(known)
     if call is None:
         made = _prepare(op, options, inputs, outs, framework, stream)
         if made is None:
             return None
         call = _cached.keep(known, made)
-    num_rows, allocate, work, absent = call
+    num_rows, allocate, work, absent, pack = call
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
 
@@ -156,9 +155,11 @@ def _run_on_device(
         work(stream, pointers)
         if owners or in_flight:
             keep_until_done(owners, stream, work.function.device)
-    if framework.delivers and not outs:
-        return tuple(framework.deliver(array, inputs[0]) for array in results)
-    return results
+    if outs:
+        return results
+    if framework.delivers:
+        results = tuple(framework.deliver(array, inputs[0]) for array in results)
+    return pack(*results)
 
 
 def _prepare(
@@ -168,20 +169,23 @@ def _prepare(
     checked = _checked(op, options, inputs, outs, stream)
     if checked is None:
         return None
+    options = op.as_options(options)
     views, out_views, outputs = checked
     allocate: Allocator = framework.allocator(outputs, inputs[0])
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
-    wanted = [result.name for result in op.existing(options)]
-    absent = tuple(len(op.names) + i for i, name in enumerate(op.result_names) if name not in wanted)
-    return CachedCall(views[0].shape[0], allocate, work, absent)  # type: ignore[union-attr]  # the first is never left out
+    existing = op.existing(options)
+    absent = tuple(len(op.names) + i for i, result in enumerate(op.results) if result not in existing)
+    num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
+    return CachedCall(num_rows, allocate, work, absent, op.packer(options))
 
 
 def _run_on_host(
     op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...], framework: Framework, number: int
-) -> Sequence[Any] | None:
+) -> Any:
     checked = _checked(op, options, inputs, outs, None)
     if checked is None:
         return None
+    options = op.as_options(options)
     views, out_views, outputs = checked
     first: View = views[0]  # type: ignore[assignment]  # the first is never left out
     if number >= 0:
@@ -198,13 +202,14 @@ def _run_on_host(
             pointers = [view.pointer if view else 0 for view in views]
             pointers += [found[name].ctypes.data if name in found else 0 for name in op.result_names]
             work(0, [*pointers, number] if op.takes_number else pointers)
-    return outs or tuple(framework.from_host(values, inputs[0]) for values in results)
+    return outs or op.packer(options)(*(framework.from_host(values, inputs[0]) for values in results))
 
 
 def _checked(
     op: Op, options: Any, inputs: Sequence[Any], outs: Sequence[Any], stream: int | None
 ) -> tuple[list[View | None], list[View], tuple[Output, ...]] | None:
     """Return views of all arrays and the outputs, or raise what is wrong; None if an array is a tracer."""
+    options = op.as_options(options)
     views: list[View | None] = []
     for position, array in enumerate((*inputs, *outs)):
         name = op.argument(position, options)

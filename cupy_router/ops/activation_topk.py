@@ -48,6 +48,9 @@ class ActivationTopK(Op):
     returns = Routing
     single_kernel = True
 
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
+
     def sizes(self, options: MethodOptions) -> dict[str, int]:
         return method_sizes(options.method)
 
@@ -148,7 +151,7 @@ def activation_topk(
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (logits, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, MethodOptions(resolve(method)), inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, (resolve(method),), inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:

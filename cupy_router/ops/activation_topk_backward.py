@@ -75,6 +75,9 @@ class ActivationTopKBackward(Op):
     returns = LogitsGradient
     single_kernel = True
 
+    def example(self) -> BackwardOptions:
+        return BackwardOptions(RoutingMethod(8, 2), None, True)
+
     def sizes(self, options: BackwardOptions) -> dict[str, int]:
         return method_sizes(options.method)
 
@@ -189,9 +192,9 @@ def activation_topk_backward(
     """
     if dtype not in ("float32", None):
         raise ValueError(f"activation_topk_backward: dtype must be 'float32' or None, got {dtype!r}")
-    options = BackwardOptions(resolve(method), dtype, repeated)
+    fields = resolve(method), dtype, repeated
     inputs = (grad_weights, indices, logits, logit_bias, expert_scale)
-    return run(OP, options, inputs, out, stream)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream)  # type: ignore[no-any-return]
 
 
 def check_derivative(method: RoutingMethod) -> None:

@@ -63,6 +63,9 @@ class DenseRouter(Op):
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
 
+    def example(self) -> DenseOptions:
+        return DenseOptions(RoutingMethod(8, 2), None)
+
     def sizes(self, options: DenseOptions) -> dict[str, int]:
         return method_sizes(options.method)
 
@@ -161,9 +164,9 @@ def dense_router(
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
     number, num_valid = check.split_num_valid(num_valid)
-    options = DenseOptions(resolve(method), path)
+    fields = resolve(method), path
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 # -- What a call launches ----------------------------------------------------------------------------------------------

@@ -62,6 +62,9 @@ class HashRouter(Op):
     returns = Routing
     single_kernel = True
 
+    def example(self) -> HashOptions:
+        return HashOptions(None)
+
     def sizes(self, options: HashOptions) -> dict[str, int]:
         return {} if options.method is None else {"top_k": options.method.top_k} | method_sizes(options.method)
 
@@ -213,9 +216,9 @@ def hash_router(
            [0. , 0. ]], dtype=float32)
     """
     number, num_valid = check.split_num_valid(num_valid)
-    options = HashOptions(None if method is None else resolve(method))
+    fields = (None if method is None else resolve(method),)
     inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
-    return run(OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def check_combination(method: RoutingMethod | None, arrays: Arrays) -> None:

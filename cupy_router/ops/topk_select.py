@@ -55,6 +55,9 @@ class TopKSelect(Op):
     )
     returns = TopK
 
+    def example(self) -> TopKOptions:
+        return TopKOptions(3)
+
     def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
         return {"k": options.k}
 
@@ -178,5 +181,5 @@ def topk_select(
         raise TypeError(f"topk_select: return_values must be a bool, got {return_values!r}")
     if page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
-    options = TopKOptions(k, order, return_values, page_size)
-    return run(OP, options, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]
+    fields = k, order, return_values, page_size
+    return run(OP, fields, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]

@@ -49,7 +49,7 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
     """A call for which :func:`wants_gradient` holds."""
     given = dict(zip(op.names, inputs, strict=True))
     if given.get("logits") is None and given.get("weight") is None:  # uniform weights
-        return run_eagerly(op, options, inputs, out, stream, number)
+        return run(op, options, inputs, out, stream, number, eager=True)
     if out is not None:
         raise ValueError(
             f"{op.name}: out cannot be given where weights have a gradient, that is with arrays that require grad "
@@ -71,7 +71,7 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
 
     @staticmethod
     def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
-        weights, indices = run_eagerly(op, options, inputs, None, None, number)
+        weights, indices = run_eagerly(op, options, inputs, number)
         remember_call(ctx, op, options, number, *inputs, output=(weights, indices))
         return weights, indices
 
@@ -160,7 +160,7 @@ def gradients(
             if by_op:
                 grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
             else:
-                (grad_logits,) = run(BACKWARD, options, given, None, None)
+                (grad_logits,) = run(BACKWARD, (method, options.dtype, repeated), given, None, None)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
@@ -193,7 +193,7 @@ def _by_expert_scale(
     if by_op:
         plain, _ = torch.ops.cupy_router.hash_router(options.text, *given, -1)
     else:
-        plain, _ = run(hash_router.OP, options, given, None, None)
+        plain, _ = run(hash_router.OP, (options.method,), given, None, None)
     plain = plain[:, : method.top_k]
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from cupy_router.ops import _run
 from cupy_router.ops._op import Op
-from cupy_router.ops._run import run_eagerly
 from cupy_router.torch import _autograd, _library, _state, _transforms
 from cupy_router.torch._autograd import wants_gradient
 from cupy_router.torch._state import is_special, refuse_out_and_stream
@@ -34,4 +34,4 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         return _transforms.run(op, options, inputs, number)
     if _is_grad_enabled() and wants_gradient(op, inputs):
         return _autograd.run_with_gradient(op, options, inputs, out, stream, number)
-    return run_eagerly(op, options, inputs, out, stream, number)
+    return _run.run(op, options, inputs, out, stream, number, eager=True)

@@ -50,8 +50,8 @@ def _implementation(op: Op, text: str, *arguments: Any) -> Any:
     """Run an op that a graph calls."""
     options = op.options_of(text)
     inputs, number = (arguments[:-1], arguments[-1]) if op.takes_number else (arguments, -1)
-    found = run_eagerly(op, options, inputs, None, None, number)
-    return _with_absent(op, options, op.unpack(options, found), inputs[0])
+    found = run_eagerly(op, options, inputs, number)
+    return _with_absent(op, options, op.flatten(options, found), inputs[0])
 
 
 def _fake(op: Op, text: str, *arguments: Any) -> Any:

@@ -33,7 +33,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
 
     @staticmethod
     def forward(op: Op, options: Any, number: int, *inputs: Any) -> Any:
-        return op.unpack(options, run_eagerly(op, options, inputs, None, None, number))
+        return op.flatten(options, run_eagerly(op, options, inputs, number))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
