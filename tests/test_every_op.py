@@ -136,7 +136,6 @@ def test_torch_gives_the_same_eager_and_mapped(op: Op, torch: Any) -> None:
         same(tuple(array[i] for array in got), one)
 
 
-@pytest.mark.slow("seconds")
 @pytest.mark.backends("reference")
 @pytest.mark.slow("seconds", every=4)
 @EVERY
