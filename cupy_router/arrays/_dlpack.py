@@ -102,8 +102,11 @@ class DLPack(Framework):
 
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        capsule, tensor, readonly = self.export(array, stream)
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        try:
+            capsule, tensor, readonly = self.export(array, stream)
+        except (BufferError, RuntimeError, ValueError):
+            return None
         owners += (capsule, array)
         kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
         pointer = _address(tensor)

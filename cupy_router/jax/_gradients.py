@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cupy_router.jax._vmap import function_of
 from cupy_router.method import RoutingMethod
+from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk_backward, hash_router
 from cupy_router.ops._op import Op
 from cupy_router.ops.activation_topk_backward import (
@@ -63,7 +64,8 @@ def _gradients(
     method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
 ) -> dict[str, Any]:
     """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
-    check_derivative(method)
+    with check.named(activation_topk_backward.OP.label):
+        check_derivative(method)
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     if logits is None:

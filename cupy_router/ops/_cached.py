@@ -27,8 +27,10 @@ NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, 
 class Kernel(NamedTuple):
     """The kernel for one kind of call.
 
-    takes: names of its array parameters, in order; None: all inputs and results of the op. Parameters without an array
-        get null pointers. After them come `num_valid_value` if the op has a num_valid, and then `fixed`.
+    takes: names of its array parameters, in order; None: all inputs and results of the op. Those that are left out in
+        the call, or named in `nulls`, get null pointers. After them come `num_valid_value` if the op has a num_valid,
+        and then `fixed`.
+    nulls: array parameters that the op does not know.
     headers: texts that take the place of kernel files.
     """
 
@@ -41,6 +43,7 @@ class Kernel(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     shared_bytes: int = 0
     takes: tuple[str, ...] | None = None
+    nulls: tuple[str, ...] = ()
 
 
 class Work(Protocol):
@@ -122,6 +125,9 @@ def launch_of(op: Op, kernel: Kernel, device: tuple[str, int]) -> Work:
     launch = launch_with(takes if not op.takes_number else (*takes, NUMBER), kernel, device)
     if takes == names:
         return launch
+    unknown = set(takes) - {*names, *kernel.nulls}
+    if unknown:
+        raise TypeError(f"op {op.name} has no arrays {sorted(unknown)} for {kernel.function}")
     return Reordered(launch, names, takes, op.takes_number)
 
 
@@ -137,12 +143,13 @@ class Reordered:
     def __init__(self, launch: Launch, names: Sequence[str], takes: Sequence[str], takes_number: bool) -> None:
         null = len(names) + takes_number
         places = [names.index(name) if name in names else null for name in takes]
-        self._pick = itemgetter(*places, *([len(names)] if takes_number else []))
+        places += [len(names)] if takes_number else []
+        self._pick = itemgetter(*places, null)  # at least two, so that it returns a tuple
         self._launch = launch
         self.function = launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        self._launch(stream, self._pick((*varying, 0)))
+        self._launch(stream, self._pick((*varying, 0))[:-1])
 
 
 # -- Calls on memory of others -----------------------------------------------------------------------------------------

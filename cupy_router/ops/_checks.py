@@ -32,7 +32,8 @@ def dtype(view: View, allowed: Sequence[str]) -> None:
 def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     """Check rank and shape by the names of the axes; sizes of names that are not known yet are added to `sizes`."""
     if len(view.shape) != len(names):
-        raise ValueError(f"{view.name} must have shape [{', '.join(names)}], got {view}")
+        known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
+        raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}")
     expected = tuple([sizes.setdefault(axis, size) for axis, size in zip(names, view.shape, strict=True)])
     if view.shape != expected:
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")

@@ -40,6 +40,7 @@ class HashLayer(Op):
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
 
     def example(self) -> MethodOptions:
         return MethodOptions(RoutingMethod(8, 2))
@@ -61,7 +62,7 @@ class HashLayer(Op):
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
         kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *self.result_names)
-        return launch_of(self, kernel._replace(takes=takes), x.device)
+        return launch_of(self, kernel._replace(takes=takes, nulls=("logits",)), x.device)
 
 
 OP = HashLayer()
@@ -99,6 +100,5 @@ def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
 
 def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return what looks experts up and weighs them by the logits of a chunk."""
-    hashed = _hashed(arrays, logits)
-    hashed.__dict__["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
+    hashed = _hashed(arrays, logits).replaced(token_ids=replace(arrays.token_ids, shape=logits.shape[:1]))
     return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed, gpu), logits.device)

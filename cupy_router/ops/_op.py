@@ -9,6 +9,7 @@ of ops that tests go through.
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ ANY: tuple[str, ...] = ()  # any dtype: the op moves bytes
 
 
 class Options:
-    """Base of the options of an op: frozen dataclasses of methods, strings, numbers, bools and None.
+    """Base of the options of an op: frozen dataclasses of methods, options, strings, numbers, bools, None and tuples.
 
     An op with a :class:`RoutingMethod` has it as the field `method`.
     """
@@ -54,9 +55,12 @@ def _as_json(value: Any) -> str:
     if isinstance(value, int):
         return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
     if isinstance(value, float):
-        return repr(value)
+        return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
     if isinstance(value, str):
-        return f'"{value}"'
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_as_json(item) for item in value]) + "]"
     return value.text  # type: ignore[no-any-return]  # a method, or options within options
 
 
@@ -102,6 +106,7 @@ class Result:
     axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
     dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
     fill: what stands in rows from `num_valid` on.
+    parameter: of kernels; the last part of the path by default. No input has this name.
     exists: whether these options ask for it; None: always.
     differentiable: the inputs that it has a gradient with respect to.
     """
@@ -112,11 +117,12 @@ class Result:
     fill: float | int = 0
     exists: Callable[[Any], bool] | None = None
     differentiable: tuple[str, ...] = ()
+    parameter: str = ""
 
     @cached_property
     def name(self) -> str:
-        """The parameter of kernels: the last part of the path."""
-        return self.path.rpartition(".")[2]
+        """The parameter of kernels."""
+        return self.parameter or self.path.rpartition(".")[2]
 
     @cached_property
     def axis_names(self) -> tuple[str, ...]:
@@ -138,6 +144,11 @@ class Arrays:
         """Return those of the names that are not None."""
         return [name for name in names if self.__dict__[name] is not None]
 
+    def replaced(self, **arrays: Any) -> Arrays:
+        """Return the same arrays but for some."""
+        found = {**self.__dict__, **arrays}
+        return Arrays(tuple(found), tuple(found.values()))
+
     def named(self, *names: str) -> dict[str, Any]:
         """Return the arrays of these names, None among them."""
         return {name: self.__dict__[name] for name in names}
@@ -155,6 +166,8 @@ class Op:
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
         calls may be merged into one call, and one call may be cut into several.
     vmap: "merge" calls into one, "loop" over them, or "refuse".
+    gradient: the rule in the gradient modules of the frameworks: "routing" for weights and indices. Needed if a result
+        is differentiable.
     single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
         on the call overrides `is_single_kernel`.
     """
@@ -168,6 +181,7 @@ class Op:
     nested: Mapping[str, Any] = MappingProxyType({})
     rows_independent = True
     vmap = "merge"
+    gradient = ""
     single_kernel = False
 
     # -- What an op defines --------------------------------------------------------------------------------------------
@@ -230,6 +244,18 @@ class Op:
         self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
         self.varies = any(result.exists for result in self.results)
         self.num_fields = -1 if self.nested else len(self.results)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        names, kinds = (*self.names, *self.result_names), [declared.kind for declared in self.inputs]
+        if len(set(names)) < len(names):
+            raise TypeError(f"op {self.name}: inputs and results need different names, got {names}")
+        if "count" in kinds[:-1]:
+            raise TypeError(f"op {self.name}: num_valid must be the last input")
+        if self.vmap not in ("merge", "loop", "refuse") or (self.vmap == "merge" and not self.rows_independent):
+            raise TypeError(f"op {self.name}: vmap must be 'loop' or 'refuse', or 'merge' for independent rows")
+        if self.differentiable and not self.gradient:
+            raise TypeError(f"op {self.name}: differentiable results need a rule, named by `gradient`")
 
     # -- Results -------------------------------------------------------------------------------------------------------
 
@@ -370,8 +396,8 @@ def _options_of(kind: Any, text: str) -> Any:
 
     def value(name: str, value: Any) -> Any:
         if not isinstance(value, dict):
-            return value
+            return tuple(value) if isinstance(value, list) else value
         text = json.dumps(value)
         return _options_of(nested[name], text) if name in nested else from_text(text)
 
-    return kind(**{name: value(name, field) for name, field in json.loads(text).items()})
+    return kind(**{name: value(name, field) for name, field in json.loads(text, strict=False).items()})

@@ -46,6 +46,7 @@ class ActivationTopK(Op):
     )
     results = routing_results("logits", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
     single_kernel = True
 
     def example(self) -> MethodOptions:

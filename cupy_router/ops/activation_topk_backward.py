@@ -192,7 +192,7 @@ def activation_topk_backward(
     """
     if dtype not in ("float32", None):
         raise ValueError(f"activation_topk_backward: dtype must be 'float32' or None, got {dtype!r}")
-    fields = resolve(method), dtype, repeated
+    fields = resolve(method), dtype, bool(repeated)
     inputs = (grad_weights, indices, logits, logit_bias, expert_scale)
     return run(OP, fields, inputs, out, stream)  # type: ignore[no-any-return]
 

@@ -62,6 +62,7 @@ class DenseRouter(Op):
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
 
     def example(self) -> DenseOptions:
         return DenseOptions(RoutingMethod(8, 2), None)

@@ -60,6 +60,7 @@ class HashRouter(Op):
     )
     results = routing_results("logits", "x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
     single_kernel = True
 
     def example(self) -> HashOptions:

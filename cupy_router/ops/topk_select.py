@@ -85,7 +85,7 @@ class TopKSelect(Op):
         return results if options.return_values else results[1:]
 
     def is_single_kernel(self, options: TopKOptions, arrays: Arrays) -> bool:
-        plain = options == TopKOptions(options.k) and arrays.index_map is None
+        plain = options.order != "column" and options.return_values and arrays.index_map is None
         return plain and row_lanes.fits(arrays.scores.shape[1], options.k)
 
     def kernel(self, options: TopKOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
@@ -179,7 +179,7 @@ def topk_select(
         raise ValueError(f"topk_select: order must be {', '.join(map(repr, ORDERS))}, got {order!r}")
     if type(return_values) is not bool:
         raise TypeError(f"topk_select: return_values must be a bool, got {return_values!r}")
-    if page_size != 1:
+    if type(page_size) is not int or page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
     fields = k, order, return_values, page_size
     return run(OP, fields, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]

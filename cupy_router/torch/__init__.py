@@ -28,5 +28,5 @@ from cupy_router.torch._replace import replace_routers, restore_routers
 
 __all__ = ["LoadBalance", "load_balance", "replace_routers", "restore_routers"]
 
-_run.interceptors.append(_intercept)
+_run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)
