@@ -53,6 +53,14 @@ class View:
         return f"{self.dtype} {list(self.shape)} on {kind}" + (f":{index}" if kind == "cuda" else "")
 
 
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of dense memory, in elements."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
 class Framework:
     """How arrays of one framework are read and made. `stream` is a CUDA stream as an int, None for CPU memory."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View, dense_strides
 from cupy_router.arrays._numpy import DTYPES
 
 CPU, CUDA = 1, 2
@@ -67,10 +67,7 @@ def _shape(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     if tensor.strides:
         return shape, tuple(tensor.strides[axis] for axis in range(tensor.ndim))
-    dense = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        dense[axis] = dense[axis + 1] * shape[axis + 1]
-    return shape, tuple(dense)
+    return shape, dense_strides(shape)
 
 
 def _address(tensor: Tensor) -> int:

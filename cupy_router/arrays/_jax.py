@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View
+from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View, dense_strides
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
@@ -55,7 +55,7 @@ class JAX(Framework):
             name=name,
             pointer=_pointer(array, device),
             shape=array.shape,
-            strides=_dense(array.shape),
+            strides=dense_strides(array.shape),
             dtype=NAMES.get(array.dtype, str(array.dtype)),
             device=device,
             readonly=True,
@@ -64,7 +64,7 @@ class JAX(Framework):
 
     def outline(self, name: str, array: Any) -> View:
         dtype = NAMES.get(array.dtype, str(array.dtype))
-        return View(name, 0, tuple(array.shape), _dense(array.shape), dtype, NO_DEVICE, True, None)
+        return View(name, 0, tuple(array.shape), dense_strides(array.shape), dtype, NO_DEVICE, True, None)
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
@@ -100,13 +100,6 @@ class Tracers(JAX):
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
         return None
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
 
 
 def _check_width(dtype: str) -> None:

@@ -27,7 +27,9 @@ _INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
 
 # XLA_FFI_DataType of what the ops take or return.
 DTYPES = {
-    3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 10: "float16", 11: "float32", 16: "bfloat16",
+    1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
+    10: "float16", 11: "float32", 12: "float64", 15: "complex64", 16: "bfloat16", 18: "complex128",
+    19: "float8_e5m2", 20: "float8_e4m3fn",
 }  # fmt: skip
 
 # Places in the table of functions.

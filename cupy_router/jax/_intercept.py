@@ -55,7 +55,11 @@ def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, numb
         arrays = [_value(view, array) for view, array in zip(views, inputs, strict=True) if view is not None]
     given = tuple([i for i, array in enumerate(inputs) if array is not None])
     _exit.in_use = True
-    has_rows = [op.rows_independent and op.inputs[i].kind == "row" for i in given]
+    lengths = [array.shape[0] if array.ndim else 1 for array in arrays]
+    has_rows = [
+        op.rows_independent and op.has_rows(op.names[i], length, lengths[0])
+        for i, length in zip(given, lengths, strict=True)
+    ]
     return op.pack(options, _mesh.split(_part(op, options, given, number), has_rows, arrays))
 
 

@@ -59,11 +59,15 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
         by_name = {op.names[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
         count, count_batched = by_name.pop("num_valid", (None, False))
-        rows = {name: pair for name, pair in by_name.items() if name in op.by_row}
-        batched_rows = [array.shape[1] for array, batched in rows.values() if batched]
-        shared = any(batched for name, (_, batched) in by_name.items() if name not in op.by_row)
+        lengths = {
+            name: array.shape[batched] for name, (array, batched) in by_name.items()
+        }  # without the axis of calls
+        num_rows = lengths[op.names[0]]
+        rows = {name: pair for name, pair in by_name.items() if op.has_rows(name, lengths[name], num_rows)}
+        batched_rows = any(batched for _, batched in rows.values())
+        shared = any(batched for name, (_, batched) in by_name.items() if name not in rows)
         most = op.max_rows(options)
-        too_many = most is not None and bool(batched_rows) and size * batched_rows[0] > most
+        too_many = most is not None and batched_rows and size * num_rows > most
         if op.vmap == "loop" or shared or too_many:
             return _one_by_one(function_of(op, options, given, number), in_batched, arrays)
         merged = {name: array for name, (array, _) in by_name.items()}
@@ -72,12 +76,17 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         places = tuple(i for i in given if op.names[i] in merged)
         results = function_of(op, options, places, -1)(*merged.values())
         if batched_rows:
-            results = tuple(result.reshape((size, batched_rows[0], *result.shape[1:])) for result in results)
+            results = tuple(result.reshape((size, num_rows, *result.shape[1:])) for result in results)
         if count is not None or number >= 0:
-            valid = number if count is None else count.reshape((size, 1, 1) if count_batched else (1, 1))
-            padding = jnp.arange(results[0].shape[-2])[:, None] >= valid
+            valid = number if count is None else count.reshape((size, 1) if count_batched else ())
+            padding = jnp.arange(num_rows) >= valid  # [num_rows] or [size, num_rows]
+            axes = 2 if batched_rows else 1  # of a result before those of its rows
             results = tuple(
-                jnp.where(padding, jnp.array(declared.fill, result.dtype), result)
+                jnp.where(
+                    padding.reshape(*padding.shape, *[1] * (result.ndim - axes)),
+                    jnp.array(declared.fill, result.dtype),
+                    result,
+                )
                 for result, declared in zip(results, op.existing(options), strict=True)
             )
         return tuple(results)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from cupy_router import compiler, scratch
-from cupy_router.arrays import Allocator, Output, View
+from cupy_router.arrays import Allocator, Output, View, dense_strides
 from cupy_router.arrays._numpy import host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
@@ -103,10 +103,7 @@ def arrays_of(
 
 def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
     """Return a view of dense memory; what is no result is read-only."""
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return View(name, pointer, shape, tuple(strides), dtype, device, not name.startswith("out."), None)
+    return View(name, pointer, shape, dense_strides(shape), dtype, device, not name.startswith("out."), None)
 
 
 def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:

@@ -68,8 +68,8 @@ def _as_json(value: Any) -> str:
 class Input:
     """An array argument.
 
-    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "count":
-        `num_valid`, an int or a one-element int32 array.
+    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "row or
+        one": an entry for each row, or one for all; "count": `num_valid`, an int or a one-element int32 array.
     axes: names of its axes. An axis has one size in a call, wherever it stands.
     dtypes: the allowed dtypes, or ANY.
     written: the op writes into it.
@@ -93,6 +93,11 @@ def layer(
 ) -> Input:
     """Declare an input that all rows share."""
     return Input(name, "layer", _split(axes), dtypes, required, written)
+
+
+def row_or_one(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS) -> Input:
+    """Declare an input with an entry for each row of the call, or with one entry for all."""
+    return Input(name, "row or one", _split(axes), dtypes)
 
 
 NUM_VALID = Input("num_valid", "count", (), ("int32",))
@@ -256,6 +261,11 @@ class Op:
             raise TypeError(f"op {self.name}: vmap must be 'loop' or 'refuse', or 'merge' for independent rows")
         if self.differentiable and not self.gradient:
             raise TypeError(f"op {self.name}: differentiable results need a rule, named by `gradient`")
+
+    def has_rows(self, name: str, length: int, num_rows: int) -> bool:
+        """Return whether an input with so long a first axis has an entry for each of the rows of a call."""
+        kind = self.inputs[self.names.index(name)].kind
+        return kind == "row" or (kind == "row or one" and length == num_rows > 1)
 
     # -- Results -------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, Work
-from cupy_router.ops._op import Arrays, Op, Options, Result, layer, row
+from cupy_router.ops._op import Arrays, Op, Options, Result, row, row_or_one
 from cupy_router.ops._run import run
 from cupy_router.ops._topk_select_long import LongTopK
 from cupy_router.reference import topk_select as reference
@@ -47,7 +47,7 @@ class TopKSelect(Op):
         row("scores", "num_rows, num_columns", required=True),
         row("lengths", "num_rows", ("int32",)),
         row("starts", "num_rows", ("int32",)),
-        layer("index_map", "num_rows or 1, num_pages", ("int32",)),
+        row_or_one("index_map", "num_rows or 1, num_pages", ("int32",)),
     )
     results = (
         Result("values", "num_rows, k", _score_dtype, exists=_returns_values),

@@ -63,8 +63,9 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         if op.vmap == "refuse":
             raise ValueError(f"{op.label}: torch.func.vmap cannot map over it, call it for each entry instead")
         if op.vmap == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
+            rows = _with_rows(op, given, batched)
             merged = [
-                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if a is not None and name in op.by_row else a
+                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if name in rows else a
                 for name, a, own in zip(op.names, given, batched, strict=True)
             ]
             results = _Call.apply(op, options, number, *merged)
@@ -78,10 +79,21 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         return results, (0,) * len(results)
 
 
+def _with_rows(op: Op, given: Sequence[Any], batched: Sequence[bool]) -> set[str]:
+    """Return the names of the inputs that have an entry for each row of a call."""
+    lengths = {
+        name: array.shape[own]
+        for name, array, own in zip(op.names, given, batched, strict=True)
+        if array is not None and array.ndim > own
+    }
+    return {name for name, length in lengths.items() if op.has_rows(name, length, lengths[op.names[0]])}
+
+
 def _differ_in_rows(op: Op, options: Any, given: Sequence[Any], batched: Sequence[bool]) -> bool:
     """Return whether calls differ in their rows alone, so that these may be the rows of one call."""
+    rows = _with_rows(op, given, batched)
     for declared, array, own in zip(op.inputs, given, batched, strict=True):
-        if array is not None and (declared.kind == "count" or (own and declared.kind == "layer")):
+        if array is not None and (declared.kind == "count" or (own and declared.name not in rows)):
             return False
-    rows, most = given[0].shape[:2].numel() if batched[0] else 0, op.max_rows(options)
-    return most is None or rows <= most
+    num_rows, most = given[0].shape[:2].numel() if batched[0] else 0, op.max_rows(options)
+    return most is None or num_rows <= most
