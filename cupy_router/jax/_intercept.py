@@ -38,7 +38,7 @@ def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
 
 
 def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, number: int) -> Any:
-    """Check a call that :func:`wants` accepts, and return its results, which are tracers. Nothing is checked later."""
+    """Check a call that :func:`wants` accepts, and return its results, which are tracers."""
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.label}: {obstacle}")

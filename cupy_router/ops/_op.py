@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration of an op: all that the runner and the framework packages know of it.
+"""The declaration of an op, from which the runner and the framework packages derive everything.
 
-From an :class:`Op` are derived: the checks of dtypes and shapes, the shapes of the results, the schema and the fake
+Derived from an :class:`Op` are the checks of dtypes and shapes, the shapes of the results, the schema and the fake
 implementation of torch.library, the custom-call target and the abstract results of JAX, vmap, sharding, and the lists
-of ops that tests go through.
+of ops in tests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Options:
 
     @property
     def text(self) -> str:
-        """The options as JSON, which means the same in every process: how graphs carry them."""
+        """The options as JSON, which has the same meaning in every process. Graphs contain it."""
         # Plain string operations, because torch.compile traces this.
         names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
         return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
@@ -62,7 +62,7 @@ class Input:
 
     kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "count":
         `num_valid`, an int or a one-element int32 array.
-    axes: names of its axes. An axis has one size in a call, wherever it stands.
+    axes: names of its axes. Axes of one name have the same size throughout a call.
     dtypes: the allowed dtypes, or ANY.
     written: the op writes into it.
     """
@@ -76,7 +76,7 @@ class Input:
 
 
 def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False) -> Input:
-    """Declare an input with an entry for each row of the call."""
+    """Declare an input with one entry for each row of the call."""
     return Input(name, "row", _split(axes), dtypes, required)
 
 
@@ -94,10 +94,10 @@ NUM_VALID = Input("num_valid", "count", (), ("int32",))
 class Result:
     """An array that an op returns.
 
-    axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
+    axes: names of its axes; their sizes come from inputs, `Op.sizes` or `Op.result_sizes`.
     dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
-    fill: what stands in rows from `num_valid` on.
-    exists: whether these options ask for it; None: always.
+    fill: value in rows from `num_valid` on.
+    exists: function of the options that is true if they ask for it; None: always.
     differentiable: the inputs that it has a gradient with respect to.
     """
 
@@ -110,12 +110,12 @@ class Result:
 
     @cached_property
     def axis_names(self) -> tuple[str, ...]:
-        """The axes, one by one."""
+        """Names of the axes as a tuple."""
         return _split(self.axes)
 
 
 class Arrays:
-    """The arrays of one call as attributes: views, or host arrays for the reference. None for what is left out."""
+    """The arrays of one call as attributes: views, or host arrays for the reference. None if left out."""
 
     def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
         self.__dict__.update(zip(names, arrays, strict=True))
@@ -125,7 +125,7 @@ class Arrays:
         def __getattr__(self, name: str) -> Any: ...
 
     def given(self, *names: str) -> list[str]:
-        """Return those of the names that are not None."""
+        """Return the names of the arrays that are not None, among these."""
         return [name for name in names if self.__dict__[name] is not None]
 
     def named(self, *names: str) -> dict[str, Any]:
@@ -136,22 +136,22 @@ class Arrays:
 class Op:
     """One op: a subclass declares it as class attributes, followed by its methods, and has one instance.
 
-    name: of the op in graphs and files.
-    label: how its errors begin; the name by default.
+    name: its name in graphs and files.
+    label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
-    returns: the named tuple that the caller gets. Its fields are results, or by its `NESTED` named tuples of the
-        results whose names begin with "field."; a result that does not exist is None there.
-    rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
-        calls may be merged into one call, and one call may be cut into several.
+    returns: the named tuple that the caller gets. Its fields are results. A field in its dict `NESTED` is a named tuple
+        of the results whose names begin with "field.". A result that does not exist is None.
+    rows_independent: True if a row of the results depends only on the same row of the inputs, so that calls may be
+        merged into one, and one call may be split.
     vmap: "merge" calls into one, "loop" over them, or "refuse".
-    single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
-        on the call overrides `is_single_kernel`.
+    single_kernel: True if every call is one launch without scratch memory. An op for which that depends on the call
+        overrides `is_single_kernel`.
     """
 
     name: str
     label: str = ""
-    options: Any  # the dataclass
+    options: Any  # a subclass of Options
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
@@ -159,33 +159,33 @@ class Op:
     vmap = "merge"
     single_kernel = False
 
-    # -- What an op defines --------------------------------------------------------------------------------------------
+    # -- Defined by each op --------------------------------------------------------------------------------------------
 
     def sizes(self, options: Any) -> Mapping[str, int]:
         """Return the sizes of axes that follow from the options alone."""
         return {}
 
     def result_sizes(self, options: Any, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return sizes of further axes of results, from those of options and inputs, which may be symbolic."""
+        """Return the sizes of further axes of results, from the known sizes, which may be symbolic."""
         return {}
 
     def check(self, options: Any, arrays: Arrays) -> None:
-        """Raise what is wrong with views of inputs whose dtypes and shapes are as declared."""
+        """Check rules beyond the declared dtypes and shapes, on views of the inputs."""
 
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Return the launch, or several, for views of inputs and results, chosen for this GPU."""
+        """Choose the kernel, or several, for views of inputs and results on this GPU."""
         raise NotImplementedError
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
+        """Return the existing results as NumPy arrays. Inputs are host arrays with `num_valid` valid rows."""
         raise NotImplementedError
 
     def max_rows(self, options: Any) -> int | None:
-        """Return the largest number of rows that merged calls may have; None: any."""
+        """Return the most rows that a call may have; None: any number."""
         return None
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
-        """Return whether this call is the launch of one kernel without scratch memory."""
+        """Return whether this call is one launch without scratch memory."""
         return self.single_kernel
 
     def __init_subclass__(cls) -> None:
@@ -194,7 +194,7 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
-    # -- Derived once --------------------------------------------------------------------------------------------------
+    # -- Derived from the declaration ----------------------------------------------------------------------------------
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -203,17 +203,17 @@ class Op:
 
     @cached_property
     def result_names(self) -> tuple[str, ...]:
-        """Names of all results, also of those that exist for some options only."""
+        """Names of all results, including those that only exist for some options."""
         return tuple(result.name for result in self.results)
 
     @cached_property
     def by_row(self) -> frozenset[str]:
-        """Names of the inputs with an entry for each row."""
+        """Names of the inputs with one entry for each row."""
         return frozenset(declared.name for declared in self.inputs if declared.kind == "row")
 
     @cached_property
     def takes_number(self) -> bool:
-        """Whether `num_valid` may be given: then kernels have an int parameter `num_valid_value`."""
+        """True if the op has `num_valid`. Then kernels have an int parameter `num_valid_value`."""
         return any(declared.kind == "count" for declared in self.inputs)
 
     @cached_property
@@ -229,7 +229,7 @@ class Op:
 
     @cached_property
     def has_options(self) -> bool:
-        """Whether all results exist always, as fields of one flat tuple."""
+        """True if some results only exist for some options, or `returns` is nested."""
         return any(result.exists for result in self.results) or self.returns._fields != self.result_names
 
     # -- Results -------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Op:
     def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[str | None]) -> tuple[Output, ...]:
         """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
 
-        The one place where they are computed. Checks nothing, and takes symbolic sizes.
+        Sizes may be symbolic. Nothing is checked.
         """
         sizes = dict(self.sizes(options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
@@ -267,14 +267,14 @@ class Op:
         )
 
     def pack(self, options: Any, arrays: Sequence[Any]) -> Any:
-        """Return what the caller gets, of the results that exist."""
+        """Return the named tuple for the caller, from the existing results."""
         if not self.has_options:
             return self.returns(*arrays)
         found = dict(zip((result.name for result in self.existing(options)), arrays, strict=True))
         return _packed(self.returns, "", found, frozenset(self.result_names))
 
     def unpack(self, options: Any, out: Any) -> tuple[Any, ...]:
-        """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
+        """Return the existing results in an `out` of the caller; TypeError if its form is wrong."""
         if not self.has_options:
             if isinstance(out, tuple) and len(out) == len(self.results):
                 return out
@@ -297,7 +297,7 @@ class Op:
         return f"out.{self.existing(options)[position - len(self.names)].name}"
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
-        """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
+        """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
         sizes = dict(self.sizes(options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
@@ -315,7 +315,7 @@ class Op:
         self.check(options, Arrays(self.names, views))
 
     def options_of(self, text: str) -> Any:
-        """Return the options of a text that a graph carries."""
+        """Return the options from their text, as a graph contains it."""
         return _options_of(self.options, text)
 
 

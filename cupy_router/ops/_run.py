@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every op runs: a call goes to an interceptor, or is looked up among the cached calls and launched.
+"""Run an op: pass the call to an interceptor, or find its cached call and launch that.
 
 The first call with given shapes, dtypes, strides and devices is checked, and its kernels are compiled. Later calls only
 pass pointers.
@@ -32,13 +32,13 @@ from cupy_router.ops._op import Op
 
 
 class Interceptor(Protocol):
-    """A framework's way to take a call: to put it into a graph, or to make it differentiable."""
+    """Hook of a framework that takes over calls, to trace them into a graph or to make them differentiable."""
 
     def wants(self, op: Any, inputs: tuple[Any, ...]) -> bool:
-        """Return whether `run` takes this call. Asked before every call, so it takes a fraction of a microsecond."""
+        """Return whether `run` takes over this call. Every call asks, so this takes a fraction of a microsecond."""
 
     def run(self, op: Any, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-        """Return the results of a call that is wanted. It may call :func:`run_eagerly`."""
+        """Return the results of a call that :meth:`wants` accepts. It may call :func:`run_eagerly`."""
 
 
 # Framework packages add themselves when they are imported.
@@ -50,13 +50,13 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
     for interceptor in interceptors:
         if interceptor.wants(op, inputs):
             return interceptor.run(op, options, inputs, out, stream, number)
-    if type(inputs[0]) not in FRAMEWORKS and _becomes_known(inputs[0]):
-        return run(op, options, inputs, out, stream, number)  # its framework may have brought an interceptor
+    if type(inputs[0]) not in FRAMEWORKS and _load_framework(inputs[0]):
+        return run(op, options, inputs, out, stream, number)  # loading may have registered an interceptor
     return run_eagerly(op, options, inputs, out, stream, number)
 
 
-def _becomes_known(array: Any) -> bool:
-    """Look up the framework of a type that was not seen before; False if it is no array, which the call then says."""
+def _load_framework(array: Any) -> bool:
+    """Load the framework of a new type of array; False if it is no array, for which the call then raises."""
     try:
         framework_of("", array)
     except TypeError:
@@ -98,7 +98,7 @@ def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream:
 
 
 def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-    """Return the results of a call that turned out to have an array without memory, of a type not seen before."""
+    """Return the results of a call with tracers of a type that was still unknown when interceptors were asked."""
     for interceptor in interceptors:
         if interceptor.wants(op, inputs):
             return interceptor.run(op, options, inputs, out, stream, number)
@@ -164,7 +164,7 @@ def _run_on_device(
 def _prepare(
     op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...], framework: Framework, stream: int
 ) -> CachedCall | None:
-    """Return what later calls of this kind reuse; None if an array has no memory."""
+    """Return the cached call for this call and later ones; None if an array has no memory."""
     checked = _checked(op, options, inputs, outs, stream)
     if checked is None:
         return None
@@ -204,7 +204,7 @@ def _run_on_host(
 def _checked(
     op: Op, options: Any, inputs: Sequence[Any], outs: Sequence[Any], stream: int | None
 ) -> tuple[list[View | None], list[View], tuple[Output, ...]] | None:
-    """Return views of all arrays and the outputs, or raise what is wrong; None if an array is a tracer."""
+    """Check a call, and return views of inputs and `out`, and the outputs; None if an array is a tracer."""
     views: list[View | None] = []
     for position, array in enumerate((*inputs, *outs)):
         name = op.argument(position, options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ops by name. The framework packages and the tests are made from this list."""
+"""All ops by name. The framework packages and the lists of tests are derived from it."""
 
 from __future__ import annotations
 
