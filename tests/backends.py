@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the same op tests run: on the NumPy reference, on kernels executed by the CPU, on kernels on a GPU."""
+"""Backends of the op tests: the NumPy reference, kernels executed on the CPU, kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES: dict[str, Any] = {
 
 
 class Backend:
-    """NumPy arrays: cupy_router runs its reference on them, which is compared with tests/oracle.py."""
+    """NumPy arrays, on which cupy_router runs its reference. It is compared with tests/oracle.py."""
 
     name = "reference"
     runs_kernels = False
@@ -38,13 +38,13 @@ class Backend:
         return np.asarray(array)
 
     def rows(self, n: int, columns: int, exactly: bool = False) -> int:
-        """How many of n rows this backend affords, or a skip: the one place where cases shrink for a slow backend."""
+        """Return how many of n rows this backend can run in time, or skip. No other place shrinks cases."""
         return n
 
     def array(self, host: np.ndarray, row_pad: int = 0, offset: int = 0) -> Any:
-        """The same values on this backend, rows row_pad elements apart, the base offset elements behind an aligned one.
+        """Return the values on this backend, with `row_pad` elements between rows and `offset` in front of them.
 
-        What lies between, before and behind the rows is poison that wins every selection and spoils every sum.
+        All memory around the rows is poison that wins every selection and changes every sum.
         """
         if host.ndim != 2:
             flat = _poison(host.dtype, offset + host.size + 8)
@@ -58,7 +58,7 @@ class Backend:
 
 
 class SimtBackend(Backend):
-    """NumPy arrays again, but cupy_router executes the kernels on them, one CPU fiber per CUDA thread."""
+    """NumPy arrays on which cupy_router executes the kernels, with one CPU fiber per CUDA thread."""
 
     name = "simt"
     runs_kernels = True
@@ -81,7 +81,7 @@ class SimtBackend(Backend):
 
 
 class GpuBackend(Backend):
-    """CuPy arrays; bfloat16 through ml_dtypes, which CuPy 14 takes."""
+    """CuPy arrays; bfloat16 by ml_dtypes, which CuPy 14 accepts."""
 
     name = "gpu"
     runs_kernels = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of comparison: which differences rounding explains. The right answers are those of tests/oracle.py."""
+"""Rules of comparison: which differences rounding explains. tests/oracle.py computes the right results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ HALF_ULP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relativ
 
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal to the last bit, NaN payloads and the sign of zero included."""
+    """Check that arrays are equal to the last bit, including NaN payloads and the sign of zero."""
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     word = np.dtype(f"u{want.dtype.itemsize}")
     np.testing.assert_array_equal(np.ascontiguousarray(got).view(word), np.ascontiguousarray(want).view(word))
 
 
 def assert_selects_validly(indices: np.ndarray, columns: int) -> None:
-    """In range and unique within each row."""
+    """Check that indices are in range and unique within each row."""
     assert indices.size == 0 or (indices.min() >= 0 and indices.max() < columns), "index out of range"
     ranked = np.sort(indices, axis=-1)
     assert (ranked[:, 1:] != ranked[:, :-1]).all(), "the same index twice in a row"
 
 
 def tolerance(logits: np.ndarray, indices: np.ndarray, method: Any, renormalize: bool | None = None) -> np.ndarray:
-    """Relative tolerance of each weight: a few roundings, plus that of x - max before the exponential of a softmax."""
+    """Return the relative tolerance of each weight: a few roundings, and for softmax the rounding of x - max."""
     renormalize = method.renormalize if renormalize is None else renormalize
     rtol = np.full(indices.shape, 2e-6 if renormalize else 1e-6)
     if method.score == "softmax":
@@ -50,7 +50,7 @@ def tolerance(logits: np.ndarray, indices: np.ndarray, method: Any, renormalize:
 
 
 def step_tolerance(prepared: np.ndarray, experts: np.ndarray, method: RoutingMethod) -> np.ndarray:
-    """Relative tolerance [n, 1] of a token's weights, whatever steps the method has, before the last rounding."""
+    """Return the relative tolerance [n, 1] of a token's weights before the last rounding, for any method."""
     largest = np.where(np.isfinite(prepared), np.abs(prepared), 0).astype(np.float64).max(-1, keepdims=True, initial=0)
     if method.score == "softmax" or method.shared_in_normalizer:
         rtol = 3e-6 + 1.2e-7 * largest  # of x - max before an exponential
@@ -60,7 +60,7 @@ def step_tolerance(prepared: np.ndarray, experts: np.ndarray, method: RoutingMet
 
 
 def assert_weights_close(got: np.ndarray, want: np.ndarray, rtol: Any, scale: float = 1.0) -> None:
-    """NaN and infinities agree exactly, the rest within rtol; what float32 holds only as subnormal may be 0."""
+    """Check that NaN and infinities agree exactly and the rest within rtol. Subnormals may be 0."""
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     g, w = got.astype(np.float64), want.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -73,9 +73,9 @@ def assert_weights_close(got: np.ndarray, want: np.ndarray, rtol: Any, scale: fl
 def assert_routes(
     got: Routing, want: Routing, logits: np.ndarray, method: Any, bias: np.ndarray | None = None, exact: bool = False
 ) -> None:
-    """Both select the same experts, but for ties within rounding, and weigh what they chose alike.
+    """Check that both select the same experts, except for ties within rounding, with equal weights for their selection.
 
-    exact: the selection values of different logits are further apart than rounding, so that order and sets must agree.
+    exact: different selection values are further apart than rounding, so order and sets must agree.
     """
     rows, k = logits.shape[0], method.top_k
     assert str(got.indices.dtype) == "int32"
@@ -106,9 +106,9 @@ def assert_right(
     layer: Layer = NO_ARRAYS,
     table: np.ndarray | None = None,
 ) -> None:
-    """The experts are those of the oracle (or the table's rows), the weights within rounding, for any method.
+    """Check that the experts equal those of the oracle (or the table's rows), and the weights within rounding.
 
-    The logits are so far apart that no rounding decides between different ones.
+    Different logits must be further apart than rounding.
     """
     weights, indices = got
     assert (str(weights.dtype), str(indices.dtype)) == (method.weight_dtype, method.index_dtype)
@@ -126,7 +126,7 @@ def assert_right(
 def _assert_within_rounding(
     got: np.ndarray, want: np.ndarray, values: np.ndarray, bias: np.ndarray | None, rtol: np.ndarray
 ) -> None:
-    """Where the picks differ, position by position, the values there are nearly equal."""
+    """Check that at positions where the selections differ the values are nearly equal."""
     g, w = (np.take_along_axis(values, i, -1).astype(np.float64) for i in (got, want))
     shift = 0.0 if bias is None else 2 * ULP * float(np.abs(bias[np.isfinite(bias)]).max(initial=0))
     bad = (got != want) & ~(np.abs(g - w) <= rtol * np.abs(w) + shift + TINY)

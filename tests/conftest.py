@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests run, and where: --backend, and --all for the slow ones. CONTRIBUTING.md tells what to run when."""
+"""Options that select tests and their backend: --backend, and --all for slow tests. See CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is not for this backend, and the slow tests if they were not asked for."""
+    """Deselect tests of other backends, and slow tests unless they were asked for."""
     backend, cases = config.getoption("--backend"), Counter[tuple[str, str]]()
     everything = config.getoption("--all") or backend != "reference"
     only_slow = config.getoption("--only-slow")
@@ -81,7 +81,7 @@ def runs_on(item: pytest.Item, backend: str, cases: Counter[tuple[str, str]]) ->
 
 
 def slow_reason(item: pytest.Item, cases: Counter[tuple[str, str]]) -> str | None:
-    """Return why a test is slow, or None if it is not, or is among the few cases of it that always run."""
+    """Return why a test is slow; None if it is not, or is one of its cases that always run."""
     for marker in item.iter_markers("slow"):
         (reason,), every = marker.args, marker.kwargs.get("every")
         assert reason in SLOW, f"{item.nodeid}: {reason} is none of {SLOW}"
@@ -91,7 +91,7 @@ def slow_reason(item: pytest.Item, cases: Counter[tuple[str, str]]) -> str | Non
 
 
 def number_of(item: pytest.Item, purpose: str, cases: Counter[tuple[str, str]]) -> int:
-    """Return the number of this case among those of its test function."""
+    """Return the position of this case among the cases of its test function."""
     key = item.nodeid.partition("[")[0], purpose
     cases[key] += 1
     return cases[key] - 1
@@ -99,7 +99,7 @@ def number_of(item: pytest.Item, purpose: str, cases: Counter[tuple[str, str]]) 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """All workers of pytest-xdist collect the same."""
+    """Take the counts of one worker of pytest-xdist, because all workers collect the same tests."""
     found = getattr(node, "workeroutput", {}).get("left_out", {})
     node.config.stash[LEFT_OUT] = Counter(found)
 
@@ -118,7 +118,7 @@ def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, s
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
-    """Say last, before pytest's own closing line, how many slow tests were left out."""
+    """Print how many slow tests were left out, just before the last line of pytest."""
     yield
     left_out = config.stash[LEFT_OUT]
     if left_out.total():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works in which framework, with the tests that show it: `python -m tests.framework_matrix --write`.
+"""Table of features by framework, with their tests: `python -m tests.framework_matrix --write`.
 
-The tables of docs/frameworks.md are made of this; tests/test_framework_matrix.py checks that the tests exist.
+The tables of docs/frameworks.md are generated from it. tests/test_framework_matrix.py checks that the tests exist.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ COLUMNS = ("PyTorch", "JAX", "CuPy", "NumPy", "other DLPack")
 
 
 class Cell(NamedTuple):
-    """What a cell says, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
+    """Text of a cell, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
 
-    said: str
+    text: str
     tests: tuple[str, ...] = ()
 
 
@@ -70,30 +70,31 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
             f"{GPU}::frameworks_may_be_mixed_on_one_device"),
         yes(f"{GPU}::frameworks_may_be_mixed_on_one_device"),
         yes("arrays::arrays_of_several_frameworks_give_the_first_ones"),
-        yes("dlpack_frameworks::they_go_with_arrays_of_others"),
+        yes("dlpack_frameworks::arrays_of_several_frameworks"),
     ),
     "the framework's current stream": (
-        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+        yes(STREAMS, "gpu/streams::after_a_slow_producer"),
         Cell("ordered by DLPack", ("gpu/stream_table::jax_orders_both_ways",
-                                   "gpu/streams::jax_behind_a_slow_producer_with_inputs_freed_at_once")),
-        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+                                   "gpu/streams::jax_after_a_slow_producer_with_inputs_freed_at_once")),
+        yes(STREAMS, "gpu/streams::after_a_slow_producer"),
         NOT_THERE,
-        Cell("CuPy's", ("gpu/stream_table::dlpack_orders_what_nobody_else_does",)),
+        Cell("CuPy's", ("gpu/stream_table::dlpack_orders_arrays_of_unknown_frameworks",)),
     ),
     "`stream=`": (
         yes(STREAMS, "gpu/streams::on_a_given_stream"),
         Cell("eager calls", ("gpu/stream_table::jax_orders_both_ways",)),
         yes(STREAMS, "gpu/streams::on_a_given_stream"),
         NOT_THERE,
-        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+        yes("gpu/stream_table::dlpack_orders_arrays_of_unknown_frameworks"),
     ),
     "the host never waits": (
         yes(STREAMS, "gpu/autograd_gpu::the_host_does_not_wait",
             "gpu/torch_gpu::a_compiled_call_on_a_side_stream_does_not_wait"),
-        yes("gpu/jax_jit_gpu::the_host_does_not_wait", "gpu/jax_gradients_gpu::the_way_back_behind_a_slow_producer"),
+        yes("gpu/jax_jit_gpu::the_host_does_not_wait",
+            "gpu/jax_gradients_gpu::the_backward_pass_after_a_slow_producer"),
         yes(STREAMS, "gpu/cupy_gpu::every_allocator"),
         NOT_THERE,
-        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+        yes("gpu/stream_table::dlpack_orders_arrays_of_unknown_frameworks"),
     ),
     "memory of the framework's own allocator": (
         yes("gpu/memory::a_warm_call_from_torch_allocates_its_results_only"),
@@ -107,7 +108,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("gpu/graphs::replay_on_changed_inputs", "gpu/torch_gpu::a_captured_call_is_one_kernel",
             "gpu/autograd_gpu::a_captured_step_is_replayed_on_other_values",
             "gpu/torch_gpu::reduce_overhead_replays_a_graph"),
-        Cell("XLA's command buffers", ("jax_native::what_is_one_kernel_needs_no_handler",
+        Cell("XLA's command buffers", ("jax_native::a_single_kernel_needs_no_handler",
                                        "gpu/jax_jit_gpu::with_and_without_command_buffers",
                                        "gpu/jax_gradients_gpu::with_and_without_command_buffers")),
         yes("gpu/graphs::replay_on_changed_inputs", "gpu/cupy_gpu::a_graph_with_every_allocator"),
@@ -118,7 +119,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("torch_ops::a_call_compiles_into_one_graph", "torch_ops::generated_code_has_the_ops_and_no_copy",
             "gpu/torch_gpu::compiled_for_any_number_of_tokens",
             "gpu/torch_gpu::generated_code_has_the_ops_and_no_copy",
-            "gpu/torch_gpu::code_from_inductors_cache_is_that_of_the_method"),
+            "gpu/torch_gpu::code_from_the_cache_of_inductor_belongs_to_the_method"),
         yes("jax_jit::a_traced_call_gives_what_an_eager_call_gives",
             "gpu/jax_jit_gpu::a_traced_call_gives_what_an_eager_call_gives"),
         NOT_THERE, NOT_THERE, NOT_THERE,
@@ -126,7 +127,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "exported: `torch.export`, `jax.export`": (
         yes("torch_ops::a_model_exports", "torch_ops::an_exported_model_means_the_same_in_another_process"),
         yes("jax_transforms::an_exported_program_means_the_same_in_another_process",
-            "jax_native::exported_programs_have_the_target_that_lasts", "jax_transforms::an_exported_gradient"),
+            "jax_native::exported_programs_call_handlers", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "passes PyTorch's `opcheck`": (
@@ -134,13 +135,13 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "gradients of weights": (
-        yes("torch_autograd::gradients_are_those_of_plain_pytorch",
+        yes("torch_autograd::gradients_match_plain_pytorch",
             "torch_compiled_gradients::compiled_calls_have_the_same_gradients",
-            "torch_func::gradients_are_those_of_autograd",
-            "gpu/autograd_gpu::gradients_are_those_of_plain_pytorch"),
-        yes("jax_gradients::gradients_are_those_of_plain_jax", "jax_gradients::gradients_are_central_differences",
+            "torch_func::gradients_match_autograd",
+            "gpu/autograd_gpu::gradients_match_plain_pytorch"),
+        yes("jax_gradients::gradients_match_plain_jax", "jax_gradients::gradients_are_central_differences",
             "jax_gradients::under_other_transformations",
-            "gpu/jax_gradients_gpu::gradients_are_those_of_plain_jax"),
+            "gpu/jax_gradients_gpu::gradients_match_plain_jax"),
         Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
                                       "activation_topk_backward::every_step")),
         Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
@@ -167,8 +168,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "mixed precision: `autocast`": (
-        yes("torch_autograd::autocast_does_not_round_the_way_back",
-            "gpu/autograd_gpu::autocast_does_not_round_the_way_back"),
+        yes("torch_autograd::autocast_does_not_round_the_backward_pass",
+            "gpu/autograd_gpu::autocast_does_not_round_the_backward_pass"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "a device that is not current": (
@@ -212,23 +213,23 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         Cell("a pytree", ("jax_transforms::a_router_is_a_pytree_of_its_arrays",
                           "jax_gradients::a_router_learns_as_a_pytree")),
         yes("gpu/dense_router_gpu::a_router_from_a_file_serves_every_framework"),
-        yes("router::results_are_of_the_framework_of_x"),
+        yes("router::results_belong_to_the_framework_of_x"),
         NOT_THERE,
     ),
 }  # fmt: skip
 
 
 def path_and_function(test: str) -> tuple[str, str]:
-    """`gpu/graphs::replay` -> tests/gpu/test_graphs.py, test_replay."""
+    """Return path and function: `gpu/graphs::replay` -> tests/gpu/test_graphs.py, test_replay."""
     stem, _, name = test.partition("::")
     folder, _, file = stem.rpartition("/")
     return "/".join(filter(None, ("tests", folder, f"test_{file}.py"))), f"test_{name}"
 
 
 def tables() -> str:
-    """Both tables in Markdown: what works, and the tests."""
+    """Return both tables in Markdown: the features, and their tests."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "| --- |" + " :---: |" * len(COLUMNS)]
-    lines += [f"| {feature} | {' | '.join(cell.said for cell in cells)} |" for feature, cells in MATRIX.items()]
+    lines += [f"| {feature} | {' | '.join(cell.text for cell in cells)} |" for feature, cells in MATRIX.items()]
     lines += ["", "## The tests", ""]
     for feature, cells in MATRIX.items():
         lines += [f"**{feature}**", ""]
@@ -247,7 +248,7 @@ BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 
 def updated(text: str) -> str:
-    """The document with today's tables."""
+    """Return the document with current tables."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"

@@ -53,7 +53,7 @@ def test_number_of_tokens(backend: Backend, n: int, experts: int, k: int) -> Non
     route(backend, inputs.normal((n, experts)), RoutingMethod(experts, k))
 
 
-def test_so_many_tokens_that_warps_share_blocks(backend: Backend) -> None:
+def test_many_tokens_with_several_warps_per_block(backend: Backend) -> None:
     n = backend.rows(1090, 256, exactly=True)
     route(backend, inputs.normal((n, 256), seed=29), RoutingMethod(256, 6))
 
@@ -121,7 +121,7 @@ STRUCTURES = [(8, 2), (60, 4), (256, 8), (384, 6), (1000, 31)]
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind), id=kind) for kind in inputs.LOGITS])
 @pytest.mark.parametrize("score", inputs.SCORES)
 @pytest.mark.parametrize(("experts", "k"), STRUCTURES)
-def test_what_logits_hold(backend: Backend, kind: str, score: str, experts: int, k: int) -> None:
+def test_kinds_of_logits(backend: Backend, kind: str, score: str, experts: int, k: int) -> None:
     logits = inputs.LOGITS[kind](backend.rows(21, experts), experts)
     got = route(backend, logits, RoutingMethod(experts, k, score), exact=True)
     if kind in ("all logits equal", "logits all -100", "logits all +inf", "logits all -inf"):
@@ -133,7 +133,7 @@ def test_what_logits_hold(backend: Backend, kind: str, score: str, experts: int,
 @pytest.mark.parametrize(
     ("experts", "k", "score"), [(*shape, inputs.SCORES[i % 4]) for i, shape in enumerate(STRUCTURES)]
 )
-def test_what_the_bias_holds(backend: Backend, kind: str, logits_kind: str, experts: int, k: int, score: str) -> None:
+def test_kinds_of_bias(backend: Backend, kind: str, logits_kind: str, experts: int, k: int, score: str) -> None:
     logits = inputs.LOGITS[logits_kind](backend.rows(21, experts), experts)
     route(backend, logits, RoutingMethod(experts, k, score), inputs.BIAS[kind](experts))
 
@@ -212,7 +212,7 @@ def test_small_scores_keep_their_order(backend: Backend) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("score", inputs.SCORES)
-def test_what_the_sum_gets(backend: Backend, field: dict[str, Any], score: str) -> None:
+def test_renormalize_eps_and_min(backend: Backend, field: dict[str, Any], score: str) -> None:
     logits = np.abs(inputs.normal((20, 64), seed=35))
     route(backend, logits, RoutingMethod(64, 4, score, scale=1.5, **field))
 
@@ -225,7 +225,7 @@ def test_a_sum_of_zero_gives_weights_zero(backend: Backend, field: dict[str, Any
 
 
 @pytest.mark.acceptance("one NaN")
-def test_a_chosen_nan_weighs_nan_and_spoils_nobody(backend: Backend) -> None:
+def test_a_selected_nan_has_weight_nan_and_does_not_change_others(backend: Backend) -> None:
     logits = np.array([[1, np.nan, 3], [np.nan, np.nan, np.nan]], np.float32)
     got = route(backend, logits, RoutingMethod(3, 3, "identity"))
     np.testing.assert_array_equal(got.indices, [[2, 0, 1], [0, 1, 2]])
@@ -233,7 +233,7 @@ def test_a_chosen_nan_weighs_nan_and_spoils_nobody(backend: Backend) -> None:
 
 
 @pytest.mark.acceptance("logits at +-inf")
-def test_an_infinite_score_weighs_nan_and_the_others_nothing(backend: Backend) -> None:
+def test_an_infinite_score_has_weight_nan_and_the_others_0(backend: Backend) -> None:
     logits = np.array([[1, np.inf, 3], [np.inf, 1, np.inf]], np.float32)
     for score in ("identity", "sqrtsoftplus"):
         got = route(backend, logits, RoutingMethod(3, 2, score))

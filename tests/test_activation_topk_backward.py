@@ -201,7 +201,7 @@ def test_a_cap_far_from_zero(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax"])
-def test_ratios_of_scores_that_are_almost_nothing(backend: Backend, score: str) -> None:
+def test_ratios_of_tiny_scores(backend: Backend, score: str) -> None:
     """Of -80 and -81, chosen beside 0: renormalised, the gradient is of ordinary size, though scores are not."""
     method = M(3, 2, score)
     logits, indices = np.array([[0.0, -80.0, -81.0]], np.float32), np.array([[1, 2]], np.int32)
@@ -254,7 +254,7 @@ def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) ->
     assert ((got != 0).sum(axis=1) == (6 if after else experts)).all()
 
 
-def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backend: Backend) -> None:
+def test_a_softmax_of_the_selected_logits_gives_the_others_gradient_zero(backend: Backend) -> None:
     """To the bit, though it is computed from the whole row."""
     method = M(128, 8, "softmax")
     logits, upstream = inputs.normal((5, 128), seed=73), upstream_of(5, method)
@@ -264,7 +264,7 @@ def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backe
 
 @pytest.mark.parametrize("columns", [8, 1200])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax", "identity"])
-def test_nan_stays_where_it_is(backend: Backend, score: str, columns: int) -> None:
+def test_nan_does_not_change_other_gradients(backend: Backend, score: str, columns: int) -> None:
     """A chosen NaN has gradient NaN, one that was not chosen 0, and neither changes what the others have."""
     logits = inputs.distinct(3, columns, seed=3) + np.float32(5)
     indices = np.array([[0, 1, 2]] * 3, np.int32)

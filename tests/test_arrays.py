@@ -107,7 +107,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
     np.testing.assert_array_equal(reversed_rows.indices, want[1][::-1])
 
 
-def test_the_c_exchange_api_sees_what_the_attributes_say() -> None:
+def test_the_c_exchange_api_agrees_with_the_attributes() -> None:
     """PyTorch is read by its attributes; its exchange API, by which other types are read, has to agree."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -184,7 +184,7 @@ def test_another_layout_is_refused_with_its_strides(view: Any) -> None:
         activation_topk(array, method)
 
 
-def test_a_spread_out_vector_is_refused() -> None:
+def test_a_strided_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"bias.*strides \[2\]"):
         activation_topk(LOGITS, METHOD, bias=np.zeros(32, np.float32)[::2])
     with pytest.raises(ValueError, match=r"token_ids.*strides \[2\]"):
@@ -246,7 +246,7 @@ def test_jax_out_is_refused() -> None:
     assert (jax.numpy(out.weights) == 7).all()
 
 
-def test_out_with_rows_on_top_of_each_other_is_refused() -> None:
+def test_out_with_overlapping_rows_is_refused() -> None:
     weights, indices = outs(5, 3)
     with pytest.raises(ValueError, match=r"out\.weights.*strides"):
         activation_topk(LOGITS, METHOD, out=Routing(np.lib.stride_tricks.as_strided(weights, (5, 3), (0, 4)), indices))

@@ -231,7 +231,7 @@ def test_jax_out(op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 @pytest.mark.parametrize("stream", [object(), "0", 1.5, True, [0]], ids=lambda s: type(s).__name__)
-def test_a_stream_that_is_none(op: str, stream: Any) -> None:
+def test_an_object_that_is_no_stream(op: str, stream: Any) -> None:
     assert_refused(op, {"stream": stream}, TypeError, "stream", type(stream).__name__)
 
 
@@ -252,7 +252,7 @@ def test_no_rows_give_empty_arrays(op: str, backend: Backend) -> None:
 # -- Frameworks' own oddities ------------------------------------------------------------------------------------------
 
 
-def test_tensors_that_are_no_memory() -> None:
+def test_tensors_without_memory() -> None:
     torch = pytest.importorskip("torch")
     for tensor in (torch.zeros(6, 16, device="meta"), torch.zeros(6, 16).to_sparse()):
         assert_refused("topk_select", {"scores": tensor}, ValueError, "scores", "")

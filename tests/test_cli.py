@@ -38,7 +38,9 @@ def test_demo_shows_tokens_words_and_load_and_its_checks_pass(capsys: pytest.Cap
     assert "FAILED" not in printed
 
 
-def test_demo_says_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_reports_where_it_runs_and_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "the GPU is on holiday.")
     assert cli.main(["demo"]) == 0
     assert "the NumPy reference: the GPU is on holiday." in capsys.readouterr().out
@@ -164,7 +166,7 @@ def test_info_names_versions_folders_and_backend(capsys: pytest.CaptureFixture[s
     assert rows["backend"].startswith("NumPy reference: " if compiler.why_no_cuda() else "CUDA kernels")
 
 
-def test_info_answers_when_cupy_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_works_without_a_working_cupy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # what an import finds then is an ImportError
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not installed.")
     assert cli.main(["info"]) == 0

@@ -120,7 +120,7 @@ def test_the_file_says_what_was_timed_where(compared: Any) -> None:
     assert environment["remarks"] == []
 
 
-def test_a_copy_within_a_checkout_has_no_commit_of_its_own(tmp_path: Path) -> None:
+def test_a_copy_within_a_checkout_has_no_commit(tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
         subprocess.run([*git, *command], check=True)
@@ -224,7 +224,9 @@ def test_a_turn_on_the_host_has_both_frameworks_with_and_without_out(on_numpy: A
     assert len(on_numpy.calls) == 16
 
 
-def test_what_a_turn_cannot_time_is_left_out_with_a_reason(on_numpy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_a_turn_cannot_time_are_left_out_with_a_reason(
+    on_numpy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(array: Any) -> Any:
         raise ImportError("no such thing\nand more")
 

@@ -150,7 +150,7 @@ def test_every_kernel_is_in_use() -> None:
     assert declared == {one.function for one in in_use()}
 
 
-def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
+def test_the_list_is_repeatable_and_has_no_side_effects() -> None:
     before = dict(compiler.BACKENDS), compiler._functions
     assert specialisations() == in_use()
     assert (dict(compiler.BACKENDS), compiler._functions) == before
@@ -159,7 +159,7 @@ def test_the_list_is_the_same_every_time_and_leaves_nothing_behind() -> None:
 # -- Machine code ------------------------------------------------------------------------------------------------------
 
 
-def test_machine_code_is_the_same_whatever_its_text_calls_things() -> None:
+def test_machine_code_does_not_depend_on_names() -> None:
     source = KERNEL.replace("REGISTERS", "8")
     codes = [any_nvrtc().machine_code(text, "planted", "sm_90") for text in (source, source.replace("sum", "total"))]
     assert codes[0] == codes[1]
@@ -167,7 +167,7 @@ def test_machine_code_is_the_same_whatever_its_text_calls_things() -> None:
     assert any_nvrtc().machine_code(source.replace("+ x", "- x"), "planted", "sm_90")[0] != codes[0][0]
 
 
-def test_growth_beyond_what_is_allowed_is_told() -> None:
+def test_growth_beyond_the_limit_is_reported() -> None:
     before = machine_code.Code("a", 1000, Resources(40, 0, 0, 0))
     now = machine_code.Code("b", 1010, Resources(41, 8, 0, 0))
     assert machine_code.growth(before, now, 1) == ["registers 40 -> 41", "spills 0 -> 8"]
@@ -230,7 +230,7 @@ def test_the_log_is_read() -> None:
     ("log", "function", "architecture"),
     [("", "kernel", "sm_80"), (LOG, "kernel", "sm_90"), (LOG, "kern", "sm_80"), (LOG[:-120], "kernel", "sm_80")],
 )
-def test_a_log_that_does_not_say_it_is_an_error(log: str, function: str, architecture: str) -> None:
+def test_a_log_without_the_numbers_is_an_error(log: str, function: str, architecture: str) -> None:
     with pytest.raises(ValueError, match=f"{function} needs on {architecture}"):
         nvrtc.parse_log(log, function, architecture)
 

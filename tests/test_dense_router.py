@@ -131,7 +131,7 @@ def test_bias(backend: Backend, kind: str, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_tokens_hold(backend: Backend, value: float, dtype: str, path: str) -> None:
+def test_kinds_of_tokens(backend: Backend, value: float, dtype: str, path: str) -> None:
     """A token with NaN has no finite logit; one with an infinity has infinite and, from opposite ones, NaN logits."""
     x, weight = gated(9, 36, 64, dtype)
     x[2, 5] = x[7, 63] = value
@@ -195,7 +195,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("n", [1, 16, 17, 80])
-def test_slices_of_tokens(backend: Backend, n: int) -> None:
+def test_chunks_of_tokens(backend: Backend, n: int) -> None:
     bias = inputs.normal((32,), seed=66)
     route(backend, *gated(n, 32, 40, "bfloat16"), RoutingMethod(32, 5, scale=1.25), bias, path="prefill", row_pad=3)
 

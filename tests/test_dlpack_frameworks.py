@@ -131,7 +131,7 @@ def test_out_is_filled_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_they_go_with_arrays_of_others(name: str) -> None:
+def test_arrays_of_several_frameworks(name: str) -> None:
     """The first array decides what comes out."""
     foreign, (call, arrays) = FOREIGN[name](), CALLS["activation_topk"]
     want = call(**arrays)

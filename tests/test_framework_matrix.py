@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/frameworks.md is up to date, and what it says is backed by tests that exist."""
+"""docs/frameworks.md is up to date, and its tests exist."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_cannot_be_expressed_is_refused_by_name(config: dict[str, Any], message: str) -> None:
+def test_configurations_that_cannot_be_expressed_are_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         RoutingMethod.from_config(config)
     assert "\n" not in str(caught.value)
@@ -345,7 +345,7 @@ class Model:
 @pytest.mark.parametrize(
     "config", [None, 8, "mixtral", [MIXTRAL], b"{}", Model(), Model, object()], ids=lambda c: type(c).__name__
 )
-def test_what_is_no_configuration(config: Any) -> None:
+def test_arguments_that_are_no_configuration(config: Any) -> None:
     with pytest.raises(TypeError, match=f"config is a {type(config).__name__}, but must be a configuration object or"):
         RoutingMethod.from_config(config)
 

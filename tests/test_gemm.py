@@ -114,7 +114,7 @@ def test_arguments_of_cublas(
     assert (product.prepare(0, weight.ctypes.data) == weight.ctypes.data) == as_it_is
 
 
-def test_streams_have_workspaces_of_their_own(blas: Blas) -> None:
+def test_each_stream_has_its_workspace(blas: Blas) -> None:
     """The handle is bound again only where the stream changes; a new stream takes the workspace away, so is first."""
     x, weight = exact((5, 24), 1), exact((7, 24), 2)
     product = gemm.CudaProduct(("cpu", 0), matrix("float32", x), matrix("float32", weight))

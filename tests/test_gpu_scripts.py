@@ -158,7 +158,7 @@ def fake_sanitizer(folder: Path, errors_planted: int = 3, errors_ours: int = 0, 
         ({"status": 1}, False),  # a wrong result, or a crash
     ],
 )
-def test_a_tool_is_believed_only_if_it_sees_its_fault_and_nothing_else(
+def test_a_tool_is_clean_only_if_it_finds_its_fault_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, behaviour: dict[str, int], ok: bool
 ) -> None:
     fake_sanitizer(tmp_path, **behaviour)
@@ -175,7 +175,7 @@ def test_a_tool_that_takes_too_long_is_not_clean() -> None:
     assert (found["calls"], found["errors"], found["exit"]) == (4, None, -1)
 
 
-def test_the_command_is_found_in_the_toolkit_or_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_found_in_the_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sanitize, "_FOLDERS", (str(tmp_path / "none"), str(tmp_path)))
     with pytest.raises(SystemExit, match="compute-sanitizer is neither on the PATH nor in"):
@@ -236,7 +236,7 @@ def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -
     assert (figures["different_bytes"], figures["ok"]) == (1, False)
 
 
-def test_a_soak_tells_errors_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soak_reports_errors_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = soak.Soak(soak.Host(), FEW, threads=2, streams=2, calls=5)
     monkeypatch.setattr(ours, "ops", [lambda **_: 1 / 0] * len(FEW))
     figures = ours.run()

@@ -114,7 +114,7 @@ def test_a_method_alone_keeps_weights_uniform(backend: Backend) -> None:
     np.testing.assert_array_equal(got.weights, np.full((20, 6), np.float32(1 / 6)))
 
 
-def test_experts_stay_as_they_stand_in_the_table(backend: Backend) -> None:
+def test_experts_stay_in_the_order_of_the_table(backend: Backend) -> None:
     table = np.array([[5, 1, 3], [7, 7, 0]], np.int32)
     got = look_up(backend, np.array([1, 0, 1], np.int32), table, RoutingMethod(8, 3), logits=inputs.normal((3, 8)))
     np.testing.assert_array_equal(got.indices, [[7, 7, 0], [5, 1, 3], [7, 7, 0]])
@@ -146,7 +146,7 @@ def test_given_logits(backend: Backend, experts: int, k: int, score: str, dtype:
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind), id=kind) for kind in inputs.LOGITS])
 @pytest.mark.parametrize("score", inputs.SCORES)
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_what_logits_hold(backend: Backend, kind: str, score: str, renormalize: bool) -> None:
+def test_kinds_of_logits(backend: Backend, kind: str, score: str, renormalize: bool) -> None:
     method = RoutingMethod(64, 6, score, renormalize=renormalize)
     look_up(backend, token_ids(21), tables(64, 6), method, logits=inputs.LOGITS[kind](21, 64))
 
@@ -156,7 +156,7 @@ def test_what_logits_hold(backend: Backend, kind: str, score: str, renormalize: 
     [{"renormalize_eps": 1e-20}, {"renormalize_eps": 0.5}, {"renormalize_min": 1e-12}, {"renormalize_min": 9.0}],
     ids=str,
 )
-def test_what_the_sum_gets(backend: Backend, field: dict[str, Any]) -> None:
+def test_renormalize_eps_and_min(backend: Backend, field: dict[str, Any]) -> None:
     method = RoutingMethod(64, 6, scale=1.5, **field)
     look_up(backend, token_ids(21), tables(64, 6), method, logits=inputs.normal((21, 64)))
 
@@ -202,7 +202,7 @@ def test_dot_products_of_deepseek_v4_flash(backend: Backend, n: int) -> None:
 
 
 @pytest.mark.acceptance("x and weight")
-def test_no_expert_that_is_not_needed_is_read(backend: Backend) -> None:
+def test_only_the_needed_rows_of_the_gate_are_read(backend: Backend) -> None:
     """NaN in the gate's other rows does not reach the weights."""
     table = np.array([[1, 3], [3, 5]], np.int32)
     weight = inputs.normal((8, 32))
@@ -279,7 +279,7 @@ def test_table_entries_that_are_no_experts(backend: Backend, bad: int, dtype: st
     assert (got.indices[[0, 2]] >= 0).all()
 
 
-def test_a_table_without_rows_knows_no_token(backend: Backend) -> None:
+def test_a_table_without_rows_has_no_tokens(backend: Backend) -> None:
     got = look_up(backend, np.array([0, 1, -1], np.int32), np.empty((0, 4), np.int32))
     assert (got.indices == -1).all()
 

@@ -98,7 +98,7 @@ def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
     assert (said["starts"], said["k"], said["num_columns"]) == (0, 50, 2000)
 
 
-def test_a_plan_is_made_once_for_what_it_depends_on(recorder: Any) -> None:
+def test_a_call_is_cached_by_everything_it_depends_on(recorder: Any) -> None:
     """Device and alignment among them, streams and other addresses not."""
     run, out = handler("activation_topk"), results(6, 4)
     memory = np.zeros(300, np.float32)
@@ -160,7 +160,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_becomes_an_error_of_xla(name: str, recorder: Any) -> None:
+def test_a_bad_call_becomes_an_error_of_xla(name: str, recorder: Any) -> None:
     xla, arguments, more, message = WRONG[name]
     xla.errors.clear()
     made = handler("activation_topk")(xla.frame(*arguments, **more))
@@ -210,7 +210,7 @@ def test_metadata(command_buffers: bool) -> None:
         assert not xla.errors
 
 
-def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_xla_may_capture_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each capture would take another piece of it, never to be freed."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
@@ -225,7 +225,7 @@ def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow("compiler")
-def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
+def test_the_layout_matches_the_header_of_jaxlib(tmp_path: Path) -> None:
     gxx = shutil.which("g++")
     if gxx is None:
         pytest.skip("g++ is not installed")

@@ -62,7 +62,7 @@ PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(K
 @pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
-def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
+def test_gradients_match_plain_jax(name: str, kind: str) -> None:
     case = Case(kind, name, jnp.array)
     with case.wide:
         found, indices = jax.jit(jax.grad(case.loss, has_aux=True))(case.smooth)
@@ -207,7 +207,7 @@ def test_under_other_transformations(name: str) -> None:
 
 
 @pytest.mark.slow("seconds")
-def test_jacobians_are_batches_of_the_way_back() -> None:
+def test_a_jacobian_is_one_batched_backward_pass() -> None:
     """One call of the kernel for all rows of the Jacobian."""
     indices = activation_topk(LOGITS, METHOD).indices
     back = jax.jit(jax.jacrev(lambda a: activation_topk(a, METHOD).weights))
@@ -266,13 +266,13 @@ def test_a_router_learns_as_a_pytree() -> None:
     assert step(moved, x)[0] < first
 
 
-def test_what_a_router_holds_of_numpy_is_a_constant() -> None:
+def test_numpy_arrays_of_a_router_are_constants() -> None:
     gate, x = inputs.normal((16, 8), seed=201), array(5, 8)
     got = jax.grad(lambda x: (Router(METHOD, weight=gate)(x).weights ** 2).sum())(x)
     close(got, jax.grad(lambda x: (dense_router(x, jnp.array(gate), METHOD).weights ** 2).sum())(x))
 
 
-def test_what_nobody_asks_for_is_not_computed() -> None:
+def test_unused_gradients_are_not_computed() -> None:
     x, weight, scale = array(5, 8), array(16, 8, seed=1), jnp.ones(16)
 
     def routed(x: Any, weight: Any, scale: Any) -> Any:
@@ -386,7 +386,7 @@ def test_stopped_gradients_are_zero() -> None:
     np.testing.assert_allclose(got[:, :4], activation_topk(LOGITS, METHOD).weights)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
+def test_a_custom_score_needs_a_derivative() -> None:
     """It routes without; the way back says what is missing."""
     cubic = RoutingMethod(16, 4, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))
     assert activation_topk(LOGITS, cubic).weights.shape == (6, 4)

@@ -229,7 +229,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
+def test_bad_arguments_raise_while_tracing(name: str) -> None:
     function, array, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
@@ -278,7 +278,7 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("broken"), ValueError("broken"), KeyboardInterrupt("broken")])
-def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_handler_are_raised_by_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
     # XLA never launches so large a k by itself.
@@ -298,7 +298,7 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
 
 @pytest.mark.slow("process")
 @pytest.mark.parametrize("program", ["lazily", "eager_calls", "at_exit", "at_exit_of_threads"])
-def test_in_a_process_of_its_own(program: str) -> None:
+def test_in_a_separate_process(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAMS[program]],
         cwd=Path(cupy_router.__file__).parents[1],

@@ -63,7 +63,7 @@ def handled(program: str) -> int:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
+def test_a_single_kernel_needs_no_handler(name: str) -> None:
     call = calls()[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
@@ -81,7 +81,7 @@ def test_a_gradient_needs_no_handler() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_stays_with_handlers() -> None:
+def test_calls_that_need_handlers() -> None:
     rows = jnp.ones((3, 2000))
     assert handled(lowered(lambda a: topk_select(a, 2), rows)) == 1, "long rows may need memory"
     assert handled(lowered(lambda a: topk_select(a, 2), jnp.ones((0, 20)))) == 1, "no rows are no grid"
@@ -100,7 +100,7 @@ def test_other_platforms_have_handlers() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_exported_programs_have_the_target_that_lasts() -> None:
+def test_exported_programs_call_handlers() -> None:
     exported = jax.export.export(
         jax.jit(lambda a: activation_topk(a, METHOD)),
         platforms=["cuda"],
@@ -112,13 +112,13 @@ def test_exported_programs_have_the_target_that_lasts() -> None:
 
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
+def test_the_handler_reports_a_kernel_that_does_not_compile() -> None:
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
     program = lowered(lambda a: activation_topk(a, RoutingMethod(32, 4, wrong)), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
 
 
-def test_without_a_gpu_there_are_handlers_alone() -> None:
+def test_without_a_gpu_all_calls_use_handlers() -> None:
     if compiler.why_no_cuda() is None:
         pytest.skip("there is one")
     _lower_ptx._gpu.cache_clear()

@@ -92,9 +92,7 @@ def test_ints_are_taken_as_floats_and_numpy_ints_as_ints(recorder: Recorder) -> 
     ids=["one too few", "one too many", "another order", "another name", "none"],
 )
 @pytest.mark.parametrize("num_varying", [0, 3])
-def test_names_must_be_those_of_the_kernel_in_their_order(
-    recorder: Recorder, names: tuple[str, ...], num_varying: int
-) -> None:
+def test_names_must_match_the_kernel_in_order(recorder: Recorder, names: tuple[str, ...], num_varying: int) -> None:
     fixed = dict.fromkeys(names[num_varying:], 0)
     with pytest.raises(TypeError, match=r"^mixed takes \(x, small, large, ratio, y, last\), got \("):
         Launch(function(recorder), 1, 32, names[:num_varying], fixed)
@@ -224,7 +222,7 @@ def test_kernels_with_the_same_types_share_a_buffer_and_not_their_values(recorde
 # -- What the launcher believes of the driver --------------------------------------------------------------------------
 
 
-def test_sizes_are_those_of_the_device() -> None:
+def test_sizes_match_the_device() -> None:
     """`struct` packs by the sizes of this machine's C, which have to be CUDA's: the kernel reads these bytes."""
     assert {code: struct.calcsize(f"@{code}") for code in "Piqf"} == {"P": 8, "i": 4, "q": 8, "f": 4}
     assert set(compiler._TYPES.values()) | {"P"} == set("Piqf")

@@ -52,7 +52,7 @@ def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     assert launch.arguments.items() >= (wanted | {"map_stride": 0 if rows_of_map == 1 else 30}).items()
 
 
-def test_topk_select_of_so_large_k_that_no_list_holds_it(recorder: Recorder) -> None:
+def test_topk_select_of_k_too_large_for_a_list(recorder: Recorder) -> None:
     topk_select(Array(0x400, (3, 50_000)), 40_000)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_large", "topk_select_large", DTYPE=0)

@@ -73,7 +73,7 @@ def test_load_balance_of_ties_and_far_logits() -> None:
         ("sqrtsoftplus", -np.inf), ("sqrtsoftplus", 300.0), ("softmax", -np.inf), ("softmax", np.inf), ("identity", 0),
     ],
 )  # fmt: skip
-def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float) -> None:
+def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
     """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
@@ -101,7 +101,7 @@ def test_load_balance_of_indices_that_are_no_experts() -> None:
             torch.testing.assert_close(got, alone)
 
 
-def test_load_balance_without_tokens_or_of_padding_alone() -> None:
+def test_load_balance_without_tokens_or_with_padding_only() -> None:
     method = RoutingMethod(4, 2, "softmax")
     for n in (0, 3):
         logits = torch.full((n, 4), np.nan, requires_grad=True)
@@ -156,14 +156,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
-def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_bad_arguments_of_load_balance(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     load_balance(**given())
     with pytest.raises(error, match=f"^load_balance: {words}"):
         load_balance(**given(**changed))
 
 
 @pytest.mark.slow("seconds")
-def test_what_load_balance_refuses_in_a_graph() -> None:
+def test_bad_arguments_of_load_balance_in_a_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (5, 9):

@@ -65,7 +65,7 @@ def test_a_kernel_becomes_ready_once(recorder: Recorder, events: list[KernelRead
     assert 0 <= ready.milliseconds < 60_000
 
 
-def test_a_cached_kernel_says_so(recorder: Recorder, events: list[KernelReady]) -> None:
+def test_a_cached_kernel_is_reported_as_cached(recorder: Recorder, events: list[KernelReady]) -> None:
     recorder.compiled = False
     select()
     assert [ready.compiled for ready in events] == [False]
@@ -101,7 +101,7 @@ def test_a_kernel_whose_listener_fails_is_ready_all_the_same(
     assert len(recorder.sources) == 1
 
 
-def test_the_key_is_that_of_the_text(recorder: Recorder, events: list[KernelReady]) -> None:
+def test_equal_texts_have_equal_keys(recorder: Recorder, events: list[KernelReady]) -> None:
     for score in ("sigmoid", "softmax", "sigmoid"):
         for n in (4, 5):
             activation_topk(np.zeros((n, 64), np.float32), RoutingMethod(64, 4, score))
@@ -320,7 +320,7 @@ def test_the_log_of_every_nvrtc_is_understood(version: str, monkeypatch: pytest.
     assert vars(library.resources(*kernel)) == vars(needs)
 
 
-def test_what_does_not_compile_is_told_by_the_text(tmp_path: Path) -> None:
+def test_a_dump_of_a_kernel_that_does_not_compile_has_the_error(tmp_path: Path) -> None:
     cupy_of_nvrtc()
     ready = of('#line 7 "kernels/file.cu"\nextern "C" __global__ void one() { wrong; }\n')
     kernel_dump.dump(ready, tmp_path, "sm_90")

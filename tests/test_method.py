@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def test_fields_and_defaults_are_those_of_the_contract() -> None:
+def test_fields_and_defaults_match_the_contract() -> None:
     method = RoutingMethod(8, 2)
     assert {f.name: getattr(method, f.name) for f in fields(method)} == {"num_experts": 8, "top_k": 2, **DEFAULTS}
     assert RoutingMethod(num_experts=8, top_k=2, **DEFAULTS) == method
@@ -164,7 +164,7 @@ def test_bad_fields(changes: dict[str, Any], error: type[Exception], message: st
     assert "\n" not in str(caught.value)
 
 
-def test_equality_and_hash_are_those_of_the_fields() -> None:
+def test_equality_and_hash_follow_the_fields() -> None:
     method = RoutingMethod(8, 2, renormalize_eps=1e-20)
     numpy_8: Any = np.int32(8)
     again = RoutingMethod(numpy_8, 2, renormalize_eps=np.float64(1e-20), logit_scale=1)

@@ -119,7 +119,7 @@ def test_a_group_whose_sum_is_flushed_ties_with_zero(backend: Backend, experts: 
 
 
 @pytest.mark.parametrize("experts", [64, 2048])
-def test_a_nan_spoils_its_group_only_by_rank(backend: Backend, experts: int) -> None:
+def test_a_nan_changes_only_the_rank_of_its_group(backend: Backend, experts: int) -> None:
     """NaN is below -inf, so a group of NaN comes last, and with top2 a group that has only one number as well."""
     size = experts // 4
     logits = np.full((3, experts), -np.inf, np.float32)
@@ -231,7 +231,7 @@ def test_bad_input(backend: Backend, call: Callable[..., Any], message: str) -> 
 @pytest.mark.parametrize(
     ("cuda", "line", "word"), [("x *\n\nnonsense(x)", 3, "nonsense"), ("float y = 1.0f;\nreturn y + z;", 2, "z")]
 )
-def test_an_error_in_an_own_score_names_its_line(backend: Backend, cuda: str, line: int, word: str) -> None:
+def test_an_error_in_a_custom_score_names_its_line(backend: Backend, cuda: str, line: int, word: str) -> None:
     logits = backend.array(np.zeros((2, 64), np.float32))
     broken = ScoreFunction("mine", cuda=cuda, numpy=lambda x: x)
     with pytest.raises(CompileError) as caught:
@@ -255,20 +255,20 @@ def test_an_error_in_an_own_score_names_its_line(backend: Backend, cuda: str, li
         ({"numpy": "x"}, TypeError, "numpy is 'x', but must be a function of a float64 array"),
     ],
 )
-def test_a_bad_own_score(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_bad_custom_score(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"ScoreFunction: {message}"):
         ScoreFunction(**{"name": "f", "cuda": "x", "numpy": abs, **changes})
 
 
 @pytest.mark.backends("reference")
-def test_an_own_score_of_the_wrong_shape(backend: Backend) -> None:
+def test_a_custom_score_of_the_wrong_shape(backend: Backend) -> None:
     wrong = ScoreFunction("wrong", cuda="x", numpy=lambda x: x.sum())
     with pytest.raises(ValueError, match=r"ScoreFunction\('wrong'\) made shape \(\) of an array of shape \(2, 4\)"):
         activation_topk(np.zeros((2, 4), np.float32), M(4, 2, wrong))
 
 
 @pytest.mark.backends("reference")
-def test_jax_does_not_cut_indices(backend: Backend) -> None:
+def test_jax_does_not_truncate_indices(backend: Backend) -> None:
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     logits = jax.numpy.zeros((2, 8), "float32")
     with pytest.raises(

@@ -47,7 +47,7 @@ def test_options_that_are_given_are_completed(line: str, size: dict[str, Any] | 
     assert one_size.parse(DECLARED, line.split()) == Request(size, None, rows.RESULTS, False)
 
 
-def test_files_are_written_where_the_line_says() -> None:
+def test_files_are_written_where_the_command_line_asks() -> None:
     assert one_size.parse(DECLARED, ["--n", "8", "--json", "a.json"]).json == Path("a.json")
     whole = one_size.parse(DECLARED, ["--quick", "--output", "folder"])
     assert whole == Request(None, None, Path("folder"), True)
@@ -65,7 +65,7 @@ def test_files_are_written_where_the_line_says() -> None:
         ("--json a.json", "--json is for one size: give one of --n, --num-experts, --dtype too"),
     ],
 )
-def test_lines_that_cannot_be_meant_are_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contradictory_command_lines_are_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         one_size.parse(DECLARED, line.split())
     assert stopped.value.code == 2
@@ -184,7 +184,7 @@ def test_every_benchmark_of_an_op_has_one_size() -> None:
     assert {path.stem for path in folder.glob("bench_*.py")} - without == {f"bench_{name}" for name in LINES}
 
 
-def test_a_size_that_cannot_be_is_told_in_a_sentence(bench: Callable[[str, str], None]) -> None:
+def test_an_impossible_size_is_refused_in_one_sentence(bench: Callable[[str, str], None]) -> None:
     with pytest.raises(SystemExit, match=r"activation_topk: .*top_k.*256"):
         bench("activation_topk", "--top-k 300")
 

@@ -34,7 +34,7 @@ MODULES = ["cupy_router"] + [
 
 
 @pytest.mark.parametrize(("framework", "code"), EXAMPLES)
-def test_readme_example_prints_what_its_comments_say(framework: str, code: str) -> None:
+def test_readme_example_prints_what_its_comments_show(framework: str, code: str) -> None:
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
     printed = io.StringIO()

@@ -132,7 +132,7 @@ def test_hash_layers_of_any_layout(backend: Backend, n: int, layout: dict[str, i
 
 
 @pytest.mark.parametrize("n", [70, 64])
-def test_hash_layers_in_slices(backend: Backend, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_layers_in_chunks(backend: Backend, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 32 * EXPERTS * 4)
     method = RoutingMethod(EXPERTS, K, scale=1.25)  # whose plans no other test has made
     check_hash(backend, n, "float32", "int32", method)
@@ -143,7 +143,7 @@ def test_hash_layers_in_slices(backend: Backend, n: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.needs_kernels
-def test_the_way_of_a_hash_layer_depends_on_its_shape(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_hash_layer_depends_on_its_shape(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in rows of the gate that no token needs reach no weight either way; only the full product reads them."""
     products: list[int] = []
     multiply = type(gemm.product(backend_device(backend), *matrices())).multiply
@@ -169,7 +169,7 @@ def matrices() -> tuple[gemm.Matrix, gemm.Matrix]:
     return gemm.Matrix("float32", 9, HIDDEN, HIDDEN), gemm.Matrix("float32", EXPERTS, HIDDEN, HIDDEN)
 
 
-def test_a_hash_router_without_a_gate_weighs_uniformly(backend: Backend) -> None:
+def test_a_hash_router_without_a_gate_has_uniform_weights(backend: Backend) -> None:
     router, ids = Router(METHOD, table=backend.array(table())), backend.array(token_ids(9))
     got = to_host(backend, router(backend.array(tokens(9)), ids))
     assert_same(got, to_host(backend, hash_router(ids, router.table, METHOD)))
@@ -183,7 +183,7 @@ def test_a_hash_router_needs_token_ids(backend: Backend) -> None:
         router(backend.array(tokens(3)), backend.array(np.arange(2)))
 
 
-def test_results_are_of_the_framework_of_x() -> None:
+def test_results_belong_to_the_framework_of_x() -> None:
     torch = pytest.importorskip("torch")
     router = Router(METHOD, weight=gate(), table=table())
     got = router(torch.from_numpy(tokens(3)), np.arange(3))
@@ -213,7 +213,7 @@ def test_results_are_of_the_framework_of_x() -> None:
         ({"weight": gate(), "table": table(), "bias": BIAS}, ValueError, "Router: bias and table do not go together"),
     ],
 )
-def test_what_a_router_is_not_built_of(backend: Backend, arrays: dict[str, Any], error: type, words: str) -> None:
+def test_bad_arguments_of_a_router(backend: Backend, arrays: dict[str, Any], error: type, words: str) -> None:
     given = {name: upload(backend, a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
     with pytest.raises(error, match=words):
         Router(METHOD, **given)
@@ -226,7 +226,7 @@ def upload(backend: Backend, host: np.ndarray) -> Any:
     return backend.array(np.ascontiguousarray(host))
 
 
-def test_repr_says_what_it_holds() -> None:
+def test_repr_names_the_arrays() -> None:
     router = Router(METHOD, weight=gate("bfloat16"), table=table("int64"))
     assert repr(router) == f"Router({METHOD!r}, weight=bfloat16 [24, 40] on cpu, table=int64 [50, 4] on cpu)"
 

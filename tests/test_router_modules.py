@@ -159,7 +159,7 @@ class OtherWidth(Gate):
         (lambda: torch.nn.Linear(64, NUM_EXPERTS), "none of its children"),
     ],
 )
-def test_what_is_not_understood_is_left(router: Any, reason: str) -> None:
+def test_routers_that_are_not_understood_are_left(router: Any, reason: str) -> None:
     blocks = torch.nn.Sequential(Block(router()), Block(router()))
     with pytest.warns(
         UserWarning, match=rf"replace_routers left Block \(0 and 1 more\) as it is: .*{reason}"
@@ -201,6 +201,6 @@ def test_models_without_experts() -> None:
 
 @pytest.mark.parametrize("function", [replace_routers, restore_routers])
 @pytest.mark.parametrize("wrong", [None, {}, torch.nn.Linear, torch.zeros(2)])
-def test_what_is_no_module(function: Any, wrong: Any) -> None:
+def test_arguments_that_are_no_modules(function: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match=f"{function.__name__}: model must be a torch.nn.Module, got "):
         function(wrong)

@@ -101,7 +101,7 @@ def test_frozen_models_need_no_gradient(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_swapped_too_and_their_own(way: str, calls: list[str]) -> None:
+def test_copies_are_swapped_too_and_independent(way: str, calls: list[str]) -> None:
     model = mixtral()
     replace_routers(model)
     if way == "deepcopy":

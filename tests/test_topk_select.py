@@ -74,7 +74,7 @@ def kinds_of_rows() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("kind", "columns", "k", "dtype"), list(kinds_of_rows()))
-def test_what_rows_hold(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
+def test_kinds_of_rows(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
     rows = backend.rows(4 if columns < 100_000 else 2, columns)
     select(backend, inputs.ROWS[kind](rows, columns, k, dtype), k)
 
@@ -181,7 +181,7 @@ def test_more_rows_than_a_grid_is_high(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(70_000, 8, exactly=True), 8)), 3)
 
 
-def test_so_many_rows_that_warps_share_blocks(backend: Backend) -> None:
+def test_many_rows_with_several_warps_per_block(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(1090, 256, exactly=True), 256)), 8)
 
 

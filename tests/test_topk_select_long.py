@@ -17,7 +17,7 @@ from cupy_router.ops import _topk_select_long as long
 from cupy_router.ops._topk_select_long import LaunchShape
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
-from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
+from tests.topk_calls import LAUNCH_SHAPES, edge_lengths, misleading, poisoned, select
 
 pytestmark = pytest.mark.needs_kernels
 ITEM = pytest.mark.acceptance
@@ -32,25 +32,25 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
     def plan(name: str) -> LaunchShape | None:
-        monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
+        monkeypatch.setattr(long, "choose", lambda *_: LAUNCH_SHAPES[name])
         _cached.forget()
-        return PLANS[name]
+        return LAUNCH_SHAPES[name]
 
     yield plan
     _cached.forget()
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind)) for kind in inputs.ROWS])
-def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str) -> None:
+def test_kinds_of_rows(backend: Backend, planned: Planned, kind: str, name: str) -> None:
     planned(name)
-    dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(PLANS).index(name)) % 3]
+    dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(LAUNCH_SHAPES).index(name)) % 3]
     if kind in inputs.BITS_OF_FLOAT32 or kind.startswith("above 65504"):
         dtype = "float32"
     select(backend, inputs.ROWS[kind](3, COLUMNS, K, dtype), K)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("levels", [2, 3, 9, 40])
 @pytest.mark.parametrize("order", ["column", "value", "any"])
 def test_few_values(backend: Backend, planned: Planned, levels: int, order: str, name: str) -> None:
@@ -63,7 +63,7 @@ def test_few_values(backend: Backend, planned: Planned, levels: int, order: str,
 
 def k_of_plans() -> Iterator[Any]:
     """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
-    for name, plan in PLANS.items():
+    for name, plan in LAUNCH_SHAPES.items():
         largest = COLUMNS if plan is None else plan.capacity
         for k in (1, *inputs.TOP_K):
             if k <= largest:
@@ -80,7 +80,7 @@ def test_k(backend: Backend, planned: Planned, name: str, columns: int, k: int) 
     select(backend, inputs.normal((2, columns), "float16", seed=k), k, return_values=False)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize(
     "columns", [pytest.param(w, marks=ITEM(f"all-equal row at E = {w}"), id=str(w)) for w in inputs.WIDTHS]
 )
@@ -92,7 +92,7 @@ def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: 
     np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(k), indices.shape))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize(
     "candidates", [pytest.param(c, marks=ITEM(f"one bin of {c} candidates"), id=str(c)) for c in (4097, 16_385, 65_537)]
 )
@@ -102,11 +102,11 @@ def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Plann
     select(backend, inputs.one_bin(candidates)(backend.rows(2, columns), columns, K, "float32"), K)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("with_starts", [False, pytest.param(True, marks=ITEM("starts and lengths"))])
 @ITEM("lengths 0, 1, k-1, k, k+1, E, all different", "poison outside the row", "strided rows", "misaligned base")
-def test_lengths_around_all_that_plans_know(
+def test_lengths_around_every_limit(
     backend: Backend, planned: Planned, with_starts: bool, dtype: str, name: str
 ) -> None:
     plan = planned(name)
@@ -128,7 +128,7 @@ def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtyp
     select(backend, poisoned(4, columns, lengths, None, dtype), K, lengths=lengths)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @ITEM("misaligned base")
 def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name: str) -> None:
@@ -150,7 +150,7 @@ def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, 
     select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @ITEM("100 bitwise repeats")
 def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str) -> None:
     planned(name)
@@ -163,7 +163,7 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, nam
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: int) -> None:
+def test_lists_hold_the_scores_that_pass_a_sampled_threshold(dtype: str, kilobytes: int) -> None:
     gpu = replace(tuning.DEFAULT, shared_bytes=kilobytes * 1024)
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):

@@ -36,7 +36,7 @@ def parameter(*shape: int, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_those_of_plain_pytorch(name: str, kind: str) -> None:
+def test_gradients_match_plain_pytorch(name: str, kind: str) -> None:
     case = Case(kind, name)
     case.check(case.call())
 
@@ -69,7 +69,7 @@ def test_weights_are_the_same_with_a_gradient_and_without() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "logit_bias", "expert_scale"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_tensors_get_no_gradient(frozen: str) -> None:
     given = {"x": parameter(5, 8), "weight": parameter(16, 8, seed=1)}
     given |= {"logit_bias": parameter(16, seed=2), "expert_scale": parameter(16, seed=3)}
     given[frozen].requires_grad_(False)
@@ -99,7 +99,7 @@ NO_GRADIENT: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_GRADIENT)
-def test_what_has_no_gradient(name: str) -> None:
+def test_calls_without_a_gradient(name: str) -> None:
     assert not NO_GRADIENT[name](parameter(5, 16)).requires_grad
 
 
@@ -113,7 +113,7 @@ def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
     assert out.weights.grad_fn is None
 
 
-def test_out_and_a_gradient_do_not_go_together() -> None:
+def test_out_and_a_gradient_cannot_be_combined() -> None:
     x = parameter(5, 16)
     out = activation_topk(x.detach(), METHOD)
     before = out.weights.clone()
@@ -145,7 +145,7 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
             torch.autograd.grad(first.sum(), x)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
+def test_a_custom_score_needs_a_derivative() -> None:
     """It routes without; the way back says what is missing."""
     x = parameter(5, 16)
     cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
@@ -156,7 +156,7 @@ def test_a_score_of_ones_own_needs_a_derivative() -> None:
         weights.sum().backward()
 
 
-def test_a_graph_can_be_gone_back_twice() -> None:
+def test_backward_twice_through_one_graph() -> None:
     x = parameter(5, 8)
     weights, _ = dense_router(x, tensor(16, 8, seed=1), METHOD)
     loss = weights.square().sum()
@@ -178,7 +178,7 @@ def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_gradients_that_are_not_contiguous_come_in() -> None:
+def test_incoming_gradients_may_be_strided() -> None:
     """That of a sum is one number, repeated; that of a transpose has strides."""
     x = parameter(5, 16)
     method = RoutingMethod(16, 4, "sigmoid", renormalize=False)
@@ -228,7 +228,7 @@ def test_arrays_of_other_frameworks_take_part() -> None:
     assert isinstance(results.weights, np.ndarray)
 
 
-def test_autocast_does_not_round_the_way_back() -> None:
+def test_autocast_does_not_round_the_backward_pass() -> None:
     x, weight = parameter(5, 8), parameter(16, 8, seed=1)
     method = RoutingMethod(16, 4, "softmax", logit_scale=8.0)
     want = torch.autograd.grad(dense_router(x, weight, method).weights.square().sum(), [x, weight])
@@ -302,7 +302,7 @@ def test_a_layer_learns_as_with_a_plain_router() -> None:
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
 
 
-def test_copies_of_a_model_have_gradients_of_their_own() -> None:
+def test_copies_of_a_model_have_separate_gradients() -> None:
     layer = Layer(ours=True)
     twin_layer = copy.deepcopy(layer)
     layer(tensor(5, 8)).sum().backward()

@@ -119,7 +119,7 @@ def gradients(function: Callable[..., Any], *arrays: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_those_of_autograd(name: str) -> None:
+def test_gradients_match_autograd(name: str) -> None:
     method = METHODS[name]
     arrays = tensor(N, method.num_logits), tensor(method.num_experts, seed=1), tensor(method.num_experts, seed=2).exp()
     got = torch.func.grad(loss(method), argnums=(0, 1, 2))(*arrays)
@@ -141,7 +141,7 @@ def test_gradients_of_each(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("of", ["dense_router", "hash_router", "Router"])
-def test_gradients_by_x_and_the_gate(of: str) -> None:
+def test_gradients_with_respect_to_x_and_the_gate(of: str) -> None:
     def total(x: Any, weight: Any) -> Any:
         if of == "dense_router":
             return dense_router(x, weight, METHOD).weights.square().sum()
@@ -178,7 +178,7 @@ def test_a_module_as_a_function() -> None:
     torch.testing.assert_close(got["weight"], gate.weight.grad)
 
 
-def test_what_selects_has_no_gradient() -> None:
+def test_a_selection_has_no_gradient() -> None:
     got = torch.func.grad(lambda a: (topk_select(a, 2).values * a[:, :2]).sum())(LOGITS[0])
     assert got[:, :2].equal(topk_select(LOGITS[0], 2).values)
     assert not got[:, 2:].any()

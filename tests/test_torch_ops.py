@@ -142,7 +142,7 @@ def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_layers_alike_share_one_graph() -> None:
+def test_layers_of_one_kind_share_one_graph() -> None:
     """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
     from torch._dynamo.testing import CompileCounter
 
@@ -187,7 +187,7 @@ def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "stream"])
-def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
+def test_arguments_that_a_graph_cannot_contain_are_refused(name: str) -> None:
     x = arguments(5)[0]
     given = {"out": topk_select(x, 2)} if name == "out" else {"stream": 0}
     for call in (lambda x: topk_select(x, 2, **given), lambda x: DENSE(x, **given)):
@@ -289,7 +289,7 @@ print(activation_topk(numpy.eye(8, dtype="float32")[:1], "mixtral").indices.toli
 
 
 @pytest.mark.slow("process")
-def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
+def test_other_arrays_work_with_an_unusable_torch() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", UNUSABLE], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -167,7 +167,7 @@ def test_ptxas_is_told_the_fewest_blocks_where_it_would_spill() -> None:
 # -- Devices -----------------------------------------------------------------------------------------------------------
 
 
-def test_backends_that_stand_in_for_a_gpu_are_the_default_with_their_own_shared_memory(
+def test_backends_in_place_of_a_gpu_have_the_default_gpu_with_their_shared_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with recording() as recorder:
@@ -207,7 +207,7 @@ def unplanned() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unplanned")
-def test_calls_are_planned_for_the_gpu() -> None:
+def test_kernels_are_chosen_for_the_gpu() -> None:
     x, weight = np.zeros((4, 4096), np.float16), np.zeros((128, 4096), np.float16)
     for gpu in (DEFAULT, SMALL):
         with recording() as recorder, tuning.assume(gpu):

@@ -14,7 +14,7 @@ from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
-PLANS = {
+LAUNCH_SHAPES = {
     "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
     "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
     "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),

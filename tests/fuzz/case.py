@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of an op with its arrays: how it runs on a backend, what must come out of it, how it is kept in a file."""
+"""A call of an op with its arrays: it runs on a backend, is compared with the reference, and is saved in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
-from tests.topk_calls import PLANS
+from tests.topk_calls import LAUNCH_SHAPES
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
@@ -35,9 +35,13 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """`layouts` has for some arrays the elements between their rows and in front of them; `out_padding` those between
-    the rows of preallocated results, -1 for results that the op allocates. With `as_of_rows` the kernel is that for so
-    many rows, however few there are; with `plan`, a name among PLANS, that for long rows goes by this plan."""
+    """A call.
+
+    layouts: for some arrays, the number of elements between their rows and in front of them.
+    out_padding: elements between the rows of preallocated results; -1: the op allocates the results.
+    as_of_rows: choose the kernel as for this number of rows.
+    plan: name of the launch shape for long rows, from LAUNCH_SHAPES.
+    """
 
     op: str
     arrays: dict[str, np.ndarray]
@@ -75,13 +79,13 @@ class Case:
 
     @property
     def kind(self) -> Any:
-        """The named tuple of the results."""
+        """Named tuple of the results."""
         selected = TopK if self.options.get("return_values", True) else Columns
         return {"topk_select": selected, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
 
     @property
     def num_valid(self) -> int:
-        """How many rows are valid."""
+        """Number of valid rows."""
         if "num_valid" in self.arrays:
             return min(max(int(self.arrays["num_valid"].reshape(())), 0), self.shape[0])
         return self.options.get("num_valid", self.shape[0])
@@ -101,7 +105,7 @@ def arguments(case: Case, backend: Backend) -> dict[str, Any]:
 
 
 class Canvas:
-    """Memory for a result, every byte of it marked, so that what is written beside the result can be seen."""
+    """Memory for a result in which every byte is marked, so that writes outside the result are found."""
 
     MARK = 0x5A
     BEFORE = 3  # elements in front of the result
@@ -119,7 +123,7 @@ class Canvas:
         return memory[self.BEFORE : self.BEFORE + rows * self.stride].reshape(rows, self.stride)[:, :width]
 
     def is_clean(self) -> bool:
-        """Whether all but the result still has its mark."""
+        """Return whether all memory around the result still has its mark."""
         now = self.backend.numpy(self.memory)
         beside = np.ones(now.shape, bool)
         self._result(beside)[...] = False
@@ -127,7 +131,7 @@ class Canvas:
 
 
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
-    """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
+    """Call the op on the backend, and return the results as NumPy arrays. Check that it wrote nothing else."""
     given = arguments(case, backend)
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, case.plan, **given)
@@ -143,18 +147,18 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
 
 
 def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
-    """The op; `as_of_rows` and `plan` as in a case."""
+    """Call the op, with `as_of_rows` and `plan` of a case."""
     with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
         return function(op)(**given)
 
 
 def function(op: str) -> Any:
-    """The op by its name, with results that are all arrays."""
+    """Return the op of a name, in a form in which all results are arrays."""
     return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)
 
 
 def _topk_select(*, out: Any = None, **given: Any) -> TopK | Columns:
-    """Without values, the columns alone."""
+    """Call topk_select, and return only the columns if it has no values."""
     if given.get("return_values", True):
         return cupy_router.topk_select(**given, out=out)
     into = None if out is None else TopK(None, out.indices)
@@ -164,8 +168,10 @@ def _topk_select(*, out: Any = None, **given: Any) -> TopK | Columns:
 
 
 class _Chosen(AbstractContextManager[None]):
-    """Within it, kernels are chosen as for so many rows, and long rows go by the plan of this name. What was planned so
-    is forgotten afterwards."""
+    """Context in which kernels are chosen as for this number of rows, and with a given launch shape for long rows.
+
+    Cached calls are forgotten at its start and end.
+    """
 
     def __init__(self, rows: int, plan: str) -> None:
         few, lanes = _row_lanes.few, _row_lanes.interleaved_lanes
@@ -177,7 +183,7 @@ class _Chosen(AbstractContextManager[None]):
             }
             self.patches.append(mock.patch.multiple(_row_lanes, **chosen))
         if plan:
-            self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
+            self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=LAUNCH_SHAPES[plan]))
 
     def __enter__(self) -> None:
         _cached.forget()
@@ -191,7 +197,7 @@ class _Chosen(AbstractContextManager[None]):
 
 
 def wanted(case: Case) -> tuple[np.ndarray, ...]:
-    """What the NumPy reference says."""
+    """Return the results of the NumPy reference."""
     arrays, method = case.arrays, case.method
     if case.op == "topk_select":
         given = arrays | case.options
@@ -211,7 +217,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
 
 
 def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
-    """AssertionError unless the results are those of the reference, bit by bit where no float is rounded."""
+    """Check that the results equal those of the reference, bit by bit where no float is rounded."""
     if case.op == BACKWARD:
         assert case.method is not None
         arrays = case.arrays
@@ -252,7 +258,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
 
 
 def has_steps(case: Case) -> bool:
-    """Whether there is more to it than a score of a logit, a bias and a sum."""
+    """Return whether the method has steps besides score, bias and sum."""
     if case.method is None:
         return False
     plain = {"num_experts", "top_k", "score", "renormalize", "renormalize_eps", "renormalize_min", "scale"}
@@ -264,7 +270,7 @@ LAYER = {"logit_bias", "expert_scale"}
 
 
 def assert_steps_close(got: np.ndarray, want: np.ndarray, indices: np.ndarray, case: Case, rows: np.ndarray) -> None:
-    """Weights of the same experts agree within the rounding of their steps."""
+    """Check that weights of the same experts agree within the rounding of their steps."""
     method = case.method
     assert method is not None
     prepared = oracle.prepare(logits(case)[: case.num_valid][rows], method, case.arrays.get("logit_bias"))
@@ -287,7 +293,7 @@ def logits(case: Case) -> np.ndarray:
 
 
 def save(case: Case, path: Path) -> None:
-    """As JSON, arrays by their bytes: a failing case stays what it is, however cases are drawn later."""
+    """Save the case as JSON, with arrays as bytes, so that it does not depend on how cases are drawn."""
     content = {
         "op": case.op,
         "method": None if case.method is None else _set(case.method),
@@ -311,7 +317,7 @@ def save(case: Case, path: Path) -> None:
 
 
 def _set(method: RoutingMethod) -> dict[str, Any]:
-    """The fields of a method that differ from their defaults."""
+    """Return the fields of a method that differ from their defaults."""
     return {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
 
 

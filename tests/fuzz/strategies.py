@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: settings, each of which is one compiled kernel, and the cases that hypothesis draws for each."""
+"""Settings, each of which compiles one kernel, and the cases that hypothesis draws for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cupy_router.method import SCORES
 from tests.fuzz.arrays import biases, bits, floats, integers, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
-from tests.topk_calls import PLANS
+from tests.topk_calls import LAUNCH_SHAPES
 
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
@@ -29,7 +29,7 @@ Layouts = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides which kernel an op compiles."""
+    """Everything that decides which kernel an op compiles."""
 
     op: str
     columns: int
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def wide(self) -> bool:
-        """Whether a row is too long, or too many are wanted of it, for the kernels that keep it in registers."""
+        """True if a row or k is too large for the kernels that keep a row in registers."""
         return self.columns > 1024 or self.k > 32
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Setting:
 
 
 def settings(seed: int = 0, count: int = 72) -> list[Setting]:
-    """So many different settings, most of them of activation_topk. Other seeds, other settings."""
+    """Return this number of different settings, most of activation_topk. They depend on the seed."""
     rng = random.Random(seed)
     makers = [_activation_topk, _topk_select, _hash_router, _activation_topk, _dense_router]
     found: dict[Setting, None] = {
@@ -98,7 +98,7 @@ def settings(seed: int = 0, count: int = 72) -> list[Setting]:
 
 
 def _common(rng: random.Random, columns: int) -> dict[str, Any]:
-    """What all ops have, and the method of those that have one."""
+    """Draw the fields that all ops have, and the method of those that have one."""
     return {
         "columns": columns,
         "k": min(rng.choice(TOP_K), columns),
@@ -116,12 +116,12 @@ def _topk_select(rng: random.Random) -> Setting:
     if rng.random() < 0.4:
         given |= {"index_map"} if rng.random() < 0.5 else set()
         common |= {"columns": 3000, "k": 600, "aligned": False}
-        return Setting("topk_select", **common, given=given, plan=rng.choice(list(PLANS)))
+        return Setting("topk_select", **common, given=given, plan=rng.choice(list(LAUNCH_SHAPES)))
     return _perhaps_dense(rng, Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS)))
 
 
 def _perhaps_dense(rng: random.Random, setting: Setting) -> Setting:
-    """Where it decides; dense rows are aligned only if they hold whole words."""
+    """Draw whether rows are dense, if that matters. Dense rows are aligned only if they consist of whole words."""
     possible = not setting.wide and (not setting.aligned or setting.num_logits % 8 == 0)
     return replace(setting, dense=possible and rng.random() < 0.5)
 
@@ -139,8 +139,10 @@ def _activation_topk(rng: random.Random) -> Setting:
 
 
 def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozenset[str]:
-    """Further steps of a method, put into `common`, and the arrays that go with them. Experts are chosen by logits or
-    by scores that are logits, so that no rounding decides between them."""
+    """Add further steps of a method to `common`, and return their arrays.
+
+    Experts are selected by logits, or by scores that equal logits, so that no rounding decides.
+    """
     steps: dict[str, Any] = {}
     by = rng.choice(("identity", "logits", "after"))
     if by == "identity":
@@ -207,7 +209,7 @@ def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
 
 
 def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
-    """Calls that compile this setting's kernel and no other."""
+    """Draw calls that compile the kernel of this setting and no other."""
     draw = {
         "topk_select": _topk_select_case,
         "activation_topk": _activation_topk_case,
@@ -298,7 +300,7 @@ _padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # b
 
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
-    """Number of rows and their layout. A single row is dense and as aligned as its base: some settings draw more."""
+    """Draw the number of rows and their layout. A single row is dense, so some settings draw more."""
     layout = draw(_layout(setting, columns))
     alone = setting.dense or (
         setting.wide and setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0)
@@ -308,7 +310,7 @@ def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tup
 
 @st.composite
 def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
-    """Elements between rows and in front of them; aligned: every row starts at 16 bytes, whatever the dtype."""
+    """Draw the elements between rows and in front of them; aligned: every row is aligned to 16 bytes."""
     if setting.dense:
         return 0, (0 if setting.aligned else 1)
     if setting.aligned:
@@ -318,7 +320,7 @@ def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
 
 @st.composite
 def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.ndarray], layouts: Layouts) -> None:
-    """x and weight, put among the arrays."""
+    """Add x and weight to the arrays."""
     for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.num_logits, setting.weight_dtype)):
         arrays[name] = draw(small_integers((count, setting.hidden), dtype))
         layouts[name] = draw(_layout(setting, setting.hidden))
@@ -342,7 +344,7 @@ def _layer_and_num_valid(
 
 @st.composite
 def _num_valid(draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], rows: int) -> dict[str, int]:
-    """As one more array, or as an option, or not at all."""
+    """Draw num_valid: as an array, as an option, or none."""
     if "num_valid" in setting.given:
         number = draw(st.integers(0, rows) | st.sampled_from([-(2**31), -1, rows + 1, 2**31 - 1]))
         arrays["num_valid"] = np.full(draw(st.sampled_from([(), (1,)])), number, np.int32)

@@ -3,8 +3,8 @@
 
 A failing case is written to cases/, as small as hypothesis can make it, and is a test from then on. For longer runs:
 
-    CUPY_ROUTER_FUZZ_CASES     how many cases (2,160)
-    CUPY_ROUTER_FUZZ_KERNELS   over how many compiled kernels (72)
+    CUPY_ROUTER_FUZZ_CASES     number of cases (2,160)
+    CUPY_ROUTER_FUZZ_KERNELS   number of compiled kernels (72)
     CUPY_ROUTER_FUZZ_SEED      which kernels and cases (0); the same seed gives the same ones
 """
 
@@ -42,7 +42,7 @@ HOST = Backend()  # NumPy arrays
 
 
 def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
-    """Hypothesis without its own memory of failures: ours are files that everybody has."""
+    """Return settings of hypothesis without its database of failures, because ours are files in the repository."""
     return hypothesis.settings(
         max_examples=max_examples, phases=phases, database=None, deadline=None, report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
@@ -50,7 +50,7 @@ def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
 
 
 def free_path(op: str) -> Path:
-    """A file of cases/ that does not exist yet."""
+    """Return the path of a new file in cases/."""
     number = 1
     while (FOLDER / f"{op}_{number}.json").exists():
         number += 1
@@ -58,7 +58,7 @@ def free_path(op: str) -> Path:
 
 
 def prove(case: Case, backend: Backend) -> None:
-    """Run it and compare; AssertionError if it is wrong."""
+    """Run a case and compare it with the reference."""
     if backend.name == "simt":
         simt: Any = compiler.BACKENDS["cpu"]
         simt.schedule, simt.seed = case.schedule, len(case.arrays)
@@ -70,7 +70,7 @@ def prove(case: Case, backend: Backend) -> None:
 
 @cache
 def kernels(setting: Setting) -> dict[str, str]:
-    """Sources by function, of the smallest case that launches something."""
+    """Return the sources by function, of the smallest case that launches a kernel."""
     quiet = configured(1000, Phase.generate, Phase.shrink)
     smallest = hypothesis.find(cases(setting), lambda case: case.shape[0] > 0, settings=quiet)
     with recording() as recorder:
@@ -79,7 +79,7 @@ def kernels(setting: Setting) -> dict[str, str]:
 
 
 def build(wanted: list[Setting], sanitizer: str | None) -> None:
-    """Compile for the CPU side by side, what the cache lacks."""
+    """Compile sources for the CPU in parallel, unless the cache has them."""
     texts = [(source, function) for setting in wanted for function, source in kernels(setting).items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda pair: build_library(pair[0], pair[1], sanitizer), texts))
@@ -93,7 +93,7 @@ def built(backend: Backend) -> None:
 
 @pytest.fixture
 def path() -> Callable[[str], Path]:
-    """Where a failing case goes: one file a test, which shrinking writes again and again."""
+    """Path of a failing case, one per test: shrinking overwrites it."""
     chosen: dict[str, Path] = {}
     return lambda op: chosen.setdefault(op, free_path(op))
 
@@ -138,7 +138,7 @@ def test_saved_cases(path: Path, backend: Backend) -> None:
 def test_sanitized_cases(
     sanitizer: str, count: int, max_rows: int, group: int, backend: Backend, path: Callable[[str], Path]
 ) -> None:
-    """Arrays have memory of exactly their size; to ThreadSanitizer each thread of a block is one, which takes long."""
+    """Arrays have memory of exactly their size. For ThreadSanitizer each CUDA thread is a thread, which takes long."""
     reason = why_not_sanitized(sanitizer)
     if reason is not None:
         pytest.skip(reason)
@@ -171,7 +171,7 @@ def drawn(setting: Setting, count: int, max_rows: int) -> list[Case]:
 
 
 def call(case: Case) -> Call:
-    """The op itself, for another process; results go into strided arrays if the case has such."""
+    """Call the op in another process, with strided results if the case has them."""
     given = arguments(case, HOST)
     if case.out_padding >= 0:
         arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in case.dtypes)
@@ -192,8 +192,8 @@ def test_settings_are_different_and_repeatable() -> None:
 
 @pytest.mark.slow("seconds", every=9)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_a_setting_is_one_kernel(setting: Setting) -> None:
-    """Whatever is drawn: so few kernels are compiled for so many cases."""
+def test_a_setting_compiles_one_kernel(setting: Setting) -> None:
+    """So there are many more cases than compiled kernels."""
     (function,) = kernels(setting)
     with recording() as recorder:
         for case in drawn(setting, 30, 40):
@@ -203,7 +203,7 @@ def test_a_setting_is_one_kernel(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
+def test_the_reference_passes_and_a_saved_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
         check(case, cases_room.wanted(case))
         save(case, tmp_path / "kept.json")
@@ -239,7 +239,7 @@ def test_a_wrong_result_is_found(case: Case, result: int) -> None:
 
 
 @pytest.mark.parametrize("at", [(0, -1), (0, 2), (1, 2), (1, 4)])
-def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
+def test_a_write_outside_a_result_is_found(at: tuple[int, int]) -> None:
     canvas = Canvas((2, 2), 2, np.float32, HOST)
     canvas.array[...] = 1
     assert canvas.is_clean()

@@ -40,7 +40,7 @@ def given(torch: Any, n: int = 65, dtype: str = "float32", seed: int = 0) -> tup
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_those_of_plain_pytorch(torch: Any, name: str, kind: str) -> None:
+def test_gradients_match_plain_pytorch(torch: Any, name: str, kind: str) -> None:
     case = Case(kind, name, "cuda")
     case.check(case.call())
 
@@ -94,7 +94,7 @@ def test_16_bit_gates_keep_float32_logits(torch: Any, dtype: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2.0**-7, atol=1e-5 * float(b.abs().max()) + smallest)
 
 
-def test_repeats_to_the_bit(torch: Any) -> None:
+def test_results_are_bitwise_repeatable(torch: Any) -> None:
     logits = on_gpu("torch").array(inputs.normal((8192, 256), seed=241)).requires_grad_()
     upstream, scale = torch.randn(8192, 6, device="cuda"), torch.rand(256, device="cuda", requires_grad=True)
     first: Any = None
@@ -106,7 +106,7 @@ def test_repeats_to_the_bit(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["current stream", "stream="])
-def test_the_way_back_runs_where_the_way_forward_ran(torch: Any, how: str) -> None:
+def test_the_backward_pass_runs_on_the_stream_of_the_forward_pass(torch: Any, how: str) -> None:
     """A slow producer in front of both, on a stream of its own: read too early, its values would be others."""
     x, weight = given(torch)
     want = gradient(torch, x, weight)
@@ -171,7 +171,7 @@ def test_arrays_of_cupy_take_part(torch: Any, cupy: Any) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_autocast_does_not_round_the_way_back(torch: Any) -> None:
+def test_autocast_does_not_round_the_backward_pass(torch: Any) -> None:
     x, weight = given(torch)
     want = gradient(torch, x, weight)
     with torch.autocast("cuda", torch.bfloat16):

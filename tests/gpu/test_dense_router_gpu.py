@@ -111,7 +111,7 @@ def test_first_use_of_a_stream_under_capture(name: str, cupy: Any) -> None:
     case.check(*(cupy.asnumpy(a) for a in out))
 
 
-def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
+def test_captures_have_different_numbers(cupy: Any) -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     assert scratch.capture_of(stream.ptr) == 0
     assert scratch.capture_of(0) == 0
@@ -127,7 +127,7 @@ def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_a_graph_of_slices_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_chunks_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
     gpu, method = on_gpu(framework), RoutingMethod(32, 5, scale=1.125)  # whose plans no other test has made
     x = (inputs.rng(132).integers(-8, 9, (70, 64)) / 8).astype(np.float32)

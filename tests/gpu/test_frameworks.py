@@ -100,7 +100,7 @@ def test_torch_tensors_without_strides_are_refused() -> None:
         topk_select(torch.zeros(4, 16, device="cuda"), 2, lengths=torch.zeros(4, device="meta", dtype=torch.int32))
 
 
-def test_the_c_exchange_api_tells_the_current_stream() -> None:
+def test_the_c_exchange_api_returns_the_current_stream() -> None:
     torch = on_gpu("torch").torch
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")

@@ -33,7 +33,7 @@ def loss(x: Any, weight: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_those_of_plain_jax(gpu: Any, name: str, kind: str) -> None:
+def test_gradients_match_plain_jax(gpu: Any, name: str, kind: str) -> None:
     case = Case(kind, name, gpu.array)
     with case.wide, gpu.jax.default_matmul_precision("highest"):
         found, indices = gpu.jax.jit(gpu.jax.grad(case.loss, has_aux=True))(case.smooth)
@@ -77,7 +77,7 @@ def test_eager_jitted_and_mapped_gradients_agree(gpu: Any) -> None:
                     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_repeats_to_the_bit(gpu: Any) -> None:
+def test_results_are_bitwise_repeatable(gpu: Any) -> None:
     logits, scale = gpu.array(inputs.normal((8192, 256), seed=241)), gpu.array(np.exp(inputs.normal((256,), seed=245)))
     upstream = gpu.array(inputs.normal((8192, 6), seed=246))
     back = gpu.jax.jit(
@@ -89,7 +89,7 @@ def test_repeats_to_the_bit(gpu: Any) -> None:
             np.testing.assert_array_equal(np.asarray(a).view(np.uint32), b.view(np.uint32))
 
 
-def test_the_way_back_behind_a_slow_producer(gpu: Any) -> None:
+def test_the_backward_pass_after_a_slow_producer(gpu: Any) -> None:
     """Both ways are enqueued while the producer runs; read too early, its values would be others."""
     jax = gpu.jax
     square = gpu.array(np.eye(8192, dtype=np.float32))

@@ -39,7 +39,7 @@ print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 """
 
 
-def test_xla_launches_by_itself() -> None:
+def test_xla_launches_kernels_itself() -> None:
     """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
     if on_gpu("jax").jax.__version_info__ < (0, 11):
         pytest.skip("not measured with this JAX")
@@ -325,7 +325,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
     same_bits(compiled(scores), topk_select(scores, 2))
 
 
-def test_a_call_costs_little_more_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
+def test_a_call_takes_little_longer_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
     """The bar is 30 us until ready, which handlers miss."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("tests beside this one take its time")

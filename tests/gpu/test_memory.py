@@ -181,7 +181,7 @@ def test_memory_stays_flat_inside_jax_jit(how: str, cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_inputs_of_a_finished_call_are_let_go(framework: str, cupy: Any) -> None:
+def test_inputs_of_a_finished_call_are_released(framework: str, cupy: Any) -> None:
     """After a call on another stream its inputs are kept until it is done, not for ever."""
     gpu = on_gpu(framework)
     stream = cupy.cuda.Stream(non_blocking=True)

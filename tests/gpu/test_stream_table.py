@@ -113,7 +113,7 @@ class Foreign(OnlyDLPack):
 
 
 @pytest.mark.parametrize(("producer", "how", "op"), [*product(PRODUCERS, ("current", "given", "handle"), OPS)])
-def test_dlpack_orders_what_nobody_else_does(producer: str, how: str, op: str) -> None:
+def test_dlpack_orders_arrays_of_unknown_frameworks(producer: str, how: str, op: str) -> None:
     """A foreign array makes our stream wait for its producer's, of which nobody here has heard."""
     streams = Streams("cupy")
     first, consumer = stream_of(streams, producer), streams.new()

@@ -81,7 +81,7 @@ def warm(streams: Streams, name: str) -> tuple[Any, Any, dict[str, Any], dict[st
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.acceptance("behind a slow producer on a stream of the caller's")
-def test_behind_a_slow_producer(streams: Streams, name: str) -> None:
+def test_after_a_slow_producer(streams: Streams, name: str) -> None:
     """The inputs become right only at the end of a busy stream: whoever runs elsewhere, or earlier, reads others."""
     right, _, source, target = warm(streams, name)
     stream = streams.new()
@@ -184,7 +184,7 @@ def slow(jax: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.acceptance("behind a slow producer on a stream of the caller's", "inputs freed right after the call")
-def test_jax_behind_a_slow_producer_with_inputs_freed_at_once(name: str) -> None:
+def test_jax_after_a_slow_producer_with_inputs_freed_at_once(name: str) -> None:
     gpu, case = on_gpu("jax"), call(name)
     source, produce = upload(gpu, case.arrays), slow(on_gpu("jax").jax)
     gpu.jax.block_until_ready(produce(source))

@@ -168,7 +168,7 @@ assert route(logits).equal(torch.compile(route, fullgraph=True)(logits))
 """
 
 
-def test_code_from_inductors_cache_is_that_of_the_method(tmp_path: Path) -> None:
+def test_code_from_the_cache_of_inductor_belongs_to_the_method(tmp_path: Path) -> None:
     """Of two processes that differ in their method alone: the second one finds the first one's code."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for dtype in ("float32", "float16"):

@@ -14,7 +14,7 @@ from cupy_router.method import SCORES
 from tests import inputs, methods, oracle
 from tests.backends import DTYPES
 from tests.fuzz.case import BACKWARD, Case
-from tests.topk_calls import PLANS, misleading
+from tests.topk_calls import LAUNCH_SHAPES, misleading
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROWS, FEW_ROWS = 33, 5
@@ -97,7 +97,7 @@ def _long_rows() -> Iterator[Case]:
             yield case(rows, columns, 200, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), order="column")
-        for j, (name, plan) in enumerate(PLANS.items()):
+        for j, (name, plan) in enumerate(LAUNCH_SHAPES.items()):
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
             yield replace(case(3, 5000, 300, dtype, layout, order="column", **pages(3, 5000, 16)), plan=name)
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)

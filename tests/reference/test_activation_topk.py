@@ -55,7 +55,7 @@ def test_a_row_of_nan_gives_the_first_experts() -> None:
     assert np.isnan(weights).all()
 
 
-def test_an_infinite_score_over_a_divisor_of_0_weighs_nan() -> None:
+def test_an_infinite_score_over_a_divisor_of_0_has_weight_nan() -> None:
     method = RoutingMethod(3, 3, "identity", renormalize_min=0.0)
     weights, _ = activation_topk(np.array([[1.0, 0.0, -np.inf]], np.float32), method)
     np.testing.assert_array_equal(weights, np.array([[0.0, 0.0, np.nan]], np.float32))
