@@ -90,7 +90,7 @@ def assert_routes(
             rounding = tolerance(logits, want.indices, method, renormalize=False)
             _assert_within_rounding(got.indices, want.indices, values, bias, rounding)
     rtol = tolerance(logits, got.indices, method)
-    assert_weights_close(got.weights, oracle.weigh(prepared, got.indices, method), rtol, method.scale)
+    assert_weights_close(got.weights, oracle.expert_weights(prepared, got.indices, method), rtol, method.scale)
     same = (np.sort(got.indices, -1) == np.sort(want.indices, -1)).all(-1)
     dense_got, dense_want, dense_rtol = (
         _scatter(weights, indices, logits.shape)[same]
@@ -114,7 +114,7 @@ def assert_right(
     assert (str(weights.dtype), str(indices.dtype)) == (method.weight_dtype, method.index_dtype)
     x = oracle.prepare(logits, method, layer.logit_bias)
     experts = oracle.choose(x, method, layer.bias) if table is None else table
-    want = oracle.weigh(x, experts, method, layer.expert_scale)
+    want = oracle.expert_weights(x, experts, method, layer.expert_scale)
     np.testing.assert_array_equal(indices, oracle.results(want, experts, method).indices)
     rtol = step_tolerance(x, experts, method) + HALF_ULP[method.weight_dtype]
     scale = max(1.0, abs(method.scale))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls whose weights have gradients, for tests of every framework that has gradients."""
+"""Calls whose weights have gradients, for the tests of frameworks with gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS, HIDDEN = 6, 24
 
 
 class Inputs:
-    """A call of a kind with a method: arrays by name as NumPy's, and the gradient of some loss by the weights."""
+    """A kind of call with a method: NumPy arrays by name, and the gradient of a loss with respect to the weights."""
 
     def __init__(self, kind: str, name: str) -> None:
         self.kind, self.method = kind, METHODS[name]
@@ -34,7 +34,10 @@ class Inputs:
         self.upstream_host = inputs.normal((TOKENS, self.method.num_columns), seed=93)
 
     def _hosts(self) -> dict[str, np.ndarray]:
-        """Logits far apart, or factors that make such; a table that repeats an expert, and a token id outside it."""
+        """Return logits that are far apart, or x and weight with such logits, and token ids with a table.
+
+        A row of the table repeats an expert, and one token id is outside the table.
+        """
         method = self.method
         hosts: dict[str, np.ndarray] = {}
         if self.kind == "activation_topk" or self.kind.endswith("logits"):
@@ -51,7 +54,7 @@ class Inputs:
         return hosts
 
     def route(self, arrays: Mapping[str, Any], **more: Any) -> Any:
-        """The call with arrays of any framework, by the names of `hosts`."""
+        """Make the call with arrays of any framework, by the names of `hosts`."""
         given, method = dict(arrays), self.method
         if self.kind == "activation_topk":
             return activation_topk(given.pop("logits"), method, **given, **more)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients by central differences of the oracle's weights, without rounding."""
+"""Gradients as central differences of the oracle's weights, without rounding."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tests.compare import HALF_ULP, NO_ARRAYS
 from tests.methods import Layer
 
 STEP = 1e-5
-ALL_COLUMNS = 300  # of wider rows only the chosen ones and some others are tried
+ALL_COLUMNS = 300  # of wider rows only the selected and some other columns are tested
 
 
 def weights(logits: np.ndarray, experts: list[int], method: RoutingMethod, layer: Layer) -> np.ndarray:
-    """[rows, num_columns] float64 of the same experts for every row: smooth, never rounded."""
+    """Return weights [rows, num_columns] of the same experts for every row, in float64 without rounding."""
     x = oracle.prepare(logits, method, layer.logit_bias, oracle.unrounded)
-    return oracle.weigh(x, np.tile(experts, (len(x), 1)), method, layer.expert_scale, oracle.unrounded)
+    return oracle.expert_weights(x, np.tile(experts, (len(x), 1)), method, layer.expert_scale, oracle.unrounded)
 
 
 def differences(
     row: np.ndarray, experts: list[int], upstream: np.ndarray, method: RoutingMethod, layer: Layer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the logits that were tried, and how the loss, the sum of weights * upstream, changes with each."""
+    """Return the tested columns of the logits, and the derivative of the sum of weights * upstream for each."""
     columns = np.arange(row.size)
     if row.size > ALL_COLUMNS:
         columns = np.unique([*experts, *columns[:: row.size // 20]])
@@ -44,7 +44,7 @@ def assert_right(
     layer: Layer = NO_ARRAYS,
     rtol: float = 1e-5,
 ) -> None:
-    """`got` is the gradient for logits of ordinary size, within rounding of its terms; 0 where an index is -1."""
+    """Check the gradient for logits of normal size, within the rounding of its terms; 0 where an index is -1."""
     assert got.shape == logits.shape
     plain = 1.0 if layer.expert_scale is None else float(np.abs(layer.expert_scale).max())
     for r, row in enumerate(logits):
@@ -64,5 +64,5 @@ def assert_right(
 
 
 def upstream_of(n: int, method: RoutingMethod, seed: int = 70) -> np.ndarray:
-    """The gradient of some loss by the weights."""
+    """Return the gradient of a loss with respect to the weights."""
     return inputs.normal((n, method.num_columns), method.weight_dtype, seed=seed)

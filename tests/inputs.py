@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which selections go wrong: ties, infinities, NaN, subnormals, crowded histogram bins."""
+"""Inputs that are difficult to select from: ties, infinities, NaN, subnormals, crowded histogram bins."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, scale:
 
 
 def distinct(rows: int, columns: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
-    """Each row a permutation of equally spaced values in [-4, 4]: gaps far above rounding for up to 1000 columns."""
+    """Return rows of permuted, equally spaced values in [-4, 4], with gaps far above rounding up to 1000 columns."""
     grid = np.linspace(-4, 4, columns).astype(DTYPES[dtype])
     return rng(seed, columns).permuted(np.broadcast_to(grid, (rows, columns)), axis=1)
 
 
 def row_views(xp: Any, array: Any) -> list[Any]:
-    """Legal layouts of a NumPy or CuPy matrix: rows in reverse, every other one, one repeated, a column on its own."""
+    """Return legal layouts of a matrix: rows in reverse, every other row, one row repeated, a single column."""
     return [array[::-1], array[::2], xp.broadcast_to(array[1:2], (3, array.shape[1])), array.T[:, :1], array[:, :1]]
 
 
@@ -52,7 +52,7 @@ def _quantised(n: int, experts: int) -> np.ndarray:
 
 
 def _sprinkled(*values: float) -> Callable[[int, int], np.ndarray]:
-    """Normal logits in which every value of the list replaces about one entry in eight."""
+    """Make normal logits in which about one entry in eight is replaced by values of the list."""
 
     def make(n: int, experts: int) -> np.ndarray:
         logits, draw = distinct(n, experts, seed=2), rng(3, n, experts).integers(0, 8, (n, experts))
@@ -79,7 +79,7 @@ def _filled(value: float) -> Callable[[int, int], np.ndarray]:
     return lambda n, experts: np.full((n, experts), value, np.float32)
 
 
-# In each of these the values are equal or far apart, so that order and sets have one right answer on every path.
+# In each of these, values are equal or far apart, so that all paths have the same right order and sets.
 LOGITS: dict[str, Callable[[int, int], np.ndarray]] = {
     "all logits equal": _filled(0.25),
     "quantised logits": _quantised,
@@ -100,7 +100,7 @@ def _bias_large(experts: int) -> np.ndarray:
 
 
 def _bias_deepseek(experts: int) -> np.ndarray:
-    """Near 8.08 with a spread of a few float32 steps there: many selection values tie or nearly tie."""
+    """Return biases near 8.08 with a spread of a few float32 steps: many selection values tie or nearly tie."""
     return (np.float32(8.08) + rng(7, experts).integers(0, 8, experts) * np.float32(2**-20)).astype(np.float32)
 
 
@@ -128,7 +128,7 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _shared_bits(base: int) -> Callable[..., np.ndarray]:
-    """base + a permutation: neighbours in float32 that share their high bits."""
+    """Make rows of base + a permutation: neighbours in float32 that share their high bits."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         keys = rng(8, columns).permuted(np.broadcast_to(np.arange(columns), (rows, columns)), axis=1)
@@ -146,7 +146,7 @@ def _low_bits(bits: int) -> Callable[..., np.ndarray]:
 
 
 def pivots(extra: int, place: str) -> Callable[..., np.ndarray]:
-    """k + extra copies of a pivot, first, last or alternating; above it nothing, or in odd rows k // 2 entries."""
+    """Make k + extra copies of a pivot, first, last or alternating; odd rows have k // 2 entries above it."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         copies = min(k + extra, columns)
@@ -166,7 +166,7 @@ def pivots(extra: int, place: str) -> Callable[..., np.ndarray]:
 
 
 def _extremes(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
-    """Magnitudes above 65504 and below 2**-24, which a half-precision histogram would put into one bin."""
+    """Return magnitudes above 65504 and below 2**-24, which a half-precision histogram would put into one bin."""
     draw = rng(10, columns)
     large, small = draw.uniform(16, 100, (rows, columns)), draw.uniform(-100, -25, (rows, columns))
     exponent = np.where(draw.random((rows, columns)) < 0.5, large, small)
@@ -198,7 +198,7 @@ def _mostly(value: float) -> Callable[..., np.ndarray]:
 
 
 def nan_bits(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """NaN of both signs, quiet and signalling, with payloads of their own."""
+    """Return NaN of both signs, quiet and signalling, with different payloads."""
     size = 8 * np.dtype(WORD[dtype]).itemsize
     infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
     fraction = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
@@ -225,7 +225,7 @@ def _monotone(step: int, period: int | None = None) -> Callable[..., np.ndarray]
 
 
 def one_bin(candidates: int) -> Callable[..., np.ndarray]:
-    """So many values between 1 and 1 + 2**-9, the rest spread out below: one bin of a coarse histogram holds them."""
+    """Make rows with this number of values in one bin of a coarse histogram, 1 to 1 + 2**-9, and the rest below."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         draw = rng(18, columns, candidates)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A router in plain JAX, whose gradients are JAX's own, and calls of ours that are compared with it."""
+"""A router in plain JAX with JAX's gradients, and calls of ours that are compared with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def enable_x64(on: bool = True) -> AbstractContextManager[Any]:
 
 
 def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = None, expert_scale: Any = None) -> Any:
-    """The weights of given experts, step by step; of the dtype of the logits."""
+    """Return the weights of given experts, step by step, in the dtype of the logits."""
     import jax
     import jax.numpy as jnp
 
@@ -70,7 +70,7 @@ def _scores() -> dict[str, Callable[[Any], Any]]:
 
 
 class Case(Inputs):
-    """A call of a kind with a method: `smooth` arrays by name, which have gradients, and the others in `fixed`."""
+    """A kind of call with a method: arrays with gradients by name in `smooth`, and the others in `fixed`."""
 
     def __init__(self, kind: str, name: str, place: Callable[[np.ndarray], Any]) -> None:
         super().__init__(kind, name)
@@ -85,7 +85,7 @@ class Case(Inputs):
         return (weights.astype(np.float32) * self.upstream).sum(), indices
 
     def check(self, found: Mapping[str, Any], indices: Any) -> None:
-        """Gradients by `smooth` are those of the twin in float64, within rounding."""
+        """Check that the gradients with respect to `smooth` equal those of the twin in float64, within rounding."""
         want = self.wanted(np.asarray(indices))
         assert found.keys() == self.smooth.keys()
         for name, got in found.items():
@@ -93,13 +93,13 @@ class Case(Inputs):
             assert (got.dtype, got.shape, got.devices()) == (array.dtype, array.shape, array.devices())
             most = float(abs(want[name]).max())
             atol = 2e-6 * max(1.0, most)
-            if self.method.weight_dtype != "float32":  # JAX rounds what comes in to the dtype of the weights
+            if self.method.weight_dtype != "float32":  # JAX rounds the incoming gradient to the dtype of the weights
                 atol += 2 * TOLERANCE[self.method.weight_dtype] * most
             wide, rtol = np.asarray(got).astype(np.float64), TOLERANCE[str(array.dtype)]
             np.testing.assert_allclose(wide, want[name], rtol=rtol, atol=atol, err_msg=name)
 
     def wanted(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """By JAX, on its CPU, in float64, of the rows that were routed."""
+        """Return the gradients of the routed rows by JAX, on its CPU in float64."""
         import jax
         import jax.numpy as jnp
 

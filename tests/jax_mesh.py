@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of arrays that are sharded over four CPU devices: python -m tests.jax_mesh NAME."""
+"""Calls with arrays that are sharded over four CPU devices: python -m tests.jax_mesh NAME."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def spec_of(array: Any) -> Any:
 
 
 def forward() -> None:
-    """Rows are routed where they are, whether other arrays are sharded or not, and num_valid counts those of all."""
+    """Rows are routed on their device, for any sharding of the other arrays, and num_valid counts all rows."""
     one, two, mixed = mesh(a=EXPLICIT), mesh(a=EXPLICIT, b=EXPLICIT), mesh(a=EXPLICIT, b=AUTO)
     for where, rows in ((one, "a"), (two, "b"), (two, ("b", "a")), (mixed, "a")):
         for name, call in calls(n=16).items():
             want = call({name: jnp.array(array) for name, array in call.arrays.items()})
             routed = jax.jit(call.function)
             placed = {name: put(a, where, *(() if name in SHARED else (rows,))) for name, a in call.arrays.items()}
-            got = routed(**placed)  # JAX knows the mesh by its arrays
+            got = routed(**placed)  # JAX takes the mesh from its arrays
             same_bits(got, want)
             assert all(spec_of(array) == P(rows, None) for array in got), (name, got)
             assert "all-gather" not in routed.lower(**placed).compile().as_text(), name
@@ -70,7 +70,7 @@ def forward() -> None:
 
 
 def gradients() -> None:
-    """They are sharded as what they belong to is."""
+    """Gradients are sharded like the arrays that they belong to."""
     for axes, spec in (({"a": EXPLICIT}, ("a",)), ({"a": EXPLICIT, "b": EXPLICIT}, ("b", "a"))):
         where = mesh(**axes)
         for i, kind in enumerate(KINDS):
@@ -89,7 +89,7 @@ def gradients() -> None:
             want = jax.grad(loss)(smooth, fixed)
             with jax.set_mesh(where):
                 grads = [jax.grad(loss), jax.jit(jax.grad(loss)), jax.jit(jax.grad(jax.checkpoint(loss)))]
-                for grad in grads["Router" in kind :]:  # a Router is made of arrays of one device, or of tracers
+                for grad in grads["Router" in kind :]:  # a Router takes arrays of one device, or tracers
                     got = grad({name: placed[name] for name in smooth}, {name: placed[name] for name in fixed})
                     for name in smooth:
                         array = placed[name]
@@ -100,7 +100,7 @@ def gradients() -> None:
 
 
 def vmap() -> None:
-    """Over an axis that is sharded, over others, and over both; also where calls differ in their gates."""
+    """jax.vmap over a sharded axis, over other axes, and over both, also if calls differ in their gates."""
     one, two = mesh(a=EXPLICIT), mesh(a=EXPLICIT, b=EXPLICIT)
     rng = np.random.default_rng(0)
     x = jnp.array(rng.integers(-4, 5, (4, 8, 16)) / 4, jnp.float32)
@@ -136,7 +136,7 @@ def vmap() -> None:
 
 
 def inside_shard_map() -> None:
-    """Of some axes of a mesh; the others are explicit or automatic."""
+    """shard_map over some axes of a mesh; the others are explicit or automatic."""
     logits = jnp.array(calls(n=16)["activation_topk"].arrays["logits"])
     want = activation_topk(logits, METHOD)
 
@@ -175,7 +175,7 @@ def loops() -> None:
 
 
 def devices() -> None:
-    """Eager results lie where the first array does, and are committed to its device if that is."""
+    """Eager results are on the device of the first array, and are committed to it if that array is."""
     first, second, third, _ = jax.devices()
     host = calls()["activation_topk of a layer"].arrays
     want = activation_topk(host["logits"], METHOD, bias=host["bias"])
@@ -188,7 +188,10 @@ def devices() -> None:
 
     for device in (first, second):
         logits = jax.device_put(host["logits"], device)
-        for other in (host["bias"], jax.device_put(bias, device)):  # NumPy's memory goes with that of any device
+        for other in (
+            host["bias"],
+            jax.device_put(bias, device),
+        ):  # memory of NumPy can be combined with any CPU device
             for default in (first, third):
                 with jax.default_device(default):
                     right(activation_topk(logits, METHOD, bias=other), device)
@@ -209,7 +212,7 @@ def devices() -> None:
 
 
 def several_devices() -> None:
-    """Only a graph takes arrays that lie on several devices; errors name them."""
+    """Only a traced call takes arrays on several devices; errors name them."""
     where, said = mesh(a=AUTO), "must lie on one device outside of jax.jit, got a JAX array on 4 devices"
     logits, bias = put(jnp.ones((8, 32)), where, "a"), put(jnp.zeros(32), where)
     fails(f"activation_topk: logits {said}", lambda: activation_topk(logits, METHOD))
@@ -217,7 +220,7 @@ def several_devices() -> None:
     fails(f"activation_topk: bias {said}", lambda: activation_topk(np.ones((8, 32), "f"), METHOD, bias=bias))
     fails(f"Router: weight {said}", lambda: Router(METHOD, weight=logits))
     fails(f"Router: bias {said}", lambda: Router(METHOD, weight=jnp.ones((32, 8)), bias=bias))
-    # Beside a tracer they are right, whichever comes first.
+    # Together with a tracer they are valid, in any order.
     scale = jnp.ones(32)
     got = jax.grad(lambda scale: (activation_topk(logits, METHOD, expert_scale=scale).weights ** 2).sum())(scale)
     assert got.shape == (32,)

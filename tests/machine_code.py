@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machine code of every kernel specialisation in use, here and in a commit. Needs NVRTC, no GPU.
+"""Compare the machine code of every kernel specialisation in use with that of a commit. Needs NVRTC, no GPU.
 
     python -m tests.machine_code COMMIT                                      the same bytes on sm_90?
     python -m tests.machine_code COMMIT --growth 1 --architectures all       at most 1 % more of anything?
 
-Each tree lists its specialisations in a process of its own, in the order in which its ops ask for them. By that order
-they are paired, so macros may have other names. Compared are the bytes of the `.text` sections, padding included; with
---growth registers, spilled bytes and instructions, of 16 bytes since sm_70.
+Each tree lists its specialisations in a separate process, in the order in which its ops ask for them. They are paired
+by that order, so macros may have other names. The bytes of the `.text` sections are compared, including padding. With
+--growth, registers, spilled bytes and instructions (16 bytes each since sm_70) are compared.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ json.dump([[str(one), one.function, one.architectures, one.source] for one in fo
 
 
 class Listed(NamedTuple):
-    """A specialisation as its tree describes it."""
+    """A specialisation in the list of a tree."""
 
     title: str
     function: str
@@ -57,7 +57,7 @@ class Listed(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Hash and number of instructions, and what they need."""
+    """Hash and number of instructions, and their resources."""
 
     digest: str
     instructions: int
@@ -74,14 +74,14 @@ def listed(tree: Path) -> list[Listed]:
 
 
 def extract(commit: str, folder: Path) -> None:
-    """The files of a commit."""
+    """Extract the files of a commit."""
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
 
 
 def compile_all(library: Path, jobs: Sequence[tuple[str, str, str]], cache: Path | None) -> list[Code]:
-    """(source, function, architecture) each, in processes: NVRTC compiles one program at a time in each."""
+    """Compile each (source, function, architecture) in processes, because NVRTC compiles one program at a time."""
     todo = [(str(library), *job, cache) for job in jobs]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_code, todo, chunksize=4))
@@ -106,7 +106,7 @@ def _code(job: tuple[str, str, str, str, Path | None]) -> Code:
 
 
 def growth(before: Code, now: Code, percent: float) -> list[str]:
-    """What is more by more than so many per cent, such as "registers 40 -> 48"."""
+    """Return what grew by more than a percentage, such as "registers 40 -> 48"."""
     pairs = {
         "registers": (before.needs.registers, now.needs.registers),
         "spills": (before.needs.spills, now.needs.spills),

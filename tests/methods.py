@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing methods that use every step there is, and arrays of layers for them."""
+"""Routing methods that use every step, and arrays of layers for them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ METHODS: dict[str, RoutingMethod] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The arrays of a layer beside its gate, each [num_experts] float32 or None."""
+    """The arrays of a layer besides its gate, each [num_experts] float32 or None."""
 
     bias: np.ndarray | None = None
     logit_bias: np.ndarray | None = None
@@ -81,7 +81,7 @@ class Layer:
 
 
 def layer_of(method: RoutingMethod, kind: int) -> Layer:
-    """Arrays whose sums with multiples of 1/8 are exact and so cannot be told apart by rounding; by turns."""
+    """Return arrays whose sums with multiples of 1/8 are exact. Methods get different arrays in turn."""
 
     def draw(low: int, high: int, seed: int) -> np.ndarray:
         return (inputs.rng(seed, method.num_experts).integers(low, high, method.num_experts) / 8).astype(np.float32)

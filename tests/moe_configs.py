@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which MoE models the installed transformers package has, and small configurations of them.
+"""The MoE models of the installed transformers package, and small configurations of them.
 
 The list comes from the package: every folder of models whose code or configuration mentions experts.
 """
@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     "first_k_dense_replace": 0,
     **dict.fromkeys(("routed_scaling_factor", "route_scale", "router_scaling_factor"), 1.75),  # where it is not 1
 }
-# What single configurations need besides: other sizes, and layers that have experts.
+# Further settings of single configurations: other sizes, and layers that have experts.
 _SPARSE = ["sparse", "sparse"]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BeamConfig": {"mlp_layer_types": _SPARSE},
@@ -83,7 +83,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "VitPoseBackboneConfig": {"num_experts": 6, "part_features": 16},
     "ZayaConfig": {"num_experts_per_tok": 1},
 }
-# Router classes, or blocks of experts without one, that are left as they are -> what the reason has to say.
+# Router classes, or blocks of experts without one, that are not replaced -> text that the reason has to contain.
 LEFT = {
     "AXK2TopkRouter": "experts outside the best groups count 0",
     "DogeCDMoE": "product keys",
@@ -111,19 +111,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def sources(family: str) -> dict[str, str]:
-    """The files of a folder that define models or configurations, by name."""
+    """Return the files of a folder that define models or configurations, by name."""
     paths = sorted((FOLDER / family).glob("*.py"))
     return {path.stem: path.read_text() for path in paths if path.stem.startswith(("modeling_", "configuration_"))}
 
 
 def families() -> list[str]:
-    """All folders whose files mention experts."""
+    """Return all folders whose files mention experts."""
     folders = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
     return [name for name in folders if any("experts" in text for text in sources(name).values())]
 
 
 def routing_classes(family: str) -> set[str]:
-    """The classes of a family whose code chooses experts, and which its models use."""
+    """Return the classes of a family that select experts and that its models use."""
     found = set()
     for name, text in sources(family).items():
         for match in re.finditer(r"^class (\w+)\(.*?(?=^\S)", text + "\nend", re.MULTILINE | re.DOTALL):
@@ -135,12 +135,12 @@ def routing_classes(family: str) -> set[str]:
 
 
 def has_experts(family: str) -> bool:
-    """Whether the code of a family has experts or chooses some."""
+    """Return whether the code of a family has experts or selects some."""
     return bool(routing_classes(family)) or any("self.experts = " in text for text in sources(family).values())
 
 
 def model_classes(family: str) -> Iterator[type]:
-    """One model for each configuration class of a family: those that have experts themselves first."""
+    """Return one model class for each configuration class of a family; those with experts first."""
     for name in sources(family):
         if not name.startswith("modeling_"):
             continue
@@ -168,7 +168,7 @@ def _fields(config_class: Any) -> set[str]:
 
 
 def small(config_class: Any, variant: str | None = None) -> Any:
-    """A configuration with small sizes, and otherwise the defaults of its class, or a variant of them."""
+    """Return a configuration with small sizes, and otherwise the defaults of its class, or a variant of them."""
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         if field.name in SIZES:
@@ -185,12 +185,12 @@ def small(config_class: Any, variant: str | None = None) -> Any:
 
 
 def varies(family: str, variant: str) -> bool:
-    """Whether configurations of a family have what a variant sets."""
+    """Return whether configurations of a family have the fields that a variant sets."""
     return any(set(VARIANTS[variant]) <= _fields(model_class.config_class) for model_class in model_classes(family))
 
 
 def build(model_class: Any, variant: str | None = None) -> Any:
-    """A small model with its own initial weights."""
+    """Return a small model with its initial weights."""
     config = small(model_class.config_class, variant)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
@@ -201,7 +201,7 @@ def build(model_class: Any, variant: str | None = None) -> Any:
 
 @contextmanager
 def seeded_on_one_thread() -> Iterator[None]:
-    """Random numbers of its own; and workers of pytest-xdist would fight over the cores."""
+    """Context with a fixed seed, and one thread because workers of pytest-xdist share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
@@ -211,7 +211,7 @@ def seeded_on_one_thread() -> Iterator[None]:
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one for each call of an op by a swapped module, but for those of the trial before it is swapped."""
+    """List that grows by one for each call of an op by a swapped module, except in the trial before the swap."""
     found: list[str] = []
     verify = _replace.verify
     monkeypatch.setattr(_replace, "verify", lambda *args: (verify(*args), found.clear()))

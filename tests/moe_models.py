@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every MoE model of the installed transformers package, small and with random weights, before and after the swap.
+"""Compare every MoE model of the installed transformers package before and after the swap, with random weights.
 
-`python -m tests.moe_models` prints the table of router classes, `--write` puts it into docs/methods.md.
+`python -m tests.moe_models` prints the table of router classes, `--write` writes it to docs/methods.md.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MOST_FLIPPED, LARGEST_ERROR = 0.03, 0.03
 
 
 class Row(NamedTuple):
-    """What was found of one router class."""
+    """Figures of one router class."""
 
     family: str
     router: str
     method: RoutingMethod | None
-    tensors: tuple[str, ...]  # that take part besides the gate
-    left: str  # why it was left as it is; empty if it was swapped
+    tensors: tuple[str, ...]  # used besides the gate
+    left: str  # why it was not swapped; empty if it was
     # Of all routers of the class, for the hidden states that they had before the swap:
     picks: int = 0
-    flipped: int = 0  # picks of ours that the model's own code does not make
+    flipped: int = 0  # our selected experts that the model's code does not select
     error: float = 0.0  # of the weights of tokens without flips, and of logits, in units of the largest
     difference: float = 0.0  # of the output of the whole model, in units of its standard deviation
     effects: tuple[tuple[str, float], ...] = ()  # a step of the method -> the share of picks that it changes
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32) -> tuple[dict[str, Any], ...]:
-    """The gradients of all parameters of a small model by its own routers and by ours, for random upstream values."""
+    """Return the gradients of all parameters of a small model, with its routers and with ours, for random upstreams."""
     model = next(filter(None, map(_with_our_routers, model_classes(family))))
     routers = [module for module in model.modules() if isinstance(module, Router | InlineRouter)]
     with torch.no_grad():
@@ -72,7 +72,7 @@ def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32
 
 
 def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Up to so much of the largest of each parameter."""
+    """Check that gradients agree up to a fraction of the largest of each parameter."""
     assert {name for name, grad in ours.items() if grad is None} == {n for n, grad in theirs.items() if grad is None}
     for name, want in theirs.items():
         if want is not None:
@@ -92,14 +92,14 @@ def _with_our_routers(model_class: type) -> Any:
 
 
 def run(model: Any, inputs: dict[str, Any]) -> Any:
-    """The logits of a model, or its last hidden states."""
+    """Return the logits of a model, or its last hidden states."""
     with torch.no_grad():
         output = model(**inputs)
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
 class Calls:
-    """What the routers of a model were given and returned while it ran; called before the swap."""
+    """Arguments and results of the routers of a model while it ran, before the swap."""
 
     def __init__(self, routers: list[Any], inline: set[Any]) -> None:
         self.found: list[tuple[Any, Any, Any, Any]] = []
@@ -127,7 +127,7 @@ class Calls:
 
 
 def examine(family: str, device: str = "cpu", dtype: Any = torch.float32, variant: str | None = None) -> list[Row]:
-    """All router classes of a family."""
+    """Return the figures of all router classes of a family."""
     rows: dict[str, Row] = {}
     wanted, failures = routing_classes(family), []
     for model_class in model_classes(family):
@@ -135,7 +135,7 @@ def examine(family: str, device: str = "cpu", dtype: Any = torch.float32, varian
             break
         try:
             model = build(model_class, variant)
-        except Exception as error:  # parts for images and sound, mostly, which have other sizes and no experts
+        except Exception as error:  # mostly parts for images and sound, which have other sizes and no experts
             failures.append(f"{model_class.__name__} cannot be built: {error}")
             continue
         for row in examine_model(family, model, device, dtype):
@@ -145,7 +145,7 @@ def examine(family: str, device: str = "cpu", dtype: Any = torch.float32, varian
 
 
 def examine_model(family: str, model: Any, device: str, dtype: Any) -> list[Row]:
-    """All router classes of a model: how they fare, or why they were left."""
+    """Return the figures of all router classes of a model, or why they were not swapped."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         number = replace_routers(model)
@@ -181,7 +181,7 @@ def examine_model(family: str, model: Any, device: str, dtype: Any) -> list[Row]
 
 
 def _row(family: str, model: Any, name: str, calls: list[Any]) -> Row:
-    """One class of routers, by what each of them was given and returned before the swap."""
+    """Return the figures of one class of routers, from their arguments and results before the swap."""
     picks = flipped = 0
     error = 0.0
     effects: dict[str, list[float]] = {}
@@ -195,7 +195,7 @@ def _row(family: str, model: Any, name: str, calls: list[Any]) -> Row:
         picks += int((got != 0).sum())
         flips = (got != 0) & (want == 0)
         flipped += int(flips.sum())
-        same = ~flips.any(dim=1, keepdim=True)  # where one pick differs, the others may weigh differently
+        same = ~flips.any(dim=1, keepdim=True)  # where one pick differs, the weights of the others may differ
         error = max(error, float(((got - want).abs() * same).max() / want.abs().max()))
         for output, our, their in zip(plan.outputs, ours, theirs, strict=True):
             if output in ("logits", "probabilities", "shared"):
@@ -209,7 +209,7 @@ def _row(family: str, model: Any, name: str, calls: list[Any]) -> Row:
 
 
 def _assert_alike(ours: Any, theirs: Any) -> None:
-    """Of the same number, kinds, shapes and dtypes."""
+    """Check that results have the same number, types, shapes and dtypes."""
     assert type(ours) is type(theirs) is tuple
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
@@ -221,7 +221,7 @@ def _assert_alike(ours: Any, theirs: Any) -> None:
 
 
 def _dense(plan: Any, results: Any) -> Any:
-    """[num_tokens, num_experts] the weight of each expert that was chosen, 0 for the others."""
+    """Return [num_tokens, num_experts] with the weight of each selected expert, 0 for the others."""
     named = dict(zip(plan.outputs, results, strict=True))
     if "scores" in named:
         return named["scores"].float()
@@ -237,7 +237,7 @@ def _dense(plan: Any, results: Any) -> Any:
 
 
 def _effects(module: Any, args: Any, biases: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The share of picks that change when a step of the method is left out, as the CPU computes it."""
+    """Return the share of selected experts that change if a step of the method is left out, computed on the CPU."""
     plan = module._cupy_router
     if "table" in plan.tensors:
         return
@@ -262,7 +262,7 @@ def _effects(module: Any, args: Any, biases: dict[str, Any]) -> Iterator[tuple[s
 
 
 def generated(model: Any, device: str, number: int = 32) -> list[int]:
-    """So many tokens after a few random ones, without sampling."""
+    """Generate this number of tokens after a few random ones, without sampling."""
     start = torch.randint(5, SIZES["vocab_size"] - 1, (1, 7), generator=torch.Generator().manual_seed(7)).to(device)
     with torch.inference_mode():
         tokens = model.generate(start, do_sample=False, min_new_tokens=number, max_new_tokens=number)
@@ -270,7 +270,7 @@ def generated(model: Any, device: str, number: int = 32) -> list[int]:
 
 
 def generate_twice(model_class: Any, device: str) -> tuple[list[int], list[int]]:
-    """What a model in float32 generates before and after the swap."""
+    """Return the text that a model in float32 generates before and after the swap."""
     model = build(model_class)
     number = replace_routers(model)
     with torch.no_grad():
@@ -283,7 +283,7 @@ def generate_twice(model_class: Any, device: str) -> tuple[list[int], list[int]]
 
 
 def report(rows: list[Row]) -> list[dict[str, Any]]:
-    """The figures of rows as plain data."""
+    """Return the figures of rows as plain data."""
     names = ("family", "router", "left", "picks", "flipped", "error", "difference")
     return [{"steps": steps(row), **{name: getattr(row, name) for name in names}} for row in rows]
 
@@ -292,7 +292,7 @@ def report(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def steps(row: Row) -> str:
-    """What a router does, in the order in which it does it."""
+    """Return the steps of a router in their order."""
     method = row.method
     if method is None:
         return ""
@@ -327,7 +327,7 @@ def steps(row: Row) -> str:
 
 
 def lines(rows: list[Row]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     results = [f"left: {row.left}" if row.left else "equal" for row in rows]
     return [
         f"| `{row.family}` | `{row.router}` | {steps(row)} | {result} |"
@@ -336,12 +336,12 @@ def lines(rows: list[Row]) -> list[str]:
 
 
 def summary(swapped: int, number: int) -> str:
-    """The line above the table."""
+    """Return the line above the table."""
     return f"{swapped} of the {number} router classes of transformers {transformers.__version__} are swapped:"
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one line for each router class."""
+    """Return the table in Markdown, with one line for each router class."""
     head = [
         summary(sum(not row.left for row in rows), len(rows)),
         "",
@@ -352,7 +352,7 @@ def table(rows: list[Row]) -> str:
 
 
 def document_with(text: str, content: str) -> str:
-    """A document with `content` between its markers."""
+    """Return a document with `content` between its markers."""
     start, end = (text.index(marker) for marker in MARKERS)
     return f"{text[: start + len(MARKERS[0])]}\n{content}\n{text[end:]}"
 

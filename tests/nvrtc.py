@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVRTC by ctypes, so that several versions work side by side and none needs a GPU, a driver or CuPy."""
+"""NVRTC by ctypes: several versions can be used together, without a GPU, a driver or CuPy."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cupy_router import compiler
 from cupy_router.compiler import CompileError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
-FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
+FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with further libraries to test
 
-# As the package compiles and CuPy completes it, with ptxas telling what it does.
+# The options of the package and of CuPy, with the log of ptxas.
 _OPTIONS = (*compiler._OPTIONS, "-ftz=true", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel needs: registers, spilled bytes and stack bytes of a thread, shared bytes of a block."""
+    """Resources of a kernel: registers, spilled bytes and stack bytes of a thread, shared bytes of a block."""
 
     registers: int
     spills: int
@@ -38,25 +38,25 @@ class Nvrtc:
     def __init__(self, library: Path) -> None:
         self.path = library
         for builtins in sorted(library.parent.glob("libnvrtc-builtins.so.*")):
-            ctypes.CDLL(str(builtins))  # NVRTC asks for it by name alone, which then finds what is loaded already
+            ctypes.CDLL(str(builtins))  # NVRTC loads it by name, which finds a loaded library
         self._library = ctypes.CDLL(str(library))
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
     @cached_property
     def version(self) -> str:
-        """Such as "12.9.86": what the library writes into PTX, since nvrtcVersion leaves out the last part."""
+        """Version such as "12.9.86", from the PTX, because nvrtcVersion lacks the last part."""
         (ptx,) = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
         found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx.decode())
         assert found is not None, ptx
         return found[1]
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
-        """Compile to machine code and read what it needs from the log; CompileError with file and line."""
+        """Compile to machine code and return its resources from the log; CompileError with file and line."""
         (log,) = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
         return parse_log(log.decode(), function, architecture)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
-        """The bytes of the instructions, padding included, and what they need."""
+        """Return the bytes of the instructions, including padding, and their resources."""
         log, cubin = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
 
@@ -86,7 +86,7 @@ class Nvrtc:
 
 
 def parse_log(log: str, function: str, architecture: str) -> Resources:
-    """The lines of ptxas about one kernel; ValueError if it says nothing of it."""
+    """Return the resources of a kernel from the log of ptxas; ValueError if they are not there."""
     marks = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", log)
     for name, target, text in zip(marks[1::3], marks[2::3], marks[3::3], strict=True):
         if (name, target) == (function, architecture):
@@ -105,7 +105,7 @@ def parse_log(log: str, function: str, architecture: str) -> Resources:
 
 
 def section(elf: bytes, wanted: str) -> bytes:
-    """A section of a 64-bit ELF file; ValueError if it has none of that name."""
+    """Return a section of a 64-bit ELF file; ValueError if there is none of that name."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", elf, table + i * entry) for i in range(count)]
@@ -118,7 +118,7 @@ def section(elf: bytes, wanted: str) -> bytes:
 
 @cache
 def libraries() -> dict[str, Nvrtc]:
-    """All NVRTC libraries here, by version: of the installed wheels, and of the folders that the environment names."""
+    """Return all NVRTC libraries by version: of the installed wheels, and of the folders that the environment names."""
     named = [Path(folder) for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
     missing = [folder for folder in named if not any(folder.glob("libnvrtc.so.*"))]
     if missing:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops, step by step, independent of cupy_router.reference: what the reference and the kernels are tested against.
+"""The ops step by step, independent of cupy_router.reference, to test the reference and the kernels.
 
 The numbered steps are those of docs/methods.md. They take all tokens at once, [n, columns], compute in float64 and
-round to float32 where the document says so. With ``rounded=unrounded`` nothing is rounded, so that weights are smooth
-functions of logits and can be differentiated numerically.
+round to float32 where the document rounds. With ``rounded=unrounded`` nothing is rounded, so that weights are smooth
+functions of the logits and can be differentiated numerically.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Routing(NamedTuple):
 
 
 def float32(values: Any) -> np.ndarray:
-    """Round to float32, subnormals to 0."""
+    """Round to float32, and subnormals to 0."""
     with np.errstate(over="ignore"):
         rounded = np.asarray(values).astype(np.float32)
     return np.where(np.abs(rounded) < TINY, np.float32(0), rounded)
@@ -39,7 +39,7 @@ def unrounded(values: Any) -> np.ndarray:
 
 
 def gate_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Step 1: products of hidden states and gate."""
+    """Step 1: dot products of hidden states and gate."""
     with np.errstate(invalid="ignore"):
         return np.asarray(x.astype(np.float64) @ weight.astype(np.float64).T, np.float32)
 
@@ -47,7 +47,7 @@ def gate_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def prepare(
     logits: np.ndarray, method: RoutingMethod, logit_bias: np.ndarray | None = None, rounded: Rounding = float32
 ) -> np.ndarray:
-    """Steps 1 and 2: logits as they are scored: with their bias, scaled, capped."""
+    """Steps 1 and 2: logits with their bias, scaled and capped."""
     x = rounded(logits)
     with np.errstate(all="ignore"):
         if logit_bias is not None:
@@ -61,14 +61,14 @@ def prepare(
 
 
 def score(logits: np.ndarray, method: RoutingMethod, rounded: Rounding = float32) -> np.ndarray:
-    """Step 3: the score of each logit; softmax is over the columns that there are."""
+    """Step 3: the score of each logit; softmax is over the given columns."""
     x = logits.astype(np.float64)
     with np.errstate(all="ignore"):
         return rounded(SCORES[method.score](x) if isinstance(method.score, str) else method.score.numpy(x))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
-    """NaN takes no part in maximum and sum; the maximum counts as exp(0) = 1 even where it is infinite."""
+    """Softmax with a maximum and sum without NaN. The maximum counts as exp(0) = 1 even if it is infinite."""
     highest = np.fmax.reduce(x, axis=-1, keepdims=True, initial=-np.inf)
     shares = np.where(x == highest, 1.0, np.exp(x - highest))
     return np.asarray(shares / np.nansum(shares, axis=-1, keepdims=True))
@@ -83,7 +83,7 @@ SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def selection(x: np.ndarray, method: RoutingMethod, bias: np.ndarray | None = None) -> np.ndarray:
-    """Step 4: what experts are ranked by, from prepared logits."""
+    """Step 4: selection values from prepared logits."""
     logits = x[:, : method.num_experts]
     by_logits = method.score_after_topk or method.bias_on == "logits"
     values = logits if by_logits else score(logits, method)
@@ -108,7 +108,7 @@ def eligible(values: np.ndarray, method: RoutingMethod) -> np.ndarray:
 def ranking(values: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
     """Step 6: columns, best first: descending value, equal values by ascending index, NaN last.
 
-    Columns that are not `among` the eligible come last of all.
+    Columns that are not `among` the eligible come last.
     """
     best_first = np.argsort(-values.astype(np.float32), axis=-1, kind="stable")  # NumPy sorts NaN to the end
     if among is not None:
@@ -127,7 +127,7 @@ def choose(x: np.ndarray, method: RoutingMethod, bias: np.ndarray | None = None)
 # -- From experts to weights -------------------------------------------------------------------------------------------
 
 
-def weigh(
+def expert_weights(
     x: np.ndarray,
     experts: np.ndarray,
     method: RoutingMethod,
@@ -155,9 +155,11 @@ def weigh(
 
 
 def renormalize(scores: np.ndarray, method: RoutingMethod) -> np.ndarray:
-    """Step 8: scores over their sum, which leaves NaN out and is taken from left to right."""
+    """Step 8: scores divided by their sum, which skips NaN and adds from left to right."""
     scores = scores.astype(np.float64)
-    finite = np.where(np.isfinite(scores), 0.0, np.nan)  # weights of a token that has none: 0, and NaN where infinite
+    finite = np.where(
+        np.isfinite(scores), 0.0, np.nan
+    )  # weights of a token whose sum is 0: 0, and NaN where a score is infinite
     total = np.add.accumulate(np.where(np.isnan(scores), 0.0, scores), axis=-1)[:, -1:]
     if method.renormalize_min is None:
         divisor = total + method.renormalize_eps
@@ -182,7 +184,7 @@ def route(
     """activation_topk; with :func:`gate_logits`, dense_router."""
     x = prepare(logits, method, logit_bias)
     experts = choose(x, method, bias)
-    return pad(results(weigh(x, experts, method, expert_scale), experts, method), num_valid)
+    return pad(results(expert_weights(x, experts, method, expert_scale), experts, method), num_valid)
 
 
 def hash_route(
@@ -209,7 +211,7 @@ def hash_route(
         weights = np.full((good.size, method_of_table.num_columns), np.float32(1 / k))
         weights[:, k:] = method_of_table.shared_weight
     else:
-        weights = weigh(prepare(logits[good], method, logit_bias), experts, method, expert_scale)
+        weights = expert_weights(prepare(logits[good], method, logit_bias), experts, method, expert_scale)
     found = results(weights, experts, method_of_table)
     everywhere = Routing(*(np.empty((n, array.shape[1]), array.dtype) for array in found))
     pad(everywhere, 0)
@@ -238,7 +240,7 @@ def topk(
     scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, order: str = "value", index_map: Any = None,
     page_size: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """topk_select: each row of it for itself."""
+    """topk_select, row by row."""
     rows, columns = scores.shape
     values = np.full((rows, k), -np.inf, scores.dtype)
     indices = np.full((rows, k), -1, np.int32)

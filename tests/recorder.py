@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that compiles and launches nothing: it notes what is asked of it and reads what the driver would read."""
+"""A backend that compiles and launches nothing: it records launches and reads arguments as the driver would."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; `arguments` by the names and C types that the kernel's own text gives to its parameters."""
+    """One launch; `arguments` by the names of the kernel's parameters, read with their C types."""
 
     kernel: str
     function: str
@@ -41,7 +41,7 @@ class Launch:
 
 
 class Recorder:
-    """A `Backend` of cupy_router.compiler. `patience` is how long a launch waits before it reads its arguments."""
+    """A `Backend` of cupy_router.compiler. `patience`: seconds that a launch waits before it reads its arguments."""
 
     compiled = True
 
@@ -68,7 +68,7 @@ class Recorder:
 
     @property
     def current(self) -> int:
-        """The device that is current in this thread."""
+        """Device that is current in this thread."""
         device: int = getattr(self._thread, "device", 0)
         return device
 
@@ -111,12 +111,12 @@ class Recorder:
 
 
 def head(source: str) -> list[str]:
-    """The lines above the kernel file, where the macros are."""
+    """Return the lines above the kernel file, which have the macros."""
     return source.partition("#line")[0].splitlines()
 
 
 def declared(source: str, function: str) -> list[tuple[str, str]]:
-    """Names and C types ("*": pointer) of a kernel's parameters, from its text but not by cupy_router's own parser."""
+    """Return names and C types ("*": pointer) of a kernel's parameters, without the parser of cupy_router."""
     text = re.sub(r"//.*|\bconst\b|__restrict__", " ", source)
     start = re.search(rf"\bvoid\b[^;{{}}]*?\b{function}\s*\(", text)
     assert start is not None, f"no kernel {function}"
@@ -129,7 +129,7 @@ def declared(source: str, function: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def recording(kind: str = "cpu", patience: float = 0.0) -> Iterator[Recorder]:
-    """Ops on arrays of this kind of device go to a recorder, and nothing compiled before is used."""
+    """Context in which ops on arrays of this kind of device use a recorder, and nothing compiled before."""
     recorder = Recorder(patience)
     before = compiler.BACKENDS.get(kind), compiler._functions
     compiler.BACKENDS[kind], compiler._functions = recorder, {}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel specialisation in use needs on every architecture: tables in tests/resources/ that may not grow.
+"""Resources of every kernel specialisation in use on every architecture: tables in tests/resources/ that may not grow.
 
     python -m tests.resource_gate            compare with the tables, as tests/test_compile.py does
     python -m tests.resource_gate --update   write the tables of the NVRTC versions that are installed
 
-A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. What presets
-and benchmarks use may neither spill registers nor have a stack, which even --update refuses; corners just may not grow.
+A table has the numbers of one exact version of NVRTC, because others allocate registers differently. Specialisations of
+presets and benchmarks may neither spill registers nor have a stack, which even --update refuses. Corner cases only may
+not grow.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ UPDATE = "python -m tests.resource_gate --update"
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the warps on one multiprocessor share, from the CUDA programming guide: compute capabilities, limits."""
+    """Resources that the warps on one multiprocessor share, from the CUDA programming guide."""
 
     warps: int
     blocks: int
     shared_kilobytes: int
-    shared_step: int = 128  # bytes, in which shared memory is given out
-    shared_reserved: int = 1024  # bytes of each block that the system takes
+    shared_step: int = 128  # bytes, the unit in which shared memory is allocated
+    shared_reserved: int = 1024  # bytes of each block that the system reserves
 
 
 MULTIPROCESSORS = {
@@ -53,7 +54,7 @@ _PARTITIONS, _PARTITION_REGISTERS, _REGISTER_STEP = 4, 16384, 256  # of every ar
 
 
 def occupancy(architecture: str, block: int, registers: int, shared: int) -> int:
-    """Per cent of the warps of a multiprocessor that blocks of this kind can fill."""
+    """Return the percentage of the warps of a multiprocessor that such blocks can occupy."""
     limits = MULTIPROCESSORS[architecture]
     warps = -(-block // 32)
     warp_registers = max(1, -(-registers * 32 // _REGISTER_STEP)) * _REGISTER_STEP
@@ -69,7 +70,7 @@ def occupancy(architecture: str, block: int, registers: int, shared: int) -> int
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. All but the occupancy may only fall, the occupancy may only rise."""
+    """One line of a table. The occupancy may only rise, all else may only fall."""
 
     registers: int
     spills: int
@@ -84,7 +85,7 @@ class Row:
         return cls(needs.registers, needs.spills, needs.stack, shared, filled)
 
     def worse_than(self, before: Row) -> list[str]:
-        """What is worse now, such as "registers 40 -> 48"."""
+        """Return what is worse now, such as "registers 40 -> 48"."""
         return [
             f"{field.name} {old} -> {new}"
             for field in fields(self)
@@ -93,11 +94,11 @@ class Row:
         ]
 
 
-Table = dict[tuple[str, str], Row]  # (specialisation, architecture) -> what it needs
+Table = dict[tuple[str, str], Row]  # (specialisation, architecture) -> its resources
 
 
 def measure(version: str, wanted: Sequence[Specialisation]) -> Table:
-    """Compile everything with one NVRTC. In processes: it compiles one program at a time in each."""
+    """Compile everything with one NVRTC, in processes, because it compiles one program at a time."""
     todo = [(one, architecture) for one in wanted for architecture in one.architectures]
     path = nvrtc.libraries()[version].path
     jobs = [(str(path), one.source, one.function, architecture) for one, architecture in todo]
@@ -129,7 +130,7 @@ def table_file(version: str) -> Path:
 
 
 def tables() -> dict[str, Path]:
-    """The files by exact version of NVRTC."""
+    """Return the files by exact version of NVRTC."""
     return {path.stem.removeprefix("nvrtc-"): path for path in sorted(FOLDER.glob("nvrtc-*.txt"))}
 
 
@@ -162,7 +163,7 @@ def read(version: str) -> Table:
 
 
 def differences(before: Table, now: Table) -> list[str]:
-    """One line for all that must not be: spills, stacks, what grew, and specialisations that only one table has."""
+    """Return a line for each fault: spills, stacks, growth, and specialisations that only one table has."""
     lines = refused(now)
     for (name, architecture), row in now.items():
         old = before.get((name, architecture))
@@ -174,7 +175,7 @@ def differences(before: Table, now: Table) -> list[str]:
 
 
 def refused(now: Table) -> list[str]:
-    """Registers that go to memory make a kernel slow, however few they are. Of the corners the table tells them."""
+    """Return spills and stacks, which make a kernel slow. Those of corner cases are only in the table."""
     return [
         f"{architecture:8} {name}: spills {row.spills} bytes, has {row.stack} bytes of stack; none are allowed"
         for (name, architecture), row in now.items()

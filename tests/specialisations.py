@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel specialisation in use: what the ops ask to be compiled for the presets, the benchmarks and some corners.
+"""Every kernel specialisation in use: those that ops compile for presets, benchmarks and some corner cases.
 
-Nothing is listed by its macros. Calls are made, in part by the benchmark scripts themselves, with NumPy's memory in the
-place of the GPU's, while a :class:`Recorder` stands in for the device; so the list is what the ops really plan.
+Nothing is listed by its macros. Calls are made, in part by the benchmark scripts, with memory of NumPy in place of the
+GPU's, while a :class:`Recorder` replaces the device. So the list is what the ops really launch.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ class Specialisation:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """Those that it is compiled for."""
+        """Return the architectures that it is compiled for."""
         return tuple(a for a in ARCHITECTURES if a != "sm_75" or self.function not in FROM_SM_80)
 
 
 def specialisations() -> list[Specialisation]:
-    """Sorted, without repetitions."""
+    """Return all specialisations, sorted, without repetitions."""
     return sorted(in_order_of_use())
 
 
 def in_order_of_use() -> list[Specialisation]:
-    """As the ops ask for them, which does not depend on what macros are called."""
+    """Return them in the order in which the ops ask for them, which does not depend on the names of macros."""
     used = _largest(_presets, _benchmarks, _besides)
     found = [Specialisation(*key, *sizes) for key, sizes in used.items()]
     return found + [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
 
 
 def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:
-    """Function, macros and kernel of all that is launched, with the largest block and dynamic shared memory."""
+    """Return function, macros and kernel of all launches, with the largest block and dynamic shared memory."""
     found: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]] = {}
     no_product = mock.patch.object(gemm, "product", return_value=mock.MagicMock(row_bytes=0))
     with recording() as recorder, no_product:
@@ -98,8 +98,10 @@ FULL = ("deepseek-v4-flash", "deepseek-v4-pro")
 
 
 def _presets() -> None:
-    """Every dtype, few rows and many; few, since that is rare, also misaligned; hash layers. Other families differ from
-    that in the method alone: of these it is what the benchmark of methods asks for, and a gate in bfloat16."""
+    """Call presets with every dtype, few rows and many, few misaligned rows, and hash layers.
+
+    Other families differ in the method only: of these, the calls of the benchmark of methods, and a gate in bfloat16.
+    """
     for name, method in presets().items():
         bias = np.zeros(method.num_experts, np.float32)
         if name not in FULL:
@@ -123,18 +125,18 @@ def _presets() -> None:
 
 
 def _besides() -> None:
-    """What else users of the presets meet: limits of rows, wide rows, products that are prepared."""
+    """Make further calls of users of presets: limits of rows, wide rows, converted operands of the gate GEMM."""
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
         gemm._packer(("cpu", 0), gemm.Matrix(dtype, 4096, HIDDEN, HIDDEN))(0, (0, 0, 4096))
-    # So many tokens that the gate product comes in slices, each with its own count of valid rows.
+    # Enough tokens for several chunks of the gate GEMM, each with its count of valid rows.
     x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
     dense_router(x, gate, "deepseek-v4-flash", bias=np.zeros(256, np.float32), num_valid=np.zeros(1, np.int32))
 
 
 def _corners() -> None:
-    """The widest rows and most winners that a warp takes, every score and step, the kernels for any size."""
+    """Call with the widest rows and largest k of a warp, every score and step, and the kernels for any size."""
     topk_select(_matrix(4096, 1000, "float32"), 32)
     topk_select(_matrix(1, 140_000, "float32"), 8192)
     topk_select(_matrix(2, 40_000, "float32"), 20_000)
@@ -167,7 +169,7 @@ def _corners() -> None:
 
 
 class _Zeros(np.ndarray):
-    """Memory that nobody touches, whatever is computed with it."""
+    """Memory that is never accessed, whatever is computed with it."""
 
     def astype(self, dtype: Any, *_: Any, **__: Any) -> Any:
         return np.zeros(self.shape, dtype).view(_Zeros)
@@ -190,7 +192,7 @@ class _NumPyAsCuPy:
 
 
 def _benchmarks() -> None:
-    """What the benchmark scripts measure of ours when they are quick, each call made once."""
+    """Make each of our calls in the quick runs of the benchmark scripts once."""
     with _imported_anew("benchmarks", cupy=_NumPyAsCuPy()):
         harness = importlib.import_module("benchmarks.harness")
         harness.gpu_row, harness.host_rows = _gpu_row, _host_rows  # type: ignore[attr-defined]
@@ -203,7 +205,7 @@ def _benchmarks() -> None:
 
 @contextmanager
 def _imported_anew(package: str, **modules: Any) -> Iterator[None]:
-    """Within it, a package is imported as if for the first time, with these modules; afterwards it is as it was."""
+    """Context in which a package is imported again, with these modules; restored at the end."""
 
     def taken() -> dict[str, Any]:
         names = [name for name in sys.modules if name.partition(".")[0] == package or name in modules]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""activation_topk: which experts, in which order, with what weights; ties, infinities, NaN, padding and layout."""
+"""activation_topk: experts, their order and weights; ties, infinities, NaN, padding and layout."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_many_tokens_with_several_warps_per_block(backend: Backend) -> None:
 
 
 def pairs() -> Iterator[Any]:
-    """Every number of experts with every score and dtype, every k from 1 to 32, bias and renormalisation mixed in."""
+    """Return every number of experts with every score and dtype, every k from 1 to 32, some with bias."""
     for i in range(4 * len(inputs.EXPERTS)):
         experts = inputs.EXPERTS[i % len(inputs.EXPERTS)]
         k = min(1 + i * 13 % 32, experts)
@@ -163,7 +163,7 @@ def test_special_logits_in_every_dtype(backend: Backend, dtype: str, kind: str) 
 
 @pytest.mark.acceptance("subnormal scores are 0")
 def test_subnormal_scores_are_zero(backend: Backend) -> None:
-    """Where float32 holds a score only as subnormal, every path says 0, and so the lower index wins."""
+    """Scores that are subnormal in float32 are 0 on every path, so the lower index wins."""
     steps = np.arange(64, dtype=np.float32)[None]
     for score, logits in (
         ("identity", np.float32(2.0**-140) * steps),
@@ -186,7 +186,7 @@ def test_a_subnormal_bias_does_not_select(backend: Backend) -> None:
 @pytest.mark.parametrize("experts", [4, 2000])
 @pytest.mark.acceptance("subnormal scores are 0", "+0.0 and -0.0")
 def test_a_sum_with_the_bias_that_is_flushed_has_no_sign(backend: Backend, experts: int) -> None:
-    """-1.5 + 1 is negative and subnormal in these units, and ties with 0 then."""
+    """-1.5 + 1 is negative and subnormal in these units, so it ties with 0."""
     unit = np.float32(2.0**-126)
     logits, bias = np.full((1, experts), -9, np.float32), np.zeros(experts, np.float32)
     logits[0, :4], bias[:4] = [0, 1, 1, -1], [-1, -1.5, -1, 0]
@@ -196,7 +196,7 @@ def test_a_sum_with_the_bias_that_is_flushed_has_no_sign(backend: Backend, exper
 
 @pytest.mark.acceptance("small scores are exact")
 def test_small_scores_keep_their_order(backend: Backend) -> None:
-    """Down to x = -170 neither sqrt(softplus) nor its order is lost, where log(1 + exp(x)) would be 0 from -16.6."""
+    """sqrt(softplus) and its order are kept down to x = -170. A plain log(1 + exp(x)) would be 0 from -16.6."""
     logits = inputs.rng(34).permuted(np.linspace(-170, -10, 256, dtype=np.float32)[None], axis=1)
     got = route(backend, logits, RoutingMethod(256, 256, "sqrtsoftplus", renormalize=False), exact=True)
     np.testing.assert_array_equal(got.indices[0], oracle.ranking(logits[0]))

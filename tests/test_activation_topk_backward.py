@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of the logits, against central differences in float64; where it ends: far logits, NaN, sums of 0."""
+"""The gradient of the logits, compared with central differences in float64; extreme logits, NaN, sums of 0."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_step(backend: Backend, name: str) -> None:
 
 
 def test_an_op_forwards_and_backwards(backend: Backend) -> None:
-    """What the forward pass gave goes in as it is."""
+    """Results of the forward pass are inputs without conversion."""
     method = M(64, 6, scale=2.5, num_shared_experts=1)
     logits, upstream = inputs.distinct(7, 64), upstream_of(7, method)
     on_device = backend.array(logits)
@@ -89,7 +89,7 @@ def test_every_size(backend: Backend, experts: int, k: int, score: str) -> None:
 def test_few_rows_and_many(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, experts: int, many: bool, dtype: str
 ) -> None:
-    """Of DeepSeek-V4; many rows share warps."""
+    """A method of DeepSeek-V4. With many rows, rows share warps."""
     if backend.runs_kernels:
         monkeypatch.setattr(_row_lanes, "few", lambda *_: not many)
     method, n = M(experts, 6, renormalize_eps=1e-20, scale=1.5), 33 + 2 * many
@@ -114,7 +114,7 @@ def test_a_float32_gradient_of_16_bit_logits(backend: Backend, score: str, dtype
 @pytest.mark.parametrize("experts", [64, 1100])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_rows_anywhere_in_memory(backend: Backend, score: str, experts: int, pad: tuple[int, int]) -> None:
-    """Inputs between poison, and an `out` in which nothing but its rows is written, and those wholly."""
+    """Inputs are surrounded by poison. In `out`, all of each row is written, and nothing else."""
     method = M(experts, 5, score, renormalize=False, index_dtype="int64")
     logits, upstream = inputs.distinct(6, experts), upstream_of(6, method)
     indices = choose(logits, method)
@@ -135,7 +135,7 @@ def test_rows_anywhere_in_memory(backend: Backend, score: str, experts: int, pad
 @pytest.mark.parametrize("experts", [64, 1100])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "softmax"])
 def test_rows_without_experts_get_zeros(backend: Backend, score: str, experts: int) -> None:
-    """Padding, and indices that are no experts, whatever the gradient there."""
+    """Padding, and indices that are no experts, with any gradient of the weights."""
     method = M(experts, 4, score, num_shared_experts=1)
     logits, upstream = inputs.distinct(5, experts), upstream_of(5, method)
     indices = choose(logits, method)
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_others(backend: Backend) -> None:
 
 
 def single(backend: Backend, x: np.ndarray, method: RoutingMethod) -> np.ndarray:
-    """The gradient of each x by itself, the only expert of a token."""
+    """Return the gradient of each x, which is the only expert of a token."""
     logits = x.astype(np.float32)[:, None]
     return backward(backend, np.ones_like(logits), np.zeros(logits.shape, np.int32), logits, method)[:, 0]
 
@@ -173,7 +173,7 @@ FAR = np.concatenate([np.arange(-176, 100, 0.375), [-1e30, 1e30, np.inf, -np.inf
 
 
 def test_sqrtsoftplus_far_from_zero(backend: Backend) -> None:
-    """sigmoid(x) / (2 y), also where both are 0 in float32, exp(x / 2) / 2, and where exp(x) overflows."""
+    """sigmoid(x) / (2 y), also where both are 0 in float32 (then exp(x / 2) / 2), and where exp(x) overflows."""
     got = single(backend, FAR, M(1, 1, renormalize=False))
     x = FAR.astype(np.float32).astype(np.float64)
     with np.errstate(over="ignore"):
@@ -202,7 +202,7 @@ def test_a_cap_far_from_zero(backend: Backend) -> None:
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax"])
 def test_ratios_of_tiny_scores(backend: Backend, score: str) -> None:
-    """Of -80 and -81, chosen beside 0: renormalised, the gradient is of ordinary size, though scores are not."""
+    """Scores of -80 and -81: after renormalisation the gradient has normal size, although the scores are tiny."""
     method = M(3, 2, score)
     logits, indices = np.array([[0.0, -80.0, -81.0]], np.float32), np.array([[1, 2]], np.int32)
     upstream = np.array([[1.0, 0.0]], np.float32)
@@ -213,7 +213,7 @@ def test_ratios_of_tiny_scores(backend: Backend, score: str) -> None:
 
 
 def test_the_last_normal_score(backend: Backend) -> None:
-    """Its root is normal, half of it is not: the quotient by the sum comes first."""
+    """Its root is normal, half of it is not, so the quotient by the sum is computed first."""
     logits = np.array([[-174.0, -174.5]], np.float32)
     got = backward(backend, np.array([[1, 0]], np.float32), np.array([[0, 1]], np.int32), logits, M(2, 2))
     u = 1 / (1 + np.exp(-0.25))
@@ -232,7 +232,7 @@ def test_a_sum_of_zero_has_no_gradient(backend: Backend, columns: int) -> None:
 
 
 def test_the_clamp_of_the_sum(backend: Backend) -> None:
-    """Below it the divisor is a constant; from it on it is the sum."""
+    """Below the minimum the divisor is a constant, otherwise it is the sum."""
     logits = np.array([[1.0, 2.0], [1.0, 3.0], [1.0, 4.0]], np.float32)
     upstream, indices = np.array([[1.0, 0.0]] * 3, np.float32), np.array([[0, 1]] * 3, np.int32)
     got = backward(backend, upstream, indices, logits, M(2, 2, "identity", renormalize_min=4.0))
@@ -244,8 +244,8 @@ def test_the_clamp_of_the_sum(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("experts", "after"), [(64, False), (64, True), (1100, False)])
-def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) -> None:
-    """The divisor is more than the sum, so that all of the row has a part in the weights."""
+def test_an_eps_with_a_softmax(backend: Backend, experts: int, after: bool) -> None:
+    """The divisor is larger than the sum, so the weights depend on the whole row."""
     method = M(experts, 6, "softmax", renormalize_eps=0.25, score_after_topk=after)
     logits, upstream = inputs.distinct(3, experts), upstream_of(3, method)
     indices = choose(logits, method)
@@ -255,7 +255,7 @@ def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) ->
 
 
 def test_a_softmax_of_the_selected_logits_gives_the_others_gradient_zero(backend: Backend) -> None:
-    """To the bit, though it is computed from the whole row."""
+    """Exactly 0, although the softmax is computed from the whole row."""
     method = M(128, 8, "softmax")
     logits, upstream = inputs.normal((5, 128), seed=73), upstream_of(5, method)
     got = backward(backend, upstream, oracle.route(logits, method).indices, logits, method)
@@ -265,7 +265,7 @@ def test_a_softmax_of_the_selected_logits_gives_the_others_gradient_zero(backend
 @pytest.mark.parametrize("columns", [8, 1200])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax", "identity"])
 def test_nan_does_not_change_other_gradients(backend: Backend, score: str, columns: int) -> None:
-    """A chosen NaN has gradient NaN, one that was not chosen 0, and neither changes what the others have."""
+    """A selected NaN has gradient NaN, any other NaN 0, and neither changes the gradients of the others."""
     logits = inputs.distinct(3, columns, seed=3) + np.float32(5)
     indices = np.array([[0, 1, 2]] * 3, np.int32)
     upstream = np.array([[1, -2, 4]] * 3, np.float32)
@@ -284,7 +284,7 @@ def test_nan_does_not_change_other_gradients(backend: Backend, score: str, colum
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "identity"])
 def test_an_infinite_score(backend: Backend, score: str) -> None:
-    """It weighs NaN and leaves 0 to the others, whatever their logits: their gradient is 0."""
+    """Its weight is NaN, and the others have weight 0 for any logits, so their gradient is 0."""
     logits = np.array([[np.inf, 1.0, 2.0]], np.float32)
     got = backward(backend, np.ones((1, 2), np.float32), np.array([[0, 2]], np.int32), logits, M(3, 2, score))
     np.testing.assert_array_equal(got, [[np.nan, 0, 0]])
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_a_number_is_not_hidden(backend: Backend) -> None
     "name", ["sigmoid", "softmax", "softmax after top-k", "in bfloat16", "by a block", "softmax by a block"]
 )
 def test_experts_of_a_table_may_repeat(backend: Backend, name: str) -> None:
-    """Every place of an expert adds to its gradient."""
+    """Every occurrence of an expert adds to its gradient."""
     experts, k = (1100, 5) if name.endswith("block") else (16, 5)
     score = "softmax" if name.startswith("softmax") else "sigmoid"
     method = M(experts, k, score, score_after_topk=name == "softmax after top-k", renormalize=score == "sigmoid")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boundary on CPU memory: any framework's array in, the caller's framework out, inputs never written."""
+"""Arrays in CPU memory: inputs of any framework, which are never written, and results in the caller's framework."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
             return self.host.__dlpack_device__()
 
     class OldDLPack(OnlyDLPack):
-        """A producer from before DLPack 1.0: it knows no max_version."""
+        """A producer from before DLPack 1.0, which does not accept max_version."""
 
         def __dlpack__(self, stream: Any = None) -> object:  # type: ignore[override]
             return self.host.__dlpack__()
@@ -108,7 +108,7 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
 
 
 def test_the_c_exchange_api_agrees_with_the_attributes() -> None:
-    """PyTorch is read by its attributes; its exchange API, by which other types are read, has to agree."""
+    """PyTorch is read by its attributes. Its exchange API, which serves other types, has to agree."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -137,7 +137,7 @@ def test_results_outlive_the_inputs_and_share_no_memory() -> None:
 
 
 def misaligned(host: np.ndarray) -> np.ndarray:
-    """The same array at an address that is a multiple of nothing but its item size."""
+    """Return the array at an address that is only a multiple of its item size."""
     memory = np.zeros(host.nbytes + 64, np.uint8)
     shift = (-memory.ctypes.data) % 16 + host.itemsize
     array = memory[shift : shift + host.nbytes].view(host.dtype).reshape(host.shape)
@@ -256,7 +256,7 @@ def test_out_with_overlapping_rows_is_refused() -> None:
 
 
 def test_inputs_are_never_written() -> None:
-    """All inputs are read-only memory here, so that a write would be an error or a crash."""
+    """All inputs are in read-only memory, so that a write would raise or crash."""
     arrays: dict[str, np.ndarray] = {
         "ids": IDS, "table": TABLE, "logits": LOGITS, "x": inputs.normal((5, 8)), "weight": inputs.normal((16, 8)),
         "bias": inputs.normal((16,)), "lengths": np.arange(5, dtype=np.int32), "count": np.array(3, np.int32),

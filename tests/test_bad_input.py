@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input: the right kind of error, one sentence that names the argument, and nothing written."""
+"""Bad input: the right type of error, one sentence that names the argument, and nothing written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cupy_router import Routing, RoutingMethod, TopK, activation_topk, hash_rout
 from tests.backends import Backend
 
 METHOD = RoutingMethod(16, 4)
-CUDA = 2  # the number of that kind of device in DLPack
+CUDA = 2  # device type in DLPack
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "topk_select": (topk_select, lambda: {"scores": zeros(6, 16), "k": 4}),
     "activation_topk": (activation_topk, lambda: {"logits": zeros(6, 16), "method": METHOD}),
@@ -35,7 +35,7 @@ def ints(*shape: int) -> np.ndarray:
 
 
 def products(**changes: Any) -> dict[str, Any]:
-    """hash_router by dot products, with some arguments changed."""
+    """Return arguments of hash_router with x and weight, some of them changed."""
     return {"logits": None, "x": zeros(6, 8), "weight": zeros(16, 8), **changes}
 
 
@@ -45,9 +45,9 @@ class NotAnArray:
 
 FLOAT64, INT8, COMPLEX = (np.zeros((6, 16), t) for t in (np.float64, np.int8, np.complex64))
 
-# op, the arguments that differ from a good call, the error, the argument it names, what else it says
+# op, the arguments that differ from a valid call, the error, the argument that it names, further text of it
 CASES: list[tuple[str, dict[str, Any], Any, str, str]] = [
-    # what is not an array
+    # not an array
     ("topk_select", {"scores": [[1.0]]}, TypeError, "scores", "list"),
     ("topk_select", {"scores": NotAnArray()}, TypeError, "scores", "NotAnArray"),
     ("topk_select", {"scores": None}, TypeError, "scores", "NoneType|None"),
@@ -169,7 +169,7 @@ def assert_one_sentence(message: str) -> None:
 def assert_refused(
     op: str, changes: dict[str, Any], error: Any, name: str, said: str, backend: Backend | None = None
 ) -> None:
-    """The call fails as it should and pre-filled results stay as they were; on CuPy arrays if the backend is a GPU."""
+    """Check that the call raises and does not write pre-filled results. On a GPU, arrays are CuPy arrays."""
     function, good = OPS[op]
     out = (TopK if op == "topk_select" else Routing)(np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32))
     arguments = {**good(), "out": out, **changes}
@@ -189,7 +189,7 @@ def assert_refused(
 
 
 def on_gpu(backend: Backend, value: Any) -> Any:
-    """NumPy arrays, also those in a tuple, as CuPy arrays of the same strides."""
+    """Return NumPy arrays, also those in a tuple, as CuPy arrays with the same strides."""
     if isinstance(value, tuple):
         moved = [on_gpu(backend, a) for a in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
@@ -271,7 +271,7 @@ def test_a_jax_tracer() -> None:
 
 
 class Impostor:
-    """A NumPy array that says, in its DLPack device and in its capsule, that it lies in CUDA memory."""
+    """A NumPy array whose DLPack device and capsule claim that it is in CUDA memory."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.host = host

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with results of benchmarks: compare, plot, tables, on small made-up files. The measuring needs a GPU."""
+"""Comparison, plots and tables of benchmark results, on small made-up files. Measuring needs a GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     ("number", "figures", "code"),
     [
         (0, {}, 0),
-        (0, {"us": 2.039}, 0),  # both spreads together are 0.04
+        (0, {"us": 2.039}, 0),  # the sum of both spreads is 0.04
         (0, {"us": 2.05}, 1),
         (0, {"us": 2.05, "spread_us": 0.04}, 0),
         (0, {"us": 1.0}, 0),
@@ -167,7 +167,7 @@ def test_plot_draws_each_line_once_and_the_same_each_time(tmp_path: Path) -> Non
     assert drawn == (tmp_path / "two/activation_topk.svg").read_text()
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["activation_topk.svg"]
     for text in ("floor: memory alone", "PyTorch, eager", "cupy_router", "Some GPU, 2026-01-02, commit abc"):
-        assert text in drawn  # a comment holds the text of each label
+        assert text in drawn  # a comment has the text of each label
 
 
 def test_curves_are_sorted_and_leave_special_data_out() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cupy-router demo`` and ``cupy-router info``, as a person in a terminal meets them."""
+"""``cupy-router demo`` and ``cupy-router info`` in a terminal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_demo_reports_where_it_runs_and_why(
 
 
 class FakeCupy(ModuleType):
-    """What the command line asks of CuPy, as if on an H100; its arrays are NumPy's, and it counts transfers."""
+    """The part of CuPy that the command line uses, with an H100, arrays of NumPy, and a count of transfers."""
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -167,7 +167,7 @@ def test_info_names_versions_folders_and_backend(capsys: pytest.CaptureFixture[s
 
 
 def test_info_works_without_a_working_cupy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)  # what an import finds then is an ImportError
+    monkeypatch.setitem(sys.modules, "cupy", None)  # then an import raises ImportError
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not installed.")
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out

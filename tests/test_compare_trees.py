@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two checkouts timed in turns: the order of turns, the verdict, the file, and that a turn times the tree it is for.
+"""Two checkouts timed in turns: the order of turns, the verdict, the file, and that a turn times the right tree.
 
-No GPU: turns are made up, or the calls run on NumPy under CuPy's name.
+Without a GPU: turns are made up, or calls run on NumPy under CuPy's name.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CELLS = {"host": {"what": "host", "op": "some_op", "call": "torch"}, "gpu": {"wh
 
 
 def made_up(kind: str, us: float, **fields: Any) -> Turn:
-    """A turn with one row, whose samples lie within 0.02 microseconds."""
+    """Return a turn with one row, whose samples are within 0.02 microseconds."""
     row = {"cell": CELLS[kind], "samples": [us - 0.01, us, us + 0.01]} | ({"garbage": 0} if kind == "host" else {})
     return {"not_watching": True, "rows": [row], "left_out": []} | fields
 
 
 class Runner:
-    """Takes turns that are made up: times by tree and kind, in the order in which they are asked for."""
+    """Runs made-up turns: times by tree and kind, in the order of the turns."""
 
     def __init__(self, **us: float) -> None:
         self.us, self.asked, self.now, self.seconds = us, list[tuple[str, str]](), 0.0, 1.0
@@ -76,7 +76,7 @@ def test_remarks_name_what_was_left_out_and_watched_files() -> None:
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """A function that runs the command with a runner: its exit code and the file that it wrote."""
+    """Return a function that runs the command with a runner, and returns its exit code and the file that it wrote."""
     monkeypatch.setattr(compare_trees, "environment", lambda: dict(ENVIRONMENT))
 
     def run(runner: compare_trees.Runner) -> tuple[int, dict[str, Any]]:
@@ -90,7 +90,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
     ("us", "code", "verdicts"),
     [
         ({}, 0, ["same", "same"]),
-        ({"new_host": 2.03}, 0, ["same", "same"]),  # both spreads together are 0.04
+        ({"new_host": 2.03}, 0, ["same", "same"]),  # the sum of both spreads is 0.04
         ({"new_host": 2.05}, 1, ["slower", "same"]),
         ({"new_gpu": 2.5}, 1, ["same", "slower"]),
         ({"new_host": 1.9}, 0, ["faster", "same"]),
@@ -111,7 +111,7 @@ def test_a_verdict_for_each_row(
     assert f"{verdicts.count('slower')} of 2 rows became slower; turns of each tree: 5 host, 3 gpu" in printed
 
 
-def test_the_file_says_what_was_timed_where(compared: Any) -> None:
+def test_the_file_names_trees_and_versions(compared: Any) -> None:
     environment = compared(Runner())[1]["environment"]
     assert environment.items() >= ENVIRONMENT.items()
     assert set(environment["trees"]) == {"old", "new"}
@@ -161,7 +161,7 @@ def test_rows_of_one_tree_alone_are_named(compared: Any) -> None:
     assert content["environment"]["remarks"] == ["only the old tree has some_op gpu n=64"]
 
 
-def test_another_tree_has_to_be_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_must_be_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare_trees.main([str(tmp_path)])
     assert "is no checkout of cupy_router" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_another_tree_has_to_be_a_checkout(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture
 def on_numpy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """NumPy for CuPy, tensors on the CPU, sizes of a few rows; a clock that makes each call once."""
+    """Replace CuPy by NumPy, tensors by CPU tensors, sizes by a few rows, and the clock by one that calls once."""
     monkeypatch.setitem(sys.modules, "cupy", NumPyAsCuPy())
     sizes = {"ACTIVATION_TOPK": (1, 16), "HASH_ROUTER": (1, 8), "BACKWARD": (8,), "VOCAB_SIZE": 100, "COLD_FROM": 16}
     sizes |= {"TOPK_SELECT": ((2, 256, 8), (2, 3000, 512)), "DENSE_ROUTER": (("decode", 4), ("prefill", 128))}
@@ -268,7 +268,7 @@ def dense_router(x, weight, method, *, bias=None, path=None, out=None): return o
 
 
 def tree_of(folder: Path, package: str = PACKAGE) -> Tree:
-    """A checkout whose ops do nothing, beside a CuPy that is NumPy."""
+    """Return a checkout whose ops do nothing, with a CuPy that is NumPy."""
     files = {
         "cupy_router/__init__.py": package,
         "cupy_router/compiler.py": "WATCHING = True\n",

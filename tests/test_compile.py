@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every specialisation in use, compiled by NVRTC for every architecture; what it needs may not grow. Needs no GPU."""
+"""Compile every specialisation in use with NVRTC for every architecture. Their resources may not grow. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALL = "pip install nvidia-cuda-nvrtc-cu12 (12.x) or nvidia-cuda-nvrtc (13.x)
 
 
 def any_nvrtc() -> nvrtc.Nvrtc:
-    """The oldest that is here, or a skip."""
+    """Return the oldest NVRTC, or skip."""
     found = list(nvrtc.libraries().values())
     return found[0] if found else pytest.skip(f"NVRTC is not here: {INSTALL}")
 
@@ -37,10 +37,10 @@ def in_use() -> list[Specialisation]:
 
 @pytest.mark.parametrize("version", resource_gate.tables())
 def test_no_kernel_needs_more_than_before(version: str) -> None:
-    """On failure: make the kernel leaner, or accept with the command below and say why in the commit."""
+    """On failure: make the kernel smaller, or accept with the command below and explain it in the commit."""
     if version not in nvrtc.libraries():
         message = f"NVRTC {version} is not here: {INSTALL}; set {nvrtc.FOLDERS} to keep several"
-        if nvrtc.FOLDERS in os.environ:  # whoever names folders wants every table checked
+        if nvrtc.FOLDERS in os.environ:  # if folders are given, every table is checked
             pytest.fail(message)
         pytest.skip(message)
     found = resource_gate.differences(resource_gate.read(version), resource_gate.measure(version, in_use()))
@@ -180,7 +180,7 @@ def test_growth_beyond_the_limit_is_reported() -> None:
 
 @pytest.mark.parametrize("kernel", sorted(path.stem for path in KERNELS.glob("*.cu")))
 def test_every_kernel_file_compiles_alone(kernel: str) -> None:
-    """With the defaults of its macros, as an editor or a reader would try it."""
+    """With the defaults of its macros, as an editor compiles it."""
     for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
         for architecture in Specialisation(kernel, (), kernel).architectures:
             assert nvrtc_.resources(compiler.expand(kernel), kernel, architecture).registers > 0
@@ -195,7 +195,7 @@ def test_kernels_that_are_left_out_need_newer_instructions(kernel: str) -> None:
 @pytest.mark.filterwarnings("ignore:CUPY_ROUTER_KERNELS. no kernel reads alone.cu")
 @pytest.mark.parametrize("header", sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cuh")))
 def test_every_header_compiles_alone(header: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It includes what it needs."""
+    """It includes everything that it uses."""
     (tmp_path / "alone.cu").write_text(f'#include "{header}"\nextern "C" __global__ void alone() {{}}\n')
     monkeypatch.setenv("CUPY_ROUTER_KERNELS", str(tmp_path))
     assert any_nvrtc().resources(compiler.expand("alone"), "alone", "sm_90").stack == 0
@@ -248,7 +248,7 @@ def test_a_log_without_the_numbers_is_an_error(log: str, function: str, architec
         ("sm_90", 512, 32, 60000, 75),  # 3 blocks fit into 228 KB
         ("sm_75", 32, 32, 0, 50),
         ("sm_75", 1024, 64, 32769, 100),
-        ("sm_75", 512, 32, 32768, 100),  # nothing is reserved there
+        ("sm_75", 512, 32, 32768, 100),  # nothing is reserved
         ("sm_75", 512, 32, 32769, 50),
         ("sm_80", 128, 40, 0, 75),
         ("sm_86", 32, 32, 0, 33),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: both paths against the oracle, mostly on products that float32 holds exactly, whatever their order."""
+"""dense_router: both paths compared with the oracle, mostly on products that are exact in float32 in any order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.backends import DTYPES, Backend
 
 ITEM = pytest.mark.acceptance
 PATHS = ("decode", "prefill")
-BOUND = 1e-5  # of a logit's error, per length of x and length of the gate's row; cuBLAS was seen at 6e-6
+BOUND = 1e-5  # error of a logit per norm of x and norm of the gate's row; that of cuBLAS was 6e-6
 
 
 def exact(shape: tuple[int, int], seed: int, dtype: str = "float32") -> np.ndarray:
-    """Small integers over a power of two: products and their sums are exact in float32, logits spread by about 2."""
+    """Return small integers over a power of two: products and sums are exact in float32, logits spread by about 2."""
     integers = inputs.rng(seed, *shape).integers(-8, 9, shape)
     return (integers * 2.0 ** -round(np.log2(3.5 * shape[1] ** 0.25))).astype(DTYPES[dtype])
 
@@ -132,7 +132,7 @@ def test_bias(backend: Backend, kind: str, path: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kinds_of_tokens(backend: Backend, value: float, dtype: str, path: str) -> None:
-    """A token with NaN has no finite logit; one with an infinity has infinite and, from opposite ones, NaN logits."""
+    """A token with NaN has no finite logit. One with an infinity has infinite logits, and with opposite ones NaN."""
     x, weight = gated(9, 36, 64, dtype)
     x[2, 5] = x[7, 63] = value
     x[7, 0] = -value
@@ -155,7 +155,7 @@ def test_equal_logits_choose_the_lower_expert(backend: Backend, path: str) -> No
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_logits_are_accumulated_and_kept_in_float32(backend: Backend, dtype: str, path: str) -> None:
-    """Seen through identity scores, on which weights are the logits themselves."""
+    """With identity scores, the weights are the logits."""
     n, experts, hidden = 7, 32, 2048
     x, weight = inputs.normal((n, hidden), dtype, 63), inputs.normal((experts, hidden), dtype, 64, hidden**-0.5)
     method = RoutingMethod(experts, experts, "identity", renormalize=False)
@@ -184,16 +184,16 @@ def test_results_are_repeatable(backend: Backend, path: str) -> None:
             compare.assert_same_bits(backend.numpy(got), backend.numpy(want))
 
 
-# -- Slices ------------------------------------------------------------------------------------------------------------
+# -- Chunks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of 16 tokens where there are 32 experts; the method of these tests is no other test's, nor is its plan."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 tokens for 32 experts. No other test has cached calls with the method of these tests."""
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
 
 
-@pytest.mark.usefixtures("small_slices")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("n", [1, 16, 17, 80])
 def test_chunks_of_tokens(backend: Backend, n: int) -> None:
     bias = inputs.normal((32,), seed=66)
@@ -205,7 +205,7 @@ VALID = [
 ]
 
 
-@pytest.mark.usefixtures("small_slices")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("valid", [*VALID, 16])
 def test_padding_by_num_valid(backend: Backend, valid: int, path: str) -> None:
@@ -216,7 +216,7 @@ def test_padding_by_num_valid(backend: Backend, valid: int, path: str) -> None:
         route(backend, *gated(40, 32, 40), num_valid=backend.array(np.full(shape, valid, np.int32)), **arguments)
 
 
-@pytest.mark.usefixtures("small_slices")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.acceptance("num_valid clamped")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("given", "valid"), [(-3, 0), (41, 40), (2**31 - 1, 40), (-(2**31), 0)])
@@ -232,7 +232,7 @@ def test_without_cublas_the_fused_kernel_serves_any_number(
     backend: Backend, valid: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemm, "why_not", lambda device: "it was taken away.")
-    method = RoutingMethod(32, 5, scale=1.75)  # its plans are of this test alone
+    method = RoutingMethod(32, 5, scale=1.75)  # no other test has cached calls with it
     count = None if valid is None else backend.array(np.array([valid], np.int32))
     route(backend, *gated(150, 32, 40), method, num_valid=count, valid_rows=valid)
     with pytest.raises(RuntimeError, match=r"more than 1024 experts, .* need cuBLAS: it was taken away"):
@@ -241,7 +241,7 @@ def test_without_cublas_the_fused_kernel_serves_any_number(
 
 @pytest.mark.needs_kernels
 def test_gpus_before_sm_80_take_two_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = RoutingMethod(32, 5, scale=1.875)  # its plans are of this test alone
+    method = RoutingMethod(32, 5, scale=1.875)  # no other test has cached calls with it
     monkeypatch.setattr(decode, "launch_for", None)
     with tuning.assume(replace(tuning.DEFAULT, capability=(7, 5))):
         route(backend, *gated(3, 32, 40, "bfloat16"), method)
@@ -268,7 +268,7 @@ def test_layout(backend: Backend, dtype: str, path: str, row_pad: int, offset: i
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_in_any_order(backend: Backend, dtype: str, path: str) -> None:
-    """Rows in reverse, every other one, one repeated: strides that cuBLAS does not take among them."""
+    """Rows in reverse, every other row, one row repeated, including strides that cuBLAS does not accept."""
     method, (x, weight) = RoutingMethod(36, 6), gated(9, 36, 64, dtype)
     on_device, gate = backend.array(x), backend.array(weight)
     views = [view for view in inputs.row_views(backend.xp, on_device)[:3] if view.shape[1] == 64]

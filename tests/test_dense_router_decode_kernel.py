@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode kernel of dense_router by itself, in tilings of the test's choice, against the reference.
+"""The decode kernel of dense_router alone, in given tilings, compared with the reference.
 
-The logits that the kernel routed by are left in its scratch memory. They are compared with float64; weights and indices
-are compared with what activation_topk's reference makes of those very logits, so that no rounding can hide an error.
+The kernel leaves its logits in scratch memory. They are compared with float64. Weights and indices are compared with
+the reference of activation_topk on these logits, so that rounding cannot hide an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FMA_BOUND, STEP_BOUND = 1e-6, 2.0**-23
 
 @dataclass(frozen=True)
 class Case:
-    """What to route and how; `pad` and `offset` in elements, as tests.backends.Backend.array has them."""
+    """Sizes and layout of a call; `pad` and `offset` in elements, as for tests.backends.Backend.array."""
 
     num_experts: int = 96
     top_k: int = 6
@@ -62,7 +62,7 @@ class Run:
     backend: Backend
     arrays: list[Any]
     outputs: list[Any]
-    launch: Callable[[bool], Launch]  # of the kernel for a count of valid rows in memory, or for a number
+    launch: Callable[[bool], Launch]  # kernel for num_valid as an array, or as an int
     plan: decode.DecodeLaunch
     method: RoutingMethod
 
@@ -79,7 +79,7 @@ class Run:
         return weights, indices
 
     def logits(self) -> np.ndarray:
-        """What the kernel left behind the partial sums, where those of the first slice lie."""
+        """Logits that the kernel left in place of the partial sums of the first split-K part."""
         macros, experts = self.plan.macros, self.method.num_experts
         columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
         partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
@@ -123,7 +123,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
 
 
 def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = None) -> None:
-    """`valid` is given to the kernel as a number, or what an array of its own means."""
+    """Run and check a case. `valid` is the number of valid rows, passed as an int or an array."""
     number = -1 if valid is None or device_num_valid is not None else valid
     weights, indices = run(number, device_num_valid)
     logits = run.logits()

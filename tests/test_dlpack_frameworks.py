@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frameworks that nobody here knows by name: their arrays go in by DLPack, the closest honest type comes out.
+"""Frameworks that are not known by name: their arrays are read by DLPack, and results have the closest type.
 
-That is an array of their own namespace where they follow the array API standard, else NumPy's (CuPy's on a GPU), which
-they can take back without a copy.
+That is an array of their namespace if they follow the array API standard. Otherwise it is a NumPy array (CuPy on a
+GPU), which they can import without a copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABLE = np.stack([inputs.rng(60, r).permutation(16)[:3] for r in range(10)]).ast
 
 
 class Foreign(NamedTuple):
-    """How a framework takes NumPy's memory, how its arrays are read back, and what results are."""
+    """Conversion of NumPy memory to arrays of a framework and back, and the type of results."""
 
     array: Callable[[np.ndarray], Any]
     numpy: Callable[[Any], np.ndarray]
@@ -48,7 +48,7 @@ def _warp() -> Foreign:
 
 
 class LikeWarp:
-    """What Warp's arrays offer: a `__dlpack__` that knows nothing but a stream, as before DLPack 1.0."""
+    """The interface of Warp's arrays: a `__dlpack__` that only accepts a stream, as before DLPack 1.0."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
@@ -89,7 +89,7 @@ def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", ["TVM FFI", "like Warp"])
 def test_floats_of_every_dtype(name: str, dtype: str) -> None:
-    """In memory of PyTorch's, since NumPy's arrays of bfloat16 cannot be exported."""
+    """In memory of PyTorch, because NumPy arrays of bfloat16 cannot be exported."""
     take: Callable[[Any], Any] = LikeWarp
     if name == "TVM FFI":
         take = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed").from_dlpack
@@ -132,7 +132,7 @@ def test_out_is_filled_in_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_arrays_of_several_frameworks(name: str) -> None:
-    """The first array decides what comes out."""
+    """The first array decides the type of the results."""
     foreign, (call, arrays) = FOREIGN[name](), CALLS["activation_topk"]
     want = call(**arrays)
     mixed = call(arrays["logits"], foreign.array(arrays["bias"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples learn, with our router as with a plain one, in every framework alike; the recorded curves say so too."""
+"""The examples learn, with our router and with a plain one, in every framework; recorded curves are checked too."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX", "CuPy or NumPy"])
 def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a router whose weights have no gradient the same steps lead elsewhere: the check above would see it."""
+    """Without a gradient of the weights, the same steps have other losses, which the check above would find."""
     module, _ = example(framework)
     if framework == "CuPy or NumPy":
         back = module.backward
@@ -68,7 +68,7 @@ def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(np.array(losses) / recorded[:STEPS] - 1).max() > 2e-3
 
 
-def test_recorded_curves_fall_alike() -> None:
+def test_recorded_curves_agree() -> None:
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())
     assert recorded.keys() == plot.CURVES.keys()
     for curve in recorded.values():
@@ -87,7 +87,7 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 
 
 def test_an_example_is_short() -> None:
-    """A layer with its training in about 60 lines, which know no more of the router than its name."""
+    """A layer with its training has about 60 lines, which only use the name of the router."""
     for path in (ROOT / "examples").glob("moe_*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         assert len(lines) <= 75, path.name

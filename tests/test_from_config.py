@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoutingMethod.from_config: published configurations, their dicts, DeepSeek's own, parts, and what is refused."""
+"""RoutingMethod.from_config: published configurations, dicts, configurations of DeepSeek, parts, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ V3 = {"num_experts_per_tok": 8, "scoring_func": "sigmoid", "topk_method": "noaux
 V4 = {**V3, "num_experts_per_tok": 6, "scoring_func": "sqrtsoftplus", "num_hash_layers": 3}
 NO_GROUPS = {"n_group": 1, "topk_group": 1}
 
-# Preset -> the configuration class, and what the published config.json of the model says about its routers.
+# Preset -> the configuration class, and the fields of the model's published config.json that concern its routers.
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v4-flash": ("DeepseekV4Config", {**V4, "n_routed_experts": 256, "routed_scaling_factor": 1.5}),
     "deepseek-v4-pro": ("DeepseekV4Config", {**V4, "n_routed_experts": 384, "routed_scaling_factor": 2.5}),
@@ -75,7 +75,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}),
 }
 
-# Configurations of DeepSeek's inference code, which has names of its own.
+# Configurations of DeepSeek's inference code, which has other names.
 INFERENCE: dict[str, dict[str, Any]] = {
     "deepseek-v4-flash": {
         "n_routed_experts": 256,
@@ -191,7 +191,7 @@ COUNTS = {"num_experts": 16, "num_experts_per_tok": 4}
 STANDARD = {"model_type": "brand_new", **COUNTS, "scoring_func": "sigmoid", "norm_topk_prob": True}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
-# What the code of a model does although its configuration says something else, or nothing.
+# Steps in the code of a model that its configuration does not have, or has differently.
 SERVED: dict[str, tuple[dict[str, Any], RoutingMethod]] = {
     "norm_topk_prob is not read": (
         {"model_type": "deepseek_v2", **COUNTS, "topk_method": "greedy", "norm_topk_prob": True, "route_scale": 2},
@@ -334,7 +334,7 @@ def test_configurations_that_cannot_be_expressed_are_refused_by_name(config: dic
 
 
 class Model:
-    """Callable, like the model that somebody passes instead of its configuration."""
+    """Callable, like a model passed in place of its configuration."""
 
     def __init__(self) -> None:
         self.config = MIXTRAL
@@ -364,7 +364,7 @@ def test_configurations_are_not_written() -> None:
 
 @pytest.mark.slow("seconds")
 def test_every_configuration_class_with_experts_is_known() -> None:
-    """One that is not has to be read: what does the code of its router do?"""
+    """If one is not, read the code of its router."""
     mapping = pytest.importorskip("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     logging.getLogger("transformers").setLevel(logging.ERROR)
     served, refused, unknown = set(), {}, []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate product: NumPy's, and cuBLAS's arguments by a stand-in that does on CPU memory what BLAS defines."""
+"""The gate GEMM: by NumPy, and the arguments of cuBLAS with a replacement that computes on CPU memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def columns(address: int, kind: int, rows: int, count: int, leading: int) -> np.ndarray:
-    """A column-major matrix in memory."""
+    """Return a column-major matrix in memory."""
     assert leading >= rows, "cuBLAS refuses a leading dimension below the length of a column"
     size = SIZES[TYPES[kind]]
     memory = (ctypes.c_ubyte * (((count - 1) * leading + rows) * size)).from_address(address)
@@ -31,7 +31,7 @@ def columns(address: int, kind: int, rows: int, count: int, leading: int) -> np.
 
 
 class Blas:
-    """cublasGemmEx of the one kind that is asked for, and a record of the other calls."""
+    """cublasGemmEx for the arguments in use, and a record of the other calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -64,7 +64,7 @@ class Blas:
 
 @pytest.fixture
 def blas(monkeypatch: pytest.MonkeyPatch) -> Blas:
-    """In place of the library and its handle."""
+    """Replaces the library and its handle."""
     found = Blas()
     context = object.__new__(gemm._Context)
     vars(context).update(library=found, handle=99, lock=threading.RLock(), _bound=(-1, -1))
@@ -98,7 +98,7 @@ def test_on_numpy(dtype: str, weight_dtype: str, form: int) -> None:
     np.testing.assert_array_equal(multiply(product, x, weight), x.astype(np.float32) @ weight.astype(np.float32).T)
 
 
-@pytest.mark.backends("simt")  # on a GPU cuBLAS itself is under test
+@pytest.mark.backends("simt")  # on a GPU, this tests cuBLAS
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("weight_dtype", inputs.FLOATS)
 @pytest.mark.parametrize("x_form", range(4))
@@ -115,7 +115,7 @@ def test_arguments_of_cublas(
 
 
 def test_each_stream_has_its_workspace(blas: Blas) -> None:
-    """The handle is bound again only where the stream changes; a new stream takes the workspace away, so is first."""
+    """The handle is bound again only if the stream changes. Setting the stream resets the workspace, so it is first."""
     x, weight = exact((5, 24), 1), exact((7, 24), 2)
     product = gemm.CudaProduct(("cpu", 0), matrix("float32", x), matrix("float32", weight))
     for stream in (3, 3, 4, 3):

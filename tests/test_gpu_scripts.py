@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts for a GPU, as far as they can be tried without one: what they call, and what they conclude."""
+"""The scripts for a GPU, tested without one: their calls, and their conclusions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launches() -> list[Launch]:
 
 
 def test_the_calls_are_right_on_this_backend() -> None:
-    """NumPy arrays stand in for the GPU's: all but the memory is as on the GPU."""
+    """NumPy arrays replace those of the GPU; everything except the memory is as on the GPU."""
     assert sanitize.make_calls(Backend(), CASES) == len(CASES) == len({repr(case) for case in CASES}) > 150
 
 
@@ -221,7 +221,7 @@ def test_every_stream_sees_every_case_before_memory_is_read(monkeypatch: pytest.
 
 @pytest.mark.parametrize("turn", [5, 50])
 def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
-    """One bit of one result of one call."""
+    """One bit of one result of one call differs."""
     whole = soak.Soak._call
 
     def call(self: soak.Soak, at: int, now: int, stream: Any, counter: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hash_router: experts as they stand in the table; weights uniform, from given logits, or from x and weight."""
+"""hash_router: experts in the order of the table; weights uniform, from given logits, or from x and weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCABULARY = 1000
 
 
 def tables(experts: int, k: int, dtype: str = "int32", vocabulary: int = VOCABULARY) -> np.ndarray:
-    """A row of k different experts per token id."""
+    """Return a table with k different experts per token id."""
     rows = [inputs.rng(40, token, experts).permutation(experts)[:k] for token in range(vocabulary)]
     return np.array(rows, DTYPES[dtype]).reshape(vocabulary, k)
 
@@ -72,7 +72,7 @@ def look_up(
 
 
 def dot_tolerance(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """What float32 accumulation may do to a weight: a random walk of roundings in the logit, of slope 1, twice."""
+    """Return the tolerance of weights for float32 accumulation: twice a random walk of roundings in the logit."""
     terms = np.sqrt((x.astype(np.float64) ** 2) @ (weight.astype(np.float64) ** 2).T).max(-1, initial=0)
     return np.asarray(2 * np.finfo(np.float32).eps * 8 * terms)
 
@@ -203,7 +203,7 @@ def test_dot_products_of_deepseek_v4_flash(backend: Backend, n: int) -> None:
 
 @pytest.mark.acceptance("x and weight")
 def test_only_the_needed_rows_of_the_gate_are_read(backend: Backend) -> None:
-    """NaN in the gate's other rows does not reach the weights."""
+    """NaN in other rows of the gate does not change the weights."""
     table = np.array([[1, 3], [3, 5]], np.int32)
     weight = inputs.normal((8, 32))
     weight[[0, 2, 4, 6, 7]] = np.nan
@@ -233,7 +233,7 @@ BAD_IDS = [
 
 
 def way(name: str, n: int, experts: int) -> dict[str, Any]:
-    """Arguments of the four ways to call the op."""
+    """Return the arguments of one of the four kinds of calls."""
     if name in ("alone", "method"):
         return {} if name == "alone" else {"method": RoutingMethod(experts, 6)}
     method = RoutingMethod(experts, 6, scale=1.5)

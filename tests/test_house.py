@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules: who may know whom, what a source looks like, what one op consists of."""
+"""Rules of the repository: imports between modules, form of a source, files of an op."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SOURCES = sorted(
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )
 MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
-OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls hash_router
+OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # a Router calls hash_router as this op
 
-# Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
+# Part -> the parts that it may import. A part is a module or a folder of the package.
 MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
@@ -63,16 +63,16 @@ MAY_IMPORT = {
     "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
     "__main__": {"cli"},
 }
-ROOMS = {path.stem for path in PACKAGE.iterdir()}
+PARTS = {path.stem for path in PACKAGE.iterdir()}
 FRAMEWORKS = {"cupy", "jax", "torch"}
 
 
-def room_of(path: Path) -> str:
+def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(tree: ast.AST, path: Path) -> Iterator[str]:
-    """The modules that the statements of a tree import, with their full names."""
+    """Return the full names of the modules that the statements of a tree import."""
     package = ["cupy_router", *path.parent.relative_to(PACKAGE).parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -80,31 +80,31 @@ def imports(tree: ast.AST, path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
-            # `from package import name` may import a module or a name of one: both spellings are looked at below.
+            # `from package import name` may import a module or a name of one: both are checked below.
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
-    rooms = set()
+def parts_imported(tree: ast.AST, path: Path) -> set[str]:
+    parts = set()
     for name in imports(tree, path):
         first, _, rest = name.partition(".")
         if first == "cupy_router":
-            room = rest.split(".")[0]
-            rooms.add(room if room in ROOMS else "__init__")
-    return rooms - {room_of(path)}
+            part = rest.split(".")[0]
+            parts.add(part if part in PARTS else "__init__")
+    return parts - {part_of(path)}
 
 
 def test_modules_import_only_what_they_may() -> None:
     wrong = {}
     for path in MODULES:
-        found = rooms_imported(ast.parse(path.read_text()), path) - MAY_IMPORT[room_of(path)]
+        found = parts_imported(ast.parse(path.read_text()), path) - MAY_IMPORT[part_of(path)]
         if found:
             wrong[str(path.relative_to(PACKAGE))] = found
     assert not wrong
 
 
 @pytest.mark.parametrize(
-    ("statement", "rooms"),
+    ("statement", "parts"),
     [
         ("import cupy_router.ops.topk_select", {"ops"}),
         ("from cupy_router import compiler, RoutingMethod", {"compiler", "__init__"}),
@@ -115,8 +115,8 @@ def test_modules_import_only_what_they_may() -> None:
         ("import numpy", set()),
     ],
 )
-def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
-    assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+def test_the_import_rule_sees_every_spelling(statement: str, parts: set[str]) -> None:
+    assert parts_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == parts
 
 
 def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> None:
@@ -124,7 +124,7 @@ def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> No
     for path in MODULES:
         at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         found = {name.split(".")[0] for node in at_import for name in imports(node, path)} & FRAMEWORKS
-        found -= {path.stem.removeprefix("_") if room_of(path) == "arrays" else room_of(path)}
+        found -= {path.stem.removeprefix("_") if part_of(path) == "arrays" else part_of(path)}
         if found:
             wrong[str(path.relative_to(PACKAGE))] = found
     assert not wrong
@@ -144,7 +144,7 @@ print(*sorted({"cupy", "jax", "torch"} & set(sys.modules)))
 
 
 def readers(text: str) -> Iterator[tuple[str, str]]:
-    """Each line of a kernel file, and who reads it: "gpu" after #ifdef __CUDACC__, "cpu" after its #else, or "both"."""
+    """Return each line of a kernel file and its reader: "gpu" in #ifdef __CUDACC__, "cpu" in its #else, or "both"."""
     stack = ["both"]
     for line in text.splitlines():
         directive = "".join(line.split())
@@ -176,7 +176,7 @@ both"""
 KERNELS = ROOT / "kernels"
 KERNEL_FILES = {path.relative_to(KERNELS).as_posix(): path for path in sorted(KERNELS.rglob("*.cu*"))}
 
-# Folder of kernels/ -> the folders of which it may include headers, besides its own. "" is that of the kernels.
+# Folder of kernels/ -> the other folders whose headers it may include. "" is the folder of the kernels.
 MAY_INCLUDE = {
     "device": set(),
     "select": {"device"},
@@ -188,7 +188,7 @@ MAY_INCLUDE = {
 
 
 def included(path: Path) -> set[str]:
-    """The headers of kernels/ that a kernel file includes by itself."""
+    """Return the headers of kernels/ that a kernel file includes directly."""
     return set(re.findall(r'^\s*#\s*include\s+"(.*)"', path.read_text(), re.M))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels in which several rows share a warp choose by cut keys and look again at what came out. Here are the rows for
-which a look at the keys alone is wrong; the results must be those of a warp for each row, to the bit."""
+"""Kernels in which several rows share a warp select by truncated keys, and then check the selection with exact keys.
+
+These are rows for which the truncated keys alone are wrong. Results must be bitwise those of one warp per row."""
 
 from __future__ import annotations
 
@@ -20,40 +21,40 @@ from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.fuzz.case import call
 
-SOME, MANY = 1000, 5000  # as of so many rows
+SOME, MANY = 1000, 5000  # number of rows for which kernels are chosen
 
 
 def one_row_a_warp(**given: Any) -> Any:
-    """activation_topk by the exact scores of whole rows."""
+    """Return the results of activation_topk with one warp per row, which compares exact scores."""
     with mock.patch.multiple(_row_lanes, interleaved_lanes=lambda *_: 0, group_lanes=lambda *_: 0):
         return call("activation_topk", SOME, **given)
 
 
 def hard_rows(columns: int, top_k: int, seed: int = 0) -> np.ndarray:
-    """Float32 rows; what makes each hard stands beside it."""
+    """Return float32 rows, each with a comment that says why it is difficult."""
     rng = inputs.rng(41, seed)
     ramp = np.arange(columns, dtype=np.float32)
     rows = [
         ramp / 8,  # the best are neighbours
         -ramp,
-        rng.permutation(1 + ramp * np.float32(2.0**-23)),  # differ where keys are cut
+        rng.permutation(1 + ramp * np.float32(2.0**-23)),  # differ in the bits that are truncated
         rng.permutation(-1 - ramp * np.float32(2.0**-23)),
-        np.zeros(columns),  # ties alone
+        np.zeros(columns),  # only ties
         np.full(columns, np.nan),
         np.full(columns, -np.inf),
         np.full(columns, np.inf),
         -2 - ramp / 8,  # nothing is positive
         rng.permutation(ramp) * 1e-3 + 200,  # sigmoids that are all 1
-        rng.permutation(ramp) * 1e-3 - 40,  # scores far below the error of a bound
+        rng.permutation(ramp) * 1e-3 - 40,  # scores far below the error of the bound
     ]
-    for lane_columns in (4, 8):  # of a word: the best lie in one of 8 or 16 lanes
+    for lane_columns in (4, 8):  # of a word: the best are in one of 8 or 16 lanes
         for lanes in (8, 16):
             row = rng.standard_normal(columns)
             row[ramp // lane_columns % lanes == 3] += 8
             rows.append(row)
     signs = np.where(rng.random(columns) < 0.5, np.float32(-0.0), np.float32(0.0))
     rows.append(np.where(ramp % 9 < 8, -1 - rng.random(columns), signs))  # zeros of both signs
-    for best in (top_k - 1, top_k, top_k + 1, top_k + 2):  # so many equal ones lead, or other numbers do
+    for best in (top_k - 1, top_k, top_k + 1, top_k + 2):  # this many equal ones are largest, or other numbers are
         row = rng.standard_normal(columns)
         row[rng.choice(columns, best, replace=False)] = 9
         rows.append(row)
@@ -127,10 +128,10 @@ def test_groups(backend: Backend, name: str, dtype: str) -> None:
 
 
 def test_groups_of_a_softmax(backend: Backend) -> None:
-    """One kernel for any number of rows, so that the sum is always the same."""
+    """One kernel for any number of rows, so that the sum is always rounded in the same way."""
     method = RoutingMethod(160, 6, "softmax", num_groups=8, top_groups=3, renormalize=False)
     assert interleaved_lanes(DEFAULT, method, 1) == interleaved_lanes(DEFAULT, method, MANY) > 0
-    rows = np.delete(hard_rows(160, 6, seed=4), (2, 3), axis=0)  # in which rounding decides
+    rows = np.delete(hard_rows(160, 6, seed=4), (2, 3), axis=0)  # rounding decides
     got = call("activation_topk", 0, logits=backend.array(rows), method=method)
     weights, indices = route(rows, method)
     np.testing.assert_array_equal(backend.numpy(got.indices), indices)
@@ -138,7 +139,7 @@ def test_groups_of_a_softmax(backend: Backend) -> None:
 
 
 def test_padding(backend: Backend) -> None:
-    """Rows that share a warp with padding."""
+    """Rows that share a warp with padded rows."""
     logits = backend.array(hard_rows(256, 6, seed=2))
     whole = call("activation_topk", MANY, logits=logits, method=RoutingMethod(256, 6))
     for valid in (0, 1, 5, 15, 22):

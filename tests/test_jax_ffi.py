@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers between XLA and the kernels: on call frames that are made here, and in XLA with a recorder for a GPU."""
+"""Handlers between XLA and the kernels: on call frames made by the tests, and in XLA with a recorder as GPU."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
 
 
 def test_a_call_is_cached_by_everything_it_depends_on(recorder: Any) -> None:
-    """Device and alignment among them, streams and other addresses not."""
+    """Device and alignment are part of the key, streams and addresses are not."""
     run, out = handler("activation_topk"), results(6, 4)
     memory = np.zeros(300, np.float32)
     first = -memory.ctypes.data // 4 % 4  # the first element at a multiple of 16 bytes
@@ -199,7 +199,7 @@ def test_cuda_without_cupy_gets_the_remedy(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("command_buffers", [False, True])
 def test_metadata(command_buffers: bool) -> None:
-    """XLA's own version is the answer, so that no registration fails, which would take JAX's backend with it."""
+    """The version returned is XLA's, so that no registration fails, which would disable the backend of JAX."""
     handle = _ffi.handler("x", lambda execution: pytest.fail("executed"), True, command_buffers)
     for version in ((0, 1), (0, 4), (1, 7)):
         xla = XLA(version=version)
@@ -211,7 +211,7 @@ def test_metadata(command_buffers: bool) -> None:
 
 
 def test_calls_that_xla_may_capture_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capture would take another piece of it, never to be freed."""
+    """Each capture would allocate scratch memory that is never freed."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: None)
@@ -266,7 +266,7 @@ def test_the_layout_matches_the_header_of_jaxlib(tmp_path: Path) -> None:
 
 
 def test_a_compiled_program_launches_kernels() -> None:
-    """On the CPU, where a recorder stands for a GPU: all of the way but the driver."""
+    """On the CPU, with a recorder as GPU: the whole path except the driver."""
     given = inputs.normal((70, 32)), inputs.normal((16, 32)), np.zeros((9, 4), np.int32)
     x, weight, table = jax.device_put(given, jax.devices("cpu")[0])
     routed: dict[str, Any] = {
@@ -284,5 +284,5 @@ def test_a_compiled_program_launches_kernels() -> None:
         assert (first.kernel, first.stream, first.macros) == (kernel, 0, second.macros)
         assert all(first.arguments[name] for name in ("indices", "scores" if kernel == "topk_select" else "weights"))
         assert first.arguments.get("num_valid_value", -1) == (2 if kernel == "hash_router" else -1)
-        again = jax.block_until_ready(compiled(x))  # the reference, although the recorder's plan is still known
+        again = jax.block_until_ready(compiled(x))  # the reference, although the recorder's cached call still exists
         assert again.indices.max() > 0 or kernel == "hash_router"

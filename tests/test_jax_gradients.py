@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by jax.grad, on the CPU: under JAX's other transformations, and where there are none."""
+"""Gradients of weights by jax.grad on the CPU: under JAX's other transformations, and calls without a gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Set the precision of float32 GEMMs, which is lower on a GPU by default."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -55,7 +55,7 @@ def close(got: Any, want: Any) -> None:
 # -- What gradients are ------------------------------------------------------------------------------------------------
 
 
-# Two kinds of call for each method, by turns: XLA takes a second to compile one with its twin.
+# Two kinds of call for each method, in turn, because XLA takes a second to compile one with its twin.
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
@@ -72,7 +72,7 @@ def test_gradients_match_plain_jax(name: str, kind: str) -> None:
 @pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
-    """Of the weights in float64, with neither JAX nor the reference between; under jit."""
+    """Central differences of weights in float64, without JAX or the reference; gradients under jit."""
     case = Case("activation_topk", name, jnp.array)
     upstream = gradients.upstream_of(len(case.hosts["logits"]), case.method)
 
@@ -232,7 +232,7 @@ def test_vmap_of_padded_calls(num_valid: Any) -> None:
 
 @pytest.mark.slow("seconds")
 def test_vmap_over_gates_and_over_tokens() -> None:
-    """Models that differ in their gates, as in an ensemble, and one gate for many batches."""
+    """Models with different gates, as in an ensemble, and one gate for many batches."""
 
     def by_gate(x: Any, weight: Any) -> Any:
         return (dense_router(x, weight, METHOD).weights ** 2).sum()
@@ -387,7 +387,7 @@ def test_stopped_gradients_are_zero() -> None:
 
 
 def test_a_custom_score_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+    """The forward pass works without a derivative; the backward pass raises."""
     cubic = RoutingMethod(16, 4, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))
     assert activation_topk(LOGITS, cubic).weights.shape == (6, 4)
     with pytest.raises(ValueError, match=r"ScoreFunction\('cubic'\) has no gradient: give"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside jax.jit and its relatives, on the CPU: results are those of calls with arrays that hold values."""
+"""The ops inside jax.jit, loops and branches, on the CPU: results equal those of eager calls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("backend")
 def test_a_traced_call_gives_what_an_eager_call_gives(name: str, dtype: str) -> None:
-    """With --backend=simt by kernels, which read and write XLA's buffers."""
+    """With --backend=simt, kernels read and write XLA's buffers."""
     call = calls(dtype)[name]
     arrays = on_cpu(call.arrays)
     same_bits(jax.jit(call.function)(**arrays), call(arrays))
@@ -54,7 +54,7 @@ def test_no_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_of_a_method(name: str) -> None:
-    """Among them groups, scores of the caller's own, other dtypes of the results."""
+    """Including groups, custom scores and other dtypes of the results."""
     method, kind = METHODS[name], list(METHODS).index(name)
     logits = inputs.distinct(5, method.num_logits)
     layer = layer_of(method, kind)
@@ -89,7 +89,7 @@ def test_num_valid_is_clamped_and_no_constant(shape: tuple[int, ...]) -> None:
         assert (got.indices[rows:] == -1).all()
         assert (got.weights[rows:] == 0).all()
     assert len(traced) == 1
-    # An int is a part of the graph, and may be checked while it is traced.
+    # An int is part of the graph, and is checked while tracing.
     same_bits(jax.jit(lambda a: activation_topk(a, METHOD, num_valid=np.int64(4)))(logits), padded(logits, 4))
     with pytest.raises(ValueError, match=r"activation_topk: num_valid must be in 0..9, got 10"):
         jax.jit(lambda a: activation_topk(a, METHOD, num_valid=10))(logits)
@@ -113,7 +113,7 @@ def test_a_second_call_is_not_traced_again() -> None:
 
 
 def test_calls_between_other_operations() -> None:
-    """XLA may keep what goes in and out in other layouts and fuse around the call."""
+    """XLA may use other layouts for inputs and results, and fuse around the call."""
     logits = jnp.array(inputs.normal((12, 32), seed=220))
 
     @jax.jit
@@ -139,7 +139,7 @@ def test_calls_in_loops_and_branches() -> None:
 
 
 def test_donated_arguments() -> None:
-    """XLA may put another result where the input was, once the call has read it."""
+    """XLA may reuse the memory of an input for a result after the call has read it."""
     for name in ("activation_topk", "dense_router", "topk_select"):
         call = CALLS[name]
         want = call(on_cpu(call.arrays))
@@ -170,7 +170,7 @@ def test_inputs_are_never_written() -> None:
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_eager_calls_are_not_traced(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays with values are read where they are, also while something else is traced."""
+    """Arrays with values are read directly, also while something else is traced."""
     from cupy_router.jax import _intercept
 
     monkeypatch.setattr(_intercept, "run", lambda *arguments: pytest.fail("was traced"))
@@ -237,7 +237,7 @@ def test_bad_arguments_raise_while_tracing(name: str) -> None:
 
 @pytest.mark.slow("seconds")
 def test_a_tracer_in_any_place_is_enough() -> None:
-    """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
+    """Other arrays may belong to JAX, NumPy or PyTorch: they are constants of the graph."""
     call = CALLS["activation_topk of a layer"]
     want = call(on_cpu(call.arrays))
     torch = pytest.importorskip("torch")
@@ -249,7 +249,7 @@ def test_a_tracer_in_any_place_is_enough() -> None:
 
 
 def test_int64_constants_keep_their_meaning() -> None:
-    """As int32 these would wrap around into token ids and experts that exist."""
+    """In int32 these would wrap around to valid token ids and experts."""
     table = np.array([[0, 1, 2, 3], [4, 5, 6, 2**32 + 7]])
     ids = np.array([0, 1, 2**32, -(2**32)])
     alone = jax.jit(lambda ids: hash_router(ids, table))(jnp.array([0, 1, 5], jnp.int32))
@@ -281,7 +281,7 @@ def test_many_threads() -> None:
 def test_errors_of_a_handler_are_raised_by_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     from cupy_router.ops import _cached
 
-    # XLA never launches so large a k by itself.
+    # XLA cannot launch the kernels for such a large k itself.
     compiled = jax.jit(lambda a: topk_select(a, 40)).lower(jnp.zeros((3, 50))).compile()
 
     def fail(*arguments: Any) -> None:
@@ -310,7 +310,7 @@ def test_in_a_separate_process(program: str) -> None:
 
 
 PROGRAMS = {
-    # Nothing but the call itself has told cupy_router of JAX.
+    # Only the call itself loads cupy_router.jax.
     "lazily": """
 import sys
 import cupy_router
@@ -321,7 +321,7 @@ got = jax.jit(lambda a: cupy_router.topk_select(a, 1))(jnp.array([[1.0, 3.0, 2.0
 assert got.indices.tolist() == [[1]]
 print("done")
 """,
-    # What an eager call reads is not there yet, and waits for a handler that needs the GIL.
+    # The input of an eager call is not ready, and waits for a handler that needs the GIL.
     "eager_calls": """
 import time
 import cupy_router

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow("process")
 
 
 def run(check: str) -> None:
-    """A function of `tests.jax_mesh`, in a process that has four devices."""
+    """Run a function of `tests.jax_mesh` in a process with four devices."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.jax_mesh", check],
         cwd=Path(cupy_router.__file__).parents[1], capture_output=True, text=True, timeout=240, env=os.environ,

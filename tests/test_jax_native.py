@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels in XLA's programs: what is lowered for CUDA, as far as it can be seen without a GPU."""
+"""Kernels in XLA's programs: lowering for CUDA, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from cupy_router.jax import _lower_ptx, _ptx  # noqa: E402
 
 ARCHITECTURE = "compute_90"
 
-# What has memory of its own: products of gates, and lists of many winners.
+# Calls with scratch memory: gate GEMMs, and lists of many winners.
 HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or name == "topk_select with starts"]
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """XLA can, on a GPU that is not here; NVRTC compiles without one."""
+    """Pretend that XLA can launch kernels on a GPU that does not exist; NVRTC compiles without one."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
     monkeypatch.setattr(_lower_ptx, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def lowered(function: Any, *arrays: Any) -> str:
-    """The program for a GPU."""
+    """Return the program for a GPU."""
     return str(jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text())
 
 
@@ -169,7 +169,7 @@ def test_one_architecture_on_which_a_trial_works(
 def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
     number: int, loaded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a program runs in which one GPU may wait for another."""
+    """They are loaded before a program runs in which one GPU may wait for another."""
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu("9.0", i) for i in range(number)])
     monkeypatch.setattr(_lower_ptx, "_gpu", lambda: None)
@@ -180,7 +180,7 @@ def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
 
 
 def test_a_trial_that_fails_is_no_error() -> None:
-    """Here XLA has no such call, and NVRTC perhaps no driver."""
+    """Without a GPU, XLA has no such custom call, and NVRTC may have no driver."""
     assert not _lower_ptx._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
 
 
@@ -217,7 +217,7 @@ CONSTANTS = {"logits": 0, "count": 7, "scale": 1.5, "stride": 2**33 + 9}
 @pytest.mark.parametrize("count", [7, -2, 2**31 - 1])
 @pytest.mark.parametrize("scale", [1.5, float("-inf"), -0.0])
 def test_parameters_become_constants(count: int, scale: float) -> None:
-    """Loads may be of a part, and into larger registers with or without the sign."""
+    """Loads may read a part of a parameter, and extend it with or without the sign."""
     text = _ptx.specialised(PTX, SIGNATURE, ("out",), CONSTANTS | {"count": count, "scale": scale})
     assert ".entry other(.param .u64 other_param_0)" in text
     assert ".entry route(.param .u64 route_param_1)" in text

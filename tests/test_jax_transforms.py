@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Set the precision of float32 GEMMs, which is lower on a GPU by default."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -98,7 +98,7 @@ def stacked(results: list[Any]) -> Any:
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",), ("bias", "weight", "table")], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_is_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
-    """`shared` are the arrays that are the same for all; the others have a leading axis."""
+    """All calls use the arrays in `shared`; the others have a leading axis."""
     call, size = CALLS[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
     many = {key: a if key in shared else batch({key: a}, size)[key] for key, a in call.arrays.items()}
@@ -163,7 +163,7 @@ def test_vmap_of_nothing_and_of_too_much_for_decode() -> None:
     same_bits(got, stacked([dense_router(one, weight, METHOD, path="decode") for one in x]))
 
 
-# -- Processes of their own --------------------------------------------------------------------------------------------
+# -- Separate processes ------------------------------------------------------------------------------------------------
 
 
 def run(program: str, *arguments: str, **environment: str) -> str:
@@ -254,7 +254,7 @@ except Exception as error:
 
 @pytest.mark.slow("process")
 def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -> None:
-    """Also for another number of tokens than it was traced with."""
+    """Also for a number of tokens other than the traced one."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     own = ScoreFunction("own", cuda="-x", numpy=lambda x: -x)
     expected = {
@@ -270,7 +270,7 @@ def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -
         assert said in run(LOADED, str(tmp_path / "program"))
 
 
-# Calls with an expert_scale, and what the docstring of cupy_router.jax calls their targets beside those of all.
+# Calls with an expert_scale, and the further targets of their gradients in the docstring of cupy_router.jax.
 EXPORTED = {
     "activation_topk": ("soft cap", "activation_topk"),
     "hash_router of logits": ("soft cap", "hash_router"),
@@ -284,7 +284,7 @@ EXPORTED = {
 @pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_gradient(kind: str) -> None:
-    """By every input, for any number of tokens."""
+    """With respect to every input, for any number of tokens."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     method, target = EXPORTED[kind]
     case = Case(kind, method, jnp.array)

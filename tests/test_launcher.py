@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher by itself, against recorded launches: what the driver would read, or the error that comes before."""
+"""The launcher with recorded launches: the arguments that the driver would read, or the error before that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cupy_router.compiler import Function, Signature
 from cupy_router.launcher import Launch
 from tests.recorder import Recorder, declared, recording
 
-# Parameters of every type in an order that leaves gaps between them, and values that fill all of their bytes.
+# Parameters of every type in an order with gaps between them, and values that use all of their bytes.
 SOURCE = """#line 1 "kernels/mixed.cu"
 extern "C" __global__ void __launch_bounds__(128)
     mixed(const float *__restrict__ x, int small, long long large,  // a remark
@@ -36,7 +36,7 @@ def function(recorder: Recorder, signature: Signature = SIGNATURE, source: str =
 
 
 def launch(recorder: Recorder, num_varying: int = 3, **options: Any) -> Launch:
-    """Of `mixed`: as many varying arguments, the others fixed."""
+    """Return a launch of `mixed` with this number of varying arguments; the others are fixed."""
     names = SIGNATURE.names
     fixed = dict(zip(names[num_varying:], VALUES[num_varying:], strict=True))
     shape = {"grid": 7, "block": 96} | options
@@ -116,7 +116,7 @@ def test_values_must_fit_their_parameters(recorder: Recorder, position: int, val
     with pytest.raises((TypeError, OverflowError)):
         good(0, values)
     assert recorder.launches == []
-    good(0, VALUES)  # the buffer is as good as before
+    good(0, VALUES)  # the buffer is still valid
     assert recorder.launches[0].arguments == dict(zip(SIGNATURE.names, VALUES, strict=True))
 
 
@@ -154,7 +154,7 @@ def on_device(recorder: Recorder, device: int) -> Launch:
 
 
 def test_the_device_is_switched_and_restored(recorder: Recorder) -> None:
-    """The recorder refuses a launch on any device but the kernel's own."""
+    """The recorder refuses a launch on a device other than the kernel's."""
     assert recorder.current == 0
     on_device(recorder, 3)(0, VALUES)
     assert recorder.used == [3, 0]
@@ -185,7 +185,7 @@ def test_no_device_is_switched_to_for_a_value_that_does_not_fit(recorder: Record
 
 
 def test_eight_threads_never_mix_their_arguments() -> None:
-    """Each launch waits before it reads, so that all threads have packed in the meantime."""
+    """Each launch waits before it reads, so that all threads have packed their arguments by then."""
     threads, calls = 8, 25
     with recording(patience=1e-3) as recorder:
         ours = Launch(function(recorder), 1, 32, SIGNATURE.names, {})
@@ -223,7 +223,7 @@ def test_kernels_with_the_same_types_share_a_buffer_and_not_their_values(recorde
 
 
 def test_sizes_match_the_device() -> None:
-    """`struct` packs by the sizes of this machine's C, which have to be CUDA's: the kernel reads these bytes."""
+    """`struct` packs with the sizes of C on this machine. They have to equal those of CUDA, which reads the bytes."""
     assert {code: struct.calcsize(f"@{code}") for code in "Piqf"} == {"P": 8, "i": 4, "q": 8, "f": 4}
     assert set(compiler._TYPES.values()) | {"P"} == set("Piqf")
     assert launcher.MAX_GRID == 2**31 - 1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops launch for arrays on a GPU, recorded: kernel, macros, grid, block and every argument by its name.
+"""Recorded launches of the ops for arrays on a GPU: kernel, macros, grid, block and every argument by name.
 
-The arrays are descriptions of device memory that does not exist, so that they may be of any size. Of the macros, those
-that say what is computed are checked; how it is tuned is the ops' own affair, as long as every row has its threads.
+The arrays describe device memory that does not exist, so they may have any size. Macros that decide what is computed
+are checked. Macros of tuning are not, as long as every row has its threads.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
 from cupy_router.ops import _run
 from tests.recorder import Launch, Recorder, recording
 
-HEAP = 1 << 40  # results of the fake framework lie from here on
+HEAP = 1 << 40  # addresses of results of the fake framework
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array in device memory: rows `row_stride` elements apart, dense by default."""
+    """An array in device memory with `row_stride` elements from row to row, dense by default."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Array:
 
 
 class Fake(Framework):
-    """The framework of these arrays. `stream` is its current stream, `entered` are those it was asked to switch to."""
+    """The framework of these arrays. `stream` is its current stream, `entered` lists the streams it switched to."""
 
     name = "fake"
 
@@ -84,7 +84,7 @@ class Fake(Framework):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     framework = Fake()
     monkeypatch.setitem(FRAMEWORKS, Array, framework)
-    monkeypatch.setattr(_run, "in_flight", [])  # of tests on a real GPU
+    monkeypatch.setattr(_run, "in_flight", [])  # not those of tests on a real GPU
     return framework
 
 
@@ -100,13 +100,13 @@ def only(recorder: Recorder) -> Launch:
 
 
 def assert_kernel(launch: Launch, kernel: str, function: str, **macros: int) -> None:
-    """These macros, and perhaps others."""
+    """Check that a launch has these macros; it may have others."""
     assert (launch.kernel, launch.function) == (kernel, function)
     assert launch.macros | macros == launch.macros
 
 
 def assert_rows_share_warps(launch: Launch, n: int) -> None:
-    """LANES threads for each of n rows, and no block too many."""
+    """Check that there are LANES threads for each of n rows, and no superfluous block."""
     threads = launch.grid[0] * launch.block[0]
     assert (launch.grid[1:], launch.block[1:], launch.block[0] % 32) == ((1, 1), (1, 1), 0)
     assert threads - launch.block[0] < n * launch.macros["LANES"] <= threads
@@ -135,7 +135,7 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
 
 
 METHOD = RoutingMethod(384, 6, "softmax", renormalize_min=0.25, scale=2.5)
-NUMBERS = {"logit_scale": 1.0, "logit_softcap": 0.0, "shared_weight": 1.0}  # as the defaults are
+NUMBERS = {"logit_scale": 1.0, "logit_softcap": 0.0, "shared_weight": 1.0}  # like the defaults
 
 
 @pytest.mark.parametrize("columns", [384, 2000])
@@ -216,7 +216,7 @@ def test_hash_router_with_products(recorder: Recorder, fake: Fake) -> None:
 
 
 def test_dense_router_of_few_tokens() -> None:
-    """On NumPy arrays, since its plan asks a GPU for its compute capability."""
+    """On NumPy arrays, because the choice of the kernel asks a GPU for its compute capability."""
     method = RoutingMethod(256, 6, renormalize_eps=0.25, scale=1.5)
     x = np.zeros((4, 600), np.float16)[:, :512]
     weight, bias = np.zeros((256, 512), np.float32), np.zeros(256, np.float32)
@@ -276,7 +276,7 @@ def test_no_rows_launch_nothing(recorder: Recorder, fake: Fake) -> None:
 def test_words_are_read_only_where_every_row_is_aligned(
     recorder: Recorder, fake: Fake, dtype: str, columns: int
 ) -> None:
-    """ALIGNED promises words of up to 16 bytes: checked here against every address that the kernel would read."""
+    """ALIGNED promises words of up to 16 bytes. This is compared with every address that the kernel would read."""
     size = ITEM_SIZES[dtype]
     for offset in range(16 // size + 1):
         for padding in range(9):
@@ -315,7 +315,7 @@ def test_a_second_call_has_its_own_addresses_and_compiles_nothing(recorder: Reco
 
 
 def test_kinds_of_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
-    """Calls that differ in one thing, twice each and in turns: every launch is that of its own call."""
+    """Calls that differ in one respect, twice each and in turn: every call makes its own launch."""
     for _ in range(2):
         for n in (7, 70_000):
             topk_select(Array(0x1000, (n, 256)), 8)
@@ -357,7 +357,7 @@ class Stream:
 
 @pytest.mark.parametrize(("given", "handle"), [(None, 77), (0, 0), (77, 77), (12345, 12345), (Stream(), 99)])
 def test_the_stream(recorder: Recorder, fake: Fake, monkeypatch: pytest.MonkeyPatch, given: Any, handle: int) -> None:
-    """The framework's current one unless another is given; then inputs are kept until the kernel has read them."""
+    """The current stream by default. On a given stream, inputs are kept until the kernel has read them."""
     kept: list[Any] = []
     monkeypatch.setattr(_run, "keep_until_done", lambda owners, stream, device: kept.append((owners, stream, device)))
     scores = Array(0x1000, (7, 256))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What activation_topk_backward launches for arrays on a GPU, recorded as in tests.test_launches."""
+"""Recorded launches of activation_topk_backward for arrays on a GPU, as in tests.test_launches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_activation_topk_backward(recorder: Recorder, columns: int) -> None:
 
 
 def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
-    """They share warps; `out` is filled at its own stride, on a stream that is given, and plans are kept."""
+    """Many rows share warps. `out` has its own stride, the stream is given, and calls are cached."""
     method = RoutingMethod(256, 6, index_dtype="int64", weight_dtype="bfloat16")
     out = LogitsGradient(Array(0x9000, (70_000, 256), row_stride=260))
     for pointer in (0x1000, 0x2000):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What topk_select launches for long rows and for its options, recorded as in test_launches.py."""
+"""Recorded launches of topk_select for long rows and for its options, as in test_launches.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
-    """A block for each piece, and scratch memory in which the lists of pieces do not meet."""
+    """Each piece has a block, and its list has separate scratch memory."""
     topk_select(Array(0x1000, (rows, 131_072)), 2048)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)

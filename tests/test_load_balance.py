@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cupy_router.torch.load_balance: counts and mean scores for the losses that balance the load of experts."""
+"""cupy_router.torch.load_balance: counts and mean scores for load-balancing losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHOD = RoutingMethod(8, 2)
 
 @pytest.mark.parametrize("name", [name for name in SMALL if isinstance(METHODS[name].score, str)])
 def test_load_balance(name: str) -> None:
-    """Counts by hand, scores as the op has them; padding counts nothing, whatever lies there."""
+    """Counts computed separately, scores of the op. Padding is not counted, whatever its content."""
     case = Case("activation_topk", name)
     method, logit_bias = case.method, case.arrays.get("logit_bias")
     logits = case.arrays["logits"].detach()[:, : method.num_experts].float()
@@ -74,7 +74,7 @@ def test_load_balance_of_ties_and_far_logits() -> None:
     ],
 )  # fmt: skip
 def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
-    """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
+    """Its scores equal the weights of the op, where a sum of 0 gives 0. The gradients of others do not change."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -
 
 
 def test_load_balance_of_indices_that_are_no_experts() -> None:
-    """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
+    """Their rows count as padding. Checking them would wait for a GPU, and counting them would break its context."""
     method = RoutingMethod(4, 2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     want = load_balance(logits[:1], torch.tensor([[0, 3]]), method)
@@ -111,7 +111,7 @@ def test_load_balance_without_tokens_or_with_padding_only() -> None:
 
 @pytest.mark.slow("seconds")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
-    """The loss of even use is 1, and the usual one of a whole layer compiles into one graph."""
+    """The loss of uniform use is 1, and the usual loss of a whole layer compiles into one graph."""
     torch.compiler.reset()
     method = RoutingMethod(16, 4, "softmax")
 
@@ -170,14 +170,14 @@ def test_bad_arguments_of_load_balance_in_a_graph() -> None:
         more = {"logits": torch.zeros(n, 8), "indices": torch.zeros(n, 2, dtype=torch.int32)}
         assert compiled(**given(**more)).counts.tolist() == [2 * n, *[0] * 7]
     wrong = given(logits=torch.zeros(5, 7))
-    with pytest.raises(RuntimeError):  # PyTorch's own, which shows the line
+    with pytest.raises(RuntimeError):  # error of PyTorch, which shows the line
         compiled(**wrong)
     with pytest.raises(ValueError, match=r"^load_balance: logits must have shape \[.*\] = \[5, 8\]"):
         torch.compile(load_balance, backend="aot_eager")(**wrong)
 
 
 def test_load_balance_with_shared_experts() -> None:
-    """Their columns may be given or not; those of logits are as the op has them."""
+    """Their columns of indices are optional; their columns of logits are as in the op."""
     method = RoutingMethod(8, 2, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
     indices = activation_topk(logits, method).indices

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUPY_ROUTER_LOG and CUPY_ROUTER_DUMP: what they say and write of kernels that become ready, and that nothing else
-changes. A recorder stands in for the GPU; machine code comes from the NVRTC that CuPy finds."""
+"""CUPY_ROUTER_LOG and CUPY_ROUTER_DUMP: their output when a kernel becomes ready, and that nothing else changes.
+
+A recorder replaces the GPU; machine code comes from the NVRTC that CuPy finds."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[KernelReady]:
     return found
 
 
-def of(source: str, function: str = "one", **fields: Any) -> KernelReady:
-    """A kernel that became ready."""
+def kernel_ready(source: str, function: str = "one", **fields: Any) -> KernelReady:
+    """Return a kernel that became ready."""
     return replace(KernelReady("file", function, (), (), ("cpu", 0), True, 1.0, source, OPTIONS), **fields)
 
 
@@ -128,7 +129,7 @@ def test_a_line_names_kernel_specialisation_and_origin(
 
 
 def test_generated_headers_go_by_their_hash() -> None:
-    one, other = (of("", headers=(("score.cuh", text),), macros=(("A", 1),)) for text in "xy")
+    one, other = (kernel_ready("", headers=(("score.cuh", text),), macros=(("A", 1),)) for text in "xy")
     assert re.fullmatch(r"A=1 score\.cuh=[0-9a-f]{10}", one.specialisation)
     assert one.specialisation != other.specialisation
 
@@ -140,7 +141,7 @@ inline constexpr bool HAS_BIAS = true;
 constexpr unsigned long long BIG = 1 +
     2;
 """
-    assert of("", headers=(("config.cuh", text),)).specialisation == "NUM_EXPERTS=256 HAS_BIAS=true BIG=1 + 2"
+    assert kernel_ready("", headers=(("config.cuh", text),)).specialisation == "NUM_EXPERTS=256 HAS_BIAS=true BIG=1 + 2"
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
@@ -172,7 +173,7 @@ def test_variables_are_not_read_by_a_call_whose_kernel_is_ready(
 
 
 class _Module:
-    """In the place of CuPy's module, which needs a GPU."""
+    """Replaces CuPy's module, which needs a GPU."""
 
     loaded: ClassVar[list[bytes]] = []
 
@@ -185,8 +186,10 @@ class _Module:
 
 @pytest.fixture
 def build_by_cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[bytes, bool]]:
-    """CuPy's own code, with another folder for the user's cache and another module for that of a GPU: from source to
-    machine code for sm_90, and whether the log was written."""
+    """Compile to machine code for sm_90 by the code of CuPy, and return whether it wrote the log.
+
+    The cache folder and the module, which needs a GPU, are replaced.
+    """
     of_cupy: Any = cupy_of_nvrtc().cuda.compiler
     build = getattr(of_cupy, "_compile_module_with_cache", None)
     if build is None or not hasattr(of_cupy, "_kernel_cache_backend"):
@@ -240,7 +243,7 @@ def test_a_second_process_takes_kernels_from_the_cache(tmp_path: Path) -> None:
 
 
 def cupy_of_nvrtc() -> Any:
-    """CuPy, if it finds an NVRTC, which needs no GPU."""
+    """Return CuPy, or skip if it finds no NVRTC. No GPU is needed."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     try:
         cupy.cuda.nvrtc.getVersion()
@@ -322,7 +325,7 @@ def test_the_log_of_every_nvrtc_is_understood(version: str, monkeypatch: pytest.
 
 def test_a_dump_of_a_kernel_that_does_not_compile_has_the_error(tmp_path: Path) -> None:
     cupy_of_nvrtc()
-    ready = of('#line 7 "kernels/file.cu"\nextern "C" __global__ void one() { wrong; }\n')
+    ready = kernel_ready('#line 7 "kernels/file.cu"\nextern "C" __global__ void one() { wrong; }\n')
     kernel_dump.dump(ready, tmp_path, "sm_90")
     assert {Path(name).suffix for name in names(tmp_path)} == {".cu", ".txt"}
     (text,) = [path.read_text() for path in tmp_path.glob("*.txt")]
@@ -343,7 +346,7 @@ def test_a_folder_that_cannot_be_made_gives_one_warning(
 
 
 def test_files_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = of("old")
+    ready = kernel_ready("old")
     kernel_dump.dump(ready, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -200,12 +200,15 @@ import pickle
 from cupy_router.method import RoutingMethod
 print(pickle.loads({pickle.dumps(method)!r}) in {{RoutingMethod(8, 2, "softmax", scale=2.5)}})
 """
-    for seed in "1", "2":  # strings hash differently under them, and under one at least not as here
+    for seed in (
+        "1",
+        "2",
+    ):  # strings have different hashes for these seeds, and for at least one a different hash than in this process
         assert run(script, PYTHONHASHSEED=seed) == "True"
 
 
 def run(script: str, **variables: str) -> str:
-    """What a new Python process prints."""
+    """Return the output of a new Python process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step of a routing method in every op that takes one, against tests/oracle.py."""
+"""Every step of a routing method in every op that has a method, compared with tests/oracle.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.methods import METHODS, M, layer_of
 
 
 def products(n: int, method: RoutingMethod, hidden: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, weight and logits, exact in float32 whatever the order of the sums."""
+    """Return x, weight and logits that are exact in float32 for any order of the sums."""
     draw = inputs.rng(63, n, method.num_experts, hidden)
     x = inputs.cast(draw.integers(-2, 3, (n, hidden)), dtype)
     weight = inputs.cast(draw.integers(-8, 9, (method.num_logits, hidden)) / 8, dtype)
@@ -69,7 +69,7 @@ def test_hash_router(backend: Backend, name: str, source: str) -> None:
     if backend.name == "simt" and kind % 3 and source != "logits":
         pytest.skip("g++ takes seconds for each kernel: every third is enough here")
     x, weight, logits = products(5, method, 40, "float16")
-    layer = replace(layer_of(method, kind), bias=None)  # a table alone decides
+    layer = replace(layer_of(method, kind), bias=None)  # only the table decides
     given = layer.arguments(backend.array)
     rows = [inputs.rng(64, row).permutation(method.num_experts)[: method.top_k] for row in range(7)]
     table, ids = np.stack(rows).astype(np.int32), np.array([3, 6, 0, 3, 1], np.int32)
@@ -103,7 +103,7 @@ def test_equal_groups_go_to_the_lower_one(backend: Backend, experts: int) -> Non
         got = host(backend, activation_topk(backend.array(np.ones((2, experts), np.float32)), method))
         assert got[1].tolist() == [[0, 1, 2, 3]] * 2
         logits = np.ones((1, experts), np.float32)
-        logits[0, -1] = 2  # the last group is best, and of the equal ones the first is next
+        logits[0, -1] = 2  # the last group is best, then the first of the equal ones
         got = host(backend, activation_topk(backend.array(logits), method))
         assert got[1].tolist() == [[experts - 1, 0, 1, 2]]
 
@@ -120,7 +120,7 @@ def test_a_group_whose_sum_is_flushed_ties_with_zero(backend: Backend, experts: 
 
 @pytest.mark.parametrize("experts", [64, 2048])
 def test_a_nan_changes_only_the_rank_of_its_group(backend: Backend, experts: int) -> None:
-    """NaN is below -inf, so a group of NaN comes last, and with top2 a group that has only one number as well."""
+    """NaN is below -inf, so a group of NaN comes last, and with top2 also a group with only one number."""
     size = experts // 4
     logits = np.full((3, experts), -np.inf, np.float32)
     logits[0, :size] = np.nan
@@ -137,7 +137,7 @@ def test_a_nan_changes_only_the_rank_of_its_group(backend: Backend, experts: int
 
 @pytest.mark.parametrize("columns", [64, 2000])
 def test_infinite_logits_after_topk(backend: Backend, columns: int) -> None:
-    """Two +inf share a softmax over the chosen; NaN takes no part and weighs NaN; a row of -inf is uniform."""
+    """Two +inf share a softmax over the selected logits. NaN has weight NaN. A row of -inf is uniform."""
     logits = np.full((4, columns), -np.inf, np.float32)
     logits[0, [3, 5]] = np.inf
     logits[1, :2] = 1, 2
@@ -154,7 +154,7 @@ def test_infinite_logits_after_topk(backend: Backend, columns: int) -> None:
 
 
 def test_shared_experts_far_below_one_keep_their_ratio(backend: Backend) -> None:
-    """sigmoid(-100) is no normal float32, yet its ratio to sigmoid(-101) is e."""
+    """sigmoid(-100) is not a normal float32, but its ratio to sigmoid(-101) is e."""
     method = M(4, 1, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
     logits = np.array([[-100, -200, -200, -200, -101]], np.float32)
     weights, indices = host(backend, activation_topk(backend.array(logits), method))
@@ -177,7 +177,7 @@ def test_padding_has_the_dtypes_and_columns_of_the_method(backend: Backend) -> N
 
 @pytest.mark.parametrize("weight_dtype", ["float16", "bfloat16"])
 def test_weights_are_rounded_to_even(backend: Backend, weight_dtype: str) -> None:
-    """Every bit pattern's neighbourhood: halves, one bit beside them, overflow, subnormals of the result."""
+    """Values around every bit pattern: halves, the next value to them, overflow, subnormals of the result."""
     step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[weight_dtype]
     odd = np.arange(1, 64, 2) * step / 2
     beside = np.nextafter(np.float32(1 + odd), np.float32(9))

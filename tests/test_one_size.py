@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One size of a benchmark from the shell: its command line, its table, and that every benchmark measures what it says.
+"""One size of a benchmark from the shell: its command line, its table, and that benchmarks measure the right calls.
 
-NumPy stands in for CuPy, and the clock says 1.5 microseconds; calls, the floor and rivals of PyTorch run for real.
+NumPy replaces CuPy, and the clock always returns 1.5 microseconds. Calls, the floor and rivals of PyTorch really run.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_the_table_names_what_rows_share_once() -> None:
 
 
 class NumPyAsCuPy(ModuleType):
-    """NumPy under CuPy's name, as far as benchmarks use it."""
+    """The part of CuPy that benchmarks use, by NumPy."""
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -105,7 +105,7 @@ class NumPyAsCuPy(ModuleType):
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """A function that runs a benchmark with a command line, on NumPy; modules are imported anew for it."""
+    """Return a function that runs a benchmark with a command line on NumPy, with newly imported modules."""
     mine = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "benchmarks"}
     for name in mine:
         monkeypatch.delitem(sys.modules, name)
@@ -171,7 +171,7 @@ def test_one_size_is_measured_and_printed(
     assert rows.label({key: first[key] for key in ("op", "what")}) in printed
     for row in others:
         assert re.search(rf"^{re.escape(row['by'])} .*1\.50 +0\.01 +1\.00$", printed, re.M)
-    wide = "16" not in line  # else rivals may choose otherwise than we do, and are left out
+    wide = "16" not in line  # otherwise rivals may select other experts, and are left out
     who = {row["by"] for row in others}
     assert "floor" in who or name == "methods" or (name == "hash_router" and not (wide and first["source"] == "logits"))
     if importlib.util.find_spec("torch") and wide and "uniform" not in line and name != "methods":
@@ -179,7 +179,7 @@ def test_one_size_is_measured_and_printed(
 
 
 def test_every_benchmark_of_an_op_has_one_size() -> None:
-    without = {"bench_frameworks"}  # of one shape, by many ways
+    without = {"bench_frameworks"}  # one shape, many kinds of calls
     folder = Path(one_size.__file__).parent
     assert {path.stem for path in folder.glob("bench_*.py")} - without == {f"bench_{name}" for name in LINES}
 

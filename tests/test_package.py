@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built wheel: what is in it, and that it works in a new environment, outside the checkout, with nothing but its
-dependencies."""
+"""The built wheel: its content, and that it works in a new environment, outside the checkout, with its dependencies."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, so that this one is known to be complete as well."""
+    """Wheel built from the source distribution, which tests that this is complete as well."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (path,) = folder.glob("*.whl")
@@ -45,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a new environment with NumPy, ml_dtypes, the wheel, and no other package.
+    """Folder of a new environment with NumPy, ml_dtypes, the wheel, and no other package.
 
     The two dependencies are linked from where the tests run, so that no network is needed; pip still checks them.
     """

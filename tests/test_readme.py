@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's examples and commands and the docstrings' examples do what they say."""
+"""Examples and commands of the README, and examples of docstrings, work and print the results that they show."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check(rows: list[Any], variant: str | None = None) -> None:
-    """Each router class is swapped and equal, or left for the reason that is known."""
+    """Check that each router class is swapped with equal results, or left for its known reason."""
     for row in rows:
         if row.left:
             assert re.search(LEFT.get(row.router, "no reason is known"), row.left), f"{row.router} was left: {row.left}"
@@ -52,7 +52,7 @@ def check(rows: list[Any], variant: str | None = None) -> None:
 def test_family(family: str) -> None:
     rows = examine(family)
     check(rows)
-    if not rows:  # it mentions experts because another model brings them
+    if not rows:  # it mentions experts that belong to another model
         assert not moe_configs.has_experts(family)
     if PINNED:
         written = [line for line in document() if line.startswith(f"| `{family}` |")]
@@ -85,7 +85,7 @@ def test_document() -> None:
 
 @pytest.fixture(params=["verified before", "seen by the walk"])
 def noticed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Asserts that something is wrong with a family, which is noticed before routers are swapped, or else here."""
+    """Return a function that asserts that a fault of a family is noticed, before the swap or by the comparison."""
     if request.param == "seen by the walk":
         monkeypatch.setattr(_replace, "verify", lambda *args: None)
 
@@ -135,7 +135,7 @@ def test_a_tensor_that_is_ignored_is_noticed(
 @pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx", "inkling2", "jetmoe", "llama4"])
 def test_bfloat16(family: str) -> None:
-    """Models that round logits to bfloat16 flip some picks; of the others not a bit changes."""
+    """Models that round logits to bfloat16 select some other experts. The other models do not change by a bit."""
     for row in examine(family, dtype=torch.bfloat16):
         assert not row.left
         assert row.flipped <= MOST_FLIPPED * row.picks

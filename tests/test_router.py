@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Router: dense and hash layers, what it refuses, and its place in a model."""
+"""Router: dense and hash layers, bad arguments, and use in a model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_dense_router_is_dense_router(backend: Backend, n: int, biased: bool) 
         METHOD,
         BIAS if biased else None,
     )
-    assert_same(got, to_host(backend, router(x, backend.array(token_ids(n)))))  # a dense router has no use for them
+    assert_same(got, to_host(backend, router(x, backend.array(token_ids(n)))))  # a dense router ignores them
 
 
 def test_arrays_are_held_without_a_copy(backend: Backend) -> None:
@@ -119,7 +119,7 @@ def check_hash(backend: Backend, n: int, dtype: str, table_dtype: str, method: R
     compare.assert_weights_close(got.weights, want.weights, rtol, method.scale)
 
 
-@pytest.mark.parametrize("n", [0, 1, 9, 24, 25, 200])  # up to 24 by single dot products, then by the full product
+@pytest.mark.parametrize("n", [0, 1, 9, 24, 25, 200])  # up to 24 by single dot products, then by the gate GEMM
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "softmax"])
 def test_hash_layers(backend: Backend, n: int, score: str) -> None:
     check_hash(backend, n, "bfloat16", "int64", RoutingMethod(EXPERTS, K, score, scale=1.5))
@@ -134,7 +134,7 @@ def test_hash_layers_of_any_layout(backend: Backend, n: int, layout: dict[str, i
 @pytest.mark.parametrize("n", [70, 64])
 def test_hash_layers_in_chunks(backend: Backend, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 32 * EXPERTS * 4)
-    method = RoutingMethod(EXPERTS, K, scale=1.25)  # whose plans no other test has made
+    method = RoutingMethod(EXPERTS, K, scale=1.25)  # of which no other test has cached calls
     check_hash(backend, n, "float32", "int32", method)
     router = Router(method, weight=backend.array(gate()), table=backend.array(table()))
     ids, count = np.arange(n) % VOCABULARY, backend.array(np.array(40, np.int32))
@@ -144,7 +144,7 @@ def test_hash_layers_in_chunks(backend: Backend, n: int, monkeypatch: pytest.Mon
 
 @pytest.mark.needs_kernels
 def test_the_path_of_a_hash_layer_depends_on_its_shape(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in rows of the gate that no token needs reach no weight either way; only the full product reads them."""
+    """NaN in rows of the gate that no token needs changes no weight on either path. Only the gate GEMM reads them."""
     products: list[int] = []
     multiply = type(gemm.product(backend_device(backend), *matrices())).multiply
 
@@ -220,7 +220,7 @@ def test_bad_arguments_of_a_router(backend: Backend, arrays: dict[str, Any], err
 
 
 def upload(backend: Backend, host: np.ndarray) -> Any:
-    """As `backend.array`, with a stride along the last axis kept."""
+    """Return `backend.array(host)`, but keep a stride along the last axis."""
     if host.ndim == 2 and host.strides[1] == 2 * host.itemsize:
         return backend.array(np.repeat(host, 2, axis=1))[:, ::2]
     return backend.array(np.ascontiguousarray(host))
@@ -256,7 +256,7 @@ def test_a_sparse_block_of_transformers_with_our_router_gives_the_same(layer: in
             block.gate.e_score_correction_bias.normal_(std=0.1)
         block.gate.weight.copy_(torch.randint(-8, 9, (16, 64)) / 32)  # exact in bfloat16, as are the logits in float32
         block = block.to(getattr(torch, dtype))
-        block.gate = block.gate.float()  # transformers would round the logits to bfloat16, which is not our business
+        block.gate = block.gate.float()  # transformers would round the logits to bfloat16, which is not tested here
         x = (torch.randint(-8, 9, (2, 9, 64)) / 16).to(getattr(torch, dtype))
         ids = torch.randint(60, (2, 9))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers out of state dicts and safetensors files, under the names of DeepSeek and of Hugging Face."""
+"""Routers from state dicts and safetensors files, with the names of DeepSeek and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ STYLES = {
 
 
 def prefixes(style: str) -> list[str]:
-    """Every folder from the layer's down to that of the gate, with and without the dot."""
+    """Return every prefix from the layer to the gate, with and without the dot."""
     weight, *_, layer = STYLES[style]
     folders, parts = [layer], weight.split(".")
     folders += [".".join(parts[:i]) for i in range(layer.count(".") + 2, len(parts)) if layer]
@@ -79,7 +79,7 @@ def prefixes(style: str) -> list[str]:
 
 
 def neighbours(style: str) -> dict[str, np.ndarray]:
-    """Keys of other layers and other modules, which must not be mistaken for the router's."""
+    """Return keys of other layers and modules, which must not be mistaken for the router's."""
     weight, bias, tid2eid, layer = STYLES[style]
     wrong = np.zeros(3, np.float32)
     others = {f"{layer}.mlp.experts.0.gate_proj.weight": wrong, f"{layer}.self_attn.gate.weight": wrong}
@@ -261,7 +261,7 @@ def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
 
 
 def test_transformers_state_dicts() -> None:
-    """The names under which transformers itself keeps the routers of DeepSeek-V3 and DeepSeek-V4."""
+    """The names that transformers uses for the routers of DeepSeek-V3 and DeepSeek-V4."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
@@ -290,7 +290,7 @@ def save() -> Any:
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("style", ["deepseek", "hugging face"])
 def test_a_safetensors_file(backend: Backend, style: str, dtype: str, tmp_path: Path, save: Any) -> None:
-    """Arrays come to where x lies, so that one Router serves CPU and GPU."""
+    """Arrays are copied to the device of x, so that one Router serves CPU and GPU."""
     weight, bias, tid2eid, prefix = STYLES[style]
     dense = neighbours(style) | {weight: gate(dtype), bias: BIAS.astype(DTYPES[dtype])}
     hashed = {weight: gate(dtype), tid2eid: table("int64")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How routers are recognised by replace_routers, on modules made for it, and which are left alone."""
+"""Recognition of routers by replace_routers, on made-up modules, and modules that are not replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Gate(torch.nn.Module):
-    """A router as some model might have it: what it returns is up to the test."""
+    """A router of a made-up model. The test decides what it returns."""
 
     def __init__(self, *outputs: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def test_the_first_argument_may_have_any_name(calls: list[str]) -> None:
 
 
 class Inline(Block):
-    """A block that routes by a method of its own, with a linear layer for a gate."""
+    """A block that routes in one of its methods, with a linear layer as gate."""
 
     def __init__(self) -> None:
         super().__init__(torch.nn.Linear(64, NUM_EXPERTS, bias=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scratch memory on the CPU: who shares it, how it grows, that it starts as zeros."""
+"""Scratch memory on the CPU: sharing, growth, initial zeros."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What replace_routers promises besides equal results: parameters, gradients, copies, dtypes."""
+"""Properties of replace_routers besides equal results: parameters, gradients, copies, dtypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _quiet() -> Iterator[None]:
 
 
 def mixtral(seed: int = 1) -> Any:
-    """A small model whose routers have something to choose."""
+    """Return a small model with distinct router logits."""
     torch.manual_seed(seed)
     model = moe_configs.build(transformers.MixtralForCausalLM)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_torch_compile() -> None:
 
 
 def test_hooks_of_accelerate(calls: list[str]) -> None:
-    """They put a function of their own on the instance, which calls the forward that was there before."""
+    """They replace `forward` on the instance by a function that calls the previous one."""
     model = mixtral()
     gate = model.model.layers[0].mlp.gate
     expected = logits_of(model)

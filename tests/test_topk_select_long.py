@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way of kernels/topk_select_long.cu and topk_select_large.cu through a row, at sizes that a CPU executes: with
-plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_select_long.py has full sizes."""
+"""Every path of kernels/topk_select_long.cu and topk_select_large.cu, at sizes that a CPU can execute.
+
+They are launched with shapes for short lists, which the op chooses for longer rows. tests/gpu/test_topk_select_long.py
+has full sizes."""
 
 from __future__ import annotations
 
@@ -24,26 +26,26 @@ ITEM = pytest.mark.acceptance
 
 COLUMNS, K = 5000, 300
 
-Planned = Callable[[str], "LaunchShape | None"]
+UseShape = Callable[[str], "LaunchShape | None"]
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
-    """Has calls go by the plan of this name."""
+def use_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[UseShape]:
+    """Function that makes calls use the launch shape of a name, and returns it."""
 
-    def plan(name: str) -> LaunchShape | None:
+    def use(name: str) -> LaunchShape | None:
         monkeypatch.setattr(long, "choose", lambda *_: LAUNCH_SHAPES[name])
         _cached.forget()
         return LAUNCH_SHAPES[name]
 
-    yield plan
+    yield use
     _cached.forget()
 
 
 @pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind)) for kind in inputs.ROWS])
-def test_kinds_of_rows(backend: Backend, planned: Planned, kind: str, name: str) -> None:
-    planned(name)
+def test_kinds_of_rows(backend: Backend, use_shape: UseShape, kind: str, name: str) -> None:
+    use_shape(name)
     dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(LAUNCH_SHAPES).index(name)) % 3]
     if kind in inputs.BITS_OF_FLOAT32 or kind.startswith("above 65504"):
         dtype = "float32"
@@ -53,18 +55,18 @@ def test_kinds_of_rows(backend: Backend, planned: Planned, kind: str, name: str)
 @pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("levels", [2, 3, 9, 40])
 @pytest.mark.parametrize("order", ["column", "value", "any"])
-def test_few_values(backend: Backend, planned: Planned, levels: int, order: str, name: str) -> None:
-    """Ties at the threshold, above it and in crowded slots; winners side by side in half of the rows."""
-    planned(name)
+def test_few_values(backend: Backend, use_shape: UseShape, levels: int, order: str, name: str) -> None:
+    """Ties at the threshold, above it and in crowded slots; in half of the rows the winners are adjacent."""
+    use_shape(name)
     scores = inputs.rng(levels).integers(0, levels, (4, COLUMNS)).astype(np.float32)
     scores[::2] = np.sort(scores[::2])
     select(backend, scores, K, order=order)
 
 
-def k_of_plans() -> Iterator[Any]:
-    """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
-    for name, plan in LAUNCH_SHAPES.items():
-        largest = COLUMNS if plan is None else plan.capacity
+def k_of_launch_shapes() -> Iterator[Any]:
+    """Return k up to the capacity of a list for sampled rows, and all scores or all but one of shorter rows."""
+    for name, shape in LAUNCH_SHAPES.items():
+        largest = COLUMNS if shape is None else shape.capacity
         for k in (1, *inputs.TOP_K):
             if k <= largest:
                 yield pytest.param(name, COLUMNS, k, marks=ITEM(f"k = {k}"))
@@ -74,9 +76,9 @@ def k_of_plans() -> Iterator[Any]:
                 yield pytest.param(name, columns, columns - 1, marks=ITEM("k = E-1"))
 
 
-@pytest.mark.parametrize(("name", "columns", "k"), list(k_of_plans()))
-def test_k(backend: Backend, planned: Planned, name: str, columns: int, k: int) -> None:
-    planned(name)
+@pytest.mark.parametrize(("name", "columns", "k"), list(k_of_launch_shapes()))
+def test_k(backend: Backend, use_shape: UseShape, name: str, columns: int, k: int) -> None:
+    use_shape(name)
     select(backend, inputs.normal((2, columns), "float16", seed=k), k, return_values=False)
 
 
@@ -84,8 +86,8 @@ def test_k(backend: Backend, planned: Planned, name: str, columns: int, k: int) 
 @pytest.mark.parametrize(
     "columns", [pytest.param(w, marks=ITEM(f"all-equal row at E = {w}"), id=str(w)) for w in inputs.WIDTHS]
 )
-def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: str) -> None:
-    planned(name)
+def test_all_equal_rows(backend: Backend, use_shape: UseShape, columns: int, name: str) -> None:
+    use_shape(name)
     k = min(columns, 300)
     scores = np.full((backend.rows(2, columns), columns), -1.5, inputs.FLOATS[columns % 3])
     _, indices = select(backend, scores, k, order="column")
@@ -96,8 +98,10 @@ def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: 
 @pytest.mark.parametrize(
     "candidates", [pytest.param(c, marks=ITEM(f"one bin of {c} candidates"), id=str(c)) for c in (4097, 16_385, 65_537)]
 )
-def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Planned, candidates: int, name: str) -> None:
-    planned(name)
+def test_one_histogram_bin_holds_the_candidates(
+    backend: Backend, use_shape: UseShape, candidates: int, name: str
+) -> None:
+    use_shape(name)
     columns = 131_072 if candidates > 16_385 else 2 * candidates
     select(backend, inputs.one_bin(candidates)(backend.rows(2, columns), columns, K, "float32"), K)
 
@@ -107,10 +111,10 @@ def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Plann
 @pytest.mark.parametrize("with_starts", [False, pytest.param(True, marks=ITEM("starts and lengths"))])
 @ITEM("lengths 0, 1, k-1, k, k+1, E, all different", "poison outside the row", "strided rows", "misaligned base")
 def test_lengths_around_every_limit(
-    backend: Backend, planned: Planned, with_starts: bool, dtype: str, name: str
+    backend: Backend, use_shape: UseShape, with_starts: bool, dtype: str, name: str
 ) -> None:
-    plan = planned(name)
-    near = [] if plan is None else [plan.capacity + d for d in (-1, 0, 1, 2)]
+    shape = use_shape(name)
+    near = [] if shape is None else [shape.capacity + d for d in (-1, 0, 1, 2)]
     lengths = np.array([*near, *edge_lengths(K, COLUMNS)[:12], 3, 5, 9], np.int32)
     starts = np.resize(np.array([0, 1, 6, 400], np.int32), lengths.size) if with_starts else None
     scores = poisoned(lengths.size, COLUMNS, lengths, starts, dtype)
@@ -119,11 +123,11 @@ def test_lengths_around_every_limit(
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
-    """A kernel of its own up to as many columns."""
-    plan = planned("one list")
-    assert plan is not None
-    columns = plan.capacity + more
+def test_rows_that_just_fit_on_the_list(backend: Backend, use_shape: UseShape, dtype: str, more: int) -> None:
+    """Up to this number of columns, a separate kernel serves."""
+    shape = use_shape("one list")
+    assert shape is not None
+    columns = shape.capacity + more
     lengths = np.array([columns, K, 1, 0], np.int32)
     select(backend, poisoned(4, columns, lengths, None, dtype), K, lengths=lengths)
 
@@ -131,9 +135,9 @@ def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtyp
 @pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @ITEM("misaligned base")
-def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name: str) -> None:
-    """Rows begin at each place of 16 bytes, and the best are at their ends."""
-    planned(name)
+def test_every_misalignment(backend: Backend, use_shape: UseShape, dtype: str, name: str) -> None:
+    """Rows start at each offset within 16 bytes, and the largest scores are at their ends."""
+    use_shape(name)
     scores = inputs.normal((8, 1501), dtype)
     scores[:, [0, 1, 2, 7, -1, -2, -3, -8]] = 9
     select(backend, scores, 100, row_pad=0, offset=3)
@@ -143,17 +147,17 @@ def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shows", ["the best", "none of the best"])
 @ITEM("a sample that misleads")
-def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, dtype: str, name: str) -> None:
-    """Too few or too many are above its threshold, whatever it promised: the row is read again."""
-    plan = planned(name)
-    assert plan is not None
-    select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
+def test_a_misleading_sample(backend: Backend, use_shape: UseShape, shows: str, dtype: str, name: str) -> None:
+    """Too few or too many scores are above the sampled threshold, so the row is read again."""
+    shape = use_shape(name)
+    assert shape is not None
+    select(backend, misleading(shape, 2, 40_000, dtype, shows == "the best"), 400)
 
 
 @pytest.mark.parametrize("name", LAUNCH_SHAPES)
 @ITEM("100 bitwise repeats")
-def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str) -> None:
-    planned(name)
+def test_a_hundred_repeats_agree_bitwise(backend: Backend, use_shape: UseShape, name: str) -> None:
+    use_shape(name)
     scores = backend.array(inputs.ROWS["differ in the lowest 8 bits"](2, 3000, K, "float32"))
     first = [backend.numpy(array) for array in topk_select(scores, K)]
     for _ in range(100):
@@ -168,16 +172,16 @@ def test_lists_hold_the_scores_that_pass_a_sampled_threshold(dtype: str, kilobyt
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):
             for rows in (1, 7, 64, 5000):
-                plan = long.choose(gpu, rows, columns, min(k, columns), dtype)
-                if plan is None:
-                    assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
+                shape = long.choose(gpu, rows, columns, min(k, columns), dtype)
+                if shape is None:
+                    assert k >= 1000 or columns == 2**31 - 1  # otherwise there is always a list
                     continue
-                sample = plan.block * plan.vectors * 16 // np.dtype(DTYPES[dtype]).itemsize
+                sample = shape.block * shape.vectors * 16 // np.dtype(DTYPES[dtype]).itemsize
                 expected, _ = long.list_lengths(k, columns, sample)
-                assert plan.capacity >= min(columns, expected)
-                assert plan.capacity >= min(k, columns)
-                assert plan.shared_bytes + 5 * 1024 <= kilobytes * 1024
-                assert plan.pieces <= 32
+                assert shape.capacity >= min(columns, expected)
+                assert shape.capacity >= min(k, columns)
+                assert shape.shared_bytes + 5 * 1024 <= kilobytes * 1024
+                assert shape.pieces <= 32
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ SHAPES = [(40, 5), (300, 32), (300, 40), (3000, 600), (20_000, 1000)]
 
 
 def pages(rows: int, columns: int, page_size: int) -> np.ndarray:
-    """A page table that is a little longer than it has to be, in which all differ."""
+    """Return a page table that is slightly longer than necessary, with distinct pages."""
     num_pages = -(-columns // page_size) + 3
     return inputs.rng(rows, columns).permutation(rows * num_pages).reshape(rows, num_pages).astype(np.int32)
 

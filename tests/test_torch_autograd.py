@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager calls, and where there are none."""
+"""Gradients of weights by PyTorch's autograd on CPU tensors: eager calls, and calls without a gradient."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
 
 
 def test_a_custom_score_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+    """The forward pass works without a derivative; the backward pass raises."""
     x = parameter(5, 16)
     cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
     weights, _ = activation_topk(x, RoutingMethod(16, 4, cubic))
@@ -167,7 +167,7 @@ def test_backward_twice_through_one_graph() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["everything", "shared in the normaliser", "soft cap"])
 def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
-    """Autograd goes back once for all rows, by `is_grads_batched`; such gradients have no memory of their own."""
+    """With `is_grads_batched`, autograd runs one backward pass for all rows. Such gradients are batched tensors."""
     case = Case(kind, name)
 
     def weights(*smooth: Any) -> Any:
@@ -179,7 +179,7 @@ def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
 
 
 def test_incoming_gradients_may_be_strided() -> None:
-    """That of a sum is one number, repeated; that of a transpose has strides."""
+    """The gradient of a sum is one repeated number, that of a transpose is strided."""
     x = parameter(5, 16)
     method = RoutingMethod(16, 4, "sigmoid", renormalize=False)
     (summed,) = torch.autograd.grad(activation_topk(x, method).weights.sum(), x)
@@ -201,7 +201,7 @@ def test_inputs_that_are_strided_or_not_leaves() -> None:
 
 
 def test_arrays_of_other_frameworks_take_part() -> None:
-    """They have no gradient themselves, also where they are strided, read-only or bfloat16."""
+    """They have no gradient, and may be strided, read-only or bfloat16."""
     import ml_dtypes
 
     x, gate = parameter(5, 8), inputs.normal((16, 8), seed=201)

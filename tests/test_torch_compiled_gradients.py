@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights in graphs of torch.compile, and the ops of these graphs by PyTorch's own checks."""
+"""Gradients of weights in graphs of torch.compile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
 
 @pytest.mark.slow("seconds")
 def test_a_compiled_router_with_frozen_arrays() -> None:
-    """Of any framework: the graph holds the router, and goes back through it."""
+    """Arrays may be of any framework: the graph contains the router, and differentiates through it."""
     gate = inputs.normal((16, 8), seed=201)
     table = np.stack([inputs.rng(202, r).permutation(16)[:4] for r in range(9)])
     ids = torch.arange(5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside torch.func: vmap is a loop of calls, grad is autograd's, forward mode is refused."""
+"""The ops inside torch.func: vmap equals a loop of calls, grad equals autograd, forward mode is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TABLE = torch.from_numpy(np.stack([inputs.rng(296, row).permutation(16)[:4] for 
 COUNTS = torch.tensor([1, 5, 3], dtype=torch.int32)
 ROUTER, HASH_ROUTER = Router(METHOD, weight=GATES[0], bias=BIASES[0]), Router(METHOD, weight=GATES[0], table=TABLE)
 
-# A function, its arguments, which of them have an axis of calls, and how many calls of ops that may take.
+# A function, its arguments, which of them have an axis of calls, and the allowed number of calls of ops.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int]] = {
     "topk_select": (lambda a: topk_select(a, 2), (LOGITS,), (0,), 1),
     "topk_select with lengths": (
@@ -70,7 +70,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ops that are called while nothing is transformed."""
+    """List of the ops that are called outside of transforms."""
     found: list[str] = []
     on_host = _run._run_on_host
 
@@ -84,7 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_vmap_is_a_loop_of_calls(name: str, calls: list[str]) -> None:
-    """Of rows that know nothing of each other, one call."""
+    """Calls with independent rows become one call."""
     function, arrays, dims, number = CALLS[name]
     got = torch.func.vmap(lambda *given: tuple(function(*given)), in_dims=dims)(*arrays)
     assert len(calls) == number
@@ -129,7 +129,7 @@ def test_gradients_match_autograd(name: str) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradients_of_each(shared: bool) -> None:
-    """Per-example gradients, as torch.func is used for."""
+    """Per-example gradients, a common use of torch.func."""
     arrays, dims = (LOGITS, BIASES, SCALES), (0, 0, 0)
     if shared:
         arrays, dims = (LOGITS, BIASES[0], SCALES[0]), (0, None, None)
@@ -206,7 +206,7 @@ def test_tangents_are_refused_and_never_lost() -> None:
         for call in (lambda: activation_topk(dual, METHOD), lambda: activation_topk(needs, METHOD, bias=dual[0])):
             with pytest.raises(RuntimeError, match="no gradients in forward mode"):
                 call()
-        # Other tensors are none of its business.
+        # Other tensors are not affected.
         assert activation_topk(LOGITS[0], METHOD, out=out) is out
         activation_topk(needs, METHOD).weights.sum().backward()
         assert isinstance(activation_topk(LOGITS[0].numpy(), METHOD).weights, np.ndarray)

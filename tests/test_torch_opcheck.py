@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of torch.library against PyTorch's own checks of schemas, fakes and gradients."""
+"""PyTorch's checks of schemas, fakes and gradients for every op of torch.library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from tests.torch_samples import samples  # noqa: E402
 
-BY_HAND = {"router", "router_backward"}  # a Router of arrays that are no tensors
+BY_HAND = {"router", "router_backward"}  # a Router whose arrays are not tensors
 
 
 def test_every_op_has_a_sample() -> None:

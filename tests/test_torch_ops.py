@@ -113,7 +113,7 @@ def test_a_model_exports(strict: bool) -> None:
     model = Model()
     program = torch.export.export(model, (x,), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if "cupy_router" in str(node.target)]
-    assert targets == 7 * ["cupy_router.dense_router.default"]  # no Router: its arrays are the program's
+    assert targets == 7 * ["cupy_router.dense_router.default"]  # no Router: the program contains its arrays
     for got, want in zip(program.module()(x), model(x), strict=True):
         assert_same(tuple(got), want)
 
@@ -133,7 +133,7 @@ for got, want in zip(torch.export.load(sys.argv[1]).module()(x), wanted, strict=
 @pytest.mark.slow("process")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_path: Path) -> None:
-    """Where other methods and Routers were made before it is loaded."""
+    """The other process makes other methods and Routers before it loads the model."""
     x, model = arguments(6)[0], Model()
     torch.export.save(torch.export.export(model, (x,), strict=strict), tmp_path / "model.pt2")
     torch.save((x, [tuple(found) for found in model(x)]), tmp_path / "results.pt")
@@ -143,7 +143,7 @@ def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_p
 
 
 def test_layers_of_one_kind_share_one_graph() -> None:
-    """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
+    """Regional compilation compiles only one of many layers, each with its Router."""
     from torch._dynamo.testing import CompileCounter
 
     class Layer(torch.nn.Module):  # type: ignore[misc]
@@ -224,7 +224,7 @@ def test_eager_calls_pass_no_dispatcher() -> None:
 
 
 def test_traces_have_ops_and_no_constants() -> None:
-    """make_fx, in each of its modes, and torch.jit.trace."""
+    """Traces of make_fx, in each of its modes, and of torch.jit.trace."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     logits = arguments(6)[0] @ WEIGHT.T
@@ -243,7 +243,7 @@ def test_wrappers_of_tensors_are_named() -> None:
 
     with FakeTensorMode():
         fake = torch.empty(3, 16)
-        assert topk_select(fake, 2).indices.shape == (3, 2)  # within the mode it is an op like any other
+        assert topk_select(fake, 2).indices.shape == (3, 2)  # inside the mode it is an op like any other
     with pytest.raises(ValueError, match="logits must be a tensor with memory of its own, got a FakeTensor"):
         activation_topk(fake, METHOD)
     with pytest.raises(ValueError, match="bias must be a tensor with memory of its own, got a FakeTensor"):
@@ -300,7 +300,7 @@ def test_other_arrays_work_with_an_unusable_torch() -> None:
 
 @pytest.mark.slow("seconds")
 def test_generated_code_has_the_ops_and_no_copy() -> None:
-    """Also of rows that lie apart: they are handed over as they are."""
+    """Also for strided rows, which are passed without a copy."""
     from torch._inductor.utils import run_and_get_code
 
     torch.compiler.reset()
@@ -317,7 +317,7 @@ def test_generated_code_has_the_ops_and_no_copy() -> None:
     "line", ["cpp_fused_clone_0 = async_compile.cpp_pybinding([", "    triton_poi_0.run(a, b, 9)", "    b.copy_(a)"]
 )
 def test_the_check_of_generated_code_sees_copies(line: str) -> None:
-    """Such lines as Inductor writes; letting it write them here would take a C++ compiler."""
+    """Lines like those of Inductor, which itself would need a C++ compiler."""
     code = "    buf0 = torch.ops.cupy_router.topk_select.default(2, arg0_1, None, None)\n"
     generated_code.assert_nothing_but_ops(code, {"topk_select": 1})
     with pytest.raises(AssertionError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training through swapped routers: gradients of whole models are those of the models' own code."""
+"""Training through swapped routers: gradients of whole models equal those of the models' code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.slow("seconds", every=12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
-    """Every step of a method, every tensor that a router may have, and every way to return results."""
+    """The families cover every step of a method, every tensor of a router, and every way to return results."""
     if family not in moe_configs.families():
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     theirs, ours = moe_models.gradients_twice(family)
@@ -40,7 +40,7 @@ def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
 
 
 def test_a_loss_of_the_logits_too(calls: list[str]) -> None:
-    """The model's own loss that balances the load is made of the logits that routers return."""
+    """The model's load-balancing loss is computed from the logits that routers return."""
     model, untouched = mixtral().train(), mixtral().train()
     replace_routers(model)
     ids = torch.arange(6, 36)[None]
@@ -65,7 +65,7 @@ def test_a_gradient_for_the_hidden_states_alone(calls: list[str]) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(reentrant: bool, calls: list[str]) -> None:
-    """Both passes go through our routers, so that what is repeated is what was there."""
+    """Both forward passes use our routers, so the recomputed values equal the first ones."""
     block, x = mixtral().model.layers[0].mlp, torch.randn(1, 30, 64, requires_grad=True)
     block.config = mixtral().config
     replace_routers(block)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which table a GPU gets, what planners make of a GPU, and what a table has to hold."""
+"""The table of a GPU, launch shapes for a GPU, and the content of a table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = replace(DEFAULT, name="a quarter", multiprocessors=DEFAULT.multiprocesso
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """A function that drops a table, that of sm_90 under another name, into a folder that holds no other."""
+    """Return a function that copies the table of sm_90 under another name into a folder without other tables."""
     monkeypatch.setattr(tuning, "__path__", [str(tmp_path)])
 
     def drop(name: str) -> None:
@@ -71,7 +71,7 @@ def test_every_gpu_has_a_table(capability: tuple[int, int]) -> None:
 def test_a_table_is_found_by_its_file_name(
     tables: Callable[[str], None], capability: tuple[int, int], architecture: str
 ) -> None:
-    """The newest that is not newer than the GPU; the oldest for still older GPUs."""
+    """A GPU uses the newest table that is not newer than itself, or the oldest one if all are newer."""
     tables("sm_90")
     assert tuning.nearest(capability).architecture == "sm_90"
     for name in ("sm_80", "sm_100", "sm_x", "notes"):
@@ -199,14 +199,14 @@ def test_a_cuda_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unplanned() -> Iterator[None]:
-    """Calls are planned anew, and what they leave is forgotten."""
+def no_cached_calls() -> Iterator[None]:
+    """Start and end without cached calls."""
     _cached.forget()
     yield
     _cached.forget()
 
 
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("no_cached_calls")
 def test_kernels_are_chosen_for_the_gpu() -> None:
     x, weight = np.zeros((4, 4096), np.float16), np.zeros((128, 4096), np.float16)
     for gpu in (DEFAULT, SMALL):
@@ -220,7 +220,7 @@ def test_kernels_are_chosen_for_the_gpu() -> None:
 
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("multiprocessors", [1, 33, 500])
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("no_cached_calls")
 def test_kernels_are_right_for_any_number_of_multiprocessors(backend: Backend, multiprocessors: int) -> None:
     gpu = replace(tuning.gpu_of(("cuda" if backend.name == "gpu" else "cpu", 0)), multiprocessors=multiprocessors)
     scores = inputs.distinct(2, 30_000, "float32")
@@ -246,7 +246,7 @@ def test_this_machines_gpu() -> None:
 
 
 class FakeCupy:
-    """CuPy's runtime with an H200 and a GPU that does not exist."""
+    """CuPy's runtime with an H200 and a made-up GPU."""
 
     def __init__(self) -> None:
         common = {"sharedMemPerBlockOptin": 1, "l2CacheSize": 1}

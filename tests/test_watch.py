@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are watched while other threads add some."""
+"""Watched files, while other threads add some."""
 
 from __future__ import annotations
 

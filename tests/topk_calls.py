@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of topk_select that are checked as they are made, limits of rows for them, and plans for long rows."""
+"""Checked calls of topk_select, limits of rows for them, and launch shapes for long rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
-# With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
+# Launch shapes with short lists, which the op chooses for rows that are too long for tests on a CPU. None: no list.
 LAUNCH_SHAPES = {
     "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
     "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
@@ -54,7 +54,7 @@ def edge_lengths(k: int, columns: int) -> np.ndarray:
 
 
 def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> np.ndarray:
-    """Scores whose entries outside their row would win (+inf) or break the order (NaN)."""
+    """Return scores whose entries outside their row would win (+inf) or break the order (NaN)."""
     scores = inputs.normal((rows, columns), dtype)
     outside = np.ones((rows, columns), bool)
     for r in range(rows):
@@ -68,7 +68,7 @@ def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> 
 
 
 def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
-    """Rows, aligned if `columns` are, whose sample holds the best scores or none of them."""
+    """Return rows, aligned if `columns` are, whose sample has the best scores or none of them."""
     sampled = np.isin(np.arange(columns), _sampled_columns(plan, columns, dtype))
     first = sampled if shows_best else ~sampled
     best_first = np.sort(inputs.normal((rows, columns), seed=5))[:, ::-1]
@@ -80,7 +80,7 @@ def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_bes
 
 
 def _sampled_columns(plan: LaunchShape, columns: int, dtype: str) -> np.ndarray:
-    """Where long_rows/sample.cuh looks in a row that begins at a 16-byte boundary."""
+    """Return the columns that long_rows/sample.cuh samples in a row that is aligned to 16 bytes."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     pairs = plan.block * plan.vectors // 2
     number = np.arange(pairs, dtype=np.uint64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A router in plain PyTorch, whose gradients are autograd's, and calls of ours that are compared with it."""
+"""A router in plain PyTorch with gradients of autograd, and calls of ours that are compared with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.gradient_cases import SMOOTH, TOLERANCE, Inputs
 
 
 def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = None, expert_scale: Any = None) -> Any:
-    """The weights of given experts, step by step; of the dtype of the logits."""
+    """Return the weights of given experts, step by step, in the dtype of the logits."""
     import torch
 
     experts = indices[:, : method.top_k].long()
@@ -52,7 +52,7 @@ SCORES: dict[str, Callable[[Any], Any]] = {
 
 
 class Case(Inputs):
-    """A call of a kind with a method: `arrays` by name, those that have a gradient in `smooth`."""
+    """A kind of call with a method: `arrays` by name; `smooth` names those with a gradient."""
 
     def __init__(self, kind: str, name: str, device: str = "cpu") -> None:
         import torch
@@ -67,7 +67,7 @@ class Case(Inputs):
         return self.route(self.arrays, **more)
 
     def check(self, routing: Any) -> None:
-        """The gradients of what a call gave are those of the twin in float64, within rounding."""
+        """Check that the gradients of a call equal those of the twin in float64, within rounding."""
         import torch
 
         weights, indices = routing
@@ -81,14 +81,16 @@ class Case(Inputs):
             assert (got.dtype, got.shape, got.device) == (array.dtype, array.shape, array.device)
             rtol = TOLERANCE[str(array.dtype).removeprefix("torch.")]
             atol = 2e-6 * max(1.0, float(want[name].abs().max()))
-            if self.method.weight_dtype != "float32":  # autograd rounds what comes in to the dtype of the weights
+            if (
+                self.method.weight_dtype != "float32"
+            ):  # autograd rounds the incoming gradient to the dtype of the weights
                 atol += 2 * TOLERANCE[self.method.weight_dtype] * float(want[name].abs().max())
             torch.testing.assert_close(
                 got.double(), want[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
 
     def wanted(self, indices: Any) -> dict[str, Any]:
-        """By autograd, in float64, of the rows that were routed."""
+        """Return the gradients of the routed rows by autograd, in float64."""
         import torch
 
         wide = {name: array.detach().double().requires_grad_() for name, array in self.smooth.items()}

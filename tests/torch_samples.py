@@ -18,7 +18,7 @@ from tests import inputs
 from tests.methods import METHODS
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
-_KEPT: list[Router] = []  # a graph knows a Router by a weak reference
+_KEPT: list[Router] = []  # a graph refers to a Router by a weak reference
 
 
 def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:

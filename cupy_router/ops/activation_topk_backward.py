@@ -101,7 +101,7 @@ class ActivationTopKBackward(Op):
             **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
             **({"REPEATED": 1} if repeated else {}),
         }
-        num_tokens, num_weighed = logits.shape[0], weighed(method)
+        num_tokens, num_scored = logits.shape[0], num_scored_columns(method)
         fixed = {
             "num_tokens": num_tokens,
             **method_arguments(method),
@@ -114,17 +114,17 @@ class ActivationTopKBackward(Op):
         if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
             gradient_of_score = method.score.derivative.defined_as("score_function_gradient")
             replaced["routing/score_function_gradient.cuh"] = gradient_of_score
-        if not row_lanes.fits(method.num_logits, num_weighed):
-            if repeated and num_weighed > _MAX_REPEATED:
+        if not row_lanes.fits(method.num_logits, num_scored):
+            if repeated and num_scored > _MAX_REPEATED:
                 raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
             function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
             return Kernel(
                 "activation_topk_backward", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, replaced
             )
-        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_weighed)
+        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_scored)
         needs_rows = needs_whole_rows(method)
         if not needs_rows and not row_lanes.few(gpu, num_tokens):
-            while lanes // 2 >= max(num_weighed, gpu.table.backward.min_lanes):
+            while lanes // 2 >= max(num_scored, gpu.table.backward.min_lanes):
                 lanes //= 2
         strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, gradient.row_stride
         dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
@@ -200,7 +200,7 @@ def check_derivative(method: RoutingMethod) -> None:
         raise ValueError(f"{method.score!r} has no gradient: give it a derivative, which is another ScoreFunction")
 
 
-def weighed(method: RoutingMethod) -> int:
+def num_scored_columns(method: RoutingMethod) -> int:
     """Return the number of weight columns that are computed from logits."""
     return method.num_columns if method.shared_in_normalizer else method.top_k
 

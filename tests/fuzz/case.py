@@ -55,7 +55,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of all results."""
+        """Shape of all results."""
         if self.op == BACKWARD:
             return self.arrays["logits"].shape
         if self.op == "topk_select":
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def dtypes(self) -> tuple[Any, ...]:
-        """Of all results."""
+        """Dtypes of all results."""
         if self.op == BACKWARD:
             return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
@@ -98,7 +98,7 @@ class Case:
 
 
 def arguments(case: Case, backend: Backend) -> dict[str, Any]:
-    """The op's arguments but for `out`, arrays on the backend."""
+    """Return the arguments of the op except `out`, with arrays on the backend."""
     given: dict[str, Any] = {name: backend.array(a, *case.layouts.get(name, (0, 0))) for name, a in case.arrays.items()}
     given |= case.options
     return given if case.method is None else given | {"method": case.method}

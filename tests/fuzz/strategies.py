@@ -39,15 +39,15 @@ class Setting:
     score: str = "sqrtsoftplus"
     renormalize: bool = True
     given: frozenset[str] = frozenset()  # optional arrays
-    as_of_rows: int = 0  # the kernel for so many rows
+    as_of_rows: int = 0  # choose the kernel as for this number of rows
     ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
     weight_dtype: str = "float32"
     hidden: int = 0
-    rows: int = -1  # so many where that matters
-    dense: bool = False  # rows follow each other, in all arrays; else not in the results
-    divisor: str = ""  # what else the sum of scores goes through: "eps", "min" or nothing
+    rows: int = -1  # number of rows, if it matters
+    dense: bool = False  # no gaps between rows, in any array; otherwise gaps in the results
+    divisor: str = ""  # further step of the sum of scores: "eps", "min" or none
     steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
-    plan: str = ""  # of topk_select for long rows, with options of any kind
+    plan: str = ""  # launch shape of topk_select for long rows, with any options
 
     def method(self, **changes: Any) -> RoutingMethod:
         return RoutingMethod(

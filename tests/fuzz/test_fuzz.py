@@ -57,7 +57,7 @@ def free_path(op: str) -> Path:
     return FOLDER / f"{op}_{number}.json"
 
 
-def prove(case: Case, backend: Backend) -> None:
+def run_and_compare(case: Case, backend: Backend) -> None:
     """Run a case and compare it with the reference."""
     if backend.name == "simt":
         simt: Any = compiler.BACKENDS["cpu"]
@@ -109,19 +109,19 @@ def test_cases(setting: Setting, backend: Backend, built: None, path: Callable[[
     @hypothesis.seed(SEED)
     @configured(-(-CASES // len(SETTINGS)), Phase.generate, Phase.shrink)
     @hypothesis.given(cases(setting))
-    def proves(case: Case) -> None:
+    def check_case(case: Case) -> None:
         nonlocal fatal
         try:
-            prove(case, backend)
+            run_and_compare(case, backend)
         except Exception as error:
             if not fatal:
                 save(case, path(case.op))
-            # After an illegal access every call on the GPU fails: only the first one says something.
+            # After an illegal access every call on the GPU fails: only the first one is meaningful.
             fatal = type(error).__name__ in ("CUDARuntimeError", "CUDADriverError")
             raise
 
     try:
-        proves()
+        check_case()
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}; the case was saved as {path(setting.op)}") from error
 
@@ -129,7 +129,7 @@ def test_cases(setting: Setting, backend: Backend, built: None, path: Callable[[
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_saved_cases(path: Path, backend: Backend) -> None:
-    prove(load(path), backend)
+    run_and_compare(load(path), backend)
 
 
 @pytest.mark.backends("simt")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every variant of every kernel under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
+"""Run every variant of every kernel under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
 
     python -m tests.gpu.sanitize [--output FILE.json] [--tools memcheck racecheck] [--every N]
 
-Each tool runs a process of its own that makes the calls of tests/gpu/variants.py, compares them with the reference and
-says how many there were. Arrays lie in CUDA memory of exactly their own size, each its own allocation, and of it only
-the elements are ever written: a pool would hide a read one element too far. Before that each tool has to find a planted
-fault, so that a tool that sees nothing is not mistaken for a clean result.
+Each tool runs a separate process that makes the calls of tests/gpu/variants.py, compares them with the reference and
+prints how many there were. Each array has its own CUDA allocation of exactly its size, and gaps between rows are never
+written: a pool would hide a read one element too far. Before that, each tool has to find a planted fault, so that a
+tool that finds nothing at all is not mistaken for a clean result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.backends import GpuBackend
 from tests.fuzz.case import Case, arguments, call, check
 from tests.gpu.variants import cases
 
-# What each tool is given, and every which case it runs: races are looked for in every access to shared memory, slowly.
+# Options of each tool, and its step through the cases: racecheck is slow, because it checks every shared memory access.
 TOOLS: dict[str, tuple[tuple[str, ...], int]] = {
     "memcheck": (("--padding", "32"), 1),
     "racecheck": ((), 3),
@@ -47,7 +47,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 class ExactBackend(GpuBackend):
-    """CuPy arrays by cudaMalloc, an allocation for each, ending with its last element."""
+    """CuPy arrays, each with its own cudaMalloc that ends with its last element."""
 
     name = "gpu"
 
@@ -59,7 +59,7 @@ class ExactBackend(GpuBackend):
         _cupy.MAX_SHARED_BYTES = 0  # nor results in one block
 
     def array(self, host: np.ndarray, row_pad: int = 0, offset: int = 0) -> Any:
-        """Rows are copied one by one, so that what lies between them is never written."""
+        """Copy rows one by one, so that gaps between them are never written."""
         matrix = np.ascontiguousarray(host if host.ndim == 2 else host.reshape(1, -1))
         rows, columns = matrix.shape
         size, stride = matrix.itemsize, columns + row_pad
@@ -74,7 +74,7 @@ class ExactBackend(GpuBackend):
 
 
 def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
-    """The op on arrays of exactly their size, results included where the case preallocates them."""
+    """Call the op on arrays of exactly their size, including preallocated results."""
     given = arguments(case, backend)
     if case.out_padding >= 0:
         arrays = (backend.array(np.ones(case.shape, dtype), case.out_padding) for dtype in case.dtypes)
@@ -84,14 +84,14 @@ def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
 
 
 def make_calls(backend: Any, chosen: Sequence[Case]) -> int:
-    """How many calls were made; AssertionError if one is wrong."""
+    """Make and check all calls, and return their number."""
     for case in chosen:
         check(case, call_exactly(case, backend))
     return len(chosen)
 
 
 def make_fault(tool: str) -> None:
-    """A kernel with the fault that the tool is for, on memory of its own."""
+    """Launch a kernel with the fault that the tool detects, on separate memory."""
     import cupy
 
     cupy.cuda.set_allocator(None)
@@ -108,7 +108,7 @@ def make_fault(tool: str) -> None:
 
 
 def find_sanitizer() -> str:
-    """The command; SystemExit if there is none."""
+    """Return the path of the command; SystemExit if there is none."""
     found = shutil.which("compute-sanitizer")
     for folder in _FOLDERS:
         found = found or shutil.which("compute-sanitizer", path=folder)
@@ -118,13 +118,13 @@ def find_sanitizer() -> str:
 
 
 def errors_in(text: str) -> int | None:
-    """How many errors or hazards a tool reports at its end; None if it never came so far."""
+    """Return the number of errors or hazards in the summary of a tool; None if there is no summary."""
     found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
     return sum(int(error or hazard) for error, hazard in found) if found else None
 
 
 def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
-    """Errors, calls and seconds of one process under a tool."""
+    """Run one process under a tool, and return its errors, calls and seconds."""
     begin = time.monotonic()
     try:
         done = subprocess.run(
@@ -145,7 +145,7 @@ def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 
 def report(tool: str, every: int, timeout: float) -> dict[str, Any]:
-    """One tool: first it has to find its planted fault, then nothing in our kernels."""
+    """Run one tool, which has to find its planted fault, and then nothing in our kernels."""
     options, default = TOOLS[tool]
     command = [find_sanitizer(), "--tool", tool, *options, sys.executable, "-m", "tests.gpu.sanitize"]
     planted = run_tool([*command, "--planted", tool], timeout)
@@ -176,7 +176,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 0
     from benchmarks.harness import environment  # which needs CuPy
 
-    # Once without a tool: all kernels are compiled then, and wrong results are seen before anything else.
+    # First without a tool, to compile all kernels and to find wrong results early.
     warm = run_tool([sys.executable, "-m", "tests.gpu.sanitize", "--calls", "1"], chosen.timeout)
     print(f"no tool: {warm['calls']} calls, exit {warm['exit']}, {warm['seconds']} s")
     if warm["exit"]:
@@ -190,7 +190,7 @@ def main(given: Sequence[str] | None = None) -> int:
         row = report(tool, chosen.every, chosen.timeout)
         content["tools"].append(row)
         print("  ".join(f"{key}={value}" for key, value in row.items()))
-        if chosen.output:  # what is known so far, should a later tool take too long
+        if chosen.output:  # results so far, in case a later tool takes too long
             chosen.output.parent.mkdir(parents=True, exist_ok=True)
             chosen.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(row["ok"] for row in content["tools"]) else 1

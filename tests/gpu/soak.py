@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many threads, each with several streams, call all ops on mixed shapes for a while; results and memory are watched.
+"""Call all ops on mixed shapes from many threads, each with several streams, and check results and memory.
 
     python -m tests.gpu.soak [--output FILE.json] [--threads 8] [--streams 4] [--calls 2000]
 
-Every result is compared on the GPU, on its own stream, with the first result of the same case, bit by bit; that one is
-compared with the reference. Device memory in use is read when all pools are warm, after a tenth of the calls, and at
-the end.
+Every result is compared bit by bit with the first result of the same case, on the GPU and on its stream. The first
+result is compared with the reference. Device memory in use is read when all pools are warm, after a tenth of the calls,
+and at the end.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from tests.backends import Backend, GpuBackend
 from tests.fuzz.case import Case, arguments, check, function
 from tests.gpu.variants import cases
 
-MEMORY_SLACK = (
-    4 << 20
-)  # bytes by which a pool may still grow once warm: a block more for one stream, never one for each call
+MEMORY_SLACK = 4 << 20  # bytes by which a warm pool may still grow: one block for a stream, but not one for each call
 
 
 class Host:
-    """A device that is no GPU: everything is done at once. For the tests of this script."""
+    """The CPU in place of a GPU, without streams, for the tests of this script."""
 
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = backend or Backend()
@@ -52,7 +50,7 @@ class Host:
         counter += int((got.view(np.uint8) != want.view(np.uint8)).sum())
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Do nothing, because no work is in flight."""
 
     def used_bytes(self) -> int:
         return 0
@@ -97,7 +95,7 @@ class Gpu(Host):
 
 
 class Soak:
-    """The calls of all threads on one device. `streams` has for each thread its streams, each with its counter."""
+    """The calls of all threads on one device. `streams` has the streams of each thread, each with its counter."""
 
     def __init__(self, device: Host, chosen: Sequence[Case], threads: int, streams: int, calls: int) -> None:
         self.device, self.calls = device, calls
@@ -112,9 +110,9 @@ class Soak:
         self.failures: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """The figures. A thread stops at its first error, which is among them."""
+        """Make all calls, and return the figures. A thread stops at its first error, which is among them."""
         begin = time.monotonic()
-        warm = min(self.calls, max(len(self.ops), self.calls // 10))  # every stream has then seen every case
+        warm = min(self.calls, max(len(self.ops), self.calls // 10))  # after it every stream has run every case
         self._phase(range(warm))
         used = self.device.used_bytes()
         self._phase(range(warm, self.calls))
@@ -135,7 +133,7 @@ class Soak:
         }
 
     def _phase(self, turns: range) -> None:
-        """These turns of all threads, to their end on the device."""
+        """Run these turns in all threads, and wait for the device."""
         workers = [threading.Thread(target=self._work, args=(number, turns)) for number in range(len(self.streams))]
         for worker in workers:
             worker.start()
@@ -152,7 +150,7 @@ class Soak:
             self.failures.append(f"thread {number}: {type(error).__name__}: {error}")
 
     def _call(self, at: int, turn: int, stream: Any, counter: Any) -> None:
-        """On the current stream, or on one that is passed while another is current."""
+        """Make a call on the current stream, or pass a stream while another one is current."""
         op, given = self.ops[at], self.given[at]
         if turn % 2:
             result = op(**given, stream=stream)
@@ -165,7 +163,7 @@ class Soak:
 
 
 def mixed_cases() -> list[Case]:
-    """Some of the variants, and calls of the sizes that are in use."""
+    """Return some of the variants, and calls of realistic sizes."""
     large = []
     for rows, columns, k in ((1, 256, 8), (1024, 384, 6), (10_000, 64, 6), (8, 32768, 512)):
         large.append(Case("topk_select", {"scores": inputs.normal((rows, columns), seed=1)}, None, {"k": k}))
@@ -183,7 +181,7 @@ def mixed_cases() -> list[Case]:
         table = draw.integers(0, chosen.num_experts, (1000, chosen.top_k)).astype(np.int32)
         ids = draw.integers(0, 1000, rows).astype(np.int32)
         large.append(Case("hash_router", {"token_ids": ids, "table": table, "logits": logits}, chosen))
-    # Kernels for many rows are called with many rows here: the choice cannot be made for one thread alone.
+    # `as_of_rows` patches all threads, so kernels for many rows need many rows here.
     return [*(case for case in cases()[::4] if not (case.as_of_rows or case.plan)), *large]
 
 

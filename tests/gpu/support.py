@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every op with their right answers, and kernels that keep a stream busy."""
+"""Calls of every op with their right results, and kernels that keep a stream busy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
 
 
 class Call(NamedTuple):
-    """An op with arrays for it; `check` takes its two results as NumPy arrays."""
+    """An op with its arrays; `check` takes its two results as NumPy arrays."""
 
     op: Callable[..., Any]
     arrays: dict[str, np.ndarray]
@@ -41,7 +41,7 @@ NAMES = (
 
 @cache
 def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
-    """The same shapes and dtypes for every seed, other values."""
+    """Return a call of an op. Seeds change the values, but not the shapes and dtypes."""
     if name.startswith("topk_select"):
         columns, k = (256, 8) if name == "topk_select" else (5000, 600)
         scores = inputs.normal((n, columns), dtype, seed=100 + seed)
@@ -52,7 +52,7 @@ def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
         bias = inputs.normal((256,), seed=103 + seed, scale=0.1)
         return Call(activation_topk, {"logits": logits, "bias": bias}, {"method": METHOD}, _routes(logits, bias))
     if name.startswith("dense_router"):
-        # Small integers, whose products and sums float32 holds exactly, so that every path has the same right answer.
+        # Small integers, whose products and sums are exact in float32, so that all paths have the same right result.
         n, path = (n, "prefill") if name.endswith("prefill") else (min(n, 64), "decode")
         x = (inputs.rng(120, seed).integers(-8, 9, (n, 512)) / 16).astype(DTYPES[dtype])
         weight = (inputs.rng(121, seed).integers(-8, 9, (256, 512)) / 64).astype(DTYPES[dtype])
@@ -101,7 +101,7 @@ def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> C
 
 
 def on_gpu(name: str) -> Any:
-    """The framework of that name with arrays on the GPU, or a skip."""
+    """Return the framework of a name with arrays on the GPU, or skip."""
     framework = frameworks.ON_GPU[name]()
     if name == "torch" and not framework.torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
@@ -113,7 +113,7 @@ def upload(framework: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def empty_out(framework: Any, result: Any) -> Any:
-    """Arrays like those of a result, for `out=`, filled with what no result holds."""
+    """Return arrays for `out=`, filled with values that no result has."""
     return type(result)(*(framework.array(np.full(a.shape, 77, _dtype(a))) for a in result))
 
 
@@ -135,7 +135,7 @@ def _kernel() -> Any:
 
 
 def spin(milliseconds: float, stream: Any = None) -> None:
-    """Keep a stream (CuPy's current one, or any with `__cuda_stream__`) busy; the first call compiles, with 0."""
+    """Keep a stream busy: CuPy's current one, or any with `__cuda_stream__`. Call it once with 0 to compile."""
     import cupy
 
     arguments = (np.int64(milliseconds * 1e6),)
@@ -147,7 +147,7 @@ def spin(milliseconds: float, stream: Any = None) -> None:
 
 
 class Raw:
-    """A stream as its handle and nothing else."""
+    """A stream that only has a handle."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -158,14 +158,14 @@ class Raw:
 
 # -- Inside jax.jit ----------------------------------------------------------------------------------------------------
 
-# Command buffers by XLA's own choice, wherever it can, and never.
+# Command buffers as XLA chooses, wherever possible, and never.
 COMMAND_BUFFER_FLAGS = ("", "--xla_gpu_graph_min_graph_size=1", "--xla_gpu_enable_command_buffer=")
 LAUNCHED_BY = ("XLA", "handlers")
 
 
 @contextmanager
 def launched_by(how: str, jax: Any) -> Iterator[None]:
-    """Whether XLA launches kernels by itself or calls our handlers, in all that is compiled meanwhile."""
+    """Context in which compiled programs launch kernels by XLA or call our handlers."""
     from cupy_router.jax import _lower_ptx, _primitive
 
     def forget() -> None:
@@ -185,7 +185,7 @@ def launched_by(how: str, jax: Any) -> Iterator[None]:
 
 
 def printed(program: str, flag: str, how: str) -> int:
-    """Run a program with a flag of XLA's; it prints "done" and a number."""
+    """Run a program with a flag of XLA; it prints "done" and a number."""
     more = {"XLA_FLAGS": flag, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if how == "handlers":
         more["CUPY_ROUTER_JAX_HANDLERS"] = "1"

@@ -23,9 +23,9 @@ def torch() -> Any:
 
 
 def gradient(torch: Any, x: Any, weight: Any, **more: Any) -> tuple[Any, Any]:
-    """Of a loss by x and weight."""
+    """Return the gradients of a loss with respect to x and weight."""
     weights = dense_router(x, weight, METHOD, **more).weights
-    if "stream" in more:  # whoever gives a stream waits for it
+    if "stream" in more:  # the caller waits for a stream that it passes
         torch.cuda.current_stream().wait_stream(more["stream"])
     found = torch.autograd.grad(weights.square().sum(), [x, weight])
     return found[0], found[1]
@@ -68,7 +68,7 @@ def test_compiled_calls_have_the_same_gradients(torch: Any, name: str, kind: str
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("n", [1, 64, 2049, 8192, 70_000])
 def test_many_tokens(torch: Any, n: int, dtype: str) -> None:
-    """Against autograd of the twin in float32: both row layouts, few rows and many."""
+    """Compare with autograd of the twin in float32: both row layouts, few rows and many."""
     logits = on_gpu("torch").array(inputs.normal((n, 256), dtype, seed=240)).requires_grad_()
     upstream = torch.randn(n, 6, device="cuda")
     weights, indices = activation_topk(logits, METHOD)
@@ -82,7 +82,7 @@ def test_many_tokens(torch: Any, n: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_gates_keep_float32_logits(torch: Any, dtype: str) -> None:
-    """On the way back as well: gradients are those of the exact products, rounded once."""
+    """Also in the backward pass: gradients are exact products, rounded once."""
     x, weight = given(torch, dtype=dtype)
     got = gradient(torch, x, weight)
     wide = [array.detach().double().requires_grad_() for array in (x, weight)]
@@ -107,7 +107,7 @@ def test_results_are_bitwise_repeatable(torch: Any) -> None:
 
 @pytest.mark.parametrize("how", ["current stream", "stream="])
 def test_the_backward_pass_runs_on_the_stream_of_the_forward_pass(torch: Any, how: str) -> None:
-    """A slow producer in front of both, on a stream of its own: read too early, its values would be others."""
+    """A slow producer runs before both, on a separate stream. Reading too early would give other values."""
     x, weight = given(torch)
     want = gradient(torch, x, weight)
     stream = torch.cuda.Stream()
@@ -182,7 +182,7 @@ def test_autocast_does_not_round_the_backward_pass(torch: Any) -> None:
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_torch_func(torch: Any, dtype: str) -> None:
-    """Per-example gradients of eager calls, as autograd has them one by one."""
+    """Per-example gradients equal those of autograd for single examples."""
     x, weight = (a.detach() for a in given(torch, 60, dtype))
 
     def loss(x: Any, weight: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the first use of a kernel takes: compiled in under half a second, loaded from CuPy's disk cache in 50 ms."""
+"""Time of the first use of a kernel: under half a second to compile, 50 ms to load from CuPy's disk cache."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_views_of_torch_tensors() -> None:
     torch = on_gpu("torch")
     scores = inputs.normal((9, 300), "bfloat16")
     tensor = torch.array(scores)
-    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element behind an aligned base
+    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element after an aligned base
     for view in (tensor[::3], tensor[:, 7:200], tensor[:1].expand(5, 300), cut, tensor.clone().requires_grad_()):
         result = topk_select(view, 12)
         want = oracle.topk(torch.numpy(view.detach().clone()), 12)
@@ -114,7 +114,7 @@ def test_the_c_exchange_api_returns_the_current_stream() -> None:
 
 
 class OnlyDLPack:
-    """CUDA memory of a framework that nobody knows."""
+    """CUDA memory of an unknown framework."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -169,7 +169,7 @@ def deepseek() -> Any:
 
 
 def same_routing(result: Any, weights: Any, indices: Any) -> None:
-    """The same experts for every token, and their weights within 1e-6."""
+    """Check that every token has the same experts, and weights within 1e-6."""
     import torch
 
     ours, theirs = result.indices.long(), indices.long()

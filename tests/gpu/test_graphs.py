@@ -15,7 +15,7 @@ from tests.gpu.support import METHOD, NAMES, call, empty_out, on_gpu, upload
 
 
 def capture(gpu: Any, enqueue: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """The result of the captured call, and a function that replays it and waits."""
+    """Return the result of the captured call, and a function that replays it and waits."""
     if hasattr(gpu, "torch"):
         torch = gpu.torch
         side = torch.cuda.Stream()
@@ -50,7 +50,7 @@ def capture(gpu: Any, enqueue: Callable[[], Any]) -> tuple[Any, Callable[[], Non
 
 
 def put(gpu: Any, target: Any, host: np.ndarray) -> None:
-    """Other values in the same memory."""
+    """Put other values into the same memory."""
     if hasattr(gpu, "torch"):
         target.copy_(gpu.array(host))
     else:
@@ -95,7 +95,7 @@ def test_replay_with_another_num_valid(framework: str, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_a_graph_of_all_ops_in_a_row(framework: str) -> None:
-    """Select among scores that another op of the same graph made."""
+    """Select from scores that another op of the same graph computes."""
     gpu, logits = on_gpu(framework), inputs.normal((33, 256))
     table = np.stack([inputs.rng(110, r).permutation(256)[:6] for r in range(50)]).astype(np.int32)
     ids = inputs.rng(111).integers(0, 50, 33).astype(np.int32)
@@ -120,7 +120,7 @@ def test_a_graph_of_all_ops_in_a_row(framework: str) -> None:
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_a_graph_keeps_its_memory_from_others(framework: str) -> None:
-    """Between replays the framework hands out memory; none of it is a captured result's."""
+    """Memory that the framework allocates between replays is not that of a captured result."""
     gpu, case = on_gpu(framework), call("activation_topk")
     arrays = upload(gpu, case.arrays)
     result, replay = capture(gpu, lambda: case(arrays))

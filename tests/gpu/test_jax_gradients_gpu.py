@@ -49,7 +49,7 @@ def test_gradients_of_many_experts(gpu: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("n", [1, 64, 2049, 8192])
 def test_many_tokens(gpu: Any, n: int, dtype: str) -> None:
-    """Against the twin in float32 on the GPU: both row layouts, few rows and many."""
+    """Compare with the twin in float32 on the GPU: both row layouts, few rows and many."""
     jax, jnp = gpu.jax, gpu.jax.numpy
     logits = gpu.array(inputs.normal((n, 256), dtype, seed=240))
     upstream = gpu.array(inputs.normal((n, 6), seed=242))
@@ -90,7 +90,7 @@ def test_results_are_bitwise_repeatable(gpu: Any) -> None:
 
 
 def test_the_backward_pass_after_a_slow_producer(gpu: Any) -> None:
-    """Both ways are enqueued while the producer runs; read too early, its values would be others."""
+    """Both passes are enqueued while the producer runs. Reading too early would give other values."""
     jax = gpu.jax
     square = gpu.array(np.eye(8192, dtype=np.float32))
     x, weight = gpu.array(inputs.normal((64, 128), seed=247)), gpu.array(inputs.normal((256, 128), seed=248))

@@ -40,7 +40,7 @@ print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 
 
 def test_xla_launches_kernels_itself() -> None:
-    """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
+    """Where this is known to work. Otherwise calls could silently go through handlers again."""
     if on_gpu("jax").jax.__version_info__ < (0, 11):
         pytest.skip("not measured with this JAX")
     assert printed(BY_ITSELF, "", "XLA") == 2
@@ -53,7 +53,7 @@ def test_xla_launches_kernels_itself() -> None:
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_results_are_right(gpu: Any, name: str, dtype: str) -> None:
-    """Large calls, against the oracle."""
+    """Compare large calls with the oracle."""
     case = supported(name, dtype=dtype)
     result = gpu.jax.jit(lambda arrays: case(arrays))(upload(gpu, case.arrays))
     assert all(array.devices() == {gpu.device} for array in result)
@@ -117,7 +117,7 @@ def test_num_valid_is_no_constant(gpu: Any) -> None:
 
 
 def test_calls_between_slow_operations(gpu: Any) -> None:
-    """Wrong order would be wrong results: what is routed is the end of a long chain, what follows reads the results."""
+    """The input is the end of a long chain, and later steps read the results, so a wrong order gives wrong results."""
     jax = gpu.jax
     square = gpu.array(np.eye(2048, dtype=np.float32))
 
@@ -140,7 +140,7 @@ def test_calls_between_slow_operations(gpu: Any) -> None:
 
 
 def test_parts_of_arrays_at_any_offset(gpu: Any) -> None:
-    """Kernels may be chosen for buffers that begin at a multiple of 16 bytes, which is XLA's to see to."""
+    """Kernels may require buffers that are aligned to 16 bytes, which XLA guarantees."""
     jax = gpu.jax
     method = RoutingMethod(32, 4)
     logits = inputs.normal((6, 3, 33), seed=310)
@@ -235,11 +235,11 @@ print("done", len(asked))
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 @pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
 def test_with_and_without_command_buffers(flag: str, how: str) -> None:
-    """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
+    """Command buffers as XLA chooses, wherever possible, and never. A captured call does not call its handler again."""
     on_gpu("jax")
     calls = printed(COMMAND_BUFFERS, flag, how)
     print(f"{flag or 'by default'}: {calls} of {30 * 19} calls passed through the handlers")
-    assert calls == 30 or how == "handlers"  # dense_router has memory of its own
+    assert calls == 30 or how == "handlers"  # dense_router has scratch memory
 
 
 CACHED = """
@@ -258,7 +258,7 @@ print("done", len(hits))
 
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 def test_programs_of_the_compilation_cache(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one process compiled, another loads: kernels are in it, handlers have names."""
+    """One process compiles, another one loads the programs: they contain kernels, and handlers have names."""
     on_gpu("jax")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -326,7 +326,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_a_call_takes_little_longer_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
-    """The bar is 30 us until ready, which handlers miss."""
+    """The bar is 30 us until the result is ready. Handlers take longer."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("tests beside this one take its time")
     jax = gpu.jax

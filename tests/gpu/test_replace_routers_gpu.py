@@ -21,7 +21,7 @@ from tests import moe_configs, moe_models  # noqa: E402
 from tests.moe_configs import NUM_EXPERTS  # noqa: E402
 from tests.moe_models import LARGEST_ERROR, MOST_FLIPPED  # noqa: E402
 
-# Every step and every way to return results is among them. The rest takes no other path on a GPU.
+# They cover every step and every way to return results. The other families take the same paths on a GPU.
 FAMILIES = (
     "afmoe cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v4 ernie4_5_moe gemma4 glm4_moe gpt_oss granitemoe "
     "hunyuan_v1_moe inkling jamba jetmoe laguna lfm2_moe llama4 longcat_flash minimax_m2 mistral4 mixtral olmoe "
@@ -31,7 +31,7 @@ FAMILIES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def figures() -> Iterator[dict[str, Any]]:
-    """What the tests found, for the report."""
+    """Figures of the tests, for the report."""
     if not torch.cuda.is_available():
         pytest.skip("PyTorch has no CUDA device")
     found: dict[str, Any] = {
@@ -63,8 +63,10 @@ def test_bfloat16(family: str, figures: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral", "qwen3_moe"])
 def test_gradients(family: str, dtype: str) -> None:
-    """In float32 those of the model's own code. In bfloat16, where picks may differ, ours are those of float32 as
-    nearly as the model's own are."""
+    """In float32, gradients equal those of the model's code.
+
+    In bfloat16 selections may differ. There our gradients are as close to those in float32 as the model's are.
+    """
     if family not in moe_configs.families():
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     exact, ours = moe_models.gradients_twice(family, "cuda")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Framework x producer's stream x consumer's stream, with a slow producer in front: wrong order is a wrong result.
+"""Framework x producer's stream x consumer's stream, after a slow producer: a wrong order gives a wrong result.
 
-Inputs hold other values until the end of a busy stream. The caller orders arrays of PyTorch and CuPy across streams, as
-for their own functions; what comes by DLPack is ordered by its protocol.
+Inputs have other values until the end of a busy stream. The caller orders arrays of PyTorch and CuPy across streams, as
+for their own functions. Arrays passed by DLPack are ordered by its protocol.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.gpu.test_streams import Streams, slow
 SPIN = 100  # milliseconds
 OPS = ("activation_topk", "dense_router", "topk_select")
 PRODUCERS = ("default", "side")
-# Where the call runs: on the current stream, which is the producer's or waits for it, or on one that `stream=` names.
+# Stream of the call: the current one, which is the producer's or waits for it, or the one given as `stream=`.
 CONSUMERS = ("the producer's", "another, current", "another, given", "another, as a handle", "the default, given")
 
 
@@ -38,10 +38,10 @@ def wait(streams: Streams, waiting: Any, producer: Any) -> None:
 
 
 def produced(streams: Streams, op: str, producer: Any) -> tuple[Any, dict[str, Any]]:
-    """A call and its arrays, which become right late on the producer's stream; everything is compiled."""
+    """Return a call and its arrays, which the producer's stream fills late. Everything is compiled."""
     right, wrong = call(op, seed=0), call(op, seed=1)
     source, target = upload(streams.gpu, right.arrays), upload(streams.gpu, wrong.arrays)
-    # Also what only this process has not done yet: CUDA loads a kernel behind all work that is under way.
+    # Also load the kernels in this process: CUDA loads a kernel only after all work in flight.
     for given in ({}, {"stream": streams.new()}):
         for array in right(target, **given):
             streams.clone(array)
@@ -59,7 +59,7 @@ def produced(streams: Streams, op: str, producer: Any) -> tuple[Any, dict[str, A
 
 
 def consumed(streams: Streams, right: Any, target: Any, consumer: Any, how: str) -> list[Any]:
-    """Copies of the results, made on the stream where the call ran."""
+    """Return copies of the results, made on the stream of the call."""
     if how.endswith(("given", "handle")):
         result = right(target, stream=streams.handle(consumer) if how.endswith("handle") else consumer)
     else:
@@ -89,7 +89,7 @@ def test_the_table(framework: str, producer: str, how: str, op: str) -> None:
 @pytest.mark.parametrize("how", CONSUMERS[1:4])
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_wrong_order_would_show(framework: str, how: str) -> None:
-    """The same without the wait: what is read are the other values."""
+    """Without the wait, the call reads the other values."""
     streams = Streams(framework)
     first = stream_of(streams, "side")
     right, target = produced(streams, "activation_topk", first)
@@ -101,7 +101,7 @@ def test_wrong_order_would_show(framework: str, how: str) -> None:
 
 
 class Foreign(OnlyDLPack):
-    """An array of a framework with a current stream of its own."""
+    """An array of a framework with its own current stream."""
 
     def __init__(self, array: Any, stream: Any) -> None:
         super().__init__(array)
@@ -114,7 +114,7 @@ class Foreign(OnlyDLPack):
 
 @pytest.mark.parametrize(("producer", "how", "op"), [*product(PRODUCERS, ("current", "given", "handle"), OPS)])
 def test_dlpack_orders_arrays_of_unknown_frameworks(producer: str, how: str, op: str) -> None:
-    """A foreign array makes our stream wait for its producer's, of which nobody here has heard."""
+    """A foreign array makes our stream wait for the stream of its producer, which is unknown to us."""
     streams = Streams("cupy")
     first, consumer = stream_of(streams, producer), streams.new()
     right, target = produced(streams, op, first)
@@ -133,7 +133,7 @@ def test_dlpack_orders_arrays_of_unknown_frameworks(producer: str, how: str, op:
 
 @pytest.mark.parametrize(("how", "op"), [*product(("default", "side, current", "side, given"), OPS)])
 def test_jax_orders_both_ways(how: str, op: str) -> None:
-    """Behind XLA's slow producer, wherever the call runs, and before what XLA makes of its results."""
+    """The call runs after a slow producer of XLA, on any stream, and before XLA uses the results."""
     gpu, streams, case = on_gpu("jax"), Streams("cupy"), call(op)
     source, produce = upload(gpu, case.arrays), slow(gpu.jax)
     consumer = stream_of(streams, "side" if how.startswith("side") else "default")

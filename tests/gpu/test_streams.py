@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order without waiting: behind a slow producer, on the caller's stream or a given one, with inputs freed at once."""
+"""Order without waiting: after a slow producer, on the caller's or a given stream, with inputs freed at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cupy_router import topk_select
 from tests import inputs
 from tests.gpu.support import NAMES, Raw, call, empty_out, on_gpu, spin, upload
 
-SPIN = 100  # milliseconds in which a call that does not wait has long returned
+SPIN = 100  # milliseconds, much longer than a call that does not wait
 
 
 class Streams:
-    """What PyTorch and CuPy call the same things."""
+    """Common interface to the streams of PyTorch and CuPy."""
 
     def __init__(self, framework: str) -> None:
         self.gpu = on_gpu(framework)
@@ -47,7 +47,7 @@ class Streams:
         return array.clone() if self.is_torch else array.copy()
 
     def garbage(self, array: Any) -> Any:
-        """Another array of that size, full of bytes 0x7B: no small index, no sensible number."""
+        """Return another array of that size with bytes 0x7B, which are no valid index or score."""
         if self.is_torch:
             fresh = self.gpu.torch.empty_like(array)
             fresh.view(self.gpu.torch.uint8).fill_(0x7B)
@@ -68,7 +68,7 @@ def streams(request: pytest.FixtureRequest) -> Streams:
 
 
 def warm(streams: Streams, name: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Two calls of the same shapes and their arrays, everything compiled."""
+    """Return two calls of the same shapes with their arrays. Everything is compiled."""
     right, wrong = call(name, seed=0), call(name, seed=1)
     source, target = upload(streams.gpu, right.arrays), upload(streams.gpu, wrong.arrays)
     right(target)
@@ -82,7 +82,7 @@ def warm(streams: Streams, name: str) -> tuple[Any, Any, dict[str, Any], dict[st
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.acceptance("behind a slow producer on a stream of the caller's")
 def test_after_a_slow_producer(streams: Streams, name: str) -> None:
-    """The inputs become right only at the end of a busy stream: whoever runs elsewhere, or earlier, reads others."""
+    """The inputs get their values at the end of a busy stream. Reading them on another stream gives other values."""
     right, _, source, target = warm(streams, name)
     stream = streams.new()
     with streams.use(stream):
@@ -126,7 +126,7 @@ def test_on_a_given_stream(streams: Streams, name: str, given: str, out: bool) -
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["on-the-current-stream", "on-a-given-stream"])
 @pytest.mark.acceptance("inputs freed right after the call")
 def test_inputs_are_freed_right_after_the_call(streams: Streams, name: str, elsewhere: bool) -> None:
-    """The kernel waits behind a busy stream while the memory of its inputs is given away and overwritten."""
+    """The kernel waits on a busy stream while the memory of its inputs is reused and overwritten."""
     right, _, source, _ = warm(streams, name)
     side, other = streams.new(), streams.new()
     with streams.use(side):
@@ -164,11 +164,11 @@ def test_repeats_under_load_from_another_stream(streams: Streams, name: str) -> 
             np.testing.assert_array_equal(b.view(np.uint8), a.view(np.uint8))
 
 
-# -- JAX, whose streams nobody sees ------------------------------------------------------------------------------------
+# -- JAX, whose streams are not visible --------------------------------------------------------------------------------
 
 
 def slow(jax: Any) -> Any:
-    """A jitted function that gives its argument back after about a tenth of a second of matrix products."""
+    """Return a jitted function that returns its argument after about a tenth of a second of matrix products."""
     numpy = jax.numpy
 
     @jax.jit  # type: ignore[untyped-decorator]
@@ -176,7 +176,7 @@ def slow(jax: Any) -> Any:
         matrix = jax.lax.fori_loop(
             0, 200, lambda _, m: numpy.tanh(m @ m), numpy.full((4096, 4096), 0.01, numpy.float32)
         )
-        late = (matrix[0, 0] > 2).astype(numpy.int32)  # 0, which the compiler cannot know
+        late = (matrix[0, 0] > 2).astype(numpy.int32)  # 0, but unknown to the compiler
         return {key: a + late.astype(a.dtype) for key, a in arrays.items()}
 
     return produce
@@ -200,7 +200,7 @@ def test_jax_after_a_slow_producer_with_inputs_freed_at_once(name: str) -> None:
     took = time.perf_counter() - begin
     del late
     garbage = [gpu.jax.numpy.full_like(a, 123) for _ in range(20) for a in source.values()]
-    doubled = [a + a for a in result]  # consumed by XLA behind our kernel
+    doubled = [a + a for a in result]  # used by XLA after our kernel
     case.check(*map(gpu.numpy, result))
     for a, b in zip(doubled, result, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b) * 2)

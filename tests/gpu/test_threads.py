@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight threads at once, each on a stream of its own: on what is compiled, and on what all of them compile together."""
+"""Eight threads at once, each on its stream, with kernels that are compiled and kernels that all threads compile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = 8
 
 
 def together(work: Any) -> None:
-    """Run work(number) in all threads; the first error is raised here."""
+    """Run work(number) in all threads, and raise the first error."""
     with ThreadPoolExecutor(THREADS) as threads:
         for done in [threads.submit(work, number) for number in range(THREADS)]:
             done.result(timeout=120)
@@ -48,7 +48,7 @@ def test_eight_threads(framework: str, cupy: Any) -> None:
 
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_compile_together(cupy: Any) -> None:
-    """The same kernels, new to the process, wanted by all threads in the same moment."""
+    """All threads need the same new kernels at the same moment."""
     experts = 99  # no other test has this number
     logits = inputs.normal((17, experts))
     on_device = cupy.asarray(logits)
@@ -86,7 +86,7 @@ def test_a_thread_that_never_used_cuda(cupy: Any) -> None:
 
 
 def test_threads_keep_their_current_streams_apart(cupy: Any) -> None:
-    """CuPy's current stream is a thread's own: what one thread sets, the others do not see."""
+    """Each thread has its current stream of CuPy, which other threads do not change."""
     case = call("activation_topk")
     arrays = upload(on_gpu("cupy"), case.arrays)
     cupy.cuda.Device().synchronize()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select at the sizes of sparse attention, against a sort of the GPU's own, repeated under load and in graphs."""
+"""topk_select at the sizes of sparse attention, compared with a sort by CuPy, repeated under load and in graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = [
 
 
 def sorted_by_cupy(cupy: Any, scores: Any, k: int) -> Any:
-    """Columns of the k best of each row of float32 without NaN: by value, then by column."""
+    """Return the columns of the k largest of each row of float32 without NaN: by value, then by column."""
     bits = scores.view(np.uint32)
     keys = cupy.where(bits >> 31 != 0, (1 << 31) - (bits & 0x7FFFFFFF), (1 << 31) + bits).astype(np.uint64)
     columns = cupy.arange(scores.shape[1], dtype=np.uint64)
@@ -72,7 +72,7 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
 )
 @pytest.mark.acceptance("order=column", "return_values=False", "index_map and page tables")
 def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
-    """Against the sorted result without options."""
+    """Compare with the sorted result without options."""
     page_size = 64
     num_pages = rows * -(-columns // page_size)
     table = cupy.asarray(inputs.rng(9).permutation(num_pages).astype(np.int32).reshape(rows, -1))
@@ -120,7 +120,7 @@ def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: in
 @pytest.mark.acceptance("graph replay with lengths changed in place")
 @pytest.mark.parametrize(("rows", "columns", "k"), [(3, 131_072, 2048), (150, 20_000, 300)])
 def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -> None:
-    """From rows that are taken whole to rows that are sampled, and back: one plan for all."""
+    """From short rows that need no sample to long ones, and back, with one launch shape."""
     scores = inputs.normal((rows, columns))
     on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)

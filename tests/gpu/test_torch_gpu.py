@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as PyTorch's own on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
+"""The ops of torch.library on CUDA tensors: opcheck, compiled code, both kinds of graphs, streams, a second device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KERNEL = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 
 @pytest.fixture
 def torch() -> Any:
-    importlib.import_module("cupy_router.torch")  # the first call of all may be one that torch.compile traces
+    importlib.import_module("cupy_router.torch")  # the first call may be one that torch.compile traces
     return on_gpu("torch").torch
 
 
@@ -36,7 +36,7 @@ def same(got: Any, want: Any) -> None:
 
 
 def distinct(torch: Any, seed: int) -> Any:
-    """Logits in dense rows, whose order no rounding changes."""
+    """Return dense logits that no rounding can reorder."""
     return torch.from_numpy(np.ascontiguousarray(inputs.distinct(40, 32, seed=seed))).cuda()
 
 
@@ -76,7 +76,7 @@ def test_reduce_overhead_replays_a_graph(torch: Any) -> None:
 
     torch.compiler.reset()
     counters.clear()
-    _cached.forget()  # what a plan remembers must not lie in the graph's pool either
+    _cached.forget()  # memory of a cached call must not be in the graph's pool either
     compiled = torch.compile(lambda a: tuple(activation_topk(a * 2, METHOD)), fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
         logits = distinct(torch, seed)
@@ -107,7 +107,7 @@ def kinds_of_nodes(graph: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router"])
 def test_a_captured_call_is_one_kernel(torch: Any, name: str) -> None:
-    """No copy, no memset, no event: inside a CUDA graph a call costs its kernel."""
+    """No copy, no memset, no event: in a CUDA graph a call is only its kernel."""
     gpu, case = on_gpu("torch"), call(name)
     arrays = upload(gpu, case.arrays)
     case(arrays)
@@ -169,7 +169,7 @@ assert route(logits).equal(torch.compile(route, fullgraph=True)(logits))
 
 
 def test_code_from_the_cache_of_inductor_belongs_to_the_method(tmp_path: Path) -> None:
-    """Of two processes that differ in their method alone: the second one finds the first one's code."""
+    """Two processes differ in their method only, so the second one finds the code of the first in the cache."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for dtype in ("float32", "float16"):
         program = [sys.executable, "-c", CACHED, dtype]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs two GPUs: threads on both at once, streams of a device that is not current, graphs, gradients, XLA.
+"""Tests with two GPUs: threads on both at once, streams of a device that is not current, graphs, gradients, XLA.
 
 `pytest --backend=gpu tests/gpu -k "two_devices or second_device or not_current or another_current"` runs these and
 those of the other files.
@@ -60,7 +60,7 @@ def check(framework: str, case: Call, result: Any, device: int, cupy: Any) -> No
 @pytest.mark.parametrize("framework", tuple(frameworks.ON_GPU))
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_on_both(framework: str, cupy: Any) -> None:
-    """Every thread goes from device to device, without making one current, also on streams of its own."""
+    """Every thread switches between devices, without making one current, also on its own streams."""
     cases = [call(name, seed) for name in NAMES for seed in range(2)]
     arrays = {(i, device): uploaded(framework, case, device, cupy) for i, case in enumerate(cases) for device in (0, 1)}
     start = threading.Barrier(THREADS, timeout=60)
@@ -82,7 +82,7 @@ def test_eight_threads_on_both(framework: str, cupy: Any) -> None:
 
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_compile_for_both(cupy: Any) -> None:
-    """Kernels that are new to the process, wanted on both devices in the same moment."""
+    """All threads need new kernels on both devices at the same moment."""
     experts = 97  # no other test has this number
     logits = inputs.normal((17, experts))
     on_device = []
@@ -112,7 +112,7 @@ HOW = ("current", "given", "as a handle")
 
 @pytest.mark.parametrize(("framework", "name", "how"), [*product(("cupy", "torch"), NAMES, HOW)])
 def test_a_busy_stream_of_the_second(framework: str, name: str, how: str, cupy: Any) -> None:
-    """A slow producer on device 1, the call on its stream, device 0 current: wrong order is a wrong result."""
+    """A slow producer on device 1, the call on its stream, device 0 current. A wrong order gives a wrong result."""
     streams, right, wrong = Streams(framework), call(name, seed=0), call(name, seed=1)
     source, target, other = (uploaded(framework, case, 1, cupy) for case in (right, wrong, wrong))
     with cupy.cuda.Device(1):
@@ -132,7 +132,7 @@ def test_a_busy_stream_of_the_second(framework: str, name: str, how: str, cupy: 
                 streams.copy(target[key], source[key])
     assert cupy.cuda.runtime.getDevice() == 0
     if how == "current" and streams.is_torch:
-        with streams.use(producer), streams.module.device(0):  # a stream is current for its own device
+        with streams.use(producer), streams.module.device(0):  # a stream is current for its device only
             result = right(target)
     elif how == "current":
         with cupy.cuda.Device(1), producer, cupy.cuda.Device(0):
@@ -200,7 +200,7 @@ def test_one_program_on_either(name: str, how: str, cupy: Any) -> None:
 @pytest.mark.parametrize("how", ["XLA", "handlers"])
 @pytest.mark.parametrize("n", [64, 2 * 2049])
 def test_shard_map_over_both(n: int, how: str, cupy: Any) -> None:
-    """Each device routes its tokens, and the gradient of what both have is a sum over them."""
+    """Each device routes its tokens. Gradients of arrays that both have are summed over the devices."""
     jax = on_gpu("jax").jax
     devices, spec = np.array(jax.devices("gpu")[:2]), jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(devices, ("tokens",))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small call of every variant of every kernel, with ties and NaN: what the sanitizers and the soak run."""
+"""One small call of every variant of every kernel, with ties and NaN, for the sanitizers and the soak test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.topk_calls import LAUNCH_SHAPES, misleading
 
 FLOATS = ("float32", "float16", "bfloat16")
 ROWS, FEW_ROWS = 33, 5
-MANY_ROWS = 140  # more than the multiprocessors that long rows are planned for
+MANY_ROWS = 140  # more rows than a GPU has multiprocessors
 DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, elements in front
 
 
@@ -35,7 +35,7 @@ def cases() -> list[Case]:
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """A third normal, a third of few values, a third with NaN."""
+    """Return scores: a third normal, a third of few values, a third with NaN."""
     scores = inputs.normal((rows, columns), dtype, seed=rows)
     scores[1::3] = np.round(scores[1::3].astype(np.float32))
     scores[2::3, ::7] = np.nan
@@ -69,7 +69,7 @@ def _topk_select() -> Iterator[Case]:
 
 
 def _long_rows() -> Iterator[Case]:
-    """Sampled or not, in pieces or not, read once or twice, ties at the threshold, all options."""
+    """Return calls with and without a sample or pieces, rows read once or twice, ties at the threshold, all options."""
 
     def case(rows: int, columns: int, k: int, dtype: str, layout: tuple[int, int], **more: Any) -> Case:
         arrays = {"scores": _scores(rows, columns, dtype)}
@@ -101,7 +101,7 @@ def _long_rows() -> Iterator[Case]:
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
             yield replace(case(3, 5000, 300, dtype, layout, order="column", **pages(3, 5000, 16)), plan=name)
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
-            if plan is not None:  # a sample that misleads, so that rows are read again
+            if plan is not None:  # a misleading sample, so that rows are read again
                 hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
                 options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)
@@ -149,7 +149,7 @@ def _activation_topk() -> Iterator[Case]:
 
 
 def _steps() -> Iterator[Case]:
-    """Of routing methods; logits are so far apart that rounding decides nothing."""
+    """Return calls with every step of a method. Rounding decides nothing, because logits are far apart."""
     for i, method in enumerate(methods.METHODS.values()):
         rows = FEW_ROWS if method.num_experts > 1000 else ROWS
         arrays = {"logits": inputs.distinct(rows, method.num_logits)} | methods.layer_of(method, i).arguments(np.copy)
@@ -192,7 +192,7 @@ def _hash_router() -> Iterator[Case]:
 
 
 def _dense_router() -> Iterator[Case]:
-    """One launch for few tokens, cuBLAS and a second one for 100."""
+    """Return calls with few tokens for one launch, and with 100 for cuBLAS and a second launch."""
     dtypes = (("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("float16", "float16"))
     for i, score in enumerate(SCORES):
         method = RoutingMethod(72, 6, score, renormalize_eps=1e-20)
@@ -209,7 +209,7 @@ def _dense_router() -> Iterator[Case]:
 
 
 def _backward() -> Iterator[Case]:
-    """The gradient of the logits: every step of a method, rows of each dtype, and padding."""
+    """Return gradients of the logits: every step of a method, rows of each dtype, and padding."""
     for i, method in enumerate(methods.METHODS.values()):
         logits = inputs.distinct(FEW_ROWS, method.num_logits, FLOATS[i % 3] if method.num_experts < 200 else "float32")
         layer = methods.layer_of(method, i)
@@ -222,5 +222,5 @@ def _backward() -> Iterator[Case]:
 
 
 def _products(shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """Small integers, whose dot products are exact."""
+    """Return small integers, whose dot products are exact."""
     return inputs.rng(3, *shape).integers(-4, 5, shape).astype(DTYPES[dtype])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of one row by 90-digit decimals, rounded once: what float64 formulas are tested against."""
+"""Scores of one row with 90-digit decimals, rounded once, to test float64 formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAR = 1000.0  # here every score is its limit in float32
 
 
 def float32(value: float | Decimal) -> float:
-    """The nearest float32, with subnormals as 0."""
+    """Return the nearest float32, with subnormals as 0."""
     with np.errstate(over="ignore"):
         rounded = float(np.float32(float(value)))
     return 0.0 if abs(rounded) < TINY else rounded

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hypothesis draws: floats on which selections go wrong, in arrays that cannot be written."""
+"""Strategies of hypothesis: floats that are difficult to select from, in read-only arrays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ values = st.one_of(ordinary, special, unruly)
 
 @st.composite
 def words(draw: st.DrawFn, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """An array of any bit patterns, from few distinct ones, so that ties are common."""
+    """Draw an array of any bit patterns, from few distinct ones, so that ties are common."""
     infinity = INFINITY[dtype]
     size = 8 * np.dtype(DTYPES[dtype]).itemsize
     sign = 1 << (size - 1)
@@ -40,7 +40,7 @@ def words(draw: st.DrawFn, shape: tuple[int, int], dtype: str) -> np.ndarray:
 
 @st.composite
 def matrices(draw: st.DrawFn, shape: tuple[int, int], dtype: str, elements: Any = values) -> np.ndarray:
-    """An array of values worth routing."""
+    """Draw an array of logits."""
     count = shape[0] * shape[1]
     drawn = draw(st.lists(elements, min_size=count, max_size=count))
     with np.errstate(over="ignore"):
@@ -49,7 +49,7 @@ def matrices(draw: st.DrawFn, shape: tuple[int, int], dtype: str, elements: Any 
 
 @st.composite
 def methods(draw: st.DrawFn, num_experts: int, max_top_k: int = 7) -> RoutingMethod:
-    """Methods with any steps; of fewer than 8 terms NumPy makes the sum from left to right, as the oracle does."""
+    """Draw methods with any steps. NumPy adds sums of fewer than 8 terms from left to right, like the oracle."""
     fields: dict[str, Any] = {
         "score": draw(st.sampled_from(SCORES)),
         "renormalize": draw(st.booleans()),
@@ -88,13 +88,13 @@ CHOICES = [{}, {"bias_on": "logits"}, {"bias_on": "logits", "score_after_topk": 
 
 @st.composite
 def layers(draw: st.DrawFn, num_experts: int) -> dict[str, np.ndarray]:
-    """Arrays of a layer beside its gate, each there or not."""
+    """Draw arrays of a layer besides its gate, each of which may be None."""
     names = draw(st.sets(st.sampled_from(["bias", "logit_bias", "expert_scale"])))
     return {name: draw(matrices((1, num_experts), "float32"))[0] for name in sorted(names)}
 
 
 def assert_agrees(got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray, np.ndarray]) -> None:
-    """The same experts, and weights that differ by a rounding at most: of float64 to float32, or to the dtype."""
+    """Check for the same experts, and weights that differ by at most one rounding, to float32 or to the dtype."""
     assert [(array.dtype, array.shape) for array in got] == [(array.dtype, array.shape) for array in want]
     np.testing.assert_array_equal(got[1], want[1])
     rtol = {"float32": 3e-7, "float16": 2.0**-10, "bfloat16": 2.0**-7}[str(want[0].dtype)]

@@ -28,7 +28,7 @@ def test_agrees_with_the_oracle(data: st.DataObject, dtype: str, tokens: int, ex
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("experts", [1, 36, 256, 1000])
 def test_many_rows_and_each_row_alone(score: str, experts: int) -> None:
-    """More rows than one pass takes, in a strided array; bit by bit what each row gives alone."""
+    """More rows than one pass takes, in a strided array, give the same bits as each row alone."""
     rng = np.random.default_rng(experts)
     logits = rng.standard_normal((700_000 // experts, experts + 3)).astype(np.float32)[:, 1:-2]
     bias = rng.standard_normal(experts).astype(np.float32)
@@ -62,7 +62,7 @@ def test_an_infinite_score_over_a_divisor_of_0_has_weight_nan() -> None:
 
 
 def test_selection_is_in_float32() -> None:
-    """At 8 a float32 step is 2**-20: scores that differ by less tie, and the lower index wins."""
+    """At 8 a float32 step is 2**-20. Scores that differ by less tie, and the lower index wins."""
     logits = np.array([[0.5, 0.5 + 2**-23, 0.25]], np.float32)
     method = RoutingMethod(3, 2, "identity", renormalize=False)
     assert activation_topk(logits, method)[1].tolist() == [[1, 0]]

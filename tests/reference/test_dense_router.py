@@ -22,7 +22,7 @@ FINITE = st.floats(-1e4, 1e4, width=16)
 
 @given(st.data())
 def test_logits_are_rounded_once(data: st.DataObject) -> None:
-    """Against sums of fractions: the float64 product is right to far below half a float32 step but for cancellation."""
+    """Compare with sums of fractions. Except for cancellation, float64 errors are far below half a float32 step."""
     n, experts, hidden = (data.draw(st.integers(low, 6)) for low in (0, 1, 1))
     dtypes = st.sampled_from([DTYPES[name] for name in ("float32", "float16", "bfloat16")])
     x = data.draw(arrays.arrays(np.float32, (n, hidden), elements=FINITE)).astype(data.draw(dtypes))
@@ -56,7 +56,7 @@ def test_it_is_activation_topk_of_the_product(score: str, num_valid: int | None)
 
 
 def test_padding_is_not_computed() -> None:
-    """What lies in padded rows, NaN and infinity among it, raises no warning and reaches no result."""
+    """The content of padded rows, such as NaN and infinity, raises no warning and does not change results."""
     x = np.full((4, 3), np.inf, np.float32)
     x[0] = 1.0
     weights, indices = dense_router(x, np.eye(3, dtype=np.float32), RoutingMethod(3, 2), num_valid=1)
@@ -67,7 +67,7 @@ def test_padding_is_not_computed() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_router_of_transformers(dtype: str) -> None:
-    """On x of either dtype with a gate in float32, the product in float32."""
+    """x of either dtype, with a gate and a product in float32."""
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     from transformers import DeepseekV4Config

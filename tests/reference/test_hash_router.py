@@ -19,7 +19,7 @@ small = st.integers(-8, 8).map(float)  # whose products and sums are exact
 
 
 def ints(dtype: str, highest: int) -> st.SearchStrategy[int]:
-    """Mostly valid, sometimes not: around the ends and at the limits of the dtype."""
+    """Draw integers that are mostly valid, or near the ends of the range, or at the limits of the dtype."""
     limit = np.iinfo(dtype)
     wrong = [-1, highest + 1, int(limit.min), int(limit.max)] + ([2**31, 2**32] if dtype == "int64" else [])
     valid = st.integers(0, max(0, highest))
@@ -57,7 +57,7 @@ def test_agrees_with_the_oracle(data: st.DataObject, form: str, dtype: str, padd
 
 @pytest.mark.parametrize("score", SCORES)
 def test_many_tokens(score: str) -> None:
-    """More rows than one pass takes; every expert once per token, so that weights are the scores, permuted."""
+    """More rows than one pass takes. Every token has every expert once, so weights are the scores, permuted."""
     rng = np.random.default_rng(0)
     table = rng.permuted(np.broadcast_to(np.arange(64), (50, 64)), axis=-1)
     token_ids = rng.integers(0, 50, 9000)
@@ -90,7 +90,7 @@ def test_bad_rows_do_not_touch_good_ones(given: str) -> None:
     assert not weights[1:6].any()
 
 
-def test_without_a_method_experts_are_all_that_int32_holds() -> None:
+def test_without_a_method_experts_may_be_any_int32() -> None:
     table = np.array([[0, 2**31 - 1], [0, 2**31], [2**32, 0]], np.int64)
     weights, indices = hash_router(np.arange(3, dtype=np.int32), table)
     assert indices.tolist() == [[0, 2**31 - 1], [-1, -1], [-1, -1]]

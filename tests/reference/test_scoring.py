@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cupy_router.method import SCORES, RoutingMethod
-from cupy_router.reference.scoring import SCORE_FUNCTIONS, flush, gate_logits, score_logits, weigh
+from cupy_router.reference.scoring import SCORE_FUNCTIONS, flush, gate_logits, renormalize_and_scale, score_logits
 from tests import oracle
 from tests.reference import exact_scores
 from tests.reference.strategies import dtypes, matrices, thorough
@@ -25,7 +25,7 @@ def test_every_score_has_its_function() -> None:
 @thorough
 @given(data=st.data(), dtype=dtypes, columns=st.integers(1, 9))
 def test_scores_are_the_real_numbers_rounded(score: str, data: st.DataObject, dtype: str, columns: int) -> None:
-    """1 unit in the last place: float64 arithmetic may be on the other side of a tie between two float32."""
+    """Within 1 unit in the last place, because float64 arithmetic may round a tie between two float32 differently."""
     logits, method = data.draw(matrices((1, columns), dtype)), RoutingMethod(columns, 1, score)
     want = exact_scores.scores(logits[0].astype(float).tolist(), score)
     for scores in (score_logits(logits, method), oracle.score(logits, method)):
@@ -103,7 +103,7 @@ def test_softmax_of_unruly_rows(logits: list[float], expected: list[float]) -> N
 )
 def test_weights(scores: list[float], fields: dict[str, float], expected: list[float]) -> None:
     method = RoutingMethod(8, len(scores), "identity", **fields)  # type: ignore[arg-type]
-    got = weigh(np.array([scores], np.float32), method)
+    got = renormalize_and_scale(np.array([scores], np.float32), method)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, np.array([expected], np.float32))
 
@@ -117,5 +117,5 @@ def test_flush_keeps_normal_numbers() -> None:
 
 
 def test_gate_logits_are_summed_in_float64() -> None:
-    x = np.array([[2.0**30, 1.0, -(2.0**30)]] * 200_000, np.float32)  # more than one slice of rows
+    x = np.array([[2.0**30, 1.0, -(2.0**30)]] * 200_000, np.float32)  # more than one pass over the rows
     np.testing.assert_array_equal(gate_logits(x, np.ones((2, 3), np.float16)), np.ones((200_000, 2), np.float32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference against DeepSeek-V4's routers in the transformers package, on the CPU, with random weights."""
+"""The reference compared with DeepSeek-V4's routers in the transformers package, on the CPU, with random weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seeded() -> Iterator[None]:
 
 
 def build(router: type, method: RoutingMethod) -> Any:
-    """A router with a gate whose logits spread from about -6 to 6."""
+    """Return a router with a gate whose logits are between about -6 and 6."""
     from transformers import DeepseekV4Config
 
     config = DeepseekV4Config(
@@ -53,7 +53,7 @@ def build(router: type, method: RoutingMethod) -> Any:
 
 
 def scatter(weights: np.ndarray, indices: np.ndarray, num_experts: int) -> np.ndarray:
-    """[num_tokens, num_experts]: transformers leaves a token's experts in no particular order."""
+    """Return weights [num_tokens, num_experts], because transformers returns experts in no particular order."""
     dense = np.zeros((len(weights), num_experts), weights.dtype)
     np.put_along_axis(dense, indices.astype(np.int64), weights, axis=-1)
     return dense
@@ -74,7 +74,7 @@ def test_topk_router(name: str, centre: float) -> None:
     bias = router.e_score_correction_bias.normal_(mean=centre, std=0.25)
     logits, weights, indices = router(torch.randn(NUM_TOKENS, HIDDEN))
 
-    # Where the last chosen and the first left out are closer than rounding, either is right: leave those tokens out.
+    # Skip tokens whose last selected and first rejected experts are closer than rounding: both are right.
     selection = router.score_fn(logits.double()) + bias.double()
     ranked = selection.sort(descending=True).values
     clear = ranked[:, method.top_k - 1] - ranked[:, method.top_k] > 4 * 2**-23 * (1 + centre)
