@@ -79,7 +79,7 @@ def check_same_choice(ours: Any, theirs: Any) -> None:
     """Check that a rival's indices, a tensor, equal ours, except in a few rows where rounding decides."""
     share = float((ours == cupy.from_dlpack(theirs.int())).all(axis=1).mean())
     if share < 0.99:
-        raise ValueError(f"chooses as we do in only {share:.1%} of the rows")
+        raise ValueError(f"selects the same experts as cupy_router in only {share:.1%} of the rows")
 
 
 def attempt(what: str, function: Action) -> Any:

@@ -18,7 +18,7 @@ MARKERS = (
     "backends(*names): runs only with these --backend",
     "needs_kernels: runs only where the ops run kernels, not the NumPy reference",
     "many_kernels: compiles a kernel for every case; with --backend=simt every third case runs",
-    "slow(reason, every=None): left out without --all, but for every so many cases; reason is one of SLOW",
+    "slow(reason, every=None): left out without --all, except one case in `every`; reason is one of SLOW",
 )
 SLOW = ("compiler", "process", "seconds")  # runs g++ or NVRTC; starts a process; computes for long
 COMPILING = {"simt", "test_compile.py"}  # folders and files whose tests compile kernels

@@ -200,26 +200,26 @@ def devices() -> None:
     right(activation_topk(logits, METHOD, bias=host["bias"]), third, committed=False)
     assert isinstance(activation_topk(host["logits"], METHOD, bias=jax.device_put(bias, second)).weights, np.ndarray)
 
-    said = (
+    text = (
         "activation_topk: all arrays must lie on one device, got logits float32 [9, 32] on cpu:1, bias float32 [32] on "
     )
     logits = jax.device_put(host["logits"], second)
     for device, its in ((third, "cpu:2"), (first, "cpu")):
-        fails(said + its, lambda device=device: activation_topk(logits, METHOD, bias=jax.device_put(bias, device)))
-    said = "Router: all arrays must lie on one device, got weight float32 [32, 8] on cpu:2, bias float32 [32] on cpu:1"
+        fails(text + its, lambda device=device: activation_topk(logits, METHOD, bias=jax.device_put(bias, device)))
+    text = "Router: all arrays must lie on one device, got weight float32 [32, 8] on cpu:2, bias float32 [32] on cpu:1"
     weight = jax.device_put(jnp.ones((32, 8)), third)
-    fails(said, lambda: Router(METHOD, weight=weight, bias=jax.device_put(bias, second)))
+    fails(text, lambda: Router(METHOD, weight=weight, bias=jax.device_put(bias, second)))
 
 
 def several_devices() -> None:
     """Only a traced call takes arrays on several devices; errors name them."""
-    where, said = mesh(a=AUTO), "must lie on one device outside of jax.jit, got a JAX array on 4 devices"
+    where, text = mesh(a=AUTO), "must lie on one device outside of jax.jit, got a JAX array on 4 devices"
     logits, bias = put(jnp.ones((8, 32)), where, "a"), put(jnp.zeros(32), where)
-    fails(f"activation_topk: logits {said}", lambda: activation_topk(logits, METHOD))
-    fails(f"activation_topk: bias {said}", lambda: activation_topk(jnp.ones((8, 32)), METHOD, bias=bias))
-    fails(f"activation_topk: bias {said}", lambda: activation_topk(np.ones((8, 32), "f"), METHOD, bias=bias))
-    fails(f"Router: weight {said}", lambda: Router(METHOD, weight=logits))
-    fails(f"Router: bias {said}", lambda: Router(METHOD, weight=jnp.ones((32, 8)), bias=bias))
+    fails(f"activation_topk: logits {text}", lambda: activation_topk(logits, METHOD))
+    fails(f"activation_topk: bias {text}", lambda: activation_topk(jnp.ones((8, 32)), METHOD, bias=bias))
+    fails(f"activation_topk: bias {text}", lambda: activation_topk(np.ones((8, 32), "f"), METHOD, bias=bias))
+    fails(f"Router: weight {text}", lambda: Router(METHOD, weight=logits))
+    fails(f"Router: bias {text}", lambda: Router(METHOD, weight=jnp.ones((32, 8)), bias=bias))
     # Together with a tracer they are valid, in any order.
     scale = jnp.ones(32)
     got = jax.grad(lambda scale: (activation_topk(logits, METHOD, expert_scale=scale).weights ** 2).sum())(scale)

@@ -296,34 +296,34 @@ def steps(row: Row) -> str:
     method = row.method
     if method is None:
         return ""
-    said = []
+    found = []
     if "input_scale" in row.tensors:
-        said.append("norm")
+        found.append("norm")
     if "logit_bias" in row.tensors:
-        said.append("logit bias")
+        found.append("logit bias")
     if method.logit_scale != 1.0:
-        said.append("logit scale")
+        found.append("logit scale")
     if method.logit_softcap is not None:
-        said.append("soft cap")
+        found.append("soft cap")
     score = f"{method.score} of the chosen" if method.score_after_topk else str(method.score)
-    said.append(score)
+    found.append(score)
     if "table" in row.tensors:
-        said.append("table")
+        found.append("table")
     if "bias" in row.tensors:
-        said.append("bias on logits" if method.selects_on_logits else "bias")
+        found.append("bias on logits" if method.selects_on_logits else "bias")
     if method.num_groups > 1:
-        said.append(f"groups by {method.group_score}")
+        found.append(f"groups by {method.group_score}")
     if method.shared_in_normalizer:
-        said.append("shared experts in the sum")
+        found.append("shared experts in the sum")
     elif method.renormalize and method.renormalize_min is not None:
-        said.append(f"sum, at least {method.renormalize_min:g}")
+        found.append(f"sum, at least {method.renormalize_min:g}")
     elif method.renormalize and not (method.score_after_topk and method.score == "softmax"):
-        said.append("sum" + (f" + {method.renormalize_eps:g}" if method.renormalize_eps else ""))
+        found.append("sum" + (f" + {method.renormalize_eps:g}" if method.renormalize_eps else ""))
     if method.scale != 1.0 or "total_scale" in row.tensors:
-        said.append("scale")
+        found.append("scale")
     if "expert_scale" in row.tensors:
-        said.append("scale of each expert")
-    return ", ".join(said)
+        found.append("scale of each expert")
+    return ", ".join(found)
 
 
 def lines(rows: list[Row]) -> list[str]:

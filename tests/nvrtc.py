@@ -101,7 +101,7 @@ def parse_log(log: str, function: str, architecture: str) -> Resources:
             if None not in required:
                 registers, stores, loads, stack = (number or 0 for number in required)
                 return Resources(registers, stores + loads, stack, numbers["shared"] or 0)
-    raise ValueError(f"the log does not say what {function} needs on {architecture}:\n{log}")
+    raise ValueError(f"the log has no resources of {function} on {architecture}:\n{log}")
 
 
 def section(elf: bytes, wanted: str) -> bytes:

@@ -128,7 +128,7 @@ class Wrappers(PyTorch):
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         kind = type(array).__name__
-        raise ValueError(f"{name} must be a tensor with memory of its own, got a {kind}: pass the tensor within")
+        raise ValueError(f"{name} must be a tensor with its own memory, got a {kind}: pass the tensor that it wraps")
 
 
 TRACERS = (_Wrapper,)

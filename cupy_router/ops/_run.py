@@ -102,7 +102,7 @@ def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream:
     for interceptor in interceptors:
         if interceptor.wants(op, inputs):
             return interceptor.run(op, options, inputs, out, stream, number)
-    raise RuntimeError(f"{op.label}: got an array without memory outside of what traces it")
+    raise RuntimeError(f"{op.label}: got a traced array outside of its trace")
 
 
 def _mark_written(op: Op, inputs: tuple[Any, ...]) -> None:

@@ -147,9 +147,9 @@ def topk_select(
         order: order of the selected entries in a row. "value": by descending score, equal scores by ascending column.
             "column": by ascending column. "any": the fastest order, the same on every run. All three select the same
             entries, and empty entries come last.
-        return_values: False: `values` is None and takes no memory. index_map: [num_rows or 1, at least num_columns /
-        page_size] int32, a table of pages. An index i >= 0 is replaced
-            by its position in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.
+        return_values: False: `values` is None and takes no memory.
+        index_map: [num_rows or 1, at least num_columns / page_size] int32, a table of pages. An index i >= 0 is mapped
+            to its position in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.
         page_size: columns in a page of `index_map`, at least 1. Mapped indices have to fit int32.
         out: a :class:`TopK` of preallocated arrays (`values` None without values), filled in place and returned.
         stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream

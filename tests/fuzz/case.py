@@ -125,9 +125,9 @@ class Canvas:
     def is_clean(self) -> bool:
         """Return whether all memory around the result still has its mark."""
         now = self.backend.numpy(self.memory)
-        beside = np.ones(now.shape, bool)
-        self._result(beside)[...] = False
-        return bool((now[beside].view(np.uint8) == self.MARK).all())
+        outside = np.ones(now.shape, bool)
+        self._result(outside)[...] = False
+        return bool((now[outside].view(np.uint8) == self.MARK).all())
 
 
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
@@ -140,7 +140,7 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
         out = case.kind(*(canvas.array for canvas in canvases))
         result = call(case.op, case.as_of_rows, case.plan, **given, out=out)
         assert result is out
-        assert all(canvas.is_clean() for canvas in canvases), "something beside the results was written"
+        assert all(canvas.is_clean() for canvas in canvases), "something outside the results was written"
     for name, array in case.arrays.items():
         compare.assert_same_bits(backend.numpy(given[name]), array)  # inputs are only read
     return tuple(backend.numpy(array) for array in result)

@@ -28,7 +28,7 @@ from tests.backends import Backend, GpuBackend
 from tests.fuzz.case import Case, arguments, check, function
 from tests.gpu.variants import cases
 
-MEMORY_SLACK = 4 << 20  # bytes by which a warm pool may still grow: one block for a stream, but not one for each call
+MEMORY_SLACK = 4 << 20  # allowed growth of a warm pool in bytes: one block for a stream, but not one for each call
 
 
 class Host:

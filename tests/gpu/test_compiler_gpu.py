@@ -48,7 +48,7 @@ def first_uses(cache: Path) -> dict[str, float]:
 @pytest.mark.acceptance("first use: 0.5 s cold, 50 ms from disk")
 def test_first_use_of_a_kernel(tmp_path: Path, record_property: Any, pytestconfig: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("tests beside this one take its time")
+        pytest.skip("other tests run at the same time")
     runs = [first_uses(tmp_path / str(turn)) for turn in range(3)]
     cold = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     warm = [first_uses(tmp_path / "0") for _ in range(3)]

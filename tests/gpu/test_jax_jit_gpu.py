@@ -328,7 +328,7 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
 def test_a_call_takes_little_longer_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
     """The bar is 30 us until the result is ready. Handlers take longer."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("tests beside this one take its time")
+        pytest.skip("other tests run at the same time")
     jax = gpu.jax
     method = RoutingMethod(256, 6)
     logits = gpu.array(inputs.normal((64, 256)))

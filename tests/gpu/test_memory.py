@@ -19,7 +19,7 @@ from cupy_router import RoutingMethod, activation_topk, dense_router, hash_route
 from tests import frameworks, inputs, jax_calls
 from tests.gpu.support import LAUNCHED_BY, NAMES, call, empty_out, launched_by, on_gpu, upload
 
-pytestmark = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="tests beside this one take memory")
+pytestmark = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests allocate at the same time")
 
 MIB = 2**20
 ROWS, COLUMNS = 2**15, 2048  # 256 MiB of float32: a copy would be hard to overlook

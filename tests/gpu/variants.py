@@ -97,12 +97,12 @@ def _long_rows() -> Iterator[Case]:
             yield case(rows, columns, 200, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), order="column")
-        for j, (name, plan) in enumerate(LAUNCH_SHAPES.items()):
+        for j, (name, shape) in enumerate(LAUNCH_SHAPES.items()):
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
             yield replace(case(3, 5000, 300, dtype, layout, order="column", **pages(3, 5000, 16)), plan=name)
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
-            if plan is not None:  # a misleading sample, so that rows are read again
-                hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
+            if shape is not None:  # a misleading sample, so that rows are read again
+                hidden = {"scores": misleading(shape, 2, 12_000, dtype, shows_best=False)}
                 options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)
     yield case(1, 70_000, 8000, "float32", DENSE)
