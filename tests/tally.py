@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from cupy_router.ops._cached import Kernel, launch_with
-from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Options, Result, layer, row
+from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Result, layer, row
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
 

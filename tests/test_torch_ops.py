@@ -255,9 +255,9 @@ def test_tensor_wrappers_are_refused_by_name() -> None:
     with FakeTensorMode():
         fake = torch.empty(3, 16)
         assert topk_select(fake, 2).indices.shape == (3, 2)  # within the mode it is an op like any other
-    with pytest.raises(ValueError, match="logits must be a tensor with memory of its own, got a FakeTensor"):
+    with pytest.raises(ValueError, match="logits must be a tensor with its own memory, got a FakeTensor"):
         activation_topk(fake, METHOD)
-    with pytest.raises(ValueError, match="bias must be a tensor with memory of its own, got a FakeTensor"):
+    with pytest.raises(ValueError, match="bias must be a tensor with its own memory, got a FakeTensor"):
         activation_topk(torch.empty(3, 16), METHOD, bias=fake[0])
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anything else that speaks DLPack, read from its capsule with ctypes.
+"""Arrays of any other library with DLPack, read from their capsule with ctypes.
 
-Results are of the caller's own namespace where it follows the array API standard, else CuPy arrays, or NumPy for CPU
-memory.
+Results belong to the caller's library if that follows the array API standard. Otherwise they are CuPy arrays, or NumPy
+arrays for CPU memory.
 
-The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
+The C layout follows dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def consumer_stream(stream: int) -> int:
-    """A stream handle as `__dlpack__` wants it: the legacy default stream is 1, since 0 would be ambiguous."""
+    """Return a stream handle for `__dlpack__`: the legacy default stream is 1, since 0 would be ambiguous."""
     return stream or 1
 
 
@@ -79,7 +79,7 @@ class DLPack(Framework):
     delivers = True
 
     def export(self, array: Any, stream: int | None) -> tuple[object, Tensor, bool]:
-        """What keeps the memory, its tensor, and whether it is read-only; `stream` will wait for the producer."""
+        """Return the owner of the memory, its tensor, and whether it is read-only; `stream` waits for the producer."""
         on_cuda = array.__dlpack_device__()[0] == CUDA
         wanted = {"stream": consumer_stream(stream)} if on_cuda and stream is not None else {}
         try:
@@ -135,7 +135,7 @@ class DLPack(Framework):
         return _cupy.on_stream(stream, like.__dlpack_device__()[1])
 
     def deliver(self, array: Any, like: Any) -> Any:
-        """An array of the caller's own namespace where it has one (the array API standard), else as allocated."""
+        """Convert an array to the library of `like`, if that follows the array API standard."""
         namespace = getattr(like, "__array_namespace__", None)
         return array if namespace is None else namespace().from_dlpack(array)
 
@@ -144,7 +144,7 @@ class DLPack(Framework):
 
 
 class _Memory(np.ndarray[Any, Any]):
-    """CPU memory of another framework, with the capsule that keeps it."""
+    """CPU memory of another framework, with the capsule that keeps it alive."""
 
     capsule: object
 

@@ -18,7 +18,7 @@ from cupy_router.ops._op import Op
 def function_of(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     """Return a function of the given arrays, in the order of the op's inputs, to a tuple of its results.
 
-    It checks nothing: the call has been checked, and what is made of it is right by construction.
+    It checks nothing, because the call has been checked already.
     """
     text = _call_text.encode(options, given, number)
 
@@ -40,7 +40,7 @@ def _batched(
     in_batched: Sequence[bool],
     *arrays: Any,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    """Return the results of `size` calls at once; each of several devices makes those that it has."""
+    """Return the results of `size` calls. If the calls are sharded over devices, each device runs its own."""
     if op.vmap == "refuse":
         raise ValueError(f"{op.label}: jax.vmap cannot map over it, call it for each entry instead")
     calls = _calls_at_once(op, options, given, number, tuple(in_batched))
@@ -49,10 +49,10 @@ def _batched(
 
 @lru_cache(maxsize=1024)
 def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in_batched: tuple[bool, ...]) -> Any:
-    """Return a function of arrays of which some have a leading axis of calls.
+    """Return a function of arrays, some of which have a leading axis of calls.
 
-    Where rows are independent of each other, those of all calls are rows of one. num_valid counts within each call, so
-    it is applied to the results instead. Where calls differ in the layer's own arrays, they run one after the other.
+    If rows are independent of each other, the rows of all calls are merged into one call. num_valid counts within each
+    call, so it is applied to the results instead. Calls that differ in arrays of the layer run one after the other.
     """
 
     def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
@@ -101,8 +101,8 @@ def _merge(array: Any, batched: bool, size: int) -> Any:
 
 
 def _one_by_one(one_call: Any, in_batched: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
-    def one(slices: Sequence[Any]) -> Any:
-        rest = iter(slices)
+    def one(entries: Sequence[Any]) -> Any:
+        rest = iter(entries)
         return one_call(*(next(rest) if batched else array for array, batched in zip(arrays, in_batched, strict=True)))
 
     return tuple(jax.lax.map(one, [array for array, batched in zip(arrays, in_batched, strict=True) if batched]))

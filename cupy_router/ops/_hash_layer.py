@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hash layer as `Router` calls it: x first, and the way to the weights that is the least work for the shape."""
+"""A hash layer as `Router` calls it: x first, and the gate GEMM or single dot products, whichever is less work."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HashLayer(Op):
 
     def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, x, weight = options.method, arrays.x, arrays.weight
-        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate
+        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
         few = arrays.token_ids.shape[0] * method.top_k <= most
         if weight is not None and not few and gemm.why_not(x.device) is None:
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
@@ -80,9 +80,9 @@ def hash_layer(
     out: Any,
     stream: Any,
 ) -> Routing:
-    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights.
+    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, with uniform weights if `weight` is None.
 
-    Results are of the framework of x.
+    Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
@@ -90,7 +90,7 @@ def hash_layer(
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
-    """Return the arrays of a hash layer as those of `hash_router`, by x and the gate or by these logits."""
+    """Return the arrays of a hash layer as arguments of `hash_router`, with these logits or with x and the gate."""
     found = {name: getattr(arrays, name, None) for name in (*hash_router.OP.names, *hash_router.OP.result_names)}
     found["logits"] = logits
     if arrays.weight is None or logits is not None:

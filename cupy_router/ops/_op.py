@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration of an op: all that the runner and the framework packages know of it.
+"""The declaration of an op, from which the runner and the framework packages derive everything.
 
-From an :class:`Op` are derived: the checks of dtypes and shapes, the shapes of the results, the schema and the fake
+Derived from an :class:`Op` are the checks of dtypes and shapes, the shapes of the results, the schema and the fake
 implementation of torch.library, the custom-call target and the abstract results of JAX, vmap, sharding, and the lists
-of ops that tests go through.
+of ops in tests.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from cupy_router.arrays import Output, View
-from cupy_router.method import from_text
 from cupy_router.ops import _checks as check
+from cupy_router.ops._options import options_of
 from cupy_router.tuning import Gpu
 
 if TYPE_CHECKING:
@@ -31,37 +28,6 @@ FLOATS, INTS, IDS = (
     ("uint8", "int16", "uint16", "int32", "int64"),
 )
 ANY: tuple[str, ...] = ()  # any dtype: the op moves bytes
-
-
-class Options:
-    """Base of the options of an op: frozen dataclasses of methods, options, strings, numbers, bools, None and tuples.
-
-    An op with a :class:`RoutingMethod` has it as the field `method`.
-    """
-
-    @property
-    def text(self) -> str:
-        """The options as JSON, which means the same in every process: how graphs carry them."""
-        # Plain string operations, because torch.compile traces this.
-        names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
-        return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
-
-
-def _as_json(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
-    if isinstance(value, float):
-        return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join([_as_json(item) for item in value]) + "]"
-    return value.text  # type: ignore[no-any-return]  # a method, or options within options
 
 
 @dataclass(frozen=True)
@@ -84,7 +50,7 @@ class Input:
 
 
 def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False) -> Input:
-    """Declare an input with an entry for each row of the call."""
+    """Declare an input with one entry for each row of the call."""
     return Input(name, "row", _split(axes), dtypes, required)
 
 
@@ -131,12 +97,12 @@ class Result:
 
     @cached_property
     def axis_names(self) -> tuple[str, ...]:
-        """The axes, one by one."""
+        """Names of the axes as a tuple."""
         return _split(self.axes)
 
 
 class Arrays:
-    """The arrays of one call as attributes: views, or host arrays for the reference. None for what is left out."""
+    """The arrays of one call as attributes: views, or host arrays for the reference. None if left out."""
 
     def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
         self.__dict__.update(zip(names, arrays, strict=True))
@@ -146,7 +112,7 @@ class Arrays:
         def __getattr__(self, name: str) -> Any: ...
 
     def given(self, *names: str) -> list[str]:
-        """Return those of the names that are not None."""
+        """Return the names of the arrays that are not None, among these."""
         return [name for name in names if self.__dict__[name] is not None]
 
     def replaced(self, **arrays: Any) -> Arrays:
@@ -162,8 +128,8 @@ class Arrays:
 class Op:
     """One op: a subclass declares it as class attributes, followed by its methods, and has one instance.
 
-    name: of the op in graphs and files.
-    label: how its errors begin; the name by default.
+    name: its name in graphs and files.
+    label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
     returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
@@ -179,7 +145,7 @@ class Op:
 
     name: str
     label: str = ""
-    options: Any  # the dataclass
+    options: Any  # a subclass of Options
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
@@ -189,25 +155,25 @@ class Op:
     gradient = ""
     single_kernel = False
 
-    # -- What an op defines --------------------------------------------------------------------------------------------
+    # -- Defined by each op --------------------------------------------------------------------------------------------
 
     def sizes(self, options: Any) -> Mapping[str, int]:
         """Return the sizes of axes that follow from the options alone."""
         return {}
 
     def result_sizes(self, options: Any, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return sizes of further axes of results, from those of options and inputs, which may be symbolic."""
+        """Return the sizes of further axes of results, from the known sizes, which may be symbolic."""
         return {}
 
     def check(self, options: Any, arrays: Arrays) -> None:
-        """Raise what is wrong with views of inputs whose dtypes and shapes are as declared."""
+        """Check rules beyond the declared dtypes and shapes, on views of the inputs."""
 
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Return the launch, or several, for views of inputs and results, chosen for this GPU."""
+        """Choose the kernel, or several, for views of inputs and results on this GPU."""
         raise NotImplementedError
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
+        """Return the existing results as NumPy arrays. Inputs are host arrays with `num_valid` valid rows."""
         raise NotImplementedError
 
     def example(self) -> Any:
@@ -215,11 +181,11 @@ class Op:
         raise NotImplementedError
 
     def max_rows(self, options: Any) -> int | None:
-        """Return the largest number of rows that merged calls may have; None: any."""
+        """Return the most rows that a call may have; None: any number."""
         return None
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
-        """Return whether this call is the launch of one kernel without scratch memory."""
+        """Return whether this call is one launch without scratch memory."""
         return self.single_kernel
 
     def __init_subclass__(cls) -> None:
@@ -228,7 +194,7 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
-    # -- Derived once --------------------------------------------------------------------------------------------------
+    # -- Derived from the declaration ----------------------------------------------------------------------------------
 
     names: tuple[str, ...]  # of the inputs
     result_names: tuple[str, ...]  # of all results, also of those that exist for some options only
@@ -278,7 +244,7 @@ class Op:
     def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[str | None]) -> tuple[Output, ...]:
         """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
 
-        The one place where they are computed. Checks nothing, and takes symbolic sizes.
+        Sizes may be symbolic. Nothing is checked.
         """
         sizes = dict(self.sizes(options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
@@ -355,7 +321,7 @@ class Op:
         return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
-        """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
+        """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
         sizes = dict(self.sizes(options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
@@ -373,8 +339,8 @@ class Op:
         self.check(options, Arrays(self.names, views))
 
     def options_of(self, text: str) -> Any:
-        """Return the options of a text that a graph carries."""
-        return _options_of(self.options, text)
+        """Return the options from their text, as a graph contains it."""
+        return options_of(self.options, text)
 
 
 def _split(axes: str) -> tuple[str, ...]:
@@ -393,21 +359,3 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
 def _all_exist(op: Op, options: Any) -> bool:
     """Return whether all results of an op exist, for options or their fields."""
     return len(op.existing(op.as_options(options))) == len(op.results)
-
-
-@lru_cache(maxsize=4096)
-def _options_of(kind: Any, text: str) -> Any:
-    nested: dict[str, Any] = {
-        name: option
-        for name, hint in get_type_hints(kind).items()
-        for option in (hint, *get_args(hint))
-        if isinstance(option, type) and issubclass(option, Options)
-    }
-
-    def value(name: str, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return tuple(value) if isinstance(value, list) else value
-        text = json.dumps(value)
-        return _options_of(nested[name], text) if name in nested else from_text(text)
-
-    return kind(**{name: value(name, field) for name, field in json.loads(text, strict=False).items()})
