@@ -16,15 +16,9 @@
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"
 
-#ifndef SHARE
-#define SHARE 0
-#endif
-#ifndef DENSE
-#define DENSE 0  // rows of x, gate and results follow each other
-#endif
-#ifndef KEEP_LOGITS
-#define KEEP_LOGITS 0  // for tests: the logits are left in place of the first slice's partial sums
-#endif
+SPECIALISED int SHARE = 0;
+SPECIALISED bool DENSE = false;        // rows of x, gate and results follow each other
+SPECIALISED bool KEEP_LOGITS = false;  // for tests: the logits are left in place of the first slice's partial sums
 
 static_assert(OUTPUTS <= 32, "a lane holds a column of the results");
 
@@ -74,7 +68,7 @@ __device__ constexpr int longest_word() {
 // Logits of the tokens first .. first + count - 1 from the slices' partial sums, in order, and their scores, or prepared
 // logits, in shared memory.
 __device__ __forceinline__ void gather_scores(float* partials, int first, int count, const float* logit_bias,
-                                              const Numbers& numbers) {
+                                              const MethodNumbers numbers) {
     constexpr int N = longest_word();
     constexpr int WORDS = COLUMNS / N;
     static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
@@ -110,7 +104,7 @@ struct Results {
     index_t* indices;
     int64_t weights_stride, indices_stride;
     const float* expert_scale;
-    Numbers numbers;
+    MethodNumbers numbers;
 };
 
 // One warp: a row of scores, or logits, in shared memory to the experts and weights of a token.
@@ -152,9 +146,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                         const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                         index_t* __restrict__ indices, unsigned* counters, float* partials, int num_valid_value,
-                        long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
-                        float logit_scale, float logit_softcap, float shared_weight, long long x_stride,
-                        long long weight_stride, long long weights_stride, long long indices_stride) {
+                        long long num_tokens, const MethodNumbers numbers, long long x_stride, long long weight_stride,
+                        long long weights_stride, long long indices_stride) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -180,7 +173,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
 
     const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
-    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {
         gather_scores(group_partials, first, tokens, logit_bias, numbers);

@@ -3,9 +3,7 @@
 // cannot step: one block per row, adjacent threads on adjacent columns.
 #include "device/types.cuh"
 
-#ifndef DTYPE
-#define DTYPE 2
-#endif
+SPECIALISED int DTYPE = 2;
 
 typedef Scalar<DTYPE>::type scalar_t;
 

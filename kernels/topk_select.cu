@@ -10,36 +10,16 @@
 #include "select/warp_topk.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
-#ifndef TOP_K
-#define TOP_K 6
-#endif
-#ifndef LANES
-#define LANES 32
-#endif
-#ifndef PER_LANE
-#define PER_LANE 8
-#endif
-#ifndef WHOLE_ROWS
-#define WHOLE_ROWS 1
-#endif
-#ifndef ALIGNED
-#define ALIGNED 1
-#endif
-#ifndef ENDS_AT
-#define ENDS_AT 1  // lengths of rows are multiples of it
-#endif
-#ifndef DENSE
-#define DENSE 0  // rows of scores and results follow each other
-#endif
-#ifndef HAS_LENGTHS
-#define HAS_LENGTHS 0
-#endif
-#ifndef HAS_STARTS
-#define HAS_STARTS 0
-#endif
+SPECIALISED int DTYPE = 0;
+SPECIALISED int TOP_K = 6;
+SPECIALISED int LANES = 32;
+SPECIALISED int PER_LANE = 8;
+SPECIALISED bool WHOLE_ROWS = true;
+SPECIALISED bool ALIGNED = true;
+SPECIALISED int ENDS_AT = 1;     // lengths of rows are multiples of it
+SPECIALISED bool DENSE = false;  // rows of scores and results follow each other
+SPECIALISED bool HAS_LENGTHS = false;
+SPECIALISED bool HAS_STARTS = false;
 
 typedef Scalar<DTYPE>::type score_t;
 

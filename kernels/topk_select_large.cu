@@ -7,11 +7,9 @@
 #include "long_rows/radix.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
+SPECIALISED int DTYPE = 0;
 
-#define BLOCK 1024
+constexpr int BLOCK = 1024;
 
 typedef Scalar<DTYPE>::type score_t;
 

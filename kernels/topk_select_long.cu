@@ -18,30 +18,14 @@
 #include "long_rows/stream.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
-#ifndef BLOCK
-#define BLOCK 512
-#endif
-#ifndef BLOCKS  // on a multiprocessor
-#define BLOCKS 2
-#endif
-#ifndef CAPACITY
-#define CAPACITY 2048
-#endif
-#ifndef VECTORS  // of the sample that a thread reads
-#define VECTORS 1
-#endif
-#ifndef LOADS
-#define LOADS 4
-#endif
-#ifndef SPLIT
-#define SPLIT 0
-#endif
-#ifndef FITS
-#define FITS 0  // no row has more than CAPACITY scores
-#endif
+SPECIALISED int DTYPE = 0;
+SPECIALISED int BLOCK = 512;
+SPECIALISED int BLOCKS = 2;  // on a multiprocessor
+SPECIALISED int CAPACITY = 2048;
+SPECIALISED int VECTORS = 1;  // of the sample that a thread reads
+SPECIALISED int LOADS = 4;
+SPECIALISED bool SPLIT = false;
+SPECIALISED bool FITS = false;  // no row has more than CAPACITY scores
 
 typedef Scalar<DTYPE>::type score_t;
 typedef RowPiece<DTYPE, BLOCK, LOADS> Piece;
@@ -49,7 +33,7 @@ typedef RowSample<Piece, DTYPE, BLOCK, VECTORS> Sample;
 typedef BlockSort<BLOCK, CAPACITY> Sort;
 typedef unsigned long long Entry;
 
-#define SHARED_BYTES (8 * CAPACITY + 4 * Sort::NUM_SLOTS)
+constexpr int SHARED_BYTES = 8 * CAPACITY + 4 * Sort::NUM_SLOTS;
 
 static_assert(!FITS || !SPLIT, "a row that fits is not split");
 static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");

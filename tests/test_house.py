@@ -26,7 +26,8 @@ OPS = ["activation_topk", "activation_topk_backward", "dense_router", "hash_rout
 # Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
 MAY_IMPORT = {
     "watch": set(),
-    "compiler": {"watch"},
+    "declarations": set(),
+    "compiler": {"declarations", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "score_function", "scratch"},
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
-    "jax": {"arrays", "compiler", "method", "ops", "router"},
+    "jax": {"arrays", "compiler", "declarations", "method", "ops", "router"},
     "__init__": {"method", "ops", "results", "router", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "method", "results"},
     "__main__": {"cli"},
@@ -182,6 +183,7 @@ def test_kernel_files_have_ptx_with_twins_and_nothing_of_the_system(name: str) -
     for line, reader in readers(KERNEL_FILES[name].read_text()):
         if re.match(r"\s*#\s*include\s+<", line):
             assert reader == "cpu", f"only a C++ twin, which the GPU never sees, may use the standard library: {line}"
+        assert not re.match(r"\s*#\s*(ifndef|undef)\b", line) or "MMA" in line, "constants are SPECIALISED"
         if re.search(r"\basm\b", line.partition("//")[0]):
             assert name.endswith(".cuh"), "PTX lives in headers"
             assert reader == "gpu", f"no C++ twin: {line}"

@@ -191,7 +191,7 @@ def kernel(
         if method.top_groups < method.num_groups > _MAX_WIDE_GROUPS:
             raise ValueError(f"num_groups must be at most {_MAX_WIDE_GROUPS} on a GPU, got {method.num_groups}")
         function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
-        return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
+        return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, headers(method))
     lanes, columns = layout.lanes_and_columns(num_experts, layout.lanes_needed(method))
     dealt = dealt_lanes(method, num_tokens)
     if dealt:

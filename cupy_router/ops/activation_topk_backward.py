@@ -157,7 +157,7 @@ def kernel(
         if repeated and num_weighed > _MAX_REPEATED:
             raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
         function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
-        return Kernel("activation_topk_backward", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers)
+        return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, headers)
     lanes, _ = layout.lanes_and_columns(method.num_logits, num_weighed)
     needs_rows = method.score == "softmax" and not method.score_after_topk
     if not needs_rows and not layout.few(num_tokens):

@@ -23,7 +23,7 @@ _MAX_WARPS = 8  # of a token where each has dot products of its own
 _SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
 _BLOCK = 128  # threads that serve tokens from table and logits
-_UNKNOWN_EXPERTS = 2**31  # what int32 indices can hold
+_UNKNOWN_EXPERTS = 0  # whatever int32 indices can hold
 
 
 def hash_router(
@@ -202,7 +202,7 @@ def kernel(
             macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
-        return Kernel("hash_router", "hash_router_products", macros, grid, 32 * warps, fixed, headers(method))
+        return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
     lanes = layout.MAX_LANES
     if method is None or logits is None or not needs_whole_rows(method):
         while lanes // 2 >= (top_k if method is None else method.num_columns):

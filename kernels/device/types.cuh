@@ -6,9 +6,13 @@
 
 typedef long long int64_t;
 
-#define FULL_WARP 0xffffffffu
+// Declares a constant that is chosen for each specialisation: cupy_router/compiler.py replaces the value that stands in
+// the file, which is a default. One declaration a line.
+#define SPECIALISED constexpr
 
-// Code behind it is laid out of the way: at small sizes much of a kernel's time is the fetching of its instructions.
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+// Code after it is laid out of the way: at small sizes much of a kernel's time is the fetching of its instructions.
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 struct Float16 {

@@ -6,7 +6,7 @@
 #include "device/block_scan.cuh"
 #include "select/order_bits.cuh"
 
-#define RADIX 256
+constexpr int RADIX = 256;
 
 struct KthKey {
     unsigned key;

@@ -15,7 +15,7 @@ template <typename T>
 struct LogitRow {
     const T* logits;
     const float* logit_bias;
-    Numbers numbers;
+    MethodNumbers numbers;
 
     __device__ __forceinline__ float operator[](int64_t column) const {
         return prepare(to_float(logits[column]), logit_bias, column, numbers);

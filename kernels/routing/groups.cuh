@@ -7,16 +7,6 @@
 #include "routing/method.cuh"
 #include "select/order_key.cuh"
 
-#ifndef NUM_GROUPS
-#define NUM_GROUPS 0  // all experts can be chosen
-#endif
-#ifndef TOP_GROUPS
-#define TOP_GROUPS 1
-#endif
-#ifndef GROUP_TOP2
-#define GROUP_TOP2 0
-#endif
-
 constexpr int GROUP_SIZE = NUM_EXPERTS / (NUM_GROUPS > 0 ? NUM_GROUPS : 1);
 
 static_assert(NUM_GROUPS == 0 || (GROUP_SIZE * NUM_GROUPS == NUM_EXPERTS && TOP_K <= GROUP_SIZE * TOP_GROUPS),

@@ -5,9 +5,7 @@
 
 #include "device/types.cuh"
 
-#ifndef HAS_NUM_VALID
-#define HAS_NUM_VALID 0  // 1: the count is in device memory
-#endif
+SPECIALISED bool HAS_NUM_VALID = false;  // 1: the count is in device memory
 
 // The number as it came, for kernels that wait for other things first.
 __device__ __forceinline__ int fetch_valid(const int* num_valid, int num_valid_value) {

@@ -1,37 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scores of logits and weights of scores, in float32; results that would be subnormal are 0 (compiled with -ftz=true).
 //
-// SCORE: 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax, 4 a function of the caller's. Sigmoid and sqrt(softplus) stay within 1e-6 relative of
-// float64 over the whole range; softmax within 1e-6 + 6e-8 |x - max|.
+// Sigmoid and sqrt(softplus) stay within 1e-6 relative of float64 over the whole range; softmax within
+// 1e-6 + 6e-8 |x - max|.
 #pragma once
 
-#include "routing/score_function.cuh"
-#include "device/types.cuh"
 #include "device/warp.cuh"
+#include "routing/config.cuh"
+#include "routing/score_function.cuh"
 
-#ifndef SCORE
-#define SCORE 2
-#endif
-#ifndef RENORMALIZE
-#define RENORMALIZE 1
-#endif
-#ifndef HAS_EPS
-#define HAS_EPS 0  // renormalize_eps is not 0
-#endif
-#ifndef HAS_MIN
-#define HAS_MIN 0  // there is a renormalize_min
-#endif
-
-static_assert(SCORE >= 0 && SCORE <= 4, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax or 4 own");
-
-#define IDENTITY 0
-#define SIGMOID 1
-#define SQRTSOFTPLUS 2
-#define SOFTMAX 3
-#define OWN 4
-
-#define NAN_BITS 0x7fc00000u
-#define INFINITY_BITS 0x7f800000u
+constexpr unsigned NAN_BITS = 0x7fc00000u, INFINITY_BITS = 0x7f800000u;
 
 // What a row's scores need to know of the whole row: nothing, but for softmax.
 struct SoftmaxStatistics {
@@ -50,8 +28,7 @@ __device__ __forceinline__ float precise_exp(float magnitude, float high, float 
     return power * fabsf(fmaf(fmaxf(rest, -1.0f), -0.693147181f, 1.0f));
 }
 
-#define LOG2E_HIGH 1.44269502f
-#define LOG2E_LOW 1.92596299e-8f
+constexpr float LOG2E_HIGH = 1.44269502f, LOG2E_LOW = 1.92596299e-8f;
 
 // log1p(t) / t on 0..1: a polynomial (our fit, 2.0e-7 relative).
 __device__ __forceinline__ float log1p_ratio(float t) {
@@ -106,7 +83,7 @@ __device__ __forceinline__ float score_of(float logit, const SoftmaxStatistics& 
 // A cheap value that no score exceeds by more than SCORE_BOUND_ERROR. It may be far above small scores, and is any value for
 // NaN.
 constexpr bool HAS_SCORE_BOUND = SCORE == SQRTSOFTPLUS || SCORE == SIGMOID;
-#define SCORE_BOUND_ERROR 1e-5f
+constexpr float SCORE_BOUND_ERROR = 1e-5f;
 
 // sqrt(max(x, 0) + log(1 + exp(-|x|))), whose sum has an error of 3e-7. From a root of 0.013 on that is less than 1e-5
 // of the root, and the sum is kept above the square of that. Sigmoid has an error of 1e-6 wherever it is.
@@ -119,7 +96,7 @@ __device__ __forceinline__ float score_bound(float x) {
 __device__ __forceinline__ bool is_nan(float value) { return value != value; }
 
 // Sums of scores: identity scores and a caller's own may be as large as floats get, so that their sum needs a wider type.
-template <int Score>
+template <Score>
 struct Total {
     typedef float type;
 };

@@ -34,7 +34,7 @@ __device__ __forceinline__ float score_gradient(float logit, float factor) {
 }
 
 // How a prepared logit grows with the logit: 1 / cosh(x / cap)^2 = 4 t / (1 + t)^2 with t = exp(-2 |x / cap|).
-__device__ __forceinline__ float prepare_gradient(float scaled_logit, const Numbers& numbers) {
+__device__ __forceinline__ float prepare_gradient(float scaled_logit, const MethodNumbers numbers) {
     float gradient = 1.0f;
     if (LOGIT_CAPPED) gradient = 4.0f * sigmoid_gradient(2.0f * (scaled_logit / numbers.logit_softcap), 1.0f);
     if (LOGIT_SCALED) gradient *= numbers.logit_scale;

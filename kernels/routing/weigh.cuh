@@ -79,7 +79,7 @@ __device__ __forceinline__ total_t sum_of(const float (&scores)[N]) {
 // As score_chosen, and weights come out.
 template <typename Team, int N>
 __device__ __forceinline__ void weigh(float (&values)[N], const int64_t (&experts)[N], int first, int stride,
-                                      bool routed, const float* expert_scale, const Numbers& numbers) {
+                                      bool routed, const float* expert_scale, const MethodNumbers numbers) {
     score_chosen<Team>(values, first, stride, routed);
     const total_t total = sum_of<Team>(values);
 #pragma unroll 8

@@ -13,7 +13,7 @@
 template <typename Team, int N>
 __device__ __forceinline__ float weigh_backward(float (&gradients)[N], float (&scores)[N], const float (&logits)[N],
                                                 const int64_t (&experts)[N], int first, int stride, bool routed,
-                                                const float* expert_scale, const Numbers& numbers) {
+                                                const float* expert_scale, const MethodNumbers numbers) {
     score_chosen<Team>(scores, first, stride, routed);
     const total_t total = sum_of<Team>(scores);
     Divisor divisor = {total_t(1), true, false};

@@ -26,7 +26,7 @@ __device__ constexpr unsigned infinity_bits() {
     return Code == 1 ? 0x7c000000u : 0x7f800000u;
 }
 
-#define ZERO_KEY 0x80000000u
+constexpr unsigned ZERO_KEY = 0x80000000u;
 
 // As order_key.
 template <int Code>

@@ -6,8 +6,8 @@
 
 #include "device/ptx.cuh"
 
-#define NO_KEY 0u   // below every score: padding, or an entry already taken
-#define NAN_KEY 1u  // -inf has key 0x00800000, so there is capacity below it
+constexpr unsigned NO_KEY = 0u;   // below every score: padding, or an entry already taken
+constexpr unsigned NAN_KEY = 1u;  // -inf has key 0x00800000, so there is capacity below it
 
 // A float's bits are a sign and a magnitude that orders like an integer, so the key is the magnitude counted up or down
 // from the middle. Integers only: a float operation would flush subnormals into ties.

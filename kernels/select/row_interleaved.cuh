@@ -13,9 +13,7 @@
 #include "device/row_load.cuh"
 #include "device/warp.cuh"
 
-#ifndef INTERLEAVED
-#define INTERLEAVED 0  // 1: the words of a row are interleaved over its LANES lanes; 0: a lane has adjacent columns
-#endif
+SPECIALISED bool INTERLEAVED = false;  // the words of a row are; else a lane has adjacent columns
 
 // The largest multiple of 4 up to `most` that divides per_lane.
 __device__ constexpr int largest_divisor(int per_lane, int most) {
