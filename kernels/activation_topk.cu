@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
-// LANES threads hold a row in registers, up to 1024 experts and 32 winners; activation_topk_wide.cu has every other
-// size. They score all logits, select on the order-preserving key of score + bias, and lane r writes the r-th best
-// expert and its weight. INTERLEAVED: they select on bounds of the scores, several rows to a warp, and score only the
-// best.
+// LANES threads hold a row in registers, up to 1024 experts and 32 winners; for other sizes see
+// activation_topk_wide.cu. They score all logits and select by order-preserving keys of score + bias; lane r writes the
+// expert of rank r and its weight. INTERLEAVED: they select by bounds of the scores, several rows to a warp, and
+// compute the scores of the best only.
 #include "routing/choose_experts.cuh"
 #include "routing/num_valid.cuh"
 #include "routing/softmax_statistics.cuh"
@@ -14,7 +14,7 @@ SPECIALISED int DTYPE = 0;
 SPECIALISED int LANES = 32;
 SPECIALISED int PER_LANE = 8;
 SPECIALISED bool ALIGNED = true;
-SPECIALISED bool BIAS_ALIGNED = true;  // that of both biases
+SPECIALISED bool BIAS_ALIGNED = true;  // both biases are
 SPECIALISED bool DENSE = false;        // rows of logits and results follow each other
 
 typedef Scalar<DTYPE>::type logit_t;
@@ -24,8 +24,8 @@ typedef LogitRow<logit_t> Row;
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
 
-// Blocks that ptxas is told to fit on a multiprocessor. From sm_100 on, and for some interleaved rows, it spills registers
-// to fit more, unless it is told how many are wanted. 0: not told.
+// Blocks on a multiprocessor that ptxas is asked for; 0: not asked. From sm_100 on, and for some interleaved rows, it
+// otherwise spills registers to fit more blocks.
 constexpr bool UNEVEN = LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int LEAST_BLOCKS = 1;
@@ -33,7 +33,7 @@ constexpr int LEAST_BLOCKS = 1;
 constexpr int LEAST_BLOCKS = INTERLEAVED && (LOGIT_CAPPED || UNEVEN) ? 1 : 0;
 #endif
 
-// From what the row's lanes chose to the expert and the weight of this lane.
+// Turn the choice of the row's lanes into the expert and the weight of this lane.
 __device__ __forceinline__ void weigh_chosen(int column, float value, const Row& row, const float* expert_scale,
                                              int lane, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
     expert[0] = expert_of(lane, column);
@@ -42,7 +42,7 @@ __device__ __forceinline__ void weigh_chosen(int column, float value, const Row&
     weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, valid, expert_scale, row.numbers);
 }
 
-// By bounds of the scores, then by the exact scores of the best.
+// Route by bounds of the scores, then by the exact scores of the best.
 template <typename Layout>
 __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const float* expert_scale, int lane,
                                                 bool valid, int64_t (&expert)[1], float (&weight)[1]) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bia
     const bool in_order = choice.in_order(lane), complete = choice.complete();
     bool settled = !__any_sync(FULL_WARP, valid && !(in_order && complete));
 #pragma unroll 1
-    while (true) {  // weights are worked out before it is known that the choice is right, which it nearly always is
+    while (true) {  // weights are computed before the choice is known to be right, which it nearly always is
         weigh_chosen(choice.own.column, choice.own.value, row, expert_scale, lane, valid, expert, weight);
         if (!UNLIKELY(!settled)) break;
         choice.sort(lane);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bia
     }
 }
 
-// By the exact scores of all. Padding can be read as well, and need not wait for num_valid.
+// Route by the exact scores of all experts. Padding is read too, so that loads need not wait for num_valid.
 template <int Lanes, int PerLane>
 __device__ __forceinline__ void route_by_scores(const Row& row, const float* bias, const float* expert_scale, int lane,
                                                 bool exists, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
@@ -100,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
     const int lane = threadIdx.x % LANES;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (warp * ROWS_PER_WARP >= num_tokens) return;
-    // Whole warps stay together: a row that does not exist goes along, without being read or in the place of row 0.
+    // Whole warps stay together: lanes of a row that does not exist go along, without reading it or with row 0 in its
+    // place.
     const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
     const bool exists = token < num_tokens, valid = token < num_routed;

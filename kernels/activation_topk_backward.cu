@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of rows of logits from that of the weights of their chosen experts: activation_topk and hash_router with
-// logits, backwards, in one pass over the result.
+// The gradient with respect to the logits, from that with respect to the weights: the backward pass of activation_topk,
+// and of hash_router with logits, in one pass over the result.
 //
-// But for a softmax over the whole row, only the k chosen of a row's columns are not 0, and only their logits are read.
-// So a row is written as zeros by 16-byte words, while indices and logits are in flight, and then, after a barrier, the
-// chosen columns once more; a softmax has the whole row in place of the zeros.
+// Unless there is a softmax over the whole row, only the columns of the chosen experts are not 0, and only their logits
+// are read. The row is first written as zeros by 16-byte words, while indices and logits are in flight; after a barrier
+// the chosen columns are written again. A softmax has a full row in place of the zeros.
 //
-// LANES threads serve a row, a lane per weight, up to 32; a softmax holds the row in their registers, up to 1024
-// columns. activation_topk_backward_wide.cu has every other size.
+// LANES threads serve a row, a lane per weight, up to 32. For a softmax they hold the row in registers, up to 1024
+// columns. For other sizes see activation_topk_backward_wide.cu.
 //
-// A row in which an index is no expert, as in padding, gets zeros. REPEATED: an expert may be in a row more than once.
+// A row with an index that is no expert, such as padding, gets zeros. REPEATED: an expert may be in a row more than
+// once.
 #include "device/row_load.cuh"
 #include "routing/gradient_row.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "routing/weigh_backward.cuh"
 
 SPECIALISED int LANES = 32;
-SPECIALISED bool ALIGNED = true;  // rows of logits start at multiples of what UNIT of them take
+SPECIALISED bool ALIGNED = true;  // rows of logits start at multiples of UNIT of them
 SPECIALISED bool DENSE = false;   // rows of all arrays follow each other
 
 static_assert(WEIGHED <= LANES && LANES <= 32, "a lane per weight");
@@ -24,7 +25,7 @@ static_assert(WEIGHED <= LANES && LANES <= 32, "a lane per weight");
 constexpr int UNITS = WHOLE_ROW_SOFTMAX ? (NUM_LOGITS + UNIT * LANES - 1) / (UNIT * LANES) : 1;  // of each lane
 constexpr int TEAM = WHOLE_ROW_SOFTMAX ? LANES : power_of_two_from(WEIGHED);  // lanes that need the sums
 
-// The scaled logits of a row, UNIT * LANES apart a unit of each lane; NaN where there is no column.
+// Load the scaled logits of a row; units are interleaved over the lanes. NaN where there is no column.
 __device__ __forceinline__ void load_row(const logit_t* logits, const float* logit_bias, int lane,
                                          const MethodNumbers numbers, float (&values)[UNITS * UNIT]) {
 #pragma unroll
@@ -60,7 +61,7 @@ __device__ __forceinline__ void store_row(gradient_t* row, int lane, const float
     }
 }
 
-// The sum of the gradients of one expert goes to its first place; false at the others.
+// Sum the gradients of each expert in its first place. Return false in its other places.
 __device__ __forceinline__ bool sum_repeated(int64_t expert, int lane, float& gradient) {
     float sum = 0.0f;
     bool first = true;
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const int lane = threadIdx.x % LANES;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (warp * ROWS_PER_WARP >= num_tokens) return;
-    // Whole warps stay together: lanes vote and sum, also those of rows that do not exist.
+    // Whole warps stay together: lanes of rows that do not exist vote and sum too.
     const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const bool exists = row < num_tokens;
     const bool weighed = exists && lane < WEIGHED;
@@ -135,6 +136,6 @@ extern "C" __global__ void __launch_bounds__(256)
             whole_row[j] = 0.0f - softmax_term(whole_row[j], statistics, softmax_factor, numbers);
         if (exists) store_row(target, lane, whole_row);
     }
-    __syncwarp();  // what was written so far lies below what comes now
+    __syncwarp();  // orders the stores so far before those below
     if (good && routed && first) store_float(target + expert[0], gradient[0]);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of rows of logits from that of the weights of their chosen experts: one block per row, any size.
+// The gradient with respect to the logits for rows and k of any size: one block per row.
 #include "routing/gradient_row.cuh"
 #include "routing/weigh_backward.cuh"
 
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
                 if (place < WEIGHED) place_gradients[place] = gradients[p];
             }
         }
-        __syncthreads();  // what was written so far lies below what comes now
+        __syncthreads();  // orders the stores so far before those below
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             const int place = p * WIDE_THREADS + threadIdx.x;
@@ -94,6 +94,6 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             if (WHOLE_ROW_SOFTMAX) gradient -= softmax_term(scaled_logits[p], statistics, softmax_factor, numbers);
             if (first) store_float(target + experts[p], gradient);
         }
-        if (REPEATED) __syncthreads();  // their places are used again
+        if (REPEATED) __syncthreads();  // before place_gradients is used again
     }
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Score, bias, top-k, renormalisation and scale of rows of logits that no warp holds: one block per row, any size.
+// Score, bias, top-k, renormalisation and scale of rows of logits for rows and k of any size: one block per row.
 //
-// Each of TOP_K rounds looks through the whole row for the best entry after the previous one, so that nothing has to be
-// stored: right for any size, not fast.
+// Each of TOP_K rounds scans the whole row for the best entry after the previous one, so that nothing is stored: right
+// for any size, not fast.
 #include "routing/choose_experts.cuh"
 #include "routing/num_valid.cuh"
 #include "routing/weigh.cuh"
@@ -19,7 +19,7 @@ constexpr int PLACES = (OUTPUTS + WIDE_THREADS - 1) / WIDE_THREADS;  // of each 
 __shared__ unsigned group_keys[NUM_GROUPS > 0 ? NUM_GROUPS : 1];
 __shared__ bool group_kept[NUM_GROUPS > 0 ? NUM_GROUPS : 1];
 
-// A row whose experts are scored again in each round.
+// A row whose experts are scored anew in each round.
 struct WideRow {
     Row row;
     const float* bias;
@@ -31,7 +31,7 @@ struct WideRow {
     }
 };
 
-// A warp at a time looks at a group; then each group counts those before it.
+// A warp ranks the experts of one group at a time; then each group counts those before it.
 __device__ __forceinline__ void find_best_groups(const WideRow& row) {
     const int lane = threadIdx.x % 32;
     for (unsigned group = threadIdx.x / 32; group < NUM_GROUPS; group += WIDE_THREADS / 32) {
@@ -92,7 +92,8 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
                 best = rank < last && rank > best ? rank : best;
             }
             last = block_reduce(best, 0ull, Maximum());
-            if (threadIdx.x == round % WIDE_THREADS) index[round] = column_of(last);  // read again by this thread
+            if (threadIdx.x == round % WIDE_THREADS)
+                index[round] = column_of(last);  // this thread reads it again below
         }
 
         int64_t experts[PLACES];

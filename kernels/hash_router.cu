@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Experts by a table of token ids, with uniform weights or weights from the scores of a gate.
 //
-// SOURCE UNIFORM or LOGITS: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is
-// wider). Token id, table row and logits are three dependent loads, so that many small tokens in flight are what makes it
-// fast.
-// SOURCE PRODUCTS: a block serves a token, its warps compute the dot products of x with only the rows of the gate that
-// are needed: those of the token's experts, or all of them if softmax asks for the whole row. PARTS > 0: PARTS warps
-// share each of the token's dot products, with the loads of UNROLL words of both factors in flight at once; nothing
-// waits for the check of the table's entries. The grid has a block for every token.
+// SOURCE UNIFORM or LOGITS: LANES threads serve a token, a lane per place (lane, lane + LANES, ... for wider tables).
+// Token id, table row and logits are three dependent loads, so speed comes from many small tokens in flight.
+// SOURCE PRODUCTS: a block serves a token. Its warps compute the dot products of x with only those rows of the gate
+// that are needed: the rows of the experts of the token, or all rows for a softmax over the whole row. PARTS > 0: PARTS
+// warps share each dot product (split-K), with the loads of UNROLL vectors of both operands in flight; nothing waits
+// for the check of the table entries, and there is a block for every token.
 #include "device/vector8.cuh"
 #include "routing/num_valid.cuh"
 #include "routing/weigh.cuh"
@@ -24,7 +23,7 @@ SPECIALISED int WARPS = 8;       // of a block, for products
 SPECIALISED bool DENSE = false;  // rows of table, logits and results follow each other
 SPECIALISED int PARTS = 0;
 SPECIALISED int UNROLL = 4;
-SPECIALISED int HIDDEN = 4096;    // with PARTS > 0
+SPECIALISED int HIDDEN = 4096;    // if PARTS > 0
 SPECIALISED bool ALIGNED = true;  // rows of x and gate start at 16-byte words, and hidden is a multiple of 8
 
 typedef Integer<TOKEN_ID_BYTES>::type token_id_t;
@@ -32,7 +31,7 @@ typedef Integer<TABLE_BYTES>::type expert_t;
 typedef Scalar<DTYPE>::type scalar_t;
 typedef Scalar<WEIGHT_DTYPE>::type gate_t;
 
-// The parameters of the kernel. Numbers are read where they lie (__grid_constant__): that keeps registers free.
+// The parameters of the kernel. The numbers are read where they lie (__grid_constant__), which keeps registers free.
 struct Call {
     const token_id_t* token_ids;
     const expert_t* table;
@@ -81,7 +80,7 @@ __device__ __forceinline__ void route_by_table(const Call& call) {
     const int64_t indices_stride = DENSE ? OUTPUTS : call.indices_stride;
     const int lane = threadIdx.x % Lanes;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (warp * TOKENS_PER_WARP >= call.num_tokens) return;  // whole warps, because lanes vote and sum their scores
+    if (warp * TOKENS_PER_WARP >= call.num_tokens) return;  // whole warps, since lanes vote and sum
     const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / Lanes;
 
     const int64_t valid = valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
@@ -96,7 +95,7 @@ __device__ __forceinline__ void route_by_table(const Call& call) {
         const int place = p * Lanes + lane;
         experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
     }
-    // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
+    // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
     float values[PLACES];
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
@@ -131,19 +130,19 @@ __device__ __forceinline__ void route_by_table(const Call& call) {
     }
 }
 
-// A block for a token: a warp for each of Parts parts of its TOP_K products.
+// Route a token by a block: a warp for each of Parts parts of its TOP_K dot products.
 template <int Parts>
 __device__ __forceinline__ void route_by_parts_of_products(const Call& call) {
     static_assert(!WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32,
                   "only the products of chosen experts are needed");
     static_assert(TOP_K * Parts == WARPS && WARPS <= 32, "a warp for each part of a token's products");
-    constexpr int STEP = 256 * Parts;  // elements that the warps of a product read at once
+    constexpr int STEP = 256 * Parts;  // elements that the warps of a product read together
     constexpr bool WHOLE_STEPS = ALIGNED && HIDDEN % (STEP * UNROLL) == 0;
     __shared__ float sums[Parts][TOP_K];
     const int lane = threadIdx.x % 32, place = threadIdx.x / 32 % TOP_K, part = threadIdx.x / 32 / TOP_K;
 
     const int64_t row = blockIdx.x;
-    // Of padding as well, so that neither load waits.
+    // For padding too, so that neither load waits.
     const int64_t token_id = static_cast<int64_t>(call.token_ids[row]);
     const bool is_valid = row < valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
     const int first = part * 256 + lane * 8;
@@ -203,7 +202,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call) {
     }
 }
 
-// The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
+// Return the dot product of two vectors in every lane. Each lane sums in order, then the lanes do: repeatable.
 __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, int64_t hidden, int lane) {
     float sum = 0.0f;
     for (int64_t i = lane * 8; i < hidden; i += 256) {
@@ -213,7 +212,7 @@ __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, in
     return lanes_sum<32>(sum);
 }
 
-// A block for a token, a warp for a product at a time.
+// Route tokens by a block each, one dot product of a warp at a time.
 template <int Warps>
 __device__ __forceinline__ void route_by_products(const Call& call) {
     constexpr int PLACES = (OUTPUTS + 32 * Warps - 1) / (32 * Warps);  // of each thread
@@ -246,8 +245,8 @@ __device__ __forceinline__ void route_by_products(const Call& call) {
         };
         SoftmaxStatistics statistics = {0.0f, 0.0f};
         if (WHOLE_ROW_SOFTMAX) {
-            // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that
-            // grows.
+            // Maximum and sum in one pass: the sum is relative to the maximum of the warp so far, and rescaled when
+            // that grows.
             float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
             for (int e = warp; e < NUM_EXPERTS; e += Warps) {
                 const float logit = logit_of(e);
@@ -282,7 +281,7 @@ __device__ __forceinline__ void route_by_products(const Call& call) {
             store_float(row_weights + place, values[p]);
             row_indices[place] = static_cast<index_t>(experts[p]);
         }
-        __syncthreads();  // shared_values may be used again
+        __syncthreads();  // before shared_values is used again
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's part of the gate GEMM: TOKENS rows of x times EXPERTS_PER_BLOCK rows of the gate, over one of SPLITS parts of
-// hidden, left in shared memory as WARP_SPLITS sums for each token and expert, [warp split][token][ROW]. Every sum is
-// taken in a fixed order, so that results are repeatable.
+// A block's part of the gate GEMM: TOKENS rows of x times EXPERTS_PER_BLOCK rows of the gate, over one of SPLITS parts
+// of hidden (split-K). It leaves WARP_SPLITS sums for each token and expert in shared memory, [warp split][token][ROW].
+// Every sum is taken in a fixed order, so results are repeatable.
 #pragma once
 
 #include "gate/gemm_fma.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's part of the gate GEMM by float32 FMA, for any mix of types: a warp has EXPERTS_PER_WARP experts and the whole
+// The gate GEMM of a block by float32 FMA, for any mix of types. A warp has EXPERTS_PER_WARP experts and the whole
 // split, which its lanes divide.
 #pragma once
 
@@ -15,13 +15,13 @@ constexpr int UNROLL = STEPS < 4 ? STEPS : 4;
 
 template <typename X, typename Gate>
 __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_stride, int64_t weight_stride,
-                                    int first_expert, int slice, int num_tokens, float* shared_sums) {
+                                    int first_expert, int split, int num_tokens, float* shared_sums) {
     const int lane = threadIdx.x % 32, own_experts = threadIdx.x / 32 * EXPERTS_PER_WARP;
-    const int end = min((slice + 1) * SPLIT_SIZE, HIDDEN);
+    const int end = min((split + 1) * SPLIT_SIZE, HIDDEN);
     float sums[EXPERTS_PER_WARP][TOKENS] = {};
 #pragma unroll UNROLL
     for (int step = 0; step < STEPS; ++step) {
-        const int column = slice * SPLIT_SIZE + step * 256 + lane * 8;
+        const int column = split * SPLIT_SIZE + step * 256 + lane * 8;
         Vector8<Gate> w[EXPERTS_PER_WARP];
         Vector8<X> v[TOKENS];
 #pragma unroll

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's part of the gate GEMM by tensor cores, for inputs of one 16-bit type.
+// The gate GEMM of a block by tensor cores, for inputs of one 16-bit type.
 //
-// Experts lie on the 16 rows of mma.m16n8k16, tokens on its 8 columns. A row's 8 neighbours along hidden are one 16-byte
-// load; the same permutation of hidden in both factors makes of them what a lane needs for two products. Warps divide the
-// block's experts (EXPERTS_PER_WARP each) and then its split; their sums meet in shared memory.
+// Experts lie on the 16 rows of mma.m16n8k16, tokens on its 8 columns. A lane loads 8 neighbours along hidden, 16
+// bytes, and uses them as its elements of two products: the same permutation of hidden in both operands changes no sum.
+// Warps divide the experts of the block (EXPERTS_PER_WARP each) and then its split; their sums meet in shared memory.
 #pragma once
 
 #include "device/mma.cuh"
@@ -12,10 +12,10 @@
 
 namespace mma_gemm {
 
-constexpr int STEP = 32;  // hidden elements of four lanes with a word each, and of two products
+constexpr int STEP = 32;  // along hidden: four lanes with 8 elements each, for two products
 constexpr int M_TILES = at_least_1(EXPERTS_PER_WARP / 16);
 constexpr int N_TILES = quotient(TOKENS, 8);
-constexpr int CHAINS = M_TILES * N_TILES < 4 ? 2 : 1;  // of products that wait for each other, for each tile
+constexpr int CHAINS = M_TILES * N_TILES < 4 ? 2 : 1;  // of dependent products for each tile
 constexpr int ALL_STEPS = quotient(HIDDEN, STEP);
 static_assert(ALL_STEPS < 0x7fffffff / (SPLITS * WARP_SPLITS), "parts of hidden are counted in int");
 constexpr int STEPS = quotient(ALL_STEPS, SPLITS* WARP_SPLITS);  // of a warp, at most
@@ -33,10 +33,10 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4
 
 template <typename X, typename Gate>
 __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_stride, int64_t weight_stride,
-                                    int first_expert, int slice, int num_tokens, float* shared_sums) {
+                                    int first_expert, int split, int num_tokens, float* shared_sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int layer = warp / WARPS_ALONG_EXPERTS, own_experts = warp % WARPS_ALONG_EXPERTS * EXPERTS_PER_WARP;
-    const int part = slice * WARP_SPLITS + layer;  // of hidden, this warp's; parts differ by a step at most
+    const int warp_split = warp / WARPS_ALONG_EXPERTS, own_experts = warp % WARPS_ALONG_EXPERTS * EXPERTS_PER_WARP;
+    const int part = split * WARP_SPLITS + warp_split;  // of hidden, for this warp; parts differ by at most one step
     const int end = min((part + 1) * ALL_STEPS / (SPLITS * WARP_SPLITS) * STEP, HIDDEN);
     const int begin = part * ALL_STEPS / (SPLITS * WARP_SPLITS) * STEP + lane % 4 * 8;
 
@@ -98,7 +98,7 @@ __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_st
                 const int token = 8 * t + lane % 4 * 2 + i % 2;
                 const int expert = own_experts + 16 * m + lane / 4 + i / 2 * 8;
                 const float sum = CHAINS == 1 ? sums[0][m][t][i] : sums[0][m][t][i] + sums[CHAINS - 1][m][t][i];
-                if (token < TOKENS) shared_sums[(layer * TOKENS + token) * ROW + expert] = sum;
+                if (token < TOKENS) shared_sums[(warp_split * TOKENS + token) * ROW + expert] = sum;
             }
         }
     }

@@ -37,7 +37,7 @@ SPECIALISED bool HAS_EXPERT_SCALE = false;
 SPECIALISED int RESULT_DTYPE = 0;      // of the weights
 SPECIALISED bool INDEX_INT64 = false;  // indices are int64; else int32
 
-// -- MethodNumbers ----------------------------------------------------------------------------------------------------------
+// -- Numbers ----------------------------------------------------------------------------------------------------------
 
 // A parameter of every kernel that knows methods.
 struct MethodNumbers {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of the gradient with respect to the logits: zeros but for the chosen experts, or what a softmax adds everywhere.
+// A row of the gradient with respect to the logits: zeros but for the chosen experts, or the contribution of a softmax
+// to every logit.
 #pragma once
 
 #include "routing/score_gradient.cuh"
@@ -11,7 +12,7 @@ SPECIALISED bool REPEATED = false;       // an expert may be in a row more than 
 typedef Scalar<DTYPE>::type logit_t;
 typedef Scalar<GRADIENT_DTYPE>::type gradient_t;
 
-constexpr int UNIT = 16 / sizeof(gradient_t);  // columns that are written at once
+constexpr int UNIT = 16 / sizeof(gradient_t);  // columns that are written together
 constexpr int64_t WHOLE_UNITS = NUM_LOGITS / UNIT;
 
 __device__ __forceinline__ bool takes_words(const gradient_t* row) {
@@ -20,7 +21,7 @@ __device__ __forceinline__ bool takes_words(const gradient_t* row) {
 
 __device__ __forceinline__ bool is_expert(int64_t index) { return index >= 0 && index < NUM_EXPERTS; }
 
-// By Threads threads, of which this is number `thread`.
+// Zero a row by Threads threads, of which this is number `thread`.
 template <int Threads>
 __device__ __forceinline__ void store_zeros(gradient_t* row, int thread) {
     constexpr int64_t EACH = WHOLE_UNITS / Threads, REST = WHOLE_UNITS % Threads;
@@ -36,10 +37,11 @@ __device__ __forceinline__ void store_zeros(gradient_t* row, int thread) {
     for (int64_t column = written + thread; column < NUM_LOGITS; column += Threads) store_float(row + column, 0.0f);
 }
 
-// What a softmax over the whole row takes from the gradient of a logit.
+// Return what the normaliser of a softmax over the whole row subtracts from the gradient of a logit.
 __device__ __forceinline__ float softmax_term(float scaled_logit, const SoftmaxStatistics& statistics,
                                               float softmax_factor, const MethodNumbers numbers) {
     const float share = softmax_share(capped(scaled_logit, numbers), statistics.highest) * statistics.inverse_sum;
-    return is_nan(share) ? 0.0f
-                         : share * softmax_factor * prepare_gradient(scaled_logit, numbers);  // the sum left NaN out
+    return is_nan(share)
+               ? 0.0f
+               : share * softmax_factor * prepare_gradient(scaled_logit, numbers);  // NaN is not part of the sum
 }
