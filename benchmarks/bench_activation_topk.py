@@ -12,6 +12,7 @@ import cupy
 from benchmarks import floor
 from benchmarks.bars import ACTIVATION_TOPK, HOST, bar_16_bit
 from benchmarks.harness import Action, attempt, barred, check_same_choice, gpu_row, host_rows, inputs, main
+from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, activation_topk
 
@@ -167,5 +168,15 @@ def measure(quick: bool) -> list[Row]:
     return call_rows() + barred_rows(compiled=not quick) + ([] if quick else sweep_rows())
 
 
+def one_size(n: int, num_experts: int, top_k: int, dtype: str, data: str) -> list[Row]:
+    problem = Problem(num_experts, top_k, n, dtype, data)
+    return [problem.ours(), problem.floor(), *problem.rivals(("Triton", "PyTorch", "torch.compile"))]
+
+
+ONE_SIZE = OneSize(
+    {"n": 64, "num_experts": 256, "top_k": 6, "dtype": FLOATS, "data": ("normal", *DATA)},
+    one_size,
+)
+
 if __name__ == "__main__":
-    main("activation_topk", measure)
+    main("activation_topk", measure, ONE_SIZE)

@@ -11,6 +11,7 @@ import cupy
 from benchmarks.bars import ACTIVATION_TOPK_BACKWARD, bar_16_bit
 from benchmarks.bench_activation_topk import SCALE, method_of
 from benchmarks.harness import attempt, barred, gpu_row, inputs, main
+from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import Row
 from cupy_router import RoutingMethod, activation_topk
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
@@ -84,5 +85,12 @@ def measure(quick: bool) -> list[Row]:
     return barred_rows() + ([] if quick else sweep_rows())
 
 
+def one_size(n: int, num_experts: int, top_k: int, dtype: str) -> list[Row]:
+    problem = Problem(method_of(num_experts, top_k), n, dtype)
+    return [problem.ours(), problem.floor(), *problem.rivals()]
+
+
+ONE_SIZE = OneSize({"n": 64, "num_experts": 256, "top_k": 6, "dtype": FLOATS}, one_size)
+
 if __name__ == "__main__":
-    main("activation_topk_backward", measure)
+    main("activation_topk_backward", measure, ONE_SIZE)

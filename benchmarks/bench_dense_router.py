@@ -5,12 +5,14 @@ of tokens beside PyTorch and the floor: GPU time"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import cupy
 
 from benchmarks import bars, floor, harness
+from benchmarks.one_size import OneSize
 from benchmarks.rows import OURS, Row
 from cupy_router import Routing, RoutingMethod, dense_router, gemm, hash_router, presets
 
@@ -21,8 +23,8 @@ ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192, 32768)
 COMPILED_TOKENS = (16, 8192)
 
 
-def normal(*shape: int, scale: float = 1.0) -> Any:
-    return (cupy.random.standard_normal(shape, dtype=cupy.float32) * scale).astype("bfloat16")
+def normal(*shape: int, scale: float = 1.0, dtype: str = "bfloat16") -> Any:
+    return (cupy.random.standard_normal(shape, dtype=cupy.float32) * scale).astype(dtype)
 
 
 def results(num_tokens: int, method: RoutingMethod) -> Routing:
@@ -106,23 +108,28 @@ def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
 
 
 def sweep_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
-    """Any number of tokens, the path chosen by size, beside the two launches, PyTorch and the floor."""
-    experts = method.num_experts
-    weight, bias = normal(experts, hidden, scale=hidden**-0.5), cupy.random.standard_normal(experts, dtype="float32")
     for n in ALL_TOKENS:
-        x, out = normal(n, hidden), results(n, method)
-        cell: Row = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "dtype": "bfloat16", "cache": "warm"}
+        yield from size_rows(method, hidden, n, compiled=n in COMPILED_TOKENS)
 
-        def call(path: str | None, x: Any = x, out: Any = out) -> Callable[[int], Any]:
-            return lambda i: dense_router(x, weight, method, bias=bias, path=path, out=out)
 
-        yield timed(call(None), "any", **cell)
-        if n <= max(DECODE_TOKENS):
-            yield timed(call("prefill"), "any", by="two launches", **cell)
-        yield floor.read_rows([normal(experts + n, hidden)], out, {"op": "dense_router", "path": "any"} | cell)
-        for name in ("PyTorch with cuBLAS", *["torch.compile"] * (n in COMPILED_TOKENS)):
-            row = harness.attempt(f"{name} {cell}", partial(rival, name, method, x, weight, bias, out, cell))
-            yield from [] if row is None else [row]
+def size_rows(method: RoutingMethod, hidden: int, n: int, dtype: str = "bfloat16", *, compiled: bool) -> Iterator[Row]:
+    """Any number of tokens, the path chosen by size, beside the two launches, the floor and PyTorch."""
+    experts = method.num_experts
+    weight, x = normal(experts, hidden, scale=hidden**-0.5, dtype=dtype), normal(n, hidden, dtype=dtype)
+    bias, out = cupy.random.standard_normal(experts, dtype=cupy.float32), results(n, method)
+    cell: Row = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "dtype": dtype, "cache": "warm"}
+
+    def call(path: str | None) -> Callable[[int], Any]:
+        return lambda i: dense_router(x, weight, method, bias=bias, path=path, out=out)
+
+    yield timed(call(None), "any", **cell)
+    if n <= max(DECODE_TOKENS):
+        yield timed(call("prefill"), "any", by="two launches", **cell)
+    whole = {"op": "dense_router", "path": "any"} | cell
+    yield floor.read_rows([normal(experts + n, hidden, dtype=dtype)], out, whole)
+    for name in ("PyTorch with cuBLAS", *["torch.compile"] * compiled):
+        row = harness.attempt(f"{name} {cell}", partial(rival, name, method, x, weight, bias, out, cell))
+        yield from [] if row is None else [row]
 
 
 def rival(name: str, method: RoutingMethod, x: Any, weight: Any, bias: Any, out: Routing, cell: Row) -> Row:
@@ -145,5 +152,15 @@ def measure(quick: bool) -> list[Row]:
     return [row for shape in shapes for part in parts for row in part(*shape)]
 
 
+def one_size(n: int, num_experts: int, top_k: int, hidden: int, dtype: str) -> list[Row]:
+    method = replace(presets()["deepseek-v4-flash"], num_experts=num_experts, top_k=top_k)
+    return list(size_rows(method, hidden, n, dtype, compiled=True))
+
+
+ONE_SIZE = OneSize(
+    {"n": 64, "num_experts": 256, "top_k": 6, "hidden": 4096, "dtype": ("bfloat16", "float16", "float32")},
+    one_size,
+)
+
 if __name__ == "__main__":
-    harness.main("dense_router", measure)
+    harness.main("dense_router", measure, ONE_SIZE)

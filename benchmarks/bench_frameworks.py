@@ -59,7 +59,7 @@ def jax_rows() -> list[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from cupy_router.jax import _ffi, _native
+    from cupy_router.jax import _ffi, _lower_ptx
 
     logits = jax.device_put(np.random.default_rng(0).standard_normal((N, EXPERTS), np.float32), jax.devices("gpu")[0])
     nothing = _ffi.handler("nothing", lambda execution: None, True, False)
@@ -89,7 +89,7 @@ def jax_rows() -> list[Row]:
     calls = {name: jax.jit(function) for name, function in (of_others | of_ours).items()}
     for call in calls.values():
         call(logits)
-    with patch.object(_native, "_gpu", lambda: None):
+    with patch.object(_lower_ptx, "_gpu", lambda: None):
         for name, function in of_ours.items():
             by_handlers = calls[f"{name}, by handlers"] = jax.jit(lambda a, function=function: function(a))
             by_handlers(logits)

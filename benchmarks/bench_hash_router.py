@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ import cupy
 from benchmarks import floor
 from benchmarks.bars import HASH_ROUTER_LOGITS
 from benchmarks.harness import Action, attempt, barred, check_same_choice, gpu_row, host_rows, inputs, main
+from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import OURS, Row
-from cupy_router import Routing, hash_router, presets
+from cupy_router import Routing, RoutingMethod, hash_router, presets
 
 VOCAB_SIZE = 129_280
 HIDDEN = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
@@ -25,9 +27,11 @@ COMPILED_N = (64, 8192)
 class Problem:
     """One size, with its inputs, warm. `source` of the weights: "uniform", "logits" or "products"."""
 
-    def __init__(self, preset: str, source: str, n: int, dtype: str = "float32") -> None:
-        self.method = presets()[preset]
-        num_experts, k = self.method.num_experts, self.method.top_k
+    def __init__(
+        self, method: str | RoutingMethod, source: str, n: int, dtype: str = "float32", hidden: int = 4096
+    ) -> None:
+        self.method = method = presets()[method] if isinstance(method, str) else method
+        num_experts, k = method.num_experts, method.top_k
         self.cell: Row = {"op": "hash_router", "source": source, "E": num_experts, "k": k, "n": n, "dtype": dtype}
         self.cell |= {"cache": "warm"}
         self.table = cupy.random.randint(0, num_experts, (VOCAB_SIZE, k)).astype(cupy.int32)
@@ -37,7 +41,6 @@ class Problem:
         if source == "logits":
             self.arrays = {"logits": inputs((n, num_experts), dtype, cold=False)[0]}
         elif source == "products":
-            hidden = HIDDEN[preset]
             self.cell |= {"H": hidden}
             self.arrays = {"x": inputs((n, hidden), dtype, cold=False)[0]}
             self.arrays["weight"] = inputs((num_experts, hidden), dtype, cold=False)[0]
@@ -93,12 +96,12 @@ def logits_rows(sizes: Sequence[int], *, compiled: bool) -> list[Row]:
 
 def sweep_rows() -> list[Row]:
     rows = []
-    for preset in HIDDEN:
+    for preset, hidden in HIDDEN.items():
         for n in HASH_ROUTER_LOGITS:
             rows.append(Problem(preset, "uniform", n).ours())
             rows += [Problem(preset, "logits", n, dtype).ours() for dtype in ("bfloat16", "float16")]
         for n in PRODUCTS_N:
-            problem = Problem(preset, "products", n, "bfloat16")
+            problem = Problem(preset, "products", n, "bfloat16", hidden)
             rows += [problem.ours(), *problem.rivals(["PyTorch with cuBLAS"])]
     return rows
 
@@ -134,5 +137,25 @@ def measure(quick: bool) -> list[Row]:
     return rows + ([] if quick else sweep_rows())
 
 
+def one_size(n: int, num_experts: int, top_k: int, hidden: int, source: str, dtype: str) -> list[Row]:
+    """`hidden` counts for source "products" only; the floor and the rivals are those of the source."""
+    method = replace(presets()["deepseek-v4-flash"], num_experts=num_experts, top_k=top_k)
+    problem = Problem(method, source, n, dtype, hidden)
+    rows = [problem.ours()]
+    if source == "logits":
+        if dtype == "float32":
+            rows.append(problem.floor())
+        rows += problem.rivals(("Triton", "PyTorch", "torch.compile"))
+    elif source == "products":
+        rows += problem.rivals(("PyTorch with cuBLAS",))
+    return rows
+
+
+SOURCES = ("logits", "uniform", "products")
+ONE_SIZE = OneSize(
+    {"n": 64, "num_experts": 256, "top_k": 6, "hidden": 4096, "source": SOURCES, "dtype": FLOATS},
+    one_size,
+)
+
 if __name__ == "__main__":
-    main("hash_router", measure)
+    main("hash_router", measure, ONE_SIZE)

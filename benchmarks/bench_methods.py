@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cupy
@@ -11,6 +11,7 @@ import cupy
 from benchmarks.bars import GROUPED_RATIO, METHOD_RATIO
 from benchmarks.bench_activation_topk import empty
 from benchmarks.harness import barred, gpu_row, inputs, main
+from benchmarks.one_size import OneSize
 from benchmarks.rows import Row
 from cupy_router import RoutingMethod, activation_topk, presets
 
@@ -29,12 +30,12 @@ def arrays(name: str, num_experts: int) -> dict[str, Any]:
     }
 
 
-def preset_rows(name: str, method: RoutingMethod) -> Iterator[Row]:
+def preset_rows(name: str, method: RoutingMethod, sizes: Sequence[int] = N) -> Iterator[Row]:
     """Each with a bar of so many times the plain method's time in this run; then the plain method."""
     plain = RoutingMethod(method.num_experts, method.top_k, renormalize_eps=1e-20, scale=2.5)
     bias = cupy.random.standard_normal(method.num_experts, dtype=cupy.float32)
     layer = arrays(name, method.num_experts)
-    for n in N:
+    for n in sizes:
         (logits,) = inputs((n, method.num_experts), "float32", cold=False)
         out = empty(n, method.top_k)
         cell: Row = {"op": "activation_topk", "E": method.num_experts, "k": method.top_k, "n": n, "preset": name}
@@ -55,5 +56,11 @@ def measure(quick: bool) -> list[Row]:
     return [row for name, method in presets().items() for row in preset_rows(name, method)]
 
 
+def one_size(n: int, preset: str) -> list[Row]:
+    return list(preset_rows(preset, presets()[preset], (n,)))
+
+
+ONE_SIZE = OneSize({"n": 64, "preset": tuple(presets())}, one_size)
+
 if __name__ == "__main__":
-    main("methods", measure)
+    main("methods", measure, ONE_SIZE)

@@ -31,6 +31,7 @@ from benchmarks.harness import (
     inputs,
     main,
 )
+from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import OURS, Row
 from cupy_router import TopK, topk_select
 
@@ -53,7 +54,7 @@ class Problem:
         else:
             self.cell["data"] = data
             scores = HARD[data](inputs((n, num_columns), dtype, cold=False)[0])
-            self.scores = cold_inputs(scores.copy, scores.nbytes)
+            self.scores = cold_inputs(scores.copy, scores.nbytes) if cold else [scores]
         self.out = TopK(cupy.empty((n, k), self.scores[0].dtype), cupy.empty((n, k), cupy.int32))
 
     def call(self, i: int = 0) -> TopK:
@@ -189,5 +190,16 @@ def measure(quick: bool) -> list[Row]:
     return call_rows() + barred_rows() + long_rows() + ([] if quick else sweep_rows())
 
 
+def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str) -> list[Row]:
+    hard = None if data == "normal" else data
+    problem = Problem(columns, k, rows, dtype, cold=cache == "cold", data=hard)
+    return [problem.ours(), problem.floor(), *problem.rivals(("Triton", "torch.topk"))]
+
+
+ONE_SIZE = OneSize(
+    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *HARD)},
+    one_size,
+)
+
 if __name__ == "__main__":
-    main("topk_select", measure)
+    main("topk_select", measure, ONE_SIZE)

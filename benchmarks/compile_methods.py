@@ -17,7 +17,7 @@ from benchmarks.bars import COMPILE
 from benchmarks.bench_methods import BIASED, LOGIT_BIASED
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, compiler, presets
-from cupy_router.ops import _layout
+from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk import method_macros
 
 COMPILES = 5
@@ -25,7 +25,7 @@ COMPILES = 5
 
 def compile_row(name: str, method: RoutingMethod, architecture: str) -> Row:
     """The median of some compilations of activation_topk for few rows of float32, from text to machine code."""
-    lanes, columns = _layout.lanes_and_columns(method.num_experts, _layout.lanes_needed(method))
+    lanes, columns = _row_lanes.lanes_and_columns(method.num_experts, _row_lanes.lanes_needed(method))
     given = [array for array, families in (("bias", BIASED), ("logit_bias", LOGIT_BIASED)) if name.startswith(families)]
     macros = method_macros(method, given) | {"LANES": lanes, "PER_LANE": columns}
     source = compiler.expand("activation_topk", macros)

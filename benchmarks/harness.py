@@ -12,35 +12,23 @@ the larger of the interquartile range and the range of the rounds' medians.
 
 from __future__ import annotations
 
-import argparse
-import gc
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import cupy
 
+from benchmarks import one_size, timing
 from benchmarks import rows as results
+from benchmarks.one_size import OneSize
 from benchmarks.rows import OURS, Row
+from benchmarks.timing import Action, Call, Time, cold_inputs, warm_up
 from cupy_router import compiler
-
-COLD_BYTES = 2 * (50 << 20) + (20 << 20)  # more than twice the L2 of an H100
-REPLAY_MICROSECONDS = 1000  # a replay of about this length drowns what its ends cost
-ROUNDS, REPLAYS = 3, 12
-HOST_ROUNDS, HOST_BATCHES, HOST_CALLS = 5, 40, 20
-GARBAGE_CALLS = 100
-
-Call = Callable[[int], Any]  # call number i, on the i-th set of inputs
-Action = Callable[[], Any]
-Time = tuple[float, float]  # median and spread in microseconds
-
 
 # -- Time on the GPU ---------------------------------------------------------------------------------------------------
 
@@ -53,67 +41,7 @@ def gpu_row(call: Call, cell: Row, by: str = OURS, *, rotation: int = 1, torch: 
 
 def graph_microseconds(call: Call, calls: int = 1, *, torch: bool = False) -> Time:
     """Time a call on the GPU, with at least so many calls in a graph. `torch`: PyTorch captures it, not CuPy."""
-    capture = _capture_by_torch if torch else _capture
-    cupy.cuda.Device().synchronize()  # inputs were made on another stream
-    probe_calls = 8
-    probe = capture(call, probe_calls)
-    estimate = min(probe() for _ in range(3)) / probe_calls
-    calls = max(calls, min(500, max(5, int(REPLAY_MICROSECONDS / estimate))))
-    rounds = []
-    for _ in range(ROUNDS):
-        replay = capture(call, calls)
-        rounds.append([replay() / calls for _ in range(REPLAYS)])
-    return _median_and_spread(rounds)
-
-
-def _capture(call: Call, calls: int) -> Callable[[], float]:
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        call(0)  # compiles
-        stream.synchronize()
-        stream.begin_capture()
-        for i in range(calls):
-            call(i)
-        graph = stream.end_capture()
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-
-    def replay() -> float:
-        graph.launch(stream)
-        begin.record(stream)
-        graph.launch(stream)
-        end.record(stream)
-        end.synchronize()
-        return float(cupy.cuda.get_elapsed_time(begin, end)) * 1000
-
-    replay()
-    return replay
-
-
-def _capture_by_torch(call: Call, calls: int) -> Callable[[], float]:
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call(0)  # compiles and allocates
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(calls):
-            call(i)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def replay() -> float:
-        with torch.cuda.stream(stream):
-            graph.replay()
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1000
-
-    replay()
-    return replay
+    return results.median_and_spread(timing.graph_rounds(call, calls, torch=torch))
 
 
 def inputs(shape: tuple[int, int], dtype: str, *, cold: bool) -> list[Any]:
@@ -125,80 +53,20 @@ def inputs(shape: tuple[int, int], dtype: str, *, cold: bool) -> list[Any]:
     return cold_inputs(make, shape[0] * shape[1] * cupy.dtype(dtype).itemsize) if cold else [make()]
 
 
-def cold_inputs(make: Callable[[], Any], num_bytes: int) -> list[Any]:
-    """So many inputs of so many bytes that a round over them misses L2."""
-    count = max(2, -(-COLD_BYTES // num_bytes))
-    if count > 4096:
-        raise ValueError(f"{num_bytes} bytes are too few to be read cold")
-    return [make() for _ in range(count)]
-
-
-def warm_up(seconds: float = 0.5) -> None:
-    """Bring the clocks up."""
-    array = cupy.zeros(1 << 24, cupy.float32)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for _ in range(50):
-            array += 1
-        cupy.cuda.get_current_stream().synchronize()
-
-
 # -- Time on the host --------------------------------------------------------------------------------------------------
 
 
 def host_rows(calls: Mapping[tuple[str, str], Action], cell: Row, name: str = "call") -> list[Row]:
-    """Time what calls, each under (by, name), take on the host, and count what they leave to the cycle collector.
-
-    It is off meanwhile, as `timeit` has it.
-    """
-    synchronize = cupy.cuda.Device().synchronize
-    rounds: dict[tuple[str, str], list[list[float]]] = {call: [] for call in calls}
-    for function in calls.values():
-        for _ in range(50):
-            function()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(HOST_ROUNDS):
-            for call, function in calls.items():
-                times = []
-                for _ in range(HOST_BATCHES):
-                    synchronize()
-                    begin = time.perf_counter_ns()
-                    for _ in range(HOST_CALLS):
-                        function()
-                    times.append((time.perf_counter_ns() - begin) / HOST_CALLS / 1000)
-                rounds[call].append(times)
-    finally:
-        gc.enable()
+    """Time what calls, each under (by, name), take on the host, and count what they leave to the cycle collector."""
     rows = []
-    for (by, label), function in calls.items():
-        median, spread = _median_and_spread(rounds[by, label])
+    for (by, label), rounds in timing.host_rounds(calls).items():
+        median, spread = results.median_and_spread(rounds)
         row = {"what": "host"} | cell | {"by": by, name: label, "us": round(median, 3), "spread_us": round(spread, 3)}
-        rows.append(row | {"garbage": garbage(function)})
+        rows.append(row | {"garbage": timing.garbage(calls[by, label])})
     return rows
 
 
-def garbage(call: Action) -> int:
-    """How many objects 100 calls leave to the cycle collector."""
-    call()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(GARBAGE_CALLS):
-            call()
-        return gc.collect()
-    finally:
-        gc.enable()
-
-
 # -- Rows and files ----------------------------------------------------------------------------------------------------
-
-
-def _median_and_spread(rounds: list[list[float]]) -> Time:
-    low, median, high = statistics.quantiles([time for times in rounds for time in times], n=4)
-    medians = [statistics.median(times) for times in rounds]
-    return median, max(high - low, max(medians) - min(medians))
 
 
 def barred(row: Row, bar: float | None) -> Row:
@@ -223,19 +91,29 @@ def attempt(what: str, function: Action) -> Any:
         return None
 
 
-def main(op: str, measure: Callable[[bool], list[Row]]) -> None:
-    """Measure, write <op>.json and print: what every script runs. `measure` is told whether to be quick."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
-    parser.add_argument("--quick", action="store_true", help="only the cells that have a bar")
-    arguments = parser.parse_args()
+def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = None) -> None:
+    """Read the command line; measure, write <op>.json and print. What every script runs.
+
+    `measure` is told whether to be quick. `one` is for a command line that asks for one size, which is only printed.
+    """
+    request = one_size.parse(one)
     # A checkout asks before every call whether a kernel file has changed; an installed wheel, which is what users
     # call, does not.
     compiler.WATCHING = False
     begin = time.perf_counter()
     warm_up()
-    rows = measure(arguments.quick)
-    results.save(arguments.output / f"{op}.json", environment(), rows)
+    if one is not None and request.size is not None:
+        try:
+            rows = one.measure(**request.size)
+        except ValueError as error:  # a size that cannot be, in the words of the op
+            raise SystemExit(f"{op}: {error}") from error
+        facts = environment()
+        print(f"{one_size.table(rows)}\n{results.source(facts)}")
+        if request.json is not None:
+            results.save(request.json, facts, rows)
+        return
+    rows = measure(request.quick)
+    results.save(request.output / f"{op}.json", environment(), rows)
     for row in rows:
         print(results.label(row), *(f"{name}={row[name]}" for name in ("us", "spread_us", "garbage") if name in row))
     print(f"\n{results.bars_table(rows)}\n\n{op}: {len(rows)} rows in {time.perf_counter() - begin:.0f} s")

@@ -80,7 +80,7 @@ def _runs(call: Action) -> bool:
 def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Action]:
     from cupy_router import compiler
     from cupy_router.arrays import framework_of
-    from cupy_router.ops import _call
+    from cupy_router.ops import _cached
 
     framework = framework_of("logits", logits)
     stream = framework.current_stream(logits) or 0
@@ -92,11 +92,11 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
         (OURS, "kernel files looked at (a checkout only)"): compiler.changed,
     }
     activation_topk(logits, RoutingMethod(256, 6), bias=bias, out=out)
-    key, plan = list(_call._plans.items())[-1]
+    key, plan = list(_cached.calls.items())[-1]
     launch = plan.launch
     if launch is not None:
         pointers = [logits.data_ptr(), bias.data_ptr(), 0, 0, 0, out.weights.data_ptr(), out.indices.data_ptr(), -1]
-        parts[OURS, "plan looked up"] = lambda: _call._plans.get(key)
+        parts[OURS, "plan looked up"] = lambda: _cached.calls.get(key)
         parts[OURS, "arguments packed, kernel launched"] = lambda: launch(stream, pointers)
         parts[OURS, "device checked"] = lambda: launch.function.backend.use(0)
     return parts

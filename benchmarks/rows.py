@@ -17,6 +17,7 @@ and what else tells rows apart: dtype, cache, source, data, call, part.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,26 @@ def label(row: Row) -> str:
 def met(row: Row) -> bool:
     """Whether a row with a bar stays within it and leaves no garbage."""
     return bool(row["us"] <= row["bar_us"]) and not row.get("garbage")
+
+
+def median_and_spread(rounds: list[list[float]]) -> tuple[float, float]:
+    """Median of all samples; the spread is the larger of their interquartile range and the range of the medians."""
+    low, median, high = statistics.quantiles([time for times in rounds for time in times], n=4)
+    medians = [statistics.median(times) for times in rounds]
+    return median, max(high - low, max(medians) - min(medians))
+
+
+def source(environment: dict[str, Any]) -> str:
+    """Where figures are from."""
+    gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
+    parts = [
+        *([gpu["name"], f"driver {gpu.get('driver_version', 'unknown')}"] if gpu.get("name") else ["no GPU"]),
+        f"NVRTC {environment.get('nvrtc', 'unknown')}",
+        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
+        f"commit {environment.get('commit', 'unknown')}",
+        str(environment.get("date", "no date")),
+    ]
+    return ", ".join(parts)
 
 
 def microseconds(value: float) -> str:

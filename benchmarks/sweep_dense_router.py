@@ -25,9 +25,11 @@ from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference import dense_router as reference
+from cupy_router.tuning import gpu_of
 
 SHAPES = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
 DTYPE = "bfloat16"
+GPU = gpu_of(("cuda", 0))
 
 
 # Bytes a nanosecond, from L2 to a multiprocessor while all read and while it alone does; nanoseconds of what routes.
@@ -40,7 +42,7 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(num_experts)
     tokens = min(tiling.tokens, num_tokens)
     block = -(-hidden // (32 * tiling.slices)) * 32 * itemsize * (tiling.experts_per_block + tokens)
-    read = block * -(-groups * tiles * tiling.slices // 132) / _READ_BY_ALL
+    read = block * -(-groups * tiles * tiling.slices // GPU.multiprocessors) / _READ_BY_ALL
     routed = min(tiling.share or tokens, tokens)
     partials = tiling.slices * tiles * tiling.experts_per_block * routed * 4 / _READ_ALONE
     return read + partials + _ROUTING + _ROUTING_TOKEN * routed + (_LOOKING if tiling.share else 0.0)
@@ -48,12 +50,12 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
 
 def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[Tiling]:
     """The chosen tiling, FMA for few tokens, and by estimate the best with up to two blocks a multiprocessor."""
-    chosen = decode.choose(num_tokens, num_experts, hidden, DTYPE, DTYPE)
+    chosen = decode.choose(GPU, num_tokens, num_experts, hidden, DTYPE, DTYPE)
     found = [chosen]
     if num_tokens <= 4:
         for warps, experts_per_warp in ((8, 2), (4, 4), (8, 1)):
             experts = warps * experts_per_warp
-            for blocks in (132, 264):
+            for blocks in (GPU.multiprocessors, 2 * GPU.multiprocessors):
                 slices = max(1, blocks // -(-num_experts // experts))
                 found.append(Tiling(num_tokens, slices, experts, experts_per_warp, warps, 0, False))
     candidates = set(_candidates(num_tokens, num_experts)) - set(found)
@@ -72,7 +74,7 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
         for experts in (16, 32, 64):
             tiles = -(-num_experts // experts)
             for share in shares:
-                for blocks in (66, 132, 264):
+                for blocks in (GPU.multiprocessors // 2, GPU.multiprocessors, 2 * GPU.multiprocessors):
                     slices = blocks // (groups * tiles)
                     for warps in (4, 8, 16):
                         for experts_per_warp in (16, 32):
@@ -86,8 +88,8 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
 
 def compiled(method: RoutingMethod, num_tokens: int, hidden: int, tiling: Tiling) -> Any:
     """The plan and its function; also run by other processes, which leave the machine code in CuPy's disk cache."""
-    plan = decode.plan(
-        method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, dense=True, given=["bias"], tiling=tiling
+    plan = decode.launch_for(
+        GPU, method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, dense=True, given=["bias"], tiling=tiling
     )
     return plan, compiler.compile(decode.FILE, decode.FUNCTION, plan.macros, ("cuda", 0))
 

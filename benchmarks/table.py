@@ -51,23 +51,9 @@ def _ops(files: Files) -> list[Row]:
     return _rows(files, *OPS)
 
 
-def source(content: dict[str, Any]) -> str:
-    """Where figures are from."""
-    environment = content["environment"]
-    gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
-    parts = [
-        *([gpu["name"], f"driver {gpu.get('driver_version', 'unknown')}"] if gpu.get("name") else ["no GPU"]),
-        f"NVRTC {environment.get('nvrtc', 'unknown')}",
-        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
-        f"commit {environment.get('commit', 'unknown')}",
-        str(environment.get("date", "no date")),
-    ]
-    return ", ".join(parts)
-
-
 def sources(files: Files, *names: str) -> str:
     """The runs that these files are from, each once."""
-    return "; ".join(dict.fromkeys(source(files[name]) for name in names if name in files)) + "."
+    return "; ".join(dict.fromkeys(results.source(files[name]["environment"]) for name in names if name in files)) + "."
 
 
 def speed(files: Files) -> str:

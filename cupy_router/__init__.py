@@ -15,6 +15,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from cupy_router import _hooks
+
 if TYPE_CHECKING:
     from cupy_router.method import RoutingMethod, presets
     from cupy_router.ops.activation_topk import activation_topk
@@ -40,8 +42,8 @@ __all__ = [
     "topk_select",
 ]
 
-# Each name is imported from its room when it is first used, so that `import cupy_router` costs next to nothing.
-_ROOMS = {
+# Each name is imported from its module when it is first used, so that `import cupy_router` costs next to nothing.
+_MODULES = {
     "Routing": "results",
     "TopK": "results",
     "Router": "router",
@@ -56,15 +58,24 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOMS.get(name)
-    if room is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     if "torch" in sys.modules:  # then the first call may be one that torch.compile traces
-        with suppress(ImportError, AttributeError):  # of a torch that we cannot use; the first tensor brings the error
-            importlib.import_module(f"{__name__}.torch")
+        with suppress(ImportError, AttributeError):  # of a torch that is unusable; the first tensor brings the error
+            _load_package("torch")
     return value
+
+
+def _load_package(framework: str) -> None:
+    """Load the package that teaches a framework the ops."""
+    if framework in ("torch", "jax"):
+        importlib.import_module(f"{__name__}.{framework}")
+
+
+_hooks.on_first_array.append(_load_package)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m cupy_router`` is ``cupy-router``."""
+"""Run ``cupy-router`` as ``python -m cupy_router``."""
 
 from cupy_router.cli import main
 

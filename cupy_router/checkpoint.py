@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of a checkpoint in safetensors files, read one by one into CPU memory; knows nothing of routing."""
+"""Read single arrays of a safetensors checkpoint into CPU memory. Knows nothing of routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def files_by_key(path: Path) -> dict[str, Path]:
-    """The file of each key of a checkpoint."""
+    """Return the file of each key of a checkpoint."""
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if not index.is_file():
@@ -32,6 +32,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def read(path: Path, key: str) -> np.ndarray[Any, Any]:
+    """Return the array of one key, in CPU memory."""
     with _open(path) as file:
         array: np.ndarray[Any, Any] = file.get_tensor(key)
     return array

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
+from cupy_router import kernel_dump, kernel_log
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
@@ -27,12 +29,14 @@ from cupy_router.watch import Watch
 Macros = tuple[tuple[str, int], ...]
 Headers = tuple[tuple[str, str], ...]
 
-_OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
+OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
 
 
 class Backend(Protocol):
     """A kind of device that compiles and launches: CUDA by CuPy, or kernels executed on the CPU in the tests."""
+
+    compiled: bool  # by the last `build`; False: it found the machine code in a cache
 
     def build(self, source: str, function: str, device: int) -> int:
         """Compile the text and return a handle of the function; CompileError with file and line if it is wrong."""
@@ -64,13 +68,25 @@ class Backend(Protocol):
         """Enqueue; `kernel_params` is the address of an array of pointers, one to each argument."""
 
 
+class _CompilerLog:
+    """File that notes whether anything is written, even an empty text."""
+
+    written = False
+
+    def write(self, text: str) -> None:
+        self.written = True
+
+
 class CudaBackend:
-    """CuPy's RawModule and NVRTC."""
+    """CuPy's RawKernel and NVRTC."""
+
+    compiled = False
 
     def __init__(self) -> None:
         cupy = require_cuda()
         self._cupy = cupy
         self._modules: dict[int, Any] = {}
+        self._log = _CompilerLog()
         self._thread = threading.local()
         self._devices: int = cupy.cuda.runtime.getDeviceCount()
         self.launch = cupy.cuda.driver.launchKernel
@@ -78,13 +94,18 @@ class CudaBackend:
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
         with cupy.cuda.Device(device):
-            module = cupy.RawModule(code=source, options=_OPTIONS, backend="nvrtc")
+            kernel = cupy.RawKernel(source, function, OPTIONS, "nvrtc")
+            # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
+            # right where a look at the cache folder is not: another process writes there, a file is damaged, or
+            # CUPY_CACHE_IN_MEMORY is set. One log serves all builds: CuPy keeps modules by source and log.
+            self._log.written = False
             try:
-                kernel = module.get_function(function)
+                kernel.compile(log_stream=self._log)
                 handle = int(kernel.kernel.ptr)
             except cupy.cuda.compiler.CompileException as error:
                 raise CompileError(str(error).strip()) from None
         self._modules[handle] = kernel
+        self.compiled = self._log.written
         return handle
 
     def shared_limit(self, device: int) -> int:
@@ -265,6 +286,8 @@ def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Header
 
 # -- Compiled functions ------------------------------------------------------------------------------------------------
 
+kernel_log.listeners.append(kernel_dump.dump_if_asked)
+
 
 def signature(kernel: str, function: str) -> Signature:
     """The parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
@@ -301,9 +324,15 @@ def compile(
         return found
     with _lock:
         found = _functions.get(key)
-        if found is None:
-            where = backend(device[0])
-            assert where is not None, "ops ask for a backend before they ask for a kernel"
-            handle = where.build(expand(kernel, key[2], key[3]), function, device[1])
-            found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
+        if found is not None:
+            return found
+        where = backend(device[0])
+        assert where is not None, "ops ask for a backend before they ask for a kernel"
+        source = expand(kernel, key[2], key[3])
+        begin = time.perf_counter()
+        handle = where.build(source, function, device[1])
+        milliseconds = (time.perf_counter() - begin) * 1000
+        found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
+        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, OPTIONS)
+    kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate product by cuBLAS; knows nothing of routing.
+"""The gate GEMM by cuBLAS; knows nothing of routing.
 
 cuBLAS is the one that CuPy finds, called through ctypes: CuPy wraps no `cublasSetWorkspace`, without which captures
 allocate and streams share a workspace, and refuses to call cuBLAS while a stream is captured. For CPU memory NumPy
@@ -19,10 +19,7 @@ import numpy as np
 
 from cupy_router import compiler, scratch
 from cupy_router.launcher import Launch
-
-WORKSPACE = (
-    32 << 20
-)  # what NVIDIA recommends for Hopper; one size everywhere, since the choice of algorithm depends on it
+from cupy_router.tuning import gpu_of
 
 _CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of kernels/device/types.cuh
 _CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
@@ -31,7 +28,6 @@ _NO_TRANSPOSE, _TRANSPOSE = 0, 1
 _COMPUTE_32F, _COMPUTE_32F_PEDANTIC = 68, 69  # pedantic: float32 products as they are, no tf32
 _DEFAULT_ALGORITHM = -1
 _MATH_MODE = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: partial sums stay in float32
-_MAX_BLOCKS = 4096
 
 
 class Matrix(NamedTuple):
@@ -57,12 +53,12 @@ class Product(Protocol):
 
 
 def product(device: tuple[str, int], x: Matrix, weight: Matrix) -> Product:
-    """The product of rows like x with a weight; on CUDA only where :func:`why_not` knows no reason."""
+    """Return the product of rows like x with a weight; on CUDA only where :func:`why_not` returns None."""
     return CudaProduct(device, x, weight) if device[0] == "cuda" else HostProduct(x, weight)
 
 
 def why_not(device: tuple[str, int]) -> str | None:
-    """Why there is no product on this device, with the remedy; None if there is."""
+    """Return why there is no product on this device, with the remedy; None if there is one."""
     return None if device[0] == "cpu" else why_no_cublas()
 
 
@@ -77,7 +73,7 @@ def why_no_cublas() -> str | None:
 
 
 def cublas_version() -> str:
-    """The release of the library, such as "12.9.1"."""
+    """Return the release of the library, such as "12.9.1"."""
     numbers = [ctypes.c_int() for _ in range(3)]
     for kind, number in enumerate(numbers):  # major, minor, patch
         _library().cublasGetProperty(kind, ctypes.byref(number))
@@ -92,11 +88,11 @@ class CudaProduct:
         self._device, self._num_outputs, self._hidden = device, weight.num_rows, x.num_columns
         self._context = _context(device[1])
         self.lock = self._context.lock
-        # cuBLAS takes one type for both operands, and rows that lie apart by at least their length.
+        # cuBLAS needs one dtype for both operands, and rows that do not overlap.
         mixed = x.dtype != weight.dtype
         self._x_packer = _packer(device, x) if _needs_packing(x, mixed) else None
         self._weight_packer = _packer(device, weight) if _needs_packing(weight, mixed) else None
-        # What one operand became, the other has to be.
+        # If one operand is converted to float32, so is the other.
         if self._x_packer or self._weight_packer:
             self._x_packer = self._x_packer or (_packer(device, x) if x.dtype != "float32" else None)
             self._weight_packer = self._weight_packer or (
@@ -108,6 +104,7 @@ class CudaProduct:
         self._type = _CUDA_TYPES[dtype]
         self._compute = _COMPUTE_32F_PEDANTIC if dtype == "float32" else _COMPUTE_32F
         self.row_bytes = 4 * x.num_columns if self._x_packer else 0
+        self._workspace_bytes = gpu_of(device).table.gemm.workspace_bytes
 
     def prepare(self, stream: int, weight: int) -> int:
         if self._weight_packer is None:
@@ -118,7 +115,7 @@ class CudaProduct:
         if self._x_packer is not None:
             x = self._pack(self._x_packer, stream, x, "x as float32", num_rows)
         context = self._context
-        context.bind(self._device, stream)
+        context.bind(self._device, stream, self._workspace_bytes)
         # cuBLAS counts columns first: out^T [outputs, rows] = weight [outputs, hidden] x^T [hidden, rows].
         context.check(
             context.library.cublasGemmEx(
@@ -142,7 +139,8 @@ def _needs_packing(matrix: Matrix, mixed: bool) -> bool:
 def _packer(device: tuple[str, int], matrix: Matrix) -> Launch:
     function = compiler.compile("to_float32", "to_float32", {"DTYPE": _CODES[matrix.dtype]}, device)
     fixed = {"num_columns": matrix.num_columns, "source_stride": matrix.stride}
-    return Launch(function, min(matrix.num_rows, _MAX_BLOCKS), 256, ("source", "target", "num_rows"), fixed)
+    blocks = min(matrix.num_rows, gpu_of(device).table.gemm.max_pack_blocks)
+    return Launch(function, blocks, 256, ("source", "target", "num_rows"), fixed)
 
 
 class _Context:
@@ -160,11 +158,11 @@ class _Context:
             self.handle = handle.value
             self.check(self.library.cublasSetMathMode(self.handle, _MATH_MODE))
 
-    def bind(self, device: tuple[str, int], stream: int) -> None:
-        workspace = scratch.buffer(device, stream, "cuBLAS", WORKSPACE)
+    def bind(self, device: tuple[str, int], stream: int, workspace_bytes: int) -> None:
+        workspace = scratch.buffer(device, stream, "cuBLAS", workspace_bytes)
         if self._bound != (stream, workspace):
             self.check(self.library.cublasSetStream_v2(self.handle, stream))  # takes any workspace away
-            self.check(self.library.cublasSetWorkspace_v2(self.handle, workspace, WORKSPACE))
+            self.check(self.library.cublasSetWorkspace_v2(self.handle, workspace, workspace_bytes))
             self._bound = (stream, workspace)
 
     def check(self, status: int) -> None:
@@ -187,7 +185,7 @@ def _context(index: int) -> _Context:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library that CuPy uses: importing CuPy's wrapper finds and loads it."""
+    """Return the library that CuPy uses: importing CuPy's wrapper finds and loads it."""
     import cupy
 
     _ = importlib.import_module("cupy_backends.cuda.libs").cublas
@@ -213,7 +211,7 @@ _host_lock = threading.RLock()
 
 
 class HostProduct:
-    """The same on NumPy, for kernels that are executed on the CPU."""
+    """The product by NumPy, for tests that execute kernels on the CPU."""
 
     lock = _host_lock
     row_bytes = 0
@@ -233,11 +231,11 @@ class HostProduct:
 
 
 def _rows(address: int, matrix: Matrix, num_rows: int) -> np.ndarray[Any, Any]:
-    """CPU memory as an array; a negative stride starts at its last row."""
+    """Return CPU memory as an array; with a negative stride, the last row has the lowest address."""
     size = _SIZES[matrix.dtype]
-    behind = (num_rows - 1) * matrix.stride
-    first = min(behind, 0)
-    memory = (ctypes.c_ubyte * ((abs(behind) + matrix.num_columns) * size)).from_address(address + first * size)
+    last = (num_rows - 1) * matrix.stride
+    first = min(last, 0)
+    memory = (ctypes.c_ubyte * ((abs(last) + matrix.num_columns) * size)).from_address(address + first * size)
     strides = (matrix.stride * size, size)
     return np.ndarray(
         (num_rows, matrix.num_columns), _HOST_TYPES[matrix.dtype], memoryview(memory), -first * size, strides

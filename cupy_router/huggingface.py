@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSeek and Hugging Face checkpoints call the arrays of a router: key names in, key names out, no arrays."""
+"""Names of a router's arrays in DeepSeek and Hugging Face checkpoints. Works on keys, not on arrays."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import NamedTuple
 
 from cupy_router.method import RoutingMethod
 
-# From a prefix (a layer, its sparse block, or the router itself) to the module whose `weight` is the gate: the router
-# or a linear layer in it.
+# Path from a prefix (a layer, its sparse block, or the router itself) to the module whose `weight` is the gate: the
+# router or a linear layer in it.
 _BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.")
 _ROUTERS = ("gate.", "router.")
 _LINEARS = ("wg.", "classifier.", "layer.", "proj.")
 _NESTED = ("router.gate.", *(router + linear for router in _ROUTERS for linear in _LINEARS))
 
-# What the tensors of a router besides the gate are called, and what they are to a routing method.
+# Role of each tensor of a router besides the gate, by its name in the checkpoint.
 TENSORS = {
     "e_score_correction_bias": "bias",
     "moe_statics.e_score_correction_bias": "bias",
     "experts.e_score_correction_bias": "bias",
     "expert_bias": "bias",
     "router_bias": "bias",
-    "bias": "logit_bias",  # but DeepSeek's own checkpoints have the bias that only selects under this name
+    "bias": "logit_bias",  # in DeepSeek's own checkpoints it is the bias that only selects
     "per_expert_scale": "expert_scale",
-    "global_scale": "total_scale",  # a factor of all weights
-    "scale": "input_scale",  # a factor of the input, once a norm without weights has been applied
+    "global_scale": "total_scale",  # factor of all weights
+    "scale": "input_scale",  # factor of the input, applied after a norm without weights
     "tid2eid": "table",
 }
 
 
 class Keys(NamedTuple):
-    """The keys of a router's arrays; None for what it does not have."""
+    """Keys of a router's arrays; None for an array that it does not have."""
 
     weight: str
     bias: str | None = None
@@ -41,10 +41,10 @@ class Keys(NamedTuple):
 
 
 def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys:
-    """The keys of the router at `prefix`: a layer, its sparse block or the router itself, with or without a last dot.
+    """Return the keys of the router at `prefix`: a layer, its sparse block or the router, with or without a last dot.
 
     Raises:
-        ValueError: there is no gate, the meaning of a bias is open, or the router has a tensor that Router cannot take.
+        ValueError: There is no gate, a bias is ambiguous, or the router has a tensor that Router does not support.
 
     >>> keys = ["layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.4.ffn.gate.weight"]
     >>> router_keys(keys, "layers.3.ffn", RoutingMethod(8, 2))[:2]
@@ -54,7 +54,7 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     """
     known = set(keys)
     gate = _gate(known, prefix)
-    # The router's folder; the bias that only selects may also lie above it.
+    # The module of the router. The bias that only selects may also belong to a module above it.
     router = _folder_above(gate) if _is_nested(gate) else gate
     found = {"weight": f"{gate}weight"}
     for role, folders in {"bias": _folders(gate), "expert_scale": (gate, router), "table": (gate, router)}.items():
@@ -72,10 +72,10 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
 
 
 def _gate(known: set[str], prefix: str) -> str:
-    """The folder of the gate."""
+    """Return the path of the module that holds the gate, with a last dot."""
     start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
     below = [*_ROUTERS, *_NESTED]
-    # The router itself first: a prefix that ends in it has no other gate below.
+    # The router first: if the prefix is the router, there is no other gate below it.
     gates = [start, *(f"{start}{block}{gate}" for block in _BLOCKS for gate in below)]
     if not start or f".{start}".endswith((".gate.", ".router.")):
         gates += [start + linear for linear in _LINEARS]
@@ -90,14 +90,14 @@ def _gate(known: set[str], prefix: str) -> str:
 
 
 def _is_nested(gate: str) -> bool:
-    """Whether the gate is a linear layer in the router, rather than the router's own weight."""
+    """Return True if the gate is a linear layer in the router, False if it is the router's own weight."""
     return gate in _LINEARS or f".{gate}".endswith(tuple(f".{nested}" for nested in _NESTED))
 
 
 def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMethod) -> str:
-    """What `bias` beside the gate's weight is: that of a linear layer, or DeepSeek's own name of what only selects."""
+    """Return the role of the `bias` beside the gate: part of a linear layer, or DeepSeek's bias that only selects."""
     if method.score_after_topk and method.bias_on == "score":
-        return "logit_bias"  # there is nothing else to add it to
+        return "logit_bias"  # the method allows no other
     deepseek = not has_bias and not _is_nested(gate) and not f".{gate}".endswith(".router.")
     if deepseek and not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus"):
         return "bias"
@@ -112,7 +112,7 @@ def _folder_above(folder: str) -> str:
 
 
 def _folders(gate: str) -> Iterator[str]:
-    """The folder of the gate and the two above it, as far as there are any."""
+    """Yield the path of the gate's module and of up to two modules above it."""
     parts = gate.split(".")[:-1]
     for length in range(len(parts), max(len(parts) - 3, -1), -1):
         yield "".join(f"{part}." for part in parts[:length])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How Hugging Face and DeepSeek configurations describe a router: a configuration in, fields of a RoutingMethod out.
+"""Convert Hugging Face and DeepSeek configurations to the fields of a RoutingMethod.
 
-A configuration states numbers; what the code of a model does with them is in no field, so a table says it, by
-``model_type``. A model that the table does not know is served if its configuration says everything itself.
+A configuration holds numbers, but not what the model's code does with them. The table ``RULES`` adds this by
+``model_type``. A model that is not in the table is supported if its configuration states every step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 Config = Mapping[str, Any]
 
-# What configurations call the fields of a RoutingMethod.
+# Names of each field of a RoutingMethod in configurations.
 NAMES = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "top_k": (
@@ -42,44 +42,44 @@ NAMES = {
     "num_shared_experts": ("n_shared_experts",),
 }
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
-UNSAID, TOP2_OR_0 = "unsaid", "top2 or 0"  # group scores of rules that are refused if groups have an effect
+UNSTATED, TOP2_OR_0 = "unstated", "top2 or 0"  # group scores that are refused where groups have an effect
 
 
-# A rule says what the code of some models does: each field of the method as a constant, or as one of these. Numbers of
-# experts are always read.
+# A rule describes the code of some models: each field of the method is a constant or one of these classes. The numbers
+# of experts are always read.
 class Read(NamedTuple):
-    """The value of the configuration under one of the field's names."""
+    """Take the value of the configuration under one of the field's names."""
 
-    default: Any = ...  # if it is absent or None; ... means that it must be there
+    default: Any = ...  # used if the value is absent or None; ... makes it required
 
 
 class Total(NamedTuple):
-    """The sum of what the configuration has under these names; None counts 0."""
+    """Add up the values of the configuration under these names; None counts as 0."""
 
     names: tuple[str, ...]
 
 
 class Inverse(NamedTuple):
-    """1 over the value of another field of the method."""
+    """Take 1 / the value of another field of the method."""
 
     field: str
 
 
 class Choice(NamedTuple):
-    """The rule that belongs to the value under this name, for values that can be expressed."""
+    """Take the rule for the value under this name. Values without a rule are refused."""
 
     name: str
     rules: Mapping[Any, Mapping[str, Any]]
-    default: Any = None  # the value if it is absent
+    default: Any = None  # used if the value is absent
 
 
-Rule = Mapping[str, Any] | Choice | str  # a string: what the models do that cannot be expressed
+Rule = Mapping[str, Any] | Choice | str  # a string names the feature that cannot be expressed
 
 _PLAIN = {"renormalize": False}
 _SOFTMAX: dict[str, Any] = {"score": "softmax"}
-_SOFTMAX_OF_CHOSEN = {"score": "softmax", "score_after_topk": True, **_PLAIN}
+_SOFTMAX_AFTER_TOPK = {"score": "softmax", "score_after_topk": True, **_PLAIN}
 _SIGMOID: dict[str, Any] = {"score": "sigmoid"}
-_SIGMOID_OF_CHOSEN = {"score": "sigmoid", "score_after_topk": True}
+_SIGMOID_AFTER_TOPK = {"score": "sigmoid", "score_after_topk": True}
 _GROUPS = {"num_groups": Read(), "top_groups": Read()}
 _MAYBE_GROUPS = {"num_groups": Read(1), "top_groups": Read(1)}
 _EPS = {"renormalize_eps": 1e-20}
@@ -87,9 +87,9 @@ _DEEPSEEK_V3 = {**_SIGMOID, **_GROUPS, "group_score": "top2", "renormalize": Rea
 
 _CAPACITY = "experts drop tokens beyond their capacity, so that a token's experts depend on the other tokens"
 
-# A model_type that the table does not know has to say these, and must not have any of those that follow.
+# A model_type that is not in the table has to state these fields, and must have none of the unsupported features.
 _STATED: dict[str, Any] = {"score": Read(), "renormalize": Read(), **_EPS, "scale": Read(1.0), "logit_softcap": Read(0)}
-_BEYOND = {
+_UNSUPPORTED = {
     "expert_capacity": _CAPACITY,
     "capacity_factor": _CAPACITY,
     "expert_capacity_factor": _CAPACITY,
@@ -100,7 +100,7 @@ _BEYOND = {
 _UNKNOWN = Choice(
     "topk_method",
     {
-        None: {**_STATED, **_MAYBE_GROUPS, "group_score": UNSAID},
+        None: {**_STATED, **_MAYBE_GROUPS, "group_score": UNSTATED},
         "greedy": _STATED,
         "group_limited_greedy": {**_STATED, **_GROUPS},
         "noaux_tc": {**_STATED, **_MAYBE_GROUPS, "group_score": "top2"},
@@ -111,21 +111,21 @@ _DEEPSEEK_V2 = Choice(
     {
         "greedy": {**_SOFTMAX, **_PLAIN, "scale": Read()},
         "group_limited_greedy": {**_SOFTMAX, **_GROUPS, **_PLAIN, "scale": Read()},
-        "noaux_tc": _UNKNOWN.rules["noaux_tc"],  # in checkpoints with code of their own
+        "noaux_tc": _UNKNOWN.rules["noaux_tc"],  # used by checkpoints that bring their own code
     },
 )
 
-# Configurations of DeepSeek's own inference code have no model_type, but one of these names.
-_OWN_SOFTMAX = {**_SOFTMAX, **_MAYBE_GROUPS, **_PLAIN, "scale": Read(1.0)}
-_OWN_SIGMOID = {**_SIGMOID, **_MAYBE_GROUPS, "group_score": "top2", **_EPS, "scale": Read(1.0)}
-_OWN_V4 = {"score": "sqrtsoftplus", **_EPS, "scale": Read(1.0)}
-_OWN = {"softmax": _OWN_SOFTMAX, "sigmoid": _OWN_SIGMOID, "sqrtsoftplus": _OWN_V4}
+# Configurations of DeepSeek's inference code have no model_type, but one of the names in _INFERENCE.
+_INFERENCE_SOFTMAX = {**_SOFTMAX, **_MAYBE_GROUPS, **_PLAIN, "scale": Read(1.0)}
+_INFERENCE_SIGMOID = {**_SIGMOID, **_MAYBE_GROUPS, "group_score": "top2", **_EPS, "scale": Read(1.0)}
+_INFERENCE_V4 = {"score": "sqrtsoftplus", **_EPS, "scale": Read(1.0)}
+_INFERENCE_RULES = {"softmax": _INFERENCE_SOFTMAX, "sigmoid": _INFERENCE_SIGMOID, "sqrtsoftplus": _INFERENCE_V4}
 _INFERENCE = {
-    "n_hash_layers": Choice("score_func", {None: _OWN_V4, **_OWN}),
-    "n_activated_experts": Choice("score_func", {None: _OWN_SOFTMAX, **_OWN}),
+    "n_hash_layers": Choice("score_func", {None: _INFERENCE_V4, **_INFERENCE_RULES}),
+    "n_activated_experts": Choice("score_func", {None: _INFERENCE_SOFTMAX, **_INFERENCE_RULES}),
 }
 
-# What the code of each model_type does, whatever its configuration may say besides.
+# The rule of each model_type. It overrides whatever else the configuration contains.
 _FAMILIES: tuple[tuple[str, Rule], ...] = (
     (
         "flex_olmo mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe_talker_text qwen3_omni_moe_text "
@@ -144,17 +144,17 @@ _FAMILIES: tuple[tuple[str, Rule], ...] = (
     ("deepseek_ocr2_text deepseek_v2 unlimited_ocr_text", _DEEPSEEK_V2),
     ("mistral4", {**_DEEPSEEK_V3, **_SOFTMAX}),
     ("mistral_large4_text", {**_DEEPSEEK_V3, **_SOFTMAX, "renormalize": True}),
-    ("aria_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe", _SOFTMAX_OF_CHOSEN),
-    ("openai_privacy_filter", {**_SOFTMAX_OF_CHOSEN, "scale": Inverse("top_k")}),
+    ("aria_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe", _SOFTMAX_AFTER_TOPK),
+    ("openai_privacy_filter", {**_SOFTMAX_AFTER_TOPK, "scale": Inverse("top_k")}),
     (
         "cohere2_moe",
         Choice(
             "expert_selection_fn",
-            {"softmax": _SOFTMAX_OF_CHOSEN, "sigmoid": {**_SIGMOID_OF_CHOSEN, "renormalize": Read()}},
+            {"softmax": _SOFTMAX_AFTER_TOPK, "sigmoid": {**_SIGMOID_AFTER_TOPK, "renormalize": Read()}},
         ),
     ),
-    ("llama4_text", {**_SIGMOID_OF_CHOSEN, **_PLAIN}),
-    ("kolibri1", {**_SIGMOID_OF_CHOSEN, "bias_on": "logits", "renormalize": Read()}),
+    ("llama4_text", {**_SIGMOID_AFTER_TOPK, **_PLAIN}),
+    ("kolibri1", {**_SIGMOID_AFTER_TOPK, "bias_on": "logits", "renormalize": Read()}),
     ("flint", {**_SIGMOID, "renormalize": Read()}),
     ("minimax_m2 minimax_m3_vl_text step3p5", _SIGMOID),
     ("laguna", {**_SIGMOID, "logit_softcap": Read(0)}),
@@ -179,16 +179,16 @@ _FAMILIES: tuple[tuple[str, Rule], ...] = (
 )
 RULES: dict[str, Rule] = {model_type: rule for names, rule in _FAMILIES for model_type in names.split()}
 
-# Of a configuration's parts the language model's come first.
+# Parts of a configuration that describe the language model; they take precedence over other parts.
 _LANGUAGE = ("text_config", "language_config", "llm_config", "thinker_config")
 
 
 def routing_fields(config: Any) -> dict[str, Any]:
-    """The fields of the RoutingMethod of a configuration: an object, its dict, or a dict read from a config.json.
+    """Return the fields of the RoutingMethod of a configuration: an object, its dict, or the dict of a config.json.
 
     Raises:
-        TypeError: it is neither a configuration object nor a dict.
-        ValueError: it has no experts, does not say something that is needed, or says what no method can express.
+        TypeError: ``config`` is neither a configuration object nor a dict.
+        ValueError: It has no experts, lacks a field, or describes a step that no method can express.
 
     >>> routing_fields({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2})
     {'num_experts': 8, 'top_k': 2, 'score': 'softmax'}
@@ -209,9 +209,9 @@ def routing_fields(config: Any) -> dict[str, Any]:
     part, model_type = found
     rule = RULES.get(model_type)
     if rule is None and not model_type:
-        rule = next((own for name, own in _INFERENCE.items() if name in part), None)
+        rule = next((rule for name, rule in _INFERENCE.items() if name in part), None)
     if rule is None:
-        rule = next((why for name, why in _BEYOND.items() if part.get(name)), _UNKNOWN)
+        rule = next((why for name, why in _UNSUPPORTED.items() if part.get(name)), _UNKNOWN)
     try:
         return _finish(_apply(rule, part))
     except ValueError as error:
@@ -219,13 +219,13 @@ def routing_fields(config: Any) -> dict[str, Any]:
 
 
 def _as_dict(config: Any) -> Config | None:
-    """The configuration as a dict; None if it is none."""
+    """Return the configuration as a dict, or None if the object is not a configuration."""
     if isinstance(config, Mapping):
         return config
-    if callable(config) or not hasattr(config, "__dict__"):  # callable: a class, or a model instead of its config
+    if callable(config) or not hasattr(config, "__dict__"):  # a callable is a class or a model
         return None
-    made = config.to_dict() if callable(getattr(config, "to_dict", None)) else vars(config)
-    return made if isinstance(made, Mapping) else None
+    values = config.to_dict() if callable(getattr(config, "to_dict", None)) else vars(config)
+    return values if isinstance(values, Mapping) else None
 
 
 def _model_type(config: Config) -> str:
@@ -233,7 +233,7 @@ def _model_type(config: Config) -> str:
 
 
 def _find(config: Config, model_type: str) -> tuple[Config, str] | None:
-    """The part of a configuration that has experts, and its model_type; a part without one has that of the whole."""
+    """Return the part of a configuration that has experts, and its model_type, inherited if the part has none."""
     if any(config.get(name) for name in NAMES["num_experts"]):
         return config, model_type
     inherited = next((known for known in (f"{model_type}_text", model_type) if known in RULES), "")
@@ -253,10 +253,10 @@ def _find(config: Config, model_type: str) -> tuple[Config, str] | None:
 
 
 def _apply(rule: Rule, config: Config) -> dict[str, Any]:
-    """The fields that a rule and a configuration say together."""
+    """Apply a rule to a configuration and return the fields."""
     if isinstance(rule, Choice):
         value = config.get(rule.name, rule.default)
-        chosen = next((of_value for key, of_value in rule.rules.items() if key == value), None)
+        chosen = next((fields for key, fields in rule.rules.items() if key == value), None)
         if chosen is None:
             allowed = " or ".join(repr(key) for key in rule.rules)
             raise ValueError(f"{rule.name} is {value!r}, but a RoutingMethod expresses only {allowed}")
@@ -270,18 +270,18 @@ def _apply(rule: Rule, config: Config) -> dict[str, Any]:
         elif isinstance(value, Total):
             value = sum(config.get(name) or 0 for name in value.names)
         elif isinstance(value, Inverse):
-            value = 1.0 / (fields[value.field] or 1)  # 0 is refused later, as what it is
+            value = 1.0 / (fields[value.field] or 1)  # RoutingMethod refuses a field of 0
         fields[field] = value
     return fields
 
 
 def _read(config: Config, field: str, default: Any) -> Any:
-    """What the configuration says under the names of a field; where it says it several times, it must be the same."""
+    """Return the value of a field. If the configuration has it under several names, the values must be equal."""
     layers = config.get("per_layer_config")
     overrides = (
         [layer for layer in layers.values() if isinstance(layer, Mapping)] if isinstance(layers, Mapping) else []
     )
-    said: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name in NAMES[field]:
         values = config.get(name)
         values = list(values) if isinstance(values, list | tuple) and values else [values]
@@ -289,17 +289,19 @@ def _read(config: Config, field: str, default: Any) -> Any:
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} differs between layers, so pass the configuration of one layer")
         if values[0] is not None:
-            said[name] = values[0]
-    first = next(iter(said.values()), default)
-    if any(value != first for value in said.values()):
-        raise ValueError(f"{' and '.join(f'{name} = {value!r}' for name, value in said.items())} contradict each other")
+            given[name] = values[0]
+    first = next(iter(given.values()), default)
+    if any(value != first for value in given.values()):
+        raise ValueError(
+            f"{' and '.join(f'{name} = {value!r}' for name, value in given.items())} contradict each other"
+        )
     if first is ...:
         raise ValueError(f"does not say {field}, for which it would have one of {', '.join(NAMES[field])}")
     return first
 
 
 def _finish(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without those that have no effect beside the others, so that methods that do the same are equal."""
+    """Drop the fields that have no effect, so that equivalent configurations give equal methods."""
     if fields["score"] not in SCORES:
         raise ValueError(f"its score is {fields['score']!r}, but must be one of {', '.join(map(repr, SCORES))}")
     if not fields.get("logit_softcap"):
@@ -311,7 +313,7 @@ def _finish(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("num_groups", 1) == 1 or fields["num_groups"] == fields["top_groups"]:
         for field in ("num_groups", "top_groups", "group_score"):
             fields.pop(field, None)
-    elif group_score == UNSAID:
+    elif group_score == UNSTATED:
         raise ValueError("has groups of experts, but no topk_method, which would say how a group is scored")
     elif group_score == TOP2_OR_0:
         raise ValueError(

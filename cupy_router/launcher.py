@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed arguments -> launch; knows nothing of routing.
+"""Launch kernels with checked arguments. Knows nothing of routing.
 
-The driver takes an array of pointers, one per kernel parameter, and checks neither number nor type. So names, order,
-types and ranges are checked here against the parameters that the kernel file declares, once per :class:`Launch`; a call
-then packs its values with `struct`, which checks types and ranges again, into a buffer that the thread reuses.
+The driver takes an array of pointers, one per kernel parameter, and checks neither their number nor their types. So
+:class:`Launch` checks names and order once, against the parameters that the kernel file declares. Each call packs its
+values with `struct`, which checks types and ranges, into a buffer that the thread reuses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DEFAULT_SHARED = 48 * 1024
 
 
 class _Record:
-    """One thread's argument buffer of one signature, and the pointers into it that the driver reads."""
+    """Argument buffer of one thread for one signature, with the pointers into it that the driver reads."""
 
     def __init__(self, signature: Signature) -> None:
         codes = signature.format
@@ -46,10 +46,18 @@ _records = _Records()
 
 
 class Launch:
-    """A kernel with all but its varying arguments: `varying` names the leading parameters, `fixed` gives the others.
+    """Kernel with its launch shape and fixed arguments; a call passes the stream and the varying arguments.
 
-    TypeError if these are not exactly the parameters of the kernel, in its order; ValueError for an impossible grid or
-    block.
+    Args:
+        function: The compiled kernel.
+        grid, block: Number of blocks, and of threads per block.
+        varying: Names of the leading parameters, whose values each call passes.
+        fixed: Values of all other parameters by name.
+        shared_bytes: Bytes of dynamic shared memory per block.
+
+    Raises:
+        TypeError: ``varying`` and ``fixed`` are not exactly the parameters of the kernel, in its order.
+        ValueError: The grid or the block is out of range.
     """
 
     def __init__(
@@ -77,7 +85,7 @@ class Launch:
         self._use, self._enqueue = function.backend.use, function.backend.launch
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        """Enqueue on `stream`. The host does not wait; TypeError if a value does not fit its parameter."""
+        """Enqueue the kernel on `stream` without waiting. TypeError if a value does not fit its parameter."""
         record = _records.by_format.get(self._format)
         if record is None:
             record = _records.by_format[self._format] = _Record(self.function.signature)

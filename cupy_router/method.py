@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a router works, as data: no arrays and no device in here."""
+"""RoutingMethod: a description of a router as plain data, without arrays or devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cupy_router.score_function import ScoreFunction
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
 MAX_EXPERTS = 2**31 - 1  # indices are int32
-FLOAT32_TINY = 2.0**-126  # the smallest normal float32; kernels flush what is smaller to 0
+FLOAT32_TINY = 2.0**-126  # smallest normal float32; kernels flush smaller values to 0
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 BIAS_TARGETS = ("score", "logits")
@@ -27,53 +27,53 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 INDEX_DTYPES = ("int32", "int64")
 
 
-# Every method of this process by its text, for callers that can carry a string but no object.
+# Every method of this process by its text: graphs of PyTorch and JAX carry strings, not objects.
 _methods: dict[str, RoutingMethod] = {}
-# A score of the caller's own is no text: it is known by a number, behind a mark of this process.
+# A ScoreFunction has no text. Graphs carry the id of the process and a number in its place.
 PROCESS = uuid.uuid4().hex
-_own_scores: dict[ScoreFunction, int] = {}
+_custom_scores: dict[ScoreFunction, int] = {}
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingMethod:
-    """From a token's logits to its experts and their weights, as data.
+    """Describe how a router turns a token's logits into experts and weights.
 
-    Each logit becomes a score; the ``top_k`` experts with the highest score (plus bias, if the call has one) are
-    chosen; the scores of the chosen, without the bias, become their weights. docs/methods.md has the mathematics.
+    The router scores each logit, adds the call's bias, if any, and selects the ``top_k`` experts with the highest sums.
+    The weights are the scores of these experts, without the bias. docs/methods.md has the mathematics.
 
     Args:
-        num_experts: experts to choose from, 1 to 2**31 - 1.
-        top_k: experts per token, 1 to ``num_experts``.
-        score: what a logit x becomes: ``"sqrtsoftplus"`` is sqrt(log(1 + exp(x))), ``"sigmoid"`` is
-            1 / (1 + exp(-x)), ``"softmax"`` is exp(x) over the sum of exp of all logits of the token, and
-            ``"identity"`` is x; or a :class:`ScoreFunction` of your own.
-        logit_scale: logits, with the call's ``logit_bias`` added, are multiplied by this first.
-        logit_softcap: then they become c * tanh(logit / c) for this c; more than 0.
-        score_after_topk: choose by logits and score only the chosen; softmax is then over these alone.
-        bias_on: what the call's ``bias`` is added to for the choice: ``"score"``, or ``"logits"``, by which the choice
-            then is. With ``score_after_topk`` only logits can have one.
-        num_groups: experts form so many groups of neighbours; a divisor of ``num_experts``.
-        top_groups: only experts of so many best groups can be chosen; 1 to ``num_groups``.
-        group_score: what makes a group good: the ``"max"`` of its experts' selection values, or the sum of its
-            ``"top2"``.
-        renormalize: divide a token's weights by their sum.
-        renormalize_eps: added to that sum; 0 or more.
-        renormalize_min: the sum counts as at least this; 0 or more, and only where ``renormalize_eps`` is 0.
-        scale: every weight is multiplied by this at the end.
-        num_shared_experts: results get so many more columns, for experts that serve every token; their indices follow
-            those of the others, from ``num_experts`` on.
-        shared_weight: what shared experts weigh.
-        shared_in_normalizer: shared experts have logits too, in columns behind the others; they and the chosen weigh
-            sigmoid(logit) over the sum of these, times ``scale``. Only for sigmoid scores that are renormalised.
-        weight_dtype: of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        index_dtype: of the indices: ``"int32"`` or ``"int64"``.
+        num_experts: Number of experts to select from, 1 to 2**31 - 1.
+        top_k: Number of experts per token, 1 to ``num_experts``.
+        score: Score of a logit x: ``"sqrtsoftplus"`` is sqrt(log(1 + exp(x))), ``"sigmoid"`` is 1 / (1 + exp(-x)),
+            ``"softmax"`` is exp(x) divided by the sum of exp over the token's logits, ``"identity"`` is x. A
+            :class:`ScoreFunction` defines any other.
+        logit_scale: Multiply the logits by this, after adding the call's ``logit_bias``.
+        logit_softcap: Then replace each logit by c * tanh(logit / c) with this c > 0.
+        score_after_topk: Select by logits and score only the selected ones. Softmax is then over these alone.
+        bias_on: Add the call's ``bias`` to the ``"score"`` or to the ``"logits"``, and select by the sum. With
+            ``score_after_topk`` only ``"logits"`` allows a bias.
+        num_groups: Split the experts into this many contiguous groups of equal size; a divisor of ``num_experts``.
+        top_groups: Select experts from this many best groups only; 1 to ``num_groups``.
+        group_score: Rank groups by the ``"max"`` of their selection values, or by the sum of their ``"top2"``.
+        renormalize: Divide a token's weights by their sum.
+        renormalize_eps: Add this to the sum; 0 or more.
+        renormalize_min: Clamp the sum to at least this; 0 or more, and only where ``renormalize_eps`` is 0.
+        scale: Multiply every weight by this at the end.
+        num_shared_experts: Number of experts that process every token. Each adds a column to the results, with an index
+            from ``num_experts`` on.
+        shared_weight: Weight of each shared expert.
+        shared_in_normalizer: Give shared experts logits too, in the columns after the others. The weight of selected
+            and shared experts is then sigmoid(logit) divided by the sum of these, times ``scale``. Needs sigmoid scores
+            and ``renormalize``.
+        weight_dtype: Dtype of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        index_dtype: Dtype of the indices: ``"int32"`` or ``"int64"``.
 
     Raises:
-        TypeError: a field has the wrong type.
-        ValueError: a field is out of range or unknown, or fields do not go together.
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range or unknown, or two fields exclude each other.
 
-    Methods are immutable, compare by their fields and can be keys of a dictionary.
+    A method is immutable, compares by its fields and can be a dictionary key.
 
     >>> method = RoutingMethod(num_experts=8, top_k=2, score="softmax")
     >>> method
@@ -107,10 +107,10 @@ class RoutingMethod:
     weight_dtype: str = "float32"
     index_dtype: str = "int32"
 
-    # Every call of an op looks a method up in caches, so key and hash are made once; no fields of the dataclass.
+    # Every call looks its method up in caches, so key and hash are computed once. They are not fields.
     _key: ClassVar[tuple[Any, ...]]
     _hash: ClassVar[int]
-    text: ClassVar[str]  # all of it as JSON, see `from_text`
+    text: ClassVar[str]  # the fields as JSON, see `from_text`
 
     def __post_init__(self) -> None:
         num_experts = _integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
@@ -170,27 +170,27 @@ class RoutingMethod:
 
     def _as_text(self) -> str:
         values = ((field, getattr(self, field.name)) for field in fields(self))
-        said = {field.name: value for field, value in values if value != field.default}
+        changed = {field.name: value for field, value in values if value != field.default}
         if isinstance(self.score, ScoreFunction):
-            said["score"] = [PROCESS, _own_scores.setdefault(self.score, next(_numbers))]
-        return json.dumps(said)
+            changed["score"] = [PROCESS, _custom_scores.setdefault(self.score, next(_numbers))]
+        return json.dumps(changed)
 
     @classmethod
     def from_config(cls, config: Any) -> RoutingMethod:
-        """The method of a model's routers, from its Hugging Face configuration or from DeepSeek's own.
+        """Return the method of a model's routers, from the configuration of Hugging Face or of DeepSeek's own code.
 
-        It describes what the code of the model's router makes of the logits, up to the weights that the router
-        returns: a factor by which a model multiplies the sum of its experts later is not in ``scale``. Of
-        DeepSeek-V4 it describes the layers that choose by a gate; its hash layers score and weigh alike.
+        The method covers the steps from logits to the weights that the router returns. A factor that the model applies
+        later, to the sum of its experts, is not in ``scale``. For DeepSeek-V4 it describes the layers with a gate; the
+        hash layers compute scores and weights in the same way.
 
         Args:
-            config: a configuration object, its dict, or the dict of a config.json; one with parts, as that of a model
-                for text and images, is searched for the part that has experts.
+            config: A configuration object, its dict, or the dict of a config.json. If it has parts, like that of a
+                model for text and images, the part with experts is used.
 
         Raises:
             TypeError: ``config`` is neither a configuration object nor a dict.
-            ValueError: the model has no experts, its routing cannot be expressed, or the configuration does not say
-                enough; the message names the feature.
+            ValueError: The model has no experts, its routing cannot be expressed, or the configuration is incomplete.
+                The message names the feature.
 
         >>> config = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}
         >>> RoutingMethod.from_config(config)
@@ -200,17 +200,17 @@ class RoutingMethod:
 
     @property
     def num_logits(self) -> int:
-        """Columns of the logits, rows of the gate: the experts, and shared experts that have logits."""
+        """Number of columns of the logits and rows of the gate: all experts, and shared experts that have logits."""
         return self.num_experts + (self.num_shared_experts if self.shared_in_normalizer else 0)
 
     @property
     def num_columns(self) -> int:
-        """Columns of the results: top_k chosen experts, then the shared ones."""
+        """Number of columns of the results: top_k selected experts, then the shared ones."""
         return self.top_k + self.num_shared_experts
 
     @property
     def selects_on_logits(self) -> bool:
-        """Whether experts are chosen by logits rather than by scores."""
+        """True if experts are selected by logits, False if by scores."""
         return self.score_after_topk or self.bias_on == "logits"
 
     def __eq__(self, other: object) -> bool:
@@ -222,11 +222,11 @@ class RoutingMethod:
         return self._hash
 
     def __repr__(self) -> str:
-        """The first three fields and those that differ from their defaults."""
+        """Show the first three fields and those that differ from their defaults."""
         shown = (f for i, f in enumerate(fields(self)) if i < 3 or getattr(self, f.name) != f.default)
         return f"RoutingMethod({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
-    # The hash of a string differs from process to process, so pickles and copies carry the fields alone.
+    # String hashes differ between processes, so pickles and copies carry only the fields.
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -236,7 +236,7 @@ class RoutingMethod:
 
 
 def _check_shared_in_normalizer(checked: dict[str, Any]) -> None:
-    """Weights are then a softmax of log(sigmoid(logit)), which leaves no room for other normalisers."""
+    """Check the fields that must have their default: the weights are a softmax of log(sigmoid(logit))."""
     needed = {"score": "sigmoid", "renormalize": True, "renormalize_eps": 0.0, "renormalize_min": None}
     wrong = [name for name, value in needed.items() if checked.get(name) != value]
     if wrong:
@@ -281,8 +281,8 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    # Kernels compute in float32 with subnormals as 0: what they cannot represent would be another method there.
-    # So they are with inverses, and what is not negative is divided by.
+    # Kernels compute in float32 and flush subnormals to 0, so any other number would mean another method there. They
+    # also divide by the non-negative ones, so the inverse has to be representable too.
     highest = 1.0 / FLOAT32_TINY if nonnegative else FLOAT32_MAX
     representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= highest  # False for NaN
     if not representable or (nonnegative and number < 0.0):
@@ -295,14 +295,14 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
 
 
 def from_text(text: str) -> RoutingMethod:
-    """The method of this `text`, which graphs and compiled programs carry, also into other processes."""
+    """Return the method of a `text`. Graphs and compiled programs carry texts, also into other processes."""
     found = _methods.get(text)
     if found is not None:
         return found
-    said = json.loads(text)
-    if isinstance(said.get("score"), list):
+    values = json.loads(text)
+    if isinstance(values.get("score"), list):
         raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
-    return RoutingMethod(**said)
+    return RoutingMethod(**values)
 
 
 _PRESETS = {
@@ -332,7 +332,7 @@ _PRESETS = {
 
 
 def presets() -> dict[str, RoutingMethod]:
-    """The routing methods of known models by name, as a new dictionary; docs/methods.md has a table of them.
+    """Return the routing methods of known models by name, as a new dictionary. docs/methods.md lists them.
 
     >>> list(presets())
     ['deepseek-v4-flash', 'deepseek-v4-pro', 'deepseek-v3', 'deepseek-v2', 'deepseek-v2-lite', 'kimi-k2', 'glm-4.5',
@@ -345,11 +345,11 @@ def presets() -> dict[str, RoutingMethod]:
 
 
 def resolve(method: RoutingMethod | str) -> RoutingMethod:
-    """The method itself, or the preset of that name.
+    """Return the method, or the preset of that name.
 
     Raises:
         TypeError: ``method`` is neither a RoutingMethod nor a string.
-        ValueError: there is no preset of that name.
+        ValueError: No preset has that name.
 
     >>> resolve("deepseek-v4-pro").num_experts
     384
@@ -361,7 +361,7 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     try:
         return _PRESETS[method]
     except KeyError:
-        import difflib  # for this sentence alone
+        import difflib  # only needed for this message
 
         near = difflib.get_close_matches(method, _PRESETS, cutoff=0.5)
         nearest = f", the nearest are {', '.join(map(repr, near))}" if near else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops return: named tuples of arrays in the caller's framework."""
+"""Results of the ops: named tuples of arrays of the caller's framework."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 
 class Routing(NamedTuple):
-    """Which experts process each token, and with what weights.
+    """Experts of each token and their weights.
 
     weights: [num_tokens, top_k (+ shared experts)] float32, or the method's weight_dtype.
-    indices: the same shape, int32, or the method's index_dtype: expert ids; -1 marks a row without a result (padding,
-        bad token id).
+    indices: Expert ids, of the same shape, int32 or the method's index_dtype. A row without a result (padding, bad
+        token id) has -1 here and weights 0.
     """
 
     weights: Any
@@ -21,9 +21,9 @@ class Routing(NamedTuple):
 class TopK(NamedTuple):
     """The k largest scores of each row, best first.
 
-    values: [num_rows, k], dtype of the scores, bit copies of the inputs; -inf where a row holds fewer than k. None if
-        they were not asked for.
-    indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row holds fewer than k.
+    values: [num_rows, k] in the dtype of the scores, bit copies of the inputs; -inf where a row has fewer than k. None
+        with ``return_values=False``.
+    indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row has fewer than k.
     """
 
     values: Any

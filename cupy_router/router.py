@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Router: a method with the arrays of one layer."""
+"""Router: a routing method together with the arrays of one layer."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from cupy_router.arrays import View, framework_of
 from cupy_router.method import PROCESS, RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
-from cupy_router.ops import activation_topk as scoring
+from cupy_router.ops._method import check_layer
+from cupy_router.ops._op import FLOATS
+from cupy_router.ops._run import Interceptor
 from cupy_router.results import Routing
 
-# Every router of this process by its key, for callers that can carry a string but no object.
+# Every router of this process by its key: graphs of PyTorch carry strings, not objects.
 routers: MutableMapping[str, Router] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 class Router:
-    """A layer's router: ``router(x)`` is ``dense_router``, with a table ``router(x, token_ids)`` is ``hash_router``.
+    """Router of one layer: ``router(x)`` calls ``dense_router``, or ``hash_router`` with a table and token ids.
 
     Args:
-        method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; may be left out of a hash router, whose
-            weights are then uniform.
-        bias: [num_experts] float32, added for the selection alone; only without a table.
-        logit_bias: [num_experts] float32, added to the logits; needs a weight.
-        expert_scale: [num_experts] float32, a factor of the weight of each expert; needs a weight.
-        table: [vocab_size, top_k] int32 or int64, the experts of each token id; makes it a hash router.
+        method: A :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
+        weight: The gate, [num_experts, hidden] float32, float16 or bfloat16. A hash router without it gives uniform
+            weights.
+        bias: [num_experts] float32, added for the selection only. Not allowed with a table.
+        logit_bias: [num_experts] float32, added to the logits. Needs ``weight``.
+        expert_scale: [num_experts] float32, factor of each expert's weight. Needs ``weight``.
+        table: [vocab_size, top_k] int32 or int64, the experts of each token id. Makes this a hash router.
 
-    The arrays are held as they are, without a copy: what is written into them later counts. They have to be of one
-    device, but not of one framework.
+    The router keeps the arrays without a copy, so later writes to them take effect. They have to be on one device, but
+    may belong to different frameworks.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed.
-        ValueError: shapes, strides or devices are wrong, or arguments do not go together.
+        TypeError: An argument is not an array, or its dtype is not allowed.
+        ValueError: Shapes, strides or devices are wrong, or two arguments exclude each other.
 
     >>> import numpy as np
     >>> from cupy_router import Router, RoutingMethod
@@ -65,7 +67,7 @@ class Router:
         self.method = resolve(method)
         self.weight, self.bias, self.table = weight, bias, table
         self.logit_bias, self.expert_scale = logit_bias, expert_scale
-        self._follows = False  # whether the arrays are copied to wherever x lies
+        self.follows_inputs = False  # True: copy the arrays to the device of x
         self._copies: dict[tuple[str, int], Router] = {}
         with check.named("Router"):
             self._described = self._validate()
@@ -73,21 +75,21 @@ class Router:
 
     @classmethod
     def of_leaves(cls, method: RoutingMethod, arrays: Mapping[str, Any]) -> Router:
-        """A router of what stands for the arrays of another one, unchecked: a pytree's leaves may be anything."""
+        """Return a router with these arrays, unchecked, since the leaves of a pytree may be any objects."""
         router = cls.__new__(cls)
         router.method = method
         for name, array in arrays.items():
             setattr(router, name, array)
-        router._follows, router._copies = False, {}
+        router.follows_inputs, router._copies = False, {}
         router._described = ", ".join(name for name, array in arrays.items() if array is not None)
         router._enter()
         return router
 
     def _enter(self) -> None:
-        self.key = f"{PROCESS} {next(_numbers)}"  # of no other router of any process
+        self.key = f"{PROCESS} {next(_numbers)}"  # unique over all processes
         routers[self.key] = self
 
-    # A copy is a router of its own, under a key of its own.
+    # A copy is a separate router and gets a new key.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "key"}
 
@@ -96,33 +98,28 @@ class Router:
         self._enter()
 
     def _validate(self) -> str:
-        """What the repr says of the arrays, if nothing is wrong with them."""
+        """Check the arrays and return their description for the repr."""
         views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
         table = views.get("table")
-        layer = views.get("bias"), views.get("logit_bias"), views.get("expert_scale")
-        if table is None or "weight" in views:
-            dense_router.check_gate(self.method, views.get("weight"))
-            scoring.check_layer(self.method, *layer)
-        elif layer[1] is not None or layer[2] is not None:
+        if table is None and "weight" not in views:
+            raise TypeError("weight must be an array, got None")
+        check_layer(self.method, views)
+        if "weight" not in views and views.keys() & {"logit_bias", "expert_scale"}:
             raise ValueError("logit_bias and expert_scale need a weight, without which weights are uniform")
-        if table is not None:
-            if "bias" in views:
-                raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
-            check.dtype(table, check.INTS)
-            check.rank(table, "vocab_size, top_k")
-            check.shape(table, (table.shape[0], self.method.top_k), "vocab_size, top_k")
+        if table is not None and "bias" in views:
+            raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
         return ", ".join(f"{name}={view}" for name, view in views.items())
 
     def arrays(self) -> dict[str, Any]:
-        """The arrays of the layer by the names of their arguments, None for what it does not have."""
+        """Return the arrays of the layer by argument name, with None for those it does not have."""
         return {name: getattr(self, name) for name in ("weight", "bias", "logit_bias", "expert_scale", "table")}
 
     @property
     def is_hash(self) -> bool:
-        """Whether a table decides which experts are chosen."""
+        """True if a table selects the experts."""
         return self.table is not None
 
     def __repr__(self) -> str:
@@ -131,23 +128,24 @@ class Router:
     def __call__(
         self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
     ) -> Routing:
-        """Experts and weights of each token; everything but the arrays of the layer is as for `dense_router`.
+        """Return the experts of each token and their weights.
 
         Args:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
-            token_ids: [num_tokens] int32 or int64; needed by a hash router, ignored by others.
-            num_valid, out, stream: as for :func:`cupy_router.dense_router`.
+            token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
+            num_valid, out, stream: As for :func:`cupy_router.dense_router`.
 
         Returns:
-            Routing of arrays of the framework of x, on its device.
+            Routing with arrays of the framework of x, on its device.
         """
-        if tracer is not None and tracer.is_tracing():
-            return tracer.route(self, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]  # a Routing
+        for interceptor in interceptors:
+            if interceptor.wants(self, (x, token_ids)):
+                return interceptor.run(self, None, (x, token_ids, num_valid), out, stream, -1)  # type: ignore[no-any-return]
         return self.route(x, token_ids, num_valid, out, stream)
 
     def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
-        """A call that is not being traced."""
-        if self._follows:
+        """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
+        if self.follows_inputs:
             return self.beside(x).route(x, token_ids, num_valid, out, stream)
         if self.table is None:
             return dense_router.dense_router(
@@ -163,23 +161,23 @@ class Router:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], prefix: str, method: RoutingMethod | str) -> Router:
-        """The router at `prefix` of a state dict, under the names of DeepSeek or of Hugging Face.
+        """Return the router at `prefix` of a state dict with the names of DeepSeek or Hugging Face.
 
         Args:
-            state: from keys to arrays of any framework.
-            prefix: names a layer, its sparse block or the router: "layers.3", "layers.3.ffn" or "layers.3.ffn.gate" for
-                a gate called "layers.3.ffn.gate.weight"; likewise "model.layers.3.mlp". A last dot may be there or not.
-            method: as for the constructor.
+            state: Arrays of any framework by key.
+            prefix: Path of a layer, its sparse block or the router: "layers.3", "layers.3.ffn" or "layers.3.ffn.gate"
+                for a gate "layers.3.ffn.gate.weight"; likewise "model.layers.3.mlp". A last dot is optional.
+            method: As for the constructor.
 
-        The bias is `e_score_correction_bias` or the like, `expert_scale` is `per_expert_scale`, the table `tid2eid`.
-        `bias` beside the gate is the `logit_bias` of methods with `score_after_topk`, which have no scores to add a
-        bias to, as that of gpt-oss; `gate.bias` is the bias of methods that choose by sigmoid or sqrtsoftplus scores,
-        as DeepSeek calls it; otherwise it is refused, as is any other tensor of the router, which would be left out.
-        All but the gate and the table are converted to float32 if they are not.
+        The bias is `e_score_correction_bias` or a similar name, `expert_scale` is `per_expert_scale`, the table is
+        `tid2eid`. A `bias` beside the gate is the `logit_bias` of methods with `score_after_topk`, like that of
+        gpt-oss, because they have no scores to add a bias to. `gate.bias` is the bias of methods that select by sigmoid
+        or sqrtsoftplus scores, as in DeepSeek's checkpoints. A `bias` is refused otherwise, like any tensor of the
+        router that would be ignored. All arrays but the gate and the table are converted to float32.
 
         Raises:
-            TypeError, ValueError: a key is missing, unknown or ambiguous, or its array has the wrong shape or dtype;
-                the message names it.
+            TypeError, ValueError: A key is missing, unknown or ambiguous, or its array has the wrong shape or dtype.
+                The message names it.
 
         >>> import numpy as np
         >>> identity = np.eye(4, dtype=np.float32)
@@ -193,15 +191,14 @@ class Router:
 
     @classmethod
     def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
-        """The router at `prefix` of a safetensors file, or of a folder or index of the files of one checkpoint.
+        """Return the router at `prefix` of a safetensors file, or of the folder or index of a checkpoint.
 
-        Only this router's arrays are read, into CPU memory. They are copied to a GPU once, when the first x comes from
-        there.
+        Only the arrays of this router are read, into CPU memory. The first x on a GPU copies them to that GPU.
 
         Raises:
-            ImportError: the library `safetensors` is missing: install cupy-router[safetensors].
-            OSError: there is no such file.
-            TypeError, ValueError: as for :meth:`from_state_dict`, or it is no safetensors file.
+            ImportError: The library `safetensors` is missing: install cupy-router[safetensors].
+            OSError: There is no such file.
+            TypeError, ValueError: As for :meth:`from_state_dict`, or the file is not a safetensors file.
         """
         with check.named("Router.from_safetensors"):
             method = resolve(method)
@@ -209,7 +206,7 @@ class Router:
             keys = huggingface.router_keys(files, prefix, method)
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
             router = cls._from_keys(state, keys, method)
-        router._follows = True
+        router.follows_inputs = True
         return router
 
     @classmethod
@@ -220,15 +217,15 @@ class Router:
         try:
             return cls(method, **arrays)
         except (TypeError, ValueError) as error:
-            # The argument that an error is about comes first in it; say which key that was.
+            # The message starts with the argument's name: add the key of that argument.
             message = str(error).removeprefix("Router: ")
             name = message.partition(" ")[0]
             key = getattr(keys, name, None)
             raise type(error)(message if key is None else f"{key} is the {name}: {message}") from error
 
     def beside(self, x: Any) -> Router:
-        """This router with its arrays on the device of x, where they are if they did not come from a file."""
-        if not self._follows:
+        """Return this router with its arrays on the device of x. Only arrays from a file are moved."""
+        if not self.follows_inputs:
             return self
         device = _view("x", x).device
         found = self._copies.get(device)
@@ -239,8 +236,8 @@ class Router:
         return found
 
 
-# Set by cupy_router.torch: whether a call is being traced into a graph, and how it is put there.
-tracer: Any = None
+# Framework packages add what takes the call of a Router as a whole.
+interceptors: list[Interceptor] = []
 
 
 def _view(name: str, array: Any) -> View:
@@ -251,9 +248,9 @@ def _view(name: str, array: Any) -> View:
 
 
 def _as_float32(key: str, array: Any, num_experts: int) -> Any:
-    """[num_experts] float32; some checkpoints keep such arrays in bfloat16, some the bias in a row of its own."""
+    """Convert to [num_experts] float32. Some checkpoints have bfloat16, some the shape [1, num_experts]."""
     view = _view(key, array)
-    check.dtype(view, check.FLOATS)
+    check.dtype(view, FLOATS)
     if view.shape == (1, num_experts):
         array = array.reshape(num_experts)
     if view.dtype == "float32":
@@ -269,7 +266,7 @@ def _to_gpu(index: int) -> Any:
     def move(array: np.ndarray[Any, Any]) -> Any:
         with cupy.cuda.Device(index):
             moved = cupy.asarray(np.ascontiguousarray(array).view(np.uint8)).view(array.dtype)
-            cupy.cuda.get_current_stream().synchronize()  # other streams may read it from now on
+            cupy.cuda.get_current_stream().synchronize()  # other streams may read it next
         return moved
 
     return move

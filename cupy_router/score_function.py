@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A score that the caller wrote: CUDA for the kernels, NumPy for the reference."""
+"""ScoreFunction: a custom score, as CUDA for the kernels and as NumPy for the reference."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """A score of a logit of your own, for ``RoutingMethod(score=...)``; every logit is scored by itself.
+    """Define an elementwise score of logits, for ``RoutingMethod(score=...)``.
 
     Args:
-        name: what errors and the repr call it: letters, digits, ``_``, ``-`` and ``.``.
-        cuda: CUDA C++ of the float ``x``: an expression such as ``"tanhf(x)"``, or a function body with ``return``. It
-            is compiled into the kernels with flush-to-zero; the functions of CUDA's device library can be called.
-        numpy: the same for the reference: a function of a float64 array that returns an array of its shape.
-        derivative: how the score grows with x, as a ScoreFunction of its own; only gradients need it.
+        name: Name in errors and in the repr, of letters, digits, ``_``, ``-`` and ``.``.
+        cuda: CUDA C++ in terms of the float ``x``: an expression such as ``"tanhf(x)"``, or a function body with
+            ``return``. It is compiled into the kernels, with flush-to-zero, and may call CUDA's device functions.
+        numpy: The same score for the reference: a function of a float64 array that returns an array of that shape.
+        derivative: Derivative of the score with respect to x, as another ScoreFunction. Only gradients need it.
 
-    Results count as float32 scores: NaN ranks lowest, subnormals become 0. That both say the same is the caller's
-    promise. Functions are equal if all their fields are.
+    Results are float32 scores: NaN ranks lowest, subnormals become 0. The caller ensures that ``cuda`` and ``numpy``
+    agree. Two ScoreFunctions are equal if all their fields are equal.
 
     Raises:
-        TypeError: a field has the wrong type.
+        TypeError: A field has the wrong type.
         ValueError: ``name`` has other characters, or ``cuda`` is empty.
-        cupy_router.compiler.CompileError: at the first call on a GPU, naming the line of ``cuda`` that is wrong.
+        cupy_router.compiler.CompileError: At the first call on a GPU, with the line of ``cuda`` that is wrong.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, ScoreFunction, activation_topk
@@ -38,8 +38,8 @@ class ScoreFunction:
 
     With gradients:
 
-    >>> slope = ScoreFunction("slope", cuda="1.0f / x", numpy=lambda x: 1 / x)
-    >>> logarithm = ScoreFunction("logarithm", cuda="logf(x)", numpy=np.log, derivative=slope)
+    >>> inverse = ScoreFunction("inverse", cuda="1.0f / x", numpy=lambda x: 1 / x)
+    >>> logarithm = ScoreFunction("logarithm", cuda="logf(x)", numpy=np.log, derivative=inverse)
     """
 
     name: str
@@ -67,11 +67,11 @@ class ScoreFunction:
 
     @property
     def header(self) -> str:
-        """What takes the place of kernels/routing/score_function.cuh."""
+        """Text that replaces the header routing/score_function.cuh of the kernels."""
         return self.defined_as("score_function")
 
     def defined_as(self, function: str) -> str:
-        """CUDA C++ that defines it under this name."""
+        """Return CUDA C++ that defines the score as a device function of this name."""
         is_body = re.search(r"\breturn\b", _COMMENT.sub(" ", self.cuda)) is not None
         before, after = ("", "") if is_body else ("return (", ");")
         return (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of our own that kernels share from call to call: one per device, stream and use; knows nothing of routing.
+"""Scratch memory for kernels: one buffer per device, stream and use. Knows nothing of routing.
 
-Calls on one stream run one after the other and so may share a buffer. A captured graph may be replayed on any stream,
-so each capture gets buffers of its own. Buffers are zeroed when they are made and never freed: a graph may need them.
+Calls on one stream run one after the other, so they share a buffer. A captured graph can be replayed on any stream, so
+each capture gets separate buffers. A new buffer is zeroed. No buffer is ever freed, because a graph may still use it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from cupy_router.compiler import require_cuda
 
 _SMALLEST = 64 * 1024
-_UNCAPTURED = (0, 1)  # the legacy default stream, which cannot be captured
+_UNCAPTURED = (0, 1)  # handles of the legacy default stream, which cannot be captured
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -30,9 +30,9 @@ _lock = threading.Lock()
 
 
 def buffer(device: tuple[str, int], stream: int, use: str, num_bytes: int) -> int:
-    """The address of at least `num_bytes` that belong to this `use` on this stream, zero before their first use.
+    """Return the address of at least `num_bytes` for this `use` on this stream, zero before the first use.
 
-    A larger request gets a larger buffer, zeroed again; work that is enqueued or captured keeps the one it has.
+    A larger request gets a new zeroed buffer. Work that is enqueued or captured keeps the old one.
     """
     key = (device, stream, capture_of(stream) if device[0] == "cuda" else 0, use)
     found = _buffers.get(key)
@@ -42,7 +42,7 @@ def buffer(device: tuple[str, int], stream: int, use: str, num_bytes: int) -> in
 
 
 def capture_of(stream: int) -> int:
-    """The number of the graph capture that a CUDA stream takes part in, 0 if none."""
+    """Return the id of the graph capture that a CUDA stream takes part in, 0 if none."""
     if stream in _UNCAPTURED or not require_cuda().cuda.runtime.streamIsCapturing(stream):
         return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()
@@ -56,7 +56,7 @@ def capture_of(stream: int) -> int:
 
 @contextmanager
 def relaxed() -> Iterator[None]:
-    """Within it this thread may allocate and load libraries on a device although a stream is being captured."""
+    """Let this thread allocate memory and load libraries while a stream is being captured."""
     mode = ctypes.c_int(_RELAXED)
     _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
@@ -89,7 +89,7 @@ def _allocate_host(size: int) -> int:
 
 
 def _allocate_cuda(index: int, size: int, use: str) -> int:
-    """Straight from the driver: pools belong to frameworks and their graphs. The host waits for the zeros."""
+    """Allocate without a pool, since pools belong to frameworks and their graphs. The host waits for the memset."""
     cupy = require_cuda()
     runtime = cupy.cuda.runtime
     with cupy.cuda.Device(index), relaxed():

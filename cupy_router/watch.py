@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether files have changed, asked before every call: by inotify where there is one (about 1 us), else by looking.
+"""Detect changed files before every call: by inotify on Linux (about 1 us), elsewhere by reading the file status.
 
-inotify sees every edit made on this machine before the call that follows it. Edits that reach a network or container
-mount from elsewhere it may not see, so the files are looked at as well, twice a second.
+inotify reports every edit made on this machine before the next call. It may miss edits that reach a network or
+container mount from elsewhere, so the file status is also read twice a second.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 _EVENTS = 0x2 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200  # modified, closed after writing, moved from or to, created, deleted
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
-Stamp = tuple[int, int] | None  # modification time and size; None: there is no such file
+Stamp = tuple[int, int] | None  # modification time and size, or None for a missing file
 
 
 def _stamp(path: Path) -> Stamp:
@@ -28,12 +28,12 @@ def _stamp(path: Path) -> Stamp:
 
 
 class Watch:
-    """A set of paths, which need not exist, and whether any of them has changed since it was added."""
+    """Set of watched paths. They need not exist."""
 
     def __init__(self) -> None:
         self._stamps: dict[Path, Stamp] = {}
         self._folders: set[Path] = set()
-        self._look_at = 0.0
+        self._next_poll = 0.0
         self._libc = None
         self._inotify = -1
         if sys.platform == "linux":
@@ -41,28 +41,28 @@ class Watch:
             self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def add(self, path: Path) -> None:
-        """Watch a path from now on."""
+        """Start to watch a path."""
         folder = path.parent
         if self._libc is not None and self._inotify >= 0 and folder not in self._folders:
             self._folders.add(folder)
             if self._libc.inotify_add_watch(self._inotify, os.fsencode(folder), _EVENTS) < 0:
-                os.close(self._inotify)  # without a watch on every folder it is of no use
+                os.close(self._inotify)  # useless unless every folder is watched
                 self._inotify = -1
         self._stamps[path] = _stamp(path)
 
     def clear(self) -> None:
-        """Watch nothing."""
+        """Stop watching all paths."""
         self._stamps.clear()
 
     def changed(self) -> bool:
-        """Whether a watched file is not what it was when it was added."""
+        """Return True if a file has changed, appeared or gone since its path was added."""
         if self._inotify >= 0:
             now = time.monotonic()
-            if now < self._look_at:
+            if now < self._next_poll:
                 try:
                     os.read(self._inotify, 65536)
                 except BlockingIOError:
                     return False
-            self._look_at = now + _LOOK_SECONDS
-        stamps = list(self._stamps.items())  # other threads may add some meanwhile
+            self._next_poll = now + _POLL_SECONDS
+        stamps = list(self._stamps.items())  # a copy: other threads may add paths
         return any(_stamp(path) != stamp for path, stamp in stamps)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture-of-experts layer in JAX: `python -m examples.moe_jax`, on a GPU if there is one.
+"""Train a mixture-of-experts layer in JAX: `python -m examples.moe_jax`, on a GPU if there is one.
 
-Every expert sees every token, and the weights of the router, 0 but for the experts that it chose, mix what they say.
+Every expert processes every token. The output is the sum weighted by the router, with weight 0 for experts that are
+not selected.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from examples import tokens
 
 
 def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
-    """What `dense_router` is here, in JAX alone."""
+    """Compute the same as `dense_router`, in plain JAX."""
     scores = jnp.sqrt(jax.nn.softplus(x @ gate.T))
     weights, indices = jax.lax.top_k(scores, tokens.METHOD.top_k)
     return weights / weights.sum(axis=1, keepdims=True), indices
 
 
 def moe(parameters: dict[str, Any], x: Any, plain: bool) -> Any:
-    """[num_tokens, hidden] -> scores of clusters."""
+    """Return the cluster logits of x [num_tokens, hidden]."""
     gate = parameters["gate"]
     weights, indices = plain_router(x, gate) if plain else dense_router(x, gate, tokens.METHOD)
     mix = jnp.zeros((len(x), tokens.METHOD.num_experts)).at[jnp.arange(len(x))[:, None], indices].set(weights)
@@ -32,21 +33,21 @@ def moe(parameters: dict[str, Any], x: Any, plain: bool) -> Any:
     return (x + jnp.einsum("ne,new,ewh->nh", mix, inner, parameters["down"])) @ parameters["head"]
 
 
-def loss_of(parameters: dict[str, Any], x: Any, clusters: Any, plain: bool) -> Any:
-    chances = jax.nn.log_softmax(moe(parameters, x, plain))
-    return -jnp.take_along_axis(chances, clusters[:, None], axis=1).mean()
+def loss_fn(parameters: dict[str, Any], x: Any, clusters: Any, plain: bool) -> Any:
+    log_probabilities = jax.nn.log_softmax(moe(parameters, x, plain))
+    return -jnp.take_along_axis(log_probabilities, clusters[:, None], axis=1).mean()
 
 
 @partial(jax.jit, static_argnames="plain", donate_argnums=(0, 1))
 def step(parameters: Any, velocity: Any, x: Any, clusters: Any, plain: bool) -> tuple[Any, Any, Any]:
-    """New parameters and velocity, of gradient descent with momentum, and the loss before."""
-    loss, found = jax.value_and_grad(loss_of)(parameters, x, clusters, plain)
-    velocity = jax.tree.map(lambda v, g: tokens.MOMENTUM * v + g, velocity, found)
+    """Return new parameters and velocity after a step of gradient descent with momentum, and the loss before it."""
+    loss, grads = jax.value_and_grad(loss_fn)(parameters, x, clusters, plain)
+    velocity = jax.tree.map(lambda v, g: tokens.MOMENTUM * v + g, velocity, grads)
     return jax.tree.map(lambda p, v: p - tokens.LEARNING_RATE * v, parameters, velocity), velocity, loss
 
 
 def train(steps: int = 200, plain: bool = False) -> list[float]:
-    """The loss of each step."""
+    """Return the loss of each step."""
     hidden, clusters = (jnp.array(array) for array in tokens.load())
     parameters = jax.tree.map(jnp.array, tokens.parameters())
     velocity = jax.tree.map(jnp.zeros_like, parameters)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture-of-experts layer in PyTorch: `python -m examples.moe_pytorch`, on a GPU if there is one.
+"""Train a mixture-of-experts layer in PyTorch: `python -m examples.moe_pytorch`, on a GPU if there is one.
 
-Every expert sees every token, and the weights of the router, 0 but for the experts that it chose, mix what they say.
+Every expert processes every token. The output is the sum weighted by the router, with weight 0 for experts that are
+not selected.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from examples import tokens
 
 
 def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
-    """What `dense_router` is here, in PyTorch alone."""
+    """Compute the same as `dense_router`, in plain PyTorch."""
     scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
     weights, indices = scores.topk(tokens.METHOD.top_k, dim=1)
     return weights / weights.sum(dim=1, keepdim=True), indices
@@ -29,16 +30,16 @@ class MoE(torch.nn.Module):  # type: ignore[misc]  # Any where torch is not inst
         self.plain = plain
 
     def forward(self, x: Any) -> Any:
-        """[num_tokens, hidden] -> scores of clusters."""
-        router = plain_router(x, self.gate) if self.plain else dense_router(x, self.gate, tokens.METHOD)
-        weights, indices = router
+        """Return the cluster logits of x [num_tokens, hidden]."""
+        routing = plain_router(x, self.gate) if self.plain else dense_router(x, self.gate, tokens.METHOD)
+        weights, indices = routing
         mix = x.new_zeros(len(x), tokens.METHOD.num_experts).scatter(1, indices.long(), weights)
         inner = torch.relu(torch.einsum("nh,ehw->new", x, self.up))
         return (x + torch.einsum("ne,new,ewh->nh", mix, inner, self.down)) @ self.head
 
 
 def train(steps: int = 200, plain: bool = False) -> list[float]:
-    """The loss of each step."""
+    """Return the loss of each step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, clusters = (torch.from_numpy(array).to(device) for array in tokens.load())
     model = MoE(plain).to(device)

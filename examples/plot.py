@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train all examples and plot their losses: `python -m examples.plot` writes docs/examples.json and docs/examples.svg.
 
-`--only-plot` takes the losses that are there.
+`--only-plot` plots the losses of docs/examples.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLAIN = "PyTorch, plain router"
-# Module and options of train(), by the name of the curve.
+# Module and options of train() for each curve.
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     PLAIN: ("moe_pytorch", {"plain": True}),
     "PyTorch": ("moe_pytorch", {}),
@@ -33,7 +33,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def losses(steps: int) -> dict[str, list[float]]:
-    """Of each step, by the name of the curve; frameworks that are not installed are left out."""
+    """Return the losses of each curve, leaving out frameworks that are not installed."""
     found = {}
     for name, (module, options) in CURVES.items():
         try:
@@ -47,7 +47,7 @@ def losses(steps: int) -> dict[str, list[float]]:
 
 
 def draw(found: dict[str, list[float]], path: Path) -> None:
-    """The curves, and beside them how far each is from the first one, which is the plain router of PyTorch."""
+    """Plot the curves, and beside them the distance of each from that of the plain router in PyTorch."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

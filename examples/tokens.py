@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task of all examples, as NumPy arrays: from a token's hidden state, tell the cluster of the token behind it.
+"""The task of all examples, as NumPy arrays: predict the cluster of the next token from a token's hidden state.
 
-Tokens and clusters are those of `minilm_router.npz`: 2048 tokens of English prose and 128 clusters of hidden states, of
-which the nearest by direction is a token's own.
+The data come from `minilm_router.npz`: 2048 tokens of English prose and the centroids of 128 clusters of hidden states.
+A token belongs to the cluster with the largest dot product.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from cupy_router import RoutingMethod
 
 METHOD = RoutingMethod(num_experts=16, top_k=2, score="sqrtsoftplus")
-WIDTH, CLUSTERS = 64, 128  # of an expert's own layer; to tell apart
+WIDTH, CLUSTERS = 64, 128  # inner width of an expert; number of clusters
 LEARNING_RATE, MOMENTUM, BATCH = 0.1, 0.9, 256
 
 Array = np.ndarray[Any, Any]
 
 
 def load() -> tuple[Array, Array]:
-    """Hidden states [2047, 384] float32 and the cluster of each next token [2047] int64."""
+    """Return hidden states [2047, 384] float32 and the cluster of each next token, [2047] int64."""
     with (resources.files("cupy_router") / "data" / "minilm_router.npz").open("rb") as file:
         data = np.load(file)
         hidden, centroids = data["hidden"].astype(np.float32), data["gate_weight"].astype(np.float32)
@@ -32,14 +32,14 @@ def load() -> tuple[Array, Array]:
 
 
 def batches(steps: int) -> Iterator[Array]:
-    """Numbers of the tokens of each step."""
+    """Yield the token indices of each step."""
     rng = np.random.default_rng(1)
     for _ in range(steps):
         yield rng.choice(2047, BATCH, replace=False)
 
 
 def parameters() -> dict[str, Array]:
-    """Where training begins: the same in every framework."""
+    """Return the initial parameters, the same in every framework."""
     rng, hidden = np.random.default_rng(0), 384
 
     def normal(*shape: int) -> Array:

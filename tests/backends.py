@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the same op tests run: on the NumPy reference, on kernels executed by the CPU, on kernels on a GPU."""
+"""Backends of the op tests: the NumPy reference, kernels executed by the CPU, kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES: dict[str, Any] = {
 
 
 class Backend:
-    """NumPy arrays: cupy_router runs its reference on them, which is compared with the brute force of compare.py."""
+    """NumPy arrays: cupy_router runs its reference on them, which is compared with tests/oracle.py."""
 
     name = "reference"
     runs_kernels = False
@@ -38,13 +38,13 @@ class Backend:
         return np.asarray(array)
 
     def rows(self, n: int, columns: int, exactly: bool = False) -> int:
-        """How many of n rows this backend affords, or a skip: the one place where cases shrink for a slow backend."""
+        """Return how many of n rows this backend runs, or skip: the one place where cases shrink for a slow backend."""
         return n
 
     def array(self, host: np.ndarray, row_pad: int = 0, offset: int = 0) -> Any:
-        """The same values on this backend, rows row_pad elements apart, the base offset elements behind an aligned one.
+        """Return the same values on this backend, row_pad elements between rows, offset elements before them.
 
-        What lies between, before and behind the rows is poison that wins every selection and spoils every sum.
+        The elements between, before and after the rows are poison: they win every selection and spoil every sum.
         """
         if host.ndim != 2:
             flat = _poison(host.dtype, offset + host.size + 8)
@@ -81,7 +81,7 @@ class SimtBackend(Backend):
 
 
 class GpuBackend(Backend):
-    """CuPy arrays; bfloat16 through ml_dtypes, which CuPy 14 takes."""
+    """CuPy arrays; bfloat16 by ml_dtypes, which CuPy 14 supports."""
 
     name = "gpu"
     runs_kernels = True
@@ -107,5 +107,5 @@ BACKENDS = {"reference": Backend, "simt": SimtBackend, "gpu": GpuBackend}
 
 
 def _poison(dtype: np.dtype, size: int) -> np.ndarray:
-    value = np.inf if dtype.kind in "fV" else 2**31 - 1
+    value = np.inf if dtype.kind in "fV" else min(2**31 - 1, np.iinfo(dtype).max)
     return np.full(size, value, dtype)

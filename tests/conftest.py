@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the suite: where the op tests run (--backend), and the table of acceptance items (--acceptance-table)."""
+"""Which tests run, and where: --backend, and --all for the slow ones. CONTRIBUTING.md lists what to run when."""
 
 from __future__ import annotations
 
-import json
-import re
+import gc
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,38 +14,127 @@ import pytest
 
 from tests.backends import BACKENDS, Backend
 
+MARKERS = (
+    "acceptance(*items): items of the acceptance lists which this test covers",
+    "backends(*names): runs only with these --backend",
+    "needs_kernels: runs only where the ops run kernels, not the NumPy reference",
+    "many_kernels: compiles a kernel for every case; with --backend=simt every third case runs",
+    "slow(reason, every=None): left out without --all, but for every so many cases; reason is one of SLOW",
+)
+SLOW = ("compiler", "process", "seconds")  # runs g++ or NVRTC; starts a process; computes for long
+COMPILING = {"simt", "test_compile.py"}  # folders and files whose tests compile kernels
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+TESTS_PER_DOT = 50
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads cost small tensors more than they save
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=sorted(BACKENDS), default="reference", help="where the op tests run")
-    parser.addoption("--acceptance-table", type=Path, metavar="FILE.json", help="write acceptance item -> passed tests")
+    parser.addoption("--all", action="store_true", help="run the slow tests too; implied by a --backend with kernels")
+    parser.addoption("--only-slow", action="store_true", help="run only what is left out without --all")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "acceptance(*items): items of the acceptance lists which this test covers")
-    config.addinivalue_line("markers", "needs_kernels: skipped where the ops run the NumPy reference")
-    config.addinivalue_line("markers", "many_kernels: a kernel of its own for every case; simt takes every third")
-    if config.getoption("--acceptance-table"):
-        config.pluginmanager.register(AcceptanceTable(config.getoption("--acceptance-table")))
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    config.stash[LEFT_OUT] = Counter()
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and config.option.verbose == 0:
+        reporter.showfspath = False
+
+
+# -- Selection ---------------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    backend = config.getoption("--backend")
-    cases: Counter[str] = Counter()
+    """Deselect tests of other backends, and slow tests unless they are asked for."""
+    backend, cases = config.getoption("--backend"), Counter[tuple[str, str]]()
+    everything = config.getoption("--all") or backend != "reference"
+    only_slow = config.getoption("--only-slow")
+    kept, dropped = [], []
     for item in items:
-        op = Path(item.path).stem.removeprefix("test_")
-        covered = dict.fromkeys(name for mark in item.iter_markers("acceptance") for name in mark.args)
-        item.user_properties.extend(("acceptance", f"{op}: {name}") for name in covered)
-        if backend != "gpu" and Path(item.path).parent.name == "gpu":
-            item.add_marker(pytest.mark.skip(reason="only with --backend=gpu"))
-        if backend == "reference" and item.get_closest_marker("needs_kernels"):
-            item.add_marker(pytest.mark.skip(reason="about kernels, which --backend=reference does not run"))
-        if backend == "simt" and item.get_closest_marker("many_kernels"):
-            function = item.nodeid.partition("[")[0]
-            if cases[function] % 3:
-                item.add_marker(
-                    pytest.mark.skip(reason="g++ takes seconds for each kernel: every third is enough here")
-                )
-            cases[function] += 1
+        if not runs_on(item, backend, cases):
+            dropped.append(item)
+            continue
+        reason = slow_reason(item, cases)
+        wanted = reason is not None if only_slow else everything or reason is None
+        (kept if wanted else dropped).append(item)
+        if not wanted and reason is not None:
+            config.stash[LEFT_OUT][reason] += 1
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist, whose controller collects nothing
+        config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
+
+
+def pytest_collection_finish() -> None:
+    """Exclude imported and collected objects from later garbage collections: they live to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+def runs_on(item: pytest.Item, backend: str, cases: Counter[tuple[str, str]]) -> bool:
+    if backend != "gpu" and Path(item.path).parent.name == "gpu":
+        return False
+    if backend == "reference" and item.get_closest_marker("needs_kernels"):
+        return False
+    if backend == "simt" and item.get_closest_marker("many_kernels"):
+        return number_of(item, "many_kernels", cases) % 3 == 0
+    named = item.get_closest_marker("backends")
+    return named is None or backend in named.args
+
+
+def slow_reason(item: pytest.Item, cases: Counter[tuple[str, str]]) -> str | None:
+    """Return why a test is slow, or None if it is fast or one of the cases that always run."""
+    for marker in item.iter_markers("slow"):
+        (reason,), every = marker.args, marker.kwargs.get("every")
+        assert reason in SLOW, f"{item.nodeid}: {reason} is none of {SLOW}"
+        if every is None or number_of(item, "slow", cases) % every:
+            return str(reason)
+    return "compiler" if COMPILING & {Path(item.path).name, Path(item.path).parent.name} else None
+
+
+def number_of(item: pytest.Item, purpose: str, cases: Counter[tuple[str, str]]) -> int:
+    """Return the number of this case among those of its test function."""
+    key = item.nodeid.partition("[")[0], purpose
+    cases[key] += 1
+    return cases[key] - 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All workers of pytest-xdist collect the same."""
+    found = getattr(node, "workeroutput", {}).get("left_out", {})
+    node.config.stash[LEFT_OUT] = Counter(found)
+
+
+# -- Output ------------------------------------------------------------------------------------------------------------
+
+
+def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Print one dot for many passed tests, unless -v or -q asks for more or less."""
+    if config.option.verbose != 0 or report.when != "call" or not report.passed or hasattr(report, "wasxfail"):
+        return None
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    dot = reporter is not None and len(reporter.stats.get("passed", ())) % TESTS_PER_DOT == 0
+    return ("passed", ".", "PASSED") if dot else ("passed", "", "")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+    """Print how many slow tests were left out, last before pytest's own closing line."""
+    yield
+    left_out = config.stash[LEFT_OUT]
+    if left_out.total():
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+        ran = any(terminalreporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "skipped"))
+        start = "" if ran or config.option.collectonly else "All that was selected is slow. "
+        terminalreporter.line(
+            f"{start}Left out: {left_out.total()} slow tests ({reasons}); pytest --all runs them too."
+        )
 
 
 @pytest.fixture(scope="session")
@@ -53,33 +142,3 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen = BACKENDS[request.config.getoption("--backend")]()
     yield chosen
     chosen.close()
-
-
-class AcceptanceTable:
-    """Counts outcomes per acceptance item; reports carry the items, so that it works under pytest-xdist as well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.counts: dict[str, dict[str, int]] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.outcome == "passed":
-            return
-        for key, item in report.user_properties:
-            if key == "acceptance":
-                row = self.counts.setdefault(str(item), {"passed": 0, "failed": 0, "skipped": 0})
-                row[report.outcome] += 1
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if not hasattr(session.config, "workerinput"):  # the workers of pytest-xdist leave it to their controller
-            self.path.write_text(json.dumps(dict(self._rows()), indent=1) + "\n")
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.section("acceptance items: passed tests")
-        for item, row in self._rows():
-            failed = f"  ({row['failed']} failed)" if row["failed"] else ""
-            terminalreporter.line(f"{row['passed']:5}  {item}{failed}")
-
-    def _rows(self) -> list[tuple[str, dict[str, int]]]:
-        """Items in alphabetical order, numbers in them by size."""
-        return sorted(self.counts.items(), key=lambda pair: [part.zfill(9) for part in re.split(r"(\d+)", pair[0])])

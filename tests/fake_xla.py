@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA hands to a handler, made here: call frames and a table of functions, laid out as its c_api.h says."""
+"""Call frames and a function table as XLA passes them to a handler, laid out as in its c_api.h."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _immortal: list[Any] = []  # as the tables of XLA's libraries are
 
 
 class XLA:
-    """A table of functions that know one stream and one device, and note the errors that handlers make."""
+    """A table of functions with one stream and one device that records the errors of handlers."""
 
     def __init__(self, stream: int = 0x57, device: int = 0, version: tuple[int, int] = (0, 3), size: int = 0) -> None:
         self.errors: list[tuple[str, int]] = []
@@ -119,7 +119,7 @@ class XLA:
         attribute_type: int = 4,
         extension: int | None = None,
     ) -> int:
-        """The address of a call frame. Everything that it points to lives as long as this object."""
+        """Return the address of a call frame. Everything it points to lives as long as this object."""
         spans = [ctypes.addressof(self._keep(Span(v.encode(), len(v.encode())))) for v in attributes.values()]
         names = [ctypes.addressof(self._keep(Span(k.encode(), len(k)))) for k in attributes]
         types = self._array(ctypes.c_int, [attribute_type] * len(spans))
@@ -129,7 +129,7 @@ class XLA:
         return ctypes.addressof(self._keep(frame))
 
     def metadata(self, extension_type: int = 1) -> tuple[int, Any]:
-        """An extension that asks for metadata, behind one that nobody knows, and what is filled in."""
+        """Return a metadata extension, chained after an unknown one, and the struct that is filled in."""
         asked = self._keep(Metadata(36, Version(24, None, 0, 0), 0xFFFFFFFF))
         wanted = self._keep(Extension(32, extension_type, None, ctypes.addressof(asked)))
         unknown = self._keep(Extension(24, 99, ctypes.addressof(wanted), None))

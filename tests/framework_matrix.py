@@ -15,7 +15,7 @@ COLUMNS = ("PyTorch", "JAX", "CuPy", "NumPy", "other DLPack")
 
 
 class Cell(NamedTuple):
-    """What a cell says, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
+    """Text of a cell, and its tests as file::name, relative to tests/ and without `test_` and `.py`."""
 
     said: str
     tests: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ def no(reason: str, *tests: str) -> Cell:
     return Cell(reason, tests)
 
 
-CPU, GPU, STREAMS = "arrays::activation_topk_of_every_framework", "gpu/frameworks", "gpu/stream_table::the_table"
+CPU, GPU, STREAMS = "arrays::activation_topk_with_every_framework", "gpu/frameworks", "gpu/stream_table::the_table"
 NOT_THERE = Cell("-")  # the framework has no such thing
 
 # Feature -> cells in the order of COLUMNS.
@@ -39,14 +39,14 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes(CPU, f"{GPU}::results_are_right_and_of_the_callers_type", "gpu/memory::no_copy_is_made"),
         yes(f"{GPU}::results_are_right_and_of_the_callers_type", "gpu/memory::no_copy_is_made"),
         yes(CPU, "arrays::results_outlive_the_inputs_and_share_no_memory"),
-        Cell("the closest type", ("dlpack_frameworks::arrays_go_in_and_the_closest_type_comes_out",
-                                  f"{GPU}::arrays_with_nothing_but_dlpack")),
+        Cell("the closest type", ("dlpack_frameworks::results_have_the_closest_type",
+                                  f"{GPU}::arrays_with_only_dlpack")),
     ),
     "float32, float16, bfloat16": (
-        yes("arrays::topk_select_of_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
-        yes("arrays::topk_select_of_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
+        yes("arrays::topk_select_with_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
+        yes("arrays::topk_select_with_every_framework", f"{GPU}::results_are_right_and_of_the_callers_type"),
         yes(f"{GPU}::results_are_right_and_of_the_callers_type"),
-        Cell("yes, by ml_dtypes", ("arrays::topk_select_of_every_framework",)),
+        Cell("yes, by ml_dtypes", ("arrays::topk_select_with_every_framework",)),
         yes("dlpack_frameworks::floats_of_every_dtype"),
     ),
     "rows that lie apart, without a copy": (
@@ -57,43 +57,43 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("arrays::an_ndarray_subclass_and_a_dlpack_only_array"),
     ),
     "`out=`": (
-        yes("arrays::out_of_every_framework_that_may_be_written", f"{GPU}::out_is_filled_and_returned"),
+        yes("arrays::out_with_every_framework_that_can_be_written", f"{GPU}::out_is_filled_and_returned"),
         no("no: immutable", "arrays::jax_out_is_refused", f"{GPU}::jax_out_is_refused_and_unchanged"),
         yes(f"{GPU}::out_is_filled_and_returned"),
-        yes("arrays::out_of_every_framework_that_may_be_written"),
+        yes("arrays::out_with_every_framework_that_can_be_written"),
         yes("dlpack_frameworks::out_is_filled_in_place"),
     ),
     "arrays of several frameworks in one call": (
-        yes("arrays::arrays_of_several_frameworks_give_the_first_ones",
+        yes("arrays::results_belong_to_the_framework_of_the_first_array",
             f"{GPU}::frameworks_may_be_mixed_on_one_device"),
-        yes("arrays::arrays_of_several_frameworks_give_the_first_ones",
+        yes("arrays::results_belong_to_the_framework_of_the_first_array",
             f"{GPU}::frameworks_may_be_mixed_on_one_device"),
         yes(f"{GPU}::frameworks_may_be_mixed_on_one_device"),
-        yes("arrays::arrays_of_several_frameworks_give_the_first_ones"),
-        yes("dlpack_frameworks::they_go_with_arrays_of_others"),
+        yes("arrays::results_belong_to_the_framework_of_the_first_array"),
+        yes("dlpack_frameworks::mixed_with_arrays_of_other_frameworks"),
     ),
     "the framework's current stream": (
-        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+        yes(STREAMS, "gpu/streams::after_a_slow_producer"),
         Cell("ordered by DLPack", ("gpu/stream_table::jax_orders_both_ways",
-                                   "gpu/streams::jax_behind_a_slow_producer_with_inputs_freed_at_once")),
-        yes(STREAMS, "gpu/streams::behind_a_slow_producer"),
+                                   "gpu/streams::jax_after_a_slow_producer_with_inputs_freed_at_once")),
+        yes(STREAMS, "gpu/streams::after_a_slow_producer"),
         NOT_THERE,
-        Cell("CuPy's", ("gpu/stream_table::dlpack_orders_what_nobody_else_does",)),
+        Cell("CuPy's", ("gpu/stream_table::dlpack_orders_other_frameworks",)),
     ),
     "`stream=`": (
         yes(STREAMS, "gpu/streams::on_a_given_stream"),
         Cell("eager calls", ("gpu/stream_table::jax_orders_both_ways",)),
         yes(STREAMS, "gpu/streams::on_a_given_stream"),
         NOT_THERE,
-        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+        yes("gpu/stream_table::dlpack_orders_other_frameworks"),
     ),
     "the host never waits": (
         yes(STREAMS, "gpu/autograd_gpu::the_host_does_not_wait",
             "gpu/torch_gpu::a_compiled_call_on_a_side_stream_does_not_wait"),
-        yes("gpu/jax_jit_gpu::the_host_does_not_wait", "gpu/jax_gradients_gpu::the_way_back_behind_a_slow_producer"),
+        yes("gpu/jax_jit_gpu::the_host_does_not_wait", "gpu/jax_gradients_gpu::gradients_after_a_slow_producer"),
         yes(STREAMS, "gpu/cupy_gpu::every_allocator"),
         NOT_THERE,
-        yes("gpu/stream_table::dlpack_orders_what_nobody_else_does"),
+        yes("gpu/stream_table::dlpack_orders_other_frameworks"),
     ),
     "memory of the framework's own allocator": (
         yes("gpu/memory::a_warm_call_from_torch_allocates_its_results_only"),
@@ -101,13 +101,13 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
                                          "gpu/jax_jit_gpu::donated_arguments_and_inputs_that_are_kept")),
         yes("gpu/memory::a_warm_call_from_cupy_allocates_its_results_only", "gpu/cupy_gpu::every_allocator"),
         NOT_THERE,
-        Cell("CuPy's", (f"{GPU}::arrays_with_nothing_but_dlpack",)),
+        Cell("CuPy's", (f"{GPU}::arrays_with_only_dlpack",)),
     ),
     "CUDA graphs": (
         yes("gpu/graphs::replay_on_changed_inputs", "gpu/torch_gpu::a_captured_call_is_one_kernel",
             "gpu/autograd_gpu::a_captured_step_is_replayed_on_other_values",
             "gpu/torch_gpu::reduce_overhead_replays_a_graph"),
-        Cell("XLA's command buffers", ("jax_native::what_is_one_kernel_needs_no_handler",
+        Cell("XLA's command buffers", ("jax_native::single_kernel_calls_need_no_handler",
                                        "gpu/jax_jit_gpu::with_and_without_command_buffers",
                                        "gpu/jax_gradients_gpu::with_and_without_command_buffers")),
         yes("gpu/graphs::replay_on_changed_inputs", "gpu/cupy_gpu::a_graph_with_every_allocator"),
@@ -118,56 +118,57 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("torch_ops::a_call_compiles_into_one_graph", "torch_ops::generated_code_has_the_ops_and_no_copy",
             "gpu/torch_gpu::compiled_for_any_number_of_tokens",
             "gpu/torch_gpu::generated_code_has_the_ops_and_no_copy",
-            "gpu/torch_gpu::code_from_inductors_cache_is_that_of_the_method"),
+            "gpu/torch_gpu::inductors_cache_distinguishes_methods"),
         yes("jax_jit::a_traced_call_gives_what_an_eager_call_gives",
             "gpu/jax_jit_gpu::a_traced_call_gives_what_an_eager_call_gives"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "exported: `torch.export`, `jax.export`": (
-        yes("torch_ops::a_model_exports", "torch_ops::an_exported_model_means_the_same_in_another_process"),
-        yes("jax_transforms::an_exported_program_means_the_same_in_another_process",
-            "jax_native::exported_programs_have_the_target_that_lasts", "jax_transforms::an_exported_gradient"),
+        yes("torch_ops::a_model_exports", "torch_ops::an_exported_model_runs_in_another_process"),
+        yes("jax_transforms::an_exported_program_runs_in_another_process",
+            "jax_native::exported_programs_use_the_stable_target", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
-    "registered as PyTorch wants it: `opcheck`": (
-        yes("torch_ops::opcheck", "torch_autograd::opcheck", "gpu/torch_gpu::opcheck"),
+    "passes PyTorch's `opcheck`": (
+        yes("torch_opcheck::opcheck", "gpu/torch_gpu::opcheck"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",
-            "torch_autograd::compiled_calls_have_the_same_gradients", "torch_func::gradients_are_those_of_autograd",
+            "torch_compiled_gradients::compiled_calls_have_the_same_gradients",
+            "torch_func::gradients_are_those_of_autograd",
             "gpu/autograd_gpu::gradients_are_those_of_plain_pytorch"),
         yes("jax_gradients::gradients_are_those_of_plain_jax", "jax_gradients::gradients_are_central_differences",
             "jax_gradients::under_other_transformations",
             "gpu/jax_gradients_gpu::gradients_are_those_of_plain_jax"),
-        Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
+        Cell("the op, not the rest", ("examples::an_example_reproduces_the_recorded_run",
                                       "activation_topk_backward::every_step")),
-        Cell("the op, not the rest", ("examples::an_example_learns_as_the_recorded_run_did",
+        Cell("the op, not the rest", ("examples::an_example_reproduces_the_recorded_run",
                                       "activation_topk_backward::every_step")),
         NOT_THERE,
     ),
     "second derivatives, forward mode": (
         no("no", "torch_autograd::a_second_derivative_is_refused", "torch_func::second_derivatives_are_refused",
-           "torch_func::forward_mode_is_refused", "torch_func::tangents_are_refused_and_never_lost"),
+           "torch_func::forward_mode_is_refused", "torch_func::forward_mode_tangents_are_refused"),
         no("no", "jax_gradients::a_second_derivative_is_refused",
            "jax_gradients::forward_mode_is_refused_by_jax"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "`vmap`": (
-        yes("torch_func::vmap_is_a_loop_of_calls", "torch_func::gradients_of_each"),
-        yes("jax_transforms::vmap_is_a_loop_of_calls", "jax_transforms::vmap_over_tokens_is_one_call",
-            "gpu/jax_jit_gpu::vmap_is_a_loop_of_calls", "jax_gradients::vmap_over_gates_and_over_tokens"),
+        yes("torch_func::vmap_equals_a_loop_of_calls", "torch_func::per_example_gradients"),
+        yes("jax_transforms::vmap_equals_a_loop_of_calls", "jax_transforms::vmap_over_tokens_is_one_call",
+            "gpu/jax_jit_gpu::vmap_equals_a_loop_of_calls", "jax_gradients::vmap_over_gates_and_over_tokens"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "without gradients: `inference_mode`, `stop_gradient`": (
-        yes("torch_autograd::without_grad_mode_nothing_is_remembered",
+        yes("torch_autograd::no_graph_is_recorded_without_grad_mode",
             "gpu/torch_gpu::inference_mode_and_tensors_that_require_grad"),
         yes("jax_gradients::stopped_gradients_are_zero"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "mixed precision: `autocast`": (
-        yes("torch_autograd::autocast_does_not_round_the_way_back",
-            "gpu/autograd_gpu::autocast_does_not_round_the_way_back"),
+        yes("torch_autograd::autocast_does_not_round_gradients",
+            "gpu/autograd_gpu::autocast_does_not_round_gradients"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "a device that is not current": (
@@ -181,8 +182,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     ),
     "one call over several devices: `shard_map`": (
         NOT_THERE,
-        yes("jax_transforms::shard_map_routes_the_tokens_of_each_device_where_they_are",
-            "jax_mesh::explicit_axes_of_a_mesh_keep_rows_where_they_are",
+        yes("jax_transforms::shard_map_routes_tokens_on_their_own_device",
+            "jax_mesh::explicit_mesh_axes_keep_rows_on_their_devices",
             "jax_gradients::gradients_inside_and_outside_of_shard_map", "gpu/jax_gradients_gpu::two_devices",
             "gpu/two_devices::shard_map_over_both"),
         NOT_THERE, NOT_THERE, NOT_THERE,
@@ -211,7 +212,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         Cell("a pytree", ("jax_transforms::a_router_is_a_pytree_of_its_arrays",
                           "jax_gradients::a_router_learns_as_a_pytree")),
         yes("gpu/dense_router_gpu::a_router_from_a_file_serves_every_framework"),
-        yes("router::results_are_of_the_framework_of_x"),
+        yes("router::results_have_the_framework_of_x"),
         NOT_THERE,
     ),
 }  # fmt: skip
@@ -246,7 +247,7 @@ BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 
 
 def updated(text: str) -> str:
-    """The document with today's tables."""
+    """Return the document with current tables."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each framework makes arrays out of NumPy's, in CPU or CUDA memory, and gives them back."""
+"""Conversion of NumPy arrays to each framework's, in CPU or CUDA memory, and back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PyTorch:
 
 
 class JAX:
-    """64-bit integers are left out: JAX turns them into 32-bit ones unless it is configured otherwise."""
+    """No 64-bit integers: JAX converts them to 32 bits unless configured otherwise."""
 
     def __init__(self, platform: str = "cpu") -> None:
         self.jax = pytest.importorskip("jax")
@@ -57,7 +57,7 @@ class JAX:
 
 
 class Strict:
-    """array-api-strict: an array type that offers DLPack and the array API, and nothing else."""
+    """array-api-strict: an array type with only DLPack and the array API."""
 
     def __init__(self) -> None:
         self.xp = pytest.importorskip("array_api_strict")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Inductor makes of a call: the op once, with nothing before it and nothing behind it."""
+"""Inductor's code for a call: the op once, with nothing before or after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KERNEL = re.compile(
 
 
 def assert_nothing_but_ops(code: str, ops: dict[str, int]) -> None:
-    """The generated code calls these ops so often, launches no kernel of its own, and copies nothing."""
+    """Assert that generated code calls these ops this often, launches no other kernel and copies nothing."""
     for op, count in ops.items():
         assert code.count(f"torch.ops.cupy_router.{op}.default(") == count, code
     found = [line for line in code.splitlines() if _KERNEL.search(line)]
@@ -24,7 +24,7 @@ def assert_nothing_but_ops(code: str, ops: dict[str, int]) -> None:
 
 
 def strided_call(torch: Any, device: str) -> tuple[Any, Any]:
-    """A function of two ops on rows that lie apart, and its argument."""
+    """Return a function of two ops on strided rows, and its argument."""
     wide = torch.from_numpy(inputs.normal((9, 100), seed=260)).to(device)
     gate = torch.from_numpy(inputs.normal((32, 64), seed=261)).to(device)
 

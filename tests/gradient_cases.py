@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls whose weights have gradients, for tests of every framework that has gradients."""
+"""Calls whose weights are differentiable, for tests of every framework with gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_router import Router, activation_topk, dense_router, hash_router
 from tests import inputs
-from tests.steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 KINDS = ("activation_topk", "hash_router of logits", "hash_router of x", "dense_router", "Router", "hash Router")
 SMOOTH = ("logits", "x", "weight", "logit_bias", "expert_scale")
@@ -21,7 +21,7 @@ TOKENS, HIDDEN = 6, 24
 
 
 class Inputs:
-    """A call of a kind with a method: arrays by name as NumPy's, and the gradient of some loss by the weights."""
+    """A call of a kind with a method: NumPy arrays by name, and the gradient of a loss with respect to the weights."""
 
     def __init__(self, kind: str, name: str) -> None:
         self.kind, self.method = kind, METHODS[name]
@@ -34,7 +34,7 @@ class Inputs:
         self.upstream_host = inputs.normal((TOKENS, self.method.num_columns), seed=93)
 
     def _hosts(self) -> dict[str, np.ndarray]:
-        """Logits far apart, or factors that make such; a table that repeats an expert, and a token id outside it."""
+        """Return separated logits, or x and weight that give them; a table that repeats an expert, an invalid id."""
         method = self.method
         hosts: dict[str, np.ndarray] = {}
         if self.kind == "activation_topk" or self.kind.endswith("logits"):
@@ -51,7 +51,7 @@ class Inputs:
         return hosts
 
     def route(self, arrays: Mapping[str, Any], **more: Any) -> Any:
-        """The call with arrays of any framework, by the names of `hosts`."""
+        """Call the op with arrays of any framework, by the names of `hosts`."""
         given, method = dict(arrays), self.method
         if self.kind == "activation_topk":
             return activation_topk(given.pop("logits"), method, **given, **more)

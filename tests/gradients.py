@@ -1,62 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients by central differences of the weights in float64, independent of cupy_router.reference."""
+"""Gradients by central differences of the oracle's weights, without rounding."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cupy_router import RoutingMethod
-from tests import inputs
-from tests.steps import HALF_ULP, Layer
+from tests import inputs, oracle
+from tests.compare import HALF_ULP, NO_ARRAYS
+from tests.methods import Layer
 
-PLAIN = Layer()
 STEP = 1e-5
 ALL_COLUMNS = 300  # of wider rows only the chosen ones and some others are tried
 
 
 def weights(logits: np.ndarray, experts: list[int], method: RoutingMethod, layer: Layer) -> np.ndarray:
-    """[rows, top_k (+ shared ones with logits)] float64 of the same experts for every row: smooth, never rounded."""
-    x = logits.astype(np.float64)
-    if layer.logit_bias is not None:
-        x[:, : method.num_experts] += layer.logit_bias
-    x = x * method.logit_scale
-    if method.logit_softcap is not None:
-        x = method.logit_softcap * np.tanh(x / method.logit_softcap)
-    chosen = x[:, experts]
-    if method.shared_in_normalizer:
-        both = np.concatenate([chosen, x[:, method.num_experts :]], axis=1)
-        logs = -np.logaddexp(0, -both)
-        shares = np.exp(logs - logs.max(axis=1, keepdims=True))
-        weighed = shares / shares.sum(axis=1, keepdims=True)
-    else:
-        weighed = _scores(chosen, method) if method.score_after_topk else _scores(x, method)[:, experts]
-        if method.renormalize:
-            total = weighed.sum(axis=1, keepdims=True)
-            weighed = weighed / np.maximum(total + method.renormalize_eps, method.renormalize_min or -np.inf)
-    weighed = weighed * method.scale
-    if layer.expert_scale is not None:
-        weighed[:, : method.top_k] *= layer.expert_scale[experts]
-    return weighed
-
-
-def _scores(x: np.ndarray, method: RoutingMethod) -> np.ndarray:
-    if not isinstance(method.score, str):
-        return np.asarray(method.score.numpy(x))
-    if method.score == "softmax":
-        shares = np.exp(x - x.max(axis=1, keepdims=True))
-        return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    smooth = {
-        "identity": lambda x: x,
-        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-        "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
-    }
-    return np.asarray(smooth[method.score](x))
+    """Return float64 weights [rows, num_columns] of the same experts for every row, not rounded."""
+    x = oracle.prepare(logits, method, layer.logit_bias, oracle.unrounded)
+    return oracle.weigh(x, np.tile(experts, (len(x), 1)), method, layer.expert_scale, oracle.unrounded)
 
 
 def differences(
     row: np.ndarray, experts: list[int], upstream: np.ndarray, method: RoutingMethod, layer: Layer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the logits that were tried, and how the loss, the sum of weights * upstream, changes with each."""
+    """Return the tried columns of the logits and the derivative of sum(weights * upstream) with respect to each."""
     columns = np.arange(row.size)
     if row.size > ALL_COLUMNS:
         columns = np.unique([*experts, *columns[:: row.size // 20]])
@@ -64,7 +31,7 @@ def differences(
     moved[np.arange(columns.size), columns] += STEP
     moved[columns.size + np.arange(columns.size), columns] -= STEP
     made = weights(moved, experts, method, layer)
-    loss = made @ upstream[: made.shape[1]].astype(np.float64)
+    loss = made @ upstream.astype(np.float64)
     return columns, (loss[: columns.size] - loss[columns.size :]) / (2 * STEP)
 
 
@@ -74,10 +41,10 @@ def assert_right(
     indices: np.ndarray,
     logits: np.ndarray,
     method: RoutingMethod,
-    layer: Layer = PLAIN,
+    layer: Layer = NO_ARRAYS,
     rtol: float = 1e-5,
 ) -> None:
-    """`got` is the gradient for logits of ordinary size, within rounding of its terms; 0 where an index is -1."""
+    """Assert that `got` is the gradient within rounding, for logits of ordinary size; 0 where an index is -1."""
     assert got.shape == logits.shape
     plain = 1.0 if layer.expert_scale is None else float(np.abs(layer.expert_scale).max())
     for r, row in enumerate(logits):
@@ -97,5 +64,5 @@ def assert_right(
 
 
 def upstream_of(n: int, method: RoutingMethod, seed: int = 70) -> np.ndarray:
-    """The gradient of some loss by the weights."""
+    """Return the gradient of a loss with respect to the weights."""
     return inputs.normal((n, method.num_columns), method.weight_dtype, seed=seed)

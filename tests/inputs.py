@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which selections go wrong: ties, infinities, NaN, subnormals, crowded histogram bins."""
+"""Hard inputs for selections: ties, infinities, NaN, subnormals, overfull histogram bins."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.backends import DTYPES
 
 # The acceptance lists of routing and of top-k selection.
 TOKENS = (0, 1, 7, 33, 64, 65, 1025, 8192, 70_000)
 EXPERTS = (1, 2, 8, 36, 60, 64, 72, 96, 108, 128, 144, 160, 192, 256, 320, 384, 512, 576, 896, 1000)
+TOKEN_CASES = [pytest.param(n, id=str(n), marks=pytest.mark.acceptance(f"n = {n}")) for n in TOKENS[:-1]] + [
+    pytest.param(n, id=str(n), marks=[pytest.mark.acceptance(f"n = {n}"), pytest.mark.slow("seconds")])
+    for n in TOKENS[-1:]
+]
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 FLOATS = ("float32", "float16", "bfloat16")
 WIDTHS = (1, 8, 31, 32, 33, 255, 257, 1024, 1025, 8191, 8193, 16385, 131_072, 1_048_576)
@@ -29,13 +34,13 @@ def normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, scale:
 
 
 def distinct(rows: int, columns: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
-    """Each row a permutation of equally spaced values in [-4, 4]: gaps far above rounding for up to 1000 columns."""
+    """Return rows that permute equally spaced values in [-4, 4]: gaps far above rounding for up to 1000 columns."""
     grid = np.linspace(-4, 4, columns).astype(DTYPES[dtype])
     return rng(seed, columns).permuted(np.broadcast_to(grid, (rows, columns)), axis=1)
 
 
 def row_views(xp: Any, array: Any) -> list[Any]:
-    """Legal layouts of a NumPy or CuPy matrix: rows in reverse, every other one, one repeated, a column on its own."""
+    """Return valid views of a NumPy or CuPy matrix: reversed rows, every second row, a repeated row, one column."""
     return [array[::-1], array[::2], xp.broadcast_to(array[1:2], (3, array.shape[1])), array.T[:, :1], array[:, :1]]
 
 
@@ -47,7 +52,7 @@ def _quantised(n: int, experts: int) -> np.ndarray:
 
 
 def _sprinkled(*values: float) -> Callable[[int, int], np.ndarray]:
-    """Normal logits in which every value of the list replaces about one entry in eight."""
+    """Return normal logits in which each of these values replaces about one entry in eight."""
 
     def make(n: int, experts: int) -> np.ndarray:
         logits, draw = distinct(n, experts, seed=2), rng(3, n, experts).integers(0, 8, (n, experts))
@@ -123,7 +128,7 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _shared_bits(base: int) -> Callable[..., np.ndarray]:
-    """base + a permutation: neighbours in float32 that share their high bits."""
+    """base + a permutation: adjacent float32 that share their high bits."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         keys = rng(8, columns).permuted(np.broadcast_to(np.arange(columns), (rows, columns)), axis=1)
@@ -141,7 +146,7 @@ def _low_bits(bits: int) -> Callable[..., np.ndarray]:
 
 
 def pivots(extra: int, place: str) -> Callable[..., np.ndarray]:
-    """k + extra copies of a pivot, first, last or alternating; above it nothing, or in odd rows k // 2 entries."""
+    """k + extra copies of a pivot, first, last or alternating; in odd rows k // 2 entries above it."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         copies = min(k + extra, columns)
@@ -161,7 +166,7 @@ def pivots(extra: int, place: str) -> Callable[..., np.ndarray]:
 
 
 def _extremes(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
-    """Magnitudes above 65504 and below 2**-24, which a half-precision histogram would put into one bin."""
+    """Magnitudes above 65504 and below 2**-24, which a half-precision histogram cannot tell apart."""
     draw = rng(10, columns)
     large, small = draw.uniform(16, 100, (rows, columns)), draw.uniform(-100, -25, (rows, columns))
     exponent = np.where(draw.random((rows, columns)) < 0.5, large, small)
@@ -193,7 +198,7 @@ def _mostly(value: float) -> Callable[..., np.ndarray]:
 
 
 def nan_bits(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """NaN of both signs, quiet and signalling, with payloads of their own."""
+    """NaN of both signs, quiet and signalling, with different payloads."""
     size = 8 * np.dtype(WORD[dtype]).itemsize
     infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
     fraction = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
@@ -220,7 +225,7 @@ def _monotone(step: int, period: int | None = None) -> Callable[..., np.ndarray]
 
 
 def one_bin(candidates: int) -> Callable[..., np.ndarray]:
-    """So many values between 1 and 1 + 2**-9, the rest spread out below: one bin of a coarse histogram holds them."""
+    """This many values between 1 and 1 + 2**-9, in one bin of a coarse histogram, the rest spread below."""
 
     def make(rows: int, columns: int, k: int, dtype: str) -> np.ndarray:
         draw = rng(18, columns, candidates)

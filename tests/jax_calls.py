@@ -17,7 +17,7 @@ N, HIDDEN, VOCABULARY = 9, 48, 40
 
 
 class Call(NamedTuple):
-    """A function of JAX arrays, and these as NumPy arrays; their first axis is one of tokens unless `shared` has it."""
+    """A function of JAX arrays, and its arguments as NumPy arrays; their first axis is tokens unless in `shared`."""
 
     function: Callable[..., Any]
     arrays: dict[str, np.ndarray]
@@ -30,7 +30,7 @@ SHARED = ("weight", "bias", "logit_bias", "expert_scale", "table", "num_valid")
 
 
 def _arrays(*names: str, dtype: str = "float32", n: int = N) -> dict[str, np.ndarray]:
-    """Products of x and weight are sums of small integers, exact in any order."""
+    """Return arrays whose products x @ weight.T are sums of small integers, exact in any order."""
     ids = inputs.rng(203).integers(0, VOCABULARY, n).astype(np.int32)
     ids[::5] = -1
     made: dict[str, np.ndarray] = {
@@ -104,7 +104,7 @@ NAMES = tuple(calls())
 
 
 def batch(arrays: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Each array `size` times with other rows, for jax.vmap."""
+    """Return `size` variants of each array, stacked for jax.vmap."""
     return {
         name: np.stack([np.roll(array, turn, axis=0) if array.ndim else array + turn for turn in range(size)])
         for name, array in arrays.items()

@@ -23,7 +23,7 @@ def enable_x64(on: bool = True) -> AbstractContextManager[Any]:
 
 
 def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = None, expert_scale: Any = None) -> Any:
-    """The weights of given experts, step by step; of the dtype of the logits."""
+    """Return the weights of given experts, step by step, in the dtype of the logits."""
     import jax
     import jax.numpy as jnp
 
@@ -70,7 +70,7 @@ def _scores() -> dict[str, Callable[[Any], Any]]:
 
 
 class Case(Inputs):
-    """A call of a kind with a method: `smooth` arrays by name, which have gradients, and the others in `fixed`."""
+    """A call of a kind with a method: differentiable arrays in `smooth`, the others in `fixed`."""
 
     def __init__(self, kind: str, name: str, place: Callable[[np.ndarray], Any]) -> None:
         super().__init__(kind, name)
@@ -85,7 +85,7 @@ class Case(Inputs):
         return (weights.astype(np.float32) * self.upstream).sum(), indices
 
     def check(self, found: Mapping[str, Any], indices: Any) -> None:
-        """Gradients by `smooth` are those of the twin in float64, within rounding."""
+        """Assert that gradients with respect to `smooth` are those of the twin in float64, within rounding."""
         want = self.wanted(np.asarray(indices))
         assert found.keys() == self.smooth.keys()
         for name, got in found.items():
@@ -99,7 +99,7 @@ class Case(Inputs):
             np.testing.assert_allclose(wide, want[name], rtol=rtol, atol=atol, err_msg=name)
 
     def wanted(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """By JAX, on its CPU, in float64, of the rows that were routed."""
+        """Return JAX's float64 gradients on the CPU, for the rows that were routed."""
         import jax
         import jax.numpy as jnp
 

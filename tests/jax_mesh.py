@@ -39,7 +39,7 @@ def spec_of(array: Any) -> Any:
 
 
 def forward() -> None:
-    """Rows are routed where they are, whether other arrays are sharded or not, and num_valid counts those of all."""
+    """Rows are routed on their device, whether other arrays are sharded or not; num_valid counts global rows."""
     one, two, mixed = mesh(a=EXPLICIT), mesh(a=EXPLICIT, b=EXPLICIT), mesh(a=EXPLICIT, b=AUTO)
     for where, rows in ((one, "a"), (two, "b"), (two, ("b", "a")), (mixed, "a")):
         for name, call in calls(n=16).items():
@@ -70,7 +70,7 @@ def forward() -> None:
 
 
 def gradients() -> None:
-    """They are sharded as what they belong to is."""
+    """Gradients are sharded like their inputs."""
     for axes, spec in (({"a": EXPLICIT}, ("a",)), ({"a": EXPLICIT, "b": EXPLICIT}, ("b", "a"))):
         where = mesh(**axes)
         for i, kind in enumerate(KINDS):
@@ -100,7 +100,7 @@ def gradients() -> None:
 
 
 def vmap() -> None:
-    """Over an axis that is sharded, over others, and over both; also where calls differ in their gates."""
+    """vmap over a sharded axis, over others, and over both; also with a gate per call."""
     one, two = mesh(a=EXPLICIT), mesh(a=EXPLICIT, b=EXPLICIT)
     rng = np.random.default_rng(0)
     x = jnp.array(rng.integers(-4, 5, (4, 8, 16)) / 4, jnp.float32)
@@ -136,7 +136,7 @@ def vmap() -> None:
 
 
 def inside_shard_map() -> None:
-    """Of some axes of a mesh; the others are explicit or automatic."""
+    """shard_map over some axes of a mesh; the others are explicit or automatic."""
     logits = jnp.array(calls(n=16)["activation_topk"].arrays["logits"])
     want = activation_topk(logits, METHOD)
 
@@ -175,7 +175,7 @@ def loops() -> None:
 
 
 def devices() -> None:
-    """Eager results lie where the first array does, and are committed to its device if that is."""
+    """Eager results are on the device of the first array, and committed to it if that array is."""
     first, second, third, _ = jax.devices()
     host = calls()["activation_topk of a layer"].arrays
     want = activation_topk(host["logits"], METHOD, bias=host["bias"])
@@ -209,7 +209,7 @@ def devices() -> None:
 
 
 def several_devices() -> None:
-    """Only a graph takes arrays that lie on several devices; errors name them."""
+    """Only traced calls take arrays on several devices; errors name the devices."""
     where, said = mesh(a=AUTO), "must lie on one device outside of jax.jit, got a JAX array on 4 devices"
     logits, bias = put(jnp.ones((8, 32)), where, "a"), put(jnp.zeros(32), where)
     fails(f"activation_topk: logits {said}", lambda: activation_topk(logits, METHOD))

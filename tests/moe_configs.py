@@ -135,7 +135,7 @@ def routing_classes(family: str) -> set[str]:
 
 
 def has_experts(family: str) -> bool:
-    """Whether the code of a family has experts or chooses some."""
+    """Return True if the code of a family has experts or chooses some."""
     return bool(routing_classes(family)) or any("self.experts = " in text for text in sources(family).values())
 
 
@@ -185,7 +185,7 @@ def small(config_class: Any, variant: str | None = None) -> Any:
 
 
 def varies(family: str, variant: str) -> bool:
-    """Whether configurations of a family have what a variant sets."""
+    """Return True if configurations of a family have the fields that a variant sets."""
     return any(set(VARIANTS[variant]) <= _fields(model_class.config_class) for model_class in model_classes(family))
 
 
@@ -201,7 +201,7 @@ def build(model_class: Any, variant: str | None = None) -> Any:
 
 @contextmanager
 def seeded_on_one_thread() -> Iterator[None]:
-    """Random numbers of its own; and workers of pytest-xdist would fight over the cores."""
+    """Seed PyTorch and use one thread: workers of pytest-xdist would compete for the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
@@ -211,7 +211,7 @@ def seeded_on_one_thread() -> Iterator[None]:
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one for each call of an op by a swapped module, but for those of the trial before it is swapped."""
+    """Count calls of ops by swapped modules, without those of the trial before the swap."""
     found: list[str] = []
     verify = _replace.verify
     monkeypatch.setattr(_replace, "verify", lambda *args: (verify(*args), found.clear()))

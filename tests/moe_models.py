@@ -72,7 +72,7 @@ def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32
 
 
 def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Up to so much of the largest of each parameter."""
+    """Assert equality up to this fraction of the largest entry of each parameter."""
     assert {name for name, grad in ours.items() if grad is None} == {n for n, grad in theirs.items() if grad is None}
     for name, want in theirs.items():
         if want is not None:
@@ -99,7 +99,7 @@ def run(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 class Calls:
-    """What the routers of a model were given and returned while it ran; called before the swap."""
+    """Arguments and results of a model's routers while it ran; called before the swap."""
 
     def __init__(self, routers: list[Any], inline: set[Any]) -> None:
         self.found: list[tuple[Any, Any, Any, Any]] = []
@@ -145,7 +145,7 @@ def examine(family: str, device: str = "cpu", dtype: Any = torch.float32, varian
 
 
 def examine_model(family: str, model: Any, device: str, dtype: Any) -> list[Row]:
-    """All router classes of a model: how they fare, or why they were left."""
+    """Return a row per router class of a model: results, or why it was left unchanged."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         number = replace_routers(model)
@@ -181,7 +181,7 @@ def examine_model(family: str, model: Any, device: str, dtype: Any) -> list[Row]
 
 
 def _row(family: str, model: Any, name: str, calls: list[Any]) -> Row:
-    """One class of routers, by what each of them was given and returned before the swap."""
+    """Return the row of one router class, from the arguments and results of its routers before the swap."""
     picks = flipped = 0
     error = 0.0
     effects: dict[str, list[float]] = {}
@@ -209,7 +209,7 @@ def _row(family: str, model: Any, name: str, calls: list[Any]) -> Row:
 
 
 def _assert_alike(ours: Any, theirs: Any) -> None:
-    """Of the same number, kinds, shapes and dtypes."""
+    """Assert the same number of results, with equal types, shapes and dtypes."""
     assert type(ours) is type(theirs) is tuple
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
@@ -237,7 +237,7 @@ def _dense(plan: Any, results: Any) -> Any:
 
 
 def _effects(module: Any, args: Any, biases: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The share of picks that change when a step of the method is left out, as the CPU computes it."""
+    """Return the share of picks that change when a step of the method is left out, computed on the CPU."""
     plan = module._cupy_router
     if "table" in plan.tensors:
         return
@@ -262,7 +262,7 @@ def _effects(module: Any, args: Any, biases: dict[str, Any]) -> Iterator[tuple[s
 
 
 def generated(model: Any, device: str, number: int = 32) -> list[int]:
-    """So many tokens after a few random ones, without sampling."""
+    """Return this many tokens generated after a few random ones, without sampling."""
     start = torch.randint(5, SIZES["vocab_size"] - 1, (1, 7), generator=torch.Generator().manual_seed(7)).to(device)
     with torch.inference_mode():
         tokens = model.generate(start, do_sample=False, min_new_tokens=number, max_new_tokens=number)
@@ -270,7 +270,7 @@ def generated(model: Any, device: str, number: int = 32) -> list[int]:
 
 
 def generate_twice(model_class: Any, device: str) -> tuple[list[int], list[int]]:
-    """What a model in float32 generates before and after the swap."""
+    """Return what a model in float32 generates before and after the swap."""
     model = build(model_class)
     number = replace_routers(model)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def report(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def steps(row: Row) -> str:
-    """What a router does, in the order in which it does it."""
+    """Return the steps of a router, in order."""
     method = row.method
     if method is None:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights that make the routing of small models depend on all that their routers have, and random inputs."""
+"""Random weights that make the routing of small models depend on every tensor of their routers; random inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPREAD = {"softmax": 0.05, "sigmoid": 0.2, "sqrtsoftplus": 0.4, "identity": 1.0
 
 
 def fill(model: Any, routers: list[Any]) -> None:
-    """Random values that make the routing of a token depend on everything that a router has.
+    """Fill a model with random values that make routing depend on every tensor of a router.
 
     Fresh routers have no biases, scales of 1 and nearly uniform scores.
     """
@@ -47,7 +47,7 @@ def tensor_at(module: Any, path: str) -> Any:
 
 
 def tensors_of(model: Any, router: Any) -> list[tuple[str, Any]]:
-    """What each tensor of a router besides the gate is, with those that its block gives it as an argument."""
+    """Return role and tensor of each tensor of a router besides the gate, including those that its block passes in."""
     plan = router._cupy_router
     found = [(role, tensor_at(router, path)) for role, path in plan.tensors.items()]
     for role, name in plan.arguments:
@@ -58,7 +58,7 @@ def tensors_of(model: Any, router: Any) -> list[tuple[str, Any]]:
 
 
 def cast(model: Any, routers: list[Any], device: str, dtype: Any) -> None:
-    """What loading a model in that dtype would make of it: some tensors of routers stay in float32."""
+    """Cast a model as loading it in that dtype would: some tensors of routers stay in float32."""
     of_routers = {id(tensor) for router in routers for tensor in (*router.parameters(), *router.buffers())}
     of_routers |= {id(tensor) for router in routers for _, tensor in tensors_of(model, router)}
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that compiles and launches nothing: it notes what is asked of it and reads what the driver would read."""
+"""A backend that compiles and launches nothing: it records requests and reads what the driver would read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; `arguments` by the names and C types that the kernel's own text gives to its parameters."""
+    """One launch; `arguments` by the names and C types in the kernel's own text."""
 
     kernel: str
     function: str
@@ -41,6 +41,8 @@ class Launch:
 
 class Recorder:
     """A `Backend` of cupy_router.compiler. `patience` is how long a launch waits before it reads its arguments."""
+
+    compiled = True
 
     def __init__(self, patience: float = 0.0) -> None:
         self.patience = patience
@@ -110,7 +112,7 @@ class Recorder:
 
 
 def declared(source: str, function: str) -> list[tuple[str, str]]:
-    """Names and C types ("*": pointer) of a kernel's parameters, from its text but not by cupy_router's own parser."""
+    """Return names and C types ("*": pointer) of a kernel's parameters, by another parser than cupy_router's."""
     text = re.sub(r"//.*|\bconst\b|__restrict__|__grid_constant__", " ", source)
     start = re.search(rf"\bvoid\b[^;{{}}]*?\b{function}\s*\(", text)
     assert start is not None, f"no kernel {function}"
@@ -130,7 +132,7 @@ def members(source: str, kind: str, address: int) -> dict[str, float]:
 
 @contextmanager
 def recording(kind: str = "cpu", patience: float = 0.0) -> Iterator[Recorder]:
-    """Ops on arrays of this kind of device go to a recorder, and nothing compiled before is used."""
+    """Send ops on this kind of device to a recorder, without anything compiled before."""
     recorder = Recorder(patience)
     before = compiler.BACKENDS.get(kind), compiler._functions
     compiler.BACKENDS[kind], compiler._functions = recorder, {}

@@ -149,7 +149,7 @@ def _corners() -> None:
     topk_select(_matrix(4096, 1000, "float32"), 32)
     topk_select(_matrix(1, 140_000, "float32"), 8192)
     topk_select(_matrix(2, 40_000, "float32"), 20_000)
-    topk_select(_matrix(64, 256, "float32"), 8, sorted=False, return_values=False)
+    topk_select(_matrix(64, 256, "float32"), 8, order="column", return_values=False)
     topk_select(_matrix(4096, 1000, "float32"), 15)
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 15), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):

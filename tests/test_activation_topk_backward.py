@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of the logits, against central differences in float64; where it ends: far logits, NaN, sums of 0."""
+"""The gradient with respect to logits, against central differences; its limits: far logits, NaN, sums of 0."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, ScoreFunction, activation_topk
-from cupy_router.ops import _layout
+from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
-from tests import compare, gradients, inputs, steps
+from tests import compare, gradients, inputs, methods, oracle
 from tests.backends import Backend
-from tests.gradients import PLAIN, upstream_of
-from tests.steps import METHODS, M, layer_of
+from tests.compare import NO_ARRAYS
+from tests.gradients import upstream_of
+from tests.methods import METHODS, M, layer_of
 
 
-def choose(logits: np.ndarray, method: RoutingMethod, layer: steps.Layer = PLAIN) -> np.ndarray:
-    """The indices of the forward pass, by tests.steps."""
-    shared = list(range(method.num_experts, method.num_experts + method.num_shared_experts))
-    return np.array([steps.choose(row, method, layer) + shared for row in logits], method.index_dtype)
+def choose(logits: np.ndarray, method: RoutingMethod, layer: methods.Layer = NO_ARRAYS) -> np.ndarray:
+    """Return the indices of the forward pass."""
+    return oracle.route(logits, method, **vars(layer)).indices
 
 
 def backward(
@@ -30,7 +30,7 @@ def backward(
     indices: np.ndarray,
     logits: np.ndarray,
     method: RoutingMethod,
-    layer: steps.Layer = PLAIN,
+    layer: methods.Layer = NO_ARRAYS,
     pad: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> np.ndarray:
@@ -54,8 +54,8 @@ def test_every_step(backend: Backend, name: str) -> None:
     gradients.assert_right(got, upstream, indices, logits, method, layer)
 
 
-def test_an_op_forwards_and_backwards(backend: Backend) -> None:
-    """What the forward pass gave goes in as it is."""
+def test_forward_then_backward(backend: Backend) -> None:
+    """Results of the forward pass are inputs of the backward pass, unchanged."""
     method = M(64, 6, scale=2.5, num_shared_experts=1)
     logits, upstream = inputs.distinct(7, 64), upstream_of(7, method)
     on_device = backend.array(logits)
@@ -89,12 +89,12 @@ def test_every_size(backend: Backend, experts: int, k: int, score: str) -> None:
 def test_few_rows_and_many(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, experts: int, many: bool, dtype: str
 ) -> None:
-    """Of DeepSeek-V4; many rows share warps."""
+    """The size of DeepSeek-V4; with many rows several share a warp."""
     if backend.runs_kernels:
-        monkeypatch.setattr(_layout, "few", lambda num_rows: not many)
+        monkeypatch.setattr(_row_lanes, "few", lambda *_: not many)
     method, n = M(experts, 6, renormalize_eps=1e-20, scale=1.5), 33 + 2 * many
     logits, upstream = inputs.normal((n, experts), dtype, seed=71), upstream_of(n, method)
-    indices = compare.route(logits, method).indices
+    indices = oracle.route(logits, method).indices
     got = backward(backend, upstream, indices, logits, method)
     gradients.assert_right(got, upstream, indices, logits, method)
 
@@ -113,8 +113,8 @@ def test_a_float32_gradient_of_16_bit_logits(backend: Backend, score: str, dtype
 @pytest.mark.parametrize("pad", [(0, 1), (1, 0), (8, 0), (24, 3)], ids=str)
 @pytest.mark.parametrize("experts", [64, 1100])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_rows_anywhere_in_memory(backend: Backend, score: str, experts: int, pad: tuple[int, int]) -> None:
-    """Inputs between poison, and an `out` in which nothing but its rows is written, and those wholly."""
+def test_any_stride_and_alignment(backend: Backend, score: str, experts: int, pad: tuple[int, int]) -> None:
+    """Inputs between poison; of `out` exactly its rows are written."""
     method = M(experts, 5, score, renormalize=False, index_dtype="int64")
     logits, upstream = inputs.distinct(6, experts), upstream_of(6, method)
     indices = choose(logits, method)
@@ -135,7 +135,7 @@ def test_rows_anywhere_in_memory(backend: Backend, score: str, experts: int, pad
 @pytest.mark.parametrize("experts", [64, 1100])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "softmax"])
 def test_rows_without_experts_get_zeros(backend: Backend, score: str, experts: int) -> None:
-    """Padding, and indices that are no experts, whatever the gradient there."""
+    """Padding and invalid indices, whatever the gradient there."""
     method = M(experts, 4, score, num_shared_experts=1)
     logits, upstream = inputs.distinct(5, experts), upstream_of(5, method)
     indices = choose(logits, method)
@@ -151,7 +151,7 @@ def test_rows_without_experts_get_zeros(backend: Backend, score: str, experts: i
 def test_a_row_does_not_depend_on_others(backend: Backend) -> None:
     method = M(100, 6, "softmax", renormalize=False)
     logits, upstream = inputs.normal((9, 100), "bfloat16", seed=72), upstream_of(9, method)
-    indices = compare.route(logits, method).indices
+    indices = oracle.route(logits, method).indices
     together = backward(backend, upstream, indices, logits, method)
     for r in (0, 4, 8):
         part = slice(r, r + 1)
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_others(backend: Backend) -> None:
 
 
 def single(backend: Backend, x: np.ndarray, method: RoutingMethod) -> np.ndarray:
-    """The gradient of each x by itself, the only expert of a token."""
+    """Return the gradient of each x as the only expert of a token."""
     logits = x.astype(np.float32)[:, None]
     return backward(backend, np.ones_like(logits), np.zeros(logits.shape, np.int32), logits, method)[:, 0]
 
@@ -201,8 +201,8 @@ def test_a_cap_far_from_zero(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax"])
-def test_ratios_of_scores_that_are_almost_nothing(backend: Backend, score: str) -> None:
-    """Of -80 and -81, chosen beside 0: renormalised, the gradient is of ordinary size, though scores are not."""
+def test_ratios_of_tiny_scores(backend: Backend, score: str) -> None:
+    """Logits -80 and -81: renormalised, the gradient has ordinary size although the scores are tiny."""
     method = M(3, 2, score)
     logits, indices = np.array([[0.0, -80.0, -81.0]], np.float32), np.array([[1, 2]], np.int32)
     upstream = np.array([[1.0, 0.0]], np.float32)
@@ -212,7 +212,7 @@ def test_ratios_of_scores_that_are_almost_nothing(backend: Backend, score: str) 
     np.testing.assert_allclose(got, [[0, step * u * (1 - u), -step * u * (1 - u)]], rtol=2e-5, atol=1e-12)
 
 
-def test_the_last_normal_score(backend: Backend) -> None:
+def test_the_smallest_normal_score(backend: Backend) -> None:
     """Its root is normal, half of it is not: the quotient by the sum comes first."""
     logits = np.array([[-174.0, -174.5]], np.float32)
     got = backward(backend, np.array([[1, 0]], np.float32), np.array([[0, 1]], np.int32), logits, M(2, 2))
@@ -232,7 +232,7 @@ def test_a_sum_of_zero_has_no_gradient(backend: Backend, columns: int) -> None:
 
 
 def test_the_clamp_of_the_sum(backend: Backend) -> None:
-    """Below it the divisor is a constant; from it on it is the sum."""
+    """Below the minimum the divisor is a constant; above it is the sum."""
     logits = np.array([[1.0, 2.0], [1.0, 3.0], [1.0, 4.0]], np.float32)
     upstream, indices = np.array([[1.0, 0.0]] * 3, np.float32), np.array([[0, 1]] * 3, np.int32)
     got = backward(backend, upstream, indices, logits, M(2, 2, "identity", renormalize_min=4.0))
@@ -245,7 +245,7 @@ def test_the_clamp_of_the_sum(backend: Backend) -> None:
 
 @pytest.mark.parametrize(("experts", "after"), [(64, False), (64, True), (1100, False)])
 def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) -> None:
-    """The divisor is more than the sum, so that all of the row has a part in the weights."""
+    """The divisor exceeds the sum, so every logit of the row affects the weights."""
     method = M(experts, 6, "softmax", renormalize_eps=0.25, score_after_topk=after)
     logits, upstream = inputs.distinct(3, experts), upstream_of(3, method)
     indices = choose(logits, method)
@@ -254,18 +254,18 @@ def test_an_eps_beside_a_softmax(backend: Backend, experts: int, after: bool) ->
     assert ((got != 0).sum(axis=1) == (6 if after else experts)).all()
 
 
-def test_weights_that_are_a_softmax_of_the_chosen_leave_the_others_at_zero(backend: Backend) -> None:
-    """To the bit, though it is computed from the whole row."""
+def test_softmax_over_the_chosen_has_no_gradient_elsewhere(backend: Backend) -> None:
+    """Exactly 0, though it is computed from the whole row."""
     method = M(128, 8, "softmax")
     logits, upstream = inputs.normal((5, 128), seed=73), upstream_of(5, method)
-    got = backward(backend, upstream, compare.route(logits, method).indices, logits, method)
+    got = backward(backend, upstream, oracle.route(logits, method).indices, logits, method)
     assert ((got != 0).sum(axis=1) == 8).all()
 
 
 @pytest.mark.parametrize("columns", [8, 1200])
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "sigmoid", "softmax", "identity"])
-def test_nan_stays_where_it_is(backend: Backend, score: str, columns: int) -> None:
-    """A chosen NaN has gradient NaN, one that was not chosen 0, and neither changes what the others have."""
+def test_nan_does_not_spread(backend: Backend, score: str, columns: int) -> None:
+    """A chosen NaN has gradient NaN, one that was not chosen 0; the others do not change."""
     logits = inputs.distinct(3, columns, seed=3) + np.float32(5)
     indices = np.array([[0, 1, 2]] * 3, np.int32)
     upstream = np.array([[1, -2, 4]] * 3, np.float32)
@@ -284,7 +284,7 @@ def test_nan_stays_where_it_is(backend: Backend, score: str, columns: int) -> No
 
 @pytest.mark.parametrize("score", ["sqrtsoftplus", "identity"])
 def test_an_infinite_score(backend: Backend, score: str) -> None:
-    """It weighs NaN and leaves 0 to the others, whatever their logits: their gradient is 0."""
+    """It weighs NaN and the others 0, whatever their logits: their gradient is 0."""
     logits = np.array([[np.inf, 1.0, 2.0]], np.float32)
     got = backward(backend, np.ones((1, 2), np.float32), np.array([[0, 2]], np.int32), logits, M(3, 2, score))
     np.testing.assert_array_equal(got, [[np.nan, 0, 0]])
@@ -302,7 +302,7 @@ def test_equal_infinite_logits_share_a_softmax(backend: Backend) -> None:
     np.testing.assert_allclose(got, [[0.25, 0, -0.25, 0], [3 / 16, -1 / 16, -1 / 16, -1 / 16]], rtol=1e-6)
 
 
-def test_a_gradient_that_is_not_a_number_is_not_hidden(backend: Backend) -> None:
+def test_a_nan_gradient_is_passed_on(backend: Backend) -> None:
     method = M(16, 3)
     logits, upstream = inputs.distinct(2, 16), upstream_of(2, method)
     upstream[1, 0] = np.nan
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_a_number_is_not_hidden(backend: Backend) -> None
     "name", ["sigmoid", "softmax", "softmax after top-k", "in bfloat16", "by a block", "softmax by a block"]
 )
 def test_experts_of_a_table_may_repeat(backend: Backend, name: str) -> None:
-    """Every place of an expert adds to its gradient."""
+    """Every occurrence of an expert adds to its gradient."""
     experts, k = (1100, 5) if name.endswith("block") else (16, 5)
     score = "softmax" if name.startswith("softmax") else "sigmoid"
     method = M(experts, k, score, score_after_topk=name == "softmax after top-k", renormalize=score == "sigmoid")
@@ -334,14 +334,14 @@ GOOD: dict[str, Any] = {
     "grad_weights": np.zeros((3, 2), F32), "indices": np.zeros((3, 2), I32), "logits": np.zeros((3, 8), F32),
 }  # fmt: skip
 BAD = [
-    ({"grad_weights": np.zeros((3, 2), np.float16)}, TypeError, r"grad_weights must be float32, got float16 \[3, 2\]"),
-    ({"grad_weights": np.zeros((3, 3), F32)}, ValueError, r"grad_weights must have shape \[num_tokens, top_k \+"),
+    ({"grad_weights": np.zeros((3, 2), np.float16)}, TypeError, "grad_weights must be float32, as .* got float16"),
+    ({"grad_weights": np.zeros((3, 3), F32)}, ValueError, r"grad_weights must have shape \[num_tokens, top_k \(\+"),
     ({"grad_weights": None}, TypeError, "grad_weights must be an array"),
     ({"indices": np.zeros((3, 2), np.int16)}, TypeError, "indices must be int32 or int64, got int16"),
     ({"indices": np.zeros((2, 2), I32)}, ValueError, r"indices must have shape .* = \[3, 2\], got int32 \[2, 2\]"),
-    ({"indices": None}, TypeError, "indices and logits must be arrays, got None"),
-    ({"logits": np.zeros((3, 9), F32)}, ValueError, r"logits must have shape \[num_tokens, num_experts\] = \[3, 8\]"),
-    ({"logits": np.zeros(8, F32)}, ValueError, r"logits must have shape \[num_tokens, num_experts\], got"),
+    ({"indices": None}, TypeError, "indices must be an array, got None"),
+    ({"logits": np.zeros((3, 9), F32)}, ValueError, r"logits must have shape \[num_tokens, .*\] = \[3, 8\]"),
+    ({"logits": np.zeros(8, F32)}, ValueError, r"logits must have shape \[num_tokens, .*\], got"),
     ({"logits": np.zeros((3, 8), np.float64)}, TypeError, "logits must be float32 or float16 or bfloat16, got float64"),
     ({"logit_bias": np.zeros(7, F32)}, ValueError, "logit_bias must have shape"),
     ({"expert_scale": np.zeros(8, np.float16)}, TypeError, "expert_scale must be float32"),
@@ -375,7 +375,7 @@ def test_errors(backend: Backend, changes: dict[str, Any], error: type[Exception
 def test_a_derivative_is_a_score_function() -> None:
     with pytest.raises(TypeError, match=r"derivative is '2 \* x', but must be a ScoreFunction or None"):
         ScoreFunction("square", cuda="x * x", numpy=abs, derivative="2 * x")  # type: ignore[arg-type]
-    slope = ScoreFunction("slope", cuda="1.0f", numpy=np.ones_like)
-    with_slope = ScoreFunction("line", cuda="x", numpy=abs, derivative=slope)
-    assert with_slope != replace(with_slope, derivative=None)
-    assert M(8, 2, with_slope) != M(8, 2, replace(with_slope, derivative=None))
+    derivative = ScoreFunction("derivative", cuda="1.0f", numpy=np.ones_like)
+    with_derivative = ScoreFunction("line", cuda="x", numpy=abs, derivative=derivative)
+    assert with_derivative != replace(with_derivative, derivative=None)
+    assert M(8, 2, with_derivative) != M(8, 2, replace(with_derivative, derivative=None))

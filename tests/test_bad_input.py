@@ -169,7 +169,7 @@ def assert_one_sentence(message: str) -> None:
 def assert_refused(
     op: str, changes: dict[str, Any], error: Any, name: str, said: str, backend: Backend | None = None
 ) -> None:
-    """The call fails as it should and pre-filled results stay as they were; on CuPy arrays if the backend is a GPU."""
+    """Assert that the call raises this error and leaves results unchanged; on CuPy arrays with a GPU backend."""
     function, good = OPS[op]
     out = (TopK if op == "topk_select" else Routing)(np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32))
     arguments = {**good(), "out": out, **changes}
@@ -189,7 +189,7 @@ def assert_refused(
 
 
 def on_gpu(backend: Backend, value: Any) -> Any:
-    """NumPy arrays, also those in a tuple, as CuPy arrays of the same strides."""
+    """Return NumPy arrays, also those in a tuple, as CuPy arrays of the same strides."""
     if isinstance(value, tuple):
         moved = [on_gpu(backend, a) for a in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
@@ -231,7 +231,7 @@ def test_jax_out(op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 @pytest.mark.parametrize("stream", [object(), "0", 1.5, True, [0]], ids=lambda s: type(s).__name__)
-def test_a_stream_that_is_none(op: str, stream: Any) -> None:
+def test_not_a_stream(op: str, stream: Any) -> None:
     assert_refused(op, {"stream": stream}, TypeError, "stream", type(stream).__name__)
 
 
@@ -252,7 +252,7 @@ def test_no_rows_give_empty_arrays(op: str, backend: Backend) -> None:
 # -- Frameworks' own oddities ------------------------------------------------------------------------------------------
 
 
-def test_tensors_that_are_no_memory() -> None:
+def test_tensors_without_memory() -> None:
     torch = pytest.importorskip("torch")
     for tensor in (torch.zeros(6, 16, device="meta"), torch.zeros(6, 16).to_sparse()):
         assert_refused("topk_select", {"scores": tensor}, ValueError, "scores", "")
@@ -271,7 +271,7 @@ def test_a_jax_tracer() -> None:
 
 
 class Impostor:
-    """A NumPy array that says, in its DLPack device and in its capsule, that it lies in CUDA memory."""
+    """A NumPy array whose DLPack device and capsule claim CUDA memory."""
 
     def __init__(self, host: np.ndarray) -> None:
         self.host = host
@@ -298,7 +298,7 @@ def has_cuda() -> bool:
 
 @pytest.mark.skipif(has_cuda(), reason="there is a usable CUDA device")
 @pytest.mark.parametrize("op", sorted(OPS))
-def test_a_cuda_array_without_cuda_gets_the_remedy(op: str) -> None:
+def test_a_cuda_array_without_cuda_is_an_error_with_advice(op: str) -> None:
     first = next(iter(OPS[op][1]()))
     changes = {first: Impostor(OPS[op][1]()[first])}
     function, good = OPS[op]

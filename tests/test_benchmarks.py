@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with results of benchmarks: compare, plot, tables, on small made-up files. The measuring needs a GPU."""
+"""Comparison, plots and tables of benchmark results, on small made-up files. Measuring needs a GPU."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_compare_finds_what_became_slower_by_more_than_the_spread(
     assert (rows.label(ROWS[number]) in said) == (code == 1)
 
 
-def test_compare_says_how_the_floor_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reports_how_the_floor_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare.main([str(written(tmp_path / "old")), str(written(tmp_path / "new", with_change(3, us=3.0)))])
     assert "PyTorch: 1.000 x, floor: 1.500 x" in capsys.readouterr().out
 
 
-def test_compare_wants_something_in_common(tmp_path: Path) -> None:
+def test_compare_needs_common_rows(tmp_path: Path) -> None:
     other = [row | {"E": 384} for row in ROWS]
     assert compare.main([str(written(tmp_path / "old")), str(written(tmp_path / "new", other))]) == 2
 
@@ -92,7 +92,7 @@ def test_bars_are_met_or_not() -> None:
     assert rows.bars_table(ROWS[2:5]) == ""
 
 
-def test_16_bit_rows_are_held_against_the_float32_row_of_the_run() -> None:
+def test_16_bit_rows_are_compared_with_the_float32_row_of_the_run() -> None:
     narrow = CELL | {"by": OURS, "dtype": "float16", "n": 64, "us": 2.0, "spread_us": 0.05}
     others = [narrow | {"n": 1024}, narrow | {"n": 64, "data": "equal"}]
     measured = [dict(row) for row in [*ROWS, narrow, *others]]
@@ -131,7 +131,7 @@ def test_cliffs_are_steps_between_neighbouring_sizes() -> None:
     ]
 
 
-def test_methods_stand_beside_the_plain_one() -> None:
+def test_methods_are_listed_with_the_plain_one() -> None:
     cell = {"what": "gpu", "by": OURS, "E": 64, "k": 6, "preset": "some-model"}
     measured = [cell | {"n": n, "us": us, "bar_us": 3.0} for n, us in ((64, 2.5), (8192, 3.5))]
     measured += [cell | {"n": n, "us": 2.0, "method": "plain sqrtsoftplus"} for n in (64, 8192)]
@@ -140,7 +140,7 @@ def test_methods_stand_beside_the_plain_one() -> None:
     assert lines[2] == "| some-model (E 64, k 6) | 2.50 | 2.00 | 1.25 | 3.50 | 2.00 | **1.75** | 123 |"
 
 
-def test_host_profile_stands_before_and_after() -> None:
+def test_host_profile_has_columns_before_and_after() -> None:
     part = {"what": "host", "part": "current stream", "us": 0.5}
     files = {"host_profile_before": {"rows": [part, part | {"part": "gone", "us": 3.0}]}}
     files["host_profile"] = {"rows": [part | {"us": 0.25}]}
@@ -157,7 +157,8 @@ def test_tables_in_the_repository_are_those_of_its_results(capsys: pytest.Captur
     assert found == [name for name in table.TABLES if name != "benchmarks"]
 
 
-def test_plot_draws_each_line_once_and_the_same_each_time(tmp_path: Path) -> None:
+@pytest.mark.slow("seconds")
+def test_plots_are_reproducible(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with the dev extra)")
     written(tmp_path)
     for folder in ("one", "two"):
@@ -185,17 +186,19 @@ def test_counters_of_ncu_are_medians_in_microseconds() -> None:
         ncu.parse("==ERROR== ERR_NVGPUCTRPERM")
 
 
-def test_looking_at_results_needs_python_alone() -> None:
+@pytest.mark.slow("process")
+def test_reading_results_needs_only_python() -> None:
     code = """
 import sys
-import benchmarks.compare, benchmarks.ncu, benchmarks.plot, benchmarks.table
+import benchmarks.compare, benchmarks.compare_trees, benchmarks.ncu, benchmarks.one_size
+import benchmarks.plot, benchmarks.table
 print(*sorted({"cupy", "jax", "matplotlib", "numpy", "torch", "triton"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
-def test_pytorch_goes_backwards_as_we_do() -> None:
+def test_pytorch_gradients_equal_ours() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks import rivals
 
@@ -209,7 +212,7 @@ def test_pytorch_goes_backwards_as_we_do() -> None:
         np.testing.assert_allclose(gradient().numpy(), ours, rtol=1e-4, atol=1e-6)
 
 
-def test_pytorch_rivals_do_what_the_ops_do() -> None:
+def test_pytorch_rivals_equal_the_ops() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from benchmarks import rivals
 

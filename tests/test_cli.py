@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cupy-router demo`` and ``cupy-router info``, as a person in a terminal meets them."""
+"""``cupy-router demo`` and ``cupy-router info``, as seen in a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_demo_shows_tokens_words_and_load_and_its_checks_pass(capsys: pytest.Cap
     assert "FAILED" not in printed
 
 
-def test_demo_says_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_tells_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "the GPU is on holiday.")
     assert cli.main(["demo"]) == 0
     assert "the NumPy reference: the GPU is on holiday." in capsys.readouterr().out
@@ -48,12 +48,15 @@ def test_demo_says_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], mon
 
 
 class FakeCupy(ModuleType):
-    """What the command line asks of CuPy, as if on an H100; its arrays are NumPy's, and it counts transfers."""
+    """The part of CuPy that the command line uses, as on an H100; arrays are NumPy's, and transfers are counted."""
 
     def __init__(self) -> None:
         super().__init__("cupy")
         self.to_device = self.to_host = 0
-        h100 = {"name": b"NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "totalGlobalMem": 85 * 10**9}
+        h100 = {
+            "name": b"NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "totalGlobalMem": 85 * 10**9,
+            "multiProcessorCount": 132, "sharedMemPerBlockOptin": 232448, "l2CacheSize": 52428800,
+        }  # fmt: skip
         runtime = SimpleNamespace(
             driverGetVersion=lambda: 13010, getDeviceCount=lambda: 1, getDeviceProperties=lambda device: h100
         )
@@ -81,11 +84,12 @@ def test_demo_and_info_with_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
     printed = capsys.readouterr().out
     assert "  backend   CUDA kernels; NumPy reference for CPU arrays\n" in printed
     assert "  device    0: NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB\n" in printed
+    assert "  tuning    0: table sm_90, 132 multiprocessors (measured on 132)\n" in printed
     assert "  cublas    not available, the decode kernel takes any n: no library.\n" in printed
     assert re.search(r"^  driver    .*, up to CUDA 13\.1\n  nvrtc     12\.9$", printed, re.M)
 
 
-@pytest.mark.skipif(compiler.why_no_cuda() is not None, reason="CUDA kernels cannot run here")
+@pytest.mark.backends("gpu")
 def test_demo_on_this_machines_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--device", "cuda"]) == 0
     assert "by the CUDA kernels" in capsys.readouterr().out
@@ -116,6 +120,7 @@ def round_a_value(top: Any) -> Any:
     return top
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize(
     ("op", "fault"),
     [
@@ -159,15 +164,17 @@ def test_info_names_versions_folders_and_backend(capsys: pytest.CaptureFixture[s
     assert rows["backend"].startswith("NumPy reference: " if compiler.why_no_cuda() else "CUDA kernels")
 
 
-def test_info_answers_when_cupy_does_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_works_when_cupy_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # what an import finds then is an ImportError
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not installed.")
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "NumPy reference: CuPy is not installed." in printed
+    assert re.search(r"^  tuning +no usable GPU; tables for .*sm_90", printed, re.M)
     assert re.search(r"^  nvrtc +not available: .*cupy", printed, re.M)
 
 
+@pytest.mark.slow("process")
 def test_info_imports_no_framework_for_its_version() -> None:
     code = (
         "import sys; from cupy_router import cli; code = cli.main(['info'])\n"
@@ -204,6 +211,7 @@ def test_a_wrong_command_line_exits_with_2(args: list[str], capsys: pytest.Captu
     assert "usage: cupy-router" in capsys.readouterr().err
 
 
+@pytest.mark.slow("process")
 def test_demo_in_a_narrow_ascii_terminal() -> None:
     done = run("demo", "--device", "cpu", COLUMNS="20", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
@@ -211,6 +219,7 @@ def test_demo_in_a_narrow_ascii_terminal() -> None:
     assert [line for line in lines if re.fullmatch(r"   421  ?[ .:|#]+", line)]
 
 
+@pytest.mark.slow("process")
 def test_demo_in_a_wide_utf8_terminal() -> None:
     done = run("demo", "--device", "cpu", COLUMNS="300", PYTHONIOENCODING="utf-8")
     assert done.returncode == 0, done.stderr
@@ -219,8 +228,9 @@ def test_demo_in_a_wide_utf8_terminal() -> None:
     assert max(map(len, bars)) == 7 + 128
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("command", ["demo", "info"])
-def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
+def test_a_closed_pipe_gives_no_traceback(command: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "cupy_router", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -232,7 +242,8 @@ def test_a_reader_that_leaves_early_gets_no_traceback(command: str) -> None:
     assert errors == b""
 
 
-def test_info_spells_what_the_terminal_cannot() -> None:
+@pytest.mark.slow("process")
+def test_info_escapes_what_the_terminal_cannot_show() -> None:
     done = run("info", CUPY_CACHE_DIR="/tmp/größe", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert b"gr??e" in done.stdout

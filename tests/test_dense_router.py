@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: both paths against brute force, mostly on products that float32 holds exactly, whatever their order."""
+"""dense_router: both paths against the oracle, mostly on products that float32 holds exactly, whatever their order."""
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, dense_router, gemm
+from cupy_router import Routing, RoutingMethod, dense_router, gemm, tuning
+from cupy_router.ops import _chunks
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops import _slices
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 ITEM = pytest.mark.acceptance
@@ -47,7 +47,7 @@ def route(
     valid_rows: int | None = None,
     **layout: int,
 ) -> Routing:
-    """The op's result on this backend, checked against brute force on the exact logits."""
+    """Return the op's result on this backend, checked against the oracle on the exact logits."""
     arrays = [backend.array(x, **layout), backend.array(weight, **layout)]
     device_bias = None if bias is None else backend.array(bias)
     result = dense_router(*arrays, method, bias=device_bias, path=path, num_valid=num_valid)
@@ -56,7 +56,7 @@ def route(
     n = len(x) if valid_rows is None else valid_rows
     logits = logits_of(x[:n], weight)
     valid = Routing(got.weights[:n], got.indices[:n])
-    compare.assert_routes(valid, compare.route(logits, method, bias), logits, method, bias)
+    compare.assert_routes(valid, oracle.route(logits, method, bias), logits, method, bias)
     assert (got.indices[n:] == -1).all()
     assert (got.weights[n:] == 0).all()
     for array, host in zip(arrays, (x, weight), strict=True):
@@ -67,7 +67,7 @@ def route(
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=ITEM(f"n = {n}"), id=str(n)) for n in inputs.TOKENS])
+@pytest.mark.parametrize("n", inputs.TOKEN_CASES)
 def test_number_of_tokens(backend: Backend, n: int) -> None:
     n = backend.rows(n, 64, exactly=True)
     route(backend, *gated(n, 64, 48), RoutingMethod(64, 6))
@@ -88,7 +88,7 @@ def test_experts_and_k(backend: Backend, experts: int, k: int, path: str) -> Non
 
 
 @pytest.mark.parametrize("experts", [1025, 1500])
-def test_more_experts_or_winners_than_the_fused_kernel_takes(backend: Backend, experts: int) -> None:
+def test_more_experts_or_results_than_the_fused_kernel_takes(backend: Backend, experts: int) -> None:
     route(backend, *gated(3, experts, 24), RoutingMethod(experts, 6))
     route(backend, *gated(3, 60, 24), RoutingMethod(60, 40))
 
@@ -131,8 +131,8 @@ def test_bias(backend: Backend, kind: str, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_tokens_hold(backend: Backend, value: float, dtype: str, path: str) -> None:
-    """A token with NaN has no finite logit; one with an infinity has infinite and, from opposite ones, NaN logits."""
+def test_every_kind_of_tokens(backend: Backend, value: float, dtype: str, path: str) -> None:
+    """A token with NaN has no finite logit; one with infinities has infinite logits and, from opposite signs, NaN."""
     x, weight = gated(9, 36, 64, dtype)
     x[2, 5] = x[7, 63] = value
     x[7, 0] = -value
@@ -190,12 +190,12 @@ def test_results_are_repeatable(backend: Backend, path: str) -> None:
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 16 tokens where there are 32 experts; the method of these tests is no other test's, nor is its plan."""
-    monkeypatch.setattr(_slices, "BUDGET", 16 * 32 * 4)
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
 
 
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("n", [1, 16, 17, 80])
-def test_slices_of_tokens(backend: Backend, n: int) -> None:
+def test_chunks_of_tokens(backend: Backend, n: int) -> None:
     bias = inputs.normal((32,), seed=66)
     route(backend, *gated(n, 32, 40, "bfloat16"), RoutingMethod(32, 5, scale=1.25), bias, path="prefill", row_pad=3)
 
@@ -241,12 +241,12 @@ def test_without_cublas_the_fused_kernel_serves_any_number(
 
 @pytest.mark.needs_kernels
 def test_gpus_before_sm_80_take_two_steps(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("cupy_router.ops.dense_router"), "runs_decode", lambda device: False)
     method = RoutingMethod(32, 5, scale=1.875)  # its plans are of this test alone
-    monkeypatch.setattr(decode, "plan", None)
-    route(backend, *gated(3, 32, 40, "bfloat16"), method)
-    with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
-        route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
+    monkeypatch.setattr(decode, "launch_for", None)
+    with tuning.assume(replace(tuning.DEFAULT, capability=(7, 5))):
+        route(backend, *gated(3, 32, 40, "bfloat16"), method)
+        with pytest.raises(ValueError, match=r"path 'decode' takes a GPU of compute capability 8\.0 or later"):
+            route(backend, *gated(3, 32, 40, "bfloat16"), method, path="decode")
 
 
 # -- Layout, out -------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_rows_in_any_order(backend: Backend, dtype: str, path: str) -> None:
     hosts = inputs.row_views(np, x)[:3]
     for view, host in zip(views, hosts, strict=True):
         result = dense_router(view, gate[::-1], method, path=path)
-        want = compare.route(logits_of(host, weight[::-1]), method)
+        want = oracle.route(logits_of(host, weight[::-1]), method)
         np.testing.assert_array_equal(backend.numpy(result.indices), want.indices)
         compare.assert_weights_close(backend.numpy(result.weights), want.weights, 2e-6)
 
@@ -286,7 +286,7 @@ def test_out_is_filled_and_returned(backend: Backend, path: str) -> None:
     block = backend.array(np.full((40, 6), 7, np.float32), row_pad=2), backend.array(np.full((40, 6), 7, np.int32))
     out = Routing(*block)
     assert dense_router(backend.array(x), backend.array(weight), RoutingMethod(36, 6), path=path, out=out) is out
-    want = compare.route(logits_of(x, weight), RoutingMethod(36, 6))
+    want = oracle.route(logits_of(x, weight), RoutingMethod(36, 6))
     np.testing.assert_array_equal(backend.numpy(out.indices), want.indices)
     compare.assert_weights_close(backend.numpy(out.weights), want.weights, 2e-6)
 
@@ -306,7 +306,11 @@ METHOD = RoutingMethod(8, 2)
         ({"weight": np.zeros((8, 16))}, TypeError, "weight must be float32 or float16 or bfloat16, got float64"),
         ({"x": np.zeros((3, 16), np.int32)}, TypeError, "x must be float32 or float16 or bfloat16, got int32"),
         ({"x": np.zeros((3, 16, 1), np.float32)}, ValueError, r"x must have shape \[num_tokens, hidden\]"),
-        ({"x": np.zeros((3, 0), np.float32)}, ValueError, "x must have at least one column"),
+        (
+            {"x": np.zeros((3, 0), np.float32), "weight": np.zeros((8, 0), np.float32)},
+            ValueError,
+            "x must have at least one column",
+        ),
         ({"bias": np.zeros(7, np.float32)}, ValueError, r"bias must have shape \[num_experts\] = \[8\]"),
         ({"bias": np.zeros(8, np.float16)}, TypeError, "bias must be float32, got float16"),
         ({"num_valid": 4}, ValueError, r"num_valid must be in 0\.\.3, got 4"),
@@ -314,7 +318,7 @@ METHOD = RoutingMethod(8, 2)
         ({"method": "no-such-model"}, ValueError, "must be the name of a preset"),
     ],
 )
-def test_what_is_refused(backend: Backend, change: dict[str, Any], error: type, words: str) -> None:
+def test_refused_arguments(backend: Backend, change: dict[str, Any], error: type, words: str) -> None:
     given = {"x": np.zeros((3, 16), np.float32), "weight": np.zeros((8, 16), np.float32), "method": METHOD} | change
     arrays = {name: backend.array(value) if isinstance(value, np.ndarray) else value for name, value in given.items()}
     with pytest.raises(error, match=words):

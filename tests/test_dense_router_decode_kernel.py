@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode kernel of dense_router by itself, in tilings of the test's choice, against the reference.
+"""The decode kernel of dense_router alone, in tilings chosen by the test, against the reference.
 
 The logits that the kernel routed by are left in its scratch memory. They are compared with float64; weights and indices
 are compared with what activation_topk's reference makes of those very logits, so that no rounding can hide an error.
@@ -20,7 +20,8 @@ from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference.activation_topk import activation_topk
-from tests import compare, inputs
+from cupy_router.tuning import gpu_of
+from tests import compare, inputs, oracle
 from tests.backends import Backend
 
 pytestmark = pytest.mark.needs_kernels
@@ -32,7 +33,7 @@ FMA_BOUND, STEP_BOUND = 1e-6, 2.0**-23
 
 @dataclass(frozen=True)
 class Case:
-    """What to route and how; `pad` and `offset` in elements, as tests.backends.Backend.array has them."""
+    """What to route and how; `pad` and `offset` in elements, as in tests.backends.Backend.array."""
 
     num_experts: int = 96
     top_k: int = 6
@@ -62,7 +63,7 @@ class Run:
     arrays: list[Any]
     outputs: list[Any]
     launch: Callable[[bool], Launch]  # of the kernel for a count of valid rows in memory, or for a number
-    plan: decode.DecodePlan
+    plan: decode.DecodeLaunch
     method: RoutingMethod
 
     def __call__(self, num_valid: int = -1, device_num_valid: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +79,7 @@ class Run:
         return weights, indices
 
     def logits(self) -> np.ndarray:
-        """What the kernel left behind the partial sums, where those of the first slice lie."""
+        """Return the logits, which the kernel leaves after the partial sums, at the place of the first part."""
         macros, experts = self.plan.macros, self.method.num_experts
         columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
         partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
@@ -101,8 +102,8 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
     views = [framework_of("x", a).view("x", a, None) for a in (device_x, device_weight)]
     aligned = case.hidden % 8 == 0 and all(v.pointer % 16 == 0 and a.strides[0] % 16 == 0 for v, a in
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
-    plan = decode.plan(
-        method, case.dtype, weight_dtype, len(x), case.hidden,
+    plan = decode.launch_for(
+        gpu_of(views[0].device), method, case.dtype, weight_dtype, len(x), case.hidden,
         aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias, tiling=case.tiling,
     )  # fmt: skip
     k = case.top_k
@@ -122,7 +123,7 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
 
 
 def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = None) -> None:
-    """`valid` is given to the kernel as a number, or what an array of its own means."""
+    """`valid` is passed as a number, or as an array."""
     number = -1 if valid is None or device_num_valid is not None else valid
     weights, indices = run(number, device_num_valid)
     logits = run.logits()
@@ -132,7 +133,7 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     layers = macros["WARPS"] * macros["EXPERTS_PER_WARP"] // macros["EXPERTS_PER_BLOCK"]
     steps = -(-x.shape[1] // (16 * macros["SPLITS"] * layers)) if macros["TENSOR_CORES"] else 0
     errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
-    assert (errors <= bound * norms + compare.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
+    assert (errors <= bound * norms + oracle.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
     want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)
     np.testing.assert_array_equal(indices, want[1])
     chosen = compare.tolerance(logits, np.maximum(indices, 0), run.method)
@@ -181,7 +182,7 @@ def test_tilings(backend: Backend, tiling: Tiling) -> None:
 
 @pytest.mark.parametrize(("pad", "offset", "hidden"), [(3, 1, 264), (8, 8, 264), (1, 0, 7), (0, 1, 64)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_anywhere(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
+def test_any_stride_and_offset(backend: Backend, dtype: str, pad: int, offset: int, hidden: int) -> None:
     assert_right(prepare(backend, Case(dtype=dtype, pad=pad, offset=offset, hidden=hidden)))
 
 
@@ -195,7 +196,7 @@ def test_padding(backend: Backend, tiling: Tiling | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, dtype: str) -> None:
+def test_nan_and_infinity_do_not_spread(backend: Backend, dtype: str) -> None:
     case = Case(dtype=dtype, hidden=64, num_tokens=9)
     clean = prepare(backend, case)
     want = clean()
@@ -215,7 +216,7 @@ def test_nan_and_infinity_stay_with_their_tokens_and_experts(backend: Backend, d
     compare.assert_same_bits(weights[untouched], want[0][untouched])
 
 
-def test_a_flag_left_raised_is_lowered_again(backend: Backend) -> None:
+def test_a_stale_flag_is_reset(backend: Backend) -> None:
     run = prepare(backend, Case(tiling=Tiling(8, 4, 16, 16, 4, 1)))
     run.outputs[2][3] = 1
     assert_right(run)

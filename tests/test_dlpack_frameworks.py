@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frameworks that nobody here knows by name: their arrays go in by DLPack, the closest honest type comes out.
+"""Frameworks without special support: their arrays are read by DLPack, results have the closest type.
 
-That is an array of their own namespace where they follow the array API standard, else NumPy's (CuPy's on a GPU), which
+The closest type is their own if they follow the array API standard, else NumPy's (CuPy's on a GPU), which
 they can take back without a copy.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.backends import DTYPES
 
 METHOD = RoutingMethod(16, 3)
@@ -24,7 +24,7 @@ TABLE = np.stack([inputs.rng(60, r).permutation(16)[:3] for r in range(10)]).ast
 
 
 class Foreign(NamedTuple):
-    """How a framework takes NumPy's memory, how its arrays are read back, and what results are."""
+    """Conversion from and to NumPy, and the type of results."""
 
     array: Callable[[np.ndarray], Any]
     numpy: Callable[[Any], np.ndarray]
@@ -48,7 +48,7 @@ def _warp() -> Foreign:
 
 
 class LikeWarp:
-    """What Warp's arrays offer: a `__dlpack__` that knows nothing but a stream, as before DLPack 1.0."""
+    """Like Warp's arrays: a `__dlpack__` with only a stream argument, as before DLPack 1.0."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
 
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("name", FOREIGN)
-def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None:
+def test_results_have_the_closest_type(name: str, op: str) -> None:
     foreign, (call, arrays) = FOREIGN[name](), CALLS[op]
     got = call(**{key: foreign.array(host) for key, host in arrays.items()})
     for a, b in zip(got, call(**arrays), strict=True):
@@ -89,7 +89,7 @@ def test_arrays_go_in_and_the_closest_type_comes_out(name: str, op: str) -> None
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", ["TVM FFI", "like Warp"])
 def test_floats_of_every_dtype(name: str, dtype: str) -> None:
-    """In memory of PyTorch's, since NumPy's arrays of bfloat16 cannot be exported."""
+    """In PyTorch's memory, since NumPy arrays of bfloat16 cannot be exported."""
     take: Callable[[Any], Any] = LikeWarp
     if name == "TVM FFI":
         take = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed").from_dlpack
@@ -99,7 +99,7 @@ def test_floats_of_every_dtype(name: str, dtype: str) -> None:
 
     scores = inputs.normal((5, 16), dtype, seed=2)
     values, indices = topk_select(foreign(scores), 3)
-    want = compare.topk(scores, 3)
+    want = oracle.topk(scores, 3)
     assert values.dtype == DTYPES[dtype]
     compare.assert_same_bits(values, want[0])
     np.testing.assert_array_equal(indices, want[1])
@@ -131,8 +131,8 @@ def test_out_is_filled_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_they_go_with_arrays_of_others(name: str) -> None:
-    """The first array decides what comes out."""
+def test_mixed_with_arrays_of_other_frameworks(name: str) -> None:
+    """The first array decides the type of the results."""
     foreign, (call, arrays) = FOREIGN[name](), CALLS["activation_topk"]
     want = call(**arrays)
     mixed = call(arrays["logits"], foreign.array(arrays["bias"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples learn, with our router as with a plain one, in every framework alike; the recorded curves say so too."""
+"""Examples learn with our router as with a plain one, in every framework; the recorded curves agree."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def exact_products() -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", plot.CURVES)
-def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
+def test_an_example_reproduces_the_recorded_run(name: str) -> None:
     module, options = example(name)
     losses = module.train(STEPS, **options)
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())[name]
@@ -46,9 +47,10 @@ def test_an_example_learns_as_the_recorded_run_did(name: str) -> None:
     np.testing.assert_allclose(losses, recorded[:STEPS], rtol=1e-3)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("framework", ["PyTorch", "JAX", "CuPy or NumPy"])
-def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a router whose weights have no gradient the same steps lead elsewhere: the check above would see it."""
+def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients of the router the same steps give other losses, so the check above would fail."""
     module, _ = example(framework)
     if framework == "CuPy or NumPy":
         back = module.backward
@@ -66,7 +68,7 @@ def test_the_router_learns_too(framework: str, monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(np.array(losses) / recorded[:STEPS] - 1).max() > 2e-3
 
 
-def test_recorded_curves_fall_alike() -> None:
+def test_recorded_curves_agree() -> None:
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())
     assert recorded.keys() == plot.CURVES.keys()
     for curve in recorded.values():
@@ -76,6 +78,7 @@ def test_recorded_curves_fall_alike() -> None:
     assert (ROOT / "docs" / "examples.svg").stat().st_size > 10_000
 
 
+@pytest.mark.slow("seconds")
 def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "examples.json").write_text(json.dumps({plot.PLAIN: [2.0, 1.0], "JAX": [2.0, 1.001]}))
@@ -84,7 +87,7 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 
 
 def test_an_example_is_short() -> None:
-    """A layer with its training in about 60 lines, which know no more of the router than its name."""
+    """A layer and its training take about 60 lines."""
     for path in (ROOT / "examples").glob("moe_*.py"):
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         assert len(lines) <= 75, path.name

@@ -165,11 +165,11 @@ DENSE = {"model_type": "llama", "hidden_size": 64}
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_parts(config: dict[str, Any], preset: str) -> None:
+def test_configurations_with_parts(config: dict[str, Any], preset: str) -> None:
     assert RoutingMethod.from_config(config) == presets()[preset]
 
 
-def test_parts_of_configuration_objects() -> None:
+def test_configuration_objects_with_parts() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     llama = transformers.Llama4Config(text_config={"num_local_experts": 128, "num_experts_per_tok": 1})
     assert RoutingMethod.from_config(llama) == presets()["llama4-maverick"]
@@ -327,14 +327,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_cannot_be_expressed_is_refused_by_name(config: dict[str, Any], message: str) -> None:
+def test_inexpressible_features_are_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         RoutingMethod.from_config(config)
     assert "\n" not in str(caught.value)
 
 
 class Model:
-    """Callable, like the model that somebody passes instead of its configuration."""
+    """Callable, like a model passed instead of its configuration."""
 
     def __init__(self) -> None:
         self.config = MIXTRAL
@@ -345,7 +345,7 @@ class Model:
 @pytest.mark.parametrize(
     "config", [None, 8, "mixtral", [MIXTRAL], b"{}", Model(), Model, object()], ids=lambda c: type(c).__name__
 )
-def test_what_is_no_configuration(config: Any) -> None:
+def test_not_a_configuration(config: Any) -> None:
     with pytest.raises(TypeError, match=f"config is a {type(config).__name__}, but must be a configuration object or"):
         RoutingMethod.from_config(config)
 
@@ -356,14 +356,15 @@ def test_fields_of_the_wrong_type(fields: dict[str, Any]) -> None:
         RoutingMethod.from_config({**MIXTRAL, **fields})
 
 
-def test_configurations_are_not_written() -> None:
+def test_configurations_are_not_changed() -> None:
     config = {"model_type": "some_vlm", "text_config": dict(OLMOE)}
     RoutingMethod.from_config(config)
     assert config == {"model_type": "some_vlm", "text_config": OLMOE}
 
 
+@pytest.mark.slow("seconds")
 def test_every_configuration_class_with_experts_is_known() -> None:
-    """One that is not has to be read: what does the code of its router do?"""
+    """For a new one, read the code of its router."""
     mapping = pytest.importorskip("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     logging.getLogger("transformers").setLevel(logging.ERROR)
     served, refused, unknown = set(), {}, []
@@ -388,12 +389,11 @@ def test_every_configuration_class_with_experts_is_known() -> None:
     assert beyond <= {"doge", "nllb-moe", "phimoe", "switch_transformers", "vitpose", "vitpose_backbone", "zaya"}
 
 
+@pytest.mark.slow("process")
 def test_neither_torch_nor_transformers_is_imported() -> None:
-    code = f"""
-import sys
-from cupy_router import RoutingMethod
-RoutingMethod.from_config({MIXTRAL})
-print(*sorted({{"numpy", "torch", "transformers"}} & set(sys.modules)))
-"""
+    code = (
+        f"import sys, cupy_router; cupy_router.RoutingMethod.from_config({MIXTRAL}); "
+        'print(*sorted({"numpy", "torch", "transformers"} & set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

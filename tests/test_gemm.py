@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate product: NumPy's, and cuBLAS's arguments by a stand-in that does on CPU memory what BLAS defines."""
+"""The gate GEMM: NumPy's, and the arguments of cuBLAS by a fake that computes on CPU memory what BLAS defines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 
 from cupy_router import gemm, scratch
 from cupy_router.gemm import Matrix
+from cupy_router.tuning import DEFAULT
 from tests import inputs
 from tests.backends import DTYPES, Backend
 from tests.test_dense_router import exact
 
 TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # cudaDataType_t
+WORKSPACE = DEFAULT.table.gemm.workspace_bytes
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -29,7 +31,7 @@ def columns(address: int, kind: int, rows: int, count: int, leading: int) -> np.
 
 
 class Blas:
-    """cublasGemmEx of the one kind that is asked for, and a record of the other calls."""
+    """The one form of cublasGemmEx that is used, and a record of the other calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -62,7 +64,7 @@ class Blas:
 
 @pytest.fixture
 def blas(monkeypatch: pytest.MonkeyPatch) -> Blas:
-    """In place of the library and its handle."""
+    """Replace the library and its handle."""
     found = Blas()
     context = object.__new__(gemm._Context)
     vars(context).update(library=found, handle=99, lock=threading.RLock(), _bound=(-1, -1))
@@ -96,7 +98,7 @@ def test_on_numpy(dtype: str, weight_dtype: str, form: int) -> None:
     np.testing.assert_array_equal(multiply(product, x, weight), x.astype(np.float32) @ weight.astype(np.float32).T)
 
 
-@pytest.mark.needs_kernels
+@pytest.mark.backends("simt")  # on a GPU cuBLAS itself is under test
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("weight_dtype", inputs.FLOATS)
 @pytest.mark.parametrize("x_form", range(4))
@@ -104,8 +106,6 @@ def test_on_numpy(dtype: str, weight_dtype: str, form: int) -> None:
 def test_arguments_of_cublas(
     backend: Backend, blas: Blas, dtype: str, weight_dtype: str, x_form: int, weight_form: int
 ) -> None:
-    if backend.name == "gpu":
-        pytest.skip("cuBLAS itself is under test there")
     x, weight = layouts(exact((5, 24), 1, dtype))[x_form], layouts(exact((7, 24), 2, weight_dtype))[weight_form]
     product = gemm.CudaProduct(("cpu", 0), matrix(dtype, x), matrix(weight_dtype, weight))
     np.testing.assert_array_equal(multiply(product, x, weight), x.astype(np.float32) @ weight.astype(np.float32).T)
@@ -114,15 +114,15 @@ def test_arguments_of_cublas(
     assert (product.prepare(0, weight.ctypes.data) == weight.ctypes.data) == as_it_is
 
 
-def test_streams_have_workspaces_of_their_own(blas: Blas) -> None:
-    """The handle is bound again only where the stream changes; a new stream takes the workspace away, so is first."""
+def test_each_stream_has_its_own_workspace(blas: Blas) -> None:
+    """The handle is bound again only for another stream; setting a stream drops the workspace, so it comes first."""
     x, weight = exact((5, 24), 1), exact((7, 24), 2)
     product = gemm.CudaProduct(("cpu", 0), matrix("float32", x), matrix("float32", weight))
     for stream in (3, 3, 4, 3):
         multiply(product, x, weight, stream)
-    workspaces = {stream: scratch.buffer(("cpu", 0), stream, "cuBLAS", gemm.WORKSPACE) for stream in (3, 4)}
+    workspaces = {stream: scratch.buffer(("cpu", 0), stream, "cuBLAS", WORKSPACE) for stream in (3, 4)}
     assert workspaces[3] != workspaces[4]
-    bind = {s: [("stream", 99, s), ("workspace", 99, workspaces[s], gemm.WORKSPACE)] for s in (3, 4)}
+    bind = {s: [("stream", 99, s), ("workspace", 99, workspaces[s], WORKSPACE)] for s in (3, 4)}
     run = [("gemm", 7, 5, 24)]
     assert blas.calls == [*bind[3], *run, *run, *bind[4], *run, *bind[3], *run]
 
@@ -134,7 +134,7 @@ def test_errors_of_cublas_are_raised(blas: Blas) -> None:
         multiply(product, x, weight)
 
 
-def test_a_missing_cublas_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cublas_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
         raise ImportError("libcublas.so.12 is\nnowhere")
 

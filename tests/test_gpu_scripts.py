@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts for a GPU, as far as they can be tried without one: what they call, and what they conclude."""
+"""The scripts for a GPU, as far as they can be tested without one: their calls and their verdicts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def launches() -> list[Launch]:
 # -- The calls ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds")
 def test_the_calls_are_right_on_this_backend() -> None:
-    """NumPy arrays stand in for the GPU's: all but the memory is as on the GPU."""
+    """With NumPy arrays in place of GPU arrays; all else is as on a GPU."""
     assert sanitize.make_calls(Backend(), CASES) == len(CASES) == len({repr(case) for case in CASES}) > 150
 
 
@@ -47,6 +48,7 @@ def test_a_wrong_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         sanitize.make_calls(Backend(), CASES)
 
 
+@pytest.mark.slow("seconds")
 def test_every_variant_is_called() -> None:
     seen = [(launch.function, launch.macros, launch.arguments) for launch in launches()]
     assert len(seen) == len(CASES)
@@ -146,6 +148,7 @@ def fake_sanitizer(folder: Path, errors_planted: int = 3, errors_ours: int = 0, 
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 @pytest.mark.parametrize(
     ("behaviour", "ok"),
@@ -156,7 +159,7 @@ def fake_sanitizer(folder: Path, errors_planted: int = 3, errors_ours: int = 0, 
         ({"status": 1}, False),  # a wrong result, or a crash
     ],
 )
-def test_a_tool_is_believed_only_if_it_sees_its_fault_and_nothing_else(
+def test_a_tool_must_find_its_fault_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, behaviour: dict[str, int], ok: bool
 ) -> None:
     fake_sanitizer(tmp_path, **behaviour)
@@ -166,13 +169,14 @@ def test_a_tool_is_believed_only_if_it_sees_its_fault_and_nothing_else(
     assert row["errors"] == behaviour.get("errors_ours", 0)
 
 
+@pytest.mark.slow("process")
 def test_a_tool_that_takes_too_long_is_not_clean() -> None:
     command = [sys.executable, "-uc", "import time; print('calls made: 4'); time.sleep(60)"]
     found = sanitize.run_tool(command, timeout=1.0)
     assert (found["calls"], found["errors"], found["exit"]) == (4, None, -1)
 
 
-def test_the_command_is_found_in_the_toolkit_or_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_found_or_reported_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sanitize, "_FOLDERS", (str(tmp_path / "none"), str(tmp_path)))
     with pytest.raises(SystemExit, match="compute-sanitizer is neither on the PATH nor in"):
@@ -218,7 +222,7 @@ def test_every_stream_sees_every_case_before_memory_is_read(monkeypatch: pytest.
 
 @pytest.mark.parametrize("turn", [5, 50])
 def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
-    """One bit of one result of one call."""
+    """One wrong bit of one result of one call is found."""
     whole = soak.Soak._call
 
     def call(self: soak.Soak, at: int, now: int, stream: Any, counter: Any) -> None:
@@ -233,7 +237,7 @@ def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -
     assert (figures["different_bytes"], figures["ok"]) == (1, False)
 
 
-def test_a_soak_tells_errors_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soak_reports_errors_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = soak.Soak(soak.Host(), FEW, threads=2, streams=2, calls=5)
     monkeypatch.setattr(ours, "ops", [lambda **_: 1 / 0] * len(FEW))
     figures = ours.run()

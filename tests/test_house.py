@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules: who may know whom, what a source looks like, what one op consists of."""
+"""The house rules: imports between modules, the form of sources, the parts of an op."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cupy_router.ops import registry
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cupy_router"
 SOURCES = sorted(
@@ -21,13 +23,16 @@ SOURCES = sorted(
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )
 MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
-OPS = ["activation_topk", "activation_topk_backward", "dense_router", "hash_router", "topk_select"]
+OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls hash_router
 
-# Room -> the rooms that it may import. A room is a module or a folder of the package; `results` only names the outputs.
+# Module or folder of the package -> those that it may import; `results` only names the outputs.
 MAY_IMPORT = {
+    "_hooks": set(),
     "watch": set(),
     "declarations": set(),
-    "compiler": {"declarations", "watch"},
+    "kernel_log": set(),
+    "kernel_dump": {"kernel_log"},
+    "compiler": {"declarations", "kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
@@ -36,22 +41,34 @@ MAY_IMPORT = {
     "method": {"huggingface_configs", "score_function"},
     "launcher": {"compiler"},
     "scratch": {"compiler"},
-    "gemm": {"compiler", "launcher", "scratch"},
-    "arrays": {"compiler"},
+    "tuning": {"compiler"},
+    "gemm": {"compiler", "launcher", "scratch", "tuning"},
+    "arrays": {"_hooks", "compiler"},
     "reference": {"method", "score_function"},
-    "ops": {"arrays", "compiler", "gemm", "launcher", "method", "reference", "results", "score_function", "scratch"},
+    "ops": {
+        "arrays",
+        "compiler",
+        "gemm",
+        "launcher",
+        "method",
+        "reference",
+        "results",
+        "score_function",
+        "scratch",
+        "tuning",
+    },
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
-    "jax": {"arrays", "compiler", "declarations", "method", "ops", "router"},
-    "__init__": {"method", "ops", "results", "router", "score_function"},
-    "cli": {"__init__", "compiler", "gemm", "method", "results"},
+    "jax": {"arrays", "compiler", "declarations", "method", "ops", "router", "tuning"},
+    "__init__": {"_hooks", "method", "ops", "results", "router", "score_function"},
+    "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
     "__main__": {"cli"},
 }
-ROOMS = {path.stem for path in PACKAGE.iterdir()}
+TOP_LEVEL = {path.stem for path in PACKAGE.iterdir()}
 FRAMEWORKS = {"cupy", "jax", "torch"}
 
 
-def room_of(path: Path) -> str:
+def module_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -66,26 +83,46 @@ def imports(tree: ast.AST, path: Path) -> Iterator[str]:
             module = ".".join(filter(None, (base, node.module)))
             # `from package import name` may import a module or a name of one: both spellings are looked at below.
             yield from (f"{module}.{alias.name}" for alias in node.names)
+    yield from strings_that_name_modules(tree)
 
 
-def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
-    rooms = set()
+def strings_that_name_modules(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package in strings, by which code could import them; docstrings are for readers."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield from (
+                name for name in re.findall(r"cupy_router\.\w+", node.value) if name.partition(".")[2] in TOP_LEVEL
+            )
+
+
+def modules_imported(tree: ast.AST, path: Path) -> set[str]:
+    modules = set()
     for name in imports(tree, path):
         first, _, rest = name.partition(".")
         if first == "cupy_router":
-            room = rest.split(".")[0]
-            rooms.add(room if room in ROOMS else "__init__")
-    return rooms - {room_of(path)}
+            module = rest.split(".")[0]
+            modules.add(module if module in TOP_LEVEL else "__init__")
+    return modules - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_only_the_rooms_it_may(path: Path) -> None:
-    allowed = MAY_IMPORT[room_of(path)]
-    assert rooms_imported(ast.parse(path.read_text()), path) <= allowed
+def test_modules_import_only_what_they_may() -> None:
+    wrong = {}
+    for path in MODULES:
+        found = modules_imported(ast.parse(path.read_text()), path) - MAY_IMPORT[module_of(path)]
+        if found:
+            wrong[str(path.relative_to(PACKAGE))] = found
+    assert not wrong
 
 
 @pytest.mark.parametrize(
-    ("statement", "rooms"),
+    ("statement", "modules"),
     [
         ("import cupy_router.ops.topk_select", {"ops"}),
         ("from cupy_router import compiler, RoutingMethod", {"compiler", "__init__"}),
@@ -94,20 +131,47 @@ def test_a_room_imports_only_the_rooms_it_may(path: Path) -> None:
         ("from . import order", set()),
         ("def f():\n    from cupy_router.cli.demo import run", {"cli"}),
         ("import numpy", set()),
+        ("import_module('cupy_router.torch')", {"torch"}),
+        ("import_module(f'cupy_router.arrays.{stem}')", {"arrays"}),
+        ("def f():\n    'See cupy_router.torch.'", set()),
     ],
 )
-def test_the_import_rule_sees_every_spelling(statement: str, rooms: set[str]) -> None:
-    assert rooms_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == rooms
+def test_the_import_rule_sees_every_spelling(statement: str, modules: set[str]) -> None:
+    assert modules_imported(ast.parse(statement), PACKAGE / "reference" / "order.py") == modules
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_frameworks_are_imported_inside_functions_or_in_their_own_module(path: Path) -> None:
-    at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    found = {name.split(".")[0] for node in at_import for name in imports(node, path)} & FRAMEWORKS
-    own = {path.stem.removeprefix("_") if room_of(path) == "arrays" else room_of(path)}
-    assert found <= own
+def private_names(path: Path) -> Iterator[str]:
+    """Names with an underscore that a module reads from another one; modules of the package may have such names."""
+    tree, modules = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cupy_router")):
+            folder = PACKAGE.joinpath(*(node.module or "").split(".")[1:])
+            for alias in node.names:
+                modules.add(alias.asname or alias.name)
+                if alias.name.startswith("_") and not (folder / f"{alias.name}.py").is_file():
+                    yield alias.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield from re.findall(r"^\w+\._(?!_|fields$|replace$|asdict$)\w+$", f"{node.value.id}.{node.attr}")
 
 
+def test_no_private_name_is_read_across_modules() -> None:
+    found = {str(path.relative_to(PACKAGE)): names for path in MODULES if (names := sorted(private_names(path)))}
+    assert not found
+
+
+def test_frameworks_are_imported_inside_functions_or_in_their_own_module() -> None:
+    wrong = {}
+    for path in MODULES:
+        at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {name.split(".")[0] for node in at_import for name in imports(node, path)} & FRAMEWORKS
+        found -= {path.stem.removeprefix("_") if module_of(path) == "arrays" else module_of(path)}
+        if found:
+            wrong[str(path.relative_to(PACKAGE))] = found
+    assert not wrong
+
+
+@pytest.mark.slow("process")
 def test_no_public_name_and_no_command_imports_a_framework() -> None:
     code = """
 import sys
@@ -206,22 +270,31 @@ def test_the_readme_of_the_kernels_lists_every_file() -> None:
     assert others == {"README.md"}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_one_op_is_one_kernel_one_op_file_one_reference_one_test_one_benchmark(op: str) -> None:
-    parts = [f"cupy_router/ops/{op}.py", f"cupy_router/reference/{op}.py", f"tests/test_{op}.py"]
-    missing = [part for part in [*parts, f"benchmarks/bench_{op}.py"] if not (ROOT / part).is_file()]
-    assert not missing
-    assert list(KERNELS.glob(f"{op}*.cu"))
+def test_one_op_is_one_kernel_one_op_file_one_reference_one_test_one_benchmark() -> None:
+    files = ("cupy_router/ops/{}.py", "cupy_router/reference/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
+    parts = [part.format(op) for op in OPS for part in files]
+    assert not [part for part in parts if not (ROOT / part).is_file()]
+    assert not [op for op in OPS if not list(KERNELS.glob(f"{op}*.cu"))]
 
 
 def test_every_op_is_known_here() -> None:
-    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[a-z]*.py"))] == OPS
+    assert [path.stem for path in sorted((PACKAGE / "ops").glob("[a-z]*.py"))] == sorted([*OPS, "registry"])
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sources_have_a_licence_line_and_are_short(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    comment = "#" if path.suffix in {".py", ".sh", ""} else "//"
-    top = lines[1:] if lines[:1] and lines[0].startswith("#!") else lines
-    assert top[:1] == [f"{comment} SPDX-License-Identifier: Apache-2.0"]
-    assert len(lines) <= 400, "more than one idea?"
+def test_sources_start_with_a_licence_line() -> None:
+    def first_line(path: Path) -> str:
+        lines = path.read_text().splitlines()
+        return next((line for line in lines if not line.startswith("#!")), "")
+
+    comments = {path: "#" if path.suffix in {".py", ".sh", ""} else "//" for path in SOURCES}
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path, comment in comments.items()
+        if first_line(path) != f"{comment} SPDX-License-Identifier: Apache-2.0"
+    ]
+    assert not wrong
+
+
+def test_sources_have_at_most_400_lines() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > 400}, "more than one idea?"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers between XLA and the kernels: on call frames that are made here, and in XLA with a recorder for a GPU."""
+"""Handlers between XLA and the kernels: on made-up call frames, and in XLA with a recorder in place of a GPU."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
-from cupy_router.jax import _ffi, _targets, _text  # noqa: E402
+from cupy_router.jax import _call_text, _ffi, _ffi_targets  # noqa: E402
+from cupy_router.ops._method import MethodOptions  # noqa: E402
+from cupy_router.ops.registry import OPS  # noqa: E402
+from cupy_router.ops.topk_select import TopKOptions  # noqa: E402
 
 METHOD = RoutingMethod(16, 4)
 LOGITS, BIAS = inputs.normal((6, 16)), inputs.normal((16,))
 
 
 def handler(op: str, on_cuda: bool = True) -> Any:
-    return _ffi.handler(op, partial(_targets.execute, op), on_cuda, True)
+    return _ffi.handler(op, partial(_ffi_targets.execute, OPS[op]), on_cuda, True)
 
 
 def call(options: Any, *given: int, number: int = -1) -> dict[str, str]:
-    return {_ffi.ATTRIBUTE: _text.encode(_text.Text(options, given, number))}
+    """Return the attribute of a call with this method, or this k."""
+    options = TopKOptions(options) if isinstance(options, int) else MethodOptions(options)
+    return {_ffi.ATTRIBUTE: _call_text.encode(options, given, number)}
 
 
 def results(n: int, k: int, dtype: Any = np.float32) -> list[np.ndarray]:
@@ -47,10 +52,10 @@ def results(n: int, k: int, dtype: Any = np.float32) -> list[np.ndarray]:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from cupy_router.ops import _call
+    from cupy_router.ops import _cached
 
     monkeypatch.setattr(scratch, "relaxed", nullcontext)
-    monkeypatch.setattr(_call, "_plans", {})
+    monkeypatch.setattr(_cached, "calls", {})
     with recording("cuda") as recorder:
         yield recorder
 
@@ -93,8 +98,8 @@ def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
     assert (said["starts"], said["k"], said["num_columns"]) == (0, 50, 2000)
 
 
-def test_a_plan_is_made_once_for_what_it_depends_on(recorder: Any) -> None:
-    """Device and alignment among them, streams and other addresses not."""
+def test_plans_are_cached_by_what_they_depend_on(recorder: Any) -> None:
+    """By device and alignment, but not by streams and other addresses."""
     run, out = handler("activation_topk"), results(6, 4)
     memory = np.zeros(300, np.float32)
     first = -memory.ctypes.data // 4 % 4  # the first element at a multiple of 16 bytes
@@ -117,7 +122,7 @@ def test_no_rows_launch_nothing(recorder: Any) -> None:
     assert not xla.errors
 
 
-def test_only_execution_executes(recorder: Any) -> None:
+def test_only_the_execute_stage_launches(recorder: Any) -> None:
     for stage in (0, 1, 2, 4):
         assert handler("activation_topk")(XLA().frame([LOGITS], results(6, 4), call(METHOD, 0), stage=stage)) is None
     assert not recorder.launches
@@ -138,7 +143,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
     "no text": (XLA(), (*GOOD[:2], {"call": "?"}), {}, "Expecting value"),
     "missing buffers": (XLA(), (*GOOD[:2], call(METHOD, 0, 1)), {}, "activation_topk got 3 buffers from XLA, not"),
     "another dtype": (XLA(), ([LOGITS.astype(np.float64)], *GOOD[1:]), {}, "logits must be float32.*got XLA type 12"),
-    "another shape": (XLA(), ([LOGITS[:, 1:].copy()], *GOOD[1:]), {}, r"logits must have num_experts = 16"),
+    "another shape": (XLA(), ([LOGITS[:, 1:].copy()], *GOOD[1:]), {}, r"logits must have shape .* = \[6, 16\]"),
     "results of another shape": (
         XLA(),
         (GOOD[0], results(5, 4), GOOD[2]),
@@ -155,7 +160,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_becomes_an_error_of_xla(name: str, recorder: Any) -> None:
+def test_errors_become_xla_errors(name: str, recorder: Any) -> None:
     xla, arguments, more, message = WRONG[name]
     xla.errors.clear()
     made = handler("activation_topk")(xla.frame(*arguments, **more))
@@ -166,7 +171,7 @@ def test_what_is_wrong_becomes_an_error_of_xla(name: str, recorder: Any) -> None
     assert not recorder.launches
 
 
-def test_errors_of_xla_are_passed_on_and_freed(recorder: Any) -> None:
+def test_xla_errors_are_passed_on_and_freed(recorder: Any) -> None:
     xla = XLA()
     xla.refusal = b"no stream here"
     assert handler("activation_topk")(xla.frame(*GOOD)) == 0xE1
@@ -181,7 +186,7 @@ def test_a_launch_that_fails(recorder: Any) -> None:
     assert xla.errors == [("activation_topk: OSError: the driver is gone ?", 13)]
 
 
-def test_cuda_without_cupy_gets_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_cupy_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "BACKENDS", {})
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: "CuPy is not usable: install cupy-router[cuda12].")
     xla = XLA()
@@ -194,7 +199,7 @@ def test_cuda_without_cupy_gets_the_remedy(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("command_buffers", [False, True])
 def test_metadata(command_buffers: bool) -> None:
-    """XLA's own version is the answer, so that no registration fails, which would take JAX's backend with it."""
+    """The answer is XLA's own version: a failing registration would break JAX's backend."""
     handle = _ffi.handler("x", lambda execution: pytest.fail("executed"), True, command_buffers)
     for version in ((0, 1), (0, 4), (1, 7)):
         xla = XLA(version=version)
@@ -205,20 +210,21 @@ def test_metadata(command_buffers: bool) -> None:
         assert not xla.errors
 
 
-def test_what_may_be_captured_uses_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each capture would take another piece of it, never to be freed."""
+def test_capturable_calls_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each capture would allocate scratch memory that is never freed."""
     asked: dict[str, bool] = {}
     monkeypatch.setattr(_ffi, "handler", lambda op, run, on_cuda, captured: asked.setdefault(op, captured))
     monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *arguments, **more: None)
-    monkeypatch.setattr(_targets.atexit, "register", lambda function: None)
-    _targets.register()
+    monkeypatch.setattr(_ffi_targets.atexit, "register", lambda function: None)
+    _ffi_targets.register()
     assert asked == {
         "topk_select": False, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
         "activation_topk_backward": True,
     }  # fmt: skip
 
 
+@pytest.mark.slow("compiler")
 def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     gxx = shutil.which("g++")
     if gxx is None:
@@ -245,7 +251,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     lines += [f"static_assert(XLA_FFI_CallFrame_STRUCT_SIZE == {_ffi._FRAME_BYTES});"]
     lines += [f"static_assert(XLA_FFI_Api_STRUCT_SIZE >= {ctypes.sizeof(_ffi._Table)});"]
     lines += ["static_assert(XLA_FFI_ExecutionStage_EXECUTE == 3 && XLA_FFI_AttrType_STRING == 4);"]
-    names = {4: "S32", 5: "S64", 10: "F16", 11: "F32", 16: "BF16"}
+    names = {3: "S16", 4: "S32", 5: "S64", 6: "U8", 7: "U16", 10: "F16", 11: "F32", 16: "BF16"}
     assert sorted(names) == sorted(_ffi.DTYPES)
     lines += [f"static_assert(XLA_FFI_DataType_{name} == {code});" for code, name in names.items()]
     source = tmp_path / "layout.cpp"
@@ -260,7 +266,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
 
 
 def test_a_compiled_program_launches_kernels() -> None:
-    """On the CPU, where a recorder stands for a GPU: all of the way but the driver."""
+    """On the CPU with a recorder in place of a GPU: everything but the driver."""
     given = inputs.normal((70, 32)), inputs.normal((16, 32)), np.zeros((9, 4), np.int32)
     x, weight, table = jax.device_put(given, jax.devices("cpu")[0])
     routed: dict[str, Any] = {

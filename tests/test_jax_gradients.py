@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by jax.grad, on the CPU: under JAX's other transformations, and where there are none."""
+"""Gradients of weights by jax.grad on the CPU: under JAX's other transformations, and results without gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, d
 from tests import gradients, inputs
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, enable_x64, twin
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -59,6 +59,7 @@ def close(got: Any, want: Any) -> None:
 PAIRS = [(name, kind) for i, name in enumerate(SMALL) for j, kind in enumerate(KINDS) if (i + j) % 3 == 0]
 
 
+@pytest.mark.slow("seconds", every=17)
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 @pytest.mark.usefixtures("backend")
 def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
@@ -68,9 +69,10 @@ def test_gradients_are_those_of_plain_jax(name: str, kind: str) -> None:
     case.check(found, indices)
 
 
+@pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_are_central_differences(name: str) -> None:
-    """Of the weights in float64, with neither JAX nor the reference between; under jit."""
+    """Central differences of the oracle's float64 weights, without JAX or the reference; under jit."""
     case = Case("activation_topk", name, jnp.array)
     upstream = gradients.upstream_of(len(case.hosts["logits"]), case.method)
 
@@ -86,6 +88,7 @@ def test_gradients_are_central_differences(name: str) -> None:
     gradients.assert_right(np.asarray(got), upstream, indices, logits, case.method, case.layer)
 
 
+@pytest.mark.slow("seconds", every=15)
 @pytest.mark.parametrize("num_valid", [4, np.int32(4), np.array([4], np.int32)], ids=["int", "scalar", "array"])
 @pytest.mark.parametrize("kind", ["activation_topk", "dense_router", "hash_router of x", "Router", "hash Router"])
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
@@ -197,13 +200,15 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow("seconds", every=16)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_other_transformations(name: str) -> None:
     close(TRANSFORMED[name](LOGITS), jax.grad(of_twin)(LOGITS))
 
 
-def test_jacobians_are_batches_of_the_way_back() -> None:
-    """One call of the kernel for all rows of the Jacobian."""
+@pytest.mark.slow("seconds")
+def test_a_jacobian_is_one_batched_backward_call() -> None:
+    """One kernel call computes all rows of the Jacobian."""
     indices = activation_topk(LOGITS, METHOD).indices
     back = jax.jit(jax.jacrev(lambda a: activation_topk(a, METHOD).weights))
     close(back(LOGITS), jax.jacrev(lambda a: twin(a, indices, METHOD))(LOGITS))
@@ -212,6 +217,7 @@ def test_jacobians_are_batches_of_the_way_back() -> None:
     assert "while" not in text
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("num_valid", [4, jnp.array([0, 6, 3], jnp.int32)], ids=["int", "arrays"])
 def test_vmap_of_padded_calls(num_valid: Any) -> None:
     many = array(3, 6, 16, seed=4)
@@ -224,6 +230,7 @@ def test_vmap_of_padded_calls(num_valid: Any) -> None:
         assert not rows[n:].any()
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_over_gates_and_over_tokens() -> None:
     """Models that differ in their gates, as in an ensemble, and one gate for many batches."""
 
@@ -238,6 +245,7 @@ def test_vmap_over_gates_and_over_tokens() -> None:
         close(got, tuple(map(jnp.stack, zip(*one, strict=True))))
 
 
+@pytest.mark.slow("seconds")
 def test_a_router_learns_as_a_pytree() -> None:
     x = array(6, 8, seed=7)
     router = Router(METHOD, weight=array(16, 8, seed=8), bias=array(16, seed=9), expert_scale=jnp.ones(16))
@@ -258,13 +266,13 @@ def test_a_router_learns_as_a_pytree() -> None:
     assert step(moved, x)[0] < first
 
 
-def test_what_a_router_holds_of_numpy_is_a_constant() -> None:
+def test_numpy_arrays_in_a_router_are_constants() -> None:
     gate, x = inputs.normal((16, 8), seed=201), array(5, 8)
     got = jax.grad(lambda x: (Router(METHOD, weight=gate)(x).weights ** 2).sum())(x)
     close(got, jax.grad(lambda x: (dense_router(x, jnp.array(gate), METHOD).weights ** 2).sum())(x))
 
 
-def test_what_nobody_asks_for_is_not_computed() -> None:
+def test_unused_gradients_are_not_computed() -> None:
     x, weight, scale = array(5, 8), array(16, 8, seed=1), jnp.ones(16)
 
     def routed(x: Any, weight: Any, scale: Any) -> Any:
@@ -314,6 +322,7 @@ print("done")
 """
 
 
+@pytest.mark.slow("process")
 def test_gradients_inside_and_outside_of_shard_map() -> None:
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     environment = {**os.environ, **devices}
@@ -347,6 +356,7 @@ SECOND = {
 }
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("name", SECOND)
 def test_a_second_derivative_is_refused(name: str) -> None:
     said = "^cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
@@ -360,7 +370,7 @@ def test_forward_mode_is_refused_by_jax(forward: Any) -> None:
         forward(LOGITS)
 
 
-def test_a_selection_is_refused_by_jax_and_may_be_stopped() -> None:
+def test_topk_select_has_no_gradient_but_may_be_stopped() -> None:
     with pytest.raises(ValueError, match=r"cupy_router\.topk_select` cannot be differentiated"):
         jax.grad(lambda a: topk_select(a, 2).values.sum())(LOGITS)
     chosen = topk_select(LOGITS, 2)
@@ -377,9 +387,9 @@ def test_stopped_gradients_are_zero() -> None:
     np.testing.assert_allclose(got[:, :4], activation_topk(LOGITS, METHOD).weights)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+def test_a_custom_score_needs_a_derivative() -> None:
+    """Routing works without; the backward pass reports what is missing."""
     cubic = RoutingMethod(16, 4, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))
     assert activation_topk(LOGITS, cubic).weights.shape == (6, 4)
-    with pytest.raises(ValueError, match=r"activation_topk_backward: ScoreFunction\('cubic'\) has no gradient: give"):
+    with pytest.raises(ValueError, match=r"ScoreFunction\('cubic'\) has no gradient: give"):
         jax.grad(lambda a: activation_topk(a, cubic).weights.sum())(LOGITS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside jax.jit and its relatives, on the CPU: results are those of calls with arrays that hold values."""
+"""The ops inside jax.jit and related transformations, on the CPU: results equal those of eager calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import inputs, steps
+from tests import compare, inputs
 from tests.jax_calls import METHOD, NAMES, calls, same_bits
-from tests.test_method_steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -34,11 +34,12 @@ def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 # -- jax.jit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("backend")
 def test_a_traced_call_gives_what_an_eager_call_gives(name: str, dtype: str) -> None:
-    """With --backend=simt by kernels, which read and write XLA's buffers."""
+    """With --backend=simt kernels read and write XLA's buffers."""
     call = calls(dtype)[name]
     arrays = on_cpu(call.arrays)
     same_bits(jax.jit(call.function)(**arrays), call(arrays))
@@ -52,16 +53,17 @@ def test_no_tokens(name: str) -> None:
     same_bits(result, call(on_cpu(call.arrays)))
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_of_a_method(name: str) -> None:
-    """Among them groups, scores of the caller's own, other dtypes of the results."""
+    """Including groups, custom scores and other dtypes of results."""
     method, kind = METHODS[name], list(METHODS).index(name)
     logits = inputs.distinct(5, method.num_logits)
     layer = layer_of(method, kind)
     with jax.enable_x64(method.index_dtype == "int64"):
         routed = jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
         weights, indices = routed(logits, layer.arguments(jnp.array))
-    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+    compare.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
 
 
 def test_int64_results_need_64_bit_numbers() -> None:
@@ -113,7 +115,7 @@ def test_a_second_call_is_not_traced_again() -> None:
 
 
 def test_calls_between_other_operations() -> None:
-    """XLA may keep what goes in and out in other layouts and fuse around the call."""
+    """XLA may choose other layouts around the call and fuse its neighbours."""
     logits = jnp.array(inputs.normal((12, 32), seed=220))
 
     @jax.jit
@@ -127,6 +129,7 @@ def test_calls_between_other_operations() -> None:
     np.testing.assert_allclose(got[0], (weights[:, ::-1] * 2).T, rtol=1e-6)
 
 
+@pytest.mark.slow("seconds")
 def test_calls_in_loops_and_branches() -> None:
     logits = jnp.array(inputs.normal((7, 5, 32), seed=221))
     each = [activation_topk(step, METHOD) for step in logits]
@@ -138,7 +141,7 @@ def test_calls_in_loops_and_branches() -> None:
 
 
 def test_donated_arguments() -> None:
-    """XLA may put another result where the input was, once the call has read it."""
+    """XLA may reuse an input's memory for another result once the call has read it."""
     for name in ("activation_topk", "dense_router", "topk_select"):
         call = CALLS[name]
         want = call(on_cpu(call.arrays))
@@ -169,10 +172,10 @@ def test_inputs_are_never_written() -> None:
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_eager_calls_are_not_traced(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays with values are read where they are, also while something else is traced."""
-    from cupy_router.jax import _ops
+    """Arrays with values are computed eagerly, also while something else is traced."""
+    from cupy_router.jax import _intercept
 
-    monkeypatch.setattr(_ops, "run", lambda *arguments: pytest.fail("was traced"))
+    monkeypatch.setattr(_intercept, "run", lambda *arguments: pytest.fail("was traced"))
     logits = jnp.array(inputs.normal((4, 32)))
     want = activation_topk(logits, METHOD)
     got = []
@@ -189,7 +192,12 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
     "dtype": (lambda a: activation_topk(a, METHOD), LOGITS.astype(np.int32), TypeError, "logits must be float32 or"),
     "NumPy's dtype": (lambda a: activation_topk(a, METHOD, bias=np.zeros(32)), LOGITS, TypeError, "bias.*float64"),
     "rank": (lambda a: activation_topk(a, METHOD), BIAS, ValueError, r"logits must have shape \[num_tokens"),
-    "columns": (lambda a: activation_topk(a, METHOD), LOGITS[:, 1:], ValueError, "logits must have num_experts = 32"),
+    "columns": (
+        lambda a: activation_topk(a, METHOD),
+        LOGITS[:, 1:],
+        ValueError,
+        "logits must have shape .* = \\[6, 32\\]",
+    ),
     "k": (lambda a: topk_select(a, 33), LOGITS, ValueError, "k must be in 1..32, got 33"),
     "no array": (lambda a: activation_topk(a, METHOD, bias=[0.0] * 32), LOGITS, TypeError, "bias must be an array"),
     "num_valid": (
@@ -223,14 +231,15 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said_while_tracing(name: str) -> None:
+def test_errors_are_raised_while_tracing(name: str) -> None:
     function, array, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         jax.jit(function).trace(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
-def test_a_tracer_in_any_place_is_enough() -> None:
-    """Other arrays may be of JAX, NumPy or PyTorch: they are constants of the graph."""
+@pytest.mark.slow("seconds")
+def test_a_tracer_in_any_argument_traces_the_call() -> None:
+    """Other arrays, of JAX, NumPy or PyTorch, become constants of the graph."""
     call = CALLS["activation_topk of a layer"]
     want = call(on_cpu(call.arrays))
     torch = pytest.importorskip("torch")
@@ -242,7 +251,7 @@ def test_a_tracer_in_any_place_is_enough() -> None:
 
 
 def test_int64_constants_keep_their_meaning() -> None:
-    """As int32 these would wrap around into token ids and experts that exist."""
+    """As int32 these would wrap around into valid token ids and experts."""
     table = np.array([[0, 1, 2, 3], [4, 5, 6, 2**32 + 7]])
     ids = np.array([0, 1, 2**32, -(2**32)])
     alone = jax.jit(lambda ids: hash_router(ids, table))(jnp.array([0, 1, 5], jnp.int32))
@@ -271,8 +280,8 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("broken"), ValueError("broken"), KeyboardInterrupt("broken")])
-def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cupy_router.ops import _call
+def test_handler_errors_become_jax_errors(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_router.ops import _cached
 
     # XLA never launches so large a k by itself.
     compiled = jax.jit(lambda a: topk_select(a, 40)).lower(jnp.zeros((3, 50))).compile()
@@ -281,7 +290,7 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(_call, "work_for", fail)
+        patch.setattr(_cached, "work_for", fail)
         with pytest.raises(Exception, match=r"topk_select: (\w+: )?broken") as caught:
             jax.block_until_ready(compiled(jnp.zeros((3, 50))))
         code = "INVALID_ARGUMENT" if isinstance(raised, ValueError) else "INTERNAL"
@@ -289,6 +298,7 @@ def test_what_a_handler_raises_is_an_error_of_jax(raised: BaseException, monkeyp
     assert compiled(jnp.zeros((3, 50))).indices.tolist() == [list(range(40))] * 3
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("program", ["lazily", "eager_calls", "at_exit", "at_exit_of_threads"])
 def test_in_a_process_of_its_own(program: str) -> None:
     done = subprocess.run(
@@ -318,9 +328,9 @@ print("done")
 import time
 import cupy_router
 import jax, jax.numpy as jnp
-from cupy_router.ops import _call
-work_for = _call.work_for
-_call.work_for = lambda *arguments: time.sleep(0.1) or work_for(*arguments)
+from cupy_router.ops import _cached
+work_for = _cached.work_for
+_cached.work_for = lambda *arguments: time.sleep(0.1) or work_for(*arguments)
 select = jax.jit(lambda a: cupy_router.topk_select(jnp.sin(a) @ a.T, 20))
 x = jnp.ones((200, 200))
 for _ in range(5):

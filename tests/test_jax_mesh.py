@@ -16,9 +16,11 @@ jax = pytest.importorskip("jax", reason="JAX is not installed")
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
+pytestmark = pytest.mark.slow("process")
+
 
 def run(check: str) -> None:
-    """A function of `tests.jax_mesh`, in a process that has four devices."""
+    """Run a function of `tests.jax_mesh` in a process with four devices."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.jax_mesh", check],
         cwd=Path(cupy_router.__file__).parents[1], capture_output=True, text=True, timeout=240, env=os.environ,
@@ -27,7 +29,7 @@ def run(check: str) -> None:
 
 
 @pytest.mark.parametrize("check", ["forward", "gradients", "vmap", "inside_shard_map", "loops"])
-def test_explicit_axes_of_a_mesh_keep_rows_where_they_are(check: str) -> None:
+def test_explicit_mesh_axes_keep_rows_on_their_devices(check: str) -> None:
     if check == "vmap" and jax.__version_info__ < (0, 9, 1):
         pytest.skip("jax.vmap over an explicit axis needs JAX 0.9.1 or later")
     run(check)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels in XLA's programs: what is lowered for CUDA, as far as it can be seen without a GPU."""
+"""Kernels in XLA's programs: lowering for CUDA, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select
+from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select, tuning
 from cupy_router.compiler import CompileError, Signature
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from tests import inputs
 from tests.gpu import support
 from tests.jax_calls import METHOD, NAMES, calls
@@ -24,7 +25,7 @@ jnp = jax.numpy
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
-from cupy_router.jax import _native, _ptx  # noqa: E402
+from cupy_router.jax import _lower_ptx, _ptx  # noqa: E402
 
 ARCHITECTURE = "compute_90"
 
@@ -33,21 +34,23 @@ HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or 
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA can, on a GPU that is not here; NVRTC compiles without one."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that XLA can launch kernels on a GPU; NVRTC compiles without one."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
-    monkeypatch.setattr(_native, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
+    monkeypatch.setattr(_lower_ptx, "_gpu", lambda: (("cuda", 0), ARCHITECTURE))
     jax.clear_caches()
+    with tuning.assume(tuning.DEFAULT):
+        yield
 
 
 def lowered(function: Any, *arrays: Any) -> str:
-    """The program for a GPU."""
+    """Return the program lowered for a GPU."""
     return str(jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text())
 
 
 def launched(program: str) -> int:
-    return program.count(f"custom_call @{_native.TARGET}(")
+    return program.count(f"custom_call @{_lower_ptx.TARGET}(")
 
 
 def handled(program: str) -> int:
@@ -58,13 +61,15 @@ def handled(program: str) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_is_one_kernel_needs_no_handler(name: str) -> None:
+def test_single_kernel_calls_need_no_handler(name: str) -> None:
     call = calls()[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_a_gradient_needs_no_handler() -> None:
     def loss(logits: Any, scale: Any) -> Any:
@@ -74,8 +79,9 @@ def test_a_gradient_needs_no_handler() -> None:
     assert (launched(program), handled(program)) == (3, 0)  # and the weights without factors
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_what_stays_with_handlers() -> None:
+def test_calls_that_need_a_handler() -> None:
     rows = jnp.ones((3, 2000))
     assert handled(lowered(lambda a: topk_select(a, 2), rows)) == 1, "long rows may need memory"
     assert handled(lowered(lambda a: topk_select(a, 2), jnp.ones((0, 20)))) == 1, "no rows are no grid"
@@ -83,6 +89,7 @@ def test_what_stays_with_handlers() -> None:
     assert handled(lowered(lambda a: activation_topk(a, RoutingMethod(2000, 2)), rows)) == 0
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_other_platforms_have_handlers() -> None:
     traced = jax.jit(lambda a: topk_select(a, 2)).trace(jnp.ones((3, 20)))
@@ -91,8 +98,9 @@ def test_other_platforms_have_handlers() -> None:
     assert (launched(both), handled(both)) == (1, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_exported_programs_have_the_target_that_lasts() -> None:
+def test_exported_programs_use_the_stable_target() -> None:
     exported = jax.export.export(
         jax.jit(lambda a: activation_topk(a, METHOD)),
         platforms=["cuda"],
@@ -102,29 +110,31 @@ def test_exported_programs_have_the_target_that_lasts() -> None:
     assert (launched(program), handled(program)) == (0, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
-def test_a_kernel_that_does_not_compile_is_the_handlers_to_tell() -> None:
+def test_compile_errors_are_reported_by_the_handler() -> None:
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
     program = lowered(lambda a: activation_topk(a, RoutingMethod(32, 4, wrong)), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
 
 
-def test_without_a_gpu_there_are_handlers_alone() -> None:
+def test_without_a_gpu_every_call_has_a_handler() -> None:
     if compiler.why_no_cuda() is None:
         pytest.skip("there is one")
-    _native._gpu.cache_clear()
+    _lower_ptx._gpu.cache_clear()
     jax.clear_caches()
     program = lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)
 
 
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_call, "_plans", {"stale": None})
+    monkeypatch.setattr(_cached, "calls", {"stale": None})
     monkeypatch.setattr(compiler, "WATCHING", True)
     monkeypatch.setattr(compiler, "changed", lambda: True)
     assert launched(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
-    assert not _call._plans
+    assert not _cached.calls
 
 
 # -- Whether it works --------------------------------------------------------------------------------------------------
@@ -145,24 +155,24 @@ class Gpu:
         (["9.0"], True, "1", None),
     ],
 )
-def test_one_architecture_on_which_a_trial_works(
+def test_gpus_must_share_an_architecture_that_passes_a_trial(
     capabilities: list[str], works: bool, environment: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu(capability) for capability in capabilities])
-    monkeypatch.setattr(_native, "_adds_one", lambda architecture, device: works)
-    monkeypatch.setenv(_native.HANDLERS, environment)
-    assert _native._gpu.__wrapped__() == expected
+    monkeypatch.setattr(_lower_ptx, "_adds_one", lambda architecture, device: works)
+    monkeypatch.setenv(_lower_ptx.HANDLERS, environment)
+    assert _lower_ptx._gpu.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(("number", "loaded"), [(0, []), (1, []), (2, [0, 1])])
 def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
     number: int, loaded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before a program runs in which one GPU may wait for another."""
+    """Loaded before a program runs, in which one GPU may wait for another."""
     monkeypatch.setattr(compiler, "why_no_cuda", lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Gpu("9.0", i) for i in range(number)])
-    monkeypatch.setattr(_native, "_gpu", lambda: None)
+    monkeypatch.setattr(_lower_ptx, "_gpu", lambda: None)
     jax.clear_caches()
     with recording("cuda") as recorder:
         assert handled(lowered(lambda a: activation_topk(a, METHOD), jnp.ones((3, 32)))) == 1
@@ -170,8 +180,8 @@ def test_kernels_of_handlers_are_loaded_for_all_of_several_gpus(
 
 
 def test_a_trial_that_fails_is_no_error() -> None:
-    """Here XLA has no such call, and NVRTC perhaps no driver."""
-    assert not _native._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
+    """Here XLA lacks the call, and there may be no driver."""
+    assert not _lower_ptx._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
 
 
 # -- Entries of addresses alone ----------------------------------------------------------------------------------------
@@ -236,14 +246,15 @@ def test_every_kernel_becomes_ptx_with_addresses_alone(name: str, dtype: str, mo
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", [*NAMES, *(f"large {name}" for name in support.NAMES)])
+@pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_every_kernel_assembles(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ptxas = shutil.which("ptxas")
     if ptxas is None:
         pytest.skip("ptxas is not installed")
     found: list[dict[str, Any]] = []
-    attributes = _native.attributes
-    monkeypatch.setattr(_native, "attributes", lambda *given: found.append(attributes(*given)) or found[-1])
+    attributes = _lower_ptx.attributes
+    monkeypatch.setattr(_lower_ptx, "attributes", lambda *given: found.append(attributes(*given)) or found[-1])
     call: Any = support.call(name.removeprefix("large "), dtype=dtype) if "large" in name else calls(dtype)[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     for made in filter(None, found):

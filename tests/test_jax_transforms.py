@@ -31,7 +31,7 @@ ROOT = Path(cupy_router.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
-    """Where JAX has a GPU, whose products of float32 have fewer bits unless they are asked for."""
+    """Ask JAX for exact float32 products, which a GPU otherwise computes with fewer bits."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -94,9 +94,10 @@ def stacked(results: list[Any]) -> Any:
     return type(results[0])(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
 
 
+@pytest.mark.slow("seconds", every=17)
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",), ("bias", "weight", "table")], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_is_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
+def test_vmap_equals_a_loop_of_calls(name: str, shared: tuple[str, ...]) -> None:
     """`shared` are the arrays that are the same for all; the others have a leading axis."""
     call, size = CALLS[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
@@ -127,6 +128,7 @@ def test_vmap_of_one_row_array_repeats_the_others() -> None:
     same_bits(got, stacked([call({**arrays, "logits": one}) for one in logits]))
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_of_num_valid_alone() -> None:
     logits = jnp.array(CALLS["activation_topk"].arrays["logits"])
     for counts in (jnp.array([0, 4, 99, -1], jnp.int32), jnp.array([[3], [9]], jnp.int32)):
@@ -140,6 +142,7 @@ def test_vmap_with_num_valid_as_an_int() -> None:
     same_bits(got, stacked([activation_topk(logits, METHOD, num_valid=5) for logits in many]))
 
 
+@pytest.mark.slow("seconds")
 def test_vmap_over_other_axes_and_nested() -> None:
     many = jnp.array(inputs.normal((2, 3, 5, 32), seed=240))
     want = [stacked([topk_select(scores, 4) for scores in part]) for part in many]
@@ -149,7 +152,8 @@ def test_vmap_over_other_axes_and_nested() -> None:
     same_bits(jax.vmap(lambda scores: topk_select(scores, 4), in_axes=1)(many[1].swapaxes(0, 1)), want[1])
 
 
-def test_vmap_of_nothing_and_of_too_much_for_decode() -> None:
+@pytest.mark.slow("seconds")
+def test_vmap_of_no_rows_and_of_too_many_for_decode() -> None:
     weight = jnp.array(CALLS["dense_router"].arrays["weight"])
     for shape in ((3, 0, 48), (0, 3, 48)):
         empty = jax.vmap(lambda x: dense_router(x, weight, METHOD))(jnp.zeros(shape))
@@ -229,7 +233,8 @@ print("done")
 """
 
 
-def test_shard_map_routes_the_tokens_of_each_device_where_they_are() -> None:
+@pytest.mark.slow("process")
+def test_shard_map_routes_tokens_on_their_own_device() -> None:
     assert run(SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4") == "done\n"
 
 
@@ -247,8 +252,9 @@ except Exception as error:
 """
 
 
-def test_an_exported_program_means_the_same_in_another_process(tmp_path: Path) -> None:
-    """Also for another number of tokens than it was traced with."""
+@pytest.mark.slow("process")
+def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
+    """Also with another number of tokens than at tracing."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     own = ScoreFunction("own", cuda="-x", numpy=lambda x: -x)
     expected = {
@@ -271,13 +277,14 @@ EXPORTED = {
     "hash_router of x": ("logit scale", "hash_router"),
     "dense_router": ("logit scale", "dense_router"),
     "Router": ("soft cap", "dense_router"),
-    "hash Router": ("soft cap", "Router"),
+    "hash Router": ("soft cap", "hash_layer"),
 }
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_gradient(kind: str) -> None:
-    """By every input, for any number of tokens."""
+    """With respect to every input, for any number of tokens."""
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
     method, target = EXPORTED[kind]
     case = Case(kind, method, jnp.array)
@@ -302,7 +309,8 @@ def test_an_exported_gradient(kind: str) -> None:
     case.check(*jax.export.deserialize(traced.serialize()).call(case.smooth, case.fixed, case.upstream))
 
 
-def test_a_compilation_cache_on_disk_does_not_mistake_methods(tmp_path: Path) -> None:
+@pytest.mark.slow("process")
+def test_the_compilation_cache_distinguishes_methods(tmp_path: Path) -> None:
     program = """
 import sys
 import jax, jax.numpy as jnp

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from cupy_router import RoutingMethod, compiler, declarations
-from cupy_router.ops.activation_topk import method_arguments, method_macros
+from cupy_router.ops._method import method_arguments, method_macros
 from tests.recorder import Recorder, declared, recording
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 KERNELS = sorted(compiler.kernel_folders()[-1].glob("*.cu"))
 KERNEL = 'SPECIALISED int A = 0;\nSPECIALISED int B = 0;\nextern "C" __global__ void kernel(int n) {}\n'

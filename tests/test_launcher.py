@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher by itself, against recorded launches: what the driver would read, or the error that comes before."""
+"""The launcher alone, against recorded launches: what the driver would read, or the error before it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def function(recorder: Recorder, signature: Signature = SIGNATURE, source: str =
 
 
 def launch(recorder: Recorder, num_varying: int = 3, **options: Any) -> Launch:
-    """Of `mixed`: as many varying arguments, the others fixed."""
+    """Launch `mixed` with these varying arguments, the others fixed."""
     names = SIGNATURE.names
     fixed = dict(zip(names[num_varying:], VALUES[num_varying:], strict=True))
     shape = {"grid": 7, "block": 96} | options
@@ -206,7 +206,7 @@ def test_no_device_is_switched_to_for_a_value_that_does_not_fit(recorder: Record
 
 
 def test_eight_threads_never_mix_their_arguments() -> None:
-    """Each launch waits before it reads, so that all threads have packed in the meantime."""
+    """Each launch waits before it reads, so that all threads have packed their arguments."""
     threads, calls = 8, 25
     with recording(patience=1e-3) as recorder:
         ours = Launch(function(recorder), 1, 32, SIGNATURE.names, {})

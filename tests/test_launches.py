@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops launch for arrays on a GPU, recorded: kernel, macros, grid, block and every argument by its name.
 
-The arrays are descriptions of device memory that does not exist, so that they may be of any size. Of the macros, those
-that say what is computed are checked; how it is tuned is the ops' own affair, as long as every row has its threads.
+The arrays describe device memory that does not exist, so they may have any size. Of the macros, those
+that define what is computed are checked; tuning is free, as long as every row has its threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
-from cupy_router.ops import _call
+from cupy_router.ops import _run
 from tests.recorder import Launch, Recorder, recording
 
 HEAP = 1 << 40  # results of the fake framework lie from here on
@@ -27,7 +27,7 @@ HEAP = 1 << 40  # results of the fake framework lie from here on
 
 @dataclass(frozen=True)
 class Array:
-    """An array in device memory: rows `row_stride` elements apart, dense by default."""
+    """An array in device memory with `row_stride` elements from row to row, dense by default."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Array:
 
 
 class Fake(Framework):
-    """The framework of these arrays. `stream` is its current stream, `entered` are those it was asked to switch to."""
+    """The framework of these arrays. `stream` is its current stream, `entered` the streams it was switched to."""
 
     name = "fake"
 
@@ -84,7 +84,7 @@ class Fake(Framework):
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     framework = Fake()
     monkeypatch.setitem(FRAMEWORKS, Array, framework)
-    monkeypatch.setattr(_call, "in_flight", [])  # of tests on a real GPU
+    monkeypatch.setattr(_run, "in_flight", [])  # of tests on a real GPU
     return framework
 
 
@@ -100,13 +100,13 @@ def only(recorder: Recorder) -> Launch:
 
 
 def assert_kernel(launch: Launch, kernel: str, function: str, **macros: int) -> None:
-    """These macros, and perhaps others."""
+    """Assert these macros; there may be others."""
     assert (launch.kernel, launch.function) == (kernel, function)
     assert launch.macros | macros == launch.macros
 
 
 def assert_rows_share_warps(launch: Launch, n: int) -> None:
-    """LANES threads for each of n rows, and no block too many."""
+    """Assert LANES threads for each of n rows, and no superfluous block."""
     threads = launch.grid[0] * launch.block[0]
     assert (launch.grid[1:], launch.block[1:], launch.block[0] % 32) == ((1, 1), (1, 1), 0)
     assert threads - launch.block[0] < n * launch.macros["LANES"] <= threads
@@ -216,7 +216,7 @@ def test_hash_router_with_products(recorder: Recorder, fake: Fake) -> None:
 
 
 def test_dense_router_of_few_tokens() -> None:
-    """On NumPy arrays, since its plan asks a GPU for its compute capability."""
+    """On NumPy arrays, since the plan depends on the GPU's compute capability."""
     method = RoutingMethod(256, 6, renormalize_eps=0.25, scale=1.5)
     x = np.zeros((4, 600), np.float16)[:, :512]
     weight, bias = np.zeros((256, 512), np.float32), np.zeros(256, np.float32)
@@ -248,7 +248,7 @@ def test_dense_router_of_few_tokens() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 1023, 1024, 1025, 8192, 70_000, 2**31 - 1, 2**31 + 5, 5 * 10**9])
 @pytest.mark.parametrize("columns", [2, 8, 64, 256, 1000])
-def test_every_row_has_its_lanes_and_few_are_idle(recorder: Recorder, fake: Fake, n: int, columns: int) -> None:
+def test_few_lanes_are_idle(recorder: Recorder, fake: Fake, n: int, columns: int) -> None:
     topk_select(Array(0x1000, (n, columns)), 2)
     launch = only(recorder)
     threads, lanes = launch.grid[0] * launch.block[0], launch.macros["LANES"]
@@ -271,12 +271,11 @@ def test_no_rows_launch_nothing(recorder: Recorder, fake: Fake) -> None:
     assert (recorder.launches, recorder.sources) == ([], [])
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("columns", [256, 384, 36])
-def test_words_are_read_only_where_every_row_is_aligned(
-    recorder: Recorder, fake: Fake, dtype: str, columns: int
-) -> None:
-    """ALIGNED promises words of up to 16 bytes: checked here against every address that the kernel would read."""
+def test_vector_loads_only_where_every_row_is_aligned(recorder: Recorder, fake: Fake, dtype: str, columns: int) -> None:
+    """ALIGNED promises loads of up to 16 bytes: checked against every address that the kernel would read."""
     size = ITEM_SIZES[dtype]
     for offset in range(16 // size + 1):
         for padding in range(9):
@@ -289,9 +288,7 @@ def test_words_are_read_only_where_every_row_is_aligned(
 
 
 @pytest.mark.parametrize("padded", [None, "logits", "weights", "indices"])
-def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(
-    recorder: Recorder, fake: Fake, padded: str | None
-) -> None:
+def test_strides_are_compiled_in_only_for_contiguous_rows(recorder: Recorder, fake: Fake, padded: str | None) -> None:
     def array(name: str, columns: int, dtype: str = "float32") -> Array:
         return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
 
@@ -314,8 +311,8 @@ def test_a_second_call_has_its_own_addresses_and_compiles_nothing(recorder: Reco
     assert len(recorder.sources) == 1
 
 
-def test_kinds_of_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
-    """Calls that differ in one thing, twice each and in turns: every launch is that of its own call."""
+def test_plans_of_different_calls_do_not_mix(recorder: Recorder, fake: Fake) -> None:
+    """Calls that differ in one property, twice each and interleaved: every launch matches its own call."""
     for _ in range(2):
         for n in (7, 70_000):
             topk_select(Array(0x1000, (n, 256)), 8)
@@ -357,15 +354,15 @@ class Stream:
 
 @pytest.mark.parametrize(("given", "handle"), [(None, 77), (0, 0), (77, 77), (12345, 12345), (Stream(), 99)])
 def test_the_stream(recorder: Recorder, fake: Fake, monkeypatch: pytest.MonkeyPatch, given: Any, handle: int) -> None:
-    """The framework's current one unless another is given; then inputs are kept until the kernel has read them."""
+    """The framework's current stream unless another is given; then inputs are kept until the kernel has read them."""
     kept: list[Any] = []
-    monkeypatch.setattr(_call, "keep_until_done", lambda owners, stream, device: kept.append((owners, stream, device)))
+    monkeypatch.setattr(_run, "keep_until_done", lambda owners, stream, device: kept.append((owners, stream, device)))
     scores = Array(0x1000, (7, 256))
     topk_select(scores, 8, stream=given)
     assert only(recorder).stream == handle
     another = handle != 77
     assert fake.entered == ([handle] if another else [])
-    assert kept == ([([scores, None, None], handle, 0)] if another else [])
+    assert kept == ([([scores, None, None, None], handle, 0)] if another else [])
 
 
 def test_eight_threads_never_mix_their_arguments(recorder: Recorder, fake: Fake) -> None:

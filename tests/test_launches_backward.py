@@ -52,7 +52,7 @@ def test_activation_topk_backward(recorder: Recorder, columns: int) -> None:
 
 
 def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
-    """They share warps; `out` is filled at its own stride, on a stream that is given, and plans are kept."""
+    """Rows share warps; `out` is filled at its own stride on a given stream, and plans are cached."""
     method = RoutingMethod(256, 6, index_dtype="int64", weight_dtype="bfloat16")
     out = LogitsGradient(Array(0x9000, (70_000, 256), row_stride=260))
     for pointer in (0x1000, 0x2000):
@@ -68,7 +68,7 @@ def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("padded", [None, "grad_weights", "indices", "logits", "grad_logits"])
-def test_strides_are_compiled_in_only_where_all_rows_follow_each_other(recorder: Recorder, padded: str | None) -> None:
+def test_strides_are_compiled_in_only_for_contiguous_rows(recorder: Recorder, padded: str | None) -> None:
     def array(name: str, columns: int, dtype: str = "float32") -> Array:
         return Array(0x1000, (9, columns), dtype, row_stride=columns + 4 * (name == padded))
 

@@ -44,7 +44,7 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
 @pytest.mark.parametrize("rows_of_map", [1, 3])
 def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     pages = Array(0x700, (rows_of_map, 20), "int32", row_stride=30)
-    result = topk_select(Array(0x400, (3, 70)), 6, sorted=False, return_values=False, index_map=pages, page_size=4)
+    result = topk_select(Array(0x400, (3, 70)), 6, order="column", return_values=False, index_map=pages, page_size=4)
     assert result.values is None
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)
@@ -52,7 +52,7 @@ def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
     assert launch.arguments.items() >= (wanted | {"map_stride": 0 if rows_of_map == 1 else 30}).items()
 
 
-def test_topk_select_of_so_large_k_that_no_list_holds_it(recorder: Recorder) -> None:
+def test_topk_select_of_k_too_large_for_a_list(recorder: Recorder) -> None:
     topk_select(Array(0x400, (3, 50_000)), 40_000)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_large", "topk_select_large", DTYPE=0)
@@ -76,7 +76,7 @@ def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
-    """A block for each piece, and scratch memory in which the lists of pieces do not meet."""
+    """One block per piece, and scratch memory in which the lists of pieces do not overlap."""
     topk_select(Array(0x1000, (rows, 131_072)), 2048)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)

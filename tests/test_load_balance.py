@@ -13,7 +13,7 @@ import pytest
 from cupy_router import RoutingMethod, activation_topk
 from tests import inputs
 from tests.gradient_cases import SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -24,7 +24,7 @@ METHOD = RoutingMethod(8, 2)
 
 @pytest.mark.parametrize("name", [name for name in SMALL if isinstance(METHODS[name].score, str)])
 def test_load_balance(name: str) -> None:
-    """Counts by hand, scores as the op has them; padding counts nothing, whatever lies there."""
+    """Counts by hand, scores as in the op; padding is not counted."""
     case = Case("activation_topk", name)
     method, logit_bias = case.method, case.arrays.get("logit_bias")
     logits = case.arrays["logits"].detach()[:, : method.num_experts].float()
@@ -52,7 +52,7 @@ def test_load_balance(name: str) -> None:
         torch.testing.assert_close(normalized, (scores / scores.sum(1, keepdim=True)).mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_its_example() -> None:
+def test_the_docstring_example() -> None:
     assert doctest.testmod(sys.modules["cupy_router.torch._load_balance"]).failed == 0
 
 
@@ -73,8 +73,8 @@ def test_load_balance_of_ties_and_far_logits() -> None:
         ("sqrtsoftplus", -np.inf), ("sqrtsoftplus", 300.0), ("softmax", -np.inf), ("softmax", np.inf), ("identity", 0),
     ],
 )  # fmt: skip
-def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float) -> None:
-    """Its scores are the weights of the op, where a sum of 0 gives 0; it leaves the gradients of others alone."""
+def test_load_balance_with_a_token_of_extreme_logits(score: str, logit: float) -> None:
+    """Its scores are the op's weights, 0 for a sum of 0; gradients of other tokens are unaffected."""
     method = RoutingMethod(4, 4, score)
     logits = torch.tensor([[1.0, 2, 3, 4], [logit] * 4], requires_grad=True)
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_load_balance_beside_a_token_of_extreme_logits(score: str, logit: float)
         assert not got[1].any()
 
 
-def test_load_balance_of_indices_that_are_no_experts() -> None:
-    """Their rows are as padding: to look at them would wait for a GPU, to count them break its context."""
+def test_load_balance_of_invalid_indices() -> None:
+    """Their rows count as padding: checking them would wait for the GPU, counting them would break its context."""
     method = RoutingMethod(4, 2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     want = load_balance(logits[:1], torch.tensor([[0, 3]]), method)
@@ -101,7 +101,7 @@ def test_load_balance_of_indices_that_are_no_experts() -> None:
             torch.testing.assert_close(got, alone)
 
 
-def test_load_balance_without_tokens_or_of_padding_alone() -> None:
+def test_load_balance_without_valid_tokens() -> None:
     method = RoutingMethod(4, 2, "softmax")
     for n in (0, 3):
         logits = torch.full((n, 4), np.nan, requires_grad=True)
@@ -109,8 +109,9 @@ def test_load_balance_without_tokens_or_of_padding_alone() -> None:
         assert (counts.tolist(), mean_scores.tolist()) == ([0] * 4, [0.0] * 4)
 
 
+@pytest.mark.slow("seconds")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
-    """The loss of even use is 1, and the usual one of a whole layer compiles into one graph."""
+    """Even use gives loss 1, and the usual loss of a whole layer compiles into one graph."""
     torch.compiler.reset()
     method = RoutingMethod(16, 4, "softmax")
 
@@ -135,14 +136,18 @@ def given(**changed: Any) -> dict[str, Any]:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits": np.zeros((5, 8), np.float32)}, TypeError, "logits must be a PyTorch tensor, got ndarray"),
     ({"logits": torch.zeros(5, 8).double()}, TypeError, "logits must be float32 or float16 or bfloat16, got float64"),
-    ({"logits": torch.zeros(1, 5, 8)}, ValueError, r"logits must have shape \[num_tokens, num_experts\], got"),
-    ({"logits": torch.zeros(5, 7)}, ValueError, "logits must have num_experts = 8 columns"),
-    ({"method": RoutingMethod(4, 2)}, ValueError, "logits must have num_experts = 4 columns"),
+    (
+        {"logits": torch.zeros(1, 5, 8)},
+        ValueError,
+        r"logits must have shape \[num_tokens, num_experts \(\+ shared\)\], got",
+    ),
+    ({"logits": torch.zeros(5, 7)}, ValueError, r"logits must have shape \[.*\] = \[5, 8\], got"),
+    ({"method": RoutingMethod(4, 2)}, ValueError, r"logits must have shape \[.*\] = \[5, 4\], got"),
     ({"indices": None}, TypeError, "indices must be a PyTorch tensor, got NoneType"),
     ({"indices": torch.zeros(5, 2)}, TypeError, "indices must be int32 or int64, got float32"),
     ({"indices": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
     ({"indices": torch.zeros(5, 3, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
-    ({"indices": torch.zeros(5, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
+    ({"indices": torch.zeros(5, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\], got int32 \[5\]"),
     ({"indices": torch.zeros(5, 2, dtype=torch.int32, device="meta")}, ValueError, "all arrays must lie on one device"),
     ({"logit_bias": np.zeros(8, np.float32)}, TypeError, "logit_bias must be a PyTorch tensor, got ndarray"),
     ({"logit_bias": torch.zeros(8).half()}, TypeError, "logit_bias must be float32, got float16"),
@@ -151,13 +156,14 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "error", "words"), REFUSED, ids=[words for *_, words in REFUSED])
-def test_what_load_balance_refuses(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_refused_arguments_of_load_balance(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     load_balance(**given())
     with pytest.raises(error, match=f"^load_balance: {words}"):
         load_balance(**given(**changed))
 
 
-def test_what_load_balance_refuses_in_a_graph() -> None:
+@pytest.mark.slow("seconds")
+def test_refused_arguments_of_load_balance_in_a_graph() -> None:
     torch.compiler.reset()
     compiled = torch.compile(load_balance, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (5, 9):
@@ -166,16 +172,16 @@ def test_what_load_balance_refuses_in_a_graph() -> None:
     wrong = given(logits=torch.zeros(5, 7))
     with pytest.raises(RuntimeError):  # PyTorch's own, which shows the line
         compiled(**wrong)
-    with pytest.raises(ValueError, match=r"^load_balance: logits must have num_experts = 8 columns"):
+    with pytest.raises(ValueError, match=r"^load_balance: logits must have shape \[.*\] = \[5, 8\]"):
         torch.compile(load_balance, backend="aot_eager")(**wrong)
 
 
 def test_load_balance_with_shared_experts() -> None:
-    """Their columns may be given or not; those of logits are as the op has them."""
+    """Their columns may be given or not; logits have the columns of the op."""
     method = RoutingMethod(8, 2, "sigmoid", num_shared_experts=1, shared_in_normalizer=True)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1))
     indices = activation_topk(logits, method).indices
     for got, want in zip(*(load_balance(logits, i, method) for i in (indices, indices[:, :2])), strict=True):
         assert torch.equal(got, want)
-    with pytest.raises(ValueError, match=r"logits must have num_experts = 8 \+ num_shared_experts = 9 columns"):
+    with pytest.raises(ValueError, match=r"logits must have shape \[.*\] = \[5, 9\], got float32 \[5, 8\]"):
         load_balance(logits[:, :8], indices, method)

@@ -192,6 +192,7 @@ def test_copies_are_equal(duplicate: Callable[[RoutingMethod], RoutingMethod]) -
     assert {method: "found"}[duplicate(method)] == "found"
 
 
+@pytest.mark.slow("process")
 def test_a_pickle_is_found_in_the_dictionaries_of_another_process() -> None:
     method = RoutingMethod(8, 2, "softmax", scale=2.5)
     script = f"""
@@ -224,7 +225,7 @@ def test_presets_of_deepseek_v4() -> None:
     }
 
 
-def test_presets_belong_to_the_caller() -> None:
+def test_presets_returns_a_copy() -> None:
     presets().clear()
     assert "deepseek-v4-pro" in presets()
 
@@ -246,5 +247,6 @@ def test_resolve() -> None:
     assert str(no_method.value) == "method is a dict, but must be a RoutingMethod or the name of a preset"
 
 
+@pytest.mark.slow("process")
 def test_nothing_but_the_standard_library_is_imported() -> None:
     assert run("import sys, cupy_router.method; print('numpy' in sys.modules)") == "False"

@@ -22,6 +22,7 @@ pytest.importorskip("build", reason="the package `build` is not installed")
 pytest.importorskip("hatchling", reason="the package `hatchling` is not installed")
 pytest.importorskip("pip", reason="the package `pip` is not installed")
 
+pytestmark = pytest.mark.slow("process")
 ROOT = Path(__file__).parents[1]
 SUBSET = "layout or padding or lengths or out_is_filled or method"
 

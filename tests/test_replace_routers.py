@@ -47,6 +47,7 @@ def check(rows: list[Any], variant: str | None = None) -> None:
             assert share >= 0.1, f"{step} changes only {share:.0%} of the picks, which shows little"
 
 
+@pytest.mark.slow("seconds", every=13)
 @pytest.mark.parametrize("family", moe_configs.families())
 def test_family(family: str) -> None:
     rows = examine(family)
@@ -58,6 +59,7 @@ def test_family(family: str) -> None:
         assert written == moe_models.lines(rows), "write it anew: python -m tests.moe_models --write"
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(variant: str) -> None:
     families = [family for family in moe_configs.families() if moe_configs.varies(family, variant)]
@@ -96,6 +98,7 @@ def noticed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return assert_noticed
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize(
     ("family", "wrong"),
     [
@@ -118,6 +121,7 @@ def test_a_wrong_method_is_noticed(
     noticed(family)
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize(
     ("family", "role"), [("glm4_moe", "bias"), ("afmoe", "bias"), ("gemma4", "expert_scale"), ("gpt_oss", "logit_bias")]
 )
@@ -129,6 +133,7 @@ def test_a_tensor_that_is_ignored_is_noticed(
     noticed(family)
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx", "inkling2", "jetmoe", "llama4"])
 def test_bfloat16(family: str) -> None:
     """Models that round logits to bfloat16 flip some picks; of the others not a bit changes."""
@@ -140,6 +145,7 @@ def test_bfloat16(family: str) -> None:
     assert json.loads(json.dumps(report(examine(family))))
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM"])
 def test_generate(name: str) -> None:
     before, after = generate_twice(getattr(transformers, name), "cpu")

@@ -117,7 +117,7 @@ def test_state_dicts_of_any_framework_and_dtype(name: str, dtype: str) -> None:
     assert_same(got, dense_router(tokens(9, dtype), gate(dtype), METHOD, bias=bias.astype(np.float32)))
 
 
-def test_a_bias_in_a_row_of_its_own() -> None:
+def test_a_bias_with_a_leading_axis() -> None:
     state = {"mlp.gate.weight": gate(), "mlp.moe_statics.e_score_correction_bias": BIAS[None]}
     np.testing.assert_array_equal(Router.from_state_dict(state, "", METHOD).bias, BIAS)
 
@@ -227,12 +227,13 @@ def test_an_ambiguous_bias_is_refused(name: str, fields: dict[str, Any]) -> None
         Router.from_state_dict(state, "", RoutingMethod(EXPERTS, K, **fields))
 
 
-def test_a_bias_beside_one_that_selects_is_ambiguous() -> None:
+def test_a_second_bias_is_ambiguous() -> None:
     state = {"gate.weight": gate(), "gate.bias": BIAS, "gate.e_score_correction_bias": BIAS}
     with pytest.raises(ValueError, match=r"gate\.bias may be a bias that only selects"):
         Router.from_state_dict(state, "", METHOD)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize(("prefix", "of_file"), [("", False), ("model.layers.0.mlp.router", True)])
 def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

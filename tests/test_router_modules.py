@@ -62,7 +62,9 @@ class Block(torch.nn.Module):
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_results_are_known_by_their_shapes(outputs: tuple[str, ...], op: str, dtype: str, calls: list[str]) -> None:
+def test_results_are_recognised_by_their_shapes(
+    outputs: tuple[str, ...], op: str, dtype: str, calls: list[str]
+) -> None:
     block = Block(Gate(*outputs)).to(getattr(torch, dtype))
     x = torch.randn(50, 64).to(getattr(torch, dtype))
     with torch.no_grad():
@@ -159,7 +161,7 @@ class OtherWidth(Gate):
         (lambda: torch.nn.Linear(64, NUM_EXPERTS), "none of its children"),
     ],
 )
-def test_what_is_not_understood_is_left(router: Any, reason: str) -> None:
+def test_unknown_blocks_are_left_unchanged(router: Any, reason: str) -> None:
     blocks = torch.nn.Sequential(Block(router()), Block(router()))
     with pytest.warns(
         UserWarning, match=rf"replace_routers left Block \(0 and 1 more\) as it is: .*{reason}"
@@ -201,6 +203,6 @@ def test_models_without_experts() -> None:
 
 @pytest.mark.parametrize("function", [replace_routers, restore_routers])
 @pytest.mark.parametrize("wrong", [None, {}, torch.nn.Linear, torch.zeros(2)])
-def test_what_is_no_module(function: Any, wrong: Any) -> None:
+def test_not_a_module(function: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match=f"{function.__name__}: model must be a torch.nn.Module, got "):
         function(wrong)

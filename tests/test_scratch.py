@@ -26,14 +26,14 @@ def test_one_buffer_per_stream_and_use() -> None:
     assert found == {call: scratch.buffer(CPU, call[0], call[1], 64 * 1024) for call in calls}
 
 
-def test_buffers_start_as_zeros_and_keep_what_is_left_in_them() -> None:
+def test_buffers_start_as_zeros_and_keep_their_content() -> None:
     address = scratch.buffer(CPU, 1003, "kept", 100_000)
     assert not memory(address, 100_000).any()
     memory(address, 100_000)[:] = 7
     assert (memory(scratch.buffer(CPU, 1003, "kept", 10), 100_000) == 7).all()
 
 
-def test_a_larger_request_gets_other_memory_and_leaves_the_smaller_alone() -> None:
+def test_a_larger_request_gets_other_memory_and_keeps_the_smaller() -> None:
     small = scratch.buffer(CPU, 1004, "growing", 10)
     memory(small, 10)[:] = 5
     large = scratch.buffer(CPU, 1004, "growing", 1_000_000)

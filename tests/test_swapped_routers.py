@@ -76,7 +76,7 @@ def test_swapping_and_restoring_twice() -> None:
     assert [replace_routers(model), restore_routers(model), restore_routers(model)] == [1, 2, 0]
 
 
-def test_changed_parameters_count(calls: list[str]) -> None:
+def test_changed_parameters_are_used(calls: list[str]) -> None:
     model, other = mixtral(), mixtral(seed=2)
     replace_routers(model)
     model.load_state_dict(other.state_dict())
@@ -85,7 +85,7 @@ def test_changed_parameters_count(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_our_ops_run_where_no_gradient_is_wanted(mode: Any, calls: list[str]) -> None:
+def test_our_ops_run_without_gradients(mode: Any, calls: list[str]) -> None:
     model = mixtral()
     replace_routers(model)
     with mode():
@@ -101,7 +101,7 @@ def test_frozen_models_need_no_gradient(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_are_swapped_too_and_their_own(way: str, calls: list[str]) -> None:
+def test_copies_are_swapped_independently(way: str, calls: list[str]) -> None:
     model = mixtral()
     replace_routers(model)
     if way == "deepcopy":
@@ -122,7 +122,7 @@ def test_copies_are_swapped_too_and_their_own(way: str, calls: list[str]) -> Non
     assert replace_routers(model) == 0
 
 
-def test_checkpoints_know_nothing_of_it(tmp_path: Path) -> None:
+def test_checkpoints_are_unchanged(tmp_path: Path) -> None:
     model = mixtral()
     replace_routers(model)
     model.save_pretrained(tmp_path)
@@ -156,7 +156,7 @@ def test_models_may_change_their_dtype(dtype: str, calls: list[str]) -> None:
     assert float((got.float() - logits_of(mixtral())).abs().mean()) < 0.1
 
 
-def test_sixteen_bits_are_not_rounded_before_the_choice() -> None:
+def test_logits_are_not_rounded_to_16_bits_before_selection() -> None:
     """Logits that differ only beyond the precision of bfloat16 still decide."""
     model = mixtral().to(torch.bfloat16)
     gate = model.model.layers[0].mlp.gate
@@ -198,6 +198,7 @@ def test_noise_in_training_is_kept(calls: list[str]) -> None:
     assert not torch.equal(noisy, plain)
 
 
+@pytest.mark.slow("seconds")
 def test_torch_compile() -> None:
     model = mixtral()
     gate, x = model.model.layers[0].mlp.gate, torch.randn(9, 64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import TopK, topk_select
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import edge_lengths, poisoned, select
 
@@ -74,7 +74,7 @@ def kinds_of_rows() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("kind", "columns", "k", "dtype"), list(kinds_of_rows()))
-def test_what_rows_hold(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
+def test_every_kind_of_rows(backend: Backend, kind: str, columns: int, k: int, dtype: str) -> None:
     rows = backend.rows(4 if columns < 100_000 else 2, columns)
     select(backend, inputs.ROWS[kind](rows, columns, k, dtype), k)
 
@@ -167,21 +167,21 @@ def test_layout(backend: Backend, columns: int, dtype: str, row_pad: int, offset
 
 
 @pytest.mark.acceptance("strided rows")
-def test_rows_in_reverse_and_one_row_repeated(backend: Backend) -> None:
+def test_reversed_rows_and_a_repeated_row(backend: Backend) -> None:
     scores = inputs.normal((6, 100))
     for view, host in zip(
         inputs.row_views(backend.xp, backend.array(scores)), inputs.row_views(np, scores), strict=True
     ):
         result = topk_select(view, 1)
-        np.testing.assert_array_equal(backend.numpy(result.indices), compare.topk(host, 1)[1])
+        np.testing.assert_array_equal(backend.numpy(result.indices), oracle.topk(host, 1)[1])
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
-def test_more_rows_than_a_grid_is_high(backend: Backend) -> None:
+def test_more_rows_than_the_grid_limit(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(70_000, 8, exactly=True), 8)), 3)
 
 
-def test_so_many_rows_that_warps_share_blocks(backend: Backend) -> None:
+def test_many_rows_with_several_warps_per_block(backend: Backend) -> None:
     select(backend, inputs.normal((backend.rows(1090, 256, exactly=True), 256)), 8)
 
 
@@ -215,7 +215,7 @@ def test_out_is_filled_and_returned(backend: Backend, columns: int, dtype: str) 
     result = topk_select(backend.array(scores), 5, out=out)
     assert result.values is out.values
     assert result.indices is out.indices
-    want = compare.topk(scores, 5)
+    want = oracle.topk(scores, 5)
     compare.assert_same_bits(backend.numpy(out.values), want[0])
     compare.assert_same_bits(backend.numpy(out.indices), want[1])
 

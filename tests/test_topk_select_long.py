@@ -5,15 +5,16 @@ plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cupy_router import topk_select
-from cupy_router.ops import _call
+from cupy_router import topk_select, tuning
+from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
-from cupy_router.ops._topk_select_long import Plan
+from cupy_router.ops._topk_select_long import LaunchShape
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
@@ -23,25 +24,25 @@ ITEM = pytest.mark.acceptance
 
 COLUMNS, K = 5000, 300
 
-Planned = Callable[[str], "Plan | None"]
+Planned = Callable[[str], "LaunchShape | None"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
-    def plan(name: str) -> Plan | None:
+    def plan(name: str) -> LaunchShape | None:
         monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
-        _call._plans.clear()
+        _cached.forget()
         return PLANS[name]
 
     yield plan
-    _call._plans.clear()
+    _cached.forget()
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=ITEM(kind)) for kind in inputs.ROWS])
-def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str) -> None:
+def test_every_kind_of_rows(backend: Backend, planned: Planned, kind: str, name: str) -> None:
     planned(name)
     dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(PLANS).index(name)) % 3]
     if kind in inputs.BITS_OF_FLOAT32 or kind.startswith("above 65504"):
@@ -51,17 +52,17 @@ def test_what_rows_hold(backend: Backend, planned: Planned, kind: str, name: str
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("levels", [2, 3, 9, 40])
-@pytest.mark.parametrize("in_order", [False, True])
-def test_few_values(backend: Backend, planned: Planned, levels: int, in_order: bool, name: str) -> None:
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+def test_few_values(backend: Backend, planned: Planned, levels: int, order: str, name: str) -> None:
     """Ties at the threshold, above it and in crowded slots; winners side by side in half of the rows."""
     planned(name)
     scores = inputs.rng(levels).integers(0, levels, (4, COLUMNS)).astype(np.float32)
     scores[::2] = np.sort(scores[::2])
-    select(backend, scores, K, sorted=in_order)
+    select(backend, scores, K, order=order)
 
 
 def k_of_plans() -> Iterator[Any]:
-    """As large as a list has room for, of rows that are sampled; and all but one or all scores of shorter rows."""
+    """k as large as a list holds, of sampled rows; and all but one or all scores of shorter rows."""
     for name, plan in PLANS.items():
         largest = COLUMNS if plan is None else plan.capacity
         for k in (1, *inputs.TOP_K):
@@ -87,7 +88,7 @@ def test_all_equal_rows(backend: Backend, planned: Planned, columns: int, name: 
     planned(name)
     k = min(columns, 300)
     scores = np.full((backend.rows(2, columns), columns), -1.5, inputs.FLOATS[columns % 3])
-    _, indices = select(backend, scores, k, sorted=False)
+    _, indices = select(backend, scores, k, order="column")
     np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(k), indices.shape))
 
 
@@ -105,7 +106,7 @@ def test_one_histogram_bin_holds_the_candidates(backend: Backend, planned: Plann
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("with_starts", [False, pytest.param(True, marks=ITEM("starts and lengths"))])
 @ITEM("lengths 0, 1, k-1, k, k+1, E, all different", "poison outside the row", "strided rows", "misaligned base")
-def test_lengths_around_all_that_plans_know(
+def test_lengths_around_the_limits_of_plans(
     backend: Backend, planned: Planned, with_starts: bool, dtype: str, name: str
 ) -> None:
     plan = planned(name)
@@ -118,7 +119,7 @@ def test_lengths_around_all_that_plans_know(
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_rows_that_just_fit_on_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
+def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
     """A kernel of its own up to as many columns."""
     plan = planned("one list")
     assert plan is not None
@@ -162,11 +163,12 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, nam
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: int) -> None:
+def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
+    gpu = replace(tuning.DEFAULT, shared_bytes=kilobytes * 1024)
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):
             for rows in (1, 7, 64, 5000):
-                plan = long.choose(rows, columns, min(k, columns), dtype, kilobytes * 1024)
+                plan = long.choose(gpu, rows, columns, min(k, columns), dtype)
                 if plan is None:
                     assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
                     continue
@@ -182,6 +184,6 @@ def test_plans_have_room_for_what_a_sample_lets_through(dtype: str, kilobytes: i
     ("columns", "k"),
     [pytest.param(9000, 8192, marks=ITEM("k = 8192")), (20_000, 10_000), pytest.param(9000, 9000, marks=ITEM("k = E"))],
 )
-@pytest.mark.parametrize("in_order", [False, True])
-def test_large_k(backend: Backend, columns: int, k: int, in_order: bool) -> None:
-    select(backend, inputs.normal((2, columns)), k, sorted=in_order)
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+def test_large_k(backend: Backend, columns: int, k: int, order: str) -> None:
+    select(backend, inputs.normal((2, columns)), k, order=order)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager, compiled, and where there are none."""
+"""Gradients of weights by PyTorch's autograd, on CPU tensors: eager calls, and where there are none."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops._method import MethodOptions
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case, twin
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -68,7 +69,7 @@ def test_weights_are_the_same_with_a_gradient_and_without() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "logit_bias", "expert_scale"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
     given = {"x": parameter(5, 8), "weight": parameter(16, 8, seed=1)}
     given |= {"logit_bias": parameter(16, seed=2), "expert_scale": parameter(16, seed=3)}
     given[frozen].requires_grad_(False)
@@ -98,12 +99,12 @@ NO_GRADIENT: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_GRADIENT)
-def test_what_has_no_gradient(name: str) -> None:
+def test_results_without_a_gradient(name: str) -> None:
     assert not NO_GRADIENT[name](parameter(5, 16)).requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
+def test_no_graph_is_recorded_without_grad_mode(mode: Any) -> None:
     x, weight = parameter(5, 8), parameter(16, 8, seed=1)
     with mode():
         out = dense_router(x, weight, METHOD)
@@ -112,7 +113,7 @@ def test_without_grad_mode_nothing_is_remembered(mode: Any) -> None:
     assert out.weights.grad_fn is None
 
 
-def test_out_and_a_gradient_do_not_go_together() -> None:
+def test_out_is_refused_with_a_gradient() -> None:
     x = parameter(5, 16)
     out = activation_topk(x.detach(), METHOD)
     before = out.weights.clone()
@@ -130,7 +131,10 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
     if compiled:  # as graphs call them
         ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
         calls = [
-            (lambda x: ops.activation_topk(METHOD.text, x, None, None, None, None, -1), parameter(5, 16)),
+            (
+                lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, None, None, None, None, -1),
+                parameter(5, 16),
+            ),
             (lambda x: ops.router(router.key, x, None, None, -1), parameter(5, 8)),
         ]
     for call, x in calls:
@@ -141,8 +145,8 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
             torch.autograd.grad(first.sum(), x)
 
 
-def test_a_score_of_ones_own_needs_a_derivative() -> None:
-    """It routes without; the way back says what is missing."""
+def test_a_custom_score_needs_a_derivative() -> None:
+    """Routing works without; the backward pass reports what is missing."""
     x = parameter(5, 16)
     cubic = ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3)
     weights, _ = activation_topk(x, RoutingMethod(16, 4, cubic))
@@ -152,7 +156,7 @@ def test_a_score_of_ones_own_needs_a_derivative() -> None:
         weights.sum().backward()
 
 
-def test_a_graph_can_be_gone_back_twice() -> None:
+def test_backward_twice_with_retain_graph() -> None:
     x = parameter(5, 8)
     weights, _ = dense_router(x, tensor(16, 8, seed=1), METHOD)
     loss = weights.square().sum()
@@ -174,7 +178,7 @@ def test_jacobians_by_a_batch_of_gradients(name: str, kind: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_gradients_that_are_not_contiguous_come_in() -> None:
+def test_incoming_gradients_may_be_noncontiguous() -> None:
     """That of a sum is one number, repeated; that of a transpose has strides."""
     x = parameter(5, 16)
     method = RoutingMethod(16, 4, "sigmoid", renormalize=False)
@@ -196,7 +200,7 @@ def test_inputs_that_are_strided_or_not_leaves() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_arrays_of_other_frameworks_take_part() -> None:
+def test_mixed_with_other_frameworks() -> None:
     """They have no gradient themselves, also where they are strided, read-only or bfloat16."""
     import ml_dtypes
 
@@ -224,7 +228,7 @@ def test_arrays_of_other_frameworks_take_part() -> None:
     assert isinstance(results.weights, np.ndarray)
 
 
-def test_autocast_does_not_round_the_way_back() -> None:
+def test_autocast_does_not_round_gradients() -> None:
     x, weight = parameter(5, 8), parameter(16, 8, seed=1)
     method = RoutingMethod(16, 4, "softmax", logit_scale=8.0)
     want = torch.autograd.grad(dense_router(x, weight, method).weights.square().sum(), [x, weight])
@@ -249,104 +253,11 @@ print(activation_topk(x, RoutingMethod(16, 4)).weights.requires_grad)
 """
 
 
+@pytest.mark.slow("process")
 def test_the_first_call_of_a_process_has_a_gradient() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
-
-
-# -- In graphs ---------------------------------------------------------------------------------------------------------
-
-COMPILED = ("everything", "softmax after top-k, bias on logits", "shared in the normaliser", "soft cap")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_calls_have_the_same_gradients(name: str, kind: str) -> None:
-    torch.compiler.reset()
-    case = Case(kind, name)
-    if kind == "Router" or kind == "hash Router":
-        given = dict(case.arrays)
-        x, token_ids = given.pop("x"), given.pop("token_ids", None)
-        router = Router(case.method, **given)
-        routing = torch.compile(lambda x: router(x + 0, token_ids), backend="aot_eager", fullgraph=True)(x)
-    else:
-        routing = torch.compile(case.call, backend="aot_eager", fullgraph=True)()
-    case.check(routing)
-
-
-def test_a_compiled_router_with_frozen_arrays() -> None:
-    """Of any framework: the graph holds the router, and goes back through it."""
-    gate = inputs.normal((16, 8), seed=201)
-    table = np.stack([inputs.rng(202, r).permutation(16)[:4] for r in range(9)])
-    ids = torch.arange(5)
-    for router in (
-        Router(METHOD, weight=gate),
-        Router(METHOD, weight=torch.from_numpy(gate), bias=tensor(16, seed=5)),
-        Router(METHOD, weight=torch.from_numpy(gate), table=torch.from_numpy(table)),
-        Router(METHOD, table=torch.from_numpy(table)),
-    ):
-        torch.compiler.reset()
-        compiled = torch.compile(lambda x, r=router: r(x * 2, ids), backend="aot_eager", fullgraph=True)
-        x = parameter(5, 8)
-        routing, eager = compiled(x), router(x * 2, ids)
-        assert routing.weights.requires_grad == eager.weights.requires_grad == (router.weight is not None)
-        if router.weight is not None:
-            got, want = (torch.autograd.grad(r.weights.square().sum(), x)[0] for r in (routing, eager))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-
-
-def test_a_compiled_call_of_other_sizes() -> None:
-    torch.compiler.reset()
-    weight = parameter(16, 8, seed=1)
-    compiled = torch.compile(
-        lambda x: dense_router(x, weight, METHOD).weights, backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    for n in (5, 7, 1, 9):
-        x = parameter(n, 8, seed=n)
-        got = torch.autograd.grad(compiled(x).square().sum(), [x, weight])
-        want = torch.autograd.grad(dense_router(x, weight, METHOD).weights.square().sum(), [x, weight])
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    method, square = METHOD.text, METHODS["own score, a body"].text
-    routed = activation_topk(tensor(5, 16), METHOD)
-    count = torch.tensor([3], dtype=torch.int32)
-    ids, table = torch.arange(5), torch.from_numpy(np.stack([inputs.rng(203, r).permutation(16)[:4] for r in range(9)]))
-    bias, scale = parameter(16, seed=2), parameter(16, seed=3)
-    padded = routed.indices.clone()
-    padded[3:] = -1
-    return {
-        "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), bias, scale, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, 3),
-        ],
-        "hash_router": [
-            (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
-            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
-            ("", ids, table, None, None, None, None, None, None, -1),
-        ],
-        "dense_router": [(method, "", parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
-        "router": [(ROUTER.key, parameter(5, 8), None, count, -1), (TABLE.key, parameter(5, 8), ids, None, -1)],
-        "activation_topk_backward": [
-            (method, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach(), False, False),
-            (method, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None, True, True),
-        ],
-        "router_backward": [(ROUTER.key, tensor(5, 8), routed.indices, tensor(5, 4))],
-    }
-
-
-ROUTER = Router(METHOD, weight=tensor(16, 8, seed=1))
-TABLE = Router(METHOD, table=torch.from_numpy(np.stack([inputs.rng(204, r).permutation(16)[:4] for r in range(9)])))
-
-
-@pytest.mark.parametrize("name", samples())
-def test_opcheck(name: str) -> None:
-    for given in samples()[name]:
-        results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
-        assert set(results.values()) == {"SUCCESS"}
 
 
 # -- In a model --------------------------------------------------------------------------------------------------------
@@ -372,6 +283,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         return torch.einsum("ne,eij,nj->ni", dense, self.experts, x)
 
 
+@pytest.mark.slow("seconds")
 def test_a_layer_learns_as_with_a_plain_router() -> None:
     x, target = tensor(64, 8, seed=8), tensor(64, 8, seed=9)
     curves = []

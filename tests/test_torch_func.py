@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from cupy_router.ops import _call
+from cupy_router.ops import _run
 from tests import inputs
 from tests.gradient_cases import SMALL
-from tests.test_method_steps import METHODS
+from tests.methods import METHODS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -72,18 +72,18 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ops that are called while nothing is transformed."""
     found: list[str] = []
-    on_host = _call._run_on_host
+    on_host = _run._run_on_host
 
     def counting(op: Any, *others: Any) -> Any:
         found.append(op.name)
         return on_host(op, *others)
 
-    monkeypatch.setattr(_call, "_run_on_host", counting)
+    monkeypatch.setattr(_run, "_run_on_host", counting)
     return found
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_vmap_is_a_loop_of_calls(name: str, calls: list[str]) -> None:
+def test_vmap_equals_a_loop_of_calls(name: str, calls: list[str]) -> None:
     """Of rows that know nothing of each other, one call."""
     function, arrays, dims, number = CALLS[name]
     got = torch.func.vmap(lambda *given: tuple(function(*given)), in_dims=dims)(*arrays)
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradients_of_each(shared: bool) -> None:
+def test_per_example_gradients(shared: bool) -> None:
     """Per-example gradients, as torch.func is used for."""
     arrays, dims = (LOGITS, BIASES, SCALES), (0, 0, 0)
     if shared:
@@ -141,7 +141,7 @@ def test_gradients_of_each(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("of", ["dense_router", "hash_router", "Router"])
-def test_gradients_by_x_and_the_gate(of: str) -> None:
+def test_gradients_with_respect_to_x_and_the_gate(of: str) -> None:
     def total(x: Any, weight: Any) -> Any:
         if of == "dense_router":
             return dense_router(x, weight, METHOD).weights.square().sum()
@@ -178,7 +178,7 @@ def test_a_module_as_a_function() -> None:
     torch.testing.assert_close(got["weight"], gate.weight.grad)
 
 
-def test_what_selects_has_no_gradient() -> None:
+def test_selection_inputs_have_no_gradient() -> None:
     got = torch.func.grad(lambda a: (topk_select(a, 2).values * a[:, :2]).sum())(LOGITS[0])
     assert got[:, :2].equal(topk_select(LOGITS[0], 2).values)
     assert not got[:, 2:].any()
@@ -197,7 +197,7 @@ def test_forward_mode_is_refused(how: str) -> None:
         FORWARD[how](lambda a: activation_topk(a, METHOD).weights, LOGITS[0])
 
 
-def test_tangents_are_refused_and_never_lost() -> None:
+def test_forward_mode_tangents_are_refused() -> None:
     forward_ad = torch.autograd.forward_ad
     out = activation_topk(LOGITS[0], METHOD)
     needs = LOGITS[0].clone().requires_grad_()

@@ -15,10 +15,12 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.method import from_text
+from cupy_router.ops.topk_select import TopKOptions
 from tests import generated_code, inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-registry = pytest.importorskip("cupy_router.torch._registry")
+from cupy_router.torch import _router_op  # noqa: E402
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
 WEIGHT = torch.from_numpy(inputs.normal((16, 8), seed=80))
@@ -33,7 +35,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "topk_select": lambda x, ids, count: topk_select(x, 3),
     "topk_select with lengths": lambda x, ids, count: topk_select(x, 3, lengths=ids, starts=ids // 8),
     "topk_select by column, mapped": lambda x, ids, count: topk_select(
-        x, 3, sorted=False, index_map=PAGES, page_size=2, starts=ids // 8
+        x, 3, order="column", index_map=PAGES, page_size=2, starts=ids // 8
     ),
     "topk_select without values": lambda x, ids, count: topk_select(x, 3, return_values=False)[1:],
     "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),
@@ -64,6 +66,7 @@ def assert_same(got: Any, want: Any) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_compiles_into_one_graph(name: str) -> None:
     """Also for other numbers of tokens."""
@@ -91,6 +94,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]
         return [(weights * 2, indices) for weights, indices in found]
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()
@@ -103,6 +107,7 @@ def test_a_model_that_holds_routers_compiles_into_one_graph(backend: str) -> Non
             assert got[0].requires_grad == want[0].requires_grad
 
 
+@pytest.mark.slow("seconds", every=2)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_exports(strict: bool) -> None:
     x = arguments(6)[0]
@@ -126,8 +131,9 @@ for got, want in zip(torch.export.load(sys.argv[1]).module()(x), wanted, strict=
 """
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_path: Path) -> None:
+def test_an_exported_model_runs_in_another_process(strict: bool, tmp_path: Path) -> None:
     """Where other methods and Routers were made before it is loaded."""
     x, model = arguments(6)[0], Model()
     torch.export.save(torch.export.export(model, (x,), strict=strict), tmp_path / "model.pt2")
@@ -137,7 +143,7 @@ def test_an_exported_model_means_the_same_in_another_process(strict: bool, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_layers_alike_share_one_graph() -> None:
+def test_equal_layers_share_one_graph() -> None:
     """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
     from torch._dynamo.testing import CompileCounter
 
@@ -158,48 +164,31 @@ def test_layers_alike_share_one_graph() -> None:
     assert graphs.frame_count == 1
 
 
-def samples() -> dict[str, tuple[Any, ...]]:
-    x, ids, count = arguments(6)
-    key, logits = METHOD.text, arguments(6)[0] @ WEIGHT.T
-    return {
-        "topk_select": (3, x, ids, None),
-        "topk_select_with_options": (3, False, False, 2, x, ids, None, PAGES),
-        "activation_topk": (key, logits, BIAS, None, BIAS.exp(), count, -1),
-        "hash_router": (key, ids, TABLE, None, x, WEIGHT, BIAS, None, None, 4),
-        "dense_router": (key, "", x, WEIGHT.clone().requires_grad_(), BIAS, None, None, None, -1),
-        "router": (HASH.key, x, ids, None, -1),
-    }
-
-
-@pytest.mark.parametrize(
-    "name", ["topk_select", "topk_select_with_options", "activation_topk", "hash_router", "dense_router", "router"]
-)
-def test_opcheck(name: str) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, samples()[name])
-    assert set(results.values()) == {"SUCCESS"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fakes_know_shapes_and_dtypes(dtype: Any) -> None:
+def test_fake_tensors_have_the_right_shapes_and_dtypes(dtype: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for name, given in samples().items():
-        if name == "hash_router":
-            given = (*given[:3], arguments(6)[0] @ WEIGHT.T, None, None, None, None, None, -1)
-        real = [
-            a.to(dtype) if isinstance(a, torch.Tensor) and a.shape[:1] == (6,) and a.is_floating_point() else a
-            for a in given
-        ]
-        op = getattr(torch.ops.cupy_router, name)
-        want = op(*real)
-        with FakeTensorMode() as mode:
-            got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in real))
-        for a, b in zip(got, want, strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    from tests.torch_samples import samples
+
+    for name, calls in samples().items():
+        for given in calls:
+            inner = [array.detach() if isinstance(array, torch.Tensor) else array for array in given]
+            if not name.endswith("_backward"):  # weights have one dtype
+                inner = [
+                    a.to(dtype) if isinstance(a, torch.Tensor) and a.ndim == 2 and a.is_floating_point() else a
+                    for a in inner
+                ]
+            op = getattr(torch.ops.cupy_router, name)
+            want = op(*inner)
+            with FakeTensorMode() as mode:
+                got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inner))
+            pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+            for a, b in pairs:
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 @pytest.mark.parametrize("name", ["out", "stream"])
-def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
+def test_objects_that_a_graph_cannot_hold_are_refused(name: str) -> None:
     x = arguments(5)[0]
     given = {"out": topk_select(x, 2)} if name == "out" else {"stream": 0}
     for call in (lambda x: topk_select(x, 2, **given), lambda x: DENSE(x, **given)):
@@ -211,18 +200,18 @@ def test_what_a_graph_cannot_hold_is_refused(name: str) -> None:
 def test_equal_methods_share_a_text_and_routers_share_no_key() -> None:
     assert METHOD.text == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).text
     assert METHOD.text != RoutingMethod(16, 4, scale=1.5).text
-    assert registry.method_of(METHOD.text) == METHOD
+    assert from_text(METHOD.text) == METHOD
     router = Router(METHOD, weight=WEIGHT, bias=BIAS)
     twin = copy.deepcopy(router)
     assert len({router.key, twin.key, DENSE.key}) == 3
-    assert registry.router_of(twin.key) is twin
+    assert _router_op._router_of(twin.key) is twin
     key = router.key
     del router
     with pytest.raises(RuntimeError, match="a Router that is gone: keep it as long as the graph"):
-        registry.router_of(key)
+        _router_op._router_of(key)
 
 
-def test_eager_calls_pass_no_dispatcher() -> None:
+def test_eager_calls_bypass_the_dispatcher() -> None:
     x, ids, count = arguments(5)
     logits = x @ WEIGHT.T
 
@@ -232,7 +221,7 @@ def test_eager_calls_pass_no_dispatcher() -> None:
         return any("cupy_router" in event.key for event in profile.key_averages())
 
     assert not seen(lambda: (activation_topk(logits, METHOD, num_valid=count), DENSE(x), HASH(x, ids)))
-    assert seen(lambda: torch.ops.cupy_router.topk_select(3, logits, None, None))
+    assert seen(lambda: torch.ops.cupy_router.topk_select(TopKOptions(3).text, logits, None, None, None))
 
 
 def test_traces_have_ops_and_no_constants() -> None:
@@ -250,7 +239,7 @@ def test_traces_have_ops_and_no_constants() -> None:
         assert_same(tuple(traced(others)), function(others))
 
 
-def test_wrappers_of_tensors_are_named() -> None:
+def test_tensor_wrappers_are_refused_by_name() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -283,6 +272,7 @@ print(compiled(torch.eye(8)[:2])[1].tolist() == [[0, 1], [1, 0]])
 """
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize("program", [PROGRAM, FIRST_CALL_COMPILED], ids=["router", "first call"])
 def test_tensors_compile_without_another_import(program: str) -> None:
     root = Path(cupy_router.__file__).parents[1]
@@ -299,7 +289,8 @@ print(activation_topk(numpy.eye(8, dtype="float32")[:1], "mixtral").indices.toli
 """
 
 
-def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
+@pytest.mark.slow("process")
+def test_other_frameworks_work_with_a_broken_torch() -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", UNUSABLE], cwd=root, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
@@ -308,6 +299,7 @@ def test_other_arrays_go_on_beside_a_torch_that_cannot_be_used() -> None:
 # -- Generated code ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds")
 def test_generated_code_has_the_ops_and_no_copy() -> None:
     """Also of rows that lie apart: they are handed over as they are."""
     from torch._inductor.utils import run_and_get_code
@@ -333,6 +325,7 @@ def test_the_check_of_generated_code_sees_copies(line: str) -> None:
         generated_code.assert_nothing_but_ops(code + line + "\n", {"topk_select": 1})
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_compiled_calls_of_any_size_without_gradients(mode: Any) -> None:
     torch.compiler.reset()

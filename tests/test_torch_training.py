@@ -28,6 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return moe_configs.counted_calls(monkeypatch)
 
 
+@pytest.mark.slow("seconds", every=12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
     """Every step of a method, every tensor that a router may have, and every way to return results."""
@@ -38,7 +39,7 @@ def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
     moe_models.assert_same_gradients(ours, theirs, 1e-5)
 
 
-def test_a_loss_of_the_logits_too(calls: list[str]) -> None:
+def test_a_loss_on_the_logits_as_well(calls: list[str]) -> None:
     """The model's own loss that balances the load is made of the logits that routers return."""
     model, untouched = mixtral().train(), mixtral().train()
     replace_routers(model)
@@ -76,6 +77,7 @@ def test_checkpoints(reentrant: bool, calls: list[str]) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow("seconds")
 def test_a_compiled_router() -> None:
     model = mixtral()
     gate = model.model.layers[0].mlp.gate

@@ -11,7 +11,7 @@ from cupy_router import watch
 from cupy_router.watch import Watch
 
 
-def test_paths_may_be_added_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_be_added_while_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watch()
     for name in ("a", "b"):
         watched.add(tmp_path / name)

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from cupy_router import TopK, topk_select
-from cupy_router.ops._topk_select_long import Plan
+from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.reference.topk_select import topk_select as reference
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
 PLANS = {
-    "one list": Plan(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
-    "2 pieces": Plan(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
-    "7 pieces": Plan(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
+    "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
+    "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
+    "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
     "no list": None,
 }
 
@@ -26,14 +26,14 @@ def select(
     backend: Backend, scores: np.ndarray, k: int, lengths: Any = None, starts: Any = None, *, index_map: Any = None,
     row_pad: int = 0, offset: int = 0, **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The op's result on this backend, checked against the reference (on the reference: against the brute force)."""
+    """Return the op's result on this backend, checked against the reference (the reference against the oracle)."""
     device = [None if a is None else backend.array(a) for a in (lengths, starts, index_map)]
     on_device = backend.array(scores, row_pad=row_pad, offset=offset)
     given = options if index_map is None else options | {"index_map": device[2]}
     result = topk_select(on_device, k, lengths=device[0], starts=device[1], **given)
     assert type(result) is TopK
     has_values = options.pop("return_values", True)
-    want = (reference if backend.runs_kernels else compare.topk)(
+    want = (reference if backend.runs_kernels else oracle.topk)(
         scores, k, lengths=lengths, starts=starts, index_map=index_map, **options
     )
     indices = backend.numpy(result.indices)
@@ -67,7 +67,7 @@ def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> 
     return scores
 
 
-def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
+def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
     """Rows, aligned if `columns` are, whose sample holds the best scores or none of them."""
     sampled = np.isin(np.arange(columns), _sampled_columns(plan, columns, dtype))
     first = sampled if shows_best else ~sampled
@@ -79,7 +79,7 @@ def misleading(plan: Plan, rows: int, columns: int, dtype: str, shows_best: bool
     return scores.astype(DTYPES[dtype])
 
 
-def _sampled_columns(plan: Plan, columns: int, dtype: str) -> np.ndarray:
+def _sampled_columns(plan: LaunchShape, columns: int, dtype: str) -> np.ndarray:
     """Where long_rows/sample.cuh looks in a row that begins at a 16-byte boundary."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     pairs = plan.block * plan.vectors // 2

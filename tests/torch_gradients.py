@@ -12,7 +12,7 @@ from tests.gradient_cases import SMOOTH, TOLERANCE, Inputs
 
 
 def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = None, expert_scale: Any = None) -> Any:
-    """The weights of given experts, step by step; of the dtype of the logits."""
+    """Return the weights of given experts, step by step, in the dtype of the logits."""
     import torch
 
     experts = indices[:, : method.top_k].long()
@@ -52,7 +52,7 @@ SCORES: dict[str, Callable[[Any], Any]] = {
 
 
 class Case(Inputs):
-    """A call of a kind with a method: `arrays` by name, those that have a gradient in `smooth`."""
+    """A call of a kind with a method: `arrays` by name, the differentiable ones in `smooth`."""
 
     def __init__(self, kind: str, name: str, device: str = "cpu") -> None:
         import torch
@@ -67,7 +67,7 @@ class Case(Inputs):
         return self.route(self.arrays, **more)
 
     def check(self, routing: Any) -> None:
-        """The gradients of what a call gave are those of the twin in float64, within rounding."""
+        """Assert that the gradients of a result are those of the twin in float64, within rounding."""
         import torch
 
         weights, indices = routing
@@ -88,7 +88,7 @@ class Case(Inputs):
             )
 
     def wanted(self, indices: Any) -> dict[str, Any]:
-        """By autograd, in float64, of the rows that were routed."""
+        """Return autograd's float64 gradients for the rows that were routed."""
         import torch
 
         wide = {name: array.detach().double().requires_grad_() for name, array in self.smooth.items()}

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+from cupy_router import _hooks
+
+ITEM_SIZES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "int64": 8,
+}  # fmt: skip
 
 Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
 Allocator = Callable[[list[int]], tuple[Any, ...]]  # makes the results of a call and adds their addresses to the list
 
-TRACED = ("jax", 0)  # the device of what has no memory yet
-
-
-class Traced(Exception):
-    """An argument is a value of a graph that is being traced: it has a shape and a dtype, but no memory yet."""
+NO_DEVICE = ("jax", 0)  # the device of a tracer, which has a shape and a dtype but no memory
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,17 @@ class Framework:
 
     name: str
     delivers = False  # whether results need `deliver` before the caller gets them
-    traced = False  # whether arrays have no memory yet: everything but `outline` then raises `Traced`
+    traced = False  # whether arrays are tracers: then there is `outline` and nothing else
 
     def current_stream(self, array: Any) -> int | None:
         """The stream that the framework is enqueueing on for this array's device."""
         raise NotImplementedError
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        """The address, and all else that a plan depends on. On the hot path: about 1 us.
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        """Return the address, and all else that a cached call depends on. On the hot path: about 1 us.
 
-        What has to be kept until the kernel is done, because stream order does not keep it, is added to `owners`.
+        None if the array has no plain memory; `view` then says why. What has to be kept until the kernel is done,
+        because stream order does not keep it, is added to `owners`.
         """
         raise NotImplementedError
 
@@ -76,7 +77,7 @@ class Framework:
         raise NotImplementedError
 
     def outline(self, name: str, array: Any) -> View:
-        """The array without its memory, on the device `TRACED`: for checks while a graph is traced."""
+        """Return the array without its memory, on `NO_DEVICE`: for checks while a graph is traced."""
         raise NotImplementedError
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
@@ -91,6 +92,9 @@ class Framework:
         """An array of :meth:`allocator`, once its kernel is enqueued, as the caller gets it."""
         return array
 
+    def mark_written(self, array: Any) -> None:
+        """Tell the framework that an op has written into an array."""
+
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         """A NumPy result of the reference as an array of this framework in CPU memory."""
         raise NotImplementedError
@@ -98,12 +102,8 @@ class Framework:
 
 FRAMEWORKS: dict[type, Framework] = {}
 
-# The room of each framework, by the top-level package that defines (a base of) the array's type.
-_ROOMS = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
-
-# Rooms on top that are loaded as soon as arrays of a framework are in use: they teach torch.compile and jax.jit the
-# ops.
-_COMPANIONS = {"_torch": "cupy_router.torch", "_jax": "cupy_router.jax"}
+# The module for each framework, by the top-level package that defines (a base of) the array's type.
+_MODULES = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
 
 
 def framework_of(name: str, array: Any) -> Framework:
@@ -117,15 +117,16 @@ def framework_of(name: str, array: Any) -> Framework:
 
 def _find(name: str, kind: type) -> Framework:
     for base in kind.__mro__:
-        room = _ROOMS.get(base.__module__.partition(".")[0])
-        if room is not None and base is not object:
-            module = importlib.import_module(f"cupy_router.arrays.{room}")
+        stem = _MODULES.get(base.__module__.partition(".")[0])
+        if stem is not None and base is not object:
+            module = importlib.import_module(f"cupy_router.arrays.{stem}")
             # Tracers first: to JAX before 0.9 they are arrays as well, as wrappers are tensors.
-            for types, framework in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
+            for types, attribute in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
                 if issubclass(kind, types):
-                    if room in _COMPANIONS:
-                        importlib.import_module(_COMPANIONS[room])
-                    return getattr(module, framework)  # type: ignore[no-any-return]  # modules are not typed by content
+                    found: Framework = getattr(module, attribute)
+                    for callback in _hooks.on_first_array:
+                        callback(found.name)
+                    return found
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         from cupy_router.arrays import _dlpack, _exchange
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import cupy
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
-from cupy_router.arrays._numpy import DTYPES, NAMES
+from cupy_router.arrays import Allocator, Framework, Output, View
+from cupy_router.arrays._numpy import NAMES, dtype_of
 
 ARRAY_TYPES = (cupy.ndarray,)
 
@@ -64,7 +64,7 @@ class CuPy(Framework):
 def allocator(outputs: Sequence[Output], index: int) -> Allocator:
     """From CuPy's pool on a device, for CuPy's current stream."""
     get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
-    layouts = [(shape, DTYPES[dtype], math.prod(shape) * ITEM_SIZES[dtype]) for shape, dtype in outputs]
+    layouts = [(shape, dtype_of(dtype), math.prod(shape) * dtype_of(dtype).itemsize) for shape, dtype in outputs]
     places, total = [], 0
     for shape, dtype, num_bytes in layouts:
         places.append((shape, dtype, total))

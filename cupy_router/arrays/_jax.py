@@ -18,8 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import TRACED as NO_DEVICE
-from cupy_router.arrays import Allocator, Framework, Output, Traced, View
+from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
@@ -27,26 +26,23 @@ ARRAY_TYPES = (jax.Array,)
 TRACERS = (jax.core.Tracer,)
 
 
-class OnSeveralDevices(Traced, ValueError):
-    """What only a graph may take."""
-
-
 class JAX(Framework):
     name = "jax"
     delivers = True
 
     def current_stream(self, array: Any) -> int | None:
-        try:
-            kind, index = _device("the first array", array)
-        except OnSeveralDevices:
-            return None  # `view` says it by the name
+        if len(array.devices()) != 1:
+            return None  # `view` refuses it by name
+        kind, index = _device("the first array", array)
         if kind != "cuda":
             return None
         from cupy_router.compiler import require_cuda
 
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        if len(array.devices()) != 1:
+            return None
         device = _device("an array", array)
         if device[0] == "cuda":
             owners.append(array.__dlpack__(stream=consumer_stream(stream)))
@@ -100,13 +96,10 @@ class Tracers(JAX):
     traced = True
 
     def current_stream(self, array: Any) -> int | None:
-        raise Traced
+        return None
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        raise Traced
-
-    def view(self, name: str, array: Any, stream: int | None) -> View:
-        raise Traced
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        return None
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,9 +118,7 @@ def _check_width(dtype: str) -> None:
 def _device(name: str, array: Any) -> tuple[str, int]:
     devices = array.devices()
     if len(devices) != 1:
-        raise OnSeveralDevices(
-            f"{name} must lie on one device outside of jax.jit, got a JAX array on {len(devices)} devices"
-        )
+        raise ValueError(f"{name} must lie on one device outside of jax.jit, got a JAX array on {len(devices)} devices")
     kind, index = array.__dlpack_device__()
     return ("cuda", index) if kind == CUDA else (_CPU(next(iter(devices))), 0)
 

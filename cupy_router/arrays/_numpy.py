@@ -19,6 +19,11 @@ DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of a name, also of one that only an op knows which moves bytes."""
+    return DTYPES[name] if name in DTYPES else np.dtype(getattr(ml_dtypes, name, name))
+
+
 class NumPy(Framework):
     name = "numpy"
 
@@ -48,11 +53,12 @@ class NumPy(Framework):
 
 def host_memory(pointer: int, like: View) -> np.ndarray[Any, Any]:
     """Dense CPU memory that somebody else keeps, with the shape and dtype of a view."""
-    num_bytes = math.prod(like.shape) * ITEM_SIZES[like.dtype]
+    dtype = dtype_of(like.dtype)
+    num_bytes = math.prod(like.shape) * dtype.itemsize
     if num_bytes == 0:  # which may have no address
-        return np.empty(like.shape, DTYPES[like.dtype])
+        return np.empty(like.shape, dtype)
     memory = (ctypes.c_ubyte * num_bytes).from_address(pointer)
-    return np.ndarray(like.shape, DTYPES[like.dtype], memoryview(memory))
+    return np.ndarray(like.shape, dtype, memoryview(memory))
 
 
 FRAMEWORK = NumPy()

@@ -30,15 +30,18 @@ class PyTorch(Framework):
         index = array.get_device()  # -1 on the CPU
         return _raw_stream(index) if index >= 0 and array.is_cuda and _raw_stream is not None else None
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        pointer = array.data_ptr()
-        return pointer, (array.dtype, array.shape, array.stride(), array.get_device(), pointer & 15)
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        try:
+            pointer = array.data_ptr()
+            return pointer, (array.dtype, array.shape, array.stride(), array.get_device(), pointer & 15)
+        except RuntimeError:  # such as a sparse tensor
+            return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         kind, index = array.device.type, array.device.index
         if kind not in ("cpu", "cuda") or array.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor on cpu or cuda, got {array.layout} on {array.device}")
-        dtype = NAMES.get(array.dtype, str(array.dtype).removeprefix("torch."))
+        dtype = name_of(array.dtype)
         return View(
             name=name,
             pointer=array.data_ptr(),
@@ -47,14 +50,14 @@ class PyTorch(Framework):
             dtype=dtype,
             device=(kind, index or 0),
             readonly=False,
-            host=_host(array) if kind == "cpu" and dtype in DTYPES else None,
+            host=_host(array, dtype) if kind == "cpu" else None,
         )
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         # torch.empty_like takes half the time of torch.empty. Its template holds no memory: torch.compile's CUDA graphs
         # refuse a tensor in their pool that is none of the outputs.
         empty_like = torch.empty_like
-        templates = [torch.empty(1, dtype=DTYPES[dtype], device=like.device).expand(shape) for shape, dtype in outputs]
+        templates = [torch.empty(1, dtype=dtype_of(name), device=like.device).expand(shape) for shape, name in outputs]
         for template in templates:
             template.untyped_storage().resize_(0)
 
@@ -70,18 +73,40 @@ class PyTorch(Framework):
         context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))
         return context
 
+    def mark_written(self, array: Any) -> None:
+        torch.autograd.graph.increment_version(array)
+
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
-        if values.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(values)
+        if values.dtype.type.__module__ == "numpy":
+            return torch.from_numpy(values)
+        return torch.from_numpy(values.view(f"i{values.itemsize}")).view(dtype_of(str(values.dtype)))
 
 
-def _host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a CPU tensor; PyTorch has no NumPy dtype for bfloat16, so the bits are reinterpreted."""
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of one of PyTorch's dtypes."""
+    return NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return PyTorch's dtype of a name, also of one that only an op knows which moves bytes."""
+    found: torch.dtype = DTYPES.get(name) or getattr(torch, name)
+    return found
+
+
+def _host(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any] | None:
+    """Return the memory of a CPU tensor, None if NumPy has no such dtype.
+
+    PyTorch knows the dtypes of ml_dtypes by no NumPy dtype, so their bits are reinterpreted.
+    """
     tensor = tensor.detach()
-    is_bfloat16 = tensor.dtype == torch.bfloat16
-    array: np.ndarray[Any, Any] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
-    return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+    found = getattr(ml_dtypes, dtype, None)
+    try:
+        host: np.ndarray[Any, Any] = (
+            tensor if found is None else tensor.view((torch.uint8, torch.int16)[tensor.element_size() - 1])
+        ).numpy()
+        return host if found is None else host.view(found)
+    except (RuntimeError, TypeError):
+        return None
 
 
 class _OwnDispatch(type):
@@ -99,8 +124,8 @@ class _Wrapper(metaclass=_OwnDispatch):
 class Wrappers(PyTorch):
     """DTensors, fake tensors and others around tensors: their address is none, which PyTorch does not always say."""
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        raise RuntimeError("a tensor without memory of its own")  # `view` then says which
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         kind = type(array).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``cupy-router demo`` and ``cupy-router info``, also as ``python -m cupy_router``."""
+"""Command line: ``cupy-router demo`` and ``cupy-router info``, also as ``python -m cupy_router``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import demo, info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0 only if all went well, and 2 for a wrong command line."""
+    """Run one command and return its exit code: 0 for success, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -23,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a path that the terminal cannot spell is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # a path the terminal cannot show must not fail
     try:
         code: int = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (head, a pager) has left. Python flushes stdout once more at exit: let that go nowhere.
+        # The reader (head, a pager) has closed the pipe. Python flushes stdout again at exit, so discard that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code

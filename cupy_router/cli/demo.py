@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cupy-router demo``: route a page of English through the three ops, show where the tokens go, check every result."""
+"""``cupy-router demo``: route a page of English with three ops, show where the tokens go, check every result."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Array = NDArray[Any]
 
 VOCAB_SIZE, NUM_EXPERTS, TOP_K = 30_522, 128, 6
 SENTENCE = slice(182, 194)  # the dozen tokens shown one by one; "we" is in it twice
-SHOWN_EXPERTS = (65, 67, 0, 50, 35, 45, 119, 70)  # experts whose words speak for themselves
-WEIGHT_TOLERANCE = 1e-5  # relative; float32 with fast special functions stays well below
+SHOWN_EXPERTS = (65, 67, 0, 50, 35, 45, 119, 70)  # experts whose words have an obvious theme
+WEIGHT_TOLERANCE = 1e-5  # relative; float32 with fast special functions has a much smaller error
 
 
 class Passage(NamedTuple):
-    """2048 tokens and what a router makes of them."""
+    """2048 tokens of text with their logits."""
 
     token_ids: Array  # [2048] int32
-    tokens: list[str]  # the same as text, pieces of words
-    words: list[str]  # the whole word that each token belongs to
+    tokens: list[str]  # pieces of words, as text
+    words: list[str]  # the whole word of each token
     logits: Array  # [2048, 128] float32
 
 
@@ -77,13 +77,13 @@ def load_passage() -> Passage:
     with (resources.files("cupy_router") / "data" / "minilm_router.npz").open("rb") as file:
         data = np.load(file)
         token_ids, tokens = data["token_ids"], [str(token) for token in data["tokens"]]
-        # In float64, so that every machine rounds to the same float32 logits.
+        # float64, so that every machine rounds to the same float32 logits.
         logits = data["hidden"].astype(np.float64) @ data["gate_weight"].astype(np.float64).T
     return Passage(token_ids, tokens, whole_words(tokens), logits.astype(np.float32))
 
 
 def whole_words(tokens: list[str]) -> list[str]:
-    """The word of each token, put together from its pieces.
+    """Return the whole word of each token, joined from its pieces.
 
     >>> whole_words(["a", "copy", "##le", "##ft", "license"])
     ['a', 'copyleft', 'copyleft', 'copyleft', 'license']
@@ -99,15 +99,15 @@ def whole_words(tokens: list[str]) -> list[str]:
 
 
 def hash_table() -> Array:
-    """[vocab_size, top_k] int32: six different experts for each token id, by double hashing."""
+    """Return a table [vocab_size, top_k] int32 of six different experts per token id, by double hashing."""
     ids = np.arange(VOCAB_SIZE, dtype=np.uint32)[:, None]
     first = (ids * np.uint32(0x9E3779B1)) >> np.uint32(25)
-    step = (ids * np.uint32(0x85EBCA77)) >> np.uint32(25) | np.uint32(1)  # odd, so that 128 steps meet every expert
+    step = (ids * np.uint32(0x85EBCA77)) >> np.uint32(25) | np.uint32(1)  # odd, so that 128 steps reach every expert
     return ((first + step * np.arange(TOP_K, dtype=np.uint32)) % NUM_EXPERTS).astype(np.int32)
 
 
 def transfers(on_gpu: bool) -> tuple[Callable[[Array], Any], Callable[[Any], Any]]:
-    """An array to the device, a named tuple of arrays back."""
+    """Return two functions: one moves an array to the device, one moves a named tuple of arrays back."""
     if not on_gpu:
         return (lambda array: array), (lambda result: result)
     import cupy
@@ -131,7 +131,7 @@ def show_tokens(passage: Passage, routed: Routing, hashed: Routing) -> None:
     print("\nactivation_topk: each token's experts and weights, best first")
     for token in tokens:
         show(token, routed)
-    print("\nhash_router: experts by token id alone, the same each time; the logits only weigh them")
+    print("\nhash_router: experts by token id, the same each time; the logits only determine the weights")
     for token in tokens:
         if words[SENTENCE].count(words[token]) > 1:
             show(token, hashed)
@@ -161,7 +161,7 @@ def show_load(routed: Routing, hashed: Routing) -> None:
 
 
 def check(passage: Passage, table: Array, hashed: Routing, top: TopK, routed: Routing) -> bool:
-    """Compare all results with plain Python sorting of the same numbers, and say so; True if all agree."""
+    """Compare all results with a plain sort in Python, print the outcome and return True if all agree."""
     logits = passage.logits
     scores = np.sqrt(np.logaddexp(0.0, logits.astype(np.float64))).astype(np.float32)
     by_logit, by_score, by_table = sort_rows(logits), sort_rows(scores), table[passage.token_ids]
@@ -177,20 +177,20 @@ def check(passage: Passage, table: Array, hashed: Routing, top: TopK, routed: Ro
 
 
 def sort_rows(values: Array) -> Array:
-    """[n, top_k]: the indices of the largest values of each row, largest first; equal values, lower index first."""
+    """Return the indices [n, top_k] of the largest values of each row, largest first; of equal values, lower index."""
     return np.array([sorted(range(len(row)), key=lambda i: (-row[i], i))[:TOP_K] for row in values.tolist()])
 
 
 def weight_error(routing: Routing, scores: Array, indices: Array) -> float:
-    """The largest relative error of the weights."""
+    """Return the largest relative error of the weights."""
     exact = np.take_along_axis(scores, indices, axis=1).astype(np.float64)
     exact /= exact.sum(axis=1, keepdims=True)
     return float(np.max(np.abs(routing.weights - exact) / exact))
 
 
-def report(op: str, what: str, found: Array, expected: Array, error: float | None = None) -> bool:
+def report(op: str, name: str, found: Array, expected: Array, error: float | None = None) -> bool:
     exact = np.array_equal(found, expected)
     good = exact and (error is None or error <= WEIGHT_TOLERANCE)  # False for NaN
     weights = "" if error is None else f", weights within {error:.1e}"
-    print(f"  {'ok    ' if good else 'FAILED'}  {op:<16} {what} {'exact' if exact else 'DIFFER'}{weights}")
+    print(f"  {'ok    ' if good else 'FAILED'}  {op:<16} {name} {'exact' if exact else 'DIFFER'}{weights}")
     return good

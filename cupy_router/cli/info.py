@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy_router
-from cupy_router import compiler, gemm
+from cupy_router import compiler, gemm, tuning
 
 from . import terminal
 
@@ -30,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     terminal.field("backend", backend)
     for device in ask(device_names).splitlines():
         terminal.field("device", device)
+    chosen = [] if obstacle else ask(tables).splitlines()
+    for line in chosen or [f"no usable GPU; tables for {', '.join(tuning.architectures().values())}"]:
+        terminal.field("tuning", line)
     terminal.field("driver", ask(driver_version))
     terminal.field("nvrtc", ask(nvrtc_version))
     terminal.field("cublas", cublas_version())
@@ -51,7 +54,7 @@ def version_of(package: str) -> str:
 
 
 def cupy_packages() -> str:
-    """CuPy comes as one package per CUDA version, all with the same files: two of them break each other."""
+    """Return the installed CuPy packages. Each CUDA version has its own, with the same files: two break each other."""
     names = {str(dist.metadata["Name"]).lower() for dist in metadata.distributions()}
     found = sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
     text = ", ".join(f"{version_of(name)} ({name})" for name in found) or "not installed"
@@ -59,7 +62,7 @@ def cupy_packages() -> str:
 
 
 def ask(question: Callable[[Any], str]) -> str:
-    """What CuPy answers, or why it cannot: whatever is wrong with CuPy, the other lines are still of use."""
+    """Return CuPy's answer, or why there is none: the other lines help even where CuPy is broken."""
     try:
         import cupy
 
@@ -73,13 +76,13 @@ def nvrtc_version(cupy: Any) -> str:
 
 
 def cublas_version() -> str:
-    """What dense_router multiplies many tokens by, or what it does without."""
+    """Return the version of cuBLAS, which multiplies many tokens in dense_router, or why there is none."""
     reason = gemm.why_no_cublas()
     return gemm.cublas_version() if reason is None else f"not available, the decode kernel takes any n: {reason}"
 
 
 def driver_version(cupy: Any) -> str:
-    """The newest CUDA that the driver runs, and its own version where Linux tells."""
+    """Return the driver's version, where Linux gives it, and the newest CUDA that it runs."""
     cuda = cupy.cuda.runtime.driverGetVersion()
     if not cuda:
         return "none"
@@ -91,7 +94,7 @@ def driver_version(cupy: Any) -> str:
 
 
 def device_names(cupy: Any) -> str:
-    """One line for each device."""
+    """Return one line for each device."""
     lines = []
     for i in range(cupy.cuda.runtime.getDeviceCount()):
         device = cupy.cuda.runtime.getDeviceProperties(i)
@@ -100,6 +103,18 @@ def device_names(cupy: Any) -> str:
     return "\n".join(lines)
 
 
+def tables(cupy: Any) -> str:
+    """Return one line for each device: the table of thresholds from which launches are chosen."""
+    known = tuning.architectures()
+    lines = []
+    for i in range(cupy.cuda.runtime.getDeviceCount()):
+        gpu = tuning.Gpu.from_properties(cupy.cuda.runtime.getDeviceProperties(i))
+        reason = "" if gpu.capability in known else ", the nearest to sm_{}{}".format(*gpu.capability)
+        counts = f"{gpu.multiprocessors} multiprocessors (measured on {gpu.table.multiprocessors})"
+        lines.append(f"{i}: table {gpu.table.architecture}{reason}, {counts}")
+    return "\n".join(lines)
+
+
 def cache_folder() -> Path:
-    """Where CuPy keeps compiled kernels."""
+    """Return the folder in which CuPy keeps compiled kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()

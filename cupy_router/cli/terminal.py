@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for terminals of any width and alphabet."""
+"""Print text on terminals of any width and encoding."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ASCII = " .:|#"
 
 
 def width() -> int:
-    """Columns to write in: those of the terminal, within reason; 80 where there is none."""
+    """Return the number of columns to use: those of the terminal, from 40 to 140, or 80 without a terminal."""
     return min(max(shutil.get_terminal_size().columns, 40), 140)
 
 
 def field(name: str, text: str) -> None:
-    """Print ``name  text``; what does not fit goes on below the text."""
-    lines = textwrap.wrap(text, width() - 12, break_long_words=False, break_on_hyphens=False)  # paths stay whole
+    """Print ``name  text``, with further lines indented below the text."""
+    lines = textwrap.wrap(text, width() - 12, break_long_words=False, break_on_hyphens=False)  # keep paths whole
     for i, line in enumerate(lines or [""]):
         print(f"  {'' if i else name:<10}{line}")
 
 
 def alphabet() -> str:
-    """The characters of bars from empty to full, as far as the terminal can show them."""
+    """Return the characters of bars, from empty to full, that the terminal can show."""
     try:
         BLOCKS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
@@ -34,9 +34,9 @@ def alphabet() -> str:
 
 
 def columns(values: Sequence[float], height: int, top: float, levels: str = BLOCKS) -> list[str]:
-    """One upright bar per value, ``height`` lines tall for a value of ``top``; the highest line first.
+    """Return lines with one vertical bar per value, ``height`` lines tall for a value of ``top``, top line first.
 
-    A value above 0 shows at least the smallest bar.
+    A value above 0 gets at least the smallest bar.
 
     >>> for line in columns([0, 1, 4, 8], height=2, top=8, levels=ASCII):
     ...     print(repr(line))

@@ -21,16 +21,16 @@ Weights have first derivatives, in reverse mode, by all float inputs that they d
 selects have none. What `topk_select` selects from has to pass `jax.lax.stop_gradient`.
 
 `jax.export` needs `disabled_checks` for the targets, which are called as the functions are,
-`DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`; that of a hash Router is "cupy_router.Router". A
+`DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`; that of a hash Router is "cupy_router.hash_layer". A
 gradient also needs "cupy_router.activation_topk_backward", and one by expert_scale "cupy_router.hash_router". The
 process that loads the program imports this room first.
 """
 
 from __future__ import annotations
 
-from cupy_router.jax import _ops, _targets, _tree
-from cupy_router.ops import _call
+from cupy_router.jax import _ffi_targets, _intercept, _tree
+from cupy_router.ops import _run
 
-_targets.register()
+_ffi_targets.register()
 _tree.register()
-_call.traced = _ops
+_run.interceptors.append(_intercept)

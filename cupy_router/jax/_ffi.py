@@ -26,7 +26,9 @@ _COMMAND_BUFFER_COMPATIBLE = 1  # XLA_FFI_Handler_TraitsBits
 _INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
 
 # XLA_FFI_DataType of what the ops take or return.
-DTYPES = {4: "int32", 5: "int64", 10: "float16", 11: "float32", 16: "bfloat16"}
+DTYPES = {
+    3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 10: "float16", 11: "float32", 16: "bfloat16",
+}  # fmt: skip
 
 # Places in the table of functions.
 _ERROR_CREATE, _ERROR_GET_MESSAGE, _ERROR_DESTROY, _STREAM_GET, _DEVICE_ORDINAL_GET, _NUM_FUNCTIONS = 0, 1, 2, 4, 17, 18

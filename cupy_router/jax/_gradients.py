@@ -8,35 +8,40 @@ are computed anew there.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cupy_router.jax import _nodes
-from cupy_router.jax._targets import OPS
+from cupy_router.jax._vmap import function_of
 from cupy_router.method import RoutingMethod
-from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
-from cupy_router.ops.hash_router import _OP as HASH_ROUTER
+from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops._op import Op
+from cupy_router.ops.activation_topk_backward import (
+    NO_SECOND_DERIVATIVE,
+    BackwardOptions,
+    check_derivative,
+    without_factors,
+)
+from cupy_router.ops.hash_router import HashOptions
 
 # What may be needed on the way back; also what has a gradient, if the call got it.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
 
 @lru_cache(maxsize=1024)
-def differentiable(name: str, options: Hashable, given: tuple[int, ...], number: int) -> Any:
-    """The node of an op with its gradient; without one, JAX says that it cannot be differentiated.
+def differentiable(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
+    """Return a call of an op with its gradient; without one, JAX says that it cannot be differentiated.
 
     JAX reaches `custom_vjp` before the `custom_vmap` inside, whichever of jax.grad and jax.vmap comes first.
     """
-    op = OPS[name]
-    if not op.smooth:
-        return _nodes.node(name, options, given, number)
-    method: Any = options[0] if isinstance(options, tuple) else options
-    names = [op.inputs[i] for i in given]
-    routed = jax.custom_vjp(_nodes.node(name, options, given, number))
+    plain = function_of(op, options, given, number)
+    if not op.differentiable:
+        return plain
+    method: RoutingMethod | None = options.method
+    names = [op.names[i] for i in given]
+    routed = jax.custom_vjp(plain)
 
     def forward(*arrays: Any) -> tuple[Any, Any]:
         weights, indices = routed(*arrays)
@@ -58,6 +63,7 @@ def _gradients(
     method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
 ) -> dict[str, Any]:
     """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
+    check_derivative(method)
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     if logits is None:
@@ -67,7 +73,7 @@ def _gradients(
     given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
     given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
     places = tuple(i for i, array in enumerate(given.values()) if array is not None)
-    called = _first_only(Options(method, dtype, repeated), places)
+    called = _first_only(BackwardOptions(method, dtype, repeated), places)
     (grad_logits,) = called(*(array for array in given.values() if array is not None))
     if x is None:
         found["logits"] = grad_logits.astype(logits.dtype)
@@ -93,8 +99,9 @@ def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, log
     num_tokens, experts = indices.shape[0], indices[:, : method.top_k]
     given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
     given |= {} if logit_bias is None else {"logit_bias": logit_bias}
-    places = tuple(HASH_ROUTER.inputs.index(name) for name in given)
-    plain, _ = differentiable("hash_router", without_factors(method), places, -1)(*given.values())
+    op, options = hash_router.OP, HashOptions(without_factors(method))
+    places = tuple(op.names.index(name) for name in given)
+    plain, _ = differentiable(op, options, places, -1)(*given.values())
     products = grad_weights[:, : method.top_k].astype(jnp.float32) * plain[:, : method.top_k]
     # Rows without experts have weights 0, wherever their -1 leads. A scatter without repetitions and a sum are the same
     # to the bit every time.
@@ -104,9 +111,9 @@ def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, log
 
 
 @lru_cache(maxsize=1024)
-def _first_only(options: Options, given: tuple[int, ...]) -> Any:
-    """The node of `activation_topk_backward`, which refuses to be differentiated itself."""
-    called = jax.custom_vjp(_nodes.node("activation_topk_backward", options, given, -1))
+def _first_only(options: BackwardOptions, given: tuple[int, ...]) -> Any:
+    """Return a call of `activation_topk_backward`, which refuses to be differentiated itself."""
+    called = jax.custom_vjp(function_of(activation_topk_backward.OP, options, given, -1))
 
     def refuse(*arrays: Any) -> Any:
         raise RuntimeError(NO_SECOND_DERIVATIVE)

@@ -22,6 +22,8 @@ def split(function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequen
     """`function(axis, *arrays)`, where `axis` is what the leading axis of results, and of arrays with rows, is split
     over: that of the first such array that is split. `mapped`: jax.vmap asks, and rows are calls."""
     shardings = [jax.typeof(array).sharding for array in arrays]
+    if all(sharding.mesh.empty for sharding in shardings):
+        return function(None, *arrays)
     mesh = next((sharding.mesh for sharding in shardings if _axes(sharding.mesh, "Explicit")), None)
     if mesh is None:
         return function(None, *varying_alike(arrays))
@@ -50,6 +52,20 @@ def _sharded(function: Callable[..., Any], axis: Axis, specs: tuple[PartitionSpe
 def _axes(mesh: Any, *types: str) -> set[Any]:
     """Those of the given types, which JAX has for an enum."""
     return {axis for axis, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its.name in types}
+
+
+def result_types(outputs: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the types of results of these shapes and dtypes. Inside shard_map they vary over the axes of a mesh over
+    which any of the arrays does."""
+    if all(jax.typeof(array).sharding.mesh.empty for array in arrays):
+        return tuple([jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs])
+
+    def results(*arrays: Any) -> list[Any]:
+        return [
+            sum(jax.lax.full_like(array, 0, dtype=dtype, shape=shape) for array in arrays) for shape, dtype in outputs
+        ]
+
+    return tuple(jax.make_jaxpr(results)(*arrays).out_avals)
 
 
 def varying_alike(arrays: Collection[Any]) -> list[Any]:

@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import TRACED, View
-
-FLOATS = ("float32", "float16", "bfloat16")
-INTS = ("int32", "int64")
+from cupy_router.arrays import NO_DEVICE, Output, View
 
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Errors begin with who raised them."""
+    """Begin the messages of errors with the name of what raised them."""
     try:
         yield
     except TypeError as error:
@@ -32,19 +29,25 @@ def dtype(view: View, allowed: Sequence[str]) -> None:
         raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}")
 
 
-def rank(view: View, axes: str) -> None:
-    """`axes` names the axes, such as "num_tokens, num_experts"."""
-    if len(view.shape) != axes.count(",") + 1:
-        raise ValueError(f"{view.name} must have shape [{axes}], got {view}")
-
-
-def shape(view: View, expected: tuple[int, ...], axes: str) -> None:
+def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
+    """Check rank and shape by the names of the axes; sizes of names that are not known yet are added to `sizes`."""
+    if len(view.shape) != len(names):
+        raise ValueError(f"{view.name} must have shape [{', '.join(names)}], got {view}")
+    expected = tuple([sizes.setdefault(axis, size) for axis, size in zip(names, view.shape, strict=True)])
     if view.shape != expected:
-        raise ValueError(f"{view.name} must have shape [{axes}] = {list(expected)}, got {view}")
+        raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
+
+
+def result(view: View, output: Output, axes: str) -> None:
+    """Check an array of `out` against the shape and dtype that the result has."""
+    shape, name = output
+    dtype(view, (name,))
+    if view.shape != shape:
+        raise ValueError(f"{view.name} must have shape [{axes}] = {list(shape)}, got {view}")
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """An int (also NumPy's, never a bool) within low..high."""
+    """Return an int (also NumPy's, never a bool) within low..high."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -59,7 +62,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def strides(view: View) -> None:
-    """The last axis is contiguous; rows may lie any distance apart."""
+    """Check that the last axis is contiguous; rows may lie any distance apart."""
     if view.shape and view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
         raise ValueError(
             f"{view.name} must be contiguous along its last axis, got strides {list(view.strides)} of {view}"
@@ -67,12 +70,12 @@ def strides(view: View) -> None:
 
 
 def one_device(views: Sequence[View]) -> None:
-    if len({view.device for view in views} - {TRACED}) > 1:
+    if len({view.device for view in views} - {NO_DEVICE}) > 1:
         raise ValueError(f"all arrays must lie on one device, got {', '.join(f'{v.name} {v}' for v in views)}")
 
 
 def writable(view: View) -> None:
-    """An output may not be read-only, and its rows may not overlap."""
+    """Check that an array is not read-only, and that its rows do not overlap."""
     if view.readonly:
         raise ValueError(f"{view.name} must be writable, got a read-only {view}")
     if len(view.shape) == 2 and view.shape[0] > 1 and abs(view.strides[0]) < view.shape[1]:
@@ -80,7 +83,7 @@ def writable(view: View) -> None:
 
 
 def split_num_valid(num_valid: Any) -> tuple[int, Any]:
-    """num_valid as an int (-1: all rows) and as an array, one of which is left out."""
+    """Return num_valid as an int (-1: all rows) and as an array, one of which is left out."""
     if num_valid is None:
         return -1, None
     if isinstance(num_valid, (int, np.integer)):
@@ -88,15 +91,14 @@ def split_num_valid(num_valid: Any) -> tuple[int, Any]:
     return -1, num_valid
 
 
-def num_valid(view: View | None) -> None:
-    if view is not None:
-        dtype(view, ("int32",))
-        if view.shape not in ((), (1,)):
-            raise ValueError(f"num_valid must be an int or an array of shape [] or [1], got {view}")
+def count(view: View) -> None:
+    """Check the shape of a `num_valid` array."""
+    if view.shape not in ((), (1,)):
+        raise ValueError(f"{view.name} must be an int or an array of shape [] or [1], got {view}")
 
 
 def valid_rows(number: int, array: np.ndarray[Any, Any] | None, num_rows: int) -> int:
-    """How many rows are valid, from num_valid as :func:`split_num_valid` leaves it."""
+    """Return the number of valid rows, from num_valid as :func:`split_num_valid` leaves it."""
     if array is not None:
         return min(max(int(array.reshape(())), 0), num_rows)
     return num_rows if number < 0 else number

@@ -3,27 +3,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cupy_router import gemm
-from cupy_router.arrays import Output, View
-from cupy_router.launcher import Launch
+from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
-from cupy_router.ops import hash_router as hashing
-from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
-from cupy_router.ops._slices import ByProduct
-from cupy_router.ops.activation_topk import row_bytes
+from cupy_router.ops import hash_router
+from cupy_router.ops._cached import Work, launch_of
+from cupy_router.ops._chunks import GateChunks
+from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, MethodOptions, gate, routing_results
+from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, row
+from cupy_router.ops._run import run
+from cupy_router.ops.hash_router import HashOptions
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
-# Only the dot products that are needed, if they read at most so many times what the whole gate is: they read from L2,
-# and cuBLAS takes 6 us for even the smallest product. Measured: level at 8 (E 384, H 7168) to 13 (E 256, H 4096).
-GATES_READ = 8
 
-_OUTPUTS = ("weights", "indices")
-_TAKEN = (*hashing.INPUTS, *_OUTPUTS)  # by kernels/hash_router.cu
+class HashLayer(Op):
+    """The declaration of a call of a hash `Router`; without a gate its weights are uniform."""
+
+    name = "hash_layer"
+    label = "Router"
+    options = MethodOptions
+    inputs = (
+        row("x", "num_tokens, hidden", required=True),
+        row("token_ids", "num_tokens", INTS, required=True),
+        TABLE,
+        gate(required=False),
+        LOGIT_BIAS,
+        EXPERT_SCALE,
+        NUM_VALID,
+    )
+    results = routing_results("x", "weight", "logit_bias", "expert_scale")
+    returns = Routing
+
+    def sizes(self, options: MethodOptions) -> Mapping[str, int]:
+        return hash_router.OP.sizes(HashOptions(options.method))
+
+    def check(self, options: MethodOptions, arrays: Arrays) -> None:
+        hash_router.check_combination(options.method, _hashed(arrays))
+
+    def reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+        return hash_router.OP.reference(HashOptions(options.method), _hashed(arrays), num_valid)
+
+    def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        method, x, weight = options.method, arrays.x, arrays.weight
+        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate
+        few = arrays.token_ids.shape[0] * method.top_k <= most
+        if weight is not None and not few and gemm.why_not(x.device) is None:
+            return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
+        kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays), gpu)
+        takes = (*hash_router.OP.names, *self.result_names)
+        return launch_of(self, kernel._replace(takes=takes), x.device)
+
+
+OP = HashLayer()
 
 
 def hash_layer(
@@ -38,76 +76,26 @@ def hash_layer(
     out: Any,
     stream: Any,
 ) -> Routing:
-    """`hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights; results as x."""
+    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights.
+
+    Results are of the framework of x.
+    """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    return run(_OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]  # an op.result
+    return run(OP, (method,), inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
-def _check(
-    method: RoutingMethod, x: View, token_ids: View | None, table: View, weight: View | None, *others: View | None
-) -> tuple[Output, Output]:
-    if token_ids is None:
-        raise TypeError("token_ids must be an array, got None: a hash layer routes by token id")
-    return hashing.check_call(method, token_ids, table, None, None if weight is None else x, weight, *others)
+def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
+    """Return the arrays of a hash layer as those of `hash_router`, by x and the gate or by these logits."""
+    found = {name: getattr(arrays, name, None) for name in (*hash_router.OP.names, *hash_router.OP.result_names)}
+    found["logits"] = logits
+    if arrays.weight is None or logits is not None:
+        found["x"] = found["weight"] = None
+    return Arrays(tuple(found), tuple(found.values()))
 
 
-def _plan(
-    method: RoutingMethod,
-    out_strides: Sequence[int],
-    x: View,
-    token_ids: View,
-    table: View,
-    weight: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-    num_valid: View | None,
-) -> Work:
-    num_tokens = token_ids.shape[0]
-    layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
-    few = num_tokens * method.top_k <= GATES_READ * method.num_experts
-    if weight is None or few or gemm.why_not(x.device) is not None:
-        gated = None if weight is None else x
-        kernel = hashing.kernel(
-            method, out_strides, token_ids, table, None, gated, weight, **layer, num_valid=num_valid
-        )
-        return _XFirst(kernel, x.device)
-
-    def plan(logits: View) -> Launch:
-        ids = replace(token_ids, shape=logits.shape[:1])
-        kernel = hashing.kernel(method, out_strides, ids, table, logits, None, None, **layer, num_valid=num_valid)
-        return launch_of(kernel, (*_TAKEN, "num_valid_value"), x.device)
-
-    arrays = {"x": x, "token_ids": token_ids, "table": table, "weight": weight, **layer, "num_valid": num_valid}
-    return ByProduct(arrays, _OUTPUTS, row_bytes(method, out_strides), x, weight, _TAKEN, plan)
-
-
-class _XFirst:
-    """A kernel of hash_router.cu, called with the arrays in the order of a hash layer."""
-
-    def __init__(self, kernel: Kernel, device: tuple[str, int]) -> None:
-        self._launch = launch_of(kernel, (*_TAKEN, "num_valid_value"), device)
-        self.function = self._launch.function
-
-    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        x, token_ids, table, weight, *rest = varying
-        self._launch(stream, (token_ids, table, 0, x, weight, *rest))
-
-
-def _reference(
-    method: RoutingMethod, number: int, x: Any, token_ids: Any, table: Any, weight: Any, *others: Any
-) -> tuple[Any, Any]:
-    gated = None if weight is None else x
-    return hashing.reference_call(method, number, token_ids, table, None, gated, weight, *others)
-
-
-_OP = Op(
-    name="Router",
-    inputs=("x", "token_ids", "table", "weight", "logit_bias", "expert_scale", "num_valid"),
-    result=Routing,
-    check=_check,
-    kernel=_plan,
-    reference=_reference,
-    takes_number=True,
-    smooth=(0, 3, 4, 5),
-)
+def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
+    """Return what looks experts up and weighs them by the logits of a chunk."""
+    hashed = _hashed(arrays, logits)
+    hashed.__dict__["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
+    return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed, gpu), logits.device)

@@ -1,44 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of the logits from that of the weights, in one kernel: what the frameworks' gradients are made of."""
+"""The gradient of the logits from that of the weights, in one kernel: the base of the frameworks' gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from cupy_router.arrays import Output, View
 from cupy_router.method import RoutingMethod, resolve
-from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
-from cupy_router.ops import activation_topk as scoring
-from cupy_router.ops._call import Kernel, Op, run
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import Kernel
+from cupy_router.ops._method import (
+    EXPERT_SCALE,
+    LOGIT_BIAS,
+    headers,
+    method_arguments,
+    method_macros,
+    method_sizes,
+    needs_whole_rows,
+)
+from cupy_router.ops._op import INTS, Arrays, Op, Options, Result, row
+from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk_backward as reference
 from cupy_router.score_function import ScoreFunction
+from cupy_router.tuning import Gpu
 
 # What frameworks answer where a gradient of gradients is asked for.
 NO_SECOND_DERIVATIVE = "cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
 
 _WIDE_BLOCK = 256
 _MAX_REPEATED = 8192  # weights of a token where experts may repeat; a float of shared memory each
-_LEAST_LANES = 8  # of a row, so that they write whole sectors of memory
-# Of a method's macros: what only selects, and the dtype of its indices, since any indices may come.
+# Macros of a method that its gradient does without: those that only select, and the dtype of its indices, since any
+# indices may come.
 _NOT_COMPILED = ("HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_INT64")
 
 
 class LogitsGradient(NamedTuple):
-    """grad_logits: [num_tokens, columns of the logits], the gradient by them."""
+    """grad_logits: [num_tokens, columns of the logits], the gradient with respect to them."""
 
     grad_logits: Any
 
 
-class Options(NamedTuple):
-    """What a call asks for beside its arrays."""
+@dataclass(frozen=True)
+class BackwardOptions(Options):
+    """The method of the forward pass, and how the gradient is asked for.
+
+    dtype: of the result; None: that of the logits.
+    repeated: whether an expert may stand in a row more than once.
+    """
 
     method: RoutingMethod
-    dtype: str | None  # of the result; None: that of the logits
-    repeated: bool  # whether an expert may stand in a row more than once
+    dtype: str | None
+    repeated: bool
+
+
+def _gradient_dtype(options: BackwardOptions, dtypes: Mapping[str, str]) -> str:
+    return options.dtype or dtypes["logits"]
+
+
+class ActivationTopKBackward(Op):
+    """The declaration of :func:`activation_topk_backward`."""
+
+    name = "activation_topk_backward"
+    options = BackwardOptions
+    inputs = (
+        row("grad_weights", "num_tokens, top_k (+ shared)", required=True),
+        row("indices", "num_tokens, top_k (+ shared)", INTS, required=True),
+        row("logits", "num_tokens, num_experts (+ shared)", required=True),
+        LOGIT_BIAS,
+        EXPERT_SCALE,
+    )
+    results = (Result("grad_logits", "num_tokens, num_experts (+ shared)", _gradient_dtype),)
+    returns = LogitsGradient
+    single_kernel = True
+
+    def sizes(self, options: BackwardOptions) -> dict[str, int]:
+        return method_sizes(options.method)
+
+    def check(self, options: BackwardOptions, arrays: Arrays) -> None:
+        method, grad_weights = options.method, arrays.grad_weights
+        check_derivative(method)
+        if grad_weights.dtype != method.weight_dtype:
+            raise TypeError(f"grad_weights must be {method.weight_dtype}, as the weights are, got {grad_weights}")
+
+    def reference(self, options: BackwardOptions, arrays: Arrays, num_valid: int) -> tuple[Any]:
+        layer = arrays.named("logit_bias", "expert_scale")
+        given = arrays.grad_weights, arrays.indices, arrays.logits, options.method
+        return (reference.activation_topk_backward(*given, **layer, dtype=options.dtype),)
+
+    def kernel(self, options: BackwardOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        method, repeated = options.method, options.repeated
+        grad_weights, indices, logits = arrays.grad_weights, arrays.indices, arrays.logits
+        gradient = arrays.grad_logits
+        macros = method_macros(method, arrays.given("logit_bias", "expert_scale"))
+        macros = {name: value for name, value in macros.items() if name not in _NOT_COMPILED}
+        macros |= {
+            "DTYPE": row_lanes.DTYPE_CODES[logits.dtype],
+            "GRADIENT_DTYPE": row_lanes.DTYPE_CODES[gradient.dtype],
+            **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
+            **({"REPEATED": 1} if repeated else {}),
+        }
+        num_tokens, num_weighed = logits.shape[0], weighed(method)
+        fixed = {
+            "num_tokens": num_tokens,
+            **method_arguments(method),
+            "grad_weights_stride": grad_weights.row_stride,
+            "indices_stride": indices.row_stride,
+            "logits_stride": logits.row_stride,
+            "grad_logits_stride": gradient.row_stride,
+        }
+        replaced = headers(method)
+        if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
+            gradient_of_score = method.score.derivative.defined_as("score_function_gradient")
+            replaced["routing/score_function_gradient.cuh"] = gradient_of_score
+        if not row_lanes.fits(method.num_logits, num_weighed):
+            if repeated and num_weighed > _MAX_REPEATED:
+                raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
+            function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
+            return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, replaced)
+        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_weighed)
+        needs_rows = needs_whole_rows(method)
+        if not needs_rows and not row_lanes.few(gpu, num_tokens):
+            while lanes // 2 >= max(num_weighed, gpu.table.backward.min_lanes):
+                lanes //= 2
+        strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, gradient.row_stride
+        dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
+        macros |= {"LANES": lanes, "DENSE": int(dense)}
+        if needs_rows:
+            unit = 16 // row_lanes.SIZES[gradient.dtype]
+            macros["ALIGNED"] = int(row_lanes.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))
+        grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes)
+        return Kernel("activation_topk_backward", "activation_topk_backward", macros, grid, block, fixed, replaced)
+
+
+OP = ActivationTopKBackward()
 
 
 def activation_topk_backward(
@@ -89,88 +185,17 @@ def activation_topk_backward(
     >>> activation_topk_backward(np.array([[1.0, 0.0]], np.float32), indices, logits, method).grad_logits
     array([[ 0.  ,  0.25,  0.  , -0.25]], dtype=float32)
     """
-    options = Options(resolve(method), dtype, repeated)
+    if dtype not in ("float32", None):
+        raise ValueError(f"activation_topk_backward: dtype must be 'float32' or None, got {dtype!r}")
+    fields = resolve(method), dtype, repeated
     inputs = (grad_weights, indices, logits, logit_bias, expert_scale)
-    return run(_OP, options, inputs, out, stream)  # type: ignore[no-any-return]  # an op.result
+    return run(OP, fields, inputs, out, stream)  # type: ignore[no-any-return]
 
 
-def _check(
-    options: Options,
-    grad_weights: View,
-    indices: View | None,
-    logits: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-) -> tuple[Output]:
-    method, dtype, _ = options
-    if indices is None or logits is None:
-        raise TypeError("indices and logits must be arrays, got None")
+def check_derivative(method: RoutingMethod) -> None:
+    """Refuse a score of the caller's own without a derivative."""
     if isinstance(method.score, ScoreFunction) and method.score.derivative is None:
         raise ValueError(f"{method.score!r} has no gradient: give it a derivative, which is another ScoreFunction")
-    if dtype not in ("float32", None):
-        raise ValueError(f"dtype must be 'float32' or None, got {dtype!r}")
-    check.dtype(logits, check.FLOATS)
-    check.rank(logits, "num_tokens, num_experts")
-    num_tokens = logits.shape[0]
-    check.shape(logits, (num_tokens, method.num_logits), "num_tokens, num_experts")
-    check.dtype(grad_weights, (method.weight_dtype,))
-    check.dtype(indices, check.INTS)
-    for view in (grad_weights, indices):
-        check.shape(view, (num_tokens, method.num_columns), "num_tokens, top_k + num_shared_experts")
-    scoring.check_layer(method, None, logit_bias, expert_scale)
-    return ((logits.shape, dtype or logits.dtype),)
-
-
-def kernel(
-    options: Options,
-    out_strides: Sequence[int],
-    grad_weights: View,
-    indices: View,
-    logits: View,
-    logit_bias: View | None,
-    expert_scale: View | None,
-) -> Kernel:
-    method, dtype, repeated = options
-    layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
-    macros = scoring.method_macros(method, [name for name, view in layer.items() if view is not None])
-    macros = {name: value for name, value in macros.items() if name not in _NOT_COMPILED}
-    macros |= {
-        "DTYPE": layout.DTYPE_CODES[logits.dtype],
-        "GRADIENT_DTYPE": layout.DTYPE_CODES[dtype or logits.dtype],
-        **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
-        **({"REPEATED": 1} if repeated else {}),
-    }
-    num_tokens, num_weighed = logits.shape[0], weighed(method)
-    fixed = {
-        "num_tokens": num_tokens,
-        **scoring.method_arguments(method),
-        "grad_weights_stride": grad_weights.row_stride,
-        "indices_stride": indices.row_stride,
-        "logits_stride": logits.row_stride,
-        "grad_logits_stride": out_strides[0],
-    }
-    headers = scoring.headers(method)
-    if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
-        gradient = method.score.derivative.defined_as("score_function_gradient")
-        headers["routing/score_function_gradient.cuh"] = gradient
-    if not layout.fits(method.num_logits, num_weighed):
-        if repeated and num_weighed > _MAX_REPEATED:
-            raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
-        function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
-        return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, headers)
-    lanes, _ = layout.lanes_and_columns(method.num_logits, num_weighed)
-    needs_rows = method.score == "softmax" and not method.score_after_topk
-    if not needs_rows and not layout.few(num_tokens):
-        while lanes // 2 >= max(num_weighed, _LEAST_LANES):
-            lanes //= 2
-    strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, out_strides[0]
-    dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
-    macros |= {"LANES": lanes, "DENSE": int(dense)}
-    if needs_rows:
-        unit = 16 // layout.SIZES[dtype or logits.dtype]
-        macros["ALIGNED"] = int(layout.aligned(logits.pointer, logits.row_stride, logits.dtype, unit))
-    grid, block = layout.grid_and_block(num_tokens, lanes)
-    return Kernel("activation_topk_backward", "activation_topk_backward", macros, grid, block, fixed, headers)
 
 
 def weighed(method: RoutingMethod) -> int:
@@ -186,25 +211,3 @@ def without_factors(method: RoutingMethod) -> RoutingMethod:
     """
     shared = method.num_shared_experts if method.shared_in_normalizer else 0
     return replace(method, num_shared_experts=shared, weight_dtype="float32", index_dtype="int32")
-
-
-def _reference(
-    options: Options, number: int, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any, expert_scale: Any
-) -> tuple[Any]:
-    method, dtype, _ = options
-    return (
-        reference.activation_topk_backward(
-            grad_weights, indices, logits, method, logit_bias=logit_bias, expert_scale=expert_scale, dtype=dtype
-        ),
-    )
-
-
-_OP = Op(
-    name="activation_topk_backward",
-    inputs=("grad_weights", "indices", "logits", "logit_bias", "expert_scale"),
-    result=LogitsGradient,
-    check=_check,
-    kernel=kernel,
-    reference=_reference,
-    takes_number=False,
-)

@@ -1,30 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: gate product, score, bias, top-k and weights; one launch for few tokens, cuBLAS first for many."""
+"""dense_router: gate GEMM, score, bias, top-k and weights; one launch for few tokens, cuBLAS first for many."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cupy_router import gemm, scratch
-from cupy_router.arrays import Output, View
-from cupy_router.compiler import require_cuda
-from cupy_router.launcher import Launch
+from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops import _layout as layout
-from cupy_router.ops import activation_topk as scoring
-from cupy_router.ops._call import Kernel, Op, Work, launch_of, run
-from cupy_router.ops._slices import ByProduct, Slices
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops import activation_topk
+from cupy_router.ops._cached import Kernel, Work, launch_of, launch_with
+from cupy_router.ops._chunks import Chunks, GateChunks
+from cupy_router.ops._method import (
+    BIAS,
+    EXPERT_SCALE,
+    LOGIT_BIAS,
+    MethodOptions,
+    check_bias,
+    gate,
+    headers,
+    method_sizes,
+    routing_results,
+)
+from cupy_router.ops._op import NUM_VALID, Arrays, Op, Options, row
+from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
 PATHS = ("decode", "prefill")
-DECODE_TOKENS = 64  # up to so many tokens one launch is faster than two; at most decode.MAX_TOKENS
 
-_COUNTER_BYTES = 4 * decode.COUNTERS  # in front of the partial sums, in one piece of scratch memory
-_OUTPUTS = ("weights", "indices")
+_COUNTER_BYTES = 4 * decode.COUNTERS  # before the partial sums, in one piece of scratch memory
+
+
+@dataclass(frozen=True)
+class DenseOptions(Options):
+    """The method, and the path: "decode", "prefill" or None to choose by size."""
+
+    method: RoutingMethod
+    path: str | None
+
+
+class DenseRouter(Op):
+    """The declaration of :func:`dense_router`."""
+
+    name = "dense_router"
+    options = DenseOptions
+    inputs = (
+        row("x", "num_tokens, hidden", required=True),
+        gate(required=True),
+        BIAS,
+        LOGIT_BIAS,
+        EXPERT_SCALE,
+        NUM_VALID,
+    )
+    results = routing_results("x", "weight", "logit_bias", "expert_scale")
+    returns = Routing
+
+    def sizes(self, options: DenseOptions) -> dict[str, int]:
+        return method_sizes(options.method)
+
+    def max_rows(self, options: DenseOptions) -> int | None:
+        return decode.MAX_TOKENS if options.path == "decode" else None
+
+    def check(self, options: DenseOptions, arrays: Arrays) -> None:
+        method, (num_tokens, hidden) = options.method, arrays.x.shape
+        if hidden < 1:
+            raise ValueError(f"x must have at least one column, got {arrays.x}")
+        check_bias(method, arrays.bias)
+        if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
+            raise ValueError(
+                f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
+                f"columns of results and {decode.MAX_K} groups, none of them smaller than what a thread holds, "
+                f"got {num_tokens} tokens and {method}"
+            )
+
+    def reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+        layer = arrays.named("bias", "logit_bias", "expert_scale")
+        return reference.dense_router(arrays.x, arrays.weight, options.method, **layer, num_valid=num_valid)
+
+    def kernel(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        method, path, device = options.method, options.path, arrays.x.device
+        num_tokens = arrays.x.shape[0]
+        fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # whose instructions the kernel has
+        if path is None:
+            most = min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
+            path = "decode" if fused and num_tokens <= most else "prefill"
+        if path == "decode":
+            if not fused:
+                raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
+            return _Decode(method, num_tokens, arrays, gpu)
+        obstacle = gemm.why_not(device)
+        if obstacle is None:
+            return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, method, arrays, gpu))
+        if not fused:
+            limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
+            raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
+        return _DecodeChunks(method, arrays, gpu)
+
+
+OP = DenseRouter()
 
 
 def dense_router(
@@ -80,117 +161,38 @@ def dense_router(
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
     number, num_valid = check.split_num_valid(num_valid)
-    options = resolve(method), path
+    fields = resolve(method), path
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
-    return run(_OP, options, inputs, out, stream, number)  # type: ignore[no-any-return]  # an op.result
+    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
-def _check(
-    options: tuple[RoutingMethod, str | None],
-    x: View,
-    weight: View | None,
-    bias: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-    num_valid: View | None,
-) -> tuple[Output, Output]:
-    method, path = options
-    check.dtype(x, check.FLOATS)
-    check.rank(x, "num_tokens, hidden")
-    num_tokens, hidden = x.shape
-    if hidden < 1:
-        raise ValueError(f"x must have at least one column, got {x}")
-    check_gate(method, weight, hidden)
-    scoring.check_layer(method, bias, logit_bias, expert_scale)
-    check.num_valid(num_valid)
-    if path == "decode" and (num_tokens > decode.MAX_TOKENS or not layout.fits_method(method)):
-        raise ValueError(
-            f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
-            f"columns of results and {decode.MAX_K} groups, none of them smaller than what a thread holds, "
-            f"got {num_tokens} tokens and {method}"
-        )
-    return scoring.results(method, num_tokens)
+# -- What a call launches ----------------------------------------------------------------------------------------------
 
 
-def check_gate(method: RoutingMethod, weight: View | None, hidden: int | None = None) -> None:
-    """The gate by itself; `hidden` None: as many columns as the gate has."""
-    if weight is None:
-        raise TypeError("weight must be an array, got None")
-    check.dtype(weight, check.FLOATS)
-    check.rank(weight, "num_experts, hidden")
-    check.shape(weight, (method.num_logits, weight.shape[1] if hidden is None else hidden), "num_experts, hidden")
-
-
-# -- Where a call runs -------------------------------------------------------------------------------------------------
-
-
-def _plan(
-    options: tuple[RoutingMethod, str | None],
-    out_strides: Sequence[int],
-    x: View,
-    weight: View,
-    bias: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-    num_valid: View | None,
-) -> Work:
-    method, path = options
-    num_tokens = x.shape[0]
-    layer = {"bias": bias, "logit_bias": logit_bias, "expert_scale": expert_scale}
-    arrays = {"x": x, "weight": weight, **layer, "num_valid": num_valid}
-    fused = layout.fits_method(method) and runs_decode(x.device)
-    if path is None:
-        path = "decode" if fused and num_tokens <= DECODE_TOKENS else "prefill"
-    if path == "decode":
-        if not fused:
-            raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
-        return _Decode(method, out_strides, num_tokens, arrays)
-    obstacle = gemm.why_not(x.device)
-    if obstacle is None:
-        names = ("logits", *layer, "num_valid", *_OUTPUTS)
-
-        def plan(logits: View) -> Launch:
-            kernel = scoring.kernel(method, out_strides, logits, **layer, num_valid=num_valid)
-            return launch_of(kernel, (*names, "num_valid_value"), x.device)
-
-        return ByProduct(arrays, _OUTPUTS, scoring.row_bytes(method, out_strides), x, weight, names, plan)
-    if not fused:
-        limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
-        raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-    return _DecodeSlices(arrays, out_strides, method)
-
-
-def runs_decode(device: tuple[str, int]) -> bool:
-    """Whether the fused kernel's instructions are known there: those of sm_80."""
-    return device[0] == "cpu" or int(require_cuda().cuda.Device(device[1]).compute_capability) >= 80
+def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
+    """Return what chooses and weighs experts by the logits of a chunk."""
+    op, names = activation_topk.OP, ("bias", "logit_bias", "expert_scale", "num_valid", "weights", "indices")
+    given = arrays.named(*names)
+    kernel = op.kernel(MethodOptions(method), Arrays(("logits", *given), (logits, *given.values())), gpu)
+    return launch_of(op, kernel, logits.device)
 
 
 class _Decode:
     """The fused kernel, with the scratch memory of the stream that it is called on."""
 
-    def __init__(
-        self,
-        method: RoutingMethod,
-        out_strides: Sequence[int],
-        num_tokens: int,
-        arrays: Mapping[str, View | None],
-    ) -> None:
-        x, weight = arrays["x"], arrays["weight"]
-        assert x is not None
-        assert weight is not None
+    def __init__(self, method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu) -> None:
+        x, weight = arrays.x, arrays.weight
         hidden = x.shape[1]
-        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
-        strides = (x.row_stride, weight.row_stride, *out_strides)
-        plan = decode.plan(
-            method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
-            dense=strides == (hidden, hidden, method.num_columns, method.num_columns),
-            given=[name for name, view in arrays.items() if view is not None],
+        both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+        strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
+        launch = decode.launch_for(
+            gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+            dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
         )  # fmt: skip
         fixed = decode.fixed_arguments(method, num_tokens, *strides)
-        headers = scoring.headers(method)
-        kernel = Kernel(decode.FILE, decode.FUNCTION, plan.macros, plan.grid, plan.block, fixed, headers)
-        self._launch = launch_of(kernel, decode.VARYING, x.device)
-        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * plan.partials
+        kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
+        self._launch = launch_with(decode.VARYING, kernel, x.device)
+        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * launch.partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
@@ -198,47 +200,14 @@ class _Decode:
         self._launch(stream, (*varying[:-1], counters, counters + _COUNTER_BYTES, varying[-1]))
 
 
-class _DecodeSlices(Slices):
-    """Any number of tokens by the fused kernel: what is done without cuBLAS."""
+class _DecodeChunks(Chunks):
+    """Any number of tokens by the fused kernel: what runs where there is no cuBLAS."""
 
-    def __init__(
-        self,
-        arrays: dict[str, View | None],
-        out_strides: Sequence[int],
-        method: RoutingMethod,
-    ) -> None:
-        super().__init__(arrays, _OUTPUTS, scoring.row_bytes(method, out_strides), decode.MAX_TOKENS)
+    def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
+        super().__init__(OP, arrays, decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(method, out_strides, rows, arrays) for rows in sizes}
+        self._by_rows = {rows: _Decode(method, rows, arrays, gpu) for rows in sizes}
         self.function = self._by_rows[self.rows].function
 
-    def enqueue_slice(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        self._by_rows[rows](stream, [*(arrays[name] for name in (*_OP.inputs, *_OUTPUTS)), number])
-
-
-def _reference(
-    options: tuple[RoutingMethod, str | None],
-    number: int,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    logit_bias: Any,
-    expert_scale: Any,
-    num_valid: Any,
-) -> tuple[Any, Any]:
-    valid = check.valid_rows(number, num_valid, len(x))
-    return reference.dense_router(
-        x, weight, options[0], bias, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid
-    )
-
-
-_OP = Op(
-    name="dense_router",
-    inputs=decode.INPUTS,
-    result=Routing,
-    check=_check,
-    kernel=_plan,
-    reference=_reference,
-    takes_number=True,
-    smooth=(0, 1, 3, 4),
-)
+    def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
+        self._by_rows[rows](stream, [*(arrays[name] for name in (*OP.names, *OP.result_names)), number])

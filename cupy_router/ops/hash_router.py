@@ -3,27 +3,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from cupy_router.arrays import Output, View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, run
-from cupy_router.ops.activation_topk import check_layer, headers, method_arguments, method_macros, results
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import Kernel
+from cupy_router.ops._method import (
+    EXPERT_SCALE,
+    LOGIT_BIAS,
+    TABLE,
+    gate,
+    headers,
+    method_arguments,
+    method_macros,
+    method_sizes,
+    needs_whole_rows,
+    routing_results,
+)
+from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, Options, row
+from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
+from cupy_router.tuning import Gpu
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
-INPUTS = ("token_ids", "table", "logits", "x", "weight", "logit_bias", "expert_scale", "num_valid")
 
-_MAX_WARPS = 8  # of a token where each has dot products of its own
-_SHARING_WARPS, _MAX_PARTS = 24, 8  # of a token where several share each dot product, and how many of these
 _MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
-_BLOCK = 128  # threads that serve tokens from table and logits
 _UNKNOWN_EXPERTS = 0  # whatever int32 indices can hold
+
+
+@dataclass(frozen=True)
+class HashOptions(Options):
+    """The method, or None: uniform weights."""
+
+    method: RoutingMethod | None
+
+
+class HashRouter(Op):
+    """The declaration of :func:`hash_router`."""
+
+    name = "hash_router"
+    options = HashOptions
+    inputs = (
+        row("token_ids", "num_tokens", INTS, required=True),
+        TABLE,
+        row("logits", "num_tokens, num_experts (+ shared)"),
+        row("x", "num_tokens, hidden"),
+        gate(required=False),
+        LOGIT_BIAS,
+        EXPERT_SCALE,
+        NUM_VALID,
+    )
+    results = routing_results("logits", "x", "weight", "logit_bias", "expert_scale")
+    returns = Routing
+    single_kernel = True
+
+    def sizes(self, options: HashOptions) -> dict[str, int]:
+        return {} if options.method is None else {"top_k": options.method.top_k} | method_sizes(options.method)
+
+    def result_sizes(self, options: HashOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        return {"top_k (+ shared)": sizes["top_k"]} if options.method is None else {}
+
+    def check(self, options: HashOptions, arrays: Arrays) -> None:
+        check_combination(options.method, arrays)
+
+    def reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+        named = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
+        return reference.hash_router(arrays.token_ids, arrays.table, options.method, **named, num_valid=num_valid)
+
+    def kernel(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        method, token_ids, table = options.method, arrays.token_ids, arrays.table
+        logits, x, weight = arrays.logits, arrays.x, arrays.weight
+        out_strides = arrays.weights.row_stride, arrays.indices.row_stride
+        num_tokens, (vocab_size, top_k) = token_ids.shape[0], table.shape
+        macros = {
+            "TOKEN_ID_BYTES": 4 if token_ids.dtype == "int32" else 8,
+            "TABLE_BYTES": 4 if table.dtype == "int32" else 8,
+            "TOP_K": top_k,
+            "NUM_EXPERTS": _UNKNOWN_EXPERTS if method is None else method.num_experts,
+            "HAS_NUM_VALID": int(arrays.num_valid is not None),
+        }
+        fixed: dict[str, int | float] = {
+            "num_tokens": num_tokens,
+            **method_arguments(method),  # beside what is needed first: constants come by lines of a cache
+            "vocab_size": vocab_size,
+            "hidden": 0 if x is None else x.shape[1],
+            "table_stride": table.row_stride,
+            "logits_stride": 0 if logits is None else logits.row_stride,
+            "x_stride": 0 if x is None else x.row_stride,
+            "weight_stride": 0 if weight is None else weight.row_stride,
+            "weights_stride": out_strides[0],
+            "indices_stride": out_strides[1],
+        }
+        if method is not None:
+            macros |= method_macros(method, arrays.given("logit_bias", "expert_scale"))
+        if x is not None and weight is not None and method is not None:
+            both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+            macros |= {
+                "SOURCE": _PRODUCTS,
+                "DTYPE": row_lanes.DTYPE_CODES[x.dtype],
+                "WEIGHT_DTYPE": row_lanes.DTYPE_CODES[weight.dtype],
+                "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
+            }
+            whole_rows, hidden = needs_whole_rows(method), x.shape[1]
+            tuned = gpu.table.hash_products
+            if method.num_columns > _MAX_PRODUCTS:
+                raise ValueError(f"top_k + num_shared_experts must be at most {_MAX_PRODUCTS} with x, got {method}")
+            if (
+                whole_rows
+                or method.shared_in_normalizer
+                or method.num_columns > row_lanes.MAX_LANES
+                or num_tokens > MAX_GRID
+            ):
+                warps = min(method.num_experts if whole_rows else top_k, tuned.max_warps)
+            else:
+                parts = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, -(-hidden // 256)))
+                warps = top_k * parts
+                float32 = "float32" in (x.dtype, weight.dtype)
+                in_flight = tuned.loads_in_flight // (1 + float32) // (1 + (warps > tuned.sharing_warps))
+                steps = max(1, -(-hidden // (256 * parts)))
+                batches = -(-steps // in_flight)
+                macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
+            macros["WARPS"] = warps
+            grid = min(num_tokens, MAX_GRID)
+            return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
+        lanes = row_lanes.MAX_LANES
+        if method is None or logits is None or not needs_whole_rows(method):
+            while lanes // 2 >= (top_k if method is None else method.num_columns):
+                lanes //= 2
+        columns = (top_k, top_k if method is None else method.num_columns)
+        dense = (table.row_stride, *out_strides) == (columns[0], columns[1], columns[1])
+        macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
+        if method is not None and logits is not None:
+            macros["DTYPE"] = row_lanes.DTYPE_CODES[logits.dtype]
+            dense = dense and logits.row_stride == method.num_logits
+        macros["DENSE"] = int(dense)
+        block = gpu.table.hash_router.block
+        grid = -(-num_tokens * lanes // block)
+        return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
+
+
+OP = HashRouter()
 
 
 def hash_router(
@@ -89,165 +213,24 @@ def hash_router(
            [0. , 0. ]], dtype=float32)
     """
     number, num_valid = check.split_num_valid(num_valid)
-    resolved = None if method is None else resolve(method)
-    arrays = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
-    return run(_OP, resolved, arrays, out, stream, number)  # type: ignore[no-any-return]  # an op.result
+    fields = (None if method is None else resolve(method),)
+    inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
+    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
-def check_call(
-    method: RoutingMethod | None,
-    token_ids: View,
-    table: View | None,
-    logits: View | None,
-    x: View | None,
-    weight: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-    num_valid: View | None,
-) -> tuple[Output, Output]:
-    if table is None:
-        raise TypeError("table must be an array, got None")
-    check.dtype(token_ids, check.INTS)
-    check.rank(token_ids, "num_tokens")
-    check.dtype(table, check.INTS)
-    check.rank(table, "vocab_size, top_k")
-    num_tokens, top_k = token_ids.shape[0], table.shape[1]
-    if top_k < 1:
-        raise ValueError(f"table must have at least one column, got {table}")
-    if (x is None) != (weight is None):
+def check_combination(method: RoutingMethod | None, arrays: Arrays) -> None:
+    """Refuse arguments of hash_router that do not go together."""
+    logits, x = arrays.logits, arrays.x
+    if arrays.table.shape[1] < 1:
+        raise ValueError(f"table must have at least one column, got {arrays.table}")
+    if (x is None) != (arrays.weight is None):
         raise ValueError("x and weight go together, but only one of them was given")
     if logits is not None and x is not None:
         raise ValueError("logits and x are alternatives, but both were given")
-    if method is None and (logits is not None or x is not None):
-        raise ValueError("logits or x need a method, which says how to score them")
-    if method is not None and method.top_k != top_k:
-        raise ValueError(f"table must have top_k = {method.top_k} columns, as the method has, got {table}")
-    if method is not None and logits is not None:
-        check.dtype(logits, check.FLOATS)
-        check.shape(logits, (num_tokens, method.num_logits), "num_tokens, num_experts")
-    if method is not None and x is not None and weight is not None:
-        check.dtype(x, check.FLOATS)
-        check.rank(x, "num_tokens, hidden")
-        check.shape(x, (num_tokens, x.shape[1]), "num_tokens, hidden")
-        check.dtype(weight, check.FLOATS)
-        check.shape(weight, (method.num_logits, x.shape[1]), "num_experts, hidden")
     if logits is None and x is None:
-        for view in (logit_bias, expert_scale):
-            if view is not None:
-                raise ValueError(f"{view.name} needs logits or x, without which weights are uniform")
+        for name in arrays.given("logit_bias", "expert_scale"):
+            raise ValueError(f"{name} needs logits or x, without which weights are uniform")
         if method is not None and method.shared_in_normalizer:
             raise ValueError("a method with shared_in_normalizer needs logits or x, from which shared experts weigh")
-    elif method is not None:
-        check_layer(method, None, logit_bias, expert_scale)
-    check.num_valid(num_valid)
-    if method is None:
-        return ((num_tokens, top_k), "float32"), ((num_tokens, top_k), "int32")
-    return results(method, num_tokens)
-
-
-def kernel(
-    method: RoutingMethod | None,
-    out_strides: Sequence[int],
-    token_ids: View,
-    table: View,
-    logits: View | None,
-    x: View | None,
-    weight: View | None,
-    logit_bias: View | None,
-    expert_scale: View | None,
-    num_valid: View | None,
-) -> Kernel:
-    num_tokens, (vocab_size, top_k) = token_ids.shape[0], table.shape
-    macros = {
-        "TOKEN_ID_BYTES": 4 if token_ids.dtype == "int32" else 8,
-        "TABLE_BYTES": 4 if table.dtype == "int32" else 8,
-        "TOP_K": top_k,
-        "NUM_EXPERTS": _UNKNOWN_EXPERTS if method is None else method.num_experts,
-        "HAS_NUM_VALID": int(num_valid is not None),
-    }
-    fixed: dict[str, int | float] = {
-        "num_tokens": num_tokens,
-        **method_arguments(method),  # beside what is needed first: constants come by lines of a cache
-        "vocab_size": vocab_size,
-        "hidden": 0 if x is None else x.shape[1],
-        "table_stride": table.row_stride,
-        "logits_stride": 0 if logits is None else logits.row_stride,
-        "x_stride": 0 if x is None else x.row_stride,
-        "weight_stride": 0 if weight is None else weight.row_stride,
-        "weights_stride": out_strides[0],
-        "indices_stride": out_strides[1],
-    }
-    if method is not None:
-        layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
-        macros |= method_macros(method, [name for name, view in layer.items() if view is not None])
-    if x is not None and weight is not None and method is not None:
-        both_aligned = all(layout.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
-        macros |= {
-            "SOURCE": _PRODUCTS,
-            "DTYPE": layout.DTYPE_CODES[x.dtype],
-            "WEIGHT_DTYPE": layout.DTYPE_CODES[weight.dtype],
-            "ALIGNED": int(both_aligned and x.shape[1] % 8 == 0),
-        }
-        whole_rows, hidden = needs_whole_rows(method), x.shape[1]
-        if method.num_columns > _MAX_PRODUCTS:
-            raise ValueError(f"top_k + num_shared_experts must be at most {_MAX_PRODUCTS} with x, got {method}")
-        if whole_rows or method.shared_in_normalizer or method.num_columns > layout.MAX_LANES or num_tokens > MAX_GRID:
-            warps = min(method.num_experts if whole_rows else top_k, _MAX_WARPS)
-        else:
-            parts = max(1, min(_SHARING_WARPS // top_k, _MAX_PARTS, -(-hidden // 256)))
-            warps = top_k * parts
-            in_flight = 7 // (1 + ("float32" in (x.dtype, weight.dtype))) // (1 + (warps > _SHARING_WARPS))
-            steps = max(1, -(-hidden // (256 * parts)))
-            batches = -(-steps // in_flight)
-            macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
-        macros["WARPS"] = warps
-        grid = min(num_tokens, MAX_GRID)
-        return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
-    lanes = layout.MAX_LANES
-    if method is None or logits is None or not needs_whole_rows(method):
-        while lanes // 2 >= (top_k if method is None else method.num_columns):
-            lanes //= 2
-    columns = (top_k, top_k if method is None else method.num_columns)
-    dense = (table.row_stride, *out_strides) == (columns[0], columns[1], columns[1])
-    macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
-    if method is not None and logits is not None:
-        macros["DTYPE"] = layout.DTYPE_CODES[logits.dtype]
-        dense = dense and logits.row_stride == method.num_logits
-    macros["DENSE"] = int(dense)
-    grid = -(-num_tokens * lanes // _BLOCK)
-    return Kernel("hash_router", "hash_router", macros, grid, _BLOCK, fixed, headers(method))
-
-
-def needs_whole_rows(method: RoutingMethod) -> bool:
-    """Whether an expert's score depends on the logits of experts that were not chosen."""
-    return method.score == "softmax" and not method.score_after_topk
-
-
-def reference_call(
-    method: RoutingMethod | None,
-    number: int,
-    token_ids: Any,
-    table: Any,
-    logits: Any,
-    x: Any,
-    weight: Any,
-    logit_bias: Any,
-    expert_scale: Any,
-    num_valid: Any,
-) -> tuple[Any, Any]:
-    valid = check.valid_rows(number, num_valid, len(token_ids))
-    return reference.hash_router(
-        token_ids, table, method, logits, x, weight, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid
-    )
-
-
-_OP = Op(
-    name="hash_router",
-    inputs=INPUTS,
-    result=Routing,
-    check=check_call,
-    kernel=kernel,
-    reference=reference_call,
-    takes_number=True,
-    smooth=(2, 3, 4, 5, 6),
-)
+    elif method is None:
+        raise ValueError("logits or x need a method, which says how to score them")

@@ -1,32 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select: the k largest scores of each row, sorted, exact."""
+"""topk_select: the k largest scores of each row, exact, in the order asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _layout as layout
-from cupy_router.ops._call import Kernel, Op, Work, run
-from cupy_router.ops._topk_select_long import INPUTS, LongTopK, Options
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import Kernel, Work
+from cupy_router.ops._op import Arrays, Op, Options, Result, layer, row
+from cupy_router.ops._run import run
+from cupy_router.ops._topk_select_long import LongTopK
 from cupy_router.reference import topk_select as reference
 from cupy_router.results import TopK
+from cupy_router.tuning import Gpu
+
+ORDERS = ("value", "column", "any")
 
 
-class Columns(NamedTuple):
-    """The result of a call that returns no values."""
+@dataclass(frozen=True)
+class TopKOptions(Options):
+    """Options of a call: see :func:`topk_select`."""
 
-    indices: Any
+    k: int
+    order: str = "value"
+    return_values: bool = True
+    page_size: int = 1
+
+
+def _returns_values(options: TopKOptions) -> bool:
+    return options.return_values
+
+
+def _score_dtype(options: TopKOptions, dtypes: Mapping[str, str]) -> str:
+    return dtypes["scores"]
+
+
+class TopKSelect(Op):
+    """The declaration of :func:`topk_select`."""
+
+    name = "topk_select"
+    options = TopKOptions
+    inputs = (
+        row("scores", "num_rows, num_columns", required=True),
+        row("lengths", "num_rows", ("int32",)),
+        row("starts", "num_rows", ("int32",)),
+        layer("index_map", "num_rows or 1, num_pages", ("int32",)),
+    )
+    results = (
+        Result("values", "num_rows, k", _score_dtype, exists=_returns_values),
+        Result("indices", "num_rows, k", "int32"),
+    )
+    returns = TopK
+
+    def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        return {"k": options.k}
+
+    def check(self, options: TopKOptions, arrays: Arrays) -> None:
+        scores, index_map, page_size = arrays.scores, arrays.index_map, options.page_size
+        num_rows, num_columns = scores.shape
+        windowed = arrays.lengths is not None or arrays.starts is not None
+        check.integer("k", options.k, 1, 2**31 - 1 if windowed else num_columns)
+        if num_columns > 2**31 - 1:
+            raise ValueError(f"scores must have at most 2**31 - 1 columns, got {scores}")
+        if index_map is None:
+            if page_size != 1:
+                raise ValueError(f"page_size belongs to an index_map, got {page_size} without one")
+        elif index_map.shape[0] not in (1, num_rows) or index_map.shape[1] < -(-num_columns // page_size):
+            raise ValueError(
+                f"index_map must have {num_rows} rows or 1 and a page for each {page_size} of {num_columns} columns, "
+                f"got {index_map}"
+            )
+
+    def reference(self, options: TopKOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        results = reference.topk_select(
+            arrays.scores, options.k, arrays.lengths, arrays.starts, order=options.order,
+            index_map=arrays.index_map, page_size=options.page_size,
+        )  # fmt: skip
+        return results if options.return_values else results[1:]
+
+    def is_single_kernel(self, options: TopKOptions, arrays: Arrays) -> bool:
+        plain = options == TopKOptions(options.k) and arrays.index_map is None
+        return plain and row_lanes.fits(arrays.scores.shape[1], options.k)
+
+    def kernel(self, options: TopKOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
+        """Return the kernel for rows that a warp holds; all else goes by that for long rows, which has the options."""
+        if not self.is_single_kernel(options, arrays):
+            return LongTopK(options, arrays, gpu)
+        k, scores = options.k, arrays.scores
+        num_rows, num_columns = scores.shape
+        lengths, starts = arrays.lengths, arrays.starts
+        strides = scores.row_stride, arrays.values.row_stride, arrays.indices.row_stride
+        macros = {"DTYPE": row_lanes.DTYPE_CODES[scores.dtype]}
+        fixed: dict[str, int | float] = {
+            "num_rows": num_rows,
+            "num_columns": num_columns,
+            "k": k,
+            "scores_stride": scores.row_stride,
+            "values_stride": arrays.values.row_stride,
+            "indices_stride": arrays.indices.row_stride,
+        }
+        lanes, columns = row_lanes.lanes_and_columns(num_columns, k)
+        interleaved = row_lanes.interleaved_lanes(gpu, num_rows, num_columns, k, False)
+        if interleaved:
+            lanes, columns = interleaved, row_lanes.interleaved_columns(num_columns, interleaved)
+        whole = lengths is None and starts is None and lanes * columns == num_columns
+        macros |= {
+            "TOP_K": k,
+            "INTERLEAVED": int(bool(interleaved)),
+            "LANES": lanes,
+            "PER_LANE": columns,
+            "WHOLE_ROWS": int(whole),
+            "ENDS_AT": 1 if whole or lengths is not None or starts is not None else min(num_columns & -num_columns, 8),
+            "DENSE": int(strides == (num_columns, k, k)),
+            "HAS_LENGTHS": int(lengths is not None),
+            "HAS_STARTS": int(starts is not None),
+            "ALIGNED": int(
+                starts is None and row_lanes.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)
+            ),
+        }
+        grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
+        takes = ("scores", "lengths", "starts", "values", "indices")
+        return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
+
+
+OP = TopKSelect()
 
 
 def topk_select(
-    scores: Any, k: int, *, lengths: Any = None, starts: Any = None, sorted: bool = True, return_values: bool = True,
+    scores: Any, k: int, *, lengths: Any = None, starts: Any = None, order: str = "value", return_values: bool = True,
     index_map: Any = None, page_size: int = 1, out: Any = None, stream: Any = None,
 ) -> TopK:  # fmt: skip
-    """The k largest scores of each row and their columns, by descending score; equal scores, lower column first.
+    """Return the k largest scores of each row and their columns; of equal scores, the lower columns.
 
     Exact on every input: -0.0 equals +0.0, subnormals are ordered, NaN ranks below -inf. Row r has only the columns
     from `starts[r]` (default 0) for `lengths[r]` (default: to the end), cut to what exists; a start outside the row or
@@ -37,12 +144,13 @@ def topk_select(
         k: at least 1; at most num_columns unless `lengths` or `starts` are given.
         lengths: [num_rows] int32, or None.
         starts: [num_rows] int32, or None.
-        sorted: False orders the same entries by ascending column instead, which takes a little longer.
+        order: of the selected entries in a row: "value" by descending score, equal scores by ascending column;
+            "column" by ascending column; "any" in whatever order is fastest, the same on every run. The selected set is
+            the same in all three, and empty entries come last.
         return_values: False returns `values` None, and spares their memory.
-        index_map: what is written in place of an index i >= 0, the place of i in a paged cache: a table of pages
-            [num_rows or 1, at least num_columns / page_size] int32, of which it is `index_map[row, i // page_size] *
-            page_size + i % page_size`; with `page_size` 1 simply `index_map[row, i]`.
-        page_size: columns in a page of `index_map`, at least 1. What the map makes of an index has to fit int32.
+        index_map: [num_rows or 1, at least num_columns / page_size] int32, a table of pages. An index i >= 0 is written
+            as its place in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.
+        page_size: columns in a page of `index_map`, at least 1. Mapped indices have to fit int32.
         out: a :class:`TopK` of preallocated arrays (`values` None without values), filled in place and returned.
         stream: work is enqueued on the current stream of the scores' framework unless an object with
             `__cuda_stream__` or an int handle is given here. The host never waits.
@@ -52,9 +160,9 @@ def topk_select(
         int32; -inf and -1 where a row holds fewer than k. Arrays are of the scores' framework, on their device.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed, or k or page_size is no int, or sorted or
+        TypeError: something is no array, or has a dtype that is not allowed, k or page_size is no int, or
             return_values is no bool.
-        ValueError: ranks, shapes, strides, devices, k or page_size are wrong.
+        ValueError: ranks, shapes, strides, devices, k, order or page_size are wrong.
         RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
 
     >>> import numpy as np
@@ -64,114 +172,11 @@ def topk_select(
     """
     if type(k) is not int:
         k = check.integer("topk_select: k", k, 1)
-    if sorted is True and return_values is True and index_map is None and page_size == 1:
-        return run(_OP, k, (scores, lengths, starts), out, stream)  # type: ignore[no-any-return]  # an op.result
-    if type(sorted) is not bool or type(return_values) is not bool:
-        raise TypeError(f"topk_select: sorted and return_values must be bools, got {sorted!r} and {return_values!r}")
+    if order not in ORDERS:
+        raise ValueError(f"topk_select: order must be {', '.join(map(repr, ORDERS))}, got {order!r}")
+    if type(return_values) is not bool:
+        raise TypeError(f"topk_select: return_values must be a bool, got {return_values!r}")
     if page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
-    options, inputs = Options(k, sorted, return_values, page_size), (scores, lengths, starts, index_map)
-    if return_values:
-        return run(_OP_OPTIONS, options, inputs, out, stream)  # type: ignore[no-any-return]  # an op.result
-    if out is not None:
-        if not (isinstance(out, tuple) and len(out) == 2 and out[0] is None):
-            raise TypeError("topk_select: out must be a TopK whose values are None where values are not returned")
-        run(_OP_COLUMNS, options, inputs, Columns(out[1]), stream)
-        return out  # type: ignore[return-value]  # a TopK without values
-    return TopK(None, run(_OP_COLUMNS, options, inputs, None, stream).indices)
-
-
-def _check(k: int, scores: View, lengths: View | None, starts: View | None) -> tuple[Output, Output]:
-    check.dtype(scores, check.FLOATS)
-    check.rank(scores, "num_rows, num_columns")
-    num_rows, num_columns = scores.shape
-    check.integer("k", k, 1, num_columns if lengths is None and starts is None else 2**31 - 1)
-    if num_columns > 2**31 - 1:
-        raise ValueError(f"scores must have at most 2**31 - 1 columns, got {scores}")
-    for view in (lengths, starts):
-        if view is not None:
-            check.dtype(view, ("int32",))
-            check.shape(view, (num_rows,), "num_rows")
-    return ((num_rows, k), scores.dtype), ((num_rows, k), "int32")
-
-
-def _check_options(
-    options: Options, scores: View, lengths: View | None, starts: View | None, index_map: View | None
-) -> tuple[Output, ...]:
-    results = _check(options.k, scores, lengths, starts)
-    num_rows, num_columns = scores.shape
-    if index_map is not None:
-        check.dtype(index_map, ("int32",))
-        check.rank(index_map, "num_rows or 1, num_pages")
-        rows, pages = index_map.shape
-        if rows not in (1, num_rows) or pages < -(-num_columns // options.page_size):
-            raise ValueError(
-                f"index_map must have {num_rows} rows or 1 and a page for each {options.page_size} of {num_columns} "
-                f"columns, got {index_map}"
-            )
-    elif options.page_size != 1:
-        raise ValueError(f"page_size belongs to an index_map, got {options.page_size} without one")
-    return results if options.return_values else results[1:]
-
-
-def _kernel(
-    k: int, out_strides: Sequence[int], scores: View, lengths: View | None, starts: View | None
-) -> Kernel | Work:
-    num_rows, num_columns = scores.shape
-    if not layout.fits(num_columns, k):
-        return LongTopK(Options(k), out_strides, scores, lengths, starts)
-    macros = {"DTYPE": layout.DTYPE_CODES[scores.dtype]}
-    fixed: dict[str, int | float] = {
-        "num_rows": num_rows,
-        "num_columns": num_columns,
-        "k": k,
-        "scores_stride": scores.row_stride,
-        "values_stride": out_strides[0],
-        "indices_stride": out_strides[1],
-    }
-    lanes, columns = layout.lanes_and_columns(num_columns, k)
-    dealt = layout.dealt_lanes(num_rows, num_columns, k, False)
-    if dealt:
-        lanes, columns = dealt, layout.dealt_columns(num_columns, dealt)
-    whole = lengths is None and starts is None and lanes * columns == num_columns
-    macros |= {
-        "TOP_K": k,
-        "INTERLEAVED": int(bool(dealt)),
-        "LANES": lanes,
-        "PER_LANE": columns,
-        "WHOLE_ROWS": int(whole),
-        "ENDS_AT": 1 if whole or lengths is not None or starts is not None else min(num_columns & -num_columns, 8),
-        "DENSE": int((scores.row_stride, *out_strides) == (num_columns, k, k)),
-        "HAS_LENGTHS": int(lengths is not None),
-        "HAS_STARTS": int(starts is not None),
-        "ALIGNED": int(starts is None and layout.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)),
-    }
-    return Kernel("topk_select", "topk_select", macros, *layout.grid_and_block(num_rows, lanes, bool(dealt)), fixed)
-
-
-def _reference(k: int, number: int, scores: Any, lengths: Any, starts: Any) -> tuple[Any, Any]:
-    return reference.topk_select(scores, k, lengths, starts)
-
-
-def _reference_options(
-    options: Options, number: int, scores: Any, lengths: Any, starts: Any, index_map: Any
-) -> tuple[Any, ...]:
-    results = reference.topk_select(
-        scores, options.k, lengths, starts, sorted=options.sorted, index_map=index_map, page_size=options.page_size
-    )
-    return results if options.return_values else results[1:]
-
-
-_OP = Op(
-    name="topk_select",
-    inputs=("scores", "lengths", "starts"),
-    result=TopK,
-    check=_check,
-    kernel=_kernel,
-    reference=_reference,
-    takes_number=False,
-)
-
-# With options, which the kernels for long rows have, for rows of any length.
-_OP_OPTIONS = replace(_OP, inputs=INPUTS, check=_check_options, kernel=LongTopK, reference=_reference_options)
-_OP_COLUMNS = replace(_OP_OPTIONS, result=Columns)
+    fields = k, order, return_values, page_size
+    return run(OP, fields, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]

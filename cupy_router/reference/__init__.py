@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops in NumPy, one file per op: the written-out mathematics, and the backend for arrays in CPU memory.
+"""The ops in NumPy, one file per op: the specification, and the backend for arrays in CPU memory.
 
-Arithmetic is in float64. Scores are rounded to float32 before anything is compared, because selection is defined on
-float32; weights are computed in float64 from the rounded scores and rounded once at the end.
+Arithmetic is in float64. Scores are rounded to float32 before they are compared, because selection is defined on
+float32. Weights are computed in float64 from the rounded scores and rounded once at the end.
 
-The functions take NumPy arrays that were checked before; the errors for users are raised in ``cupy_router.ops``.
+The functions take NumPy arrays that are already checked. ``cupy_router.ops`` raises the errors for users.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to experts and weights."""
+"""Select experts from logits and compute their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..method import RoutingMethod
 from .groups import eligible_experts
 from .order import row_slices, top_indices
-from .scoring import append_shared_indices, flush, no_results, prepare_logits, route_weights, score_logits
+from .scoring import append_shared_indices, empty_results, flush, prepare_logits, route_weights, score_logits
 
 
 def activation_topk(
@@ -23,29 +23,29 @@ def activation_topk(
     expert_scale: NDArray[np.float32] | None = None,
     num_valid: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Score the logits, choose the experts with the best score plus bias, weigh them by their score.
+    """Score the logits, select the experts with the highest score plus bias, weight them by their score.
 
-    The bias only selects, it never weighs: the weights come from the scores themselves, gathered, because biased minus
-    bias would have lost their low bits.
+    The bias takes part in the selection only. Weights are gathered from the scores, because (score + bias) - bias would
+    lose the low bits.
 
     Args:
-        logits: [num_tokens, num_experts] float32, float16 or bfloat16; further columns are shared experts' own.
-        method: how to score, choose and weigh.
+        logits: [num_tokens, num_experts] float32, float16 or bfloat16. Further columns belong to shared experts.
+        method: How to score, select and weight.
         bias: [num_experts] float32, or None.
-        logit_bias: as long as a row of logits, float32, or None: added to them.
-        expert_scale: [num_experts] float32, or None: a factor of each expert's weight.
-        num_valid: rows from this one on are padding; None means that there is none.
+        logit_bias: [num_experts] float32 to add to the logits, or None.
+        expert_scale: [num_experts] float32 factor of each expert's weight, or None.
+        num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
-        weights and indices [num_tokens, top_k + shared experts], in the method's dtypes and the order of ``order.py``
-        of the selection values; 0 and -1 in padding.
+        weights and indices [num_tokens, top_k + shared experts], in the method's dtypes, ordered by selection value as
+        in ``order.py``. Padding has weights 0 and indices -1.
 
     >>> logits = np.array([[2.0, 1.0, 1.0, 0.0]], np.float32)
     >>> activation_topk(logits, RoutingMethod(4, 2, "identity"), bias=np.array([0, 0, 0, 9], np.float32))
     (array([[0., 1.]], dtype=float32), array([[3, 0]], dtype=int32))
     """
     num_tokens, num_logits = logits.shape
-    weights, indices = no_results(num_tokens, method.num_columns, method)
+    weights, indices = empty_results(num_tokens, method.num_columns, method)
     for rows in row_slices(num_tokens if num_valid is None else num_valid, num_logits):
         prepared = prepare_logits(logits[rows], method, logit_bias)
         selection = selection_values(prepared[:, : method.num_experts], method, bias)
@@ -58,7 +58,7 @@ def activation_topk(
 def selection_values(
     logits: NDArray[np.float32], method: RoutingMethod, bias: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
-    """What experts are chosen by: scores, or logits, plus the bias in float32, as the order is defined on it."""
+    """Return the values that rank the experts: scores or logits, plus the bias, in float32."""
     values = logits if method.selects_on_logits else score_logits(logits, method)
     with np.errstate(all="ignore"):
         return values if bias is None else flush(values + flush(bias))

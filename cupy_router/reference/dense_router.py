@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states to experts and weights: the gate product, then what ``activation_topk`` does."""
+"""Compute logits from hidden states by the gate GEMM, then route them by ``activation_topk``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def dense_router(
     expert_scale: NDArray[np.float32] | None = None,
     num_valid: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Logits are the products of each token with each row of the gate, in float64, rounded once to float32.
+    """Multiply the tokens with the gate in float64, round the logits once to float32 and route them.
 
     Args:
         x: [num_tokens, hidden] float32, float16 or bfloat16.
-        weight: [num_experts, hidden] of those dtypes, the gate; further rows are shared experts' own.
-        method: how to score, choose and weigh.
-        bias, logit_bias, expert_scale: as for :func:`activation_topk`.
-        num_valid: rows from this one on are padding; None means that there is none.
+        weight: The gate, [num_experts, hidden] in one of these dtypes. Further rows belong to shared experts.
+        method: How to score, select and weight.
+        bias, logit_bias, expert_scale: As for :func:`activation_topk`.
+        num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
-        weights and indices as :func:`activation_topk`.
+        weights and indices as for :func:`activation_topk`.
 
     >>> x, gate = np.array([[1.0, 2.0]], np.float32), np.array([[3, 0], [0, 1], [0, 2]], np.float32)
     >>> dense_router(x, gate, RoutingMethod(3, 2, "identity", renormalize=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts can be chosen when only those of the best groups can."""
+"""Restrict the selection to the experts of the best groups."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .scoring import flush
 
 
 def eligible_experts(selection: NDArray[np.float32], method: RoutingMethod) -> NDArray[np.bool_] | None:
-    """Where experts are in one of their token's best groups; None if all are.
+    """Return a mask of the experts in their token's best groups, or None if all groups are used.
 
-    A group is worth its best selection value, or the float32 sum of its best two (of one, if it has no more); in both
-    the order is that of ``order.py``: NaN is below everything, equal groups go to the lower one.
+    The score of a group is its greatest selection value, or the float32 sum of its two greatest (of one, if it has no
+    more). Groups are ordered as in ``order.py``: NaN ranks lowest, and of equal groups the lower one comes first.
 
     Args:
         selection: [num_tokens, num_experts] float32.
-        method: how many groups there are, and how many of them count.
+        method: Its fields ``num_groups``, ``top_groups`` and ``group_score`` are used.
 
     >>> method = RoutingMethod(4, 1, num_groups=2, group_score="top2")
     >>> eligible_experts(np.array([[5, 0, 3, 3]], np.float32), method)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One order for every selection: descending value; equal values, lower index first; NaN below everything.
+"""The order of every selection: descending value, of equal values the lower index first, NaN lowest.
 
-The order is total: each float32 becomes an unsigned integer that orders alike, and the index below it in the same
-64-bit key makes all keys of a row different. Whatever sorts them, the answer is the same.
+The order is total. Each float32 becomes an unsigned integer of the same order, and the column index in the low half of
+the 64-bit key makes all keys of a row different. So every sorting algorithm gives the same result.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-ENTRIES_AT_ONCE = 2**18  # as float64 and their temporaries these stay in a CPU's cache
+ENTRIES_AT_ONCE = 2**18  # with their float64 temporaries these fit into a CPU's cache
 
 
 def row_slices(num_rows: int, row_entries: int) -> Iterator[slice]:
-    """Cut ``num_rows`` rows of ``row_entries`` entries into slices that are worth one pass each."""
+    """Split ``num_rows`` rows of ``row_entries`` entries into slices that fit into the CPU's cache."""
     step = max(1, ENTRIES_AT_ONCE // max(1, row_entries))
     for begin in range(0, num_rows, step):
         yield slice(begin, min(begin + step, num_rows))
 
 
 def order_key(values: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Unsigned integers in the order of ``values``: NaN is 0, -0.0 and +0.0 are equal, subnormals are exact.
+    """Return unsigned integers in the order of ``values``: NaN is 0, -0.0 equals +0.0, subnormals are exact.
 
-    A float32 is a sign and a magnitude, and magnitudes order like their bits; so the key is the magnitude, counted up
-    or down from the middle. No arithmetic is done on the floats, which flush-to-zero could spoil.
+    A float32 has a sign and a magnitude, and the order of magnitudes is the order of their bits. So the key is the
+    magnitude added to or subtracted from the middle of the range. It uses no float arithmetic, which flush-to-zero
+    could change.
 
     >>> [f"{key:#010x}" for key in order_key(np.array([np.nan, -np.inf, -0.0, 0.0, 1e-45, 1.0], np.float32))]
     ['0x00000000', '0x00800000', '0x80000000', '0x80000000', '0x80000001', '0xbf800000']
@@ -41,12 +42,12 @@ def order_key(values: NDArray[np.float32]) -> NDArray[np.uint32]:
 def top_indices(
     values: NDArray[np.float32], count: int, eligible: NDArray[np.bool_] | None = None
 ) -> NDArray[np.int32]:
-    """The columns of the ``count`` best values of each row, best first.
+    """Return the columns of the ``count`` greatest values of each row, greatest first.
 
     Args:
         values: [num_rows, num_columns] float32.
-        count: columns to choose, at most num_columns.
-        eligible: [num_rows, num_columns] bool; where it is False the value does not take part.
+        count: Number of columns to select, at most num_columns.
+        eligible: [num_rows, num_columns] bool; False excludes a value.
 
     Returns:
         [num_rows, count] int32; -1 where a row has fewer than ``count`` eligible values.
@@ -59,7 +60,7 @@ def top_indices(
     keys: NDArray[np.uint64] = (~order_key(values)).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(num_columns, dtype=np.uint64)
     if eligible is not None:
-        keys[~eligible] = 2**64 - 1  # behind every real key, and its low half reads as -1
+        keys[~eligible] = 2**64 - 1  # above every real key, and its low half reads as -1
     if count < num_columns:
         keys = np.partition(keys, count - 1, axis=-1)[:, :count]
     best = np.sort(keys, axis=-1)[:, :count]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of a gate, scores of logits, and weights from the scores of the chosen experts.
+"""Compute logits from a gate, scores from logits, and weights from the scores of the selected experts.
 
-The float32 results never hold a subnormal: it becomes 0, as in the kernels, which are compiled with flush-to-zero.
+Subnormal float32 results become 0, as in the kernels, which are compiled with flush-to-zero.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ Float32 = NDArray[np.float32]
 
 
 def flush(values: Float32) -> Float32:
-    """The values, subnormals as 0."""
+    """Return the values with subnormals replaced by 0."""
     return np.where(np.abs(values) < np.float32(FLOAT32_TINY), np.float32(0), values)
 
 
 def gate_logits(x: NDArray[Any], weight: NDArray[Any]) -> Float32:
-    """The logits [num_tokens, num_experts] of x [num_tokens, hidden] under a gate [num_experts, hidden], in float32.
+    """Return the float32 logits [num_tokens, num_experts] of x [num_tokens, hidden] and a gate [num_experts, hidden].
+
+    The products are accumulated in float64 and rounded once.
 
     >>> gate_logits(np.array([[1.0, 2.0]], np.float32), np.array([[3.0, 0.5], [0.0, 1.0]], np.float32))
     array([[4., 2.]], dtype=float32)
     """
     gate = weight.astype(np.float64).T
     logits = np.empty((len(x), len(weight)), np.float32)
-    with np.errstate(all="ignore"):  # infinities and NaN are ordinary inputs, here and below
+    with np.errstate(all="ignore"):  # infinities and NaN are valid inputs
         for rows in row_slices(*x.shape):
             logits[rows] = x[rows].astype(np.float64) @ gate
     return logits
 
 
 def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
-    """Logits as they are scored: bias added, then scaled, then capped; each step in float32.
+    """Add the bias to the logits, scale and cap them, each step in float32.
 
     >>> prepare_logits(np.array([[1.0, 50.0]]), RoutingMethod(2, 1, logit_scale=2.0, logit_softcap=30.0))
     array([[ 1.9970423, 29.923738 ]], dtype=float32)
@@ -50,19 +52,19 @@ def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Floa
 
 
 def scale_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
-    """Logits with the bias added, then scaled."""
+    """Add the bias to the logits, then scale them."""
     with np.errstate(all="ignore"):
         scaled = flush(logits.astype(np.float32))
         if logit_bias is not None:
-            behind = scaled.shape[-1] - len(logit_bias)  # shared experts' logits, which have none
-            scaled = flush(scaled + np.pad(flush(logit_bias), (0, behind)))
+            num_shared = scaled.shape[-1] - len(logit_bias)  # shared experts have no bias
+            scaled = flush(scaled + np.pad(flush(logit_bias), (0, num_shared)))
         if method.logit_scale != 1.0:
             scaled = flush(scaled * np.float32(method.logit_scale))
     return scaled
 
 
 def cap_logits(scaled: Float32, method: RoutingMethod) -> Float32:
-    """Scaled logits, kept between plus and minus the cap if there is one."""
+    """Apply the soft cap to the scaled logits, if there is one."""
     if method.logit_softcap is None:
         return scaled
     cap = float(np.float32(method.logit_softcap))
@@ -70,19 +72,21 @@ def cap_logits(scaled: Float32, method: RoutingMethod) -> Float32:
 
 
 def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
-    """The score of each logit: [num_tokens, any number] in and out; softmax is over the columns that there are.
+    """Return the score of each logit, [num_tokens, any number of columns]. Softmax is over these columns.
 
     >>> score_logits(np.array([[0.0, np.log(3.0)]]), RoutingMethod(2, 1, "softmax"))
     array([[0.25, 0.75]], dtype=float32)
     """
     wide = logits.astype(np.float64)
     with np.errstate(all="ignore"):
-        scores = SCORE_FUNCTIONS[method.score](wide) if isinstance(method.score, str) else own_score(method.score, wide)
+        scores = (
+            SCORE_FUNCTIONS[method.score](wide) if isinstance(method.score, str) else custom_score(method.score, wide)
+        )
         return flush(scores.astype(np.float32))
 
 
-def own_score(score: ScoreFunction, x: Float64) -> Float64:
-    """What the caller's function makes of each x; ValueError if that is another shape."""
+def custom_score(score: ScoreFunction, x: Float64) -> Float64:
+    """Apply the caller's function to x; ValueError if it returns another shape."""
     scores = np.asarray(score.numpy(x))
     if scores.shape != x.shape:
         raise ValueError(f"{score!r} made shape {scores.shape} of an array of shape {x.shape}")
@@ -92,9 +96,9 @@ def own_score(score: ScoreFunction, x: Float64) -> Float64:
 def route_weights(
     logits: Float32, experts: NDArray[Any], method: RoutingMethod, expert_scale: Float32 | None = None
 ) -> NDArray[Any]:
-    """Weights [num_tokens, top_k + shared] of given experts [num_tokens, top_k], from prepared logits.
+    """Return the weights [num_tokens, top_k + shared] of experts [num_tokens, top_k], from prepared logits.
 
-    They are computed in float32 and rounded to the method's dtype at the end.
+    Weights are float32 and rounded to the method's dtype at the end.
 
     >>> route_weights(np.array([[0.0, 9.0, 0.0]], np.float32), np.array([[0, 2]]), RoutingMethod(3, 2, scale=4.0))
     array([[2., 2.]], dtype=float32)
@@ -117,32 +121,32 @@ def route_weights(
         return weights.astype(method.weight_dtype)
 
 
-def no_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Weights 0 and indices -1, in the method's dtypes, for rows to be filled in."""
+def empty_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return weights 0 and indices -1 in the method's dtypes."""
     weight_dtype, index_dtype = (method.weight_dtype, method.index_dtype) if method else ("float32", "int32")
     shape = (num_tokens, num_columns)
     return np.zeros(shape, np.dtype(weight_dtype)), np.full(shape, -1, np.dtype(index_dtype))
 
 
 def append_shared(weights: Float32, method: RoutingMethod) -> Float32:
-    """The weights with those of shared experts that have no logits behind them."""
+    """Append the weights of shared experts that have no logits."""
     shape = (len(weights), method.num_columns - weights.shape[-1])
     return np.concatenate([weights, np.full(shape, method.shared_weight, np.float32)], axis=-1)
 
 
 def append_shared_indices(experts: NDArray[Any], method: RoutingMethod) -> NDArray[Any]:
-    """The experts with the shared ones behind them, in the method's dtype."""
-    shared = np.arange(method.num_experts, method.num_experts + method.num_shared_experts)
-    behind = np.broadcast_to(shared, (len(experts), len(shared)))
-    return np.concatenate([experts, behind], axis=-1).astype(method.index_dtype)
+    """Append the indices of the shared experts, in the method's dtype."""
+    ids = np.arange(method.num_experts, method.num_experts + method.num_shared_experts)
+    shared = np.broadcast_to(ids, (len(experts), len(ids)))
+    return np.concatenate([experts, shared], axis=-1).astype(method.index_dtype)
 
 
 def weigh(scores: Float32, method: RoutingMethod) -> Float32:
-    """Weights from the scores [num_tokens, top_k] of each token's experts: renormalised, then scaled.
+    """Renormalise and scale the scores [num_tokens, top_k] of each token's experts.
 
-    Renormalising divides by the sum, under three rules: it leaves out NaN, so that one NaN does not spoil its
-    neighbours; a divisor of 0 gives weights 0, and NaN to -inf; where a score is +inf, infinite scores weigh NaN and
-    finite ones 0.
+    Renormalising divides by the sum, with three rules. The sum leaves NaN out, so that one NaN does not spoil the other
+    weights. A divisor of 0 gives weights 0, or NaN for infinite scores. Where a score is +inf, infinite scores get
+    weight NaN and finite ones 0.
 
     >>> weigh(np.array([[1.0, 3.0]], np.float32), RoutingMethod(8, 2, scale=2.0))
     array([[0.5, 1.5]], dtype=float32)
@@ -151,22 +155,22 @@ def weigh(scores: Float32, method: RoutingMethod) -> Float32:
     with np.errstate(all="ignore"):
         if method.renormalize:
             total, divisor = normaliser(weights, method)
-            nothing = (total == 0.0) | (divisor == 0.0)
-            weights = np.where(nothing, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
+            is_zero = (total == 0.0) | (divisor == 0.0)
+            weights = np.where(is_zero, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
         return flush((weights * method.scale).astype(np.float32))
 
 
 def normaliser(scores: Float64, method: RoutingMethod) -> tuple[Float64, Float64]:
-    """The sum of each token's scores that are not NaN, and what they are divided by: both [num_tokens, 1]."""
+    """Return the sum of each token's scores that are not NaN, and the divisor, both [num_tokens, 1]."""
     total = np.nansum(scores, axis=-1, keepdims=True)
-    total[np.isnan(total)] = np.inf  # +inf met -inf
+    total[np.isnan(total)] = np.inf  # the sum of +inf and -inf
     if method.renormalize_min is not None:
         return total, np.maximum(total, method.renormalize_min)
     return total, total + method.renormalize_eps
 
 
 def _scale_experts(weights: Float32, experts: NDArray[Any], expert_scale: Float32 | None) -> Float32:
-    """The weights, those of chosen experts multiplied by the experts' own factors."""
+    """Multiply the weights of the selected experts by the factor of each expert."""
     if expert_scale is not None:
         with np.errstate(all="ignore"):
             weights[:, : experts.shape[-1]] *= flush(expert_scale)[experts]
@@ -179,7 +183,7 @@ def log_sigmoid(x: Float64) -> Float64:
 
 
 def _sqrtsoftplus(x: Float64) -> Float64:
-    """sqrt(log(1 + exp(x))), without overflow for large x and without rounding 1 + exp(x) to 1 for small x."""
+    """Return sqrt(log(1 + exp(x))), without overflow for large x or rounding 1 + exp(x) to 1 for small x."""
     scores: Float64 = np.sqrt(np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x))))
     return scores
 
@@ -189,9 +193,9 @@ def sigmoid(x: Float64) -> Float64:
 
 
 def softmax(x: Float64) -> Float64:
-    """exp(x) over its sum. Shifting by the maximum changes nothing but keeps exp from overflowing.
+    """Return exp(x) divided by its sum, shifted by the maximum so that exp cannot overflow.
 
-    The maximum itself gets exp(0) = 1 even where it is infinite, and NaN takes part in neither maximum nor sum.
+    The maximum gets exp(0) = 1 even where it is infinite. Maximum and sum leave NaN out.
     """
     highest = np.fmax.reduce(x, axis=-1, keepdims=True)
     share: Float64 = np.where(x == highest, 1.0, np.exp(x - highest))

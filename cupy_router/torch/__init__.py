@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as citizens of PyTorch: importing this room registers them with torch.library, autograd and torch.compile.
+"""The ops in PyTorch: importing this package registers them with torch.library, autograd and torch.compile.
 
 From then on the public functions and a Router may be called in what `torch.compile(fullgraph=True)` or `torch.export`
 traces; a method travels through the schemas as text, which means the same in every process. Eager calls do not pass
-PyTorch's dispatcher: they ask whether something is being traced or requires grad, and go on as without this room.
+PyTorch's dispatcher: they ask whether something is traced or requires grad, and go on as without this package.
 
     import cupy_router.torch  # not needed if torch was imported before the ops, or once any op was given a tensor
 
@@ -21,11 +21,12 @@ the load of experts are made of.
 from __future__ import annotations
 
 from cupy_router import router
-from cupy_router.ops import _call
-from cupy_router.torch import _library
+from cupy_router.ops import _run
+from cupy_router.torch import _intercept, _router_op
 from cupy_router.torch._load_balance import LoadBalance, load_balance
 from cupy_router.torch._replace import replace_routers, restore_routers
 
 __all__ = ["LoadBalance", "load_balance", "replace_routers", "restore_routers"]
 
-router.tracer = _call.tracer = _library
+_run.interceptors.append(_intercept)
+router.interceptors.append(_router_op)

@@ -18,14 +18,16 @@ import torch
 from cupy_router.arrays import _torch as tensors
 from cupy_router.arrays import stream_handle
 from cupy_router.method import RoutingMethod
-from cupy_router.ops import _call, activation_topk_backward, hash_router
-from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, Options, without_factors
+from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops._op import Op
+from cupy_router.ops._run import run, run_eagerly
+from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, BackwardOptions, without_factors
+from cupy_router.ops.hash_router import HashOptions
 from cupy_router.torch._product import gate_product, product_gradients
 
-is_grad_enabled = torch.is_grad_enabled
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)  # private, so it may go
 
-BACKWARD = activation_topk_backward._OP
+BACKWARD = activation_topk_backward.OP
 
 # What may be needed on the way back; also what has a gradient, if the call got it.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
@@ -34,20 +36,20 @@ _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 # -- Eager calls -------------------------------------------------------------------------------------------------------
 
 
-def wants_gradient(op: _call.Op, inputs: tuple[Any, ...]) -> bool:
+def wants_gradient(op: Op, inputs: tuple[Any, ...]) -> bool:
     """Whether the results are tensors and one that they depend on requires grad; asked by every call in grad mode."""
-    for position in op.smooth:
+    for position in op.differentiable:
         array = inputs[position]
         if array is not None and getattr(array, "requires_grad", False):
             return isinstance(inputs[0], torch.Tensor)
     return False
 
 
-def run_with_gradient(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """A call for which :func:`wants_gradient` holds."""
-    given = dict(zip(op.inputs, inputs, strict=True))
+    given = dict(zip(op.names, inputs, strict=True))
     if given.get("logits") is None and given.get("weight") is None:  # uniform weights
-        return _call.run(op, options, inputs, out, stream, number, eager=True)
+        return run(op, options, inputs, out, stream, number, eager=True)
     if out is not None:
         raise ValueError(
             f"{op.name}: out cannot be given where weights have a gradient, that is with arrays that require grad "
@@ -58,7 +60,7 @@ def run_with_gradient(op: _call.Op, options: Any, inputs: tuple[Any, ...], out: 
     if stream is not None and inputs[0].is_cuda:
         context = torch.cuda.stream(torch.cuda.ExternalStream(stream_handle(stream), inputs[0].device))
     with context:
-        return op.result(*_Routing.apply(op, options, number, *map(_as_tensor, inputs)))
+        return op.pack(options, _Routing.apply(op, options, number, *map(_as_tensor, inputs)))
 
 
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
@@ -68,8 +70,8 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
     """
 
     @staticmethod
-    def forward(ctx: Any, op: _call.Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
-        weights, indices = _call.run(op, options, inputs, None, None, number, eager=True)
+    def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
+        weights, indices = run_eagerly(op, options, inputs, number)
         remember_call(ctx, op, options, number, *inputs, output=(weights, indices))
         return weights, indices
 
@@ -114,10 +116,9 @@ def remember(
     ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
 
 
-def remember_call(ctx: Any, op: _call.Op, options: Any, *inputs: Any, output: Any) -> None:
+def remember_call(ctx: Any, op: Op, options: Any, *inputs: Any, output: Any) -> None:
     """The same of an eager call; inputs begin with num_valid as an int."""
-    method = options if isinstance(options, RoutingMethod | None) else options[0]
-    remember(ctx, method, (None, None, None, *op.inputs), (op, options, *inputs), output)
+    remember(ctx, options.method, (None, None, None, *op.names), (op, options, *inputs), output)
 
 
 def backward(ctx: Any, grad_weights: Any, grad_indices: Any, by_op: bool = True) -> tuple[Any, ...]:
@@ -154,13 +155,12 @@ def gradients(
             logits = gate_product(x, weight)
         if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
             in_float32 = "logit_bias" in needed  # logits of x are in any case
+            options = BackwardOptions(method, "float32" if in_float32 else None, repeated)
             given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
             if by_op:
-                function = torch.ops.cupy_router.activation_topk_backward
-                grad_logits = function(method.text, *given, in_float32, repeated)
+                grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
             else:
-                options = Options(method, "float32" if in_float32 else None, repeated)
-                (grad_logits,) = _call.run(BACKWARD, options, given, None, None)
+                (grad_logits,) = run(BACKWARD, (method, options.dtype, repeated), given, None, None)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
@@ -189,10 +189,11 @@ def _by_expert_scale(
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
     experts = indices[:, : method.top_k]
     given = (rows, experts, logits, None, None, logit_bias, None, None)
+    options = HashOptions(without_factors(method))
     if by_op:
-        plain, _ = torch.ops.cupy_router.hash_router(without_factors(method).text, *given, -1)
+        plain, _ = torch.ops.cupy_router.hash_router(options.text, *given, -1)
     else:
-        plain, _ = _call.run(hash_router._OP, without_factors(method), given, None, None)
+        plain, _ = run(hash_router.OP, (options.method,), given, None, None)
     plain = plain[:, : method.top_k]
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.

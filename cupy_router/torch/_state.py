@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch is doing around a call: what every eager call asks, in a fifth of a microsecond."""
+"""Detect tracing and transforms of PyTorch. Every eager call does this, so it takes only 0.2 us."""
 
 from __future__ import annotations
 
@@ -16,18 +16,28 @@ _HAS_LEVELS = hasattr(forward_ad, "_current_level")
 
 
 def is_tracing() -> bool:
-    """Whether PyTorch is to see a call as an op: in torch.compile and torch.export, in torch.jit.trace, and within a
-    TorchDispatchMode such as those of make_fx and of fake tensors."""
+    """Return True if PyTorch traces the call and needs an op in its graph.
+
+    This is so in torch.compile, torch.export and torch.jit.trace, and within a TorchDispatchMode such as those of
+    make_fx and of fake tensors.
+    """
     return _is_compiling() or _num_modes() > 0 or _is_jit_traced()
 
 
 def is_special() -> bool:
-    """Whether a call may be more than a call: traced, inside torch.func, or with tangents."""
+    """Return True if a call may be traced, inside torch.func, or in forward-mode differentiation."""
     if _is_compiling() or _num_modes() or _is_jit_traced() or in_torch_func():
         return True
     return _HAS_LEVELS and forward_ad._current_level >= 0
 
 
 def has_tangent(array: Any) -> bool:
-    """Whether forward mode differentiates by a tensor; where a level of it has been entered."""
+    """Return True if forward mode differentiates with respect to a tensor. Needs an active forward-mode level."""
     return isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None
+
+
+def refuse_out_and_stream(name: str, out: Any, stream: Any) -> None:
+    """Refuse arguments that a traced call cannot have."""
+    if out is not None or stream is not None:
+        places = "torch.compile, torch.export, torch.func, torch.jit.trace or a TorchDispatchMode"
+        raise ValueError(f"{name}: out and stream cannot be given inside {places}")

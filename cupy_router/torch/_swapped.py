@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What swapped modules become: subclasses of their own classes, whose forward routes by cupy_router."""
+"""Subclasses that swapped modules get in place of their class, whose forward calls cupy_router."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.ops.dense_router import dense_router
 from cupy_router.ops.hash_router import hash_router
 from cupy_router.torch._product import gate_product
-from cupy_router.torch._router_modules import INLINE, SORTED, Plan, Results, Unknown
+from cupy_router.torch._router_modules import INLINE, SORTED, ResultTypes, RouterSpec, Unsupported
 
 
-def swap(module: Any, kind: type, plan: Plan) -> None:
-    """Make a module one of a kind of those below.
+def swap(module: Any, kind: type, spec: RouterSpec) -> None:
+    """Change the class of a module to a subclass of `kind`, one of the classes below.
 
     Raises:
-        Unknown: that cannot be done.
+        Unsupported: The class cannot be changed.
     """
     name = type(module).__name__
     if "forward" in vars(module) and "_old_forward" not in vars(module):
-        raise Unknown(f"the forward of its {name} has been replaced on the instance")
+        raise Unsupported(f"the forward of its {name} has been replaced on the instance")
     try:
         _change_class(module, subclass(kind, module.__class__))
-    except TypeError as error:  # such as a scripted module
-        raise Unknown(f"the class of its {name} cannot be changed: {error}") from error
-    module._cupy_router = plan
+    except TypeError as error:  # for example a scripted module
+        raise Unsupported(f"the class of its {name} cannot be changed: {error}") from error
+    module._cupy_router = spec
 
 
 def restore(module: Any) -> None:
-    """Make a swapped module what it was."""
+    """Give a swapped module its original class."""
     del module._cupy_router
     _change_class(module, module.original)
 
 
 def _change_class(module: Any, new: Any) -> None:
     module.__class__ = new
-    if "_old_forward" in vars(module):  # hooks of the accelerate package keep the forward that they wrap
+    if "_old_forward" in vars(module):  # hooks of the accelerate package wrap the forward
         module._old_forward = types.MethodType(new.forward, module)
 
 
 @functools.cache
 def subclass(kind: type, original: type) -> type:
-    """Of the same name, so that whoever goes by the names of classes still finds it."""
+    """Return a subclass with the same name, since some code looks at class names."""
     named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (kind, original), {**named, "original": original})
 
@@ -57,12 +57,12 @@ def _unpickled(kind: type, original: type) -> Any:
 
 
 class Swapped:
-    """What all swapped modules are, besides what they were."""
+    """Base class of all swapped modules."""
 
-    original: Any  # the class that it was
-    _cupy_router: Plan
+    original: Any  # the original class
+    _cupy_router: RouterSpec
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # its class cannot be found by name
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find a generated class by name
         return _unpickled, (type(self).__mro__[1], self.original), self.__dict__
 
     def extra_repr(self) -> str:
@@ -70,16 +70,16 @@ class Swapped:
 
 
 class Router(Swapped):
-    """A router."""
+    """Router module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._cupy_router
-        given = _by_role(plan, args, kwargs)
-        weight = attrgetter(plan.gate)(self)
-        results = plan.results.get((given["x"].dtype, weight.dtype))  # without them its own code raises an error
-        if results is None or _adds_noise(self, plan):
+        spec = self._cupy_router
+        given = _by_role(spec, args, kwargs)
+        weight = attrgetter(spec.gate)(self)
+        results = spec.results.get((given["x"].dtype, weight.dtype))  # for other dtypes the original raises the error
+        if results is None or _adds_noise(self, spec):
             return self.original.forward(self, *args, **kwargs)
-        given |= {role: attrgetter(path)(self) for role, path in plan.tensors.items()}
+        given |= {role: attrgetter(path)(self) for role, path in spec.tensors.items()}
         x = given["x"].reshape(-1, given["x"].shape[-1])
         if "input_scale" in given:
             x = self.norm(x) * given["input_scale"] * self.scalar_root_size  # type: ignore[attr-defined]  # of models with a norm
@@ -89,7 +89,7 @@ class Router(Swapped):
         if "table" in given:
             logits, token_ids = gate_product(x, weight), given["token_ids"].reshape(-1)
             weights, indices = hash_router(token_ids, given["table"], results.method, logits=logits, **layer)
-        elif {"logits", "probabilities"} & set(plan.outputs):
+        elif {"logits", "probabilities"} & set(spec.outputs):
             logits = gate_product(x, weight)
             weights, indices = activation_topk(logits, results.method, bias=bias, **layer)
         else:
@@ -98,75 +98,75 @@ class Router(Swapped):
             weights = weights * given["total_scale"].float()
         if logits is not None and logit_bias is not None:
             logits = logits + logit_bias
-        return _returned(plan, results, logits, weights, indices)
+        return _returned(spec, results, logits, weights, indices)
 
 
 class LogitsOnly(Swapped):
-    """The child of a block with a method of its own that makes the logits: they stay in float32."""
+    """Gate of a block that routes itself; keeps the logits in float32."""
 
     def forward(self, hidden_states: Any) -> Any:
-        plan = self._cupy_router
+        spec = self._cupy_router
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weight = attrgetter(plan.gate.partition(".")[2])(self)
-        if (x.dtype, weight.dtype) not in plan.results or _adds_noise(self, plan):
+        weight = attrgetter(spec.gate.partition(".")[2])(self)
+        if (x.dtype, weight.dtype) not in spec.results or _adds_noise(self, spec):
             return self.original.forward(self, hidden_states)
         return gate_product(x, weight)
 
 
 class InlineRouter(Swapped):
-    """A sparse block that routes by a method of its own."""
+    """Sparse block that routes itself."""
 
     def _route(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._cupy_router
-        logits = _by_role(plan, args, kwargs)["logits"]
-        dtype = attrgetter(plan.gate)(self).dtype
-        results = plan.results.get((dtype, dtype))
-        if results is None or _adds_noise(self, plan):
+        spec = self._cupy_router
+        logits = _by_role(spec, args, kwargs)["logits"]
+        dtype = attrgetter(spec.gate)(self).dtype
+        results = spec.results.get((dtype, dtype))
+        if results is None or _adds_noise(self, spec):
             return getattr(self.original, INLINE)(self, *args, **kwargs)
-        return _returned(plan, results, logits, *activation_topk(logits, results.method))
+        return _returned(spec, results, logits, *activation_topk(logits, results.method))
 
 
 setattr(InlineRouter, INLINE, InlineRouter._route)
 
 
-def _by_role(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by what they are; None for one that was left out."""
+def _by_role(spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by role, with None for those left out."""
     return {
         role: args[place] if place < len(args) else kwargs.get(name)
-        for place, (role, name) in enumerate(plan.arguments)
+        for place, (role, name) in enumerate(spec.arguments)
     }
 
 
-def _adds_noise(module: Any, plan: Plan) -> bool:
-    return module.training and any(getattr(module, name, None) for name in plan.noise)
+def _adds_noise(module: Any, spec: RouterSpec) -> bool:
+    return module.training and any(getattr(module, name, None) for name in spec.noise)
 
 
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1).float()
 
 
-def _returned(plan: Plan, results: Results, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
-    """The results as the module's own code would return them."""
-    method = plan.method
-    if plan.outputs == SORTED:
+def _returned(spec: RouterSpec, results: ResultTypes, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
+    """Return the results in the form of the original module."""
+    method = spec.method
+    if spec.outputs == SORTED:
         order = indices.reshape(-1).sort(stable=True).indices
         sizes = torch.bincount(indices.reshape(-1), minlength=method.num_experts).tolist()
         return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(results.dtypes[-1])
-    made = {
+    makers = {
         "weights": lambda: weights[:, : method.top_k],
         "shared": lambda: weights[:, method.top_k :],
         "indices": lambda: indices[:, : method.top_k],
-        "logits": lambda: _exposed(logits, method),
-        "probabilities": lambda: torch.softmax(_exposed(logits, method), dim=-1),
+        "logits": lambda: _visible_logits(logits, method),
+        "probabilities": lambda: torch.softmax(_visible_logits(logits, method), dim=-1),
         "scores": lambda: torch.zeros_like(logits, dtype=weights.dtype).scatter_(1, indices, weights),
     }
     return tuple(
-        made[output]().to(dtype).contiguous() for output, dtype in zip(plan.outputs, results.dtypes, strict=True)
+        makers[output]().to(dtype).contiguous() for output, dtype in zip(spec.outputs, results.dtypes, strict=True)
     )
 
 
-def _exposed(logits: Any, method: Any) -> Any:
-    """Logits as routers return them: scaled and capped, and without those of shared experts."""
+def _visible_logits(logits: Any, method: Any) -> Any:
+    """Return the logits as routers do: scaled and capped, without those of shared experts."""
     if method.logit_scale != 1.0:
         logits = logits * method.logit_scale
     if method.logit_softcap is not None:

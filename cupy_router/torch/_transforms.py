@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from cupy_router.ops import _call
-from cupy_router.ops._dense_decode import MAX_TOKENS
+from cupy_router.ops._op import Op
+from cupy_router.ops._run import run_eagerly
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE
 from cupy_router.torch import _autograd
 from cupy_router.torch._state import has_tangent, in_torch_func
-
-# The inputs with a row for each row of the results; the others belong to the layer, but for num_valid.
-_BY_ROW = ("scores", "lengths", "starts", "logits", "x", "token_ids", "grad_weights", "indices")
 
 
 def concern(inputs: Sequence[Any]) -> bool:
@@ -23,47 +20,52 @@ def concern(inputs: Sequence[Any]) -> bool:
     return isinstance(inputs[0], torch.Tensor) and (in_torch_func() or any(map(has_tangent, inputs)))
 
 
-def run(op: _call.Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
-    """A call that transforms concern."""
-    return op.result(*_Call.apply(op, options, number, *inputs))
+def run(op: Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
+    """Return the results of a call that transforms concern."""
+    for position in op.written:
+        if inputs[position] is not None:
+            raise ValueError(f"{op.label}: {op.names[position]} cannot be written inside torch.func")
+    return op.pack(options, _Call.apply(op, options, number, *inputs))
 
 
 class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
     """results = apply(op, options, number, *inputs)"""
 
     @staticmethod
-    def forward(op: _call.Op, options: Any, number: int, *inputs: Any) -> Any:
-        return tuple(_call.run(op, options, inputs, None, None, number, eager=True))
+    def forward(op: Op, options: Any, number: int, *inputs: Any) -> Any:
+        return op.flatten(options, run_eagerly(op, options, inputs, number))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.op = inputs[0]
-        if ctx.op.smooth:
+        if ctx.op.differentiable:
             _autograd.remember_call(ctx, *inputs, output=output)
         elif ctx.op is not _autograd.BACKWARD:  # that one refuses, where others have no gradient
             ctx.mark_non_differentiable(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if not ctx.op.smooth:
+        if not ctx.op.differentiable:
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         grad_weights, grad_indices = grads
         return _autograd.backward(ctx, grad_weights, grad_indices, by_op=False)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(f"{ctx.op.name}: there are no gradients in forward mode (jvp, jacfwd, hessian)")
+        raise RuntimeError(f"{ctx.op.label}: there are no gradients in forward mode (jvp, jacfwd, hessian)")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], op: _call.Op, options: Any, number: int, *inputs: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], op: Op, options: Any, number: int, *inputs: Any) -> Any:
         size, batched = info.batch_size, [dim is not None for dim in in_dims[3:]]
         # Contiguous: PyTorch may have put the axis that is mapped over behind the columns, where calls refuse it.
         pairs = zip(inputs, in_dims[3:], strict=True)
         given = [a if dim is None else a.movedim(dim, 0).contiguous() for a, dim in pairs]
-        if number < 0 and _differ_in_rows(op, options, given, batched):
+        if op.vmap == "refuse":
+            raise ValueError(f"{op.label}: torch.func.vmap cannot map over it, call it for each entry instead")
+        if op.vmap == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
             merged = [
-                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if a is not None and name in _BY_ROW else a
-                for name, a, own in zip(op.inputs, given, batched, strict=True)
+                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if a is not None and name in op.by_row else a
+                for name, a, own in zip(op.names, given, batched, strict=True)
             ]
             results = _Call.apply(op, options, number, *merged)
             results = tuple(result.unflatten(0, (size, -1)) for result in results)
@@ -76,10 +78,10 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         return results, (0,) * len(results)
 
 
-def _differ_in_rows(op: _call.Op, options: Any, given: Sequence[Any], batched: Sequence[bool]) -> bool:
-    """Whether calls differ in their rows alone, so that these may be the rows of one call."""
-    others = zip(op.inputs, given, batched, strict=True)
-    if any(own or name == "num_valid" for name, a, own in others if a is not None and name not in _BY_ROW):
-        return False
-    rows = given[0].shape[:2].numel() if batched[0] else 0
-    return not (op.name == "dense_router" and options[1] == "decode" and rows > MAX_TOKENS)
+def _differ_in_rows(op: Op, options: Any, given: Sequence[Any], batched: Sequence[bool]) -> bool:
+    """Return whether calls differ in their rows alone, so that these may be the rows of one call."""
+    for declared, array, own in zip(op.inputs, given, batched, strict=True):
+        if array is not None and (declared.kind == "count" or (own and declared.kind == "layer")):
+            return False
+    rows, most = given[0].shape[:2].numel() if batched[0] else 0, op.max_rows(options)
+    return most is None or rows <= most

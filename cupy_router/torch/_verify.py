@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a router, before it is swapped, and ours do the same for a few random tokens on the CPU.
+"""Compare a router with ours on a few random tokens on the CPU, before it is swapped.
 
-A configuration may mean something else to the code of a model than to us: that is to be a warning, not another result.
+The code of a model may interpret its configuration differently. Then the user gets a warning, not a wrong result.
 """
 
 from __future__ import annotations
@@ -12,71 +12,71 @@ from typing import Any
 
 import torch
 
-from cupy_router.torch._router_modules import INLINE, SORTED, TOKENS, Plan, Unknown, call, stand_in, zeros_for
+from cupy_router.torch._router_modules import INLINE, SORTED, TOKENS, RouterSpec, Unsupported, call, stand_in, zeros_for
 from cupy_router.torch._swapped import subclass
 
-_COLUMNS = 8  # of hidden states and gate that are not 0, so that a large router takes no longer than a small one
+_COLUMNS = 8  # nonzero columns of hidden states and gate, so that large routers take no longer than small ones
 
 
-def verify(module: Any, kind: type, plan: Plan) -> None:
-    """Compare a module with what it is to become, in float32.
+def verify(module: Any, kind: type, spec: RouterSpec) -> None:
+    """Compare a module with its replacement, in float32.
 
     Raises:
-        Unknown: results differ.
+        Unsupported: The results differ.
     """
     random = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
-        trial = stand_in(module, torch.float32, "cpu", "meta" if plan.call == INLINE else None).eval()
-        given = zeros_for(module, plan, torch.float32, torch.float32, "cpu")
+        trial = stand_in(module, torch.float32, "cpu", "meta" if spec.call == INLINE else None).eval()
+        given = zeros_for(module, spec, torch.float32, torch.float32, "cpu")
         for tensor in itertools.chain(trial.parameters(), trial.buffers(), given):
             if tensor.device.type == "cpu":
-                _fill(tensor, plan, random)
-        different = _different(trial, kind, plan, given)
-        parameters = inspect.signature(getattr(trial, plan.call)).parameters
-        if different and parameters[plan.arguments[-1][1]].default is None:
-            without = _different(trial, kind, plan, given[:-1])  # it may be one that ignores what it is given
+                _fill(tensor, spec, random)
+        different = _different(trial, kind, spec, given)
+        parameters = inspect.signature(getattr(trial, spec.call)).parameters
+        if different and parameters[spec.arguments[-1][1]].default is None:
+            without = _different(trial, kind, spec, given[:-1])  # the module may ignore this argument
             different = different if without is None else without
     if different:
-        raise Unknown(
-            f"for random tokens the {different} of its {type(module).__name__} are not those of {plan.method}"
+        raise Unsupported(
+            f"for random tokens the {different} of its {type(module).__name__} are not those of {spec.method}"
         )
 
 
-def _different(trial: Any, kind: type, plan: Plan, given: list[Any]) -> str | None:
-    """Which result differs, "" if none does, or None if its own code does not run."""
+def _different(trial: Any, kind: type, spec: RouterSpec, given: list[Any]) -> str | None:
+    """Return the name of a result that differs, "" if none does, or None if the original does not run."""
     try:
-        theirs = _comparable(plan, call(trial, plan, given))
-    except Exception:  # it may be made for other dtypes, or for a GPU alone
+        theirs = _comparable(spec, call(trial, spec, given))
+    except Exception:  # the module may need other dtypes or a GPU
         return None
     original = trial.__class__
-    trial.__class__, trial._cupy_router = subclass(kind, original), plan
+    trial.__class__, trial._cupy_router = subclass(kind, original), spec
     try:
-        ours = _comparable(plan, call(trial, plan, given))
+        ours = _comparable(spec, call(trial, spec, given))
     except (TypeError, ValueError) as error:
-        raise Unknown(str(error)) from error
+        raise Unsupported(str(error)) from error
     trial.__class__ = original
     pairs = ((name, ours[name].float(), their.float()) for name, their in theirs.items())
     return next((name for name, our, their in pairs if not torch.allclose(our, their, rtol=1e-5, atol=1e-6)), "")
 
 
-def _fill(tensor: Any, plan: Plan, random: Any) -> None:
-    """Random values; token ids and tables of experts are for the first few tokens."""
+def _fill(tensor: Any, spec: RouterSpec, random: Any) -> None:
+    """Fill a tensor with random values. Token ids and tables cover the first few tokens."""
     if tensor.is_floating_point() and tensor.ndim > 1:
-        width = plan.method.num_logits if tensor.shape[-1] == plan.method.num_logits else _COLUMNS
+        width = spec.method.num_logits if tensor.shape[-1] == spec.method.num_logits else _COLUMNS
         tensor[..., :width].normal_(std=0.7, generator=random)
     elif tensor.is_floating_point():
         tensor.uniform_(0.5, 1.5, generator=random)
     elif tensor.ndim == 2:
-        experts = torch.rand(TOKENS, plan.method.num_experts, generator=random, device="cpu").argsort(dim=-1)
+        experts = torch.rand(TOKENS, spec.method.num_experts, generator=random, device="cpu").argsort(dim=-1)
         tensor[:TOKENS] = experts[: len(tensor), : tensor.shape[1]]
     else:
         tensor.copy_(torch.arange(len(tensor), device="cpu") % TOKENS)
 
 
-def _comparable(plan: Plan, results: Any) -> dict[str, Any]:
-    """The results by name, in an order that does not depend on the order of a token's experts."""
-    named = dict(zip(plan.outputs, results, strict=True))
-    if plan.outputs == SORTED:
+def _comparable(spec: RouterSpec, results: Any) -> dict[str, Any]:
+    """Return the results by name, with each token's experts sorted by index."""
+    named = dict(zip(spec.outputs, results, strict=True))
+    if spec.outputs == SORTED:
         sizes = torch.tensor(named["sizes"], device="cpu")
         experts = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
         weights = torch.zeros_like(named["logits"]).index_put((named["rows"], experts), named["gates"])

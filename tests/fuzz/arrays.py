@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arrays of drawn cases hold: ties, close neighbours, special values, exact products."""
+"""Contents of drawn arrays: ties, close values, special values, exact products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ biases = st.sampled_from([0.0, 1e4, -1e4, 0.5, 8.08, np.inf, -np.inf, np.nan, 1e
 
 @st.composite
 def floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = values) -> np.ndarray:
-    """Few values and so many ties, close neighbours of these, normal ones, or normal ones with some special ones."""
+    """Draw few values with many ties, values close to these, normal values, or normal values with some special ones."""
     few = np.array(draw(st.lists(elements, min_size=1, max_size=6)), np.float32)
     kind = draw(st.sampled_from(["few", "neighbours", "normal", "sprinkled"]))
     rng = np.random.default_rng(draw(_seeds))
@@ -36,7 +36,7 @@ def floats(draw: st.DrawFn, shape: tuple[int, ...], dtype: str, elements: Any = 
 
 @st.composite
 def bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Any bit patterns: few of them, neighbours that differ in their lowest bits, all of them, or normal values."""
+    """Draw bit patterns: few, patterns that differ in their lowest bits, any, or those of normal values."""
     size = 8 * np.dtype(WORD[dtype]).itemsize
     infinity, sign = INFINITY[dtype], 1 << (size - 1)
     edges = [0, 1, infinity - 1, infinity, infinity + 1, infinity | infinity >> 1]
@@ -56,7 +56,7 @@ def bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 @st.composite
 def small_integers(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Dot products of such values are exact in float32; now and then one is infinite or NaN."""
+    """Draw values whose dot products are exact in float32; some are infinite or NaN."""
     largest = draw(st.integers(0, 8))
     special = draw(st.sampled_from([0.0, 0.0, np.inf, -np.inf, np.nan]))
     rng = np.random.default_rng(draw(_seeds))
@@ -66,7 +66,7 @@ def small_integers(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> np.nd
 
 @st.composite
 def integers(draw: st.DrawFn, count: int, dtype: str, good: Any, bad: Any = None) -> np.ndarray:
-    """From a few good ones, about one in ten of them bad where there are such."""
+    """Draw from a few valid integers; about one in ten is invalid, if there are invalid ones."""
     few = np.array(draw(st.lists(good, min_size=1, max_size=20)), DTYPES[dtype])
     rng = np.random.default_rng(draw(_seeds))
     drawn = rng.choice(few, count)

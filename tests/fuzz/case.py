@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of an op with its arrays: how it runs on a backend, what must come out of it, how it is kept in a file."""
+"""One call of an op with its arrays: running it on a backend, checking its results, saving it to a file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 import cupy_router
 from cupy_router import RoutingMethod, TopK
-from cupy_router.ops import _call, _layout, _topk_select_long
+from cupy_router.ops import _cached, _row_lanes, _topk_select_long
 from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_topk_backward
-from cupy_router.ops.topk_select import Columns
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
-from tests import compare, gradients, steps
+from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import PLANS
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
+
+
+class Columns(NamedTuple):
+    """The results of topk_select without values."""
+
+    indices: Any
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of all results."""
+        """Common to all results."""
         if self.op == BACKWARD:
             return self.arrays["logits"].shape
         if self.op == "topk_select":
@@ -59,7 +64,7 @@ class Case:
 
     @property
     def dtypes(self) -> tuple[Any, ...]:
-        """Of all results."""
+        """Common to all results."""
         if self.op == BACKWARD:
             return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
@@ -76,7 +81,7 @@ class Case:
 
     @property
     def num_valid(self) -> int:
-        """How many rows are valid."""
+        """Number of valid rows."""
         if "num_valid" in self.arrays:
             return min(max(int(self.arrays["num_valid"].reshape(())), 0), self.shape[0])
         return self.options.get("num_valid", self.shape[0])
@@ -89,14 +94,14 @@ class Case:
 
 
 def arguments(case: Case, backend: Backend) -> dict[str, Any]:
-    """The op's arguments but for `out`, arrays on the backend."""
+    """Return the op's arguments except `out`, with arrays on the backend."""
     given: dict[str, Any] = {name: backend.array(a, *case.layouts.get(name, (0, 0))) for name, a in case.arrays.items()}
     given |= case.options
     return given if case.method is None else given | {"method": case.method}
 
 
 class Canvas:
-    """Memory for a result, every byte of it marked, so that what is written beside the result can be seen."""
+    """Memory for a result with every byte marked, so that writes outside the result are seen."""
 
     MARK = 0x5A
     BEFORE = 3  # elements in front of the result
@@ -114,7 +119,7 @@ class Canvas:
         return memory[self.BEFORE : self.BEFORE + rows * self.stride].reshape(rows, self.stride)[:, :width]
 
     def is_clean(self) -> bool:
-        """Whether all but the result still has its mark."""
+        """Return True if all bytes outside the result are unchanged."""
         now = self.backend.numpy(self.memory)
         beside = np.ones(now.shape, bool)
         self._result(beside)[...] = False
@@ -122,7 +127,7 @@ class Canvas:
 
 
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
-    """Call the op on the backend; the results as NumPy arrays. AssertionError if it wrote where it must not."""
+    """Call the op on the backend and return NumPy arrays. AssertionError if it wrote outside its results."""
     given = arguments(case, backend)
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, case.plan, **given)
@@ -138,18 +143,18 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
 
 
 def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
-    """The op; `as_of_rows` and `plan` as in a case."""
+    """Call the op; `as_of_rows` and `plan` as in a case."""
     with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
         return function(op)(**given)
 
 
 def function(op: str) -> Any:
-    """The op by its name, with results that are all arrays."""
+    """Return the op of this name, with results that are all arrays."""
     return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)
 
 
 def _topk_select(*, out: Any = None, **given: Any) -> TopK | Columns:
-    """Without values, the columns alone."""
+    """Return only the columns if there are no values."""
     if given.get("return_values", True):
         return cupy_router.topk_select(**given, out=out)
     into = None if out is None else TopK(None, out.indices)
@@ -163,27 +168,30 @@ class _Chosen(AbstractContextManager[None]):
     is forgotten afterwards."""
 
     def __init__(self, rows: int, plan: str) -> None:
-        few, dealt_lanes = _layout.few(rows), _layout.dealt_lanes
+        few, lanes = _row_lanes.few, _row_lanes.interleaved_lanes
         self.patches = []
         if rows:
-            for name, chosen in (("few", lambda _: few), ("dealt_lanes", lambda _, *sizes: dealt_lanes(rows, *sizes))):
-                self.patches.append(mock.patch.object(_layout, name, chosen))
+            chosen = {
+                "few": lambda gpu, _: few(gpu, rows),
+                "interleaved_lanes": lambda gpu, _, *sizes: lanes(gpu, rows, *sizes),
+            }
+            self.patches.append(mock.patch.multiple(_row_lanes, **chosen))
         if plan:
             self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
 
     def __enter__(self) -> None:
-        _call._plans.clear()
+        _cached.forget()
         for patch in self.patches:
             patch.start()
 
     def __exit__(self, *_: Any) -> None:
         for patch in self.patches:
             patch.stop()
-        _call._plans.clear()
+        _cached.forget()
 
 
 def wanted(case: Case) -> tuple[np.ndarray, ...]:
-    """What the NumPy reference says."""
+    """Return the results of the NumPy reference."""
     arrays, method = case.arrays, case.method
     if case.op == "topk_select":
         given = arrays | case.options
@@ -203,11 +211,11 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
 
 
 def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
-    """AssertionError unless the results are those of the reference, bit by bit where no float is rounded."""
+    """Assert that the results are those of the reference, to the bit where no float is rounded."""
     if case.op == BACKWARD:
         assert case.method is not None
         arrays = case.arrays
-        layer = steps.Layer(logit_bias=arrays.get("logit_bias"), expert_scale=arrays.get("expert_scale"))
+        layer = methods.Layer(logit_bias=arrays.get("logit_bias"), expert_scale=arrays.get("expert_scale"))
         given = (arrays[name] for name in ("grad_weights", "indices", "logits"))
         gradients.assert_right(got[0], *given, case.method, layer)
         return
@@ -222,7 +230,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     valid, arrays, method = case.num_valid, case.arrays, case.method
     compare.assert_same_bits(first[valid:], want[0][valid:])
     compare.assert_same_bits(indices[valid:], want[1][valid:])
-    ours, reference = (compare.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
+    ours, reference = (oracle.Routing(pair[0][:valid], pair[1][:valid]) for pair in (got, want))
     if has_steps(case):
         assert method is not None
         np.testing.assert_array_equal(ours.indices, reference.indices)
@@ -244,7 +252,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
 
 
 def has_steps(case: Case) -> bool:
-    """Whether there is more to it than a score of a logit, a bias and a sum."""
+    """Return True if the method has more steps than score, bias and renormalisation."""
     if case.method is None:
         return False
     plain = {"num_experts", "top_k", "score", "renormalize", "renormalize_eps", "renormalize_min", "scale"}
@@ -256,41 +264,30 @@ LAYER = {"logit_bias", "expert_scale"}
 
 
 def assert_steps_close(got: np.ndarray, want: np.ndarray, indices: np.ndarray, case: Case, rows: np.ndarray) -> None:
-    """Weights of the same experts, within the rounding of their steps."""
+    """Weights of the same experts agree within the rounding of their steps."""
     method = case.method
     assert method is not None
-    layer = steps.Layer(logit_bias=case.arrays.get("logit_bias"))
-    prepared = steps.prepare(logits(case)[: case.num_valid][rows], method, layer)
-    experts = indices[:, : method.top_k].astype(np.int64)
-    with np.errstate(all="ignore"):
-        finite = np.where(np.isfinite(prepared), np.abs(prepared), 0).astype(np.float64)
-        exponent = 1.2e-7 * finite.max(axis=-1, keepdims=True, initial=0)  # of x - max, by a softmax of any kind
-    if method.score == "softmax" or method.shared_in_normalizer:
-        rtol = 3e-6 + exponent
-    else:
-        rtol = compare.tolerance(prepared, experts, method).max(axis=-1, keepdims=True, initial=2e-6)
+    prepared = oracle.prepare(logits(case)[: case.num_valid][rows], method, case.arrays.get("logit_bias"))
+    rtol = compare.step_tolerance(prepared, indices[:, : method.top_k].astype(np.int64), method)
+    rtol += 2 * compare.HALF_ULP[method.weight_dtype]  # both were rounded
     scale = case.arrays.get("expert_scale", np.ones(1, np.float32))
     tiny = max(1.0, abs(method.scale)) * max(1.0, float(np.abs(scale).max()))
     if method.weight_dtype == "float16":
-        tiny += 2.0**-25 / compare.TINY  # half of its smallest subnormal
-    rtol += 2 * steps.HALF_ULP[method.weight_dtype]  # both were rounded
+        tiny += 2.0**-25 / oracle.TINY  # half of its smallest subnormal
     compare.assert_weights_close(got, want, rtol, tiny)
 
 
 def logits(case: Case) -> np.ndarray:
-    """Given, or the products of x and weight, which are exact."""
-    if "logits" in case.arrays:
-        return case.arrays["logits"]
-    with np.errstate(invalid="ignore"):
-        x, weight = (case.arrays[name].astype(np.float64) for name in ("x", "weight"))
-        return np.asarray(x @ weight.T, np.float32)
+    """Return the logits as given, or the products of x and weight, which are exact."""
+    arrays = case.arrays
+    return arrays["logits"] if "logits" in arrays else oracle.gate_logits(arrays["x"], arrays["weight"])
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------
 
 
 def save(case: Case, path: Path) -> None:
-    """As JSON, arrays by their bytes: a failing case stays what it is, however cases are drawn later."""
+    """Write JSON with the bytes of the arrays: a saved case does not depend on how cases are drawn."""
     content = {
         "op": case.op,
         "method": None if case.method is None else _set(case.method),
@@ -314,7 +311,7 @@ def save(case: Case, path: Path) -> None:
 
 
 def _set(method: RoutingMethod) -> dict[str, Any]:
-    """The fields of a method that differ from their defaults."""
+    """Return the fields of a method that differ from their defaults."""
     return {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
 
 

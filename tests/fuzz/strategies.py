@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: settings, each of which is one compiled kernel, and the cases that hypothesis draws for each."""
+"""Settings to fuzz, one per compiled kernel, and the cases that hypothesis draws for each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Layouts = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides which kernel an op compiles."""
+    """Everything that decides which kernel an op compiles."""
 
     op: str
     columns: int
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def wide(self) -> bool:
-        """Whether a row is too long, or too many are wanted of it, for the kernels that keep it in registers."""
+        """True if the row or k is too large for kernels that keep a row in registers."""
         return self.columns > 1024 or self.k > 32
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Setting:
 
 
 def settings(seed: int = 0, count: int = 72) -> list[Setting]:
-    """So many different settings, most of them of activation_topk. Other seeds, other settings."""
+    """Return this many different settings, most of them of activation_topk; they depend on the seed."""
     rng = random.Random(seed)
     makers = [_activation_topk, _topk_select, _hash_router, _activation_topk, _dense_router]
     found: dict[Setting, None] = {
@@ -98,7 +98,7 @@ def settings(seed: int = 0, count: int = 72) -> list[Setting]:
 
 
 def _common(rng: random.Random, columns: int) -> dict[str, Any]:
-    """What all ops have, and the method of those that have one."""
+    """Return the fields of all ops, and the method of those that have one."""
     return {
         "columns": columns,
         "k": min(rng.choice(TOP_K), columns),
@@ -121,7 +121,7 @@ def _topk_select(rng: random.Random) -> Setting:
 
 
 def _perhaps_dense(rng: random.Random, setting: Setting) -> Setting:
-    """Where it decides; dense rows are aligned only if they hold whole words."""
+    """Draw whether rows are dense, where that selects the kernel; dense rows are aligned only if of whole words."""
     possible = not setting.wide and (not setting.aligned or setting.num_logits % 8 == 0)
     return replace(setting, dense=possible and rng.random() < 0.5)
 
@@ -207,7 +207,7 @@ def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
 
 
 def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
-    """Calls that compile this setting's kernel and no other."""
+    """Draw calls that compile this setting's kernel and no other."""
     draw = {
         "topk_select": _topk_select_case,
         "activation_topk": _activation_topk_case,
@@ -231,7 +231,7 @@ def _topk_select_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         arrays[name] = draw(integers(rows, "int32", edges | st.integers(0, columns)))
     layouts, options = {"scores": layout}, {"k": k}
     if setting.plan:
-        options |= {"sorted": draw(st.booleans()), "return_values": draw(st.booleans())}
+        options |= {"order": draw(st.sampled_from(("value", "column", "any"))), "return_values": draw(st.booleans())}
     if "index_map" in setting.given:
         page_size = options["page_size"] = draw(st.sampled_from([1, 2, 7, 64, 5000]))
         shape = draw(st.sampled_from([1, rows])), -(-columns // page_size) + draw(st.integers(0, 2))
@@ -298,7 +298,7 @@ _padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # b
 
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
-    """Number of rows and their layout. A single row is dense and as aligned as its base: some settings draw more."""
+    """Draw the number of rows and their layout. A single row is dense and aligned as its base."""
     layout = draw(_layout(setting, columns))
     alone = setting.dense or (
         setting.wide and setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0)
@@ -308,7 +308,7 @@ def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tup
 
 @st.composite
 def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
-    """Elements between rows and in front of them; aligned: every row starts at 16 bytes, whatever the dtype."""
+    """Draw the elements between rows and before them; aligned: every row starts at a multiple of 16 bytes."""
     if setting.dense:
         return 0, (0 if setting.aligned else 1)
     if setting.aligned:
@@ -318,7 +318,7 @@ def _layout(draw: st.DrawFn, setting: Setting, columns: int) -> tuple[int, int]:
 
 @st.composite
 def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.ndarray], layouts: Layouts) -> None:
-    """x and weight, put among the arrays."""
+    """Add x and weight to the arrays."""
     for name, count, dtype in (("x", rows, setting.dtype), ("weight", setting.num_logits, setting.weight_dtype)):
         arrays[name] = draw(small_integers((count, setting.hidden), dtype))
         layouts[name] = draw(_layout(setting, setting.hidden))
@@ -342,7 +342,7 @@ def _layer_and_num_valid(
 
 @st.composite
 def _num_valid(draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], rows: int) -> dict[str, int]:
-    """As one more array, or as an option, or not at all."""
+    """Draw num_valid as an array, as an option, or not at all."""
     if "num_valid" in setting.given:
         number = draw(st.integers(0, rows) | st.sampled_from([-(2**31), -1, rows + 1, 2**31 - 1]))
         arrays["num_valid"] = np.full(draw(st.sampled_from([(), (1,)])), number, np.int32)

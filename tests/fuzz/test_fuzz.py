@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random calls against the reference: kernels executed by the CPU (--backend=simt), under sanitizers, or on a GPU.
 
-A failing case is written to cases/, as small as hypothesis can make it, and is a test from then on. For longer runs:
+A failing case is shrunk, written to cases/ and a test from then on. For longer runs:
 
     CUPY_ROUTER_FUZZ_CASES     how many cases (2,160)
     CUPY_ROUTER_FUZZ_KERNELS   over how many compiled kernels (72)
@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase
 
 from cupy_router import RoutingMethod, compiler
 from tests.backends import Backend
-from tests.fuzz import case as cases_room
+from tests.fuzz import case as case_module
 from tests.fuzz.case import FOLDER, Canvas, Case, arguments, check, load, run, save
 from tests.fuzz.strategies import Setting, cases, settings
 from tests.recorder import recording
@@ -42,7 +42,7 @@ HOST = Backend()  # NumPy arrays
 
 
 def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
-    """Hypothesis without its own memory of failures: ours are files that everybody has."""
+    """Return settings without hypothesis' own database: failing cases are files in the repository."""
     return hypothesis.settings(
         max_examples=max_examples, phases=phases, database=None, deadline=None, report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
@@ -50,7 +50,7 @@ def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
 
 
 def free_path(op: str) -> Path:
-    """A file of cases/ that does not exist yet."""
+    """Return a path in cases/ that does not exist yet."""
     number = 1
     while (FOLDER / f"{op}_{number}.json").exists():
         number += 1
@@ -58,7 +58,7 @@ def free_path(op: str) -> Path:
 
 
 def prove(case: Case, backend: Backend) -> None:
-    """Run it and compare; AssertionError if it is wrong."""
+    """Run a case and check its results."""
     if backend.name == "simt":
         simt: Any = compiler.BACKENDS["cpu"]
         simt.schedule, simt.seed = case.schedule, len(case.arrays)
@@ -70,7 +70,7 @@ def prove(case: Case, backend: Backend) -> None:
 
 @cache
 def kernels(setting: Setting) -> dict[str, str]:
-    """Sources by function, of the smallest case that launches something."""
+    """Return sources by function for the smallest case that launches a kernel."""
     quiet = configured(1000, Phase.generate, Phase.shrink)
     smallest = hypothesis.find(cases(setting), lambda case: case.shape[0] > 0, settings=quiet)
     with recording() as recorder:
@@ -79,7 +79,7 @@ def kernels(setting: Setting) -> dict[str, str]:
 
 
 def build(wanted: list[Setting], sanitizer: str | None) -> None:
-    """Compile for the CPU side by side, what the cache lacks."""
+    """Compile for the CPU in parallel what is not cached."""
     texts = [(source, function) for setting in wanted for function, source in kernels(setting).items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda pair: build_library(pair[0], pair[1], sanitizer), texts))
@@ -93,7 +93,7 @@ def built(backend: Backend) -> None:
 
 @pytest.fixture
 def path() -> Callable[[str], Path]:
-    """Where a failing case goes: one file a test, which shrinking writes again and again."""
+    """Return the path for a failing case: one file per test, which shrinking overwrites."""
     chosen: dict[str, Path] = {}
     return lambda op: chosen.setdefault(op, free_path(op))
 
@@ -132,15 +132,13 @@ def test_saved_cases(path: Path, backend: Backend) -> None:
     prove(load(path), backend)
 
 
-@pytest.mark.needs_kernels
+@pytest.mark.backends("simt")
 @pytest.mark.parametrize("group", range(0, len(SANITIZED), GROUP))
 @pytest.mark.parametrize(("sanitizer", "count", "max_rows"), [("address", 12, 20), ("thread", 4, 3)])
 def test_sanitized_cases(
     sanitizer: str, count: int, max_rows: int, group: int, backend: Backend, path: Callable[[str], Path]
 ) -> None:
-    """Arrays have memory of exactly their size; to ThreadSanitizer each thread of a block is one, which takes long."""
-    if backend.name != "simt":
-        pytest.skip("sanitizers are for kernels that the CPU executes")
+    """Arrays have memory of exactly their size; ThreadSanitizer sees each CUDA thread as a thread, which is slow."""
     reason = why_not_sanitized(sanitizer)
     if reason is not None:
         pytest.skip(reason)
@@ -173,7 +171,7 @@ def drawn(setting: Setting, count: int, max_rows: int) -> list[Case]:
 
 
 def call(case: Case) -> Call:
-    """The op itself, for another process; results go into strided arrays if the case has such."""
+    """Return the call for another process; results go into strided arrays if the case has them."""
     given = arguments(case, HOST)
     if case.out_padding >= 0:
         arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in case.dtypes)
@@ -184,7 +182,7 @@ def call(case: Case) -> Call:
 # -- The fuzzer itself -------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_different_and_repeatable() -> None:
+def test_settings_are_distinct_and_repeatable() -> None:
     found = settings(5, 60)
     assert found == settings(5, 60)
     assert found != settings(6, 60)
@@ -192,9 +190,10 @@ def test_settings_are_different_and_repeatable() -> None:
     assert {setting.op for setting in found} == {"topk_select", "activation_topk", "hash_router", "dense_router"}
 
 
+@pytest.mark.slow("seconds", every=11)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_a_setting_is_one_kernel(setting: Setting) -> None:
-    """Whatever is drawn: so few kernels are compiled for so many cases."""
+def test_each_setting_uses_one_kernel(setting: Setting) -> None:
+    """Many cases need only few compiled kernels."""
     (function,) = kernels(setting)
     with recording() as recorder:
         for case in drawn(setting, 30, 40):
@@ -203,10 +202,11 @@ def test_a_setting_is_one_kernel(setting: Setting) -> None:
     assert recorder.sources == [kernels(setting)[function]]
 
 
+@pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_the_reference_proves_and_a_kept_case_is_the_same(setting: Setting, tmp_path: Path) -> None:
+def test_the_reference_passes_and_a_saved_case_is_read_back(setting: Setting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
-        check(case, cases_room.wanted(case))
+        check(case, case_module.wanted(case))
         save(case, tmp_path / "kept.json")
         kept = load(tmp_path / "kept.json")
         assert repr(kept) == repr(case)
@@ -230,7 +230,7 @@ PLANTED = {
 @pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
 @pytest.mark.parametrize("result", [0, 1])
 def test_a_wrong_result_is_found(case: Case, result: int) -> None:
-    good = cases_room.wanted(case)
+    good = case_module.wanted(case)
     check(case, good)
     for row in range(2):
         bad = good[0].copy(), good[1].copy()
@@ -240,7 +240,7 @@ def test_a_wrong_result_is_found(case: Case, result: int) -> None:
 
 
 @pytest.mark.parametrize("at", [(0, -1), (0, 2), (1, 2), (1, 4)])
-def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
+def test_a_write_outside_a_result_is_found(at: tuple[int, int]) -> None:
     canvas = Canvas((2, 2), 2, np.float32, HOST)
     canvas.array[...] = 1
     assert canvas.is_clean()
@@ -249,7 +249,7 @@ def test_a_write_beside_a_result_is_found(at: tuple[int, int]) -> None:
     assert not canvas.is_clean()
 
 
-def test_files_of_cases_never_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_files_are_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzz.test_fuzz.FOLDER", tmp_path)
     for number in (1, 2, 3):
         assert free_path("topk_select") == tmp_path / f"topk_select_{number}.json"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests on a GPU need: a device, and frameworks that leave memory to each other."""
+"""Setup of all tests on a GPU: a device, and frameworks that leave memory to each other."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 class ExactBackend(GpuBackend):
-    """CuPy arrays by cudaMalloc, an allocation for each, ending with its last element."""
+    """CuPy arrays by cudaMalloc, one allocation each, which ends with the last element."""
 
     name = "gpu"
 
@@ -74,7 +74,7 @@ class ExactBackend(GpuBackend):
 
 
 def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
-    """The op on arrays of exactly their size, results included where the case preallocates them."""
+    """Call the op on arrays of exactly their size, results included if the case preallocates them."""
     given = arguments(case, backend)
     if case.out_padding >= 0:
         arrays = (backend.array(np.ones(case.shape, dtype), case.out_padding) for dtype in case.dtypes)
@@ -84,14 +84,14 @@ def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
 
 
 def make_calls(backend: Any, chosen: Sequence[Case]) -> int:
-    """How many calls were made; AssertionError if one is wrong."""
+    """Make all calls and return their number; AssertionError if one is wrong."""
     for case in chosen:
         check(case, call_exactly(case, backend))
     return len(chosen)
 
 
 def make_fault(tool: str) -> None:
-    """A kernel with the fault that the tool is for, on memory of its own."""
+    """Run a kernel with the fault that the tool detects."""
     import cupy
 
     cupy.cuda.set_allocator(None)
@@ -108,7 +108,7 @@ def make_fault(tool: str) -> None:
 
 
 def find_sanitizer() -> str:
-    """The command; SystemExit if there is none."""
+    """Return the command; SystemExit if there is none."""
     found = shutil.which("compute-sanitizer")
     for folder in _FOLDERS:
         found = found or shutil.which("compute-sanitizer", path=folder)
@@ -118,13 +118,13 @@ def find_sanitizer() -> str:
 
 
 def errors_in(text: str) -> int | None:
-    """How many errors or hazards a tool reports at its end; None if it never came so far."""
+    """Return the number of errors or hazards that a tool reports at its end; None without such a report."""
     found = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
     return sum(int(error or hazard) for error, hazard in found) if found else None
 
 
 def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
-    """Errors, calls and seconds of one process under a tool."""
+    """Run one process under a tool; return errors, calls and seconds."""
     begin = time.monotonic()
     try:
         done = subprocess.run(
@@ -145,7 +145,7 @@ def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 
 def report(tool: str, every: int, timeout: float) -> dict[str, Any]:
-    """One tool: first it has to find its planted fault, then nothing in our kernels."""
+    """Run one tool: it must find its planted fault, then nothing in our kernels."""
     options, default = TOOLS[tool]
     command = [find_sanitizer(), "--tool", tool, *options, sys.executable, "-m", "tests.gpu.sanitize"]
     planted = run_tool([*command, "--planted", tool], timeout)

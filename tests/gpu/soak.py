@@ -34,7 +34,7 @@ MEMORY_SLACK = (
 
 
 class Host:
-    """A device that is no GPU: everything is done at once. For the tests of this script."""
+    """A device in place of a GPU that runs everything at once, for tests of this script."""
 
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = backend or Backend()
@@ -52,7 +52,7 @@ class Host:
         counter += int((got.view(np.uint8) != want.view(np.uint8)).sum())
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Nothing is in flight."""
 
     def used_bytes(self) -> int:
         return 0
@@ -97,7 +97,7 @@ class Gpu(Host):
 
 
 class Soak:
-    """The calls of all threads on one device. `streams` has for each thread its streams, each with its counter."""
+    """The calls of all threads on one device. `streams` lists the streams of each thread, each with its counter."""
 
     def __init__(self, device: Host, chosen: Sequence[Case], threads: int, streams: int, calls: int) -> None:
         self.device, self.calls = device, calls
@@ -112,7 +112,7 @@ class Soak:
         self.failures: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """The figures. A thread stops at its first error, which is among them."""
+        """Return the figures. A thread stops at its first error, which is among them."""
         begin = time.monotonic()
         warm = min(self.calls, max(len(self.ops), self.calls // 10))  # every stream has then seen every case
         self._phase(range(warm))
@@ -135,7 +135,7 @@ class Soak:
         }
 
     def _phase(self, turns: range) -> None:
-        """These turns of all threads, to their end on the device."""
+        """Run these turns in all threads, until the device is done."""
         workers = [threading.Thread(target=self._work, args=(number, turns)) for number in range(len(self.streams))]
         for worker in workers:
             worker.start()
@@ -152,7 +152,7 @@ class Soak:
             self.failures.append(f"thread {number}: {type(error).__name__}: {error}")
 
     def _call(self, at: int, turn: int, stream: Any, counter: Any) -> None:
-        """On the current stream, or on one that is passed while another is current."""
+        """Call on the current stream, or on a given one while another is current."""
         op, given = self.ops[at], self.given[at]
         if turn % 2:
             result = op(**given, stream=stream)
@@ -165,7 +165,7 @@ class Soak:
 
 
 def mixed_cases() -> list[Case]:
-    """Some of the variants, and calls of the sizes that are in use."""
+    """Return some of the variants, and calls of sizes in use."""
     large = []
     for rows, columns, k in ((1, 256, 8), (1024, 384, 6), (10_000, 64, 6), (8, 32768, 512)):
         large.append(Case("topk_select", {"scores": inputs.normal((rows, columns), seed=1)}, None, {"k": k}))

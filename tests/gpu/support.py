@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every op with their right answers, and kernels that keep a stream busy."""
+"""Calls of every op with expected results, and kernels that keep a stream busy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, hash_router, topk_select
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.backends import DTYPES
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
@@ -41,7 +41,7 @@ NAMES = (
 
 @cache
 def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
-    """The same shapes and dtypes for every seed, other values."""
+    """Return a call; seeds change the values, not shapes and dtypes."""
     if name.startswith("topk_select"):
         columns, k = (256, 8) if name == "topk_select" else (5000, 600)
         scores = inputs.normal((n, columns), dtype, seed=100 + seed)
@@ -76,7 +76,7 @@ def call(name: str, seed: int = 0, n: int = 65, dtype: str = "float32") -> Call:
 
 
 def _exactly(scores: np.ndarray, k: int, lengths: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.topk(scores, k, lengths)
+    want = oracle.topk(scores, k, lengths)
 
     def check(values: np.ndarray, indices: np.ndarray) -> None:
         np.testing.assert_array_equal(indices, want[1])
@@ -86,12 +86,12 @@ def _exactly(scores: np.ndarray, k: int, lengths: np.ndarray) -> Callable[[np.nd
 
 
 def _routes(logits: np.ndarray, bias: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.route(logits, METHOD, bias)
-    return lambda weights, indices: compare.assert_routes(compare.Routing(weights, indices), want, logits, METHOD, bias)
+    want = oracle.route(logits, METHOD, bias)
+    return lambda weights, indices: compare.assert_routes(oracle.Routing(weights, indices), want, logits, METHOD, bias)
 
 
 def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> Callable[[np.ndarray, np.ndarray], None]:
-    want = compare.hashed(arrays["token_ids"], arrays["table"], METHOD, logits, 256)
+    want = oracle.hash_route(arrays["token_ids"], arrays["table"], METHOD, logits)
 
     def check(weights: np.ndarray, indices: np.ndarray) -> None:
         np.testing.assert_array_equal(indices, want.indices)
@@ -101,7 +101,7 @@ def _hashes(arrays: dict[str, np.ndarray], logits: np.ndarray, rtol: float) -> C
 
 
 def on_gpu(name: str) -> Any:
-    """The framework of that name with arrays on the GPU, or a skip."""
+    """Return the framework of that name with arrays on the GPU, or skip."""
     framework = frameworks.ON_GPU[name]()
     if name == "torch" and not framework.torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
@@ -113,7 +113,7 @@ def upload(framework: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def empty_out(framework: Any, result: Any) -> Any:
-    """Arrays like those of a result, for `out=`, filled with what no result holds."""
+    """Return arrays like a result for `out=`, filled with values that no result has."""
     return type(result)(*(framework.array(np.full(a.shape, 77, _dtype(a))) for a in result))
 
 
@@ -147,7 +147,7 @@ def spin(milliseconds: float, stream: Any = None) -> None:
 
 
 class Raw:
-    """A stream as its handle and nothing else."""
+    """A stream with only its handle."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -165,20 +165,20 @@ LAUNCHED_BY = ("XLA", "handlers")
 
 @contextmanager
 def launched_by(how: str, jax: Any) -> Iterator[None]:
-    """Whether XLA launches kernels by itself or calls our handlers, in all that is compiled meanwhile."""
-    from cupy_router.jax import _calls, _native
+    """Compile with kernels launched by XLA itself, or with our handlers."""
+    from cupy_router.jax import _lower_ptx, _primitive
 
     def forget() -> None:
         jax.clear_caches()
-        _calls._jitted.cache_clear()
+        _primitive._jitted.cache_clear()
 
     if jax.__version_info__ < (0, 8):
         pytest.skip("calls inside jax.jit need JAX 0.8 or later")
-    if how == "XLA" and _native._gpu() is None:
+    if how == "XLA" and _lower_ptx._gpu() is None:
         pytest.skip("XLA cannot launch our kernels here")
     with pytest.MonkeyPatch.context() as patch:
         if how == "handlers":
-            patch.setattr(_native, "_gpu", lambda: None)
+            patch.setattr(_lower_ptx, "_gpu", lambda: None)
         forget()
         yield
     forget()

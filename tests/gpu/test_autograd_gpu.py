@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of weights on CUDA tensors: the checks of tests/test_torch_autograd.py, streams, graphs, many tokens."""
+"""Gradients of weights on CUDA tensors: the cases of tests/test_torch_autograd.py, streams, graphs, many tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cupy_router import Router, RoutingMethod, activation_topk, dense_router
 from tests import inputs
 from tests.gpu.support import on_gpu, spin
 from tests.gradient_cases import KINDS, SMALL
-from tests.steps import METHODS
+from tests.methods import METHODS
 from tests.torch_gradients import Case, twin
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
@@ -23,7 +23,7 @@ def torch() -> Any:
 
 
 def gradient(torch: Any, x: Any, weight: Any, **more: Any) -> tuple[Any, Any]:
-    """Of a loss by x and weight."""
+    """Return the gradients of a loss with respect to x and weight."""
     weights = dense_router(x, weight, METHOD, **more).weights
     if "stream" in more:  # whoever gives a stream waits for it
         torch.cuda.current_stream().wait_stream(more["stream"])
@@ -82,7 +82,7 @@ def test_many_tokens(torch: Any, n: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_gates_keep_float32_logits(torch: Any, dtype: str) -> None:
-    """On the way back as well: gradients are those of the exact products, rounded once."""
+    """In the backward pass as well: gradients are those of the exact products, rounded once."""
     x, weight = given(torch, dtype=dtype)
     got = gradient(torch, x, weight)
     wide = [array.detach().double().requires_grad_() for array in (x, weight)]
@@ -94,7 +94,7 @@ def test_16_bit_gates_keep_float32_logits(torch: Any, dtype: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2.0**-7, atol=1e-5 * float(b.abs().max()) + smallest)
 
 
-def test_repeats_to_the_bit(torch: Any) -> None:
+def test_repeats_agree_bitwise(torch: Any) -> None:
     logits = on_gpu("torch").array(inputs.normal((8192, 256), seed=241)).requires_grad_()
     upstream, scale = torch.randn(8192, 6, device="cuda"), torch.rand(256, device="cuda", requires_grad=True)
     first: Any = None
@@ -106,8 +106,8 @@ def test_repeats_to_the_bit(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["current stream", "stream="])
-def test_the_way_back_runs_where_the_way_forward_ran(torch: Any, how: str) -> None:
-    """A slow producer in front of both, on a stream of its own: read too early, its values would be others."""
+def test_backward_uses_the_stream_of_forward(torch: Any, how: str) -> None:
+    """A slow producer before both, on another stream: read too early, its values would differ."""
     x, weight = given(torch)
     want = gradient(torch, x, weight)
     stream = torch.cuda.Stream()
@@ -162,7 +162,7 @@ def test_a_captured_step_is_replayed_on_other_values(torch: Any) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_arrays_of_cupy_take_part(torch: Any, cupy: Any) -> None:
+def test_mixed_with_cupy_arrays(torch: Any, cupy: Any) -> None:
     x, weight = given(torch)
     on_cupy = cupy.from_dlpack(weight.detach())
     want = gradient(torch, x, weight)[0]
@@ -171,7 +171,7 @@ def test_arrays_of_cupy_take_part(torch: Any, cupy: Any) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_autocast_does_not_round_the_way_back(torch: Any) -> None:
+def test_autocast_does_not_round_gradients(torch: Any) -> None:
     x, weight = given(torch)
     want = gradient(torch, x, weight)
     with torch.autocast("cuda", torch.bfloat16):
@@ -182,7 +182,7 @@ def test_autocast_does_not_round_the_way_back(torch: Any) -> None:
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_torch_func(torch: Any, dtype: str) -> None:
-    """Per-example gradients of eager calls, as autograd has them one by one."""
+    """Per-example gradients of eager calls equal autograd's, one by one."""
     x, weight = (a.detach() for a in given(torch, 60, dtype))
 
     def loss(x: Any, weight: Any) -> Any:

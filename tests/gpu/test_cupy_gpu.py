@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CuPy's ways of getting memory and of naming a device: pools, stream-ordered memory, none; graphs in each."""
+"""CuPy's allocators and current devices: pools, stream-ordered memory, none; graphs with each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def allocator(request: pytest.FixtureRequest, cupy: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_allocator(allocator: str, name: str, cupy: Any) -> None:
-    """Results are dropped and made again behind a busy stream, where memory that comes back too early would show."""
+    """Results are freed and made again while a stream is busy, where memory reused too early would show."""
     gpu, case = on_gpu("cupy"), call(name)
     arrays = upload(gpu, case.arrays)
     case(arrays)
@@ -48,7 +48,7 @@ def test_every_allocator(allocator: str, name: str, cupy: Any) -> None:
 
 @pytest.mark.parametrize("name", ["activation_topk", "dense_router"])
 def test_a_graph_with_every_allocator(allocator: str, name: str, cupy: Any) -> None:
-    """Results of a captured call need memory that capture allows to take: a pool's, which is warm, or their own."""
+    """Results of a captured call need memory that capture permits: a warm pool's, or preallocated."""
     gpu, case = on_gpu("cupy"), call(name)
     arrays = upload(gpu, case.arrays)
     out = case(arrays)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU shows of dense_router and Router: cuBLAS, scratch memory of streams and graphs, torch.compile."""
+"""dense_router and Router on a GPU: cuBLAS, scratch memory of streams and graphs, torch.compile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cupy_router import Router, RoutingMethod, dense_router, gemm, scratch
-from cupy_router.ops import _slices
-from tests import compare, inputs
+from cupy_router.ops import _chunks
+from tests import compare, inputs, oracle
 from tests.backends import DTYPES
 from tests.gpu.support import METHOD, call, on_gpu, spin, upload
 from tests.gpu.test_graphs import capture, put
@@ -20,15 +20,15 @@ from tests.gpu.test_graphs import capture, put
 PATHS = ("dense_router", "dense_router prefill")
 
 
-def test_cublas_is_there() -> None:
-    """Without it the tests of the prefill path would be tests of the decode kernel."""
+def test_cublas_is_available() -> None:
+    """Without it the tests of the prefill path would test the decode kernel."""
     assert gemm.why_no_cublas() is None
 
 
 @pytest.mark.parametrize("n", [65, 1025, 8192])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_logits_of_cublas_keep_their_bound(n: int, dtype: str) -> None:
-    """float32 as exactly as float32 sums are, which tf32 would miss by far; 16-bit inputs at what tensor cores do."""
+def test_cublas_logits_are_within_their_error_bound(n: int, dtype: str) -> None:
+    """float32 is as exact as float32 sums, unlike tf32; 16-bit inputs are as exact as tensor cores."""
     gpu = on_gpu("cupy")
     experts, hidden = 64, 4096
     x, weight = inputs.normal((n, hidden), dtype, 130), inputs.normal((experts, hidden), dtype, 131, hidden**-0.5)
@@ -46,7 +46,7 @@ def test_logits_of_cublas_keep_their_bound(n: int, dtype: str) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_two_streams_at_once(framework: str, name: str, cupy: Any) -> None:
-    """Each stream has scratch memory of its own, so that calls that overlap do not meet in it."""
+    """Each stream has its own scratch memory, so overlapping calls do not share it."""
     gpu = on_gpu(framework)
     cases = [call(name, seed) for seed in range(4)]
     arrays = [upload(gpu, case.arrays) for case in cases]
@@ -69,7 +69,7 @@ def test_two_streams_at_once(framework: str, name: str, cupy: Any) -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_two_graphs_of_one_stream_replayed_at_once(name: str, cupy: Any) -> None:
-    """A capture gets scratch memory of its own; replays on other streams than the captured one do not share it."""
+    """Each capture has its own scratch memory, which replays on other streams do not share."""
     stream = cupy.cuda.Stream(non_blocking=True)
     captured = []
     for case in (call(name, seed) for seed in (0, 1)):
@@ -93,7 +93,7 @@ def test_two_graphs_of_one_stream_replayed_at_once(name: str, cupy: Any) -> None
 
 @pytest.mark.parametrize("name", PATHS)
 def test_first_use_of_a_stream_under_capture(name: str, cupy: Any) -> None:
-    """Kernels are compiled, but neither scratch memory nor workspace exist yet: both are allocated while capturing."""
+    """Kernels are compiled, but scratch memory and workspace are allocated while capturing."""
     case = call(name)
     arrays = {key: cupy.asarray(a) for key, a in case.arrays.items()}
     out = case(arrays)
@@ -111,7 +111,7 @@ def test_first_use_of_a_stream_under_capture(name: str, cupy: Any) -> None:
     case.check(*(cupy.asnumpy(a) for a in out))
 
 
-def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
+def test_each_capture_has_its_own_number(cupy: Any) -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     assert scratch.capture_of(stream.ptr) == 0
     assert scratch.capture_of(0) == 0
@@ -127,14 +127,14 @@ def test_a_capture_has_a_number_of_its_own(cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_a_graph_of_slices_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slices, "BUDGET", 16 * 32 * 4)
+def test_a_graph_in_chunks_with_another_num_valid(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_chunks, "budget", lambda gpu: 16 * 32 * 4)
     gpu, method = on_gpu(framework), RoutingMethod(32, 5, scale=1.125)  # whose plans no other test has made
     x = (inputs.rng(132).integers(-8, 9, (70, 64)) / 8).astype(np.float32)
     weight = (inputs.rng(133).integers(-8, 9, (32, 64)) / 16).astype(np.float32)
     on_device, gate, count = gpu.array(x), gpu.array(weight), gpu.array(np.array([70], np.int32))
     result, replay = capture(gpu, lambda: dense_router(on_device, gate, method, path="prefill", num_valid=count))
-    want = compare.route(x @ weight.T, method)
+    want = oracle.route(x @ weight.T, method)
     for valid in (70, 0, 15, 16, 17, 64, 69, 71, -1):
         put(gpu, count, np.array([valid], np.int32))
         replay()
@@ -145,7 +145,7 @@ def test_a_graph_of_slices_with_another_num_valid(framework: str, monkeypatch: p
 
 
 def test_threads_on_one_stream(cupy: Any) -> None:
-    """Product and selection of one call stay together, though all threads use the buffers of the same stream."""
+    """GEMM and selection of one call stay together, though all threads use the buffers of one stream."""
     cases = [call("dense_router prefill", seed) for seed in range(4)]
     given = [{key: cupy.asarray(a) for key, a in case.arrays.items()} for case in cases]
     failures: list[BaseException] = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, hash_router, topk_select
-from tests import compare, frameworks, inputs
+from tests import frameworks, inputs, oracle
 from tests.gpu.support import METHOD, NAMES, call, empty_out, on_gpu, upload
 
 FRAMEWORKS = tuple(frameworks.ON_GPU)
@@ -52,7 +52,7 @@ def test_num_valid_in_an_array_of_the_framework(framework: str) -> None:
     for shape in ((), (1,)):
         count = gpu.array(np.full(shape, 7, np.int32))
         result = activation_topk(gpu.array(logits), METHOD, num_valid=count)
-        want = compare.pad(compare.route(logits, METHOD), 7)
+        want = oracle.pad(oracle.route(logits, METHOD), 7)
         np.testing.assert_array_equal(gpu.numpy(result.indices), want.indices)
 
 
@@ -60,10 +60,10 @@ def test_views_of_torch_tensors() -> None:
     torch = on_gpu("torch")
     scores = inputs.normal((9, 300), "bfloat16")
     tensor = torch.array(scores)
-    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element behind an aligned base
+    cut = tensor.as_strided((8, 299), (300, 1), 1)  # one element after an aligned base
     for view in (tensor[::3], tensor[:, 7:200], tensor[:1].expand(5, 300), cut, tensor.clone().requires_grad_()):
         result = topk_select(view, 12)
-        want = compare.topk(torch.numpy(view.detach().clone()), 12)
+        want = oracle.topk(torch.numpy(view.detach().clone()), 12)
         np.testing.assert_array_equal(torch.numpy(result.indices), want[1])
     with pytest.raises(ValueError, match=r"scores.*strides \[1, 300\]"):
         topk_select(tensor.T, 3)
@@ -71,7 +71,7 @@ def test_views_of_torch_tensors() -> None:
 
 def test_frameworks_may_be_mixed_on_one_device() -> None:
     logits, bias = inputs.normal((5, 256)), inputs.normal((256,), seed=1, scale=0.1)
-    want = compare.route(logits, METHOD, bias).indices
+    want = oracle.route(logits, METHOD, bias).indices
     for first in FRAMEWORKS:
         for second in FRAMEWORKS:
             one, other = on_gpu(first), on_gpu(second)
@@ -100,7 +100,7 @@ def test_torch_tensors_without_strides_are_refused() -> None:
         topk_select(torch.zeros(4, 16, device="cuda"), 2, lengths=torch.zeros(4, device="meta", dtype=torch.int32))
 
 
-def test_the_c_exchange_api_tells_the_current_stream() -> None:
+def test_the_c_exchange_api_reports_the_current_stream() -> None:
     torch = on_gpu("torch").torch
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         pytest.skip("this PyTorch has no DLPack C exchange API")
@@ -114,7 +114,7 @@ def test_the_c_exchange_api_tells_the_current_stream() -> None:
 
 
 class OnlyDLPack:
-    """CUDA memory of a framework that nobody knows."""
+    """CUDA memory of an unknown framework."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -128,7 +128,7 @@ class OnlyDLPack:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arrays_with_nothing_but_dlpack(name: str) -> None:
+def test_arrays_with_only_dlpack(name: str) -> None:
     cupy, case = on_gpu("cupy"), call(name)
     arrays = {key: OnlyDLPack(a) for key, a in upload(cupy, case.arrays).items()}
     case.check(*map(cupy.numpy, case(arrays)))
@@ -169,7 +169,7 @@ def deepseek() -> Any:
 
 
 def same_routing(result: Any, weights: Any, indices: Any) -> None:
-    """The same experts for every token, and their weights within 1e-6."""
+    """Assert the same experts for every token, and weights within 1e-6."""
     import torch
 
     ours, theirs = result.indices.long(), indices.long()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cupy_router import activation_topk, hash_router, topk_select
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 from tests.gpu.support import METHOD, NAMES, call, empty_out, on_gpu, upload
 
 
 def capture(gpu: Any, enqueue: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """The result of the captured call, and a function that replays it and waits."""
+    """Return the result of the captured call, and a function that replays it and waits."""
     if hasattr(gpu, "torch"):
         torch = gpu.torch
         side = torch.cuda.Stream()
@@ -50,7 +50,7 @@ def capture(gpu: Any, enqueue: Callable[[], Any]) -> tuple[Any, Callable[[], Non
 
 
 def put(gpu: Any, target: Any, host: np.ndarray) -> None:
-    """Other values in the same memory."""
+    """Write other values into the same memory."""
     if hasattr(gpu, "torch"):
         target.copy_(gpu.array(host))
     else:
@@ -82,7 +82,7 @@ def test_replay_with_another_num_valid(framework: str, shape: tuple[int, ...]) -
     gpu, logits = on_gpu(framework), inputs.normal((40, 256))
     on_device, count = gpu.array(logits), gpu.array(np.full(shape, 40, np.int32))
     result, replay = capture(gpu, lambda: activation_topk(on_device, METHOD, num_valid=count))
-    want = compare.route(logits, METHOD)
+    want = oracle.route(logits, METHOD)
     for valid in (40, 7, 0, 41, -3, 39):
         put(gpu, count, np.full(shape, valid, np.int32))
         replay()
@@ -95,7 +95,7 @@ def test_replay_with_another_num_valid(framework: str, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_a_graph_of_all_ops_in_a_row(framework: str) -> None:
-    """Select among scores that another op of the same graph made."""
+    """Select from scores of another op in the same graph."""
     gpu, logits = on_gpu(framework), inputs.normal((33, 256))
     table = np.stack([inputs.rng(110, r).permutation(256)[:6] for r in range(50)]).astype(np.int32)
     ids = inputs.rng(111).integers(0, 50, 33).astype(np.int32)
@@ -111,16 +111,16 @@ def test_a_graph_of_all_ops_in_a_row(framework: str) -> None:
         logits = inputs.normal((33, 256), seed=112 + seed)
         put(gpu, arrays[0], logits)
         replay()
-        got = compare.Routing(gpu.numpy(routing.weights), gpu.numpy(routing.indices))
-        compare.assert_routes(got, compare.route(logits, METHOD), logits, METHOD)
-        np.testing.assert_array_equal(gpu.numpy(best.indices), compare.topk(got.weights, 2)[1])
-        want = compare.hashed(ids, table, METHOD, logits, 256)
+        got = oracle.Routing(gpu.numpy(routing.weights), gpu.numpy(routing.indices))
+        compare.assert_routes(got, oracle.route(logits, METHOD), logits, METHOD)
+        np.testing.assert_array_equal(gpu.numpy(best.indices), oracle.topk(got.weights, 2)[1])
+        want = oracle.hash_route(ids, table, METHOD, logits)
         compare.assert_weights_close(gpu.numpy(hashed.weights), want.weights, 2e-6)
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_a_graph_keeps_its_memory_from_others(framework: str) -> None:
-    """Between replays the framework hands out memory; none of it is a captured result's."""
+    """Memory that the framework allocates between replays never overlaps a captured result."""
     gpu, case = on_gpu(framework), call("activation_topk")
     arrays = upload(gpu, case.arrays)
     result, replay = capture(gpu, lambda: case(arrays))

@@ -15,7 +15,7 @@ from tests import inputs
 from tests.gpu.support import COMMAND_BUFFER_FLAGS, LAUNCHED_BY, launched_by, on_gpu, printed
 from tests.gradient_cases import KINDS, SMALL
 from tests.jax_gradients import Case, twin
-from tests.steps import METHODS
+from tests.methods import METHODS
 
 METHOD = RoutingMethod(256, 6, renormalize_eps=1e-20, scale=1.5)
 
@@ -77,7 +77,7 @@ def test_eager_jitted_and_mapped_gradients_agree(gpu: Any) -> None:
                     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_repeats_to_the_bit(gpu: Any) -> None:
+def test_repeats_agree_bitwise(gpu: Any) -> None:
     logits, scale = gpu.array(inputs.normal((8192, 256), seed=241)), gpu.array(np.exp(inputs.normal((256,), seed=245)))
     upstream = gpu.array(inputs.normal((8192, 6), seed=246))
     back = gpu.jax.jit(
@@ -89,8 +89,8 @@ def test_repeats_to_the_bit(gpu: Any) -> None:
             np.testing.assert_array_equal(np.asarray(a).view(np.uint32), b.view(np.uint32))
 
 
-def test_the_way_back_behind_a_slow_producer(gpu: Any) -> None:
-    """Both ways are enqueued while the producer runs; read too early, its values would be others."""
+def test_gradients_after_a_slow_producer(gpu: Any) -> None:
+    """Forward and backward are enqueued while the producer runs; read too early, its values would differ."""
     jax = gpu.jax
     square = gpu.array(np.eye(8192, dtype=np.float32))
     x, weight = gpu.array(inputs.normal((64, 128), seed=247)), gpu.array(inputs.normal((256, 128), seed=248))
@@ -116,7 +116,7 @@ def test_the_way_back_behind_a_slow_producer(gpu: Any) -> None:
 
 TRAINING = """
 import jax, jax.numpy as jnp, numpy as np
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from cupy_router import activation_topk
 from tests import inputs
 from tests.gpu.test_jax_gradients_gpu import METHOD
@@ -129,8 +129,8 @@ def step(logits):
     return logits
 
 asked = []
-work_for = _call.work_for
-_call.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
+work_for = _cached.work_for
+_cached.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
 compiled = jax.jit(step)
 want = step(logits)
 before = len(asked)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router, topk_select
-from tests import compare, inputs, steps
+from tests import compare, inputs, oracle
 from tests.gpu.support import COMMAND_BUFFER_FLAGS, LAUNCHED_BY, launched_by, on_gpu, printed, upload
 from tests.gpu.support import NAMES as SUPPORTED
 from tests.gpu.support import call as supported
 from tests.jax_calls import METHOD, NAMES, SHARED, batch, calls, same_bits
-from tests.test_method_steps import METHODS, layer_of
+from tests.methods import METHODS, layer_of
 
 
 @pytest.fixture(scope="module", params=LAUNCHED_BY)
@@ -32,15 +32,15 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
 BY_ITSELF = """
 import jax, numpy as np
 from cupy_router import activation_topk, topk_select
-from cupy_router.jax import _native
+from cupy_router.jax import _lower_ptx
 from tests.jax_calls import METHOD
 program = jax.jit(lambda a: topk_select(activation_topk(a, METHOD).weights, 2)).lower(np.zeros((3, 32), np.float32))
-print("done", program.as_text().count(f"custom_call @{_native.TARGET}("))
+print("done", program.as_text().count(f"custom_call @{_lower_ptx.TARGET}("))
 """
 
 
-def test_xla_launches_by_itself() -> None:
-    """Where it is known to: otherwise nobody would notice that calls go through handlers again."""
+def test_xla_launches_without_a_handler() -> None:
+    """Where XLA supports it: otherwise a fallback to handlers would go unnoticed."""
     if on_gpu("jax").jax.__version_info__ < (0, 11):
         pytest.skip("not measured with this JAX")
     assert printed(BY_ITSELF, "", "XLA") == 2
@@ -53,7 +53,7 @@ def test_xla_launches_by_itself() -> None:
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_results_are_right(gpu: Any, name: str, dtype: str) -> None:
-    """Of large calls, against brute force."""
+    """Large calls, against the oracle."""
     case = supported(name, dtype=dtype)
     result = gpu.jax.jit(lambda arrays: case(arrays))(upload(gpu, case.arrays))
     assert all(array.devices() == {gpu.device} for array in result)
@@ -85,12 +85,12 @@ def test_every_step_of_a_method(gpu: Any, name: str) -> None:
     with gpu.jax.enable_x64(method.index_dtype == "int64"):
         routed = gpu.jax.jit(lambda logits, layer: activation_topk(logits, method, **layer))
         weights, indices = routed(gpu.array(logits), layer.arguments(gpu.array))
-    steps.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
+    compare.assert_right((np.asarray(weights), np.asarray(indices)), logits, method, layer)
 
 
 @pytest.mark.parametrize("shared", [(), SHARED, ("num_valid",)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_is_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
+def test_vmap_equals_a_loop_of_calls(gpu: Any, name: str, shared: tuple[str, ...]) -> None:
     call, size = calls()[name], 3
     axes = {key: None if key in shared else 0 for key in call.arrays}
     many = {key: a if key in shared else batch({key: a}, size)[key] for key, a in call.arrays.items()}
@@ -117,7 +117,7 @@ def test_num_valid_is_no_constant(gpu: Any) -> None:
 
 
 def test_calls_between_slow_operations(gpu: Any) -> None:
-    """Wrong order would be wrong results: what is routed is the end of a long chain, what follows reads the results."""
+    """A wrong order gives wrong results: the input ends a long chain, and later operations read the results."""
     jax = gpu.jax
     square = gpu.array(np.eye(2048, dtype=np.float32))
 
@@ -132,15 +132,15 @@ def test_calls_between_slow_operations(gpu: Any) -> None:
     for seed in range(10):
         logits = inputs.normal((500, 32), seed=300 + seed)
         weights, more, indices, best = chain(gpu.array(logits), square)
-        want = compare.route(logits, METHOD)
+        want = oracle.route(logits, METHOD)
         np.testing.assert_array_equal(indices, want.indices * 2)
         compare.assert_weights_close(np.asarray(weights), want.weights, 2e-6)
         np.testing.assert_array_equal(more, np.asarray(weights) + 1)
-        np.testing.assert_array_equal(best.indices, compare.topk(np.asarray(weights), 2)[1])
+        np.testing.assert_array_equal(best.indices, oracle.topk(np.asarray(weights), 2)[1])
 
 
 def test_parts_of_arrays_at_any_offset(gpu: Any) -> None:
-    """Kernels may be chosen for buffers that begin at a multiple of 16 bytes, which is XLA's to see to."""
+    """Kernels may assume buffers at multiples of 16 bytes, which XLA guarantees."""
     jax = gpu.jax
     method = RoutingMethod(32, 4)
     logits = inputs.normal((6, 3, 33), seed=310)
@@ -204,7 +204,7 @@ COMMAND_BUFFERS = """
 import numpy as np
 import jax, jax.numpy as jnp
 from cupy_router import activation_topk, dense_router, hash_router, topk_select
-from cupy_router.ops import _call
+from cupy_router.ops import _cached
 from tests.jax_calls import METHOD, calls, same_bits
 
 found = calls(n=40)
@@ -220,8 +220,8 @@ def model(x, weight, ids, table):
     return [*found, dense_router(x, weight, METHOD)]
 
 asked = []
-work_for = _call.work_for
-_call.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
+work_for = _cached.work_for
+_cached.work_for = lambda *arguments: asked.append(1) or work_for(*arguments)
 compiled = jax.jit(model)
 for turn in range(30):
     x = jnp.roll(x, 1, axis=0)
@@ -235,7 +235,7 @@ print("done", len(asked))
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 @pytest.mark.parametrize("flag", COMMAND_BUFFER_FLAGS)
 def test_with_and_without_command_buffers(flag: str, how: str) -> None:
-    """By XLA's own choice, wherever it can, and never. What is captured is not asked for again."""
+    """Command buffers by XLA's choice, wherever possible, and never. Captured handlers are not called again."""
     on_gpu("jax")
     calls = printed(COMMAND_BUFFERS, flag, how)
     print(f"{flag or 'by default'}: {calls} of {30 * 19} calls passed through the handlers")
@@ -258,7 +258,7 @@ print("done", len(hits))
 
 @pytest.mark.parametrize("how", LAUNCHED_BY)
 def test_programs_of_the_compilation_cache(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one process compiled, another loads: kernels are in it, handlers have names."""
+    """One process loads what another compiled: kernels are included, handlers have names."""
     on_gpu("jax")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -292,7 +292,7 @@ def test_two_devices(gpu: Any) -> None:
     if len(devices) < 2:
         pytest.skip("needs two CUDA devices")
     logits, weight = inputs.normal((64, 32)), jnp.array(calls()["dense_router"].arrays["weight"])
-    want = compare.route(logits, METHOD)
+    want = oracle.route(logits, METHOD)
     for device in devices[:2]:
         got = jax.jit(lambda a: activation_topk(a, METHOD))(jax.device_put(logits, device))
         assert got.indices.devices() == {device}
@@ -308,8 +308,8 @@ def test_two_devices(gpu: Any) -> None:
         same_bits(jax.jit(sharded)(x, weight), dense_router(x, weight, METHOD))
 
 
-def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cupy_router.ops import _call
+def test_handler_errors_are_raised(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_router.ops import _cached
 
     jax = gpu.jax
     scores = gpu.array(inputs.normal((3, 1700)))  # long rows have a handler always
@@ -319,14 +319,14 @@ def test_errors_come_back_from_the_handler(gpu: Any, monkeypatch: pytest.MonkeyP
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_call, "work_for", fail)
+        patch.setattr(_cached, "work_for", fail)
         with pytest.raises(Exception, match="topk_select: RuntimeError: broken"):
             jax.block_until_ready(compiled(scores))
     same_bits(compiled(scores), topk_select(scores, 2))
 
 
 def test_a_call_costs_little_more_than_an_addition(gpu: Any, request: pytest.FixtureRequest) -> None:
-    """The bar is 30 us until ready, which handlers miss."""
+    """The limit is 30 us until ready, which handlers exceed."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("tests beside this one take its time")
     jax = gpu.jax

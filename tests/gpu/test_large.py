@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes at which 32 bits do not count any more, with a few planted winners per row instead of a reference."""
+"""Sizes beyond 32 bits, with a few planted winners per row instead of a reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def enough_memory(cupy: Any) -> Any:
 
 
 def planted(cupy: Any, rows: int, columns: int, k: int) -> tuple[Any, Any]:
-    """float16 zeros, but k different columns of each row hold k, k - 1 ... 1; and these columns, best first."""
+    """Return float16 zeros in which k columns of each row hold k, k - 1 ... 1; and these columns, best first."""
     scores = cupy.zeros((rows, columns), np.float16)
     row = cupy.arange(rows)[:, None]
     at = (row * 7919 + cupy.arange(k)[None] * (columns // k)) % columns
@@ -71,8 +71,8 @@ def test_a_row_stride_beyond_31_bits(cupy: Any) -> None:
 
 
 @pytest.mark.acceptance("2**31 - 1 columns")
-def test_as_many_columns_as_an_index_counts(cupy: Any) -> None:
-    """A window at the end of the row: one block would take long for all of it."""
+def test_as_many_columns_as_an_index_can_count(cupy: Any) -> None:
+    """A window at the end of the row: one block would be slow for all of it."""
     columns = LIMIT - 1
     scores = cupy.zeros((1, columns), np.float16)
     scores[0, [columns - 1, columns - 900, 7]] = cupy.asarray([3, 2, 9], np.float16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device memory, counted: no copy of an input, nothing allocated but the results, nothing left behind.
+"""Device memory: no copy of an input, no allocation but the results, no leak.
 
 What is free is asked of the whole device, so these tests are skipped where pytest-xdist runs others beside them.
 """
@@ -26,7 +26,7 @@ ROWS, COLUMNS = 2**15, 2048  # 256 MiB of float32: a copy would be hard to overl
 
 
 def big_calls(gpu: Any) -> dict[str, Any]:
-    """Every op on a large input, in rows that lie apart, so that nothing is contiguous."""
+    """Return a call of every op on a large input with strided rows."""
     block = gpu.array(np.zeros((ROWS, COLUMNS + 16), np.float32))
     scores = block if hasattr(gpu, "jax") else block[:, :COLUMNS]
     method = RoutingMethod(scores.shape[1], 8, "sigmoid")
@@ -53,7 +53,7 @@ def free_memory(cupy: Any) -> int:
 @pytest.mark.parametrize("framework", tuple(frameworks.ON_GPU))
 @pytest.mark.acceptance("no copy of an input")
 def test_no_copy_is_made(framework: str, name: str, cupy: Any) -> None:
-    """Pools never give memory back by themselves, so their growth over a call shows even what it freed again."""
+    """Pools keep freed memory, so their growth over a call shows even temporary allocations."""
     gpu = on_gpu(framework)
     enqueue = big_calls(gpu)[name]
     pool = cupy.get_default_memory_pool()
@@ -79,7 +79,7 @@ def test_no_copy_is_made(framework: str, name: str, cupy: Any) -> None:
 
 @contextmanager
 def counted(cupy: Any) -> Iterator[list[int]]:
-    """The sizes of all that is taken from CuPy's pool meanwhile."""
+    """Record the sizes of all allocations from CuPy's pool."""
     sizes: list[int] = []
 
     class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc]
@@ -145,7 +145,7 @@ def test_a_warm_call_from_jax_allocates_its_results_only(name: str, cupy: Any) -
 
 @pytest.mark.parametrize("framework", tuple(frameworks.ON_GPU))
 def test_memory_stays_flat(framework: str, cupy: Any) -> None:
-    """Hundreds of calls, also on streams of their own: what is kept for running kernels is let go again."""
+    """Hundreds of calls, also on other streams: memory kept for running kernels is freed."""
     gpu = on_gpu(framework)
     calls = [(case, upload(gpu, case.arrays)) for case in (call(name, n=1000) for name in NAMES)]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
@@ -181,8 +181,8 @@ def test_memory_stays_flat_inside_jax_jit(how: str, cupy: Any) -> None:
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_inputs_of_a_finished_call_are_let_go(framework: str, cupy: Any) -> None:
-    """After a call on another stream its inputs are kept until it is done, not for ever."""
+def test_inputs_of_a_finished_call_are_freed(framework: str, cupy: Any) -> None:
+    """After a call on another stream its inputs are kept until it is done, and then freed."""
     gpu = on_gpu(framework)
     stream = cupy.cuda.Stream(non_blocking=True)
 

@@ -31,7 +31,7 @@ FAMILIES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def figures() -> Iterator[dict[str, Any]]:
-    """What the tests found, for the report."""
+    """Collect the figures of these tests for the report."""
     if not torch.cuda.is_available():
         pytest.skip("PyTorch has no CUDA device")
     found: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Framework x producer's stream x consumer's stream, with a slow producer in front: wrong order is a wrong result.
+"""Framework x producer's stream x consumer's stream, after a slow producer: a wrong order is a wrong result.
 
 Inputs hold other values until the end of a busy stream. The caller orders arrays of PyTorch and CuPy across streams, as
 for their own functions; what comes by DLPack is ordered by its protocol.
@@ -38,10 +38,10 @@ def wait(streams: Streams, waiting: Any, producer: Any) -> None:
 
 
 def produced(streams: Streams, op: str, producer: Any) -> tuple[Any, dict[str, Any]]:
-    """A call and its arrays, which become right late on the producer's stream; everything is compiled."""
+    """Return a call and its arrays, which become valid late on the producer's stream; everything is compiled."""
     right, wrong = call(op, seed=0), call(op, seed=1)
     source, target = upload(streams.gpu, right.arrays), upload(streams.gpu, wrong.arrays)
-    # Also what only this process has not done yet: CUDA loads a kernel behind all work that is under way.
+    # Also new kernels of this process: CUDA loads a kernel after all work in flight.
     for given in ({}, {"stream": streams.new()}):
         for array in right(target, **given):
             streams.clone(array)
@@ -59,7 +59,7 @@ def produced(streams: Streams, op: str, producer: Any) -> tuple[Any, dict[str, A
 
 
 def consumed(streams: Streams, right: Any, target: Any, consumer: Any, how: str) -> list[Any]:
-    """Copies of the results, made on the stream where the call ran."""
+    """Return copies of the results, made on the stream of the call."""
     if how.endswith(("given", "handle")):
         result = right(target, stream=streams.handle(consumer) if how.endswith("handle") else consumer)
     else:
@@ -88,8 +88,8 @@ def test_the_table(framework: str, producer: str, how: str, op: str) -> None:
 
 @pytest.mark.parametrize("how", CONSUMERS[1:4])
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
-def test_wrong_order_would_show(framework: str, how: str) -> None:
-    """The same without the wait: what is read are the other values."""
+def test_a_wrong_order_is_detected(framework: str, how: str) -> None:
+    """The same without the wait reads the other values."""
     streams = Streams(framework)
     first = stream_of(streams, "side")
     right, target = produced(streams, "activation_topk", first)
@@ -113,8 +113,8 @@ class Foreign(OnlyDLPack):
 
 
 @pytest.mark.parametrize(("producer", "how", "op"), [*product(PRODUCERS, ("current", "given", "handle"), OPS)])
-def test_dlpack_orders_what_nobody_else_does(producer: str, how: str, op: str) -> None:
-    """A foreign array makes our stream wait for its producer's, of which nobody here has heard."""
+def test_dlpack_orders_other_frameworks(producer: str, how: str, op: str) -> None:
+    """Exporting a foreign array makes our stream wait for its producer's, which is unknown here."""
     streams = Streams("cupy")
     first, consumer = stream_of(streams, producer), streams.new()
     right, target = produced(streams, op, first)
@@ -133,7 +133,7 @@ def test_dlpack_orders_what_nobody_else_does(producer: str, how: str, op: str) -
 
 @pytest.mark.parametrize(("how", "op"), [*product(("default", "side, current", "side, given"), OPS)])
 def test_jax_orders_both_ways(how: str, op: str) -> None:
-    """Behind XLA's slow producer, wherever the call runs, and before what XLA makes of its results."""
+    """After XLA's slow producer, whatever stream the call runs on, and before XLA's use of the results."""
     gpu, streams, case = on_gpu("jax"), Streams("cupy"), call(op)
     source, produce = upload(gpu, case.arrays), slow(gpu.jax)
     consumer = stream_of(streams, "side" if how.startswith("side") else "default")

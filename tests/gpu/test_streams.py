@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order without waiting: behind a slow producer, on the caller's stream or a given one, with inputs freed at once."""
+"""Order without waiting: after a slow producer, on the caller's stream or a given one, with inputs freed at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPIN = 100  # milliseconds in which a call that does not wait has long returned
 
 
 class Streams:
-    """What PyTorch and CuPy call the same things."""
+    """The same operations in PyTorch and CuPy."""
 
     def __init__(self, framework: str) -> None:
         self.gpu = on_gpu(framework)
@@ -47,7 +47,7 @@ class Streams:
         return array.clone() if self.is_torch else array.copy()
 
     def garbage(self, array: Any) -> Any:
-        """Another array of that size, full of bytes 0x7B: no small index, no sensible number."""
+        """Return another array of that size, filled with bytes 0x7B: no small index, no plausible number."""
         if self.is_torch:
             fresh = self.gpu.torch.empty_like(array)
             fresh.view(self.gpu.torch.uint8).fill_(0x7B)
@@ -68,7 +68,7 @@ def streams(request: pytest.FixtureRequest) -> Streams:
 
 
 def warm(streams: Streams, name: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Two calls of the same shapes and their arrays, everything compiled."""
+    """Return two calls of the same shapes and their arrays, with everything compiled."""
     right, wrong = call(name, seed=0), call(name, seed=1)
     source, target = upload(streams.gpu, right.arrays), upload(streams.gpu, wrong.arrays)
     right(target)
@@ -80,9 +80,9 @@ def warm(streams: Streams, name: str) -> tuple[Any, Any, dict[str, Any], dict[st
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.acceptance("behind a slow producer on a stream of the caller's")
-def test_behind_a_slow_producer(streams: Streams, name: str) -> None:
-    """The inputs become right only at the end of a busy stream: whoever runs elsewhere, or earlier, reads others."""
+@pytest.mark.acceptance("after a slow producer on a stream of the caller's")
+def test_after_a_slow_producer(streams: Streams, name: str) -> None:
+    """Inputs become valid at the end of a busy stream: reading them earlier or elsewhere gives other values."""
     right, _, source, target = warm(streams, name)
     stream = streams.new()
     with streams.use(stream):
@@ -126,7 +126,7 @@ def test_on_a_given_stream(streams: Streams, name: str, given: str, out: bool) -
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["on-the-current-stream", "on-a-given-stream"])
 @pytest.mark.acceptance("inputs freed right after the call")
 def test_inputs_are_freed_right_after_the_call(streams: Streams, name: str, elsewhere: bool) -> None:
-    """The kernel waits behind a busy stream while the memory of its inputs is given away and overwritten."""
+    """The kernel waits on a busy stream while the memory of its inputs is freed and overwritten."""
     right, _, source, _ = warm(streams, name)
     side, other = streams.new(), streams.new()
     with streams.use(side):
@@ -168,7 +168,7 @@ def test_repeats_under_load_from_another_stream(streams: Streams, name: str) -> 
 
 
 def slow(jax: Any) -> Any:
-    """A jitted function that gives its argument back after about a tenth of a second of matrix products."""
+    """Return a jitted function that returns its argument after about a tenth of a second of matrix products."""
     numpy = jax.numpy
 
     @jax.jit  # type: ignore[untyped-decorator]
@@ -183,8 +183,8 @@ def slow(jax: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.acceptance("behind a slow producer on a stream of the caller's", "inputs freed right after the call")
-def test_jax_behind_a_slow_producer_with_inputs_freed_at_once(name: str) -> None:
+@pytest.mark.acceptance("after a slow producer on a stream of the caller's", "inputs freed right after the call")
+def test_jax_after_a_slow_producer_with_inputs_freed_at_once(name: str) -> None:
     gpu, case = on_gpu("jax"), call(name)
     source, produce = upload(gpu, case.arrays), slow(on_gpu("jax").jax)
     gpu.jax.block_until_ready(produce(source))
@@ -200,7 +200,7 @@ def test_jax_behind_a_slow_producer_with_inputs_freed_at_once(name: str) -> None
     took = time.perf_counter() - begin
     del late
     garbage = [gpu.jax.numpy.full_like(a, 123) for _ in range(20) for a in source.values()]
-    doubled = [a + a for a in result]  # consumed by XLA behind our kernel
+    doubled = [a + a for a in result]  # consumed by XLA after our kernel
     case.check(*map(gpu.numpy, result))
     for a, b in zip(doubled, result, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b) * 2)

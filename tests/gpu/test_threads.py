@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight threads at once, each on a stream of its own: on what is compiled, and on what all of them compile together."""
+"""Eight threads at once, each on its own stream: with compiled kernels, and with kernels that all compile at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.gpu.support import NAMES, call, on_gpu, upload
 
 THREADS = 8
@@ -48,7 +48,7 @@ def test_eight_threads(framework: str, cupy: Any) -> None:
 
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_compile_together(cupy: Any) -> None:
-    """The same kernels, new to the process, wanted by all threads in the same moment."""
+    """All threads need the same new kernels at the same moment."""
     experts = 99  # no other test has this number
     logits = inputs.normal((17, experts))
     on_device = cupy.asarray(logits)
@@ -61,8 +61,8 @@ def test_eight_threads_compile_together(cupy: Any) -> None:
             start.wait()
             result = activation_topk(on_device, method)
             cupy.cuda.get_current_stream().synchronize()
-            got = compare.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
-            compare.assert_routes(got, compare.route(logits, method), logits, method)
+            got = oracle.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
+            compare.assert_routes(got, oracle.route(logits, method), logits, method)
 
     together(work)
 
@@ -86,7 +86,7 @@ def test_a_thread_that_never_used_cuda(cupy: Any) -> None:
 
 
 def test_threads_keep_their_current_streams_apart(cupy: Any) -> None:
-    """CuPy's current stream is a thread's own: what one thread sets, the others do not see."""
+    """CuPy's current stream belongs to a thread: other threads do not see it."""
     case = call("activation_topk")
     arrays = upload(on_gpu("cupy"), case.arrays)
     cupy.cuda.Device().synchronize()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select at the sizes of sparse attention, against a sort of the GPU's own, repeated under load and in graphs."""
+"""topk_select at the sizes of sparse attention, against CuPy's sort, repeated under load and in graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cupy_router import topk_select
-from tests import compare, inputs
+from tests import compare, inputs, oracle
 
 # num_rows, num_columns, k
 SHAPES = [
@@ -62,7 +62,7 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
     scores = inputs.normal((rows, columns), dtype)
     values, indices = topk_select(cupy.asarray(scores.view(np.uint16)).view(scores.dtype), k)
     few = [0, rows // 2, rows - 1]
-    want = compare.topk(scores[few], k)
+    want = oracle.topk(scores[few], k)
     np.testing.assert_array_equal(indices[few].get(), want[1])
     compare.assert_same_bits(cupy.asnumpy(values[few].view(np.uint16)).view(scores.dtype), want[0])
 
@@ -70,7 +70,7 @@ def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype
 @pytest.mark.parametrize(
     ("rows", "columns", "k"), [(1, 131_072, 2048), (300, 32_768, 512), (140, 40_000, 1024), (3, 20_000, 20_000)]
 )
-@pytest.mark.acceptance("sorted=False", "return_values=False", "index_map and page tables")
+@pytest.mark.acceptance("order=column", "return_values=False", "index_map and page tables")
 def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
     """Against the sorted result without options."""
     page_size = 64
@@ -78,7 +78,7 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
     table = cupy.asarray(inputs.rng(9).permutation(num_pages).astype(np.int32).reshape(rows, -1))
     for name, scores in kinds(cupy, rows, columns).items():
         want = topk_select(scores, k).indices
-        by_column = topk_select(scores, k, sorted=False)
+        by_column = topk_select(scores, k, order="column")
         assert bool((by_column.indices == cupy.sort(want, axis=1)).all()), name
         assert bool((by_column.values == cupy.take_along_axis(scores, by_column.indices, axis=1)).all()), name
         mapped = topk_select(scores, k, index_map=table, page_size=page_size, return_values=False).indices
@@ -87,7 +87,7 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
 
 
 @pytest.mark.acceptance("more than 65,535 rows")
-def test_more_rows_than_a_grid_is_high(cupy: Any) -> None:
+def test_more_rows_than_the_grid_limit(cupy: Any) -> None:
     rows, columns, k = 70_000, 2100, 100
     scores = cupy.random.default_rng(7).standard_normal((rows, columns), dtype=np.float32)
     few = [0, 1, 65_535, 65_536, rows - 1]
@@ -120,7 +120,7 @@ def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: in
 @pytest.mark.acceptance("graph replay with lengths changed in place")
 @pytest.mark.parametrize(("rows", "columns", "k"), [(3, 131_072, 2048), (150, 20_000, 300)])
 def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -> None:
-    """From rows that are taken whole to rows that are sampled, and back: one plan for all."""
+    """From rows that are read whole to rows that are sampled, and back, with one plan."""
     scores = inputs.normal((rows, columns))
     on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -136,6 +136,6 @@ def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -
         cupy.cuda.Device().synchronize()
         graph.launch(stream)
         stream.synchronize()
-        want = compare.topk(scores[:5], k, host[:5])
+        want = oracle.topk(scores[:5], k, host[:5])
         np.testing.assert_array_equal(result.indices[:5].get(), want[1])
         compare.assert_same_bits(result.values[:5].get(), want[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as PyTorch's own on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
+"""The PyTorch ops on CUDA tensors: opcheck, compiled code, graphs of both kinds, streams, a second device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Router, RoutingMethod, activation_topk, dense_router
-from cupy_router.ops import _call
+from cupy_router import RoutingMethod, activation_topk, dense_router
+from cupy_router.ops import _cached
+from cupy_router.ops.registry import OPS
 from tests import generated_code, inputs
 from tests.gpu.support import NAMES, call, on_gpu, spin, upload
 from tests.jax_calls import METHOD
@@ -35,41 +36,17 @@ def same(got: Any, want: Any) -> None:
 
 
 def distinct(torch: Any, seed: int) -> Any:
-    """Logits in dense rows, whose order no rounding changes."""
+    """Return dense logits whose order no rounding changes."""
     return torch.from_numpy(np.ascontiguousarray(inputs.distinct(40, 32, seed=seed))).cuda()
 
 
-OPS = (
-    "topk_select", "activation_topk", "hash_router", "dense_router", "router", "activation_topk_backward",
-    "router_backward",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", sorted({*OPS, "router", "router_backward"}))
 def test_opcheck(torch: Any, op: str) -> None:
-    def tensor(*shape: int, seed: int) -> Any:
-        return torch.from_numpy(inputs.normal(shape, seed=270 + seed)).cuda()
+    from tests.torch_samples import samples
 
-    x, weight = tensor(5, 8, seed=0).requires_grad_(), tensor(16, 8, seed=1).requires_grad_()
-    logits = tensor(5, 16, seed=2).requires_grad_()
-    bias, scale = tensor(16, seed=3), tensor(16, seed=4).exp().requires_grad_()
-    ids, count = torch.arange(5, device="cuda"), torch.tensor([3], dtype=torch.int32, device="cuda")
-    table = torch.stack([torch.randperm(16)[:4] for _ in range(9)]).cuda()
-    router = Router(SMALL, weight=weight.detach())
-    routed, key = activation_topk(logits.detach(), SMALL), SMALL.text
-    samples = {
-        "topk_select": (3, logits.detach(), ids.int() + 5, None),
-        "activation_topk": (key, logits, bias, None, scale, count, -1),
-        "hash_router": (key, ids, table, None, x, weight, None, scale, None, 4),
-        "dense_router": (key, "", x, weight, bias, None, scale, None, -1),
-        "router": (router.key, x, None, count, -1),
-        "activation_topk_backward": (
-            key, tensor(5, 4, seed=5), routed.indices, logits.detach(), None, scale.detach(), False, False
-        ),
-        "router_backward": (router.key, x.detach(), routed.indices, tensor(5, 4, seed=5)),
-    }  # fmt: skip
-    results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, samples[op])
-    assert set(results.values()) == {"SUCCESS"}
+    for given in samples("cuda")[op]:
+        results = torch.library.opcheck(getattr(torch.ops.cupy_router, op).default, given)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +76,7 @@ def test_reduce_overhead_replays_a_graph(torch: Any) -> None:
 
     torch.compiler.reset()
     counters.clear()
-    _call._plans.clear()  # what a plan remembers must not lie in the graph's pool either
+    _cached.forget()  # what a plan remembers must not lie in the graph's pool either
     compiled = torch.compile(lambda a: tuple(activation_topk(a * 2, METHOD)), fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
         logits = distinct(torch, seed)
@@ -130,7 +107,7 @@ def kinds_of_nodes(graph: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["topk_select", "activation_topk", "hash_router", "dense_router"])
 def test_a_captured_call_is_one_kernel(torch: Any, name: str) -> None:
-    """No copy, no memset, no event: inside a CUDA graph a call costs its kernel."""
+    """No copy, memset or event: inside a CUDA graph a call is its kernel."""
     gpu, case = on_gpu("torch"), call(name)
     arrays = upload(gpu, case.arrays)
     case(arrays)
@@ -191,8 +168,8 @@ assert route(logits).equal(torch.compile(route, fullgraph=True)(logits))
 """
 
 
-def test_code_from_inductors_cache_is_that_of_the_method(tmp_path: Path) -> None:
-    """Of two processes that differ in their method alone: the second one finds the first one's code."""
+def test_inductors_cache_distinguishes_methods(tmp_path: Path) -> None:
+    """Two processes with different methods: the second one finds the first one's code."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for dtype in ("float32", "float16"):
         program = [sys.executable, "-c", CACHED, dtype]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs two GPUs: threads on both at once, streams of a device that is not current, graphs, gradients, XLA.
+"""Tests of two GPUs: threads on both at once, streams of a device that is not current, graphs, gradients, XLA.
 
 `pytest --backend=gpu tests/gpu -k "two_devices or second_device or not_current or another_current"` runs these and
 those of the other files.
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, dense_router
-from tests import compare, frameworks, inputs
+from tests import compare, frameworks, inputs, oracle
 from tests.gpu.support import METHOD, NAMES, Call, Raw, call, launched_by, on_gpu, spin, upload
 from tests.gpu.test_streams import Streams
 from tests.gpu.test_threads import THREADS, together
@@ -60,7 +60,7 @@ def check(framework: str, case: Call, result: Any, device: int, cupy: Any) -> No
 @pytest.mark.parametrize("framework", tuple(frameworks.ON_GPU))
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_on_both(framework: str, cupy: Any) -> None:
-    """Every thread goes from device to device, without making one current, also on streams of its own."""
+    """Every thread alternates between devices without making one current, also on its own streams."""
     cases = [call(name, seed) for name in NAMES for seed in range(2)]
     arrays = {(i, device): uploaded(framework, case, device, cupy) for i, case in enumerate(cases) for device in (0, 1)}
     start = threading.Barrier(THREADS, timeout=60)
@@ -82,7 +82,7 @@ def test_eight_threads_on_both(framework: str, cupy: Any) -> None:
 
 @pytest.mark.acceptance("8 threads at once")
 def test_eight_threads_compile_for_both(cupy: Any) -> None:
-    """Kernels that are new to the process, wanted on both devices in the same moment."""
+    """New kernels that both devices need at the same moment."""
     experts = 97  # no other test has this number
     logits = inputs.normal((17, experts))
     on_device = []
@@ -99,8 +99,8 @@ def test_eight_threads_compile_for_both(cupy: Any) -> None:
             result = activation_topk(on_device[number % 2], method)
             with cupy.cuda.Device(number % 2):
                 cupy.cuda.Device().synchronize()
-                got = compare.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
-            compare.assert_routes(got, compare.route(logits, method), logits, method)
+                got = oracle.Routing(cupy.asnumpy(result.weights), cupy.asnumpy(result.indices))
+            compare.assert_routes(got, oracle.route(logits, method), logits, method)
 
     together(work)
 
@@ -112,7 +112,7 @@ HOW = ("current", "given", "as a handle")
 
 @pytest.mark.parametrize(("framework", "name", "how"), [*product(("cupy", "torch"), NAMES, HOW)])
 def test_a_busy_stream_of_the_second(framework: str, name: str, how: str, cupy: Any) -> None:
-    """A slow producer on device 1, the call on its stream, device 0 current: wrong order is a wrong result."""
+    """A slow producer on device 1, the call on its stream, device 0 current: a wrong order is a wrong result."""
     streams, right, wrong = Streams(framework), call(name, seed=0), call(name, seed=1)
     source, target, other = (uploaded(framework, case, 1, cupy) for case in (right, wrong, wrong))
     with cupy.cuda.Device(1):
@@ -200,7 +200,7 @@ def test_one_program_on_either(name: str, how: str, cupy: Any) -> None:
 @pytest.mark.parametrize("how", ["XLA", "handlers"])
 @pytest.mark.parametrize("n", [64, 2 * 2049])
 def test_shard_map_over_both(n: int, how: str, cupy: Any) -> None:
-    """Each device routes its tokens, and the gradient of what both have is a sum over them."""
+    """Each device routes its tokens; gradients of replicated arrays are summed."""
     jax = on_gpu("jax").jax
     devices, spec = np.array(jax.devices("gpu")[:2]), jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(devices, ("tokens",))

@@ -11,7 +11,7 @@ import numpy as np
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
-from tests import inputs, steps
+from tests import inputs, methods, oracle
 from tests.backends import DTYPES
 from tests.fuzz.case import BACKWARD, Case
 from tests.topk_calls import PLANS, misleading
@@ -35,7 +35,7 @@ def cases() -> list[Case]:
 
 
 def _scores(rows: int, columns: int, dtype: str) -> np.ndarray:
-    """A third normal, a third of few values, a third with NaN."""
+    """Return rows: a third normal, a third of few values, a third with NaN."""
     scores = inputs.normal((rows, columns), dtype, seed=rows)
     scores[1::3] = np.round(scores[1::3].astype(np.float32))
     scores[2::3, ::7] = np.nan
@@ -96,14 +96,14 @@ def _long_rows() -> Iterator[Case]:
             yield case(rows, columns, 500, dtype, MISALIGNED, **both, **pages(1, columns, 64))
             yield case(rows, columns, 200, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, STRIDED)
-        yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), sorted=False)
+        yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), order="column")
         for j, (name, plan) in enumerate(PLANS.items()):
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
-            yield replace(case(3, 5000, 300, dtype, layout, sorted=False, **pages(3, 5000, 16)), plan=name)
+            yield replace(case(3, 5000, 300, dtype, layout, order="column", **pages(3, 5000, 16)), plan=name)
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
             if plan is not None:  # a sample that misleads, so that rows are read again
                 hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
-                options = {"k": 300, "sorted": j % 2 == 0}
+                options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)
     yield case(1, 70_000, 8000, "float32", DENSE)
     yield case(1, 600_000, 2048, "float32", DENSE)
@@ -149,16 +149,16 @@ def _activation_topk() -> Iterator[Case]:
 
 
 def _steps() -> Iterator[Case]:
-    """Of routing methods; logits are so far apart that rounding decides nothing."""
-    for i, method in enumerate(steps.METHODS.values()):
+    """Cases of every step of a method; logits are so far apart that rounding decides nothing."""
+    for i, method in enumerate(methods.METHODS.values()):
         rows = FEW_ROWS if method.num_experts > 1000 else ROWS
-        arrays = {"logits": inputs.distinct(rows, method.num_logits)} | steps.layer_of(method, i).arguments(np.copy)
+        arrays = {"logits": inputs.distinct(rows, method.num_logits)} | methods.layer_of(method, i).arguments(np.copy)
         yield Case("activation_topk", arrays, method, {}, {"logits": (DENSE, STRIDED, MISALIGNED)[i % 3]}, i % 3 - 1)
     for i, name in enumerate(("8 groups, best 4, top 2", "softmax after top-k", "shared in the normaliser")):
-        method = steps.METHODS[name]
+        method = methods.METHODS[name]
         x, weight = _products((9, 40), "bfloat16"), _products((method.num_logits, 40), "bfloat16")
         weight = (weight / 32).astype(weight.dtype)  # the scores of large logits all round to 1
-        arrays = {"x": x, "weight": weight} | steps.layer_of(method, 2 + i).arguments(np.copy)
+        arrays = {"x": x, "weight": weight} | methods.layer_of(method, 2 + i).arguments(np.copy)
         yield Case("dense_router", arrays, method)
 
 
@@ -210,11 +210,10 @@ def _dense_router() -> Iterator[Case]:
 
 def _backward() -> Iterator[Case]:
     """The gradient of the logits: every step of a method, rows of each dtype, and padding."""
-    for i, method in enumerate(steps.METHODS.values()):
+    for i, method in enumerate(methods.METHODS.values()):
         logits = inputs.distinct(FEW_ROWS, method.num_logits, FLOATS[i % 3] if method.num_experts < 200 else "float32")
-        layer = steps.layer_of(method, i)
-        shared = list(range(method.num_experts, method.num_columns - method.top_k + method.num_experts))
-        chosen = np.array([steps.choose(row, method, layer) + shared for row in logits], method.index_dtype)
+        layer = methods.layer_of(method, i)
+        chosen = oracle.route(logits, method, **vars(layer)).indices
         chosen[3] = -1
         upstream = inputs.normal(chosen.shape, method.weight_dtype, seed=4)
         arrays = {"grad_weights": upstream, "indices": chosen, "logits": logits}

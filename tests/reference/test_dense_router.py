@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of dense_router against brute force in exact arithmetic, and against transformers."""
+"""The reference of dense_router against exact arithmetic and against transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINITE = st.floats(-1e4, 1e4, width=16)
 
 @given(st.data())
 def test_logits_are_rounded_once(data: st.DataObject) -> None:
-    """Against sums of fractions: the float64 product is right to far below half a float32 step but for cancellation."""
+    """Against sums of fractions: without cancellation the float64 product is exact to far below half a float32 step."""
     n, experts, hidden = (data.draw(st.integers(low, 6)) for low in (0, 1, 1))
     dtypes = st.sampled_from([DTYPES[name] for name in ("float32", "float16", "bfloat16")])
     x = data.draw(arrays.arrays(np.float32, (n, hidden), elements=FINITE)).astype(data.draw(dtypes))
@@ -41,7 +41,7 @@ def test_logits_are_rounded_once(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("score", SCORE_FUNCTIONS)
 @pytest.mark.parametrize("num_valid", [None, 0, 3, 7])
-def test_it_is_activation_topk_of_the_product(score: str, num_valid: int | None) -> None:
+def test_equals_activation_topk_of_the_product(score: str, num_valid: int | None) -> None:
     draw = np.random.default_rng(20261122)
     x, weight, bias = (draw.standard_normal(shape).astype(np.float32) for shape in ((7, 12), (9, 12), (9,)))
     method = RoutingMethod(9, 3, score, scale=2.0)
@@ -56,7 +56,7 @@ def test_it_is_activation_topk_of_the_product(score: str, num_valid: int | None)
 
 
 def test_padding_is_not_computed() -> None:
-    """What lies in padded rows, NaN and infinity among it, raises no warning and reaches no result."""
+    """Values in padded rows, NaN and infinity among them, raise no warning and reach no result."""
     x = np.full((4, 3), np.inf, np.float32)
     x[0] = 1.0
     weights, indices = dense_router(x, np.eye(3, dtype=np.float32), RoutingMethod(3, 2), num_valid=1)
@@ -67,7 +67,7 @@ def test_padding_is_not_computed() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_router_of_transformers(dtype: str) -> None:
-    """On x of either dtype with a gate in float32, the product in float32."""
+    """x of either dtype with a float32 gate; products in float32."""
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     from transformers import DeepseekV4Config

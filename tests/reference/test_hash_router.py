@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 from cupy_router.method import SCORES, RoutingMethod
 from cupy_router.reference.hash_router import hash_router
-from tests.reference import brute_force
-from tests.reference.strategies import dtypes, locked, matrices, methods, thorough
+from tests import oracle
+from tests.reference.strategies import assert_agrees, dtypes, locked, matrices, methods, thorough
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -20,7 +19,7 @@ small = st.integers(-8, 8).map(float)  # whose products and sums are exact
 
 
 def ints(dtype: str, highest: int) -> st.SearchStrategy[int]:
-    """Mostly valid, sometimes not: around the ends and at the limits of the dtype."""
+    """Draw mostly valid integers; the others are just outside the range or at the limits of the dtype."""
     limit = np.iinfo(dtype)
     wrong = [-1, highest + 1, int(limit.min), int(limit.max)] + ([2**31, 2**32] if dtype == "int64" else [])
     valid = st.integers(0, max(0, highest))
@@ -35,45 +34,25 @@ def int_arrays(draw: st.DrawFn, shape: tuple[int, ...], highest: int) -> np.ndar
     return locked(np.array(drawn, dtype).reshape(shape))
 
 
-def exact_dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(sum(Fraction(p) * Fraction(q) for p, q in zip(a.astype(float), b.astype(float), strict=True)))
-
-
 @thorough
 @given(st.data(), st.sampled_from(["table", "method", "logits", "x"]), dtypes, st.booleans())
-def test_matches_brute_force(data: st.DataObject, form: str, dtype: str, padded: bool) -> None:
+def test_agrees_with_the_oracle(data: st.DataObject, form: str, dtype: str, padded: bool) -> None:
     tokens, vocab, experts = (data.draw(st.integers(low, high)) for low, high in [(0, 4), (0, 3), (1, 9)])
     method = data.draw(methods(experts))
     table = data.draw(int_arrays((vocab, method.top_k), experts - 1))
     token_ids = data.draw(int_arrays((tokens,), vocab - 1))
     num_valid = data.draw(st.integers(0, tokens)) if padded else None
-    call: dict[str, Any] = {"method": None if form == "table" else method}
-    logits = np.zeros((tokens, experts))
+    call: dict[str, Any] = {}
+    logits = None
     if form == "logits":
-        logits = call["logits"] = data.draw(matrices((tokens, experts), dtype))
+        logits = call["logits"] = data.draw(matrices((tokens, method.num_logits), dtype))
     elif form == "x":
         x = call["x"] = data.draw(matrices((tokens, 3), dtype, small))
-        weight = call["weight"] = data.draw(matrices((experts, 3), dtype, small))
-        logits = np.array([[exact_dot(token, expert) for expert in weight] for token in x]).reshape(tokens, experts)
-
-    weights, indices = hash_router(token_ids, table, num_valid=num_valid, **call)
-
-    assert weights.shape == indices.shape == (tokens, method.top_k)
-    assert weights.dtype == np.float32
-    assert indices.dtype == np.int32
-    for r, token in enumerate(token_ids.tolist()):
-        row = table[token].tolist() if 0 <= token < vocab else [-1]
-        highest = 2**31 if form == "table" else experts
-        if not all(0 <= e < highest for e in row) or (num_valid is not None and r >= num_valid):
-            expected = [0.0] * method.top_k
-            row = [-1] * method.top_k
-        elif form in ("table", "method"):
-            expected = [1 / method.top_k] * method.top_k
-        else:
-            scores = brute_force.scores(logits[r].astype(float).tolist(), method.score)
-            expected = brute_force.weigh([scores[e] for e in row], method)
-        assert indices[r].tolist() == row
-        np.testing.assert_allclose(weights[r], expected, rtol=3e-7)
+        weight = call["weight"] = data.draw(matrices((method.num_logits, 3), dtype, small))
+        logits = oracle.gate_logits(x, weight)
+    given = None if form == "table" else method
+    got = hash_router(token_ids, table, given, num_valid=num_valid, **call)
+    assert_agrees(got, oracle.hash_route(token_ids, table, given, logits, num_valid))
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -87,18 +66,18 @@ def test_many_tokens(score: str) -> None:
     weights, indices = hash_router(token_ids, table, method, logits)
     np.testing.assert_array_equal(indices, table[token_ids])
     for r in range(0, 9000, 1499):
-        expected = brute_force.scores(logits[r].tolist(), score)
-        np.testing.assert_allclose(weights[r], np.array(expected)[indices[r]], rtol=1.2e-7)
+        expected = oracle.score(logits[r : r + 1], method)[0]
+        np.testing.assert_allclose(weights[r], expected[indices[r]], rtol=1.2e-7)
 
 
-def test_scale_does_not_touch_uniform_weights() -> None:
+def test_scale_does_not_change_uniform_weights() -> None:
     method = RoutingMethod(4, 2, scale=2.5)
     weights, _ = hash_router(np.array([0], np.int32), np.array([[3, 1]], np.int32), method)
     assert weights.tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("given", ["logits", "x"])
-def test_bad_rows_do_not_touch_good_ones(given: str) -> None:
+def test_invalid_rows_do_not_affect_valid_ones(given: str) -> None:
     table = np.array([[0, 1], [1, 4], [2, -1], [3, 2]], np.int64)
     token_ids = np.array([3, 1, 2, 4, -1, 2**63 - 1, 0], np.int64)
     logits = np.arange(28, dtype=np.float32).reshape(7, 4)
@@ -111,7 +90,7 @@ def test_bad_rows_do_not_touch_good_ones(given: str) -> None:
     assert not weights[1:6].any()
 
 
-def test_without_a_method_experts_are_all_that_int32_holds() -> None:
+def test_without_a_method_any_int32_is_an_expert() -> None:
     table = np.array([[0, 2**31 - 1], [0, 2**31], [2**32, 0]], np.int64)
     weights, indices = hash_router(np.arange(3, dtype=np.int32), table)
     assert indices.tolist() == [[0, 2**31 - 1], [-1, -1], [-1, -1]]

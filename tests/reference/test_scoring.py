@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cupy_router.method import SCORES, RoutingMethod
 from cupy_router.reference.scoring import SCORE_FUNCTIONS, flush, gate_logits, score_logits, weigh
-from tests.reference import brute_force
+from tests import oracle
+from tests.reference import exact_scores
 from tests.reference.strategies import dtypes, matrices, thorough
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -24,11 +25,12 @@ def test_every_score_has_its_function() -> None:
 @thorough
 @given(data=st.data(), dtype=dtypes, columns=st.integers(1, 9))
 def test_scores_are_the_real_numbers_rounded(score: str, data: st.DataObject, dtype: str, columns: int) -> None:
-    logits = data.draw(matrices((1, columns), dtype))
-    got = score_logits(logits, RoutingMethod(columns, 1, score))
-    assert got.dtype == np.float32
-    # 1 unit in the last place: float64 arithmetic may be on the other side of a tie between two float32.
-    np.testing.assert_allclose(got[0], brute_force.scores(logits[0].astype(float).tolist(), score), rtol=1.2e-7)
+    """1 unit in the last place: float64 arithmetic may be on the other side of a tie between two float32."""
+    logits, method = data.draw(matrices((1, columns), dtype)), RoutingMethod(columns, 1, score)
+    want = exact_scores.scores(logits[0].astype(float).tolist(), score)
+    for scores in (score_logits(logits, method), oracle.score(logits, method)):
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores[0], want, rtol=1.2e-7)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_scores_at_their_limits(score: str, logit: float, expected: float) -> No
         ([3e38, -3e38], [1, 0]),
     ],
 )
-def test_softmax_of_unruly_rows(logits: list[float], expected: list[float]) -> None:
+def test_softmax_with_nan_and_infinity(logits: list[float], expected: list[float]) -> None:
     got = score_logits(np.array([logits], np.float32), RoutingMethod(len(logits), 1, "softmax"))
     np.testing.assert_array_equal(got, np.array([expected], np.float32))
 

@@ -33,7 +33,6 @@
 #define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)  // checked at the launch
-#define __grid_constant__
 #define __cluster_dims__(...)   // the launch knows
 #define __builtin_assume(condition) ((void)0)
 #undef assert

@@ -4,34 +4,21 @@
 from __future__ import annotations
 
 import atexit
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 
 from cupy_router import compiler
 from cupy_router.arrays import View
-from cupy_router.jax import _exit, _ffi, _text
-from cupy_router.ops import (
-    _call,
-    _hash_layer,
-    _layout,
-    activation_topk,
-    activation_topk_backward,
-    dense_router,
-    hash_router,
-    topk_select,
-)
-
-_MODULES = (topk_select, activation_topk, hash_router, dense_router, _hash_layer, activation_topk_backward)
-OPS: dict[str, _call.Op] = {module._OP.name: module._OP for module in _MODULES}
-
-# One kernel and nothing else. The others use memory of `scratch`, which is one piece more for each capture and never
-# freed: XLA captures anew whenever buffers move.
-_ONE_KERNEL = ("activation_topk", "hash_router", "activation_topk_backward")
+from cupy_router.jax import _call_text, _exit, _ffi
+from cupy_router.jax._call_text import CallText
+from cupy_router.ops import _cached
+from cupy_router.ops._cached import dense_view
+from cupy_router.ops._op import Op
+from cupy_router.ops.registry import OPS
 
 _handlers: list[Any] = []  # XLA keeps their addresses
 
@@ -52,29 +39,31 @@ def register() -> None:
     """Tell XLA the targets. Platforms that JAX has not started yet, or never will, cost nothing."""
     if why_not() is not None:
         return
-    for op in OPS:
-        for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
-            function = _ffi.handler(op, partial(run, op), on_cuda, op in _ONE_KERNEL)
-            _handlers.append(function)
-            jax.ffi.register_ffi_target(target(op), jax.ffi.pycapsule(function), platform=platform)
+    for op in OPS.values():
+        register_op(op)
     atexit.register(_exit.wait)  # runs before JAX's own, which was registered earlier
 
 
-def is_one_kernel(op: _call.Op, options: Any, views: Sequence[View | None]) -> bool:
-    """Whether a call is the launch of one kernel without memory of its own."""
-    if op.name == "topk_select":
-        return _layout.fits(views[0].shape[1], options)  # type: ignore[union-attr]  # the first is never left out
-    return op.name in _ONE_KERNEL
+def register_op(op: Op) -> None:
+    """Tell XLA the targets of an op.
+
+    XLA may capture a handler in a command buffer only if it takes no memory of `scratch`: that is one piece more for
+    each capture, never freed, and XLA captures anew whenever buffers move.
+    """
+    for platform, run, on_cuda in (("cpu", _exit.watched(execute), False), ("CUDA", execute, True)):
+        function = _ffi.handler(op.label, partial(run, op), on_cuda, op.single_kernel)
+        _handlers.append(function)
+        jax.ffi.register_ffi_target(target(op.name), jax.ffi.pycapsule(function), platform=platform)
 
 
 Buffer = tuple[tuple[int, ...], str]  # shape and dtype
 
 
-def views_of(op: _call.Op, text: _text.Text, inputs: Sequence[Buffer], device: tuple[str, int]) -> list[View | None]:
+def views_of(op: Op, text: CallText, inputs: Sequence[Buffer], device: tuple[str, int]) -> list[View | None]:
     """A call's inputs at address 0, for XLA aligns all buffers as its own vector loads need it."""
     views: list[View | None] = [None] * len(op.inputs)
     for position, (shape, dtype) in zip(text.given, inputs, strict=True):
-        views[position] = dense_view(op.inputs[position], 0, shape, dtype, device)
+        views[position] = dense_view(op.names[position], 0, shape, dtype, device)
     return views
 
 
@@ -91,43 +80,40 @@ def load(name: str, call: str, inputs: Sequence[Buffer], results: Sequence[Buffe
 
     To load one the driver may wait for what runs on other GPUs, and that may be a collective that waits for this one.
     """
-    op, text = OPS[name], _text.decode(call)
-    devices = gpus()
+    op = OPS[name]
+    text, devices = _call_text.decode(op, call), gpus()
     if len(devices) < 2 or compiler.why_no_cuda() is not None:
         return
     for device in [("cuda", gpu.local_hardware_id) for gpu in devices]:
-        names = (f"out.{name}" for name in op.result._fields)
-        outs = [dense_view(name, 0, *result, device) for name, result in zip(names, results, strict=True)]
+        views = views_of(op, text, inputs, device)
         with suppress(TypeError, ValueError, RuntimeError):  # the handler will say so
-            _call._planned(op, text.options, views_of(op, text, inputs, device), outs, tuple(results))
+            _cached.work_of(op, text.options, _cached.arrays_of(op, text.options, views, (), results), views)
 
 
-_decoded = lru_cache(maxsize=4096)(_text.decode)
-
-
-def execute(name: str, execution: _ffi.Execution) -> None:
+def execute(op: Op, execution: _ffi.Execution) -> None:
     """Enqueue a call of an op on XLA's stream, or run it at once on CPU memory."""
-    op, text = OPS[name], _decoded(execution.call)
+    text = _call_text.decode(op, execution.call)
     device, inputs = execution.device, execution.num_inputs
-    key = ("xla", name, execution.call, execution.facts, device, compiler.backend(device[0]))
-    work = _call.work_for(key, op, partial(_describe, op, text, execution))
+    key = ("xla", op.name, execution.call, execution.facts, device, compiler.backend(device[0]))
+    work = _cached.work_for(key, op, partial(_describe, op, text, execution))
     if work is None:
         return
     pointers: list[int] = [0] * len(op.inputs)
     for position, pointer in zip(text.given, execution.pointers, strict=False):
         pointers[position] = pointer
-    pointers += execution.pointers[inputs:]
+    results = iter(execution.pointers[inputs:])
+    existing = op.existing(text.options)
+    pointers += [next(results) if declared in existing else 0 for declared in op.results]
     if op.takes_number:
         pointers.append(text.number)
     work(execution.stream, pointers)
 
 
-def _describe(
-    op: _call.Op, text: _text.Text, execution: _ffi.Execution
-) -> tuple[Hashable, Sequence[View | None], Sequence[View]]:
-    names = [op.inputs[position] for position in text.given] + [f"out.{name}" for name in op.result._fields]
+def _describe(op: Op, text: CallText, execution: _ffi.Execution) -> tuple[Any, Sequence[View | None], Sequence[View]]:
+    names = [op.names[position] for position in text.given]
+    names += [f"out.{declared.path}" for declared in op.existing(text.options)]
     if len(names) != len(execution.pointers) or len(text.given) != execution.num_inputs:
-        raise RuntimeError(f"{op.name} got {len(execution.pointers)} buffers from XLA, not {', '.join(names)}")
+        raise RuntimeError(f"{op.label} got {len(execution.pointers)} buffers from XLA, not {', '.join(names)}")
     buffers = [
         _view(name, pointer, fact, execution.device)
         for name, pointer, fact in zip(names, execution.pointers, execution.facts, strict=True)
@@ -140,9 +126,3 @@ def _describe(
 
 def _view(name: str, pointer: int, fact: tuple[int, bytes, int], device: tuple[str, int]) -> View:
     return dense_view(name, pointer, *_ffi.shape_and_dtype(fact), device)
-
-
-def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
-    """A buffer of XLA's."""
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return View(name, pointer, shape, strides, dtype, device, not name.startswith("out."), None)

@@ -8,19 +8,30 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
-from cupy_router.jax import _ffi, _native
-from cupy_router.jax._targets import Buffer, load, target
+from cupy_router.arrays._numpy import dtype_of
+from cupy_router.jax import _ffi, _lower_ptx, _mesh
+from cupy_router.jax._ffi_targets import Buffer, load, target
+from cupy_router.ops._op import Op
 
 _call_p = Primitive("cupy_router_call")
 _call_p.multiple_results = True
 
 
-def call(name: str, text: str, avals: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """The results of an op, which are of the types `avals`; `text` is what is no array of it."""
-    return tuple(_call_p.bind(*arrays, name=name, text=text, avals=avals))
+def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the existing results of an op for the given inputs; `text` is all of the call but its arrays."""
+    shapes: list[Any] = [None] * len(op.inputs)
+    dtypes: list[Any] = [None] * len(op.inputs)
+    for position, array in zip(given, arrays, strict=True):
+        shapes[position], dtypes[position] = array.shape, array.dtype.name
+    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
+    for _, dtype in outputs:
+        if dtype == np.int64 and not jax.config.jax_enable_x64:
+            raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
+    return tuple(_call_p.bind(*arrays, name=op.name, text=text, avals=_mesh.result_types(outputs, arrays)))
 
 
 def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
@@ -58,12 +69,12 @@ def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: A
     # What is exported may meet another GPU and another XLA: it gets the target that is promised to last.
     if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
         inputs, results = _buffers(ctx.avals_in), _buffers(ctx.avals_out)
-        attributes = _native.attributes(name, text, inputs, results)
+        attributes = _lower_ptx.attributes(name, text, inputs, results)
         if attributes is None:
             load(name, text, inputs, results)
     if attributes is None:
         return _lower_to_handler(ctx, *operands, name=name, text=text, **others)
-    return jax.ffi.ffi_lowering(_native.TARGET)(ctx, *operands, **attributes)
+    return jax.ffi.ffi_lowering(_lower_ptx.TARGET)(ctx, *operands, **attributes)
 
 
 def _buffers(avals: Sequence[Any]) -> tuple[Buffer, ...]:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod
-from cupy_router.ops import _layout
-from cupy_router.ops.activation_topk import dealt_lanes
+from cupy_router.ops import _row_lanes
+from cupy_router.ops.activation_topk import interleaved_lanes
 from cupy_router.reference.activation_topk import activation_topk as route
 from cupy_router.reference.topk_select import topk_select as reference
+from cupy_router.tuning import DEFAULT
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.fuzz.case import call
@@ -24,7 +25,7 @@ SOME, MANY = 1000, 5000  # as of so many rows
 
 def one_row_a_warp(**given: Any) -> Any:
     """activation_topk by the exact scores of whole rows."""
-    with mock.patch.multiple(_layout, dealt_lanes=lambda *_: 0, group_lanes=lambda *_: 0):
+    with mock.patch.multiple(_row_lanes, interleaved_lanes=lambda *_: 0, group_lanes=lambda *_: 0):
         return call("activation_topk", SOME, **given)
 
 
@@ -113,7 +114,7 @@ GROUPED = {
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups(backend: Backend, name: str, dtype: str) -> None:
     method = GROUPED[name]
-    assert dealt_lanes(method, MANY) > 0
+    assert interleaved_lanes(DEFAULT, method, MANY) > 0
     experts = method.num_experts
     logits = backend.array(hard_rows(experts, method.top_k, seed=3).astype(DTYPES[dtype]))
     biases = [inputs.normal((experts,), seed=43), np.full(experts, -3, np.float32)]
@@ -128,7 +129,7 @@ def test_groups(backend: Backend, name: str, dtype: str) -> None:
 def test_groups_of_a_softmax(backend: Backend) -> None:
     """One kernel for any number of rows, so that the sum is always the same."""
     method = RoutingMethod(160, 6, "softmax", num_groups=8, top_groups=3, renormalize=False)
-    assert dealt_lanes(method, 1) == dealt_lanes(method, MANY) > 0
+    assert interleaved_lanes(DEFAULT, method, 1) == interleaved_lanes(DEFAULT, method, MANY) > 0
     rows = np.delete(hard_rows(160, 6, seed=4), (2, 3), axis=0)  # in which rounding decides
     got = call("activation_topk", 0, logits=backend.array(rows), method=method)
     weights, indices = route(rows, method)

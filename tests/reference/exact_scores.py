@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops one row at a time in plain Python, the functions of real numbers by 90-digit decimals."""
+"""Scores of one row by 90-digit decimals, rounded once: what float64 formulas are tested against."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from decimal import Context, Decimal, localcontext
 
 import numpy as np
 
-from cupy_router.method import RoutingMethod
-
 TINY = 2.0**-126
 FAR = 1000.0  # here every score is its limit in float32
 
@@ -21,11 +19,6 @@ def float32(value: float | Decimal) -> float:
     with np.errstate(over="ignore"):
         rounded = float(np.float32(float(value)))
     return 0.0 if abs(rounded) < TINY else rounded
-
-
-def best(values: Sequence[float], k: int) -> list[int]:
-    """Indices of the k best: NaN behind everything, descending value, lower index first."""
-    return sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i], i))[:k]
 
 
 def scores(logits: Sequence[float], name: str) -> list[float]:
@@ -71,31 +64,3 @@ def _softmax(logits: Sequence[float]) -> list[float]:
 
 def _precisely() -> AbstractContextManager[Context]:
     return localcontext(Context(prec=90))
-
-
-def weigh(chosen: Sequence[float], method: RoutingMethod) -> list[float]:
-    weights = _renormalize(chosen, method) if method.renormalize else chosen
-    return [float32(weight * method.scale) for weight in weights]
-
-
-def _renormalize(chosen: Sequence[float], method: RoutingMethod) -> list[float]:
-    numbers = [s for s in chosen if not math.isnan(s)]
-    if math.inf in numbers:
-        return [0.0 if math.isfinite(s) else math.nan for s in chosen]
-    total = 0.0
-    for s in numbers:  # one by one: where terms cancel, the order of summation shows
-        total += s
-    divisor = total + method.renormalize_eps if method.renormalize_min is None else max(total, method.renormalize_min)
-    if total and divisor:
-        return [s if math.isnan(s) else s / divisor for s in chosen]
-    return [0.0 if math.isfinite(s) else math.nan for s in chosen]  # -inf, where renormalize_min makes the divisor 0
-
-
-def route(
-    logits: Sequence[float], method: RoutingMethod, bias: Sequence[float] | None = None
-) -> tuple[list[float], list[int]]:
-    """Weights and indices of one token."""
-    row = scores(logits, method.score)
-    selection = row if bias is None else [float32(s + float32(b)) for s, b in zip(row, bias, strict=True)]
-    indices = best(selection, method.top_k)
-    return weigh([row[i] for i in indices], method), indices

@@ -18,9 +18,11 @@ import numpy as np
 
 from cupy_router import compiler
 from cupy_router.compiler import CompileError, Signature
-from cupy_router.jax import _ptx, _text
-from cupy_router.jax._targets import OPS, Buffer, gpus, is_one_kernel, views_of
-from cupy_router.ops import _call
+from cupy_router.jax import _call_text, _ptx
+from cupy_router.jax._ffi_targets import Buffer, gpus, views_of
+from cupy_router.ops import _cached
+from cupy_router.ops.registry import OPS
+from cupy_router.tuning import gpu_of
 
 TARGET = "__gpu$xla.gpu.ptx"
 HANDLERS = "CUPY_ROUTER_JAX_HANDLERS"  # environment: if set, all calls go through handlers
@@ -35,21 +37,24 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     if gpu is None or num_rows == 0:
         return None
     device, architecture = gpu
-    said, op = _text.decode(text), OPS[name]
-    given = [op.inputs[position] for position in said.given]
-    views = views_of(op, said, inputs, device)
-    if not is_one_kernel(op, said.options, views):
+    op = OPS[name]
+    call = _call_text.decode(op, text)
+    given = [op.names[position] for position in call.given]
+    views = views_of(op, call, inputs, device)
+    arrays = _cached.arrays_of(op, call.options, views, (), results)
+    if not op.is_single_kernel(call.options, arrays):
         return None
     if compiler.WATCHING and compiler.changed():
-        _call._plans.clear()
-    kernel = op.kernel(said.options, [shape[-1] for shape, _ in results], *views)
-    if not isinstance(kernel, _call.Kernel) or kernel.shared_bytes > _MAX_SHARED:
+        _cached.forget()
+    kernel = op.kernel(call.options, arrays, gpu_of(device))
+    if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED:
         return None
     source = compiler.expand(kernel.file, kernel.macros, tuple(sorted(kernel.headers.items())))
     signature = compiler.signature(kernel.file, kernel.function)
-    constants = {**dict.fromkeys(op.inputs, 0), "num_valid_value": said.number, **kernel.fixed}
+    buffers = (*given, *(declared.name for declared in op.existing(call.options)))
+    constants = {**dict.fromkeys((*op.names, *op.result_names), 0), _cached.NUMBER: call.number, **kernel.fixed}
     try:
-        ptx = _ptx.kernel(source, architecture, signature, (*given, *op.result._fields), tuple(constants.items()))
+        ptx = _ptx.kernel(source, architecture, signature, buffers, tuple(constants.items()))
     except CompileError:  # the handler will say so
         return None
     return _launched(kernel.function, ptx, kernel.grid, kernel.block, kernel.shared_bytes)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of a call but its arrays as text, which travels through XLA as an attribute of the custom call.
+
+The text means the same in every process: those that load compiled programs (JAX's compilation cache, `jax.export`) run
+the same call.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from cupy_router.ops._op import Op
+
+
+class CallText(NamedTuple):
+    """Options of an op, positions of the inputs that are given, and num_valid as an int (-1: all rows)."""
+
+    options: Any
+    given: tuple[int, ...]
+    number: int
+
+
+def encode(options: Any, given: tuple[int, ...], number: int) -> str:
+    """Return the text of a call."""
+    return f'{{"options": {options.text}, "given": {list(given)}, "num_valid": {number}}}'
+
+
+@lru_cache(maxsize=4096)
+def decode(op: Op, text: bytes | str) -> CallText:
+    """Return the call that a text describes."""
+    fields = json.loads(text)
+    return CallText(op.options_of(json.dumps(fields["options"])), tuple(fields["given"]), fields["num_valid"])

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of an op as a function of arrays, and its rule for jax.vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cupy_router.jax import _call_text, _mesh, _primitive
+from cupy_router.ops._op import Op
+
+
+@lru_cache(maxsize=1024)
+def function_of(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
+    """Return a function of the given arrays, in the order of the op's inputs, to a tuple of its results.
+
+    It checks nothing: the call has been checked, and what is made of it is right by construction.
+    """
+    text = _call_text.encode(options, given, number)
+
+    def call(*arrays: Any) -> tuple[Any, ...]:
+        return _primitive.call(op, options, given, text, arrays)
+
+    call.__name__ = op.name
+    mapped = jax.custom_batching.custom_vmap(call)
+    mapped.def_vmap(partial(_batched, op, options, given, number))
+    return mapped
+
+
+def _batched(
+    op: Op,
+    options: Any,
+    given: tuple[int, ...],
+    number: int,
+    size: int,
+    in_batched: Sequence[bool],
+    *arrays: Any,
+) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
+    """Return the results of `size` calls at once; each of several devices makes those that it has."""
+    if op.vmap == "refuse":
+        raise ValueError(f"{op.label}: jax.vmap cannot map over it, call it for each entry instead")
+    calls = _calls_at_once(op, options, given, number, tuple(in_batched))
+    return tuple(_mesh.split(calls, in_batched, arrays, mapped=True)), (True,) * len(op.existing(options))
+
+
+@lru_cache(maxsize=1024)
+def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in_batched: tuple[bool, ...]) -> Any:
+    """Return a function of arrays of which some have a leading axis of calls.
+
+    Where rows are independent of each other, those of all calls are rows of one. num_valid counts within each call, so
+    it is applied to the results instead. Where calls differ in the layer's own arrays, they run one after the other.
+    """
+
+    def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
+        size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
+        by_name = {op.names[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
+        count, count_batched = by_name.pop("num_valid", (None, False))
+        rows = {name: pair for name, pair in by_name.items() if name in op.by_row}
+        batched_rows = [array.shape[1] for array, batched in rows.values() if batched]
+        shared = any(batched for name, (_, batched) in by_name.items() if name not in op.by_row)
+        most = op.max_rows(options)
+        too_many = most is not None and bool(batched_rows) and size * batched_rows[0] > most
+        if op.vmap == "loop" or shared or too_many:
+            return _one_by_one(function_of(op, options, given, number), in_batched, arrays)
+        merged = {name: array for name, (array, _) in by_name.items()}
+        if batched_rows:
+            merged |= {name: _merge(array, batched, size) for name, (array, batched) in rows.items()}
+        places = tuple(i for i in given if op.names[i] in merged)
+        results = function_of(op, options, places, -1)(*merged.values())
+        if batched_rows:
+            results = tuple(result.reshape((size, batched_rows[0], *result.shape[1:])) for result in results)
+        if count is not None or number >= 0:
+            valid = number if count is None else count.reshape((size, 1, 1) if count_batched else (1, 1))
+            padding = jnp.arange(results[0].shape[-2])[:, None] >= valid
+            results = tuple(
+                jnp.where(padding, jnp.array(declared.fill, result.dtype), result)
+                for result, declared in zip(results, op.existing(options), strict=True)
+            )
+        return tuple(results)
+
+    return calls
+
+
+def _merge(array: Any, batched: bool, size: int) -> Any:
+    if not batched:
+        array = jnp.broadcast_to(array, (size, *array.shape))
+    return array.reshape((size * array.shape[1], *array.shape[2:]))
+
+
+def _one_by_one(one_call: Any, in_batched: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
+    def one(slices: Sequence[Any]) -> Any:
+        rest = iter(slices)
+        return one_call(*(next(rest) if batched else array for array, batched in zip(arrays, in_batched, strict=True)))
+
+    return tuple(jax.lax.map(one, [array for array, batched in zip(arrays, in_batched, strict=True) if batched]))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell listeners that a kernel became ready to launch. One of them is the log of CUPY_ROUTER_LOG=1. No routing here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+LOG = "CUPY_ROUTER_LOG"  # environment
+
+
+@dataclass(frozen=True)
+class KernelReady:
+    """A kernel that was loaded on a device and can be launched there."""
+
+    kernel: str  # file in kernels/, without .cu
+    function: str
+    macros: tuple[tuple[str, int], ...]
+    headers: tuple[tuple[str, str], ...]  # file names and the generated texts that replace them
+    device: tuple[str, int]  # kind and number
+    compiled: bool  # False: the machine code came from a cache
+    milliseconds: float  # to compile, or to read the cache, and to load
+    source: str = field(repr=False)  # expanded, as the compiler gets it
+    options: tuple[str, ...] = field(default=(), repr=False)  # of the compiler
+
+    @property
+    def specialisation(self) -> str:
+        """All switches in one line."""
+        return " ".join(f"{name}={value}" for name, value in self.switches)
+
+    @property
+    def switches(self) -> list[tuple[str, str]]:
+        """Name and value of macros and of constants in generated headers; name and short hash of headers of code."""
+        found = [(name, str(value)) for name, value in self.macros]
+        for header, text in self.headers:
+            constants = [(name, " ".join(value.split())) for name, value in _CONSTANT.findall(text)]
+            found += constants or [(header, _short_hash(text))]
+        return found
+
+    @property
+    def key(self) -> str:
+        """Short hash of the expanded source: equal if and only if the kernel is the same text."""
+        return _short_hash(self.source)
+
+
+_CONSTANT = re.compile(r"^(?:inline |static )*constexpr \w[\w: ]* (\w+) = ([^;]+);", re.M)
+
+Listener = Callable[[KernelReady], object]
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def print_line(ready: KernelReady) -> None:
+    """Write one line to stderr if CUPY_ROUTER_LOG is set, to anything but 0."""
+    if os.environ.get(LOG, "0") in ("", "0"):
+        return
+    kind, number = ready.device
+    how = "compiled" if ready.compiled else "from cache"
+    line = f"cupy_router: {ready.function} {how} in {ready.milliseconds:.1f} ms on {kind}:{number} [{ready.key}]"
+    sys.stderr.write(f"{line} {ready.specialisation}".rstrip() + "\n")  # one write, so that threads do not mix
+
+
+listeners: list[Listener] = [print_line]
+
+
+def announce(ready: KernelReady) -> None:
+    """Call every listener, in the order in which they were added."""
+    for listener in tuple(listeners):
+        listener(ready)

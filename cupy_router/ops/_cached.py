@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cached calls: what a call enqueues, kept for later calls with the same shapes, strides, dtypes, devices and options.
+
+A cached call depends on all that the checks looked at, but on addresses only by their alignment. So a later call whose
+key is known needs no check but that of `num_valid`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from operator import itemgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from cupy_router import compiler, scratch
+from cupy_router.arrays import Allocator, Output, View
+from cupy_router.arrays._numpy import host_memory
+from cupy_router.launcher import Launch
+from cupy_router.ops import _checks as check
+from cupy_router.ops._op import Arrays, Op
+from cupy_router.tuning import gpu_of
+
+NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, after the arrays
+
+
+class Kernel(NamedTuple):
+    """The kernel for one kind of call.
+
+    takes: names of its array parameters, in order; None: all inputs and results of the op. Parameters without an array
+        get null pointers. After them come `num_valid_value` if the op has a num_valid, and then `fixed`.
+    headers: texts that take the place of kernel files.
+    """
+
+    file: str
+    function: str
+    macros: dict[str, int]
+    grid: int
+    block: int
+    fixed: dict[str, int | float]
+    headers: Mapping[str, str] = MappingProxyType({})
+    shared_bytes: int = 0
+    takes: tuple[str, ...] | None = None
+
+
+class Work(Protocol):
+    """What a call enqueues, called as a `Launch` is; `function` is one of its kernels."""
+
+    function: compiler.Function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        """Enqueue on `stream`.
+
+        `varying` are the addresses of all inputs and results of the op, 0 for those left out, then `num_valid_value` if
+        the op has a num_valid.
+        """
+
+
+class CachedCall(NamedTuple):
+    """All that a call with a known key needs."""
+
+    num_rows: int
+    allocate: Allocator  # the results
+    work: Work | None  # None: there is nothing to do
+    absent: tuple[int, ...]  # positions of the results that these options do not ask for
+    pack: Callable[..., Any]  # from existing results to what the caller gets
+
+
+_MAX_CALLS = 4096
+calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at
+
+
+def keep(key: Hashable, call: CachedCall) -> CachedCall:
+    """Add a call to the cache."""
+    if len(calls) >= _MAX_CALLS:
+        calls.clear()
+    calls[key] = call
+    return call
+
+
+def forget() -> None:
+    """Empty the cache, because kernel files have changed."""
+    calls.clear()
+
+
+# -- From arrays to work -----------------------------------------------------------------------------------------------
+
+
+def arrays_of(
+    op: Op, options: Any, views: Sequence[View | None], out_views: Sequence[View], outputs: Sequence[Output]
+) -> Arrays:
+    """Return inputs and results of a call by name; results without memory yet are dense views at address 0."""
+    device = next(view.device for view in views if view is not None)
+    results: list[View | None] = [None] * len(op.results)
+    for i, result in enumerate(op.existing(options)):
+        view = out_views[i] if out_views else dense_view(f"out.{result.path}", 0, *outputs[i], device)
+        results[op.result_names.index(result.name)] = view
+    return Arrays((*op.names, *op.result_names), (*views, *results))
+
+
+def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
+    """Return a view of dense memory; what is no result is read-only."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return View(name, pointer, shape, tuple(strides), dtype, device, not name.startswith("out."), None)
+
+
+def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:
+    """Choose and compile the kernels of a call; None if it has no rows and rows are all that there is to do."""
+    device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
+    if op.rows_independent and num_rows == 0:
+        return None
+    work = op.kernel(options, arrays, gpu_of(device))
+    return launch_of(op, work, device) if isinstance(work, Kernel) else work
+
+
+def launch_of(op: Op, kernel: Kernel, device: tuple[str, int]) -> Work:
+    """Return the compiled kernel, to be called with the arrays of the op."""
+    names = (*op.names, *op.result_names)
+    takes = names if kernel.takes is None else kernel.takes
+    launch = launch_with(takes if not op.takes_number else (*takes, NUMBER), kernel, device)
+    if takes == names:
+        return launch
+    return Reordered(launch, names, takes, op.takes_number)
+
+
+def launch_with(varying: tuple[str, ...], kernel: Kernel, device: tuple[str, int]) -> Launch:
+    """Return the compiled kernel, to be called with the values of these parameters."""
+    function = compiler.compile(kernel.file, kernel.function, kernel.macros, device, kernel.headers)
+    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes)
+
+
+class Reordered:
+    """A launch of a kernel whose array parameters are other than those of the op, or in another order."""
+
+    def __init__(self, launch: Launch, names: Sequence[str], takes: Sequence[str], takes_number: bool) -> None:
+        null = len(names) + takes_number
+        places = [names.index(name) if name in names else null for name in takes]
+        self._pick = itemgetter(*places, *([len(names)] if takes_number else []))
+        self._launch = launch
+        self.function = launch.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        self._launch(stream, self._pick((*varying, 0)))
+
+
+# -- Calls on memory of others -----------------------------------------------------------------------------------------
+
+
+def work_for(
+    key: Hashable, op: Op, describe: Callable[[], tuple[Any, Sequence[View | None], Sequence[View]]]
+) -> Work | None:
+    """Return what a call enqueues that reads and writes the memory of others; None if there is nothing to do.
+
+    The key holds all that this depends on. If it is new, `describe` gives the options and the views of inputs and
+    existing results, whose pointers count for their alignment alone.
+    """
+    if compiler.WATCHING and compiler.changed():
+        forget()
+    call = calls.get(key)
+    if call is None:
+        options, views, out_views = describe()
+        op.check_inputs(options, views)
+        outputs = op.outputs_of(options, views)
+        for view, output, result in zip(out_views, outputs, op.existing(options), strict=True):
+            check.result(view, output, result.axes)
+        arrays = arrays_of(op, options, views, out_views, outputs)
+        kind = views[0].device[0]  # type: ignore[union-attr]  # the first is never left out
+        if compiler.backend(kind) is None:
+            work: Work | None = _Reference(op, options, arrays)
+        else:
+            with scratch.relaxed() if kind == "cuda" else nullcontext():  # others may be capturing the stream
+                work = work_of(op, options, arrays, views)
+        call = keep(key, CachedCall(0, _no_allocation, work, (), op.returns))
+    return call.work
+
+
+def _no_allocation(pointers: list[int]) -> tuple[Any, ...]:
+    raise AssertionError("results go into the memory of others")
+
+
+class _Reference:
+    """The reference on CPU memory that is known by its addresses."""
+
+    function: compiler.Function  # there is none
+
+    def __init__(self, op: Op, options: Any, arrays: Arrays) -> None:
+        self._op, self._options = op, options
+        self._inputs = [getattr(arrays, name) for name in op.names]
+        self._results = [getattr(arrays, name) for name in op.result_names]
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        op = self._op
+        *pointers, number = varying if op.takes_number else (*varying, -1)
+        arrays = [
+            None if view is None else host_memory(int(at), view)
+            for at, view in zip(pointers, (*self._inputs, *self._results), strict=True)
+        ]
+        inputs, results = arrays[: len(op.names)], arrays[len(op.names) :]
+        for array in inputs:
+            if array is not None:
+                array.flags.writeable = False
+        run_reference(op, self._options, inputs, int(number), [array for array in results if array is not None])
+
+
+def run_reference(op: Op, options: Any, inputs: Sequence[Any], number: int, into: Sequence[Any] = ()) -> Sequence[Any]:
+    """Return the existing results of the reference on host arrays, and write them into the arrays `into`."""
+    count = inputs[-1] if op.takes_number else None
+    results = op.reference(options, Arrays(op.names, inputs), check.valid_rows(number, count, len(inputs[0])))
+    for array, values in zip(into, results, strict=False):
+        array[...] = values
+    return results

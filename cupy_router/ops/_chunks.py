@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that are enqueued in chunks of tokens: the gate GEMM into a buffer, then a kernel on the chunk's logits.
+
+Also calls that serve any number of tokens by a kernel made for few. Each is called as a `Launch` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from cupy_router import compiler, gemm, scratch
+from cupy_router.arrays import ITEM_SIZES, View
+from cupy_router.launcher import Launch
+from cupy_router.ops._cached import Work, dense_view
+from cupy_router.ops._op import Arrays, Op
+from cupy_router.tuning import Gpu
+
+
+def budget(gpu: Gpu) -> int:
+    """Return the bytes of a chunk's logits, and of its hidden states where they are converted to float32 first."""
+    return gpu.table.chunks.bytes
+
+
+class Chunks:
+    """A call of an op that is enqueued chunk by chunk, each of at most `rows` tokens."""
+
+    def __init__(self, op: Op, arrays: Arrays, rows: int) -> None:
+        first: View = getattr(arrays, op.names[0])
+        self.device = first.device
+        self.num_tokens = first.shape[0]
+        self.rows = min(rows, self.num_tokens)
+        self._names = (*op.names, *op.result_names)
+        by_row = arrays.given(*(name for name in op.names if name in op.by_row), *op.result_names)
+        views: dict[str, View] = arrays.named(*by_row)
+        self._steps = {name: view.row_stride * ITEM_SIZES[view.dtype] for name, view in views.items()}
+        self._num_chunks = -(-self.num_tokens // self.rows)
+        self._counts_needed = self._num_chunks > 1 and arrays.num_valid is not None
+        backend = compiler.backend(self.device[0])
+        assert backend is not None, "ops ask for a backend before they choose a kernel"
+        self._use = backend.use
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        *pointers, number = map(int, varying)
+        previous = self._use(self.device[1])
+        try:
+            self.enqueue(stream, dict(zip(self._names, pointers, strict=True)), number)
+        finally:
+            if previous is not None:
+                self._use(previous)
+
+    def enqueue(self, stream: int, arrays: dict[str, int], number: int) -> None:
+        """Enqueue all chunks, one after the other."""
+        counts = self._chunk_counts(stream, arrays["num_valid"]) if self._counts_needed else 0
+        for index in range(self._num_chunks):
+            begin = index * self.rows
+            rows = min(self.rows, self.num_tokens - begin)
+            moved = arrays | {name: arrays[name] + begin * step for name, step in self._steps.items()}
+            if counts:
+                moved["num_valid"] = counts + 4 * index
+            self.enqueue_chunk(stream, moved, rows, number if number < 0 else min(max(number - begin, 0), rows))
+
+    def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
+        """Enqueue one chunk: addresses of its first row, its rows, the number of valid ones (-1: all)."""
+        raise NotImplementedError
+
+    def _chunk_counts(self, stream: int, num_valid: int) -> int:
+        counts = scratch.buffer(self.device, stream, "valid rows of each chunk", 4 * self._num_chunks)
+        self._count(stream, (num_valid, counts))
+        return counts
+
+    @cached_property
+    def _count(self) -> Launch:
+        function = compiler.compile("slice_counts", "slice_counts", {}, self.device)
+        fixed = {"num_slices": self._num_chunks, "slice_rows": self.rows}
+        return Launch(function, 1, 128, ("num_valid", "counts"), fixed)
+
+
+class GateChunks(Chunks):
+    """The gate GEMM of each chunk, then the work of another op, `target`, that `make(logits)` returns for its logits.
+
+    The target gets the arrays of its names, of which "logits" are the product; those that this op does not have are
+    left out.
+    """
+
+    def __init__(self, op: Op, arrays: Arrays, gpu: Gpu, target: Op, make: Callable[[View], Work]) -> None:
+        weight: View = arrays.weight
+        num_outputs = weight.shape[0]
+        self._product = gemm.product(weight.device, _matrix(arrays.x), _matrix(weight))
+        rows = max(1, min(budget(gpu) // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
+        super().__init__(op, arrays, rows)
+        self._row_bytes, self._num_outputs = 4 * num_outputs, num_outputs
+        self._taken, self._make = (*target.names, *target.result_names), make
+        self._works: dict[int, Work] = {}
+        self.function = self._work(self.rows).function
+
+    def enqueue(self, stream: int, arrays: dict[str, int], number: int) -> None:
+        with self._product.lock:
+            gate = self._product.prepare(stream, arrays["weight"])
+            super().enqueue(stream, arrays | {"weight": gate}, number)
+
+    def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
+        logits = scratch.buffer(self.device, stream, "logits", rows * self._row_bytes)
+        self._product.multiply(stream, arrays["x"], arrays["weight"], logits, rows)
+        arrays["logits"] = logits
+        self._work(rows)(stream, [*(arrays.get(name, 0) for name in self._taken), number])
+
+    def _work(self, rows: int) -> Work:
+        """Return the work on the logits of a chunk. Chunks have two sizes at most, that of the last one among them."""
+        found = self._works.get(rows)
+        if found is None:
+            logits = dense_view("logits", 0, (rows, self._num_outputs), "float32", self.device)
+            found = self._works[rows] = self._make(logits)
+        return found
+
+
+def _matrix(view: View) -> gemm.Matrix:
+    return gemm.Matrix(view.dtype, view.shape[0], view.shape[1], view.row_stride)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ops with a routing method share: their options, the arrays of a layer, and how a method reaches the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cupy_router.arrays import ITEM_SIZES, View
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import _checks as check
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._op import INTS, Arrays, Input, Options, Result
+from cupy_router.ops._op import layer as layer_input
+
+SCORE_CODES = {"identity": 0, "sigmoid": 1, "sqrtsoftplus": 2, "softmax": 3}
+_OWN_SCORE = 4
+_UNIFORM = RoutingMethod(1, 1)
+
+
+@dataclass(frozen=True)
+class MethodOptions(Options):
+    """The options of an op that has a method and nothing else."""
+
+    method: RoutingMethod
+
+
+# -- The declaration of inputs and results -----------------------------------------------------------------------------
+
+BIAS = layer_input("bias", "num_experts", ("float32",))
+LOGIT_BIAS = layer_input("logit_bias", "num_experts", ("float32",))
+EXPERT_SCALE = layer_input("expert_scale", "num_experts", ("float32",))
+TABLE = layer_input("table", "vocab_size, top_k", INTS, required=True)
+
+
+def gate(*, required: bool) -> Input:
+    """Declare the gate's weight."""
+    return layer_input("weight", "num_experts (+ shared), hidden", required=required)
+
+
+def routing_results(*differentiable: str) -> tuple[Result, Result]:
+    """Declare weights, which are differentiable with respect to these inputs, and indices."""
+    axes = "num_tokens, top_k (+ shared)"
+    return Result("weights", axes, _weight_dtype, 0, differentiable=differentiable), Result(
+        "indices", axes, _index_dtype, -1
+    )
+
+
+def _weight_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
+    return "float32" if options.method is None else str(options.method.weight_dtype)
+
+
+def _index_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
+    return "int32" if options.method is None else str(options.method.index_dtype)
+
+
+def method_sizes(method: RoutingMethod) -> dict[str, int]:
+    """Return the sizes of axes that a method fixes."""
+    return {
+        "num_experts": method.num_experts,
+        "num_experts (+ shared)": method.num_logits,
+        "top_k (+ shared)": method.num_columns,
+    }
+
+
+def check_layer(method: RoutingMethod, views: Mapping[str, View]) -> None:
+    """Check the arrays of a layer by their declarations and the method."""
+    known: dict[str, int] = {"top_k": method.top_k, **method_sizes(method)}
+    for declared in (gate(required=False), BIAS, LOGIT_BIAS, EXPERT_SCALE, TABLE):
+        view = views.get(declared.name)
+        if view is not None:
+            check.dtype(view, declared.dtypes)
+            check.axes(view, declared.axes, known)
+    check_bias(method, views.get("bias"))
+
+
+def check_bias(method: RoutingMethod, bias: Any) -> None:
+    """Refuse a bias that the method has no use for."""
+    if bias is not None and method.score_after_topk and method.bias_on == "score":
+        raise ValueError("bias has no scores to go to where score_after_topk is set, unless bias_on is 'logits'")
+
+
+def needs_whole_rows(method: RoutingMethod) -> bool:
+    """Return whether an expert's score depends on the logits of experts that were not chosen."""
+    return method.score == "softmax" and not method.score_after_topk
+
+
+# -- Macros and arguments of kernels -----------------------------------------------------------------------------------
+
+
+def row_bytes(arrays: Arrays) -> list[int]:
+    """Return the bytes from row to row of weights and indices."""
+    return [view.row_stride * ITEM_SIZES[view.dtype] for view in (arrays.weights, arrays.indices)]
+
+
+def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[str, int]:
+    """What the kernels are compiled for: the steps of a method, and which of a layer's arrays are given; a method's
+    numbers are arguments."""
+    macros = {
+        "NUM_EXPERTS": method.num_experts,
+        "TOP_K": method.top_k,
+        "SCORE": SCORE_CODES[method.score] if isinstance(method.score, str) else _OWN_SCORE,
+        "RENORMALIZE": int(method.renormalize),
+        "HAS_BIAS": int("bias" in given),
+    }
+    grouped = method.top_groups < method.num_groups
+    options = {
+        "HAS_EPS": int(method.renormalize and method.renormalize_eps != 0.0),
+        "HAS_MIN": int(method.renormalize and method.renormalize_min is not None),
+        "HAS_LOGIT_BIAS": int("logit_bias" in given),
+        "HAS_EXPERT_SCALE": int("expert_scale" in given),
+        "LOGIT_SCALED": int(method.logit_scale != 1.0),
+        "LOGIT_CAPPED": int(method.logit_softcap is not None),
+        "SELECT_ON_LOGITS": int(method.selects_on_logits),
+        "SCORE_AFTER_TOPK": int(method.score_after_topk),
+        "NUM_GROUPS": method.num_groups if grouped else 0,
+        "TOP_GROUPS": method.top_groups if grouped else 0,
+        "GROUP_TOP2": int(grouped and method.group_score == "top2"),
+        "NUM_SHARED": method.num_shared_experts,
+        "SHARED_LOGITS": int(method.shared_in_normalizer),
+        "RESULT_DTYPE": row_lanes.DTYPE_CODES[method.weight_dtype],
+        "INDEX_INT64": int(method.index_dtype == "int64"),
+    }
+    return macros | {name: value for name, value in options.items() if value}  # the kernels default them to 0
+
+
+def method_arguments(method: RoutingMethod | None) -> dict[str, float]:
+    """The numbers of a method, in the order in which every kernel takes them last; None: of uniform weights."""
+    if method is None:
+        method = _UNIFORM
+    return {
+        "renormalize_eps": method.renormalize_eps,
+        "renormalize_min": -math.inf if method.renormalize_min is None else method.renormalize_min,
+        "scale": method.scale,
+        "logit_scale": method.logit_scale,
+        "logit_softcap": method.logit_softcap or 0.0,
+        "shared_weight": method.shared_weight,
+    }
+
+
+def headers(method: RoutingMethod | None) -> dict[str, str]:
+    """The header that a score of the caller's own replaces."""
+    if method is None or isinstance(method.score, str):
+        return {}
+    return {"routing/score_function.cuh": method.score.header}

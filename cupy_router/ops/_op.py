@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The declaration of an op: all that the runner and the framework packages know of it.
+
+From an :class:`Op` are derived: the checks of dtypes and shapes, the shapes of the results, the schema and the fake
+implementation of torch.library, the custom-call target and the abstract results of JAX, vmap, sharding, and the lists
+of ops that tests go through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from cupy_router.arrays import Output, View
+from cupy_router.method import from_text
+from cupy_router.ops import _checks as check
+from cupy_router.tuning import Gpu
+
+if TYPE_CHECKING:
+    from cupy_router.ops._cached import Kernel, Work
+
+FLOATS, INTS, IDS = (
+    ("float32", "float16", "bfloat16"),
+    ("int32", "int64"),
+    ("uint8", "int16", "uint16", "int32", "int64"),
+)
+ANY: tuple[str, ...] = ()  # any dtype: the op moves bytes
+
+
+class Options:
+    """Base of the options of an op: frozen dataclasses of methods, strings, numbers, bools and None.
+
+    An op with a :class:`RoutingMethod` has it as the field `method`.
+    """
+
+    @property
+    def text(self) -> str:
+        """The options as JSON, which means the same in every process: how graphs carry them."""
+        # Plain string operations, because torch.compile traces this.
+        names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
+        return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
+
+
+def _as_json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return value.text  # type: ignore[no-any-return]  # a method, or options within options
+
+
+@dataclass(frozen=True)
+class Input:
+    """An array argument.
+
+    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "count":
+        `num_valid`, an int or a one-element int32 array.
+    axes: names of its axes. An axis has one size in a call, wherever it stands.
+    dtypes: the allowed dtypes, or ANY.
+    written: the op writes into it.
+    """
+
+    name: str
+    kind: str
+    axes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOATS
+    required: bool = False
+    written: bool = False
+
+
+def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False) -> Input:
+    """Declare an input with an entry for each row of the call."""
+    return Input(name, "row", _split(axes), dtypes, required)
+
+
+def layer(
+    name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False, written: bool = False
+) -> Input:
+    """Declare an input that all rows share."""
+    return Input(name, "layer", _split(axes), dtypes, required, written)
+
+
+NUM_VALID = Input("num_valid", "count", (), ("int32",))
+
+
+@dataclass(frozen=True)
+class Result:
+    """An array that an op returns.
+
+    path: its field in what the caller gets, such as "weights", or "layout.counts" in a nested tuple.
+    axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
+    dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
+    fill: what stands in rows from `num_valid` on.
+    exists: whether these options ask for it; None: always.
+    differentiable: the inputs that it has a gradient with respect to.
+    """
+
+    path: str
+    axes: str
+    dtype: str | Callable[[Any, Mapping[str, str]], str]
+    fill: float | int = 0
+    exists: Callable[[Any], bool] | None = None
+    differentiable: tuple[str, ...] = ()
+
+    @cached_property
+    def name(self) -> str:
+        """The parameter of kernels: the last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    @cached_property
+    def axis_names(self) -> tuple[str, ...]:
+        """The axes, one by one."""
+        return _split(self.axes)
+
+
+class Arrays:
+    """The arrays of one call as attributes: views, or host arrays for the reference. None for what is left out."""
+
+    def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
+        self.__dict__.update(zip(names, arrays, strict=True))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def given(self, *names: str) -> list[str]:
+        """Return those of the names that are not None."""
+        return [name for name in names if self.__dict__[name] is not None]
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Return the arrays of these names, None among them."""
+        return {name: self.__dict__[name] for name in names}
+
+
+class Op:
+    """One op: a subclass declares it as class attributes, followed by its methods, and has one instance.
+
+    name: of the op in graphs and files.
+    label: how its errors begin; the name by default.
+    options: the dataclass of its options.
+    inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
+    returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
+    nested: named tuples by the field of `returns` in which they stand; the paths of their results are "field.name".
+    rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
+        calls may be merged into one call, and one call may be cut into several.
+    vmap: "merge" calls into one, "loop" over them, or "refuse".
+    single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
+        on the call overrides `is_single_kernel`.
+    """
+
+    name: str
+    label: str = ""
+    options: Any  # the dataclass
+    inputs: tuple[Input, ...]
+    results: tuple[Result, ...]
+    returns: Any
+    nested: Mapping[str, Any] = MappingProxyType({})
+    rows_independent = True
+    vmap = "merge"
+    single_kernel = False
+
+    # -- What an op defines --------------------------------------------------------------------------------------------
+
+    def sizes(self, options: Any) -> Mapping[str, int]:
+        """Return the sizes of axes that follow from the options alone."""
+        return {}
+
+    def result_sizes(self, options: Any, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return sizes of further axes of results, from those of options and inputs, which may be symbolic."""
+        return {}
+
+    def check(self, options: Any, arrays: Arrays) -> None:
+        """Raise what is wrong with views of inputs whose dtypes and shapes are as declared."""
+
+    def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
+        """Return the launch, or several, for views of inputs and results, chosen for this GPU."""
+        raise NotImplementedError
+
+    def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
+        raise NotImplementedError
+
+    def max_rows(self, options: Any) -> int | None:
+        """Return the largest number of rows that merged calls may have; None: any."""
+        return None
+
+    def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
+        """Return whether this call is the launch of one kernel without scratch memory."""
+        return self.single_kernel
+
+    def __init_subclass__(cls) -> None:
+        cls.label = cls.label or cls.name
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    # -- Derived once --------------------------------------------------------------------------------------------------
+
+    names: tuple[str, ...]  # of the inputs
+    result_names: tuple[str, ...]  # of all results, also of those that exist for some options only
+    by_row: frozenset[str]  # names of the inputs with an entry for each row
+    takes_number: bool  # num_valid may be given; then kernels have an int parameter `num_valid_value`
+    differentiable: tuple[int, ...]  # positions of the inputs that a result has a gradient with respect to
+    written: tuple[int, ...]  # positions of the inputs that the op writes into
+    varies: bool  # some results exist for some options only
+    num_fields: int  # number of arrays in a flat `out`; -1 if it is nested
+
+    def __init__(self) -> None:
+        smooth = {name for result in self.results for name in result.differentiable}
+        self.names = tuple(declared.name for declared in self.inputs)
+        self.result_names = tuple(result.name for result in self.results)
+        self.by_row = frozenset(declared.name for declared in self.inputs if declared.kind == "row")
+        self.takes_number = any(declared.kind == "count" for declared in self.inputs)
+        self.differentiable = tuple(i for i, name in enumerate(self.names) if name in smooth)
+        self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
+        self.varies = any(result.exists for result in self.results)
+        self.num_fields = -1 if self.nested else len(self.results)
+
+    # -- Results -------------------------------------------------------------------------------------------------------
+
+    def existing(self, options: Any) -> tuple[Result, ...]:
+        """Return the results that these options ask for."""
+        if not self.varies:
+            return self.results
+        return tuple(result for result in self.results if result.exists is None or result.exists(options))
+
+    def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[str | None]) -> tuple[Output, ...]:
+        """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
+
+        The one place where they are computed. Checks nothing, and takes symbolic sizes.
+        """
+        sizes = dict(self.sizes(options))
+        for declared, shape in zip(self.inputs, shapes, strict=True):
+            if shape is not None:
+                for axis, size in zip(declared.axes, shape, strict=False):
+                    sizes.setdefault(axis, size)
+        sizes |= self.result_sizes(options, sizes)
+        by_name = {name: dtype for name, dtype in zip(self.names, dtypes, strict=True) if dtype is not None}
+        return tuple([
+            (
+                tuple([sizes[axis] for axis in result.axis_names]),
+                result.dtype if isinstance(result.dtype, str) else result.dtype(options, by_name),
+            )
+            for result in self.existing(options)
+        ])  # fmt: skip
+
+    def outputs_of(self, options: Any, views: Sequence[View | None]) -> tuple[Output, ...]:
+        """Return shape and dtype of each existing result of a call with these inputs."""
+        return self.outputs(
+            options, [view and view.shape for view in views], [None if view is None else view.dtype for view in views]
+        )
+
+    def packer(self, options: Any) -> Callable[..., Any]:
+        """Return a function from the existing results to what the caller gets."""
+        existing = self.existing(options)
+        if existing == self.results and not self.nested:
+            return self.returns  # type: ignore[no-any-return]  # a named tuple
+        paths = [result.path for result in existing]
+
+        def field(name: str, found: Mapping[str, Any]) -> Any:
+            if name not in self.nested:
+                return found.get(name)
+            inner = [found.get(f"{name}.{part}") for part in self.nested[name]._fields]
+            return None if all(array is None for array in inner) else self.nested[name](*inner)
+
+        def pack(*arrays: Any) -> Any:
+            found = dict(zip(paths, arrays, strict=True))
+            return self.returns(*(field(name, found) for name in self.returns._fields))
+
+        return pack
+
+    def pack(self, options: Any, arrays: Sequence[Any]) -> Any:
+        """Return what the caller gets, of the results that exist."""
+        return self.packer(options)(*arrays)
+
+    def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
+        """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
+        if isinstance(out, tuple) and len(out) == self.num_fields:  # the usual form
+            if not self.varies:
+                return out
+            if type(None) not in map(type, out) and _all_exist(self, options):
+                return out
+        found = dict(_fields("out", self.returns, out))
+        for name, kind in self.nested.items():
+            inner = found.pop(name)
+            if inner is not None:
+                found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", kind, inner)}
+        wanted = [result.path for result in self.existing(self.as_options(options))]
+        for path, array in found.items():
+            if array is not None and path not in wanted:
+                raise TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}")
+        return tuple(found.get(path) for path in wanted)
+
+    def as_options(self, options: Any) -> Any:
+        """Return options, given as such or by their fields."""
+        return self.options(*options) if type(options) is tuple else options
+
+    # -- Arguments -----------------------------------------------------------------------------------------------------
+
+    def argument(self, position: int, options: Any) -> str:
+        """Return the name of an array argument: inputs, then the existing fields of `out`."""
+        if position < len(self.names):
+            return self.names[position]
+        return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
+
+    def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
+        """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
+        sizes = dict(self.sizes(options))
+        for declared, view in zip(self.inputs, views, strict=True):
+            if view is None:
+                if declared.required:
+                    raise TypeError(f"{declared.name} must be an array, got None")
+                continue
+            if declared.dtypes:
+                check.dtype(view, declared.dtypes)
+            if declared.kind == "count":
+                check.count(view)
+                continue
+            if declared.written:
+                check.writable(view)
+            check.axes(view, declared.axes, sizes)
+        self.check(options, Arrays(self.names, views))
+
+    def options_of(self, text: str) -> Any:
+        """Return the options of a text that a graph carries."""
+        return _options_of(self.options, text)
+
+
+def _split(axes: str) -> tuple[str, ...]:
+    return tuple(axes.split(", ")) if axes else ()
+
+
+def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
+    """Return names and arrays of an `out`, or of a tuple in it."""
+    if not (isinstance(out, tuple) and len(out) == len(kind._fields)):
+        count = {1: "one array", 2: "two arrays"}.get(len(kind._fields), f"{len(kind._fields)} arrays")
+        raise TypeError(f"{path} must be a {kind.__name__} of {count}, got {type(out).__name__}")
+    return zip(kind._fields, out, strict=True)
+
+
+@lru_cache(maxsize=4096)
+def _all_exist(op: Op, options: Any) -> bool:
+    """Return whether all results of an op exist, for options or their fields."""
+    return len(op.existing(op.as_options(options))) == len(op.results)
+
+
+@lru_cache(maxsize=4096)
+def _options_of(kind: Any, text: str) -> Any:
+    nested: dict[str, Any] = {
+        name: option
+        for name, hint in get_type_hints(kind).items()
+        for option in (hint, *get_args(hint))
+        if isinstance(option, type) and issubclass(option, Options)
+    }
+
+    def value(name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        text = json.dumps(value)
+        return _options_of(nested[name], text) if name in nested else from_text(text)
+
+    return kind(**{name: value(name, field) for name, field in json.loads(text).items()})

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes and columns of a row in the kernels whose warps, or parts of warps, hold a row in registers.
+
+A lane holds adjacent columns, or words at a distance of as many words as there are lanes: an interleaved row.
+"""
+
+from __future__ import annotations
+
+from cupy_router.method import RoutingMethod
+from cupy_router.tuning import Gpu
+
+MAX_COLUMNS = 1024
+MAX_LANES = 32
+
+WORD = 4  # fewest columns that a lane reads at once
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def fits(num_columns: int, lanes_needed: int) -> bool:
+    """Return whether a warp can hold a row of this many columns, with as many lanes as are needed."""
+    return num_columns <= MAX_COLUMNS and lanes_needed <= MAX_LANES
+
+
+def fits_method(method: RoutingMethod) -> bool:
+    """Return whether a warp can hold a row of logits and choose its experts."""
+    needed = lanes_needed(method)
+    if not fits(method.num_logits, needed):
+        return False
+    # The adjacent columns of a lane belong to two groups at most.
+    size = method.num_experts // method.num_groups
+    return not _grouped(method) or lanes_and_columns(method.num_logits, needed)[1] <= size
+
+
+def lanes_needed(method: RoutingMethod) -> int:
+    """Return the fewest lanes of a row: one for each column of the results, and one for each group."""
+    return max(method.num_columns, method.num_groups if _grouped(method) else 1)
+
+
+def _grouped(method: RoutingMethod) -> bool:
+    return method.top_groups < method.num_groups
+
+
+def lanes_and_columns(num_columns: int, lanes_needed: int) -> tuple[int, int]:
+    """Return the lanes of a row, and the adjacent columns of each lane: a multiple of 4, at most 32."""
+    words = max(1, -(-num_columns // WORD))
+    lanes = MAX_LANES
+    while lanes // 2 >= max(words, lanes_needed):
+        lanes //= 2
+    return lanes, -(-words // lanes) * WORD
+
+
+def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
+    """Return whether every row starts at a multiple of the words, of up to 16 bytes, that read `columns` columns."""
+    size = min(16, (columns & -columns) * SIZES[dtype])
+    return pointer % size == 0 and row_stride * SIZES[dtype] % size == 0
+
+
+def few(gpu: Gpu, num_rows: int) -> bool:
+    """Return whether the slowest row decides the time, rather than the total work."""
+    return num_rows <= gpu.scaled(gpu.table.rows.few_rows)
+
+
+def interleaved_lanes(gpu: Gpu, num_rows: int, num_columns: int, needed: int, scored: bool) -> int:
+    """Return the lanes over which to interleave a row; 0 if a lane should hold adjacent columns.
+
+    Few rows wait for the longest chain of instructions: each has a warp. Many rows wait for the sum of all
+    instructions: several share a warp.
+
+    Args:
+        needed: lanes that hold the results.
+        scored: columns are scored before they are compared.
+    """
+    rows = gpu.table.rows
+    if few(gpu, num_rows):
+        very_few = not scored and num_rows <= gpu.scaled(rows.very_few_rows)
+        adjacent = rows.adjacent_columns_very_few if very_few else rows.adjacent_columns_few
+        return MAX_LANES if num_columns > adjacent and needed < MAX_LANES else 0
+    if num_columns <= rows.adjacent_columns_many or needed > MAX_LANES:
+        return 0
+    lanes = next((lanes for most, lanes in rows.lanes_by_results if needed <= most), MAX_LANES)
+    while lanes < MAX_LANES and num_columns > rows.max_columns_per_lane * lanes:
+        lanes *= 2
+    return lanes
+
+
+def group_lanes(gpu: Gpu, method: RoutingMethod) -> int:
+    """Return the lanes of a row such that each holds a group of experts, or a whole part of one; 0 if none do."""
+    lanes = method.num_groups
+    most = gpu.table.rows.max_group_columns_per_lane
+    while lanes < max(method.num_columns, method.top_k + 1) or method.num_experts > most * lanes:
+        lanes *= 2
+    return lanes if MAX_LANES % lanes == 0 and method.num_experts % (WORD * lanes) == 0 else 0
+
+
+def interleaved_columns(num_columns: int, lanes: int) -> int:
+    """Return the columns of each lane of an interleaved row, in whole words."""
+    return -(-num_columns // (WORD * lanes)) * WORD
+
+
+def grid_and_block(gpu: Gpu, num_rows: int, lanes: int, interleaved: bool = False) -> tuple[int, int]:
+    """Return the blocks, and the threads of a block, that give every row its lanes."""
+    rows = gpu.table.rows
+    warps = -(-num_rows * lanes // 32)
+    steps = rows.interleaved_blocks if interleaved else rows.adjacent_blocks
+    block = next((block for most, block in steps if warps <= gpu.scaled(most)), rows.largest_block)
+    return -(-num_rows * lanes // block), block
+
+
+def min_blocks(gpu: Gpu, lanes: int, columns: int, num_columns: int, interleaved: bool, capped: bool) -> int:
+    """Return the fewest blocks of a multiprocessor to tell ptxas, where it would spill registers to fit more; else 0.
+
+    Args:
+        columns: of each lane, of `num_columns` in all.
+        capped: the method has a logit_softcap.
+    """
+    uneven = lanes * columns != num_columns or (lanes < MAX_LANES and columns % 8 != 0)
+    return int((interleaved and (capped or uneven)) or gpu.capability >= gpu.table.rows.spills_from)

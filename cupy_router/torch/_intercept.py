@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PyTorch does with a call of an op: puts it into a graph, hands it to torch.func, or makes it differentiable.
+
+Eager calls do not pass PyTorch's dispatcher: `wants` costs them a fifth of a microsecond.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cupy_router.ops import _run
+from cupy_router.ops._op import Op
+from cupy_router.torch import _autograd, _library, _state, _transforms
+from cupy_router.torch._autograd import wants_gradient
+from cupy_router.torch._state import is_special, refuse_out_and_stream
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a call is traced, inside torch.func, in forward mode, or wants a gradient."""
+    return is_special() or (_is_grad_enabled() and wants_gradient(op, inputs))
+
+
+def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+    """Return the results of a call that :func:`wants` takes."""
+    if _state.is_tracing():
+        refuse_out_and_stream(op.label, out, stream)
+        return _library.call(op, options, inputs, number)
+    if _transforms.concern(inputs):
+        refuse_out_and_stream(op.label, out, stream)
+        return _transforms.run(op, options, inputs, number)
+    if _is_grad_enabled() and wants_gradient(op, inputs):
+        return _autograd.run_with_gradient(op, options, inputs, out, stream, number)
+    return _run.run(op, options, inputs, out, stream, number, eager=True)

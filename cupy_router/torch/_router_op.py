@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Router of arrays that are no tensors as one op of torch.library, which knows it by its key.
+
+A Router of tensors needs no such op: a graph sees its tensors as inputs of the routing op. One graph then serves all
+layers alike, and an exported program has their arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cupy_router import router as routers
+from cupy_router.arrays import _torch as tensors
+from cupy_router.results import Routing
+from cupy_router.router import Router
+from cupy_router.torch import _autograd, _state
+from cupy_router.torch._library import LIBRARY, register_gradient
+from cupy_router.torch._state import refuse_out_and_stream
+
+
+def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
+    """Return whether the call of a Router becomes a node of its own."""
+    return _state.is_tracing() and not _is_of_tensors(router)
+
+
+def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
+    """Return the results of a call that :func:`wants` takes."""
+    refuse_out_and_stream("Router", out, stream)
+    x, token_ids, num_valid = inputs
+    number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
+    return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
+
+
+def _is_of_tensors(router: Router) -> bool:
+    if router.follows_inputs:  # copies of the arrays, on the device of each x
+        return False
+    arrays = (router.weight, router.bias, router.logit_bias, router.expert_scale, router.table)
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arrays):
+        return True
+    return all(array is None or isinstance(array, torch.Tensor) for array in arrays)
+
+
+def _router_of(key: str) -> Router:
+    found = routers.routers.get(key)
+    if found is None:
+        raise RuntimeError(
+            "a compiled graph calls a Router that is gone: keep it as long as the graph, and export a Router of tensors"
+        )
+    return found
+
+
+def _implementation(key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
+    return tuple(_router_of(key).route(x, token_ids, number if number >= 0 else num_valid, None, None))
+
+
+def _fake(key: str, x: Any, *others: Any) -> Any:
+    method = _router_of(key).method
+    shape = (x.shape[0], method.num_columns)
+    return tuple(x.new_empty(shape, dtype=tensors.dtype_of(n)) for n in (method.weight_dtype, method.index_dtype))
+
+
+def _backward(key: str, x: Any, indices: Any, grad_weights: Any) -> Any:
+    return _autograd.gradient_by_x(_router_of(key), x, indices, grad_weights)
+
+
+def _fake_backward(key: str, x: Any, *others: Any) -> Any:
+    return x.new_empty(x.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    key, x, *_ = inputs
+    weights, indices = output
+    ctx.mark_non_differentiable(*((indices,) if _router_of(key).weight is not None else (weights, indices)))
+    ctx.set_materialize_grads(False)
+    ctx.key = key
+    ctx.save_for_backward(x, indices)
+
+
+def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+    by_x = None
+    if grad_weights is not None:
+        by_x = torch.ops.cupy_router.router_backward(ctx.key, *ctx.saved_tensors, grad_weights.contiguous())
+    return None, by_x, None, None, None
+
+
+def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, device)
+    torch.library.register_fake(f"cupy_router::{name}", fake, lib=LIBRARY)
+
+
+_define(
+    "router",
+    "(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+_define(
+    "router_backward",
+    "(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+register_gradient("router", _differentiate, _remember)
+register_gradient("router_backward", _autograd.no_second_derivative, None)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thresholds that a table holds: one family for each kind of launch, each with the command that measures it.
+
+Only what a measurement decides belongs here. A limit of a kernel, such as the most columns that a warp can hold, is
+stated in the op's file next to the kernel's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Steps = tuple[tuple[int, int], ...]  # (up to this count, choose this), ascending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Thresholds that one command measures."""
+
+    measured_by: str  # a command, run in the repository root
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Family):
+    """Rows that a warp, or a part of one, holds in registers: topk_select and activation_topk.
+
+    Each lane holds adjacent columns, or words at a distance of as many words as there are lanes (interleaved).
+    Counts of rows and warps scale with the multiprocessors.
+    """
+
+    few_rows: int  # up to here the slowest row decides the time, beyond it the total work
+    very_few_rows: int
+    adjacent_columns_very_few: int  # very few rows of plain scores: adjacent up to here, else interleaved over a warp
+    adjacent_columns_few: int  # the same for few rows, and for very few whose columns are scored as well
+    adjacent_columns_many: int  # many rows: adjacent up to here, else interleaved over the fewest lanes that suffice
+    lanes_by_results: Steps  # of an interleaved row among many: up to this many results, lanes; a warp beyond
+    max_columns_per_lane: int  # of an interleaved row among many; a wider row gets more lanes
+    max_group_columns_per_lane: int  # the same where experts are in groups
+    adjacent_blocks: Steps  # up to this many warps, threads in a block
+    interleaved_blocks: Steps
+    largest_block: int  # threads, beyond these steps
+    spills_from: tuple[int, int]  # from this capability on, ptxas spills registers unless told how few blocks suffice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward(Family):
+    """Rows in activation_topk_backward."""
+
+    min_lanes: int  # of a row among many, so that lanes write whole sectors of memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTile:
+    """How a block of dense_router_decode multiplies on tensor cores."""
+
+    max_tokens: int  # for groups of up to this many tokens
+    experts_per_block: int
+    few_steps: int  # of 32 columns of hidden for each block
+    shapes_few_steps: Steps  # (experts of a warp, warps of a block), most preferred first
+    shapes_many_steps: Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeFma:
+    """How a block of dense_router_decode multiplies without tensor cores."""
+
+    max_tokens: int
+    experts_per_block: int
+    experts_per_warp: int
+    warps: int
+    max_parts: int  # split-K parts of hidden
+    min_part_columns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(Family):
+    """dense_router for few tokens, in one launch."""
+
+    max_tokens: int  # up to here one launch is faster than cuBLAS and a second launch
+    tiles: tuple[DecodeTile, ...]  # ascending by tokens
+    max_parts: int  # split-K parts of hidden
+    min_part_columns: int
+    min_shared_tokens: int  # from here on, blocks route a token each; fewer tokens are routed by the last block
+    fma: DecodeFma
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRows(Family):
+    """topk_select for rows longer than a warp can hold."""
+
+    max_pieces: int  # of a row that several blocks share
+    min_piece_bytes: int
+    min_saved_bytes: int  # a row is split only if each block is spared so much of it
+    few_winners: int  # up to this k
+    split_block_few: int  # threads of a block with a piece of a row, for few winners
+    split_block_many: int
+    shapes_many_rows: Steps  # more rows than multiprocessors, few winners: (threads, blocks a multiprocessor)
+    shapes: Steps  # otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashRouter(Family):
+    """hash_router with logits or uniform weights."""
+
+    block: int  # threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashProducts(Family):
+    """hash_router with x and weight."""
+
+    max_warps: int  # of a token, where a warp computes whole dot products
+    sharing_warps: int  # of a token, where several warps share a dot product
+    max_parts: int  # of a dot product
+    loads_in_flight: int  # 16-byte words of 16-bit floats that a lane waits for at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashLayer(Family):
+    """A hash layer of Router: only the dot products that are needed, or the whole gate GEMM."""
+
+    max_gates_read: int  # needed dot products only, while they read at most this many times the whole gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunks(Family):
+    """Chunks of tokens in calls whose logits go through memory."""
+
+    bytes: int  # of a chunk's logits, and of its hidden states where they are converted to float32 first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemm(Family):
+    """The gate GEMM by cuBLAS."""
+
+    workspace_bytes: int  # the algorithm that cuBLAS chooses depends on it
+    max_pack_blocks: int  # of the conversion to float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All thresholds of an architecture."""
+
+    architecture: str  # such as "sm_90"
+    gpu: str  # that was measured
+    multiprocessors: int  # of that GPU
+    rows: Rows
+    backward: Backward
+    decode: Decode
+    long_rows: LongRows
+    hash_router: HashRouter
+    hash_products: HashProducts
+    hash_layer: HashLayer
+    chunks: Chunks
+    gemm: Gemm

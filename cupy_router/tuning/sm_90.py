@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hopper: H100, H200. What was tried and how it compared is in benchmarks/README.md."""
+
+from __future__ import annotations
+
+from cupy_router.tuning.schema import (
+    Backward,
+    Chunks,
+    Decode,
+    DecodeFma,
+    DecodeTile,
+    Gemm,
+    HashLayer,
+    HashProducts,
+    HashRouter,
+    LongRows,
+    Rows,
+    Table,
+)
+
+TABLE = Table(
+    architecture="sm_90",
+    gpu="NVIDIA H100 SXM",
+    multiprocessors=132,
+    rows=Rows(
+        measured_by="python -m benchmarks.bench_activation_topk && python -m benchmarks.bench_topk_select",
+        few_rows=2048,
+        very_few_rows=256,
+        adjacent_columns_very_few=224,
+        adjacent_columns_few=128,
+        adjacent_columns_many=32,
+        lanes_by_results=((8, 8), (15, 16)),
+        max_columns_per_lane=48,
+        max_group_columns_per_lane=24,
+        # Few rows spread over the multiprocessors warp by warp. Many share blocks, which take longer to start than
+        # a warp runs.
+        adjacent_blocks=((128, 32), (16384, 64)),
+        interleaved_blocks=((128, 32), (2048, 128), (16384, 64)),
+        largest_block=256,
+        spills_from=(10, 0),
+    ),
+    backward=Backward(measured_by="python -m benchmarks.bench_activation_topk_backward", min_lanes=8),
+    # One group of tokens, so that the gate is read once; one block for each multiprocessor, with more warps the more
+    # each of them would have to do.
+    decode=Decode(
+        measured_by="python -m benchmarks.sweep_dense_router",
+        max_tokens=64,
+        tiles=(
+            DecodeTile(
+                max_tokens=16,
+                experts_per_block=16,
+                few_steps=32,
+                shapes_few_steps=((16, 8), (16, 16), (16, 4)),
+                shapes_many_steps=((16, 16), (16, 8), (16, 4)),
+            ),
+            # Two warps that read the same tokens have more loads in flight, which pays where there is much to wait for.
+            DecodeTile(
+                max_tokens=64,
+                experts_per_block=32,
+                few_steps=16,
+                shapes_few_steps=((32, 4), (16, 8)),
+                shapes_many_steps=((16, 8), (32, 4)),
+            ),
+        ),
+        max_parts=24,
+        min_part_columns=64,
+        min_shared_tokens=4,
+        # A warp multiplies two experts over its whole part of hidden.
+        fma=DecodeFma(
+            max_tokens=4, experts_per_block=16, experts_per_warp=2, warps=8, max_parts=16, min_part_columns=256
+        ),
+    ),
+    long_rows=LongRows(
+        measured_by="python -m benchmarks.bench_topk_select",
+        max_pieces=32,
+        min_piece_bytes=16 * 1024,
+        min_saved_bytes=96 * 1024,  # with less, the last-block reduction takes longer than it saves
+        few_winners=512,
+        split_block_few=512,
+        split_block_many=768,
+        shapes_many_rows=((384, 3), (512, 2)),
+        shapes=((1024, 1),),
+    ),
+    hash_router=HashRouter(
+        measured_by="python -m benchmarks.bench_hash_router",
+        block=128,
+    ),
+    hash_products=HashProducts(
+        measured_by="python -m benchmarks.bench_dense_router",
+        max_warps=8,
+        sharing_warps=24,
+        max_parts=8,
+        loads_in_flight=7,
+    ),
+    # The dot products read from L2, and cuBLAS takes 6 us for even the smallest product. Both ways take the same time
+    # at 8 (E 384, H 7168) to 13 (E 256, H 4096).
+    hash_layer=HashLayer(measured_by="python -m benchmarks.bench_dense_router", max_gates_read=8),
+    chunks=Chunks(measured_by="python -m benchmarks.bench_dense_router", bytes=64 << 20),
+    gemm=Gemm(
+        measured_by="python -m benchmarks.bench_dense_router",
+        workspace_bytes=32 << 20,  # what NVIDIA recommends for Hopper
+        max_pack_blocks=4096,
+    ),
+)

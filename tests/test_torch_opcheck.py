@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of torch.library against PyTorch's own checks of schemas, fakes and gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+from cupy_router.ops.registry import OPS
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from tests.torch_samples import samples  # noqa: E402
+
+BY_HAND = {"router", "router_backward"}  # a Router of arrays that are no tensors
+
+
+def test_every_op_has_a_sample() -> None:
+    assert samples().keys() == OPS.keys() | BY_HAND
+
+
+@pytest.mark.slow("seconds", every=9)
+@pytest.mark.parametrize("name", sorted(OPS.keys() | BY_HAND))
+def test_opcheck(name: str) -> None:
+    for given in samples()[name]:
+        results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
+        assert set(results.values()) == {"SUCCESS"}
