@@ -37,7 +37,7 @@ class DecodeLaunch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """The division of the gate GEMM: see the macros of the same names in the kernel."""
+    """The division of the gate GEMM: see the constants of the same names in the kernel."""
 
     tokens: int
     slices: int

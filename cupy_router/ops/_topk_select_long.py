@@ -30,7 +30,7 @@ _MAX_CAPACITY = 16384
 
 
 class LaunchShape(NamedTuple):
-    """See the macros of the same names in the kernel. Each row is divided into `pieces`, a block for each."""
+    """See the constants of the same names in the kernel. Each row is divided into `pieces`, a block for each."""
 
     block: int
     blocks: int
