@@ -133,7 +133,7 @@ __device__ __forceinline__ void route_by_table(const Call& call) {
 // Route a token by a block: a warp for each of Parts parts of its TOP_K dot products.
 template <int Parts>
 __device__ __forceinline__ void route_by_parts_of_products(const Call& call) {
-    static_assert(!WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32,
+    static_assert(Parts > 0 && !WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32,
                   "only the products of chosen experts are needed");
     static_assert(TOP_K * Parts == WARPS && WARPS <= 32, "a warp for each part of a token's products");
     constexpr int STEP = 256 * Parts;  // elements that the warps of a product read together
