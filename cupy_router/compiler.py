@@ -2,8 +2,8 @@
 """Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
 
 A kernel's text is expanded first. `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
-errors point at `kernels/device/types.cuh(line)`. Macros become `#define` lines at the top. So the text contains headers
-and macros. It is the key of CuPy's disk cache, from which other processes load the compiled kernel.
+errors point at `kernels/device/types.cuh(line)`. Constants get their values. So the text contains headers and
+constants. It is the key of CuPy's disk cache, from which other processes load the compiled kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 from cupy_router import kernel_dump, kernel_log
+from cupy_router.declarations import CompileError as CompileError
+from cupy_router.declarations import Signature as Signature
+from cupy_router.declarations import signature_in, with_constants
 from cupy_router.watch import Watch
 
 Macros = tuple[tuple[str, int], ...]
@@ -28,12 +31,6 @@ Headers = tuple[tuple[str, str], ...]
 
 OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
-_KERNEL = r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?{name}\s*\(([^)]*)\)'
-_TYPES = {"int": "i", "long long": "q", "float": "f"}
-
-
-class CompileError(RuntimeError):
-    """A kernel file did not compile; the message holds the compiler's lines, each with its file and line."""
 
 
 class Backend(Protocol):
@@ -273,9 +270,9 @@ _texts: dict[tuple[str, Headers], str] = {}
 
 
 def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Headers = ()) -> str:
-    """Return the text of kernels/<kernel>.cu with its headers and macros, complete for a compiler.
+    """Return the text of kernels/<kernel>.cu with its headers and the values of its constants, complete for a compiler.
 
-    `headers` are texts that replace kernel files.
+    `headers` are texts that replace kernel files. CompileError for a constant that no file declares.
     """
     with _lock:
         text = _texts.get((kernel, headers))
@@ -284,7 +281,10 @@ def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Header
                 _report_override(folders[0])
             lines = _lines(f"{kernel}.cu", dict(headers), set())
             text = _texts[kernel, headers] = "\n".join(lines) + "\n"
-    return "".join(f"#define {name} {value}\n" for name, value in dict(macros).items()) + text
+    text, unknown = with_constants(text, dict(macros))
+    if unknown:
+        raise CompileError(f"kernels/{kernel}.cu has no constant {', '.join(unknown)}")
+    return text
 
 
 # -- Compiled functions ------------------------------------------------------------------------------------------------
@@ -292,37 +292,12 @@ def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Header
 kernel_log.listeners.append(kernel_dump.dump_if_asked)
 
 
-@dataclass(frozen=True)
-class Signature:
-    """Parameters of a kernel as its file declares them; `format` has a `struct` code for each."""
-
-    function: str
-    names: tuple[str, ...]
-    format: str
-
-
-@cache
-def _signature(declaration: str, function: str) -> Signature:
-    names, codes = [], []
-    for parameter in declaration.split(","):
-        kind, name = re.fullmatch(r"\s*(.*?)(\w+)\s*", parameter, re.S).groups()  # type: ignore[union-attr]  # never empty
-        kind = " ".join(re.sub(r"\bconst\b|__restrict__", "", kind).split())
-        code = "P" if "*" in kind else _TYPES.get(kind)
-        if code is None:
-            raise CompileError(
-                f"{function}: parameter {name} has type {kind}; allowed are pointers and {', '.join(_TYPES)}"
-            )
-        names.append(name)
-        codes.append(code)
-    return Signature(function, tuple(names), "".join(codes))
-
-
 def signature(kernel: str, function: str) -> Signature:
     """Return the parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
-    found = re.search(_KERNEL.format(name=function), re.sub(r"//[^\n]*", "", expand(kernel)))
+    found = signature_in(expand(kernel), function)
     if found is None:
         raise CompileError(f'kernels/{kernel}.cu has no extern "C" __global__ void {function}(...)')
-    return _signature(found[1], function)
+    return found
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,15 @@ class _Record:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         ends = [struct.calcsize(f"@{codes[: i + 1]}") for i in range(len(codes))]
         starts = [base + end - struct.calcsize(f"@{code}") for end, code in zip(ends, codes, strict=True)]
+        if signature.members:  # of a struct, which all its members follow, the driver reads the address of the first
+            starts = [starts[sum(signature.members[:i])] for i in range(len(signature.members))]
         self._pointers = (ctypes.c_void_p * len(starts))(*starts)
         self.address = ctypes.addressof(self._pointers)
 
 
 class _Records(threading.local):
     def __init__(self) -> None:
-        self.by_format: dict[str, _Record] = {}
+        self.by_format: dict[str, _Record] = {}  # and members
 
 
 _records = _Records()
@@ -78,7 +80,7 @@ class Launch:
         self.function = function
         self._fixed = tuple(fixed.values())
         self._shape = (grid, 1, 1, block, 1, 1, shared_bytes)
-        self._format = signature.format
+        self._format = f"{signature.format}{signature.members or ''}"
         self._handle, self._device = function.handle, function.device
         self._use, self._enqueue = function.backend.use, function.backend.launch
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// From hidden states to experts in one launch, for few tokens: gate product, score, bias, top-k, renormalisation.
+// From hidden states to experts in one launch, for few tokens: gate GEMM, score, bias, top-k, renormalisation.
 //
-// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SPLITS parts of hidden, and
-// leaves its float32 partial sums in global memory. There are blocks for every tile of experts, slice and group of
-// tokens; counters say when all blocks of a group have arrived. SHARE = 0: the last block to arrive adds a group's
-// partial sums up, slice by slice, and routes its tokens. SHARE > 0: there is one group, and the first blocks each
-// route SHARE of its tokens. A block that has waited too long leaves, and the last block to arrive does its part as
-// well.
+// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SPLITS parts of hidden
+// (split-K), and leaves its float32 partial sums in global memory. There are blocks for every tile of experts, split
+// and group of tokens; a counter per group tells when all its blocks have arrived.
+// SHARE 0: the last block of a group adds its partial sums, split by split, and routes its tokens.
+// SHARE > 0: there is one group, and the first blocks each route SHARE tokens at a time. A block that has polled too
+// long leaves, and the last block to arrive does its share as well.
 #include "device/async_copy.cuh"
 #include "gate/gate_gemm.cuh"
 #include "routing/groups.cuh"
@@ -16,15 +16,9 @@
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"
 
-#ifndef SHARE
-#define SHARE 0
-#endif
-#ifndef DENSE
-#define DENSE 0  // rows of x, gate and results follow each other
-#endif
-#ifndef KEEP_LOGITS
-#define KEEP_LOGITS 0  // for tests: the logits are left in place of the first slice's partial sums
-#endif
+SPECIALISED int SHARE = 0;
+SPECIALISED bool DENSE = false;        // rows of x, gate and results follow each other
+SPECIALISED bool KEEP_LOGITS = false;  // for tests: leave the logits in place of the first split's sums
 
 static_assert(OUTPUTS <= 32, "a lane holds a column of the results");
 
@@ -35,15 +29,16 @@ struct __align__(4 * N) Floats {
 };
 
 constexpr int GROUP_BLOCKS = TILES * SPLITS;
-constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes at once
+constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes together
 constexpr int PER_LANE = 4 * quotient(GATE_ROWS, 128);
-constexpr bool KEEPS_SCORES = !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // rather than logits
+constexpr bool KEEPS_SCORES =
+    !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // in shared memory, rather than logits
 constexpr int REDUCTION_FLOATS = WARP_SPLITS * TOKENS * ROW;
 constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
 __shared__ __align__(16) float shared_floats[REDUCTION_FLOATS > SCORE_FLOATS ? REDUCTION_FLOATS : SCORE_FLOATS];
 __shared__ float shared_bias[32 * PER_LANE];
 
-// Add the block's layers up and store them where the slice's sums of these tokens lie.
+// Add the sums of the warp splits and store them as the partial sums of this split.
 __device__ __forceinline__ void store_partials(float* partials, int first_expert, int num_tokens) {
     constexpr int N = TOKENS * EXPERTS_PER_BLOCK >= 4 * THREADS ? 4 : 1;
     constexpr int WORDS = EXPERTS_PER_BLOCK / N;
@@ -54,8 +49,8 @@ __device__ __forceinline__ void store_partials(float* partials, int first_expert
         if (token >= num_tokens) break;
         Floats<N> sum = *reinterpret_cast<const Floats<N>*>(&shared_floats[token * ROW + expert]);
 #pragma unroll
-        for (int layer = 1; layer < WARP_SPLITS; ++layer) {
-            const float* source = &shared_floats[(layer * TOKENS + token) * ROW + expert];
+        for (int warp_split = 1; warp_split < WARP_SPLITS; ++warp_split) {
+            const float* source = &shared_floats[(warp_split * TOKENS + token) * ROW + expert];
             const Floats<N> more = *reinterpret_cast<const Floats<N>*>(source);
 #pragma unroll
             for (int j = 0; j < N; ++j) sum.value[j] += more.value[j];
@@ -71,10 +66,10 @@ __device__ constexpr int longest_word() {
     return 1;
 }
 
-// Logits of the tokens first .. first + count - 1 from the slices' partial sums, in order, and their scores, or prepared
-// logits, in shared memory.
+// Compute the logits of tokens first .. first + count - 1 from their partial sums, in a fixed order; leave their
+// scores, or prepared logits, in shared memory.
 __device__ __forceinline__ void gather_scores(float* partials, int first, int count, const float* logit_bias,
-                                              const Numbers& numbers) {
+                                              const MethodNumbers numbers) {
     constexpr int N = longest_word();
     constexpr int WORDS = COLUMNS / N;
     static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
@@ -84,16 +79,16 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
         const int token = i / WORDS, expert = i % WORDS * N;
         if (token >= count) break;
         float* source = partials + (first + token) * COLUMNS + expert;
-        Floats<N> slices[SPLITS];
+        Floats<N> parts[SPLITS];
 #pragma unroll
         for (int s = 0; s < SPLITS; ++s) {
-            slices[s] = *reinterpret_cast<const Floats<N>*>(source + s * (TOKENS * COLUMNS));
+            parts[s] = *reinterpret_cast<const Floats<N>*>(source + s * (TOKENS * COLUMNS));
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            float logit = slices[0].value[j];
+            float logit = parts[0].value[j];
 #pragma unroll
-            for (int s = 1; s < SPLITS; ++s) logit += slices[s].value[j];
+            for (int s = 1; s < SPLITS; ++s) logit += parts[s].value[j];
             if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SPLITS * TOKENS * COLUMNS) + j] = logit;
             if (expert + j >= 32 * PER_LANE) continue;
             const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
@@ -110,10 +105,10 @@ struct Results {
     index_t* indices;
     int64_t weights_stride, indices_stride;
     const float* expert_scale;
-    Numbers numbers;
+    MethodNumbers numbers;
 };
 
-// One warp: a row of scores, or logits, in shared memory to the experts and weights of a token.
+// Route one token by a warp, from its scores or logits in shared memory.
 __device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const Results& results) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
     float values[PER_LANE];
@@ -152,19 +147,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                         const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                         index_t* __restrict__ indices, unsigned* counters, float* partials, int num_valid_value,
-                        long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
-                        float logit_scale, float logit_softcap, float shared_weight, long long x_stride,
-                        long long weight_stride, long long weights_stride, long long indices_stride) {
+                        long long num_tokens, const MethodNumbers numbers, long long x_stride, long long weight_stride,
+                        long long weights_stride, long long indices_stride) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
     }
-    const int tile = blockIdx.x % TILES, slice = blockIdx.x / TILES % SPLITS, group = blockIdx.x / GROUP_BLOCKS;
+    const int tile = blockIdx.x % TILES, split = blockIdx.x / TILES % SPLITS, group = blockIdx.x / GROUP_BLOCKS;
     const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
     const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
     float* group_partials = partials + static_cast<int64_t>(group) * SPLITS * TOKENS * COLUMNS;
 
-    // What routing needs besides the sums is in flight before the products, and here in time if this block routes.
+    // Loads that routing needs start before the GEMM, so that they are there in time if this block routes.
     const int fetched_valid = fetch_valid(num_valid, num_valid_value);
     if (HAS_BIAS) {
 #pragma unroll
@@ -174,13 +168,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         }
         copy_async_commit();
     }
-    gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, slice, count, shared_floats);
+    gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, split, count, shared_floats);
     if (HAS_BIAS) copy_async_wait<0>();
     __syncthreads();
-    store_partials(group_partials + slice * (TOKENS * COLUMNS), first_expert, count);
+    store_partials(group_partials + split * (TOKENS * COLUMNS), first_expert, count);
 
     const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
-    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
     const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {
         gather_scores(group_partials, first, tokens, logit_bias, numbers);

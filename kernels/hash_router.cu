@@ -1,68 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0
 // Experts by a table of token ids, with uniform weights or weights from the scores of a gate.
 //
-// hash_router: LANES threads serve a token, a lane per place (lane, lane + LANES, ... where the table is wider). Token
-// id, table row and logits are three dependent loads, so that many small tokens in flight are what makes it fast.
-// hash_router_products (SOURCE 2): a block serves a token, its warps compute the dot products of x with only the rows
-// of the gate that are needed: those of the token's experts, or all of them if softmax asks for the whole row. PARTS >
-// 0: PARTS warps share each of the token's dot products, with the loads of UNROLL words of both factors in flight at
-// once; nothing waits for the check of the table's entries. The grid has a block for every token.
+// SOURCE UNIFORM or LOGITS: LANES threads serve a token, a lane per place (lane, lane + LANES, ... for wider tables).
+// Token id, table row and logits are three dependent loads, so speed comes from many small tokens in flight.
+// SOURCE PRODUCTS: a block serves a token. Its warps compute the dot products of x with only those rows of the gate
+// that are needed: the rows of the experts of the token, or all rows for a softmax over the whole row. PARTS > 0: PARTS
+// warps share each dot product (split-K), with the loads of UNROLL vectors of both operands in flight; nothing waits
+// for the check of the table entries, and there is a block for every token.
 #include "device/vector8.cuh"
 #include "routing/num_valid.cuh"
 #include "routing/weigh.cuh"
 
-#ifndef TOKEN_ID_BYTES
-#define TOKEN_ID_BYTES 4
-#endif
-#ifndef TABLE_BYTES
-#define TABLE_BYTES 4
-#endif
-#ifndef SOURCE
-#define SOURCE 1
-#endif
-#ifndef DTYPE
-#define DTYPE 0
-#endif
-#ifndef WEIGHT_DTYPE
-#define WEIGHT_DTYPE DTYPE
-#endif
-#ifndef LANES
-#define LANES 8
-#endif
-#ifndef WARPS
-#define WARPS 8
-#endif
-#ifndef DENSE
-#define DENSE 0  // rows of table, logits and results follow each other
-#endif
-#ifndef PARTS
-#define PARTS 0
-#endif
-#ifndef UNROLL
-#define UNROLL 4
-#endif
-#ifndef HIDDEN
-#define HIDDEN 4096  // with PARTS > 0
-#endif
-#ifndef ALIGNED
-#define ALIGNED 1
-#endif
+enum Source { UNIFORM, LOGITS, PRODUCTS };  // of the weights
 
-#define UNIFORM 0
-#define LOGITS 1
-#define PRODUCTS 2
+SPECIALISED Source SOURCE = LOGITS;
+SPECIALISED int TOKEN_ID_BYTES = 4;
+SPECIALISED int TABLE_BYTES = 4;
+SPECIALISED int DTYPE = 0;             // of the logits, or of x
+SPECIALISED int WEIGHT_DTYPE = DTYPE;  // of the gate
+SPECIALISED int LANES = 8;
+SPECIALISED int WARPS = 8;       // of a block, for products
+SPECIALISED bool DENSE = false;  // rows of table, logits and results follow each other
+SPECIALISED int PARTS = 0;
+SPECIALISED int UNROLL = 4;
+SPECIALISED int HIDDEN = 4096;    // if PARTS > 0
+SPECIALISED bool ALIGNED = true;  // rows of x and gate start at 16-byte words, and hidden is a multiple of 8
 
 typedef Integer<TOKEN_ID_BYTES>::type token_id_t;
 typedef Integer<TABLE_BYTES>::type expert_t;
 typedef Scalar<DTYPE>::type scalar_t;
 typedef Scalar<WEIGHT_DTYPE>::type gate_t;
 
+// The parameters of the kernel. The numbers are read where they lie (__grid_constant__), which keeps registers free.
+struct Call {
+    const token_id_t* token_ids;
+    const expert_t* table;
+    const scalar_t* logits;
+    const scalar_t* x;
+    const gate_t* gate;
+    const float* logit_bias;
+    const float* expert_scale;
+    const int* num_valid;
+    weight_t* weights;
+    index_t* indices;
+    int num_valid_value;
+    int64_t num_tokens;
+    const MethodNumbers& numbers;
+    int64_t vocab_size, hidden, table_stride, logits_stride, x_stride, weight_stride, weights_stride, indices_stride;
+};
+
 __device__ __forceinline__ bool exists(int64_t id, int64_t count) { return id >= 0 && id < count; }
 
-#if SOURCE != PRODUCTS
-
 __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* logits, const float* logit_bias,
-                                                                const Numbers& numbers, int lane) {
+                                                                const MethodNumbers numbers, int lane) {
     SoftmaxStatistics row = {0.0f, 0.0f};
     if (!WHOLE_ROW_SOFTMAX || SOURCE != LOGITS || logits == nullptr) return row;
     const auto logit = [&](int e) { return prepare(to_float(logits[e]), logit_bias, e, numbers); };
@@ -77,116 +67,98 @@ __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* 
     return row;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-    hash_router(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
-                const scalar_t* __restrict__ logits, const void* __restrict__ x, const void* __restrict__ weight,
-                const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
-                const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
-                int num_valid_value, long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
-                float logit_scale, float logit_softcap, float shared_weight, long long vocab_size, long long hidden,
-                long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
-                long long weights_stride, long long indices_stride) {
-    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
-    static_assert(SOURCE != LOGITS || !WHOLE_ROW_SOFTMAX || LANES == 32,
+// Tokens that share warps, with uniform weights or given logits.
+template <int Lanes>
+__device__ __forceinline__ void route_by_table(const Call& call) {
+    static_assert(SOURCE != LOGITS || !WHOLE_ROW_SOFTMAX || Lanes == 32,
                   "a bad token's whole warp skips its statistics");
-    constexpr int TOKENS_PER_WARP = 32 / LANES;
-    constexpr int PLACES = (OUTPUTS + LANES - 1) / LANES;  // of each lane
-    if (DENSE) {
-        table_stride = TOP_K;
-        logits_stride = NUM_LOGITS;
-        weights_stride = indices_stride = OUTPUTS;
-    }
-    const int lane = threadIdx.x % LANES;
+    constexpr int TOKENS_PER_WARP = 32 / Lanes;
+    constexpr int PLACES = (OUTPUTS + Lanes - 1) / Lanes;  // of each lane
+    const int64_t table_stride = DENSE ? TOP_K : call.table_stride;
+    const int64_t logits_stride = DENSE ? NUM_LOGITS : call.logits_stride;
+    const int64_t weights_stride = DENSE ? OUTPUTS : call.weights_stride;
+    const int64_t indices_stride = DENSE ? OUTPUTS : call.indices_stride;
+    const int lane = threadIdx.x % Lanes;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (warp * TOKENS_PER_WARP >= num_tokens) return;  // whole warps, because lanes vote and sum their scores
-    const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / LANES;
+    if (warp * TOKENS_PER_WARP >= call.num_tokens) return;  // whole warps, since lanes vote and sum
+    const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / Lanes;
 
-    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
-    const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
-    const scalar_t* row_logits = SOURCE == LOGITS ? logits + row * logits_stride : nullptr;
-    bool bad = !exists(token_id, vocab_size);
-    const expert_t* entries = table + (bad ? 0 : token_id) * table_stride;
+    const int64_t valid = valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
+    const int64_t token_id = row < valid ? static_cast<int64_t>(call.token_ids[row]) : -1;
+    const scalar_t* row_logits = SOURCE == LOGITS ? call.logits + row * logits_stride : nullptr;
+    bool bad = !exists(token_id, call.vocab_size);
+    const expert_t* entries = call.table + (bad ? 0 : token_id) * table_stride;
 
     int64_t experts[PLACES];
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
-        const int place = p * LANES + lane;
+        const int place = p * Lanes + lane;
         experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
     }
-    // A logit is read as soon as its expert is known to exist; whether the whole row is good is voted on meanwhile.
+    // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
     float values[PLACES];
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
-        const int place = p * LANES + lane;
-        const bool good = exists(experts[p], NUM_EXPERTS) && !bad;
+        const int place = p * Lanes + lane;
+        const bool good = exists(experts[p], EXPERT_IDS) && !bad;
         bad |= !good;
         experts[p] = expert_of(place, experts[p]);
         values[p] = 0.0f;
         if (SOURCE == LOGITS && good && place < WEIGHED) {
-            values[p] = prepare(to_float(row_logits[experts[p]]), logit_bias, experts[p], numbers);
+            values[p] = prepare(to_float(row_logits[experts[p]]), call.logit_bias, experts[p], call.numbers);
         }
     }
-    bad = lanes_ballot<LANES>(bad) != 0;
+    bad = lanes_ballot<Lanes>(bad) != 0;
 
     if (SOURCE == LOGITS) {
-        const SoftmaxStatistics statistics = softmax_statistics(bad ? nullptr : row_logits, logit_bias, numbers, lane);
+        const SoftmaxStatistics statistics =
+            softmax_statistics(bad ? nullptr : row_logits, call.logit_bias, call.numbers, lane);
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
             if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
         }
-        weigh<LaneTeam<LANES>>(values, experts, lane, LANES, !bad, expert_scale, numbers);
+        weigh<LaneTeam<Lanes>>(values, experts, lane, Lanes, !bad, call.expert_scale, call.numbers);
     }
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
-        const int place = p * LANES + lane;
-        if (row >= num_tokens || place >= OUTPUTS) continue;
+        const int place = p * Lanes + lane;
+        if (row >= call.num_tokens || place >= OUTPUTS) continue;
         float weight = values[p];
-        if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : shared_weight;
-        store_float(weights + row * weights_stride + place, bad ? 0.0f : weight);
-        indices[row * indices_stride + place] = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
+        if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : call.numbers.shared_weight;
+        store_float(call.weights + row * weights_stride + place, bad ? 0.0f : weight);
+        call.indices[row * indices_stride + place] = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
     }
 }
 
-#else
-
-#if PARTS
-
-static_assert(!WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32, "only the products of chosen experts are needed");
-static_assert(TOP_K * PARTS == WARPS && WARPS <= 32, "a warp for each part of a token's products");
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
-    hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
-                         const void* __restrict__ logits, const scalar_t* __restrict__ x,
-                         const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
-                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
-                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
-                         long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
-                         float logit_scale, float logit_softcap, float shared_weight, long long vocab_size,
-                         long long hidden, long long table_stride, long long logits_stride, long long x_stride,
-                         long long weight_stride, long long weights_stride, long long indices_stride) {
-    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
-    constexpr int STEP = 256 * PARTS;  // elements that the warps of a product read at once
+// Route a token by a block: a warp for each of Parts parts of its TOP_K dot products.
+template <int Parts>
+__device__ __forceinline__ void route_by_parts_of_products(const Call& call) {
+    static_assert(Parts > 0 && !WHOLE_ROW_SOFTMAX && !SHARED_LOGITS && OUTPUTS <= 32,
+                  "only the products of chosen experts are needed");
+    static_assert(TOP_K * Parts == WARPS && WARPS <= 32, "a warp for each part of a token's products");
+    constexpr int STEP = 256 * Parts;  // elements that the warps of a product read together
     constexpr bool WHOLE_STEPS = ALIGNED && HIDDEN % (STEP * UNROLL) == 0;
-    __shared__ float sums[PARTS][TOP_K];
+    __shared__ float sums[Parts][TOP_K];
     const int lane = threadIdx.x % 32, place = threadIdx.x / 32 % TOP_K, part = threadIdx.x / 32 / TOP_K;
 
     const int64_t row = blockIdx.x;
-    const int64_t token_id = static_cast<int64_t>(token_ids[row]);  // of padding as well, so that neither load waits
-    const bool is_valid = row < valid_rows(num_valid, num_valid_value, num_tokens);
+    // For padding too, so that neither load waits.
+    const int64_t token_id = static_cast<int64_t>(call.token_ids[row]);
+    const bool is_valid = row < valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
     const int first = part * 256 + lane * 8;
-    const scalar_t* own_x = x + row * x_stride + first;
+    const scalar_t* own_x = call.x + row * call.x_stride + first;
     const auto left = [&](int column) { return WHOLE_STEPS ? 8 : HIDDEN - first - column; };
     Vector8<scalar_t> a[UNROLL];
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) a[i] = load_vector8<ALIGNED>(own_x + i * STEP, left(i * STEP));
 
-    const bool token_exists = is_valid && exists(token_id, vocab_size);
+    const bool token_exists = is_valid && exists(token_id, call.vocab_size);
     const bool has_entry = token_exists && lane < TOP_K;
-    const expert_t entry = has_entry ? table[token_id * table_stride + lane] : expert_t(0);
-    const bool bad = __any_sync(FULL_WARP, !token_exists || !exists(entry, NUM_EXPERTS));
+    const expert_t entry = has_entry ? call.table[token_id * call.table_stride + lane] : expert_t(0);
+    const bool bad = __any_sync(FULL_WARP, !token_exists || !exists(entry, EXPERT_IDS));
     const int expert = static_cast<int>(entry);
     const int own_expert = __shfl_sync(FULL_WARP, expert, place);
-    const gate_t* own_weight = weight + (bad ? 0 : own_expert) * weight_stride + first;
+    const gate_t* own_gate = call.gate + (bad ? 0 : own_expert) * call.weight_stride + first;
 
     float part_sums[UNROLL] = {};
 #pragma unroll 1
@@ -194,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         Vector8<gate_t> b[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
-            b[i] = load_vector8<ALIGNED>(own_weight + column + i * STEP, left(column + i * STEP));
+            b[i] = load_vector8<ALIGNED>(own_gate + column + i * STEP, left(column + i * STEP));
         }
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) part_sums[i] = dot(a[i], b[i], part_sums[i]);
@@ -218,21 +190,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         if (lane < TOP_K && !bad) {
             value[0] = sums[0][lane];
 #pragma unroll
-            for (int p = 1; p < PARTS; ++p) value[0] += sums[p][lane];
-            value[0] = prepare(value[0], logit_bias, expert, numbers);
+            for (int p = 1; p < Parts; ++p) value[0] += sums[p][lane];
+            value[0] = prepare(value[0], call.logit_bias, expert, call.numbers);
             if (!WEIGHS_LOGITS) value[0] = score_of(value[0], SoftmaxStatistics());
         }
-        weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, expert_scale, numbers);
+        weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, call.expert_scale, call.numbers);
         if (lane < OUTPUTS) {
-            store_float(weights + row * weights_stride + lane, bad ? 0.0f : value[0]);
-            indices[row * indices_stride + lane] = bad ? index_t(-1) : static_cast<index_t>(experts[0]);
+            store_float(call.weights + row * call.weights_stride + lane, bad ? 0.0f : value[0]);
+            call.indices[row * call.indices_stride + lane] = bad ? index_t(-1) : static_cast<index_t>(experts[0]);
         }
     }
 }
 
-#else
-
-// The dot product of two vectors, the same in every lane; lane by lane in order, then over the lanes: repeatable.
+// Return the dot product of two vectors in every lane. Each lane sums in order, then the lanes do: repeatable.
 __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, int64_t hidden, int lane) {
     float sum = 0.0f;
     for (int64_t i = lane * 8; i < hidden; i += 256) {
@@ -242,31 +212,23 @@ __device__ __forceinline__ float warp_dot(const scalar_t* x, const gate_t* w, in
     return lanes_sum<32>(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
-    hash_router_products(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
-                         const void* __restrict__ logits, const scalar_t* __restrict__ x,
-                         const gate_t* __restrict__ weight, const float* __restrict__ logit_bias,
-                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
-                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
-                         long long num_tokens, float renormalize_eps, float renormalize_min, float scale,
-                         float logit_scale, float logit_softcap, float shared_weight, long long vocab_size,
-                         long long hidden, long long table_stride, long long logits_stride, long long x_stride,
-                         long long weight_stride, long long weights_stride, long long indices_stride) {
-    const Numbers numbers = {renormalize_eps, renormalize_min, scale, logit_scale, logit_softcap, shared_weight};
-    constexpr int PLACES = (OUTPUTS + 32 * WARPS - 1) / (32 * WARPS);  // of each thread
+// Route tokens by a block each, one dot product of a warp at a time.
+template <int Warps>
+__device__ __forceinline__ void route_by_products(const Call& call) {
+    constexpr int PLACES = (OUTPUTS + 32 * Warps - 1) / (32 * Warps);  // of each thread
     __shared__ float shared_values[WEIGHED];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
+    const int64_t valid = valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
 
-    for (int64_t row = blockIdx.x; row < num_tokens; row += gridDim.x) {
-        weight_t* row_weights = weights + row * weights_stride;
-        index_t* row_indices = indices + row * indices_stride;
-        const int64_t token_id = row < valid ? static_cast<int64_t>(token_ids[row]) : -1;
-        const bool token_exists = exists(token_id, vocab_size);
-        const expert_t* entries = table + (token_exists ? token_id : 0) * table_stride;
+    for (int64_t row = blockIdx.x; row < call.num_tokens; row += gridDim.x) {
+        weight_t* row_weights = call.weights + row * call.weights_stride;
+        index_t* row_indices = call.indices + row * call.indices_stride;
+        const int64_t token_id = row < valid ? static_cast<int64_t>(call.token_ids[row]) : -1;
+        const bool token_exists = exists(token_id, call.vocab_size);
+        const expert_t* entries = call.table + (token_exists ? token_id : 0) * call.table_stride;
         bool bad = !token_exists;
         for (int place = threadIdx.x; token_exists && place < TOP_K; place += blockDim.x) {
-            bad = bad || !exists(entries[place], NUM_EXPERTS);
+            bad = bad || !exists(entries[place], EXPERT_IDS);
         }
         if (__syncthreads_or(bad)) {
             for (int place = threadIdx.x; place < OUTPUTS; place += blockDim.x) {
@@ -276,16 +238,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
             continue;
         }
 
-        const scalar_t* row_x = x + row * x_stride;
+        const scalar_t* row_x = call.x + row * call.x_stride;
         const auto logit_of = [&](int64_t e) {
-            return prepare(warp_dot(row_x, weight + e * weight_stride, hidden, lane), logit_bias, e, numbers);
+            const float logit = warp_dot(row_x, call.gate + e * call.weight_stride, call.hidden, lane);
+            return prepare(logit, call.logit_bias, e, call.numbers);
         };
         SoftmaxStatistics statistics = {0.0f, 0.0f};
         if (WHOLE_ROW_SOFTMAX) {
-            // Maximum and sum go together: a sum is of shares of the warp's own maximum so far, and is rescaled as that
-            // grows.
+            // Maximum and sum in one pass: the sum is relative to the maximum of the warp so far, and rescaled when
+            // that grows.
             float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
-            for (int e = warp; e < NUM_EXPERTS; e += WARPS) {
+            for (int e = warp; e < NUM_EXPERTS; e += Warps) {
                 const float logit = logit_of(e);
                 const float higher = fmaxf(highest, logit);
                 const float share = softmax_share(logit, higher);
@@ -297,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
             statistics.inverse_sum = 1.0f / BlockTeam::sum(sum);
         }
 
-        for (int place = warp; place < WEIGHED; place += WARPS) {
+        for (int place = warp; place < WEIGHED; place += Warps) {
             const float logit = logit_of(expert_of(place, place < TOP_K ? static_cast<int64_t>(entries[place]) : 0));
             if (lane == 0) shared_values[place] = WEIGHS_LOGITS ? logit : score_of(logit, statistics);
         }
@@ -306,22 +269,44 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
         float values[PLACES];
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
-            const int place = p * (32 * WARPS) + threadIdx.x;
+            const int place = p * (32 * Warps) + threadIdx.x;
             experts[p] = expert_of(place, place < TOP_K ? static_cast<int64_t>(entries[place]) : 0);
             values[p] = place < WEIGHED ? shared_values[place] : 0.0f;
         }
-        weigh<BlockTeam>(values, experts, threadIdx.x, 32 * WARPS, true, expert_scale, numbers);
+        weigh<BlockTeam>(values, experts, threadIdx.x, 32 * Warps, true, call.expert_scale, call.numbers);
 #pragma unroll 8
         for (int p = 0; p < PLACES; ++p) {
-            const int place = p * (32 * WARPS) + threadIdx.x;
+            const int place = p * (32 * Warps) + threadIdx.x;
             if (place >= OUTPUTS) continue;
             store_float(row_weights + place, values[p]);
             row_indices[place] = static_cast<index_t>(experts[p]);
         }
-        __syncthreads();  // shared_values may be used again
+        __syncthreads();  // before shared_values is used again
     }
 }
 
-#endif
+constexpr int MOST_THREADS = SOURCE == PRODUCTS ? 32 * WARPS : 256;
+constexpr int LEAST_BLOCKS = SOURCE == PRODUCTS ? 1 : 0;
 
-#endif
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, LEAST_BLOCKS)
+    hash_router(const token_id_t* __restrict__ token_ids, const expert_t* __restrict__ table,
+                const scalar_t* __restrict__ logits, const scalar_t* __restrict__ x, const gate_t* __restrict__ weight,
+                const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
+                const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
+                int num_valid_value, long long num_tokens, const __grid_constant__ MethodNumbers numbers,
+                long long vocab_size, long long hidden, long long table_stride, long long logits_stride,
+                long long x_stride, long long weight_stride, long long weights_stride, long long indices_stride) {
+    const Call call = {token_ids,     table,      logits,          x,
+                       weight,        logit_bias, expert_scale,    num_valid,
+                       weights,       indices,    num_valid_value, num_tokens,
+                       numbers,       vocab_size, hidden,          table_stride,
+                       logits_stride, x_stride,   weight_stride,   weights_stride,
+                       indices_stride};
+    if constexpr (SOURCE != PRODUCTS) {
+        route_by_table<LANES>(call);
+    } else if constexpr (PARTS > 0) {
+        route_by_parts_of_products<PARTS>(call);
+    } else {
+        route_by_products<WARPS>(call);
+    }
+}

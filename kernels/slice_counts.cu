@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How many rows of each slice of slice_rows rows are valid, where one count in device memory says so for all rows: a
-// call that is cut into slices stays right in a CUDA graph whose num_valid changes between replays.
+// Valid rows of each slice of slice_rows rows, from one number for all rows in device memory: a call that is cut into
+// slices stays right in a CUDA graph whose num_valid changes between replays.
 #include "device/types.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of any float type and stride as dense float32, for products whose operands differ in type or lie where cuBLAS
-// cannot step: one block per row, adjacent threads on adjacent columns.
+// Copy rows of any float type and stride to dense float32, for GEMMs whose operands differ in type or have strides that
+// cuBLAS does not take. One block per row, adjacent threads on adjacent columns.
 #include "device/types.cuh"
 
-#ifndef DTYPE
-#define DTYPE 2
-#endif
+SPECIALISED int DTYPE = 2;
 
 typedef Scalar<DTYPE>::type scalar_t;
 

@@ -1,55 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k largest scores of each row, sorted, exact: descending, equal scores by lower column, NaN last, bit copies out.
+// The k largest scores of each row, exact and sorted: descending, equal scores by lower column, NaN last. Values are
+// copied bit by bit.
 //
-// LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the r-th best. Longer rows and
-// larger k: topk_select_long.cu, topk_select_large.cu. INTERLEAVED: they select on keys that are cut to hold their
-// columns, several rows to a warp, and look again at the best.
+// LANES threads hold a row in registers, up to 1024 columns and 32 winners; lane r writes the one of rank r. For longer
+// rows and larger k see topk_select_long.cu and topk_select_large.cu. INTERLEAVED: they select by keys that lose low
+// bits to hold the column, several rows to a warp, and then compare the exact values of the best.
 #include "select/row_interleaved.cuh"
 #include "select/order_key.cuh"
 #include "device/row_load.cuh"
 #include "select/warp_topk.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
-#ifndef TOP_K
-#define TOP_K 6
-#endif
-#ifndef LANES
-#define LANES 32
-#endif
-#ifndef PER_LANE
-#define PER_LANE 8
-#endif
-#ifndef WHOLE_ROWS
-#define WHOLE_ROWS 1
-#endif
-#ifndef ALIGNED
-#define ALIGNED 1
-#endif
-#ifndef ENDS_AT
-#define ENDS_AT 1  // lengths of rows are multiples of it
-#endif
-#ifndef DENSE
-#define DENSE 0  // rows of scores and results follow each other
-#endif
-#ifndef HAS_LENGTHS
-#define HAS_LENGTHS 0
-#endif
-#ifndef HAS_STARTS
-#define HAS_STARTS 0
-#endif
+SPECIALISED int DTYPE = 0;
+SPECIALISED int TOP_K = 6;
+SPECIALISED int LANES = 32;
+SPECIALISED int PER_LANE = 8;
+SPECIALISED bool WHOLE_ROWS = true;
+SPECIALISED bool ALIGNED = true;
+SPECIALISED int ENDS_AT = 1;     // divides the lengths of rows
+SPECIALISED bool DENSE = false;  // rows of scores and results follow each other
+SPECIALISED bool HAS_LENGTHS = false;
+SPECIALISED bool HAS_STARTS = false;
 
 typedef Scalar<DTYPE>::type score_t;
 
 typedef InterleavedRow<score_t, LANES, PER_LANE> Interleaved;
 
-// Scores of 16 bits leave capacity for the column in their keys, so that nothing is cut and the best are known at once.
+// Keys of 16-bit scores have bits left for the column: they lose nothing, and the best are known at once.
 constexpr bool KEY_HOLDS_COLUMN = sizeof(score_t) == 2;
 // The winners of a row whose `length` columns are interleaved over LANES lanes.
 struct InterleavedTopK : Candidates<TOP_K, LANES> {
-    unsigned next;  // the key that no others are above
+    unsigned next;  // all other keys are at most this
 
     __device__ __forceinline__ InterleavedTopK(const score_t* source, int length, int lane) {
         constexpr int HEADS = interleaved_heads(TOP_K, LANES, PER_LANE);
@@ -87,7 +68,7 @@ struct InterleavedTopK : Candidates<TOP_K, LANES> {
         }
     }
 
-    // What a key stands for, if it is wanted and stands for something.
+    // Return the score of a key with its exact key, if it is wanted and exists.
     static __device__ __forceinline__ Candidate exactly(const score_t* source, int length, unsigned key, bool wanted) {
         Candidate candidate = {NO_KEY, Interleaved::column_of(key), 0.0f};
         if (wanted && candidate.column < length) {
@@ -97,15 +78,15 @@ struct InterleavedTopK : Candidates<TOP_K, LANES> {
         return candidate;
     }
 
-    // Whether candidates in order begin with the winners.
+    // For sorted candidates: return whether they begin with the winners.
     __device__ __forceinline__ bool complete() const {
         if (KEY_HOLDS_COLUMN) return next != ~0u;
-        const unsigned last = last_key(), reach = next | Interleaved::MASK;  // -0.0 lies one below 0.0 here
+        const unsigned last = last_key(), reach = next | Interleaved::MASK;  // -0.0 is one below 0.0 in these keys
         return !overtaken(last) && reach + (reach < 0x80000000u) < last;
     }
 };
 
-// The same of a row of which each lane holds PerLane adjacent columns, surely. Whole: the row is as long as that.
+// Select from a row of which each lane holds PerLane adjacent columns, exactly. Whole: the row has that many columns.
 template <int Lanes, int PerLane, bool Whole, bool Aligned>
 __device__ __forceinline__ Winner select_adjacent(const score_t* source, int length, int lane) {
     float scores[PerLane];
@@ -113,11 +94,11 @@ __device__ __forceinline__ Winner select_adjacent(const score_t* source, int len
     unsigned keys[PerLane];
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) keys[j] = Whole || lane * PerLane + j < length ? order_key(scores[j]) : NO_KEY;
-    // Of interleaved rows few come here, and these may take their time.
+    // Few interleaved rows come here, so this may be slow.
     return INTERLEAVED ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes>(keys, lane);
 }
 
-// Rows that are not sure, each by the whole warp, one after the other.
+// Select again from rows that are not certain: one after the other, by the whole warp.
 __device__ __forceinline__ void select_again(unsigned unsure, const score_t* source, int length, Candidate& winner) {
     constexpr int COLUMNS = (LANES * PER_LANE + 127) / 128 * 4;
     const int lane = threadIdx.x % 32;
@@ -149,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (warp * ROWS_PER_WARP >= num_rows) return;  // whole warps stay together
     const int64_t row = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const bool row_exists = row < num_rows;
-    const int64_t read_row = min(row, num_rows - 1);  // in the place of a row that does not exist
+    const int64_t read_row = min(row, num_rows - 1);  // for a row that does not exist, the last one
     const RowRange range =
         row_range(HAS_LENGTHS ? lengths : nullptr, HAS_STARTS ? starts : nullptr, read_row, num_columns);
     const score_t* source = scores + read_row * scores_stride + range.start;

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k largest scores of each row, exact, for k of which no list fits in shared memory: one block per row, slow.
+// The k largest scores of each row, exact, for k whose list does not fit in shared memory: one block per row, slow.
 //
-// Four passes over the row find the key of the k-th best from histograms (radix.cuh). A pass in column order then
-// writes the columns above it and the first of those that tie with it to the row's indices, which are sorted there if
-// they are to be sorted. Values are written last, and indices through their map.
+// Four passes over the row find the key of the k-th best from histograms (radix.cuh). A pass in the order of columns
+// writes the columns above it, and the first of those that tie with it, to the indices of the row. They are sorted
+// there, if wanted. Values are written last, and indices through their map.
 #include "long_rows/radix.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
+SPECIALISED int DTYPE = 0;
 
-#define BLOCK 1024
+constexpr int BLOCK = 1024;
 
 typedef Scalar<DTYPE>::type score_t;
 
 // Bitonic sort of any number of entries, best first. The first step of each merge compares mirror images and the others
-// neighbours at a distance, always the better one forward; so entries beyond the end would never move and are left out.
+// neighbours at a distance, always moving the better one forward. So entries after the end would never move, and are
+// left out.
 template <typename Rank>
 __device__ __forceinline__ void sort_columns(int* columns, int count, Rank rank_of) {
     for (int level = 0; count > 1 && 1ll << level < count; ++level) {
@@ -53,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
         const int wanted = min(k, range.length);
         int ties = 0;
-        unsigned threshold = NO_KEY;  // all keys are above: everything is taken
+        unsigned threshold = NO_KEY;  // all keys are above it
         if (wanted < range.length) {
             const KthKey kth = radix_threshold<DTYPE, BLOCK>(source, range.length, wanted, histogram);
             threshold = kth.key;

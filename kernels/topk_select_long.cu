@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k largest scores of long rows, exact: descending, equal scores by lower column, NaN last, bit copies out.
+// The k largest scores of long rows, exact: descending, equal scores by lower column, NaN last. Values are copied bit
+// by bit.
 //
-// A sample of the row gives a key that at least k scores reach, and few more than twice as many (sample.cuh). One
-// read of the row puts those on a list (stream.cuh), in any order, which is sorted (block_sort.cuh) and of which the
-// first k are written. If many scores tie at that key, the list is of those above it, and the ties behind them are taken
-// in the order of columns. What the sample promised is checked: else the row is read once more by another
-// sample's key, and if that is no better, by the key of the k-th best, found exactly (radix.cuh). So samples decide
-// how long a row takes, never what comes out. Rows of up to CAPACITY scores are on the list as they are.
+// A sample of the row gives a threshold that at least k scores reach, and few more than twice as many (sample.cuh). One
+// read of the row lists those (stream.cuh), in any order; the list is sorted (block_sort.cuh) and its first k entries
+// are written. If many scores tie at the threshold, the list has those above it, then ties in the order of columns. The
+// number of scores is checked: if it is wrong, the row is read again by the threshold of another sample, and then by
+// the exact key of the k-th best (radix.cuh). So samples decide how long a row takes, never the result. Rows of up to
+// CAPACITY scores go on the list as they are.
 //
-// SPLIT 0: a block for each row, which, while it sorts, asks for the first bytes of the row `rows_ahead` of it, whose
-// block is among the next to start. SPLIT 1, for few rows: a row is cut into `pieces`, a block for each, whose lists lie in
-// global memory; the last block to arrive (last_block.cuh) does the rest.
+// SPLIT false: a block for each row. While it sorts, it prefetches the start of the row `rows_ahead` of it, whose block
+// is among the next to start.
+// SPLIT true, for few rows: a row is cut into `pieces`, a block for each, with lists in global memory. The last block
+// to arrive (last_block.cuh) does the rest.
 #include "long_rows/block_sort.cuh"
 #include "device/last_block.cuh"
 #include "long_rows/radix.cuh"
@@ -18,30 +20,14 @@
 #include "long_rows/stream.cuh"
 #include "select/row_range.cuh"
 
-#ifndef DTYPE
-#define DTYPE 0
-#endif
-#ifndef BLOCK
-#define BLOCK 512
-#endif
-#ifndef BLOCKS  // on a multiprocessor
-#define BLOCKS 2
-#endif
-#ifndef CAPACITY
-#define CAPACITY 2048
-#endif
-#ifndef VECTORS  // of the sample that a thread reads
-#define VECTORS 1
-#endif
-#ifndef LOADS
-#define LOADS 4
-#endif
-#ifndef SPLIT
-#define SPLIT 0
-#endif
-#ifndef FITS
-#define FITS 0  // no row has more than CAPACITY scores
-#endif
+SPECIALISED int DTYPE = 0;
+SPECIALISED int BLOCK = 512;
+SPECIALISED int BLOCKS = 2;  // on a multiprocessor
+SPECIALISED int CAPACITY = 2048;
+SPECIALISED int VECTORS = 1;  // that a thread reads of the sample
+SPECIALISED int LOADS = 4;
+SPECIALISED bool SPLIT = false;
+SPECIALISED bool FITS = false;  // no row has more than CAPACITY scores
 
 typedef Scalar<DTYPE>::type score_t;
 typedef RowPiece<DTYPE, BLOCK, LOADS> Piece;
@@ -49,21 +35,22 @@ typedef RowSample<Piece, DTYPE, BLOCK, VECTORS> Sample;
 typedef BlockSort<BLOCK, CAPACITY> Sort;
 typedef unsigned long long Entry;
 
-#define SHARED_BYTES (8 * CAPACITY + 4 * Sort::NUM_SLOTS)
+constexpr int SHARED_BYTES = 8 * CAPACITY + 4 * Sort::NUM_SLOTS;
 
 static_assert(!FITS || !SPLIT, "a row that fits is not split");
 static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");
 
-// What a list holds: scores above the threshold, then ties with it in the order of columns.
+// The contents of a list: scores above the threshold, then ties with it in the order of columns.
 struct Found {
     int above;
     int ties;
 };
 
-// The lists of all pieces of a row, at most 32, one behind the other in `entries`. False if that cannot be or is not enough.
+// Concatenate the lists of all pieces of a row, at most 32, in `entries`. Return false if they do not fit or have too
+// few entries.
 __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, int pieces, int capacity, int wanted,
                                        Entry* entries, Found& all) {
-    // Every warp adds up for itself; a lane has a piece.
+    // Every warp adds up by itself, with a piece per lane.
     const int lane = threadIdx.x % 32;
     const bool exists = lane < pieces;
     const int above = exists ? __ldcg(&found[lane].above) : 0, ties = exists ? __ldcg(&found[lane].ties) : 0;
@@ -72,7 +59,7 @@ __device__ __forceinline__ bool gather(const Found* found, const Entry* lists, i
     const bool too_long = __any_sync(FULL_WARP, above > capacity) || all.above > CAPACITY;
     if (too_long || all.above + all.ties < wanted) return false;
 
-    // As many threads for each piece.
+    // Each piece gets the same number of threads.
     const int threads = BLOCK / pieces, piece = threadIdx.x / threads, first = threadIdx.x % threads;
     const int source = piece % 32;
     const int count = __shfl_sync(FULL_WARP, above, source), at = __shfl_sync(FULL_WARP, above_end, source) - count;
@@ -124,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     Threshold threshold = {NO_KEY, false};
     if (!FITS && range.length > CAPACITY) threshold = sample.threshold(wanted, range.length, slots);
 
-    bool split = SPLIT;  // the list is of a piece
+    bool split = SPLIT;  // the list is that of a piece
     bool resample = true;
     Found found;
 #pragma unroll 1
@@ -146,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
             if (threadIdx.x == 0) row_found[number] = found;
             if (!is_last_block(&counters[row], pieces)) break;
             const Entry* row_lists = reinterpret_cast<Entry*>(lists) + row * pieces * list_capacity;
-            split = false;  // from now on as if it were not
+            split = false;  // from here on as if it had not been
             if (gather(row_found, row_lists, pieces, list_capacity, wanted, entries, found)) break;
         } else if (found.above <= CAPACITY && found.above + found.ties >= wanted) {
             break;
@@ -158,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         if (SPLIT) piece = Piece(source, range.length, 0, 1);
         if (resample && !threshold.tied) {
             resample = false;
-            // Read anew, or what both samples have in common is kept in registers, of which there are not enough.
+            // Read the range again: values that both samples need would stay in registers, of which there are not
+            // enough.
             const RowRange again = row_range(lengths, starts, row, num_columns);
             sample.load(Piece(source, again.length, 0, 1), 1);
             threshold = sample.threshold(wanted, range.length, slots);
@@ -177,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     }
 
     const int column_shift = max(16 - __clz(range.length), 0);
-    // By key; and if they are not to be sorted, the best once more by column.
+    // Sort by key; if the result is not to be sorted, then sort the best by column.
     __syncthreads();
 #pragma unroll 1
     for (int pass = sorted; pass < 2; ++pass) {
@@ -185,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         Sort::sort(entries, by_key ? found.above : wanted, wanted, slots, range.length, [&](Entry entry) {
             const unsigned upper = static_cast<unsigned>(entry >> 32), lower = static_cast<unsigned>(entry);
             if (!by_key) return entry << 32 | upper;
-            // The low half of a 16-bit score's key is free for the column's high bits, by which ties find their slots.
+            // The low half of a 16-bit score's key is free: it holds the high bits of the column, which spread ties
+            // over slots.
             const unsigned tie_breaker = DTYPE == 0 ? 0u : 0xffffu - (lower >> column_shift);
             return rank_key(bits_key<DTYPE>(upper) | tie_breaker, lower);
         });

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cupy_router import compiler
+from cupy_router import compiler, declarations
 
-_DEFINE = re.compile(r"#define (\w+) (-?\d+)$")
 _FILE = re.compile(r'#line 1 "kernels/(\w+)\.cu"')
 _TYPES: dict[str, Any] = {
     "*": ctypes.c_uint64,
@@ -93,31 +92,28 @@ class Recorder:
         parameters = declared(source, function)
         time.sleep(self.patience)
         addresses = tuple((ctypes.c_void_p * len(parameters)).from_address(kernel_params))
-        values = [_TYPES[kind].from_address(at).value for (_, kind), at in zip(parameters, addresses, strict=True)]
+        arguments: dict[str, Any] = {}
+        for (name, kind), at in zip(parameters, addresses, strict=True):
+            arguments |= {name: _TYPES[kind].from_address(at).value} if kind in _TYPES else members(source, kind, at)
         self.launches.append(
             Launch(
                 kernel=next(match[1] for line in source.splitlines() if (match := _FILE.match(line))),
                 function=function,
-                macros={match[1]: int(match[2]) for line in head(source) if (match := _DEFINE.match(line))},
+                macros=declarations.constants(source),
                 grid=(gx, gy, gz),
                 block=(bx, by, bz),
                 shared_bytes=shared_bytes,
                 stream=stream,
                 device=device,
-                arguments=dict(zip((name for name, _ in parameters), values, strict=True)),
+                arguments=arguments,
                 addresses=addresses,
             )
         )
 
 
-def head(source: str) -> list[str]:
-    """Return the lines above the kernel file, with the macros."""
-    return source.partition("#line")[0].splitlines()
-
-
 def declared(source: str, function: str) -> list[tuple[str, str]]:
     """Return names and C types ("*": pointer) of a kernel's parameters, by another parser than cupy_router's."""
-    text = re.sub(r"//.*|\bconst\b|__restrict__", " ", source)
+    text = re.sub(r"//.*|\bconst\b|__restrict__|__grid_constant__", " ", source)
     start = re.search(rf"\bvoid\b[^;{{}}]*?\b{function}\s*\(", text)
     assert start is not None, f"no kernel {function}"
     parameters = []
@@ -125,6 +121,13 @@ def declared(source: str, function: str) -> list[tuple[str, str]]:
         *kind, name = parameter.replace("*", " * ").split()
         parameters.append((name, "*" if "*" in kind else " ".join(kind)))
     return parameters
+
+
+def members(source: str, kind: str, address: int) -> dict[str, float]:
+    """The floats of a struct."""
+    text = re.sub(r"//.*", " ", source)
+    names = re.findall(r"float (\w+);", text[text.index(f"struct {kind} {{") :].partition("}")[0])
+    return dict(zip(names, (ctypes.c_float * len(names)).from_address(address), strict=True))
 
 
 @contextmanager

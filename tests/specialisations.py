@@ -19,7 +19,17 @@ from unittest import mock
 
 import numpy as np
 
-from cupy_router import RoutingMethod, activation_topk, compiler, dense_router, gemm, hash_router, presets, topk_select
+from cupy_router import (
+    RoutingMethod,
+    activation_topk,
+    compiler,
+    declarations,
+    dense_router,
+    gemm,
+    hash_router,
+    presets,
+    topk_select,
+)
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from tests.backends import DTYPES
 from tests.nvrtc import ARCHITECTURES
@@ -44,7 +54,8 @@ class Specialisation:
     is_corner: bool = False  # neither the presets nor the benchmarks use it
 
     def __str__(self) -> str:
-        macros = (f"{name}={value}" for name, value in self.macros)
+        defaults = declarations.constants(compiler.expand(self.kernel))
+        macros = (f"{name}={value}" for name, value in self.macros if defaults.get(name) != value)
         return " ".join([self.function, *macros, *([CORNER] if self.is_corner else [])])
 
     @property

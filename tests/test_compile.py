@@ -135,7 +135,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.M
 def test_every_preset_is_in_use() -> None:
     found = [(one.function, dict(one.macros)) for one in in_use()]
     for name, method in presets().items():
-        for function in ("activation_topk", "dense_router_decode", "hash_router", "hash_router_products"):
+        for function in ("activation_topk", "dense_router_decode", "hash_router"):
             if name not in FULL and function.startswith("hash"):
                 continue
             for dtype in range(3) if name in FULL else (2 if function.startswith("dense") else 0,):

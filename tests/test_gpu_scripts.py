@@ -83,7 +83,7 @@ def test_every_variant_is_called() -> None:
             assert called("activation_topk", HAS_BIAS=flag, RENORMALIZE=1, SCORE=score)
             assert called("activation_topk_wide", DTYPE=dtype, SCORE=score)
             assert called("hash_router", DTYPE=dtype, SCORE=score, SOURCE=1)
-            assert called("hash_router_products", SCORE=score, ALIGNED=flag)
+            assert called("hash_router", SOURCE=2, SCORE=score, ALIGNED=flag)
             assert called("dense_router_decode", SCORE=score, TENSOR_CORES=flag)
         assert called("dense_router_decode", ALIGNED=flag)
     for steps in ({"GROUP_TOP2": 1}, {"SCORE_AFTER_TOPK": 1}, {"SHARED_LOGITS": 1}, {"HAS_LOGIT_BIAS": 1}):

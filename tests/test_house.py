@@ -29,9 +29,10 @@ OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls
 MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
+    "declarations": set(),
     "kernel_log": set(),
     "kernel_dump": {"kernel_log"},
-    "compiler": {"kernel_dump", "kernel_log", "watch"},
+    "compiler": {"declarations", "kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": set(),
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     },
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
-    "jax": {"arrays", "compiler", "method", "ops", "router", "tuning"},
+    "jax": {"arrays", "compiler", "declarations", "method", "ops", "router", "tuning"},
     "__init__": {"_hooks", "method", "ops", "results", "router", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
     "__main__": {"cli"},
@@ -254,6 +255,7 @@ def test_kernel_files_have_ptx_with_twins_and_nothing_of_the_system(name: str) -
     for line, reader in readers(KERNEL_FILES[name].read_text()):
         if re.match(r"\s*#\s*include\s+<", line):
             assert reader == "cpu", f"only a C++ twin, which the GPU never sees, may use the standard library: {line}"
+        assert not re.match(r"\s*#\s*(ifndef|undef)\b", line) or "MMA" in line, "constants are SPECIALISED"
         if re.search(r"\basm\b", line.partition("//")[0]):
             assert name.endswith(".cuh"), "PTX lives in headers"
             assert reader == "gpu", f"no C++ twin: {line}"

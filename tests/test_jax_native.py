@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,76 +184,64 @@ def test_a_trial_that_fails_is_no_error() -> None:
     assert not _lower_ptx._adds_one(ARCHITECTURE, jax.devices("cpu")[0])
 
 
-# -- PTX ---------------------------------------------------------------------------------------------------------------
+# -- Entries of addresses alone ----------------------------------------------------------------------------------------
 
-PTX = """
-.visible .entry other(.param .u64 other_param_0)
-.visible .entry route(
-	.param .u64 .ptr .align 1 route_param_0,
-	.param .u64 route_param_1,
-	.param .u32 route_param_2,
-	.param .f32 route_param_10,
-	.param .u64 route_param_11
-)
-{
-	.reg .pred 	%p<2>;
-	.reg .f32 	%f<2>;
-	.reg .b32 	%r<3>;
-	.reg .b64 	%rd<6>;
-	ld.param.b64 	%rd1, [route_param_0];
-	ld.param.u64 	%rd2, [route_param_1];
-	ld.param.u32 	%r1, [route_param_2];
-	ld.param.s32 	%rd3, [route_param_2];
-	ld.param.u32 	%rd4, [route_param_2];
-	ld.param.f32 	%f1, [route_param_10];
-	ld.param.u64 	%rd5, [route_param_11];
-	ld.param.u32 	%r2, [route_param_11];
+SOURCE = """
+struct Numbers {
+    float scale;
+    float bias;  // of each
+};
+extern "C" __global__ void __launch_bounds__(128, 2)
+    route(const float *__restrict__ logits, float *out,  // a remark
+          int count, const __grid_constant__ Numbers numbers, long long stride, float last) {
+    if (count > 0) out[stride] = numbers.scale * count + numbers.bias - last + (logits ? *logits : 0.0f);
 }
 """
-SIGNATURE = Signature("route", ("logits", "out", "count", "scale", "stride"), "PPifq")
-CONSTANTS = {"logits": 0, "count": 7, "scale": 1.5, "stride": 2**33 + 9}
+CONSTANTS = {"logits": 0, "count": 7, "scale": 1.5, "bias": float("-inf"), "stride": -(2**33) - 9, "last": -0.0}
 
 
-@pytest.mark.parametrize("count", [7, -2, 2**31 - 1])
-@pytest.mark.parametrize("scale", [1.5, float("-inf"), -0.0])
-def test_parameters_become_constants(count: int, scale: float) -> None:
-    """Loads may read a part of a parameter, into larger registers, signed or not."""
-    text = _ptx.specialised(PTX, SIGNATURE, ("out",), CONSTANTS | {"count": count, "scale": scale})
-    assert ".entry other(.param .u64 other_param_0)" in text
-    assert ".entry route(.param .u64 route_param_1)" in text
-    loads = [line.split() for line in text.splitlines() if line.startswith(("\tmov", "\tld"))]
-    assert loads.pop(1) == ["ld.param.u64", "%rd2,", "[route_param_1];"]
-    (scale_bits,) = struct.unpack("<I", struct.pack("<f", scale))
-    assert [(kind, register, int(value[:-1], 16)) for kind, register, value in loads] == [
-        ("mov.b64", "%rd1,", 0),
-        ("mov.b32", "%r1,", count % 2**32),
-        ("mov.b64", "%rd3,", count % 2**64),
-        ("mov.b64", "%rd4,", count % 2**32),
-        ("mov.b32", "%f1,", scale_bits),
-        ("mov.b64", "%rd5,", 2**33 + 9),
-        ("mov.b32", "%r2,", 9),
-    ]
+def test_parameters_become_constants() -> None:
+    assert _ptx.with_entry(SOURCE, "route", ("out",), CONSTANTS).endswith("""
+#line 1 "entry of route"
+extern "C" __global__ void __launch_bounds__(128, 2) route(float *out) {
+    route_body(nullptr, out, static_cast<int>(0x7ll), \
+Numbers{__uint_as_float(0x3fc00000u), __uint_as_float(0xff800000u)}, \
+static_cast<long long>(-0x200000009ll), __uint_as_float(0x80000000u));
+}
+""")
 
 
 def test_arguments_come_in_the_order_of_xla() -> None:
-    text = _ptx.specialised(PTX, SIGNATURE, ("out", "logits"), CONSTANTS)
-    assert ".entry route(.param .u64 route_param_1, .param .u64 .ptr .align 1 route_param_0)" in text
+    text = _ptx.with_entry(SOURCE, "route", ("out", "logits"), CONSTANTS)
+    assert "route(float *out, const float *__restrict__ logits) {\n    route_body(logits, out, " in text
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (PTX.replace("%r1, [", "{%r1, %r2}, ["), "reads count"),
-        (PTX.replace("[route_param_10]", "[route_param_10+0]"), "reads scale"),
-        (PTX.replace("ld.param.u32 \t%r1", "ld.param.u8 \t%r1"), "reads count"),
-        (PTX.replace("ld.param.u64 \t%rd5", "ld.param.u64 \t%r2"), "reads stride"),
-        (PTX.replace("\t.param .u32 route_param_2,\n", ""), "has 4 parameters in PTX, not 5"),
-        (PTX.replace(".entry route", ".func route"), "has 0 parameters"),
-    ],
-)
-def test_unknown_ptx_is_an_error(text: str, message: str) -> None:
-    with pytest.raises(CompileError, match=message):
-        _ptx.specialised(text, SIGNATURE, ("logits", "out"), CONSTANTS)
+def test_only_addresses_are_left_in_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    monkeypatch.setattr(compiler, "require_cuda", lambda: cupy)
+    signature = Signature("route", ("logits", "out", "count", "scale", "bias", "stride", "last"), "PPiffqf")
+    ptx = _ptx.kernel(SOURCE, ARCHITECTURE, signature, ("out", "logits"), tuple(CONSTANTS.items()))
+    entry = ptx[ptx.index(".entry route(") :]
+    assert re.findall(r"\.param \.(\w+)", entry[: entry.index(")")]) == ["u64", "u64"]
+    assert "0fFF800000" in entry
+    assert ".maxntid 128" in entry
+
+
+def test_a_kernel_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(CompileError, match="no extern"):
+        _ptx.with_entry(SOURCE, "rout", (), CONSTANTS)
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS[:1])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in HANDLED])
+@pytest.mark.usefixtures("gpu")
+def test_every_kernel_becomes_ptx_with_addresses_alone(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, found = calls(dtype)[name], []
+    kernel = _ptx.kernel
+    monkeypatch.setattr(_ptx, "kernel", lambda *given: found.append(kernel(*given)) or found[-1])
+    lowered(lambda arrays: call(arrays), call.arrays)
+    (ptx,) = found
+    assert ptx.count(".param ") == len(call.arrays) + 2
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupy_router import activation_topk, compiler, topk_select
+from cupy_router import activation_topk, compiler, declarations, topk_select
 from tests import inputs, oracle
 from tests.backends import Backend
 
@@ -40,12 +40,12 @@ def works(backend: Backend) -> bool:
 
 
 def kernel_that_writes(number: int) -> str:
-    """A kernel with the parameters of ours that puts a number into the first index."""
-    signature = compiler.signature(KERNEL, FUNCTION)
-    kinds = {"P": "void *", "i": "int ", "q": "long long ", "f": "float "}
-    parameters = ", ".join(kinds[code] + name for code, name in zip(signature.format, signature.names, strict=True))
-    body = f"if (blockIdx.x == 0 && threadIdx.x == 0) static_cast<int *>(indices)[0] = {number};"
-    return f'extern "C" __global__ void {FUNCTION}({parameters}) {{ {body} }}\n'
+    """Our kernel, but all that it does is to put a number into the first index."""
+    text = (OWN / f"{KERNEL}.cu").read_text()
+    found = declarations.declaration(text, FUNCTION)
+    assert found is not None
+    body = text.index("{", found.end) + 1
+    return f"{text[:body]} if (blockIdx.x == 0 && threadIdx.x == 0) indices[0] = {number}; return; {text[body:]}"
 
 
 def test_the_next_call_uses_an_edited_kernel(backend: Backend, folder: Path) -> None:

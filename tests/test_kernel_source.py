@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cupy_router import compiler
+from cupy_router import RoutingMethod, compiler, declarations
+from cupy_router.ops._method import method_arguments, method_macros
+from tests.methods import METHODS
 from tests.recorder import Recorder, declared, recording
 
 KERNELS = sorted(compiler.kernel_folders()[-1].glob("*.cu"))
-KERNEL = 'extern "C" __global__ void kernel(int n) {}\n'
+KERNEL = 'SPECIALISED int A = 0;\nSPECIALISED int B = 0;\nextern "C" __global__ void kernel(int n) {}\n'
 
 Write = Callable[..., None]
 
@@ -92,12 +94,46 @@ def test_other_includes_are_left_to_the_compiler(write: Write) -> None:
     assert list(places(compiler.expand("kernel"))) == ["#include <cmath>", '// #include "remark.cuh"', "int k;"]
 
 
-def test_macros_are_on_top(write: Write) -> None:
-    write(kernel_cu="int k;\n")
-    lines = compiler.expand("kernel", {"ONE": 1, "MINUS": -2}).splitlines()
-    assert lines == ["#define ONE 1", "#define MINUS -2", '#line 1 "kernels/kernel.cu"', "int k;"]
-    assert compiler.expand("kernel", (("ONE", 1), ("MINUS", -2))).splitlines() == lines
-    assert compiler.expand("kernel").splitlines() == lines[2:]
+CONSTANTS = """SPECIALISED int LANES = 32;  // that share a row
+SPECIALISED bool DENSE = false;
+SPECIALISED bool WHOLE = true;
+SPECIALISED Score SCORE = SIGMOID;
+SPECIALISED int WIDTH = LANES;
+int k;
+"""
+
+
+def test_constants_have_their_values_in_their_places(write: Write) -> None:
+    write(kernel_cu='#include "header.cuh"\n', header_cuh=CONSTANTS)
+    text = compiler.expand("kernel", {"LANES": -8, "DENSE": 1, "WHOLE": 0, "SCORE": 2})
+    assert places(text) == {
+        "SPECIALISED int LANES = -8;  // that share a row": "kernels/header.cuh:1",
+        "SPECIALISED bool DENSE = true;": "kernels/header.cuh:2",
+        "SPECIALISED bool WHOLE = false;": "kernels/header.cuh:3",
+        "SPECIALISED Score SCORE = Score(2);": "kernels/header.cuh:4",
+        "SPECIALISED int WIDTH = LANES;": "kernels/header.cuh:5",
+        "int k;": "kernels/header.cuh:6",
+    }
+    assert declarations.constants(text) == {"LANES": -8, "DENSE": 1, "WHOLE": 0, "SCORE": 2, "WIDTH": -8}
+    assert compiler.expand("kernel", (("DENSE", 1),)).count("true") == 2
+    assert CONSTANTS in compiler.expand("kernel")
+    assert declarations.constants(compiler.expand("kernel")) == {"LANES": 32, "DENSE": 0, "WHOLE": 1, "WIDTH": 32}
+
+
+def test_a_constant_that_no_file_declares_is_an_error(write: Write) -> None:
+    write(kernel_cu=CONSTANTS + "// SPECIALISED int REMARK = 1;\n")
+    with pytest.raises(compiler.CompileError, match=r"kernels/kernel\.cu has no constant LANE, REMARK"):
+        compiler.expand("kernel", {"LANE": 8, "LANES": 8, "REMARK": 2})
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_every_constant_is_declared_once_and_in_one_line(path: Path) -> None:
+    text = compiler.expand(path.stem)
+    declared = [name for _, name, _ in declarations._CONSTANT.findall(text)]
+    assert (
+        len(declared) == len(set(declared)) == len(re.findall(r"^\s*SPECIALISED\b", text, re.M)) > 0
+        or path.stem == "slice_counts"
+    )
 
 
 def test_a_missing_header_is_named_with_the_folders(write: Write, tmp_path: Path) -> None:
@@ -133,6 +169,15 @@ def test_our_own_lines_are_all_there_at_their_places(path: Path) -> None:
         number += 1
     assert sorted(found) == sorted(wanted)
     assert len(seen) > 2
+
+
+def test_what_methods_ask_for_is_what_the_header_declares() -> None:
+    text = (KERNELS[0].parent / "routing" / "config.cuh").read_text()
+    layer = ("bias", "logit_bias", "expert_scale")
+    methods = [*METHODS.values(), RoutingMethod(8, 2, renormalize_min=0.5)]
+    asked = {name for method in methods for name in method_macros(method, layer)}
+    assert {name for _, name, _ in declarations._CONSTANT.findall(text)} == asked
+    assert declarations.members(text, "MethodNumbers") == list(method_arguments(None))
 
 
 # -- A folder of one's own ---------------------------------------------------------------------------------------------
@@ -178,11 +223,13 @@ def functions(path: Path) -> list[str]:
 def test_the_parameters_of_every_kernel_are_read(path: Path) -> None:
     codes = {"*": "P", "int": "i", "long long": "q", "float": "f"}
     names = functions(path)
-    assert names[0] == path.stem
+    assert names == [path.stem]
     for function in names:
         signature = compiler.signature(path.stem, function)
-        wanted = declared(path.read_text(), function)
-        assert list(zip(signature.names, signature.format, strict=True)) == [(n, codes[kind]) for n, kind in wanted]
+        wanted = []
+        for name, kind in declared(path.read_text(), function):
+            wanted += [(name, codes[kind])] if kind in codes else [(number, "f") for number in method_arguments(None)]
+        assert list(zip(signature.names, signature.format, strict=True)) == wanted
         assert signature.function == function
         assert len(set(signature.names)) == len(signature.names) > 2
 
@@ -202,12 +249,31 @@ extern  "C"  __global__  void  __launch_bounds__( 128 )
     assert compiler.signature("kernel", "kernel_wide").names == ("other",)
 
 
+def test_the_members_of_a_struct_stand_in_its_place(write: Write) -> None:
+    write(
+        kernel_cu="""
+struct Numbers {
+    float scale;  // of all
+    float bias;
+};
+extern "C" __global__ void kernel(int n, const Numbers numbers, int *x) {}
+"""
+    )
+    signature = compiler.signature("kernel", "kernel")
+    assert signature == compiler.Signature("kernel", ("n", "scale", "bias", "x"), "iffP", (1, 2, 1))
+
+
+@pytest.mark.parametrize("members", ["int n;", "float a, b;", "float a; double b;", ""])
+def test_other_structs_are_refused(write: Write, members: str) -> None:
+    write(kernel_cu=f'struct Numbers {{ {members} }};\nextern "C" __global__ void kernel(Numbers numbers) {{}}\n')
+    with pytest.raises(compiler.CompileError, match="parameter numbers has type Numbers"):
+        compiler.signature("kernel", "kernel")
+
+
 @pytest.mark.parametrize("kind", ["double", "unsigned", "short", "long", "size_t", "float4", "bool"])
 def test_other_types_are_refused(write: Write, kind: str) -> None:
     write(kernel_cu=f'extern "C" __global__ void kernel(int n, {kind} x) {{}}\n')
-    with pytest.raises(
-        compiler.CompileError, match=f"kernel: parameter x has type {kind}; allowed are pointers and int"
-    ):
+    with pytest.raises(compiler.CompileError, match=f"kernel: parameter x has type {kind}; allowed are pointers, int"):
         compiler.signature("kernel", "kernel")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cupy_router import compiler, launcher
+from cupy_router import declarations, launcher
 from cupy_router.compiler import Function, Signature
 from cupy_router.launcher import Launch
 from tests.recorder import Recorder, declared, recording
@@ -64,6 +65,24 @@ def test_arguments_are_aligned_and_do_not_overlap(recorder: Recorder) -> None:
     assert [address % size for address, size in zip(addresses, sizes, strict=True)] == [0] * 6
     ends = [address + size for address, size in zip(addresses, sizes, strict=True)]
     assert all(end <= start for end, start in zip(ends, addresses[1:], strict=False))
+
+
+def test_a_struct_arrives_whole_at_one_address(recorder: Recorder) -> None:
+    source = """#line 1 "kernels/mixed.cu"
+struct Numbers {
+    float scale;
+    float bias;  // of each
+};
+extern "C" __global__ void mixed(int n, const Numbers numbers, long long last, Numbers more) {}
+"""
+    names = ("n", "scale", "bias", "last", "scale", "bias")
+    signature = Signature("mixed", names, "iffqff", (1, 2, 1, 2))
+    Launch(function(recorder, signature, source), 1, 32, names, {})(0, (7, 1.5, 2.5, -9, 3.5, 4.5))
+    (seen,) = recorder.launches
+    assert seen.arguments == {"n": 7, "last": -9, "scale": 3.5, "bias": 4.5}
+    n, numbers, last, more = seen.addresses
+    assert (numbers - n, last - numbers, more - last) == (4, 12, 8)
+    assert [ctypes.c_float.from_address(numbers + 4 * i).value for i in range(2)] == [1.5, 2.5]
 
 
 def test_the_grid_may_be_as_large_as_the_driver_takes(recorder: Recorder) -> None:
@@ -227,5 +246,5 @@ def test_kernels_with_the_same_types_share_a_buffer_and_not_their_values(recorde
 def test_sizes_are_those_of_the_device() -> None:
     """`struct` packs by the sizes of this machine's C, which have to be CUDA's: the kernel reads these bytes."""
     assert {code: struct.calcsize(f"@{code}") for code in "Piqf"} == {"P": 8, "i": 4, "q": 8, "f": 4}
-    assert set(compiler._TYPES.values()) | {"P"} == set("Piqf")
+    assert set(declarations._TYPES.values()) == set("Piqf")
     assert launcher.MAX_GRID == 2**31 - 1

@@ -37,7 +37,7 @@ class DecodeLaunch(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiling of the gate GEMM: see the macros of the same names in the kernel (`parts`: SPLITS)."""
+    """Tiling of the gate GEMM: see the constants of the same names in the kernel (`parts`: SPLITS)."""
 
     tokens: int
     parts: int

@@ -30,7 +30,7 @@ _MAX_CAPACITY = 16384
 
 
 class LaunchShape(NamedTuple):
-    """Launch shape: see the macros of the same names in the kernel. Each row has `pieces`, with a block for each."""
+    """Launch shape: see the constants of the same names in the kernel. Each row has `pieces`, a block for each."""
 
     block: int
     blocks: int

@@ -81,7 +81,7 @@ class ActivationTopK(Op):
             if method.top_groups < method.num_groups > _MAX_WIDE_GROUPS:
                 raise ValueError(f"num_groups must be at most {_MAX_WIDE_GROUPS} on a GPU, got {method.num_groups}")
             function, grid = "activation_topk_wide", min(num_tokens, 2**31 - 1)
-            return Kernel("activation_topk", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, headers(method))
+            return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, headers(method))
         lanes, columns = row_lanes.lanes_and_columns(num_experts, row_lanes.lanes_needed(method))
         interleaved = interleaved_lanes(gpu, method, num_tokens)
         if interleaved:

@@ -122,9 +122,7 @@ class ActivationTopKBackward(Op):
             if repeated and num_scored > _MAX_REPEATED:
                 raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
             function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
-            return Kernel(
-                "activation_topk_backward", function, macros | {"WIDE": 1}, grid, _WIDE_BLOCK, fixed, replaced
-            )
+            return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, replaced)
         lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_scored)
         needs_rows = needs_whole_rows(method)
         if not needs_rows and not row_lanes.few(gpu, num_tokens):

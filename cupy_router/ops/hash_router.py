@@ -34,7 +34,7 @@ from cupy_router.tuning import Gpu
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # source of the weights
 
 _MAX_PRODUCTS = 8192  # per token; a float of shared memory each
-_UNKNOWN_EXPERTS = 2**31  # number of experts that int32 indices can name
+_UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class HashRouter(Op):
                 macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
             macros["WARPS"] = warps
             grid = min(num_tokens, MAX_GRID)
-            return Kernel("hash_router", "hash_router_products", macros, grid, 32 * warps, fixed, headers(method))
+            return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
         lanes = row_lanes.MAX_LANES
         if method is None or logits is None or not needs_whole_rows(method):
             while lanes // 2 >= (top_k if method is None else method.num_columns):

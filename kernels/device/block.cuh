@@ -9,7 +9,7 @@ struct Maximum {
         return a > b ? a : b;
     }
     __device__ __forceinline__ float operator()(float a, float b) const {
-        return fmaxf(a, b);  // NaN counts as nothing
+        return fmaxf(a, b);  // the other one if one is NaN
     }
 };
 
@@ -20,7 +20,7 @@ struct Sum {
     }
 };
 
-// Always combined in the same order, so that sums are the same to the bit.
+// Combined in a fixed order, so that sums are the same to the bit.
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, T neutral, Combine combine) {
     __shared__ T partial[32];
@@ -34,6 +34,6 @@ __device__ __forceinline__ T block_reduce(T value, T neutral, Combine combine) {
     for (int distance = 16; distance > 0; distance /= 2) {
         value = combine(value, __shfl_xor_sync(FULL_WARP, value, distance));
     }
-    __syncthreads();  // partial may be used again
+    __syncthreads();  // before partial is used again
     return value;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums, minima and maxima over the Block threads of a block of whole warps. Every thread takes part.
+// Prefix sums over a warp or a block, minimum and maximum of a block. A block has Block threads in whole warps; every
+// thread takes part.
 #pragma once
 
 #include "device/types.cuh"
@@ -35,7 +36,7 @@ __device__ __forceinline__ unsigned warp_max(unsigned value) { return __reduce_m
 
 #endif
 
-// The sum over this lane and those before it.
+// Return the sum over this lane and those before it.
 __device__ __forceinline__ int warp_prefix(int value) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -46,7 +47,7 @@ __device__ __forceinline__ int warp_prefix(int value) {
     return value;
 }
 
-// The sum over the threads before this one, and over all.
+// Return the sum over the threads before this one; `total` is the sum over all.
 template <int Block>
 __device__ __forceinline__ int block_prefix(int value, int& total) {
     __shared__ int sums[Block / 32];
@@ -57,7 +58,7 @@ __device__ __forceinline__ int block_prefix(int value, int& total) {
     const int sum = lane < Block / 32 ? sums[lane] : 0;
     total = warp_sum(sum);
     const int before = warp_sum(lane < warp ? sum : 0) + inclusive - value;
-    __syncthreads();  // sums may be used again
+    __syncthreads();  // before sums are used again
     return before;
 }
 
@@ -66,7 +67,7 @@ struct Extent {
     unsigned high;
 };
 
-// The smallest and the largest over all threads.
+// Return the minimum and the maximum over all threads.
 template <int Block>
 __device__ __forceinline__ Extent block_extent(Extent extent) {
     __shared__ Extent extents[Block / 32];
@@ -76,6 +77,6 @@ __device__ __forceinline__ Extent block_extent(Extent extent) {
     __syncthreads();
     extent = lane < Block / 32 ? extents[lane] : Extent{~0u, 0u};
     extent = {warp_min(extent.low), warp_max(extent.high)};
-    __syncthreads();  // extents may be used again
+    __syncthreads();  // before extents are used again
     return extent;
 }

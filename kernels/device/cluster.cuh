@@ -2,7 +2,7 @@
 // Blocks that run together and reach each other's shared memory: sm_90 and later, in kernels with __cluster_dims__.
 #pragma once
 
-// The rank of this block in its cluster, and how many blocks that has.
+// Return the rank of this block in its cluster; below, the number of blocks of the cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
 #ifdef __CUDACC__
     unsigned rank;
@@ -23,8 +23,8 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// All threads of all blocks meet here, and see afterwards what each wrote before. One is needed before the first access
-// to another block, which may not have started yet, and one after the last, or that block may be gone.
+// Wait for all threads of all blocks of the cluster; each then sees what the others wrote before. Needed before the
+// first access to another block, which may not have started yet, and after the last, since that block may be gone.
 __device__ __forceinline__ void cluster_barrier() {
 #ifdef __CUDACC__
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -33,7 +33,7 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// A pointer to the same __shared__ variable in the block of that rank: for loads, stores and atomics.
+// Return the address of the same __shared__ variable in the block of that rank, for loads, stores and atomics.
 template <typename T>
 __device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {
 #ifdef __CUDACC__

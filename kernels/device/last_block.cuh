@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// How blocks of one launch hand results over through global memory, without any of them depending on another to run.
+// How the last block of a launch continues with the results of all, without any block waiting for one that may not run.
 //
-// A counter in global memory starts at 0 and is 0 again when all blocks have arrived, so that the next launch finds it
-// as this one did. Only one thread of a block touches it, between barriers: what the block wrote before is visible to
-// whoever reads the counter after, which is cheaper than a fence by every thread.
+// A counter in global memory starts at 0 and is 0 again when all blocks have arrived, ready for the next launch. Only
+// one thread of a block touches it, between barriers. What the block wrote before is then visible to whoever reads the
+// counter later; that is cheaper than a fence by every thread.
 #pragma once
 
 #ifdef __CUDACC__
 
-// The value before; it counts up to `last` and then wraps around to 0.
+// Count up to `last`, then wrap around to 0. Return the value before.
 __device__ __forceinline__ unsigned increment_acquire_release(unsigned* counter, unsigned last) {
     unsigned before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -44,25 +44,25 @@ inline unsigned load_acquire(const unsigned* counter) {
 
 #endif
 
-// Whether this block is the last of `count` to arrive; then it sees all that the others wrote before they arrived.
-// Every thread of the block calls it.
+// Return true in the last of `count` blocks to arrive, which sees all that the others wrote before they arrived. Every
+// thread of the block calls it.
 __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned count) {
     __syncthreads();
     const bool last = threadIdx.x == 0 && increment_acquire_release(counter, count - 1) == count - 1;
     return __syncthreads_or(last);
 }
 
-// What a block knows after it has arrived where work that is left over can be shared.
+// What a block learns on arrival, where several blocks share the work that follows.
 enum Arrival { LAST, SEEN_COMPLETE, LEFT };
 
-// As above, but a block that has a share in the work that follows looks for a while whether the others have arrived.
-// LAST: they have, and this block was the last; it sees to the shares of blocks that left. SEEN_COMPLETE: they have.
-// LEFT: this block has no share, or gave up, which `left` (a flag of its own, else 0) tells the last block. Nobody
-// waits for a block that may not be running: without the last block, all others leave. Either the last block sees the
-// flag or the one that raised it sees the counter complete, and if both do, then both do the same work with the same
-// result.
+// Arrive as above; a block with a share of the work that follows then polls for a while whether all have arrived.
+// LAST: all have, and this block was the last; it also does the shares of blocks that left. SEEN_COMPLETE: all have.
+// LEFT: this block has no share, or gave up, which its flag `left` (otherwise 0) tells the last block.
+// No block waits for one that may not be running: until the last block arrives, the others only poll and leave. A block
+// that gives up raises its flag before it looks at the counter once more; the last block counts before it looks at the
+// flags. So at least one of them sees the other, and if both do, both do the same work with the same result.
 __device__ __forceinline__ Arrival arrive_and_poll(unsigned* counter, unsigned count, bool has_share, unsigned* left) {
-    constexpr int POLLS = 64;  // some 30 microseconds
+    constexpr int POLLS = 64;  // about 30 microseconds
     __shared__ Arrival arrival;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ Arrival arrive_and_poll(unsigned* counter, unsigned c
                 arrival = SEEN_COMPLETE;
             } else {
                 atomicExch(left, 1u);
-                __threadfence();  // raise the flag, then look; the last block counts, then looks at the flag
+                __threadfence();  // raise the flag, then look at the counter
                 if (load_acquire(counter) == 0) {
                     atomicExch(left, 0u);
                     arrival = SEEN_COMPLETE;

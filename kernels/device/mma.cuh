@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensor cores by mma.sync.m16n8k16: d[16][8] += a[16][16] * b[16][8], a and b of
-// 16-bit floats, d of float32; sm_80 and later. All 32 lanes take part. With row = lane / 4 and column = lane % 4 * 2,
-// a lane holds a: 4 words, each of two neighbours along k, the first in the low half: a[row][column..], a[row +
-// 8][column..], a[row][column + 8..], a[row + 8][column + 8..] b: 2 words: b[column..][row], b[column + 8..][row], two
-// neighbours along k as well d: d[row][column], d[row][column + 1], d[row + 8][column], d[row + 8][column + 1]
+// Tensor cores by mma.sync.m16n8k16: d[16][8] += a[16][16] * b[16][8], a and b of 16-bit floats, d of float32; sm_80
+// and later. All 32 lanes take part. With row = lane / 4 and column = lane % 4 * 2, a lane holds
+// a: 4 words of two neighbours along k each, the first in the low half: a[row][column..], a[row + 8][column..],
+// a[row][column + 8..], a[row + 8][column + 8..]
+// b: 2 words, also of two neighbours along k: b[column..][row], b[column + 8..][row]
+// d: d[row][column], d[row][column + 1], d[row + 8][column], d[row + 8][column + 1]
 #pragma once
 
 #ifdef __CUDACC__
@@ -27,8 +28,8 @@ __device__ __forceinline__ void mma_float16(float (&d)[4], const unsigned (&a)[4
 
 #else
 
-// The lanes put pointers to their fragments together, and the last to come does the arithmetic for all: sums in double,
-// rounded once, where the device accumulates in float32.
+// Each lane publishes a pointer to its fragments, and the last to come computes for all: sums in double, rounded once,
+// where the device accumulates in float32.
 struct MmaFragments {
     float (&d)[4];
     const unsigned (&a)[4];

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Single instructions that CUDA C++ has no word for without its headers, each with
-// a C++ twin for the kernels' run on a CPU.
+// Single instructions that CUDA C++ offers only in its headers, each with a C++ twin for runs on a CPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,35 +16,35 @@ __device__ __forceinline__ unsigned short float_to_half_bits(float value) {
     return bits;
 }
 
-// 2**x to 2 ulp; results that would be subnormal are 0.
+// Return 2**x to 2 ulp; a result that would be subnormal is 0.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// log2(x), with an absolute error of 2**-22 for x in 0.5..2.
+// Return log2(x), with an absolute error of 2**-22 for x in 0.5..2.
 __device__ __forceinline__ float fast_log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// sqrt(x) to 1 ulp.
+// Return sqrt(x) to 1 ulp.
 __device__ __forceinline__ float fast_sqrt(float x) {
     float y;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// 1 / x to 1 ulp.
+// Return 1 / x to 1 ulp.
 __device__ __forceinline__ float fast_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// The bits of a float that arithmetic made: the hardware's only NaN is 0x7fffffff.
+// Return the bits of a float that arithmetic made. The only NaN that the hardware makes is 0x7fffffff.
 __device__ __forceinline__ unsigned canonical_bits(float sum) { return __float_as_uint(sum); }
 
 #else
@@ -66,7 +65,7 @@ inline float half_bits_to_float(unsigned short bits) {
     return (bits & 0x8000) ? -value : value;
 }
 
-// The nearest, ties to even, by adding what makes the sum's last bit that of the half.
+// Round to nearest, ties to even, in units of the last bit of the half.
 inline unsigned short float_to_half_bits(float value) {
     const unsigned sign = __float_as_uint(value) >> 16 & 0x8000u;
     const float magnitude = std::fabs(value);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row laid over Lanes threads: lane l holds PerLane adjacent columns from l * PerLane on.
+// Loads of adjacent columns of a row, as float.
 #pragma once
 
 #include "device/types.cuh"
 
-// N columns of a row from `first` on as float; NaN from column `end` on, which is a multiple of EndsAt. Whole: there is no
-// such column. Aligned: they are read as one word; one behind the end is read from the row's start instead, since a
-// branch would hold up what comes behind it.
+// Load N columns of a row from `first` on; NaN from column `end` on, which is a multiple of EndsAt.
+// Whole: all columns exist. Aligned: they are read as one word. A word after the end is replaced by the first one of
+// the row, since a branch would hold up the code after it.
 template <int N, bool Whole, bool Aligned, int EndsAt, typename T>
 __device__ __forceinline__ void load_piece(const T* row, int first, int end, float* values) {
     constexpr bool ENDS_BETWEEN = EndsAt % N == 0;
@@ -22,8 +22,8 @@ __device__ __forceinline__ void load_piece(const T* row, int first, int end, flo
     }
 }
 
-// Columns first .. first + PerLane - 1 of a row. Aligned: rows start at whole words, the longest of up to 16 bytes that
-// PerLane is a multiple of, and are read by words.
+// Load columns first .. first + PerLane - 1 of a row. Aligned: rows start at whole words and are read by words, the
+// longest of up to 16 bytes that PerLane is a multiple of.
 template <typename T, int PerLane, bool Whole, bool Aligned, int EndsAt = 1>
 __device__ __forceinline__ void load_columns(const T* row, int first, int end, float (&values)[PerLane]) {
     constexpr int LONGEST = 16 / sizeof(T);

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Number types of NVRTC without any CUDA header: 16-bit floats are words that are converted to float, which is exact.
+// Number types without any CUDA header. A 16-bit float is a word of bits, which converts to float exactly.
 #pragma once
 
 #include "device/ptx.cuh"
 
 typedef long long int64_t;
 
-#define FULL_WARP 0xffffffffu
+// Declare a constant that each specialisation chooses: cupy_router/declarations.py replaces the default that stands in
+// the file. One declaration a line.
+#define SPECIALISED constexpr
 
-// Code behind it is laid out of the way: at small sizes much of a kernel's time is the fetching of its instructions.
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+// Move the code for a rare condition out of the way: at small sizes a kernel spends much of its time on fetching
+// instructions.
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 struct Float16 {
@@ -41,7 +46,7 @@ struct Scalar<2> {
     typedef BFloat16 type;
 };
 
-// A signed integer of so many bytes.
+// The signed integer of that many bytes.
 template <int BYTES>
 struct Integer {
     typedef int type;
@@ -51,7 +56,7 @@ struct Integer<8> {
     typedef long long type;
 };
 
-// The bits of the nearest 16-bit float, ties to even.
+// Return the bits of the nearest 16-bit float, ties to even.
 __device__ __forceinline__ unsigned short rounded_bits(float value, Float16) { return float_to_half_bits(value); }
 
 __device__ __forceinline__ unsigned short rounded_bits(float value, BFloat16) {
@@ -67,7 +72,7 @@ __device__ __forceinline__ void store_float(T* target, float value) {
     target->bits = rounded_bits(value, T());
 }
 
-// The 32-bit word of the next floats of `source`, the first at the lower address.
+// Return the next floats of `source` as one 32-bit word, the first one at the lower address.
 __device__ __forceinline__ unsigned floats_to_word(const float* source, float) { return __float_as_uint(source[0]); }
 
 template <typename T>
@@ -75,7 +80,7 @@ __device__ __forceinline__ unsigned floats_to_word(const float* source, T type) 
     return rounded_bits(source[0], type) | static_cast<unsigned>(rounded_bits(source[1], type)) << 16;
 }
 
-// Write as many adjacent elements as 16 bytes hold together, at an address that is a multiple of that.
+// Write 16 bytes of adjacent elements to an address that is a multiple of 16.
 template <typename T>
 __device__ __forceinline__ void store_floats(T* target, const float (&source)[16 / sizeof(T)]) {
     constexpr int IN_WORD = 4 / sizeof(T);
@@ -87,7 +92,7 @@ __device__ __forceinline__ void store_floats(T* target, const float (&source)[16
     *reinterpret_cast<uint4*>(target) = words;
 }
 
-// The floats in a 32-bit word, the one at the lower address first.
+// Split a 32-bit word into its floats, the one at the lower address first.
 __device__ __forceinline__ void word_to_floats(unsigned word, float, float* target) {
     target[0] = __uint_as_float(word);
 }
@@ -102,7 +107,7 @@ __device__ __forceinline__ void word_to_floats(unsigned word, Float16, float* ta
     target[1] = half_bits_to_float(static_cast<unsigned short>(word >> 16));
 }
 
-// Words of 32 bits that are read at once, by the read-only path.
+// 32-bit words that are read together, by the read-only path.
 template <int N>
 struct Words {
     unsigned word[N];
@@ -118,7 +123,7 @@ __device__ __forceinline__ Words<4> load_words(const void* source, Words<4>) {
     return {{read.x, read.y, read.z, read.w}};
 }
 
-// Read N adjacent elements of 8 or 16 bytes together, at an address that is a multiple of that, as float.
+// Read N adjacent elements, 8 or 16 bytes in all, as float. The address is a multiple of that size.
 template <typename T, int N>
 __device__ __forceinline__ void load_floats(const T* source, float* target) {
     constexpr int WORDS = N * sizeof(T) / 4;

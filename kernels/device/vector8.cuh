@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a matrix in pieces of eight elements, as dot products over hidden read them.
+// Eight adjacent elements of a row, the unit in which dot products over hidden read.
 #pragma once
 
 #include "device/types.cuh"
 
-// Eight elements as they lie in memory, so that many loads can be in flight in few registers.
+// The elements stay as they lie in memory, so that many loads in flight take few registers.
 template <typename T>
 struct Vector8 {
     unsigned words[2 * sizeof(T)];
@@ -29,8 +29,8 @@ __device__ __forceinline__ unsigned bits_of(T value) {
     return value.bits;
 }
 
-// The eight elements from `source` on, of which `left` (any number) are before the end of their row; the others are 0.
-// Aligned: the source is a 16-byte word, and the row holds whole ones.
+// Load eight elements, of which the first `left` (any number) are within the row; the others are 0. Aligned: the source
+// is a multiple of 16 bytes, and so is the length of the row.
 template <bool Aligned, typename T>
 __device__ __forceinline__ Vector8<T> load_vector8(const T* source, int left) {
     constexpr int SIZE = sizeof(T), PER_WORD = 4 / SIZE;
@@ -57,7 +57,7 @@ __device__ __forceinline__ Vector8<T> load_vector8(const T* source, int left) {
     return vector;
 }
 
-// One more piece of a dot product.
+// Add the products of eight pairs to a dot product.
 template <typename A, typename B>
 __device__ __forceinline__ float dot(const Vector8<A>& a, const Vector8<B>& b, float sum) {
 #pragma unroll

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reductions over the Lanes threads (a power of two up to 32) that share a row; every lane of the warp takes part.
+// Reductions over the Lanes threads (a power of two up to 32) that share a row. Every lane of the warp takes part.
 #pragma once
 
 #include "device/types.cuh"
@@ -12,7 +12,7 @@ __device__ constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 __device__ constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
-// From sm_80 on a whole warp has an instruction for it.
+// From sm_80 on, one instruction does this for a whole warp.
 template <int Lanes>
 __device__ __forceinline__ unsigned lanes_max(unsigned value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -28,7 +28,7 @@ __device__ __forceinline__ unsigned lanes_max(unsigned value) {
     return value;
 }
 
-// Always in the same order of additions, so that a row's result is the same to the bit wherever the row lies.
+// Adds in a fixed order, so that the result of a row is the same to the bit wherever the row lies.
 template <int Lanes, typename T>
 __device__ __forceinline__ T lanes_sum(T value) {
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ __forceinline__ T lanes_sum(T value) {
     return value;
 }
 
-// NaN counts as nothing.
+// NaN is ignored.
 template <int Lanes>
 __device__ __forceinline__ float lanes_max(float value) {
 #pragma unroll
@@ -48,7 +48,7 @@ __device__ __forceinline__ float lanes_max(float value) {
     return value;
 }
 
-// The votes of this row's lanes, its first lane lowest.
+// Return the votes of this row's lanes, its first lane in the lowest bit.
 template <int Lanes>
 __device__ __forceinline__ unsigned lanes_ballot(bool vote) {
     const unsigned votes = __ballot_sync(FULL_WARP, vote);

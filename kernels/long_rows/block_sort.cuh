@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block sorts 64-bit keys, all of them different, in shared memory, the largest first, as far as they are wanted.
+// A block sorts 64-bit keys, all of them different, in shared memory in descending order, as far as they are wanted.
 //
-// A key's place is guessed from where its upper word lies between the smallest and the largest, as one looks a name up in
-// a telephone book: there are as many slots as keys, a slot's keys are counted, and the sums of the counts are where
-// slots begin. Within a slot, which holds a few, each key counts those above it. Slots that are crowded are first guessed
-// once more within their own bounds, or by the lower word if all their upper words are equal. So what a sort takes
-// depends little on how many keys there are and not at all on the order in which they come.
+// The place of a key is guessed by interpolation: from where its upper word lies between minimum and maximum. There are
+// as many slots as keys; the keys of each slot are counted, and prefix sums of the counts are where slots begin. Within
+// a slot, which holds a few keys, each key counts those above it. The keys of crowded slots are first guessed again
+// within their own bounds, or by the lower word if their upper words are equal. So the time depends little on the
+// distribution of keys, and not at all on their order.
 #pragma once
 
 #include "device/block_scan.cuh"
@@ -13,24 +13,25 @@
 template <int Block, int Capacity>
 struct BlockSort {
     static constexpr int ITEMS = Capacity / Block;
-    static constexpr int CROWD = 32;  // more keys in a slot are guessed again
-    static constexpr int ROUNDS = 4;  // guesses; then crowded slots just take longer
-    static constexpr int SPARE = 16;  // slots behind those of keys, which may be cleared with them
+    static constexpr int CROWD = 32;  // a slot with more keys is crowded
+    static constexpr int ROUNDS = 4;  // of guesses; slots that are still crowded just take longer
+    static constexpr int SPARE = 16;  // slots after those of keys, so that whole vectors can be cleared
     static constexpr int NUM_SLOTS = Capacity + SPARE;
     static constexpr unsigned NO_SLOT = ~0u;
     static_assert(Capacity % (4 * Block) == 0 && Capacity < 65536, "whole words of slots for each thread");
 
     typedef unsigned long long Key;
 
-    // `slots`: NUM_SLOTS words on a 16-byte boundary. `prepare` makes an entry of `keys` a key. Keys that tie in the
-    // upper word differ by less than `lower_range` in the lower one, which is at most 0xffffffff.
-    // All threads have passed a barrier since `keys` were written, and do so again before they return. Behind the
-    // `wanted` largest, keys are anything.
+    // `slots` are NUM_SLOTS words on a 16-byte boundary. `prepare` turns an entry of `keys` into a key. Keys with equal
+    // upper words differ by less than `lower_range` in the lower one, which is at most 0xffffffff. All threads have
+    // passed a barrier since `keys` were written, and pass one before they return. After the `wanted` largest keys, the
+    // contents are undefined.
     template <typename Prepare>
     static __device__ __forceinline__ void sort(Key* keys, int count, int wanted, int* slots, unsigned lower_range,
                                                 Prepare prepare) {
-        // A thread has ITEMS entries, whose places in `keys` change; it reads them again rather than keep them all.
-        unsigned slot_place[ITEMS];  // the slot, and above it the place in it
+        // A thread has ITEMS entries, whose places in `keys` change. It reads them again, since registers cannot hold
+        // them all.
+        unsigned slot_place[ITEMS];  // slot in the low half, place within it in the high half
         Extent extent = {~0u, 0u};
         clear(slots, count);
 #pragma unroll
@@ -59,7 +60,7 @@ struct BlockSort {
             guess_again(keys, slot_place, count, slots, lower_range);
             crowded = counts_to_begins(slots, count);
         }
-        // To the slots, then within them; but those in slots behind the wanted keys are left out.
+        // Move keys to their slots, then sort within these. Slots after the wanted keys are left out.
         Key moved[ITEMS];
 #pragma unroll
         for (int j = 0; j < ITEMS; ++j) {
@@ -105,8 +106,8 @@ struct BlockSort {
   private:
     static __device__ __forceinline__ unsigned upper(Key key) { return static_cast<unsigned>(key >> 32); }
 
-    // Which part of the keys lies above one that is so far down from the largest to the smallest. The best of many are the
-    // tail of a distribution, ever denser towards the smallest; evenly spread keys are still four to a slot at most.
+    // Return the share of keys above one at this depth (0 at the maximum, 1 at the minimum). The best of many are the
+    // tail of a distribution, denser towards the minimum; evenly spread keys still are four to a slot at most.
     static __device__ __forceinline__ float guess(float depth) {
         const float square = depth * depth;
         return 0.25f * depth + 0.75f * square * square;
@@ -122,7 +123,7 @@ struct BlockSort {
         slot_place = slot | static_cast<unsigned>(atomicAdd(&slots[slot], 1)) << 16;
     }
 
-    // Counts become the sums of those before; slots[count] is the sum of all. Whether there is a crowd.
+    // Turn counts into prefix sums; slots[count] is the total. Return whether a slot is crowded.
     static __device__ __forceinline__ bool counts_to_begins(int* slots, int count) {
         const int first = threadIdx.x * ITEMS;
         int counts[ITEMS];
@@ -157,10 +158,10 @@ struct BlockSort {
         return __syncthreads_or(most > CROWD);
     }
 
-    // Keys of crowded slots move to slots of their own range, as many as there are keys.
+    // Spread the keys of each crowded slot over as many slots as it has keys.
     static __device__ __forceinline__ void guess_again(const Key* keys, unsigned (&slot_place)[ITEMS], int count,
                                                        int* slots, unsigned lower_range) {
-        // Of crowded slots alone, which begin more than CROWD places apart.
+        // Bounds of crowded slots only, which begin more than CROWD places apart.
         constexpr int CROWDS = Capacity / (CROWD + 1) + 1;
         __shared__ Extent bounds[CROWDS];
         for (int i = threadIdx.x; i < CROWDS; i += Block) bounds[i] = {~0u, 0u};

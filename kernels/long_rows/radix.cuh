@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The key of the k-th best of a row, exactly and whatever the row holds: its bytes from the highest, each from a
-// histogram of the scores that share the bytes above. Four passes over the row by one block.
+// The exact key of the k-th best of a row, whatever the row holds: byte by byte from the highest, each from a histogram
+// of the scores that share the bytes above. One block makes four passes over the row.
 #pragma once
 
 #include "device/block_scan.cuh"
 #include "select/order_bits.cuh"
 
-#define RADIX 256
+constexpr int RADIX = 256;
 
 struct KthKey {
     unsigned key;
-    int ties;  // of the scores with this key, how many are among the k
+    int ties;  // how many scores with this key are among the k best
 };
 
-// `histogram`: RADIX words of shared memory. For k up to `length`.
+// Return the key for k up to `length`. `histogram` is RADIX words of shared memory.
 template <int Code, int Block>
 __device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::type* row, int length, int k,
                                                   int* histogram) {
@@ -21,7 +21,7 @@ __device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::t
     __shared__ unsigned chosen_bin;
     __shared__ int chosen_rest;
     unsigned prefix = 0;
-    int rest = k;  // scores still to be taken from those that share the prefix
+    int rest = k;  // how many are still to be taken among scores that share the prefix
 #pragma unroll 1
     for (int shift = 24; shift >= 0; shift -= 8) {
         if (threadIdx.x < RADIX) histogram[threadIdx.x] = 0;
@@ -32,7 +32,7 @@ __device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::t
             if (shares) atomicAdd(&histogram[key >> shift & (RADIX - 1)], 1);
         }
         __syncthreads();
-        // Thread t looks at bin 255 - t: scores in better bins come first.
+        // Thread t has bin 255 - t, so that better bins come first.
         const unsigned bin = RADIX - 1 - threadIdx.x;
         const int count = threadIdx.x < RADIX ? histogram[bin % RADIX] : 0;
         int total;

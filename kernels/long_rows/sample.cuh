@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A threshold that, with all but certainty, at least k scores of a long row pass and few more than twice as many, from a sample.
+// A threshold from a sample of a long row: almost certainly at least k scores reach it, and few more than twice as
+// many.
 //
-// Two threads look at two vectors side by side, the 32 bytes that memory gives at least, from one of as many stretches
-// of the row as there are such pairs, at a place in it that looks random. How many of the sample are among the row's k
-// best is known but for a deviation, which is larger where neighbours are alike; whoever needs to be sure counts. Every
-// block that samples a row gets the same threshold.
+// The row is divided into equal stretches. In each, two threads read two adjacent vectors (32 bytes, the least that
+// memory delivers) at a pseudo-random place. How many sampled scores are among the k best of the row is known up to a
+// deviation, which is larger where neighbours are alike; code that must be sure counts. Every block that samples a row
+// gets the same threshold.
 #pragma once
 
 #include "device/prefetch.cuh"
@@ -12,11 +13,11 @@
 
 struct Threshold {
     unsigned key;
-    bool tied;  // more scores than are wanted may have this very key
+    bool tied;  // more scores than wanted may have this very key
 };
 
-// The lowest of a range of keys, so narrowed that at least `target` of whatever count() counts from a key reach it, and no
-// more than an eighth more if keys differ. How many those are.
+// Narrow a range of keys until at least `target` of what count() counts reach its lower end, and at most an eighth more
+// if keys differ. Return how many do.
 template <typename Count>
 __device__ __forceinline__ int narrow(Extent& range, int reached, int target, Count count) {
 #pragma unroll 1
@@ -33,11 +34,12 @@ __device__ __forceinline__ int narrow(Extent& range, int reached, int target, Co
     return reached;
 }
 
-// The key that about `target` of all threads' keys reach, or a few more: key_of(j) for j below Keys. `counts`: 33 words
-// of shared memory, all 0.
+// Return a key that `target` or a few more of all threads' keys reach; a thread has key_of(j) for j below Keys.
+// `counts` is 33 words of shared memory, all 0.
 template <int Block, int Keys, typename KeyOf>
 __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, int* counts) {
-    // Threads' best keys are counted with a barrier and nothing else. So many threads have one of `target` keys:
+    // Count by each thread's best key first, which takes only a barrier. Of `target` keys, this many threads have at
+    // least one:
     float misses = 1.0f;
 #pragma unroll
     for (int j = 0; j < Keys; ++j) misses *= 1.0f - min(static_cast<float>(target) / (Block * Keys), 1.0f);
@@ -47,7 +49,8 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
     for (int j = 0; j < Keys; ++j) best = max(best, key_of(j));
     const auto count_threads = [&](unsigned key, int) { return __syncthreads_count(best >= key); };
 
-    // Four threads in a row have none of them somewhere, if there are more such fours than `threads`.
+    // Start from the minimum over groups of four threads: it is low enough if there are more such groups than
+    // `threads`.
     unsigned best_of_four = max(best, __shfl_xor_sync(FULL_WARP, best, 1));
     best_of_four = max(best_of_four, __shfl_xor_sync(FULL_WARP, best_of_four, 2));
     Extent range = block_extent<Block>({best_of_four, best_of_four});
@@ -60,7 +63,7 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
     reached = narrow(range, reached, threads, count_threads);
     const bool tied = reached > threads + threads / 8;
 
-    // Where neighbours are alike, threads have more than one such key each, and the threshold has to be higher.
+    // Where neighbours are alike, threads have several such keys each, and the threshold must be higher.
     const auto count_keys = [&](unsigned key, int round) {
         unsigned sum = 0;
 #pragma unroll
@@ -77,7 +80,7 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
     return {range.low, reached_by_keys > target + target / 8};
 }
 
-// threadIdx.x, read anew: what a loop computes of it is not kept in registers from one round to the next.
+// Read threadIdx.x again, so that what a loop computes from it is not kept in registers between rounds.
 __device__ __forceinline__ unsigned thread_anew() {
 #ifdef __CUDACC__
     unsigned thread;
@@ -88,26 +91,26 @@ __device__ __forceinline__ unsigned thread_anew() {
 #endif
 }
 
-// What the threads of a block see of a row of at least two vectors.
+// The sample of a row of at least two vectors, over the threads of a block.
 template <typename Piece, int Code, int Block, int Vectors>
 struct RowSample {
     static constexpr int SCORES = Piece::VECTOR, SIZE = Block * Vectors * SCORES;
 
     Words<4> vectors[Vectors];
 
-    // Of sample `number`, 0, 1 and so on.
+    // Load sample `number`: 0, 1 and so on.
     __device__ __forceinline__ void load(const Piece& piece, int number) {
 #pragma unroll
         for (int j = 0; j < Vectors; ++j) vectors[j] = load_words(place(piece, number, j), Words<4>());
     }
 
-    // What load() will read of sample 0.
+    // Prefetch what load() reads of sample 0.
     static __device__ __forceinline__ void prefetch(const Piece& piece) {
 #pragma unroll
         for (int j = 0; j < Vectors; ++j) prefetch_line(place(piece, 0, j));
     }
 
-    // For k up to half a row. `counts` as for block_threshold.
+    // Return the threshold for k up to half a row. `counts` is as for block_threshold.
     __device__ __forceinline__ Threshold threshold(int k, int length, int* counts) const {
         const float hits = static_cast<float>(SIZE) * k / length;
         const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block reads a piece of a row, 16 bytes a load, and puts the scores that reach a key on a list.
+// A block reads a piece of a row by 16-byte loads and lists the scores that reach a key.
 //
-// A row of any alignment is a head of single scores up to the first 16-byte boundary, vectors, and a tail of single
-// scores. Pieces are of whole vectors; the first piece has the head and the last the tail.
+// A row has a head of single scores up to the first 16-byte boundary, vectors, and a tail of single scores. Pieces
+// consist of whole vectors; the first one also has the head, the last one the tail.
 #pragma once
 
 #include "device/block_scan.cuh"
 #include "device/prefetch.cuh"
 #include "select/order_bits.cuh"
 
-// A score on a list: its bits and its column.
+// An entry of a list: bits and column of a score.
 __device__ __forceinline__ unsigned long long list_entry(unsigned bits, int column) {
     return static_cast<unsigned long long>(bits) << 32 | static_cast<unsigned>(column);
 }
@@ -22,14 +22,14 @@ struct RowPiece {
     static_assert(Loads <= 4, "a bit for each score, those of first and second halves in half a word");
     static_assert(Block >= 2 * VECTOR, "a thread for each single score");
 
-    // What a thread reads at once: Loads vectors.
+    // Loads vectors, which a thread reads together.
     struct Chunk {
         Words<4> vector[Loads];
 
         __device__ __forceinline__ unsigned bits(int e) const { return bits_of(vector[e / VECTOR], e % VECTOR); }
     };
 
-    // The bits of a vector's score e, which stand at the top of a word.
+    // Return the bits of score e of a vector, at the top of a word.
     static __device__ __forceinline__ unsigned bits_of(const Words<4>& vector, int e) {
         const unsigned word = vector.word[e * sizeof(T) / 4];
         return sizeof(T) == 4 ? word : e % 2 == 0 ? word << 16 : word & 0xffff0000u;
@@ -38,7 +38,7 @@ struct RowPiece {
     const T* row;
     int length;
     int head;        // single scores before the vectors
-    int tail;        // the column of the first single score behind them
+    int tail;        // column of the first single score after them
     int begin, end;  // the vectors of this piece
     bool has_head, has_tail;
 
@@ -54,7 +54,7 @@ struct RowPiece {
         has_tail = number == pieces - 1;
     }
 
-    // The vectors `step` apart from vector `first` on.
+    // Load Loads vectors from `first` on, `step` apart.
     __device__ __forceinline__ void load(int first, int step, Chunk& chunk) const {
 #pragma unroll
         for (int u = 0; u < Loads; ++u) {
@@ -65,13 +65,13 @@ struct RowPiece {
         }
     }
 
-    // The chunk that collect() begins with, which may be on its way long before.
+    // Load the first chunk for collect(), possibly long before.
     __device__ __forceinline__ void load_first(Chunk& chunk) const {
-        chunk = Chunk();  // what is not loaded does not keep registers for what it was
+        chunk = Chunk();  // so that vectors without a load need no registers before
         load(begin + threadIdx.x, Block, chunk);
     }
 
-    // What load_first() will read.
+    // Prefetch what load_first() reads.
     __device__ __forceinline__ void prefetch_first() const {
         constexpr int IN_LINE = 128 / 16;
         const int first = begin + static_cast<int>(threadIdx.x) * IN_LINE;
@@ -80,9 +80,9 @@ struct RowPiece {
         }
     }
 
-    // Put the scores that pass on the list, in any order, as far as it has room. `count`, in shared memory and 0 before,
-    // is how many there are, or more than the list has capacity for: then it may be too low. A thread makes a bit for each
-    // score of its chunk, asks for the next chunk, and looks up again the few scores that passed.
+    // List the scores that pass, in any order, up to the capacity. `count` is in shared memory and 0 before. Afterwards
+    // it is their number; if that exceeds the capacity, it may be too low but exceeds it as well. A thread marks the
+    // scores of its chunk that pass by bits, asks for the next chunk, and then reads those few scores again.
     __device__ __forceinline__ void collect(Chunk& chunk, const Passes<Code>& passes, Entry* list, int capacity,
                                             int* count) const {
         const int single = single_score();
@@ -120,7 +120,7 @@ struct RowPiece {
                 const int bit = __ffs(found) - 1;
                 const int my_place = place + __popc(lanes & ((1u << threadIdx.x % 32) - 1u));
                 found &= found - 1;
-                // Bits 0 to 15 are words, or their first halves.
+                // Bits 0 to 15 stand for words, or for their first halves.
                 const int word = bit % 16;
                 const int in_vector = sizeof(T) == 4 ? word % 4 : word % 4 * 2 + bit / 16;
                 const int column = head + (mine + word / 4 * Block) * VECTOR + in_vector;
@@ -136,7 +136,7 @@ struct RowPiece {
         if constexpr (Word + 1 < 4 * Loads) test_words<Word + 1>(chunk, passes, found);
     }
 
-    // The column of the head or tail that is this thread's; -1: none.
+    // Return the column of the single score of this thread; -1: none.
     __device__ __forceinline__ int single_score() const {
         const int i = threadIdx.x;
         if (i < VECTOR) return has_head && i < head ? i : -1;
@@ -144,7 +144,7 @@ struct RowPiece {
     }
 };
 
-// Put the first `wanted` scores of a piece that have this very key on the list, by column; as rank keys. How many there
+// List the first `wanted` scores of a piece that have this very key, by column, as rank keys. Return how many there
 // are.
 template <int Code, int Block, int Loads>
 __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
@@ -153,7 +153,7 @@ __device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* r
     constexpr int VECTOR = Piece::VECTOR;
     const Piece piece(row, length, number, pieces);
     int taken = 0;
-    const auto take = [&](unsigned ties, int column) {  // a bit for each of the scores from this column on
+    const auto take = [&](unsigned ties, int column) {  // `ties`: a bit for each score from this column on
         int total;
         int place = taken + block_prefix<Block>(__popc(ties), total);
 #pragma unroll 1

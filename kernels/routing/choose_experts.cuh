@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a row's logits to its TOP_K experts: by the exact scores of all, or, where columns are interleaved and several
-// rows may share a warp, by bounds and the exact scores of the best alone.
+// Choose the TOP_K experts of a row: by the exact scores of all, or, where columns are interleaved and several rows
+// share a warp, by score bounds and then the exact scores of the best only.
 #pragma once
 
 #include "routing/score_bound.cuh"
@@ -10,12 +10,12 @@
 #include "routing/softmax_statistics.cuh"
 #include "select/warp_topk.cuh"
 
-// The logits of a row, prepared one at a time.
+// A row of logits, each prepared when it is read.
 template <typename T>
 struct LogitRow {
     const T* logits;
     const float* logit_bias;
-    Numbers numbers;
+    MethodNumbers numbers;
 
     __device__ __forceinline__ float operator[](int64_t column) const {
         return prepare(to_float(logits[column]), logit_bias, column, numbers);
@@ -27,8 +27,8 @@ struct Chosen {
     float value;  // score, or logit if WEIGHS_LOGITS; without bias
 };
 
-// The r-th expert in lane r of Lanes that hold PerLane adjacent columns each. Without a bias the key is the score; with
-// one the score is gathered, since biased minus bias loses bits.
+// Return the expert of rank r in lane r; each of Lanes lanes holds PerLane adjacent columns. Without a bias the key
+// gives the score. With one the score is computed again, since subtracting the bias would lose bits.
 template <int Lanes, typename Row, int PerLane>
 __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane], const float (&biases)[PerLane],
                                                  const SoftmaxStatistics& statistics, const Row& row, int lane,
@@ -42,9 +42,10 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane],
         if (Lanes * PerLane != NUM_EXPERTS && lane * PerLane + j >= NUM_EXPERTS) keys[j] = NO_KEY;
     }
     if (NUM_GROUPS > 0) keep_best_groups<Lanes>(keys, lane);
-    constexpr int USED = (NUM_EXPERTS + PerLane - 1) / PerLane;  // lanes; the best are in those of the best groups
+    constexpr int USED = (NUM_EXPERTS + PerLane - 1) /
+                         PerLane;  // lanes with columns; with groups, the best are in those of the best groups
     constexpr int SPREAD = NUM_GROUPS > 0 ? max_int(USED * TOP_GROUPS / max_int(NUM_GROUPS, 1), 1) : USED;
-    // After a choice by bounds this one is rare and may take its time.
+    // After a choice by bounds this happens rarely and may be slow.
     const Winner winner =
         INTERLEAVED ? select_exactly<TOP_K, Lanes>(keys, lane) : select_topk<TOP_K, Lanes, SPREAD>(keys, lane);
     float value = sum_key_value(winner.key);
@@ -55,7 +56,7 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane],
     return {winner.column, value};
 }
 
-// What a lane reads of a row and of a layer's arrays at once.
+// What a lane loads together of a row and of the arrays of its layer.
 template <typename Interleaved>
 struct Chunk {
     float logits[Interleaved::Chunk], logit_biases[Interleaved::Chunk], biases[Interleaved::Chunk];
@@ -72,7 +73,7 @@ struct Chunk {
     }
 };
 
-// The best of a lane's columns by bounds of their selection values.
+// Return the best of a lane's columns by bounds of their selection values.
 template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
 __device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias, int lane) {
     TaggedHeads<Heads> heads;
@@ -102,8 +103,8 @@ __device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row
     return heads;
 }
 
-// The best of a lane's columns where neighbouring lanes hold a group, by exact values, since groups are ranked by them;
-// none of a group that is not kept.
+// Return the best of a lane's columns where groups lie in adjacent lanes: by exact values, since groups are ranked by
+// these, and none of a group that is not kept.
 template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
 __device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& row, const float* bias, int lane,
                                                              SoftmaxStatistics& statistics) {
@@ -139,18 +140,18 @@ __device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& 
     return heads;
 }
 
-// A row's best by bounds of their selection values, then of the exact values of these alone.
+// The best of a row by bounds of their selection values, then by the exact values of these.
 template <typename Interleaved, bool Aligned, bool BiasAligned>
 struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     typedef Candidates<TOP_K, Interleaved::Lanes> Base;
-    // Lanes that the best are spread over.
+    // Number of lanes that can hold winners.
     static constexpr int SPREAD =
         NUM_GROUPS > 0 ? Interleaved::Lanes / max_int(NUM_GROUPS, 1) * TOP_GROUPS : Interleaved::Lanes;
     static constexpr int HEADS = interleaved_heads(TOP_K, SPREAD, Interleaved::PerLane);
-    // Whether there are as many experts to choose from as are looked at.
+    // Whether the heads always include TOP_K + 1 experts.
     static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
-    unsigned next;  // the key of a bound that no others are above
+    unsigned next;  // the keys of all others are at most this
     SoftmaxStatistics statistics;
 
     template <typename T>
@@ -168,7 +169,7 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
         this->extra = exactly(row, bias, best.last, valid && Base::FULL);
     }
 
-    // What a key stands for, if it is wanted and stands for something.
+    // Return the expert of a key with its exact value, if it is wanted and exists.
     template <typename T>
     __device__ __forceinline__ Candidate exactly(const LogitRow<T>& row, const float* bias, unsigned key, bool wanted) {
         Candidate candidate = {NO_KEY, Interleaved::column_of(key), 0.0f};
@@ -181,8 +182,8 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
         return candidate;
     }
 
-    // Whether candidates in order begin with the exact choice: none of the others could reach the last of that even if
-    // its bound were as far off as it can be.
+    // For sorted candidates: return whether they begin with the exact choice, that is, no other expert could reach the
+    // last chosen one even at the largest error of its bound.
     __device__ __forceinline__ bool complete() const {
         const unsigned last_key = this->last_key();
         if (this->overtaken(last_key)) return false;
@@ -192,7 +193,8 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     }
 };
 
-// Rows whose choice is not sure, for which lanes of theirs vote `unsure`: one after the other, by the whole warp.
+// Choose again for rows whose choice is not certain, for which lanes of theirs vote `unsure`: one row after the other,
+// by the whole warp.
 template <int Lanes, typename T>
 __device__ __forceinline__ void choose_again(unsigned unsure, const LogitRow<T>& row, const float* bias,
                                              const SoftmaxStatistics& statistics, Candidate& chosen) {

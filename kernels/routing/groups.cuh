@@ -1,28 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Experts in equal groups of neighbours: those outside the best groups cannot be chosen.
+// Contiguous groups of experts of equal size: only experts of the best groups can be chosen.
 //
-// A group is worth its best selection value, or the sum of its best two; equal groups go to the lower one.
+// The value of a group is its best selection value, or the sum of its best two. Equal groups go to the lower one.
 #pragma once
 
 #include "routing/method.cuh"
 #include "select/order_key.cuh"
-
-#ifndef NUM_GROUPS
-#define NUM_GROUPS 0  // all experts can be chosen
-#endif
-#ifndef TOP_GROUPS
-#define TOP_GROUPS 1
-#endif
-#ifndef GROUP_TOP2
-#define GROUP_TOP2 0
-#endif
 
 constexpr int GROUP_SIZE = NUM_EXPERTS / (NUM_GROUPS > 0 ? NUM_GROUPS : 1);
 
 static_assert(NUM_GROUPS == 0 || (GROUP_SIZE * NUM_GROUPS == NUM_EXPERTS && TOP_K <= GROUP_SIZE * TOP_GROUPS),
               "groups are equal, and the best of them have TOP_K experts");
 
-// The best two keys of what a thread has seen of a group.
+// The best two keys that a thread has seen of a group.
 struct BestTwo {
     unsigned first, second;
 
@@ -37,7 +27,7 @@ __device__ __forceinline__ unsigned worth_key(unsigned best, unsigned next) {
     return sum_order_key(sum_key_value(best) + sum_key_value(next));
 }
 
-// The key of a group's worth, from what each of Lanes lanes saw of it.
+// Return the key of a group's value, from what each of Lanes lanes saw of it.
 template <int Lanes>
 __device__ __forceinline__ unsigned group_key(BestTwo seen, int lane) {
     const unsigned best = lanes_max<Lanes>(seen.first);
@@ -47,7 +37,8 @@ __device__ __forceinline__ unsigned group_key(BestTwo seen, int lane) {
     return worth_key(best, next);
 }
 
-// Whether groups before or above a group are so few that it is kept; `other_key` tells the key of any.
+// Return whether a group is kept: fewer than TOP_GROUPS others rank before it. `other_key` returns the key of any
+// group.
 template <typename OtherKey>
 __device__ __forceinline__ bool keeps_group(unsigned key, int group, OtherKey other_key) {
     int rank = 0;
@@ -59,7 +50,7 @@ __device__ __forceinline__ bool keeps_group(unsigned key, int group, OtherKey ot
     return rank < TOP_GROUPS;
 }
 
-// Whether the group of a lane is kept, where neighbouring lanes hold one, from what the lane saw of it.
+// Return whether the group of a lane is kept, where each group lies in adjacent lanes, from what this lane saw of it.
 template <int Lanes>
 __device__ __forceinline__ bool keeps_own_group(BestTwo seen, int lane) {
     constexpr int SHARERS = NUM_GROUPS > 0 ? Lanes / NUM_GROUPS : 1;
@@ -74,21 +65,21 @@ __device__ __forceinline__ bool keeps_own_group(BestTwo seen, int lane) {
                        [&](int group) { return __shfl_sync(FULL_WARP, key, group * SHARERS, Lanes); });
 }
 
-// Take the experts that cannot be chosen out of a row that Lanes lanes hold, PerLane adjacent columns each.
+// Remove the experts that cannot be chosen from a row that Lanes lanes hold, PerLane adjacent columns each.
 template <int Lanes, int PerLane>
 __device__ __forceinline__ void keep_best_groups(unsigned (&keys)[PerLane], int lane) {
     static_assert(NUM_GROUPS <= Lanes, "a lane holds a group's key");
     static_assert(NUM_GROUPS == 0 || PerLane <= GROUP_SIZE, "a lane has columns of two groups at most");
     constexpr bool STRADDLES = GROUP_SIZE % PerLane != 0;
     const int own = lane * PerLane / GROUP_SIZE;                // the group of the lane's first column
-    const int split = (own + 1) * GROUP_SIZE - lane * PerLane;  // from here on its columns are of the next one
+    const int split = (own + 1) * GROUP_SIZE - lane * PerLane;  // from this entry on, its columns are of the next group
     BestTwo of_own = {NO_KEY, NO_KEY}, of_next = {NO_KEY, NO_KEY};
 #pragma unroll
     for (int j = 0; j < PerLane; ++j) {
         of_own.insert(STRADDLES && j >= split ? NO_KEY : keys[j]);
         if (STRADDLES) of_next.insert(j >= split ? keys[j] : NO_KEY);
     }
-    unsigned mine = NO_KEY;  // of the group whose number is that of the lane
+    unsigned mine = NO_KEY;  // of the group that has the number of this lane
 #pragma unroll
     for (int group = 0; group < NUM_GROUPS; ++group) {
         const BestTwo none = {NO_KEY, NO_KEY};

@@ -1,59 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scores of logits and weights of scores, in float32; results that would be subnormal are 0 (compiled with -ftz=true).
+// Scores of logits and weights from scores, in float32. Results that would be subnormal are 0 (-ftz=true).
 //
-// SCORE: 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax, 4 a function of the caller's. Sigmoid and sqrt(softplus) stay within 1e-6 relative of
-// float64 over the whole range; softmax within 1e-6 + 6e-8 |x - max|.
+// Relative to float64, sigmoid and sqrt(softplus) are within 1e-6 over the whole range, softmax within 1e-6 + 6e-8 |x -
+// max|.
 #pragma once
 
-#include "routing/score_function.cuh"
-#include "device/types.cuh"
 #include "device/warp.cuh"
+#include "routing/config.cuh"
+#include "routing/score_function.cuh"
 
-#ifndef SCORE
-#define SCORE 2
-#endif
-#ifndef RENORMALIZE
-#define RENORMALIZE 1
-#endif
-#ifndef HAS_EPS
-#define HAS_EPS 0  // renormalize_eps is not 0
-#endif
-#ifndef HAS_MIN
-#define HAS_MIN 0  // there is a renormalize_min
-#endif
+constexpr unsigned NAN_BITS = 0x7fc00000u, INFINITY_BITS = 0x7f800000u;
 
-static_assert(SCORE >= 0 && SCORE <= 4, "SCORE is 0 identity, 1 sigmoid, 2 sqrt(softplus), 3 softmax or 4 own");
-
-#define IDENTITY 0
-#define SIGMOID 1
-#define SQRTSOFTPLUS 2
-#define SOFTMAX 3
-#define OWN 4
-
-#define NAN_BITS 0x7fc00000u
-#define INFINITY_BITS 0x7f800000u
-
-// What a row's scores need to know of the whole row: nothing, but for softmax.
+// What a softmax needs to know of the whole row; other scores need nothing.
 struct SoftmaxStatistics {
     float highest;
     float inverse_sum;
 };
 
-// exp(-magnitude * factor) for a magnitude up to infinity: its product with log2(e) is kept in two floats, since the
-// error of one alone grows to 5e-6 near underflow. high + low = factor * log2(e).
+// Return exp(-magnitude * factor) for a magnitude up to infinity, with high + low = factor * log2(e). Two floats for
+// that product, since the error of one alone grows to 5e-6 near underflow.
 __device__ __forceinline__ float precise_exp(float magnitude, float high, float low) {
     const float exponent = magnitude * high;
     const float rest = fmaf(magnitude, low, fmaf(magnitude, high, -exponent));
     const float power = fast_exp2(-exponent);
-    // A factor, not a summand, since that could be subnormal. Where the power is 0 the rest may be anything; fmaxf makes
-    // it a number and fabsf keeps the 0 positive. NaN makes the power NaN.
+    // Multiply rather than add, since a summand could be subnormal. Where the power is 0, the rest may be anything:
+    // fmaxf makes it a number, fabsf keeps the 0 positive. NaN makes the power NaN.
     return power * fabsf(fmaf(fmaxf(rest, -1.0f), -0.693147181f, 1.0f));
 }
 
-#define LOG2E_HIGH 1.44269502f
-#define LOG2E_LOW 1.92596299e-8f
+constexpr float LOG2E_HIGH = 1.44269502f, LOG2E_LOW = 1.92596299e-8f;
 
-// log1p(t) / t on 0..1: a polynomial (our fit, 2.0e-7 relative).
+// Return log1p(t) / t for t in 0..1 by a polynomial (our fit, 2.0e-7 relative).
 __device__ __forceinline__ float log1p_ratio(float t) {
     float ratio = -0.008539168164134026f;
     ratio = fmaf(ratio, t, 0.04408948868513107f);
@@ -65,8 +42,8 @@ __device__ __forceinline__ float log1p_ratio(float t) {
     return fmaf(ratio, t, 0.9999998211860657f);
 }
 
-// sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which holds its
-// relative accuracy and stays normal down to x = -174.
+// Return sqrt(max(x, 0) + log1p(t)) with t = exp(-|x|). For x < 0 that is exp(x / 2) sqrt(log1p(t) / t), which keeps
+// its relative accuracy and stays normal down to x = -174.
 __device__ __forceinline__ float sqrtsoftplus(float x) {
     const float root = precise_exp(fabsf(x), 0.5f * LOG2E_HIGH, 0.5f * LOG2E_LOW);
     const float t = root * root;
@@ -76,20 +53,20 @@ __device__ __forceinline__ float sqrtsoftplus(float x) {
     return negative ? root * y : y;
 }
 
-// 1 / (1 + exp(-x)), for x < 0 as exp(x) / (1 + exp(x)).
+// Return 1 / (1 + exp(-x)); for x < 0 as exp(x) / (1 + exp(x)).
 __device__ __forceinline__ float sigmoid(float x) {
     const float t = precise_exp(fabsf(x), LOG2E_HIGH, LOG2E_LOW);
     const float y = fast_reciprocal(1.0f + t);
     return x < 0.0f ? t * y : y;
 }
 
-// exp(x - highest), 1 where x is the highest even if that is infinite.
+// Return exp(x - highest); 1 where x is the highest, even if that is infinite.
 __device__ __forceinline__ float softmax_share(float x, float highest) {
     const float share = precise_exp(highest - x, LOG2E_HIGH, LOG2E_LOW);
     return x == highest ? 1.0f : share;
 }
 
-// Sigmoid divided by exp(min(highest, 0)), so that sigmoids far below 1 keep their ratios.
+// Return sigmoid(x) / exp(min(highest, 0)): sigmoids far below 1 keep their ratios.
 __device__ __forceinline__ float sigmoid_share(float x, float highest) {
     const float t = precise_exp(fabsf(x), LOG2E_HIGH, LOG2E_LOW);
     return softmax_share(x > 0.0f ? 0.0f : x, fminf(highest, 0.0f)) * fast_reciprocal(1.0f + t);
@@ -100,16 +77,17 @@ __device__ __forceinline__ float score_of(float logit, const SoftmaxStatistics& 
     if (SCORE == SQRTSOFTPLUS) return sqrtsoftplus(logit);
     if (SCORE == SOFTMAX) return softmax_share(logit, row.highest) * row.inverse_sum;
     if (SCORE == OWN) logit = score_function(logit);
-    return __fadd_rn(logit, 0.0f);  // flushes a subnormal, as the others do
+    return __fadd_rn(logit, 0.0f);  // flush subnormals, as the others do
 }
 
-// A cheap value that no score exceeds by more than SCORE_BOUND_ERROR. It may be far above small scores, and is any value for
-// NaN.
+// Whether there is a cheap value that no score exceeds by more than SCORE_BOUND_ERROR. It may be far above small
+// scores, and is anything for NaN.
 constexpr bool HAS_SCORE_BOUND = SCORE == SQRTSOFTPLUS || SCORE == SIGMOID;
-#define SCORE_BOUND_ERROR 1e-5f
+constexpr float SCORE_BOUND_ERROR = 1e-5f;
 
-// sqrt(max(x, 0) + log(1 + exp(-|x|))), whose sum has an error of 3e-7. From a root of 0.013 on that is less than 1e-5
-// of the root, and the sum is kept above the square of that. Sigmoid has an error of 1e-6 wherever it is.
+// Return that value. For sqrt(softplus), sqrt(max(x, 0) + log(1 + exp(-|x|))) has an error of 3e-7 in the sum. From a
+// root of 0.013 on that is less than 1e-5 of the root, and the sum is kept above the square of that. Sigmoid has an
+// error of 1e-6 everywhere.
 __device__ __forceinline__ float score_bound(float x) {
     if (SCORE == SIGMOID) return fast_reciprocal(1.0f + fast_exp2(-LOG2E_HIGH * x));
     const float log = fast_log2(1.0f + fast_exp2(-LOG2E_HIGH * fabsf(x)));
@@ -118,8 +96,9 @@ __device__ __forceinline__ float score_bound(float x) {
 
 __device__ __forceinline__ bool is_nan(float value) { return value != value; }
 
-// Sums of scores: identity scores and a caller's own may be as large as floats get, so that their sum needs a wider type.
-template <int Score>
+// The type of sums of scores. Identity scores and those of the caller may be as large as floats get, so their sum needs
+// a wider type.
+template <Score>
 struct Total {
     typedef float type;
 };
@@ -137,26 +116,26 @@ __device__ __forceinline__ float reciprocal(float divisor) { return fast_recipro
 
 __device__ __forceinline__ double reciprocal(double divisor) { return 1.0 / divisor; }
 
-// What a score adds to the sum by which weights are divided: nothing if it is NaN.
+// Return what a score adds to the normaliser: nothing if it is NaN.
 __device__ __forceinline__ total_t summand(float score) { return is_nan(score) ? total_t(0) : total_t(score); }
 
-// What scores are divided by.
+// The normaliser that scores are divided by.
 struct Divisor {
     total_t value;
-    bool clamped;  // does not follow the sum
+    bool clamped;  // a constant, whatever the sum is
     bool nothing;  // weights are 0 instead
 };
 
 __device__ __forceinline__ Divisor divisor_of(total_t total, float renormalize_eps, float renormalize_min) {
-    if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf met
+    if (total != total) total = __uint_as_float(INFINITY_BITS);  // +inf and -inf in one sum
     const total_t sum = HAS_EPS ? total + renormalize_eps : total;
     const bool clamped = HAS_MIN && sum < renormalize_min;
     const total_t value = clamped ? total_t(renormalize_min) : sum;
     return {value, clamped, total == total_t(0) || value == total_t(0)};
 }
 
-// A chosen expert's weight from its score and the sum of the chosen scores that are not NaN. Score NaN gives NaN; an
-// infinite sum gives NaN to infinite scores and 0 to the others; a sum of 0 gives 0.
+// Return the weight of a chosen expert from its score and the sum of the chosen scores that are not NaN. Score NaN
+// gives NaN; an infinite sum gives NaN to infinite scores and 0 to the others; a sum of 0 gives 0.
 __device__ __forceinline__ float weight_of(float score, total_t total, float renormalize_eps, float renormalize_min,
                                            float scale) {
     if (!RENORMALIZE) return score * scale;

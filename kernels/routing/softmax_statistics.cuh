@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What scores need to know of a row that Lanes threads hold.
+// Maximum and sum of the softmax of a row that Lanes threads hold.
 #pragma once
 
 #include "routing/method.cuh"
 
-// Of the row's prepared logits, NaN where a lane has no column.
+// Return the statistics of prepared logits, NaN where a lane has no column.
 template <int Lanes, int PerLane>
 __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const float (&logits)[PerLane]) {
     SoftmaxStatistics row = {0.0f, 0.0f};

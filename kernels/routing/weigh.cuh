@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the scores of a token's experts to weights, by a team of threads that share the token.
+// From the scores of the chosen experts of a token to their weights, by a team of threads that share the token.
 #pragma once
 
 #include "device/block.cuh"
@@ -24,16 +24,16 @@ struct BlockTeam {
     }
 };
 
-// The expert of a column of the results: a chosen one, or a shared one behind them.
+// Return the expert of a column of the results: a chosen one, or after these a shared one.
 __device__ __forceinline__ int64_t expert_of(int output, int64_t chosen) {
     return NUM_SHARED > 0 && output >= TOP_K ? static_cast<int64_t>(NUM_EXPERTS) + (output - TOP_K) : chosen;
 }
 
 constexpr bool SOFTMAX_OF_CHOSEN = SCORE_AFTER_TOPK && SCORE == SOFTMAX;
 
-// A thread has the outputs first, first + stride, ...: scores go in (logits if WEIGHS_LOGITS), scores come out, in a
-// scale of their own if SHARED_LOGITS. What is in `values` behind output WEIGHED, or of a token that is not routed, does
-// not matter, neither here nor after it: nobody stores it.
+// Turn logits (if WEIGHS_LOGITS) or scores into scores; with SHARED_LOGITS up to a common factor. A thread has outputs
+// first, first + stride, ... Values after output WEIGHED, or of a token that is not routed, are undefined before and
+// after, and never stored.
 template <typename Team, int N>
 __device__ __forceinline__ void score_chosen(float (&values)[N], int first, int stride, bool routed) {
     if (SHARED_LOGITS || SOFTMAX_OF_CHOSEN) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void score_chosen(float (&values)[N], int first, int 
     }
 }
 
-// The sum that weights are divided by.
+// Return the sum for the normaliser.
 template <typename Team, int N>
 __device__ __forceinline__ total_t sum_of(const float (&scores)[N]) {
     total_t total = 0;
@@ -76,10 +76,10 @@ __device__ __forceinline__ total_t sum_of(const float (&scores)[N]) {
     return total;
 }
 
-// As score_chosen, and weights come out.
+// Turn logits or scores into weights; see score_chosen.
 template <typename Team, int N>
 __device__ __forceinline__ void weigh(float (&values)[N], const int64_t (&experts)[N], int first, int stride,
-                                      bool routed, const float* expert_scale, const Numbers& numbers) {
+                                      bool routed, const float* expert_scale, const MethodNumbers numbers) {
     score_chosen<Team>(values, first, stride, routed);
     const total_t total = sum_of<Team>(values);
 #pragma unroll 8

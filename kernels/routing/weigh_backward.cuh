@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the gradients of a token's weights to those of its prepared logits, by a team of threads that share the token.
-// cupy_router/reference/activation_topk_backward.py has the mathematics, and what the letters here stand for.
+// From the gradients of the weights of a token to those of its prepared logits, by a team of threads that share the
+// token. The names are those of cupy_router/reference/activation_topk_backward.py, which has the mathematics.
 #pragma once
 
 #include "routing/score_gradient.cuh"
 #include "routing/weigh.cuh"
 
-// A thread has the outputs first, first + stride, ... with their prepared logits, their scores (logits if
-// WEIGHS_LOGITS) and the gradients of their weights; those of the logits come out. Behind output WEIGHED, and of a token
-// that is not routed, they are 0. Returned is the A of the reference: what a softmax over the whole row has yet to take
-// from the gradient of each of its logits, times the logit's score.
+// Turn gradients with respect to weights into gradients with respect to prepared logits. A thread has outputs first,
+// first + stride, ... with their prepared logits, their scores (logits if WEIGHS_LOGITS) and the gradients. After
+// output WEIGHED, and for a token that is not routed, these are 0. Return the A of the reference: times the score of a
+// logit, it is what the normaliser of a softmax over the whole row subtracts from the gradient of that logit.
 template <typename Team, int N>
 __device__ __forceinline__ float weigh_backward(float (&gradients)[N], float (&scores)[N], const float (&logits)[N],
                                                 const int64_t (&experts)[N], int first, int stride, bool routed,
-                                                const float* expert_scale, const Numbers& numbers) {
+                                                const float* expert_scale, const MethodNumbers numbers) {
     score_chosen<Team>(scores, first, stride, routed);
     const total_t total = sum_of<Team>(scores);
     Divisor divisor = {total_t(1), true, false};
     if (RENORMALIZE) divisor = divisor_of(total, numbers.renormalize_eps, numbers.renormalize_min);
     const total_t inverse = !RENORMALIZE ? total_t(1) : divisor.nothing ? total_t(0) : reciprocal(divisor.value);
 
-    // scores become the u of the reference, gradients its h; NaN counts nothing for the others.
+    // From here on, scores are the u of the reference and gradients its h. NaN is ignored in sums.
     float mean = 0.0f;
 #pragma unroll 8
     for (int p = 0; p < N; ++p) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The order of scores by their bits alone, for any dtype: the bits of a score stand at the top of a word, where those of
-// a 16-bit float have a sign and a magnitude just as a float32 has. No conversion, and one code for all.
+// The order of scores by their bits alone, for any dtype. The bits of a score stand at the top of a word, where a
+// 16-bit float has sign and magnitude just as a float32 has: no conversion, and the same code for all.
 #pragma once
 
 #include "select/order_key.cuh"
@@ -20,15 +20,15 @@ __device__ __forceinline__ void store_bits(T* target, unsigned bits) {
     target->bits = static_cast<unsigned short>(bits >> 16);
 }
 
-// The bits of +inf of a dtype code; larger magnitudes are NaN.
+// Return the bits of +inf of a dtype code; larger magnitudes are NaN.
 template <int Code>
 __device__ constexpr unsigned infinity_bits() {
     return Code == 1 ? 0x7c000000u : 0x7f800000u;
 }
 
-#define ZERO_KEY 0x80000000u
+constexpr unsigned ZERO_KEY = 0x80000000u;
 
-// As order_key.
+// As order_key of order_key.cuh.
 template <int Code>
 __device__ __forceinline__ unsigned bits_key(unsigned bits) {
     const unsigned magnitude = bits & 0x7fffffffu;
@@ -36,22 +36,22 @@ __device__ __forceinline__ unsigned bits_key(unsigned bits) {
     return magnitude > infinity_bits<Code>() ? NAN_KEY : key;
 }
 
-// The bits of a key that are known from it: all but those of the two zeros and of NaN.
+// Return the bits of the score of a key. They are unknown for the two zeros, which share a key, and for NaN.
 __device__ __forceinline__ unsigned key_bits(unsigned key) { return key >= ZERO_KEY ? key - ZERO_KEY : 0u - key; }
 
 __device__ __forceinline__ bool key_tells_bits(unsigned key) { return key != ZERO_KEY && key > NAN_KEY; }
 
-// The scores from a key on, tested by words as they lie in memory: one float32, or two 16-bit floats. Floats are compared
-// as such, without flushing subnormals, so that NaN never passes; bits that are not those of a score are never made.
+// A test for scores that reach a key, on words as they lie in memory: one float32, or two 16-bit floats. Comparisons of
+// floats do not flush subnormals here, and NaN never passes.
 template <int Code>
 struct Passes {
     static constexpr unsigned STEP = Code == 0 ? 1u : 0x10000u;  // from one key to the next
 
     unsigned key;
-    bool everything, nothing;  // by_word() is for what is neither
-    unsigned lowest;           // the lowest score that passes, in both halves of the word if it is one of 16 bits
+    bool everything, nothing;  // by_word() is for neither
+    unsigned lowest;           // the lowest score that passes; in both halves of the word for 16 bits
 
-    // From `key` on, or above it.
+    // Pass scores whose key is `from` or higher; higher only, if `above`.
     __device__ __forceinline__ Passes(unsigned from, bool above) {
         key = (from + (above ? STEP : 0u) + (STEP - 1u)) & ~(STEP - 1u);
         everything = from <= NAN_KEY && !above;
@@ -63,7 +63,7 @@ struct Passes {
 
     __device__ __forceinline__ bool by_bits(unsigned bits) const { return bits_key<Code>(bits) >= key; }
 
-    // Sets bit `Bit` if the word's first score passes, and for 16-bit floats bit `Bit + 16` if the second does.
+    // Set bit `Bit` if the word's first score passes, and for 16-bit floats bit `Bit + 16` if the second one does.
     template <int Bit>
     __device__ __forceinline__ void by_word(unsigned word, unsigned& found) const {
 #ifdef __CUDACC__

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row whose words of Word columns are interleaved over Lanes threads: lane l holds words l, l + Lanes, ..., in all
-// PerLane columns.
+// Top-k of a row whose words of Word columns are interleaved over Lanes threads: lane l holds words l, l + Lanes, ...,
+// in all PerLane columns.
 //
-// Several rows share a warp, and each step of their selection serves all of them. Keys are cut to make capacity for the
-// column in their low bits, so that all keys of a row differ and one maximum tells both. What they are cut by is an
-// error like any other: whoever selects by such keys looks at the exact values of what came out, and at what could have
-// been meant to come out. Of a lane's columns two chunks are in flight at a time.
+// Several rows share a warp, and each step of their selection serves all of them. Keys lose low bits to hold the column
+// there, so that all keys of a row differ and one maximum tells both. That loss is a rounding error: code that selects
+// by such keys compares the exact values of those selected, and checks whether any other could have been. Of the
+// columns of a lane, two chunks are in flight at a time.
 #pragma once
 
 #include "select/heads_per_lane.cuh"
@@ -13,37 +13,35 @@
 #include "device/row_load.cuh"
 #include "device/warp.cuh"
 
-#ifndef INTERLEAVED
-#define INTERLEAVED 0  // 1: the words of a row are interleaved over its LANES lanes; 0: a lane has adjacent columns
-#endif
+SPECIALISED bool INTERLEAVED = false;  // the words of a row are; else a lane has adjacent columns
 
-// The largest multiple of 4 up to `most` that divides per_lane.
+// Return the largest multiple of 4, at most `most`, that divides per_lane.
 __device__ constexpr int largest_divisor(int per_lane, int most) {
     return per_lane % most == 0 ? most : largest_divisor(per_lane, most - 4);
 }
 
-// Adjacent: all of a lane's columns are one word.
+// Adjacent: the columns of a lane are one word.
 template <typename T, int Lanes_, int PerLane_, bool Adjacent = false>
 struct InterleavedRow {
     static constexpr int Lanes = Lanes_, PerLane = PerLane_;
     static constexpr int Word = Adjacent ? PerLane : largest_divisor(PerLane, 16 / sizeof(T));
     static constexpr int Chunk = largest_divisor(PerLane, 8);
-    static constexpr unsigned MASK = power_of_two_from(Lanes * PerLane) - 1;  // of the bits that hold the column
+    static constexpr unsigned MASK = power_of_two_from(Lanes * PerLane) - 1;  // the bits that hold the column
     static constexpr unsigned LAST_LANE = (Lanes - 1) * Word;
     static_assert(PerLane % Chunk == 0 && (Adjacent || Chunk % Word == 0), "a lane holds whole chunks of whole words");
 
-    // The column in lane 0 of its j-th; any lane's j-th.
+    // Return the column of entry j in lane 0; below, in any lane.
     static __device__ constexpr int of_first(int j) { return j / Word * (Lanes * Word) + j % Word; }
     static __device__ __forceinline__ int column_of(int j, int lane) { return of_first(j) + lane * Word; }
 
-    // What stands in a key for the column, the higher the lower the column, but for the lane's part, which does not
-    // matter within a lane and is added later.
+    // The tag of a key, higher for lower columns. The part of the lane, which makes no difference within a lane, is
+    // added later.
     static __device__ __forceinline__ unsigned tag(int j) { return MASK - LAST_LANE - of_first(j); }
     static __device__ __forceinline__ unsigned lane_tag(int lane) { return LAST_LANE - lane * Word; }
     static __device__ __forceinline__ int column_of(unsigned key) { return static_cast<int>(MASK - (key & MASK)); }
 
-    // The chunk of a lane's columns from its column `begin` on as float, NaN from `end` on. Whole: there are none such.
-    // Aligned: rows start at whole words. EndsAt: a number that `end` is a multiple of.
+    // Load the chunk of a lane's columns that begins with its column `begin`, as float; NaN from `end` on. Whole: all
+    // columns exist. Aligned: rows start at whole words. EndsAt divides `end`.
     template <bool Whole, bool Aligned, int EndsAt, typename U>
     static __device__ __forceinline__ void load(const U* row, int begin, int lane, int end, float (&values)[Chunk]) {
         constexpr int PIECE = min_int(Word, 16 / sizeof(U));
@@ -59,13 +57,12 @@ __device__ __forceinline__ void order_two(unsigned& better, unsigned& worse) {
     worse = low;
 }
 
-// A lane's best few keys in order. Keys that hold their columns need nothing beside them, and the minimum and maximum
-// of two order them.
+// The best few keys of a lane, in order. Keys hold their columns, so minimum and maximum order two of them.
 template <int Heads>
 struct TaggedHeads {
     unsigned key[Heads];
 
-    // Put four in order, then merge them: fewer steps than inserting one after the other.
+    // Sort four keys, then merge them: fewer steps than inserting one after the other.
     __device__ __forceinline__ void insert(unsigned a, unsigned b, unsigned c, unsigned d) {
         order_two(a, b);
         order_two(c, d);
@@ -79,7 +76,7 @@ struct TaggedHeads {
         order_by<power_of_two_from(Heads) / 2>();
     }
 
-    // Of keys that go down and up again: half of a bitonic sort, of which the first entries are absent.
+    // Sort keys that descend and then ascend: half of a bitonic sort, whose first entries are absent.
     template <int Distance>
     __device__ __forceinline__ void order_by() {
         constexpr int SIZE = power_of_two_from(Heads), ABSENT = SIZE - Heads;
@@ -97,16 +94,16 @@ struct TaggedHeads {
     }
 };
 
-// So many heads per lane that one row in 30,000 has more of its best in a lane: the call waits for those.
+// Heads per lane, so that only 1 row in 30,000 has more of its best in one lane. These hold up the whole call.
 __device__ constexpr int interleaved_heads(int top_k, int lanes, int per_lane) {
     return heads_for(3.3e-5, top_k, lanes, min_int(per_lane, top_k + 1));
 }
 
-// The best Count of a row's keys in order, from the best few of each of its lanes.
+// The best Count keys of a row in order, from the heads of its lanes.
 struct Ranked {
-    unsigned key;   // in lane r the r-th
-    unsigned last;  // in all lanes the last of Count, for which there may be no lane
-    unsigned next;  // no other key of the row is above the highest of these
+    unsigned key;   // of rank r, in lane r
+    unsigned last;  // of the last rank, in all lanes, since there may be no lane for it
+    unsigned next;  // the maximum over the lanes bounds all other keys
 };
 
 template <int Count, typename Interleaved, int Heads>
@@ -114,7 +111,7 @@ __device__ __forceinline__ Ranked rank_heads(TaggedHeads<Heads>& heads, int lane
     static_assert(Count <= Interleaved::Lanes + 1, "a lane holds one of the best");
 #pragma unroll
     for (int h = 0; h < Heads; ++h) heads.key[h] += Interleaved::lane_tag(lane);
-    // The lane's keys after its heads are below the last of them, which counts once it is gone.
+    // Keys that a lane did not keep are below its last head, which bounds them once it is gone.
     const unsigned last = Heads < Interleaved::PerLane ? heads.key[Heads - 1] : NO_KEY;
     Ranked ranked = {NO_KEY, NO_KEY, NO_KEY};
 #pragma unroll
@@ -127,7 +124,7 @@ __device__ __forceinline__ Ranked rank_heads(TaggedHeads<Heads>& heads, int lane
     return ranked;
 }
 
-// One of a row's best, with its exact key and what goes with it.
+// One of the best of a row, with its exact key and a value that goes with it.
 struct Candidate {
     unsigned key;
     int column;
@@ -144,7 +141,7 @@ __device__ __forceinline__ Candidate candidate_of(const Candidate& own, int lane
             __shfl_sync(FULL_WARP, own.value, lane, Lanes)};
 }
 
-// Whether a row's Count candidates, one in each lane, are in order as far as this lane sees.
+// Return false if the candidate of this lane and the next one, of Count in all, are out of order.
 template <int Count, int Lanes>
 __device__ __forceinline__ bool candidates_in_order(const Candidate& own, int lane) {
     const Candidate next = {__shfl_down_sync(FULL_WARP, own.key, 1, Lanes),
@@ -152,7 +149,7 @@ __device__ __forceinline__ bool candidates_in_order(const Candidate& own, int la
     return is_before(own, next) | (lane + 1 >= Count) | ((own.key | next.key) == NO_KEY);
 }
 
-// Put them in order. Neighbours change places until none has to, since hardly ever more than two are out of order.
+// Sort candidates by swapping neighbours until none is out of order: hardly ever more than two are.
 template <int Count, int Lanes>
 __device__ __forceinline__ void sort_candidates(Candidate& own, int lane) {
 #pragma unroll 1
@@ -168,8 +165,8 @@ __device__ __forceinline__ void sort_candidates(Candidate& own, int lane) {
     } while (__any_sync(FULL_WARP, !candidates_in_order<Count, Lanes>(own, lane)));
 }
 
-// A row's TopK best by cut keys and the next one: where the last is close to the next, their exact keys decide.
-// If there is no lane left for it, all lanes have it.
+// The TopK best of a row by rounded keys and the next one: where the last is close to the next, their exact keys
+// decide. If no lane is left for the next one, all lanes have it.
 template <int TopK, int Lanes>
 struct Candidates {
     static constexpr bool FULL = TopK == Lanes;
@@ -192,12 +189,12 @@ struct Candidates {
         sort_candidates<COUNT, Lanes>(own, lane);
     }
 
-    // Of candidates in order, the key of the last of the best, and whether `extra` may come before it.
+    // For sorted candidates: the key of the last of the best, and whether `extra` may come before it.
     __device__ __forceinline__ unsigned last_key() const { return __shfl_sync(FULL_WARP, own.key, TopK - 1, Lanes); }
     __device__ __forceinline__ bool overtaken(unsigned last_key) const { return FULL && extra.key >= last_key; }
 };
 
-// Whether one of the lanes of a warp's row `turn` has voted.
+// Return whether a lane of row `turn` of this warp has voted.
 template <int Lanes>
 __device__ __forceinline__ bool any_of_turn(unsigned votes, int turn) {
     return (votes >> turn * Lanes & ~0u >> (32 - Lanes)) != 0u;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of a row of scores that is ranked, and what fills a result that has no such entry.
+// The part of a row that is ranked, and what fills results for which there is no entry.
 #pragma once
 
 #include "device/types.cuh"
 
-// `length` columns from `start` on, cut to what exists.
+// `length` columns from `start` on, clamped to the row.
 struct RowRange {
     int start;
     int length;
@@ -17,7 +17,7 @@ __device__ __forceinline__ RowRange row_range(const int* lengths, const int* sta
     return {start, lengths != nullptr ? min(max(lengths[row], 0), rest) : rest};
 }
 
-// -inf of the type of a dtype code.
+// Return -inf in the type of a dtype code.
 template <int CODE>
 __device__ __forceinline__ typename Scalar<CODE>::type minus_infinity() {
     union {

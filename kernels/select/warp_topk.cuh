@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The TopK best of a row whose keys lie in the registers of Lanes threads, PerLane adjacent columns each.
+// The TopK best of a row whose keys lie in the registers of Lanes threads, PerLane adjacent columns in each.
 //
-// Each lane first orders its own best few keys ("heads"). A round then compares one head per lane: the warp's maximum,
-// and of the lanes that have it the lowest, which by the layout also has the lowest columns. A few heads per lane are
-// enough for almost all rows; if a lane turns out to hold more winners than heads, the row is selected again from all
-// keys, which is slower and exact. Code is straight, with selects instead of branches: lanes that go different ways
-// cost more than they save.
+// Each lane first sorts its best few keys ("heads"). A round compares one head per lane: it takes the maximum, and
+// among lanes that have it the lowest, which also has the lowest columns. A few heads per lane are enough for almost
+// all rows; if a lane turns out to hold more winners than heads, the row is selected again from all keys, which is
+// slower and exact. The code has selects instead of branches, since divergent lanes would cost more than they save.
 #pragma once
 
 #include "select/heads_per_lane.cuh"
@@ -17,13 +16,13 @@ struct Winner {
     int column;
 };
 
-// The lane's best Heads keys in order, and their positions among the lane's columns.
+// The best Heads keys of a lane in order, and their positions among its columns.
 template <int Heads>
 struct LaneHeads {
     unsigned key[Heads];
     int slot[Heads];
 
-    // Insert the j-th key; it stays behind equal ones, so that lower columns come first.
+    // Insert the j-th key. It goes after equal ones, so that lower columns come first.
     __device__ __forceinline__ void insert(int j, unsigned value) {
         bool above[Heads];
 #pragma unroll
@@ -47,7 +46,7 @@ struct LaneHeads {
     }
 };
 
-// One round: the best head of the row, and whether it is this lane's. In lane `round` it becomes the winner.
+// Find the best head of the row, which becomes the winner in lane `round`. Return whether it is this lane's.
 template <int Lanes, int PerLane>
 __device__ __forceinline__ bool select_round(unsigned key, int slot, int lane, int round, Winner& winner) {
     const unsigned best = lanes_max<Lanes>(key);
@@ -58,7 +57,7 @@ __device__ __forceinline__ bool select_round(unsigned key, int slot, int lane, i
     return (key == best) & ((owners & ((1u << lane) - 1u)) == 0u);  // the next round waits for this alone
 }
 
-// From all keys: each round, each lane looks for its best key behind the one it gave last.
+// Select from all keys: in each round, each lane looks for its best key after the last one it gave.
 template <int TopK, int Lanes, int PerLane>
 __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane], int lane) {
     Winner winner = {NO_KEY, 0};
@@ -70,8 +69,8 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
         int best_slot = 0;
 #pragma unroll
         for (int j = 0; j < PerLane; ++j) {
-            const bool behind = (keys[j] < last) | ((keys[j] == last) & (j > last_slot));
-            const bool better = behind & (keys[j] > best);
+            const bool after = (keys[j] < last) | ((keys[j] == last) & (j > last_slot));
+            const bool better = after & (keys[j] > best);
             best = better ? keys[j] : best;
             best_slot = better ? j : best_slot;
         }
@@ -82,9 +81,9 @@ __device__ __forceinline__ Winner select_exactly(const unsigned (&keys)[PerLane]
     return winner;
 }
 
-// The r-th best entry in lane r. `lane` counts within the row's lanes; every lane of the warp takes part. Spread: lanes
-// that winners can be in. So many of a lane's best keys are kept that one row in a thousand has as many of its winners
-// but the last in a lane, and is selected again: many rows share what that costs, few wait for it.
+// Return the entry of rank r in lane r. `lane` counts within the row; every lane of the warp takes part. Spread: the
+// number of lanes that winners can be in. A lane keeps enough keys that only 1 row in 1000 has all its winners but the
+// last in one lane, and is then selected again: many rows share that cost, few wait for it.
 template <int TopK, int Lanes, int Spread = Lanes, int PerLane>
 __device__ __forceinline__ Winner select_topk(const unsigned (&keys)[PerLane], int lane) {
     static_assert(TopK <= Lanes, "one lane holds one winner");
