@@ -16,6 +16,7 @@ SPECIALISED int PER_LANE = 8;
 SPECIALISED bool ALIGNED = true;
 SPECIALISED bool BIAS_ALIGNED = true;  // both biases are
 SPECIALISED bool DENSE = false;        // rows of logits and results follow each other
+SPECIALISED int MIN_BLOCKS = 0;        // of a multiprocessor, for ptxas, which may spill to fit more; 0: as it chooses
 
 typedef Scalar<DTYPE>::type logit_t;
 
@@ -23,15 +24,6 @@ typedef LogitRow<logit_t> Row;
 
 static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
-
-// Blocks on a multiprocessor that ptxas is asked for; 0: not asked. From sm_100 on, and for some interleaved rows, it
-// otherwise spills registers to fit more blocks.
-constexpr bool UNEVEN = LANES * PER_LANE != NUM_EXPERTS || (LANES < 32 && PER_LANE % 8 != 0);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int LEAST_BLOCKS = 1;
-#else
-constexpr int LEAST_BLOCKS = INTERLEAVED && (LOGIT_CAPPED || UNEVEN) ? 1 : 0;
-#endif
 
 // Turn the choice of the row's lanes into the expert and the weight of this lane.
 __device__ __forceinline__ void weigh_chosen(int column, float value, const Row& row, const float* expert_scale,
@@ -86,7 +78,7 @@ __device__ __forceinline__ void route_by_scores(const Row& row, const float* bia
     weigh_chosen(chosen.column, chosen.value, row, expert_scale, lane, valid, expert, weight);
 }
 
-extern "C" __global__ void __launch_bounds__(256, LEAST_BLOCKS)
+extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                     const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,

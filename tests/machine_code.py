@@ -44,7 +44,9 @@ else:
     used = uses._largest(uses._presets, uses._benchmarks, uses._besides)
     both = used | {key: sizes for key, sizes in uses._largest(uses._corners).items() if key not in used}
     found = [uses.Specialisation(*key, *sizes, key not in used) for key, sizes in both.items()]
-json.dump([[str(one), one.function, one.architectures, one.source] for one in found], sys.stdout)
+def sources(one):
+    return {each: one.source(each) if callable(one.source) else one.source for each in one.architectures}
+json.dump([[str(one), one.function, sources(one)] for one in found], sys.stdout)
 """
 
 
@@ -53,8 +55,7 @@ class Listed(NamedTuple):
 
     title: str
     function: str
-    architectures: Sequence[str]
-    source: str
+    sources: dict[str, str]  # by architecture
 
 
 class Code(NamedTuple):
@@ -146,8 +147,8 @@ def main() -> int:
     for old_name, new_name in sorted(pair for pair in renamed if pair[0] != pair[1]):
         print(f"    {old_name} is paired with {new_name}")
     pairs = [(old, new, each) for old, new in zip(before, now, strict=True) for each in wanted]
-    pairs = [(old, new, each) for old, new, each in pairs if each in new.architectures]
-    jobs = [(one.source, one.function, each) for old, new, each in pairs for one in (old, new)]
+    pairs = [(old, new, each) for old, new, each in pairs if each in new.sources]
+    jobs = [(one.sources[each], one.function, each) for old, new, each in pairs for one in (old, new)]
     failed = 0
     for version, library in nvrtc.libraries().items():
         codes = compile_all(library.path, jobs, options.cache)

@@ -100,7 +100,7 @@ def measure(version: str, wanted: Sequence[Specialisation]) -> Table:
     """Compile everything with one NVRTC. In processes: it compiles one program at a time in each."""
     todo = [(one, architecture) for one in wanted for architecture in one.architectures]
     path = nvrtc.libraries()[version].path
-    jobs = [(str(path), one.source, one.function, architecture) for one, architecture in todo]
+    jobs = [(str(path), one.source(architecture), one.function, architecture) for one, architecture in todo]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         needs = pool.map(_resources, jobs, chunksize=4)
         return {(str(one), arch): Row.of(one, arch, need) for (one, arch), need in zip(todo, needs, strict=True)}

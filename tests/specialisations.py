@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +29,12 @@ from cupy_router import (
     hash_router,
     presets,
     topk_select,
+    tuning,
 )
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from tests.backends import DTYPES
 from tests.nvrtc import ARCHITECTURES
-from tests.recorder import recording
+from tests.recorder import Launch, recording
 
 FLOATS = ("float32", "float16", "bfloat16")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -52,15 +53,17 @@ class Specialisation:
     block: int = 32
     shared_bytes: int = 0
     is_corner: bool = False  # neither the presets nor the benchmarks use it
+    newest: tuple[tuple[str, int], ...] = ()  # its macros from sm_100 on, which tuning may decide otherwise
 
     def __str__(self) -> str:
         defaults = declarations.constants(compiler.expand(self.kernel))
         macros = (f"{name}={value}" for name, value in self.macros if defaults.get(name) != value)
         return " ".join([self.function, *macros, *([CORNER] if self.is_corner else [])])
 
-    @property
-    def source(self) -> str:
-        return compiler.expand(self.kernel, self.macros)
+    def source(self, architecture: str) -> str:
+        """Return what is compiled for an architecture such as "sm_90"."""
+        is_newest = int(architecture.removeprefix("sm_").rstrip("a")) >= 100
+        return compiler.expand(self.kernel, self.newest if is_newest else self.macros)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -76,22 +79,35 @@ def specialisations() -> list[Specialisation]:
 def in_order_of_use() -> list[Specialisation]:
     """As the ops ask for them, which does not depend on what macros are called."""
     used = _largest(_presets, _benchmarks, _besides)
-    found = [Specialisation(*key, *sizes) for key, sizes in used.items()]
-    return found + [Specialisation(*key, *sizes, True) for key, sizes in _largest(_corners).items() if key not in used]
+    found = [Specialisation(*key, *sizes, False, newest) for key, (sizes, newest) in used.items()]
+    corners = _largest(_corners).items()
+    return found + [Specialisation(*key, *sizes, True, newest) for key, (sizes, newest) in corners if key not in used]
 
 
-def _largest(*parts: Callable[[], None]) -> dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]]:
-    """Function, macros and kernel of all that is launched, with the largest block and dynamic shared memory."""
-    found: dict[tuple[str, tuple[tuple[str, int], ...], str], tuple[int, int]] = {}
+_Macros = tuple[tuple[str, int], ...]
+
+
+def _largest(*parts: Callable[[], None]) -> dict[tuple[str, _Macros, str], tuple[tuple[int, int], _Macros]]:
+    """Function, macros and kernel of all that is launched, with the largest block and dynamic shared memory, and the
+    macros of the same launch on a GPU of compute capability 10.0."""
+    found: dict[tuple[str, _Macros, str], tuple[tuple[int, int], _Macros]] = {}
+    newest = replace(tuning.DEFAULT, capability=(10, 0))
+    for launch, on_newest in zip(_launches(tuning.DEFAULT, parts), _launches(newest, parts), strict=True):
+        assert launch.function == on_newest.function
+        key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
+        (block, shared_bytes), _ = found.get(key, ((0, 0), ()))
+        sizes = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
+        found[key] = sizes, tuple(sorted(on_newest.macros.items()))
+    return found
+
+
+def _launches(gpu: tuning.Gpu, parts: Sequence[Callable[[], None]]) -> list[Launch]:
+    """Return what the ops launch on a GPU."""
     no_product = mock.patch.object(gemm, "product", return_value=mock.MagicMock(row_bytes=0))
-    with recording() as recorder, no_product:
+    with recording() as recorder, no_product, tuning.assume(gpu):
         for calls in parts:
             calls()
-    for launch in recorder.launches:
-        key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
-        block, shared_bytes = found.get(key, (0, 0))
-        found[key] = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
-    return found
+    return recorder.launches
 
 
 def _matrix(rows: int, columns: int, dtype: str, misaligned: bool = False) -> Any:

@@ -89,6 +89,9 @@ class ActivationTopK(Op):
         biases = [view for view in (arrays.bias, arrays.logit_bias) if view is not None]
         macros |= {
             "INTERLEAVED": int(bool(interleaved)),
+            "MIN_BLOCKS": row_lanes.min_blocks(
+                gpu, lanes, columns, num_experts, bool(interleaved), method.logit_softcap is not None
+            ),
             "DENSE": int(dense),
             "LANES": lanes,
             "PER_LANE": columns,

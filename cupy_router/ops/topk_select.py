@@ -126,8 +126,7 @@ class TopKSelect(Op):
             ),
         }
         grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
-        takes = ("scores", "lengths", "starts", "values", "indices")
-        return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
+        return Kernel("topk_select", "topk_select", macros, grid, block, fixed)
 
 
 OP = TopKSelect()
