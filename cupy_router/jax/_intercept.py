@@ -17,7 +17,6 @@ from cupy_router.jax import _exit, _mesh
 from cupy_router.jax._ffi_targets import why_not
 from cupy_router.jax._gradients import differentiable
 from cupy_router.ops import _checks as check
-from cupy_router.ops._cached import dense_view
 from cupy_router.ops._op import NUM_VALID, Op
 
 
@@ -44,28 +43,39 @@ def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, numb
         raise RuntimeError(f"{op.label}: {obstacle}")
     if out is not None or stream is not None:
         raise ValueError(f"{op.label}: out and stream cannot be given inside jax.jit, where both are XLA's")
-    with check.named(op.label):
-        views = [None if array is None else _view(op.names[i], array) for i, array in enumerate(inputs)]
+    views: list[View | None] = []
+    given: list[int] = []
+    arrays: list[Any] = []
+    try:
+        for position, array in enumerate(inputs):
+            if array is None:
+                views.append(None)
+            elif _is_tracer(type(array)):
+                dtype = NAMES.get(array.dtype) or str(array.dtype)
+                views.append(View(op.names[position], 0, array.shape, (), dtype, NO_DEVICE, True, None))
+                given.append(position)
+                arrays.append(array)
+            else:
+                view = _view(op.names[position], array)
+                views.append(view)
+                given.append(position)
+                arrays.append(_value(view, array))
         for position in op.written:
             if views[position] is not None:
                 raise ValueError(f"{op.names[position]} cannot be written inside jax.jit, where arrays are immutable")
         op.check_inputs(options, views)
         if number >= 0:
-            check.integer("num_valid", number, 0, views[0].shape[0])  # type: ignore[union-attr]  # never left out
-        arrays = [_value(view, array) for view, array in zip(views, inputs, strict=True) if view is not None]
-    given = tuple([i for i, array in enumerate(inputs) if array is not None])
+            check.integer("num_valid", number, 0, arrays[0].shape[0])
+    except TypeError as error:
+        raise TypeError(f"{op.label}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{op.label}: {error}") from error
     _exit.in_use = True
-    lengths = [array.shape[0] if array.ndim else 1 for array in arrays]
-    has_rows = [
-        op.rows_independent and op.has_rows(op.names[i], length, lengths[0])
-        for i, length in zip(given, lengths, strict=True)
-    ]
-    return op.pack(options, _mesh.split(_part(op, options, given, number), has_rows, arrays))
+    results = _mesh.split(_part(op, options, tuple(given), number), op, given, arrays)
+    return op.packer(options)(*results)
 
 
 def _view(name: str, array: Any) -> View:
-    if _is_tracer(type(array)):
-        return dense_view(name, 0, array.shape, NAMES.get(array.dtype) or str(array.dtype), NO_DEVICE)
     framework = framework_of(name, array)
     if framework.name == "jax":
         return framework.outline(name, array)

@@ -15,10 +15,30 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cupy_router.ops._op import Op
+
 Axis = Hashable  # a name, several as a tuple, or None
 
 
-def split(function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequence[Any], mapped: bool = False) -> Any:
+def split(function: Callable[..., Any], op: Op, given: Sequence[int], arrays: Sequence[Any]) -> Any:
+    """Return `function(axis, *arrays)` as :func:`split_rows`, for the inputs of an op at these positions."""
+    if not is_in_mesh(arrays):
+        return function(None, *arrays)
+    lengths = [array.shape[0] if array.ndim else 1 for array in arrays]
+    pairs = zip(given, lengths, strict=True)
+    has_rows = [op.rows_independent and op.has_rows(op.names[i], length, lengths[0]) for i, length in pairs]
+    return split_rows(function, has_rows, arrays)
+
+
+def is_in_mesh(arrays: Sequence[Any]) -> bool:
+    """Return whether the type of an array has a mesh."""
+    empty = [jax.typeof(array).sharding.mesh.empty for array in arrays]
+    return False in empty
+
+
+def split_rows(
+    function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequence[Any], mapped: bool = False
+) -> Any:
     """Return `function(axis, *arrays)`, run on each device with its rows if the arrays are sharded over explicit axes.
 
     Args:
@@ -28,8 +48,6 @@ def split(function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequen
         mapped: called for jax.vmap, where an entry of the leading axis is a call.
     """
     shardings = [jax.typeof(array).sharding for array in arrays]
-    if all(sharding.mesh.empty for sharding in shardings):
-        return function(None, *arrays)
     mesh = next((sharding.mesh for sharding in shardings if _axes(sharding.mesh, "Explicit")), None)
     if mesh is None:
         return function(None, *varying_alike(arrays))
@@ -63,7 +81,7 @@ def _axes(mesh: Any, *types: str) -> set[Any]:
 def result_types(outputs: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequence[Any]) -> tuple[Any, ...]:
     """Return the types of results of these shapes and dtypes. Inside shard_map they vary over every mesh axis that any
     of the arrays varies over."""
-    if all(jax.typeof(array).sharding.mesh.empty for array in arrays):
+    if not is_in_mesh(arrays):
         return tuple([jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs])
 
     def results(*arrays: Any) -> list[Any]:

@@ -27,11 +27,17 @@ def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequen
     dtypes: list[Any] = [None] * len(op.inputs)
     for position, array in zip(given, arrays, strict=True):
         shapes[position], dtypes[position] = array.shape, array.dtype.name
-    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
-    for _, dtype in outputs:
-        if dtype == np.int64 and not jax.config.jax_enable_x64:
-            raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
+    outputs = _outputs(op, options, tuple(shapes), tuple(dtypes), jax.config.jax_enable_x64)
     return tuple(_call_p.bind(*arrays, name=op.name, text=text, avals=_mesh.result_types(outputs, arrays)))
+
+
+@lru_cache(maxsize=1024)
+def _outputs(op: Op, options: Any, shapes: Any, dtypes: Any, has_int64: bool) -> tuple[tuple[Any, Any], ...]:
+    """Return shapes and NumPy dtypes of the existing results."""
+    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
+    if not has_int64 and any(dtype == np.int64 for _, dtype in outputs):
+        raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
+    return tuple(outputs)
 
 
 def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:

@@ -44,7 +44,7 @@ def _batched(
     if op.vmap == "refuse":
         raise ValueError(f"{op.label}: jax.vmap cannot map over it, call it for each entry instead")
     calls = _calls_at_once(op, options, given, number, tuple(in_batched))
-    return tuple(_mesh.split(calls, in_batched, arrays, mapped=True)), (True,) * len(op.existing(options))
+    return tuple(_mesh.split_rows(calls, in_batched, arrays, mapped=True)), (True,) * len(op.existing(options))
 
 
 @lru_cache(maxsize=1024)

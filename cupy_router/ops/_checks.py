@@ -34,7 +34,7 @@ def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     if len(view.shape) != len(names):
         known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}")
-    expected = tuple([sizes.setdefault(axis, size) for axis, size in zip(names, view.shape, strict=True)])
+    expected = tuple(map(sizes.setdefault, names, view.shape))
     if view.shape != expected:
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
 

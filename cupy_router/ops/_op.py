@@ -241,25 +241,23 @@ class Op:
             return self.results
         return tuple(result for result in self.results if result.exists is None or result.exists(options))
 
-    def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[str | None]) -> tuple[Output, ...]:
+    def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Output, ...]:
         """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
 
         Sizes may be symbolic. Nothing is checked.
         """
-        sizes = dict(self.sizes(options))
+        sizes = dict(_sizes(self, options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
             if shape is not None:
                 for axis, size in zip(declared.axes, shape, strict=False):
                     sizes.setdefault(axis, size)
         sizes |= self.result_sizes(options, sizes)
-        by_name = {name: dtype for name, dtype in zip(self.names, dtypes, strict=True) if dtype is not None}
-        return tuple([
-            (
-                tuple([sizes[axis] for axis in result.axis_names]),
-                result.dtype if isinstance(result.dtype, str) else result.dtype(options, by_name),
-            )
-            for result in self.existing(options)
-        ])  # fmt: skip
+        by_name = dict(zip(self.names, dtypes, strict=True))
+        outputs = []
+        for result in self.existing(options):
+            dtype = result.dtype if isinstance(result.dtype, str) else result.dtype(options, by_name)
+            outputs.append((tuple([sizes[axis] for axis in result.axis_names]), dtype))
+        return tuple(outputs)
 
     def outputs_of(self, options: Any, views: Sequence[View | None]) -> tuple[Output, ...]:
         """Return shape and dtype of each existing result of a call with these inputs."""
@@ -269,9 +267,11 @@ class Op:
 
     def packer(self, options: Any) -> Callable[..., Any]:
         """Return a function from the existing results to what the caller gets."""
+        if not self.varies and not self.nested:
+            return self.returns  # type: ignore[no-any-return]  # a named tuple
         existing = self.existing(options)
         if existing == self.results and not self.nested:
-            return self.returns  # type: ignore[no-any-return]  # a named tuple
+            return self.returns  # type: ignore[no-any-return]
         paths = [result.path for result in existing]
 
         def field(name: str, found: Mapping[str, Any]) -> Any:
@@ -322,7 +322,7 @@ class Op:
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
         """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
-        sizes = dict(self.sizes(options))
+        sizes = dict(_sizes(self, options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
                 if declared.required:
@@ -353,6 +353,12 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
         count = {1: "one array", 2: "two arrays"}.get(len(kind._fields), f"{len(kind._fields)} arrays")
         raise TypeError(f"{path} must be a {kind.__name__} of {count}, got {type(out).__name__}")
     return zip(kind._fields, out, strict=True)
+
+
+@lru_cache(maxsize=4096)
+def _sizes(op: Op, options: Any) -> Mapping[str, int]:
+    """Return the sizes that follow from the options alone."""
+    return op.sizes(options)
 
 
 @lru_cache(maxsize=4096)
