@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The times asked for on an H100, in microseconds, and the cells in which they are measured."""
+"""Bars: the required times on an H100 in microseconds, and the cells that they are for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from benchmarks.rows import Row, select
 
-# n -> bar, warm but for the last, which does not fit into L2.
+# n -> bar. Warm, except the last, which does not fit into L2.
 ACTIVATION_TOPK = {
     256: {1: 2.0, 16: 2.05, 64: 2.15, 1024: 2.4, 8192: 6.2, 65536: 40.0},
     384: {1: 2.25, 16: 2.3, 64: 2.35, 1024: 2.6, 8192: 7.5, 65536: 52.0},
@@ -20,25 +20,25 @@ TOPK_SELECT_LONG = {  # num_rows, num_columns, k; cold
     (8, 131_072, 2048): 18.0, (256, 32_768, 2048): 38.0, (64, 262_144, 1024): 45.0, (1024, 131_072, 1024): 230.0,
     (4096, 32_768, 512): 250.0, (1, 1_048_576, 2048): 25.0,
 }  # fmt: skip
-LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))  # at most this part of float32:
-LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # and of other inputs to normal ones
+LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))
+LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # of bfloat16 to float32; of adversarial inputs to normal ones
 
-# dense_router in bfloat16 by experts: decode warm, how much more it may be cold, hash layers from x and weight.
+# dense_router in bfloat16 by number of experts: decode warm, additional time if cold, hash layers from x and weight.
 DENSE_DECODE = {256: {1: 4.0, 4: 4.2, 16: 4.9, 64: 5.8}, 384: {1: 4.9, 4: 5.2, 16: 6.2, 64: 7.5}}
 COLD_MORE = {256: 1.3, 384: 2.0}
 HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
 PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 
-JAX_MORE = 30.0  # until a jitted activation_topk is ready, more than an addition of the same size
-HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # activation_topk, for each call
+JAX_MORE = 30.0  # until the result of a jitted activation_topk is ready, minus that of an addition of the same size
+HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # each call of activation_topk
 IMPORT = 150_000.0
 METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size
 COMPILE = 300_000.0  # a method's kernel
-FIRST_CALL = 60_000.0  # kernels in the disk cache, CuPy imported, CUDA context there
+FIRST_CALL = 60_000.0  # with kernels in the disk cache, CuPy imported and a CUDA context
 
 
 def bar_16_bit(rows: Iterable[Row]) -> None:
-    """Give bfloat16 and float16 rows their bar: the float32 row of the same run, and the larger spread of the two."""
+    """Set the bar of bfloat16 and float16 rows: the time of the same float32 row plus the larger of their spreads."""
     rows = list(rows)
     for wide in rows:
         if "bar_us" not in wide or wide.get("dtype") != "float32":

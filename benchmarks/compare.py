@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became slower: `python -m benchmarks.compare old.json new.json`, or two folders of such files.
+"""Find what became slower: `python -m benchmarks.compare old.json new.json`, or two folders of such files.
 
-A row counts as slower if its time grew by more than the spread of both runs together, or if it leaves garbage that it
-did not leave before. Exit code 0: nothing became slower; 1: something did; 2: there was nothing to compare. Compare
-runs of one machine and day: the floor and the rivals, which we cannot slow down, show how much the machine itself
-differs.
+A row is slower if its time grew by more than the sum of both spreads, or if it leaves more garbage than before. Exit
+code 0: nothing became slower; 1: something did; 2: there was nothing to compare. Compare runs of one machine and day.
+The floor and the rivals do not depend on our code, so their changes show how much the machine differs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from benchmarks.rows import OURS, Row
 
 
 class Change(NamedTuple):
-    """A row of ours in both runs."""
+    """One of our rows in both runs."""
 
     old: Row
     new: Row
@@ -36,7 +35,7 @@ class Change(NamedTuple):
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[Change], list[str]]:
-    """Our rows in both runs, and how each rival changed."""
+    """Return our rows in both runs, and the median change of each rival as text."""
     before = {results.key(row): row for row in old if "us" in row}
     pairs = [Change(before[key], row) for row in new if "us" in row and (key := results.key(row)) in before]
     ratios: dict[str, list[float]] = {}
@@ -48,7 +47,7 @@ def changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[Change], list[
 
 
 def pairs_of_files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
-    """The two files, or the files of the same names in two folders."""
+    """Return the two files, or pairs of files with the same name in two folders."""
     if not old.is_dir():
         yield old, new
         return

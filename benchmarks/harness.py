@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How everything is timed.
+"""Timing of all benchmarks.
 
-GPU time: calls are captured in a CUDA graph, one after the other, and the graph is replayed right behind another
-replay, so that the GPU never waits for the host; a figure is the time of a replay divided by its calls. "warm" calls
-read the same inputs, which stay in L2; "cold" calls rotate over inputs of more than twice the L2. Host time: batches of
-calls, with the GPU idle at the start of each; the calls that are compared take turns.
+GPU time: calls are captured in a CUDA graph, one after the other. The graph is replayed directly after another replay,
+so that the GPU never waits for the host. A figure is the time of a replay divided by its calls. "warm" calls read the
+same inputs, which stay in L2. "cold" calls rotate over inputs of more than twice the size of L2.
 
-Both are taken in rounds (each with a new capture, or a new turn). The result is the median over all, and the spread is
-the larger of the interquartile range and the range of the rounds' medians.
+Host time: batches of calls, with the GPU idle at the start of each. Calls that are compared take turns.
+
+Both are measured in rounds, each with a new capture or a new turn. The result is the median of all samples. The spread
+is the larger of the interquartile range and the range of the rounds' medians.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from cupy_router import compiler
 
 
 def gpu_row(call: Call, cell: Row, by: str = OURS, *, rotation: int = 1, torch: bool = False) -> Row:
-    """A row with the time of a call on the GPU. `rotation`: how many inputs it rotates over."""
+    """Return a row with the time of a call on the GPU. `rotation`: number of inputs that it rotates over."""
     time, spread = graph_microseconds(call, rotation, torch=torch)
     return {"what": "gpu"} | cell | {"by": by, "us": round(time, 3), "spread_us": round(spread, 3)}
 
 
 def graph_microseconds(call: Call, calls: int = 1, *, torch: bool = False) -> Time:
-    """Time a call on the GPU, with at least so many calls in a graph. `torch`: PyTorch captures it, not CuPy."""
+    """Time a call on the GPU, with at least `calls` calls in a graph. `torch`: PyTorch captures it, not CuPy."""
     return results.median_and_spread(timing.graph_rounds(call, calls, torch=torch))
 
 
 def inputs(shape: tuple[int, int], dtype: str, *, cold: bool) -> list[Any]:
-    """Standard normal matrices: one, or so many that a round over them misses L2."""
+    """Return standard normal matrices: one, or if `cold` enough that a round over them misses L2."""
 
     def make() -> Any:
         return cupy.random.standard_normal(shape, dtype=cupy.float32).astype(dtype)
@@ -57,7 +58,7 @@ def inputs(shape: tuple[int, int], dtype: str, *, cold: bool) -> list[Any]:
 
 
 def host_rows(calls: Mapping[tuple[str, str], Action], cell: Row, name: str = "call") -> list[Row]:
-    """Time what calls, each under (by, name), take on the host, and count what they leave to the cycle collector."""
+    """Time calls on the host, by (by, name), and count the objects that they leave to the cycle collector."""
     rows = []
     for (by, label), rounds in timing.host_rounds(calls).items():
         median, spread = results.median_and_spread(rounds)
@@ -70,19 +71,19 @@ def host_rows(calls: Mapping[tuple[str, str], Action], cell: Row, name: str = "c
 
 
 def barred(row: Row, bar: float | None) -> Row:
-    """The row with its bar, if it has one."""
+    """Return the row with its bar, if it has one."""
     return row if bar is None else row | {"bar_us": bar}
 
 
 def check_same_choice(ours: Any, theirs: Any) -> None:
-    """ValueError unless a rival's indices, a tensor, are ours but for a few rows where rounding decides."""
+    """Check that a rival's indices, a tensor, equal ours, except in a few rows where rounding decides."""
     share = float((ours == cupy.from_dlpack(theirs.int())).all(axis=1).mean())
     if share < 0.99:
-        raise ValueError(f"chooses as we do in only {share:.1%} of the rows")
+        raise ValueError(f"selects the same experts as cupy_router in only {share:.1%} of the rows")
 
 
 def attempt(what: str, function: Action) -> Any:
-    """What the function returns; None, with the reason printed, where a rival is not installed or fails."""
+    """Return the result of the function; print the reason and return None if a rival is not installed or fails."""
     try:
         return function()
     except Exception as error:
@@ -92,20 +93,20 @@ def attempt(what: str, function: Action) -> Any:
 
 
 def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = None) -> None:
-    """Read the command line; measure, write <op>.json and print. What every script runs.
+    """Run a benchmark script: read the command line, measure, write <op>.json and print.
 
-    `measure` is told whether to be quick. `one` is for a command line that asks for one size, which is only printed.
+    `measure` gets True for a quick run. `one` serves a command line that asks for one size, which is only printed.
     """
     request = one_size.parse(one)
-    # A checkout asks before every call whether a kernel file has changed; an installed wheel, which is what users
-    # call, does not.
+    # A checkout checks before every call whether a kernel file has changed. An installed wheel, which users have, does
+    # not.
     compiler.WATCHING = False
     begin = time.perf_counter()
     warm_up()
     if one is not None and request.size is not None:
         try:
             rows = one.measure(**request.size)
-        except ValueError as error:  # a size that cannot be, in the words of the op
+        except ValueError as error:  # an impossible size, with the error of the op
             raise SystemExit(f"{op}: {error}") from error
         facts = environment()
         print(f"{one_size.table(rows)}\n{results.source(facts)}")
@@ -120,7 +121,7 @@ def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = No
 
 
 def environment() -> dict[str, Any]:
-    """The GPU, its clocks, versions, commit and date, which every file of results carries."""
+    """Return the GPU, its clocks, versions, commit and date, which every file of results contains."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
     packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "numpy")
@@ -129,7 +130,7 @@ def environment() -> dict[str, Any]:
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
-        # Where only the files are, without their history, the environment says which commit they are.
+        # COMMIT names the commit where the files have no git history.
         "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty") or "unknown",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each microsecond of an eager call from PyTorch goes, and what comes before the first call."""
+"""Time on the host of each part of an eager call from PyTorch, of imports and of the first call."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ print(time.perf_counter() - begin)
 
 
 def part_rows() -> list[Row]:
-    """The call as a whole, its parts one by one, and calls of PyTorch to compare with."""
+    """Measure the whole call, each of its parts, and calls of PyTorch for comparison."""
     import torch
 
     method = RoutingMethod(256, 6)
@@ -65,7 +65,7 @@ def part_rows() -> list[Row]:
         ("PyTorch", "torch.empty_like"): lambda: torch.empty_like(out.weights),
         ("PyTorch", "Tensor.new_empty"): lambda: logits.new_empty((64, 6)),
     }
-    # These are no public names: what has gone is left out.
+    # These are private names. A part whose name no longer exists is left out.
     for name, call in (harness.attempt("parts of the call", lambda: _inner_parts(logits, bias, out)) or {}).items():
         if harness.attempt(name[1], partial(_runs, call)):
             parts[name] = call
@@ -89,7 +89,7 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
         (OURS, "current stream"): lambda: framework.current_stream(logits),
         (OURS, "a tensor described"): lambda: framework.describe(logits, stream, []),
         (OURS, "outputs allocated"): lambda: allocate([]),
-        (OURS, "kernel files looked at (a checkout only)"): compiler.changed,
+        (OURS, "kernel files checked (checkout only)"): compiler.changed,
     }
     activation_topk(logits, RoutingMethod(256, 6), bias=bias, out=out)
     key, plan = list(_cached.calls.items())[-1]
@@ -103,11 +103,14 @@ def _inner_parts(logits: Any, bias: Any, out: Any) -> dict[tuple[str, str], Acti
 
 
 def start_rows() -> list[Row]:
-    """Importing the package, and the first call once CuPy is imported and the context is there. Kernels are cached."""
+    """Measure the import of the package, and the first call after CuPy is imported and has a context.
+
+    Kernels are in the disk cache.
+    """
     rows = []
     parts: tuple[tuple[str, str, float | None], ...] = (
         ("import cupy_router", _IMPORT, IMPORT),
-        ("its first op imported, behind NumPy", _IMPORT_OP, None),
+        ("first op imported, after NumPy", _IMPORT_OP, None),
         ("import numpy, ml_dtypes", _IMPORT_NUMPY, None),
         ("first call", _FIRST_CALL, FIRST_CALL),
     )

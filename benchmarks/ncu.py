@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Nsight Compute counts in the main cells: `python -m benchmarks.ncu`, which writes ncu.json.
+"""Count events of the main cells with Nsight Compute: `python -m benchmarks.ncu`, which writes ncu.json.
 
-Needs `ncu` and the right to read the GPU's counters. Clocks are left as they are. Durations under ncu are those of a
-kernel alone, ended and measured by itself: longer than in a graph.
+Needs `ncu` and permission to read the GPU's counters. Clocks are not changed. ncu measures each kernel alone, so
+durations are longer than in a graph.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LAUNCHES = 3
 
 
 def child(cell: str) -> None:
-    """Run a cell; ncu looks at what lies between the profiler's start and stop."""
+    """Run a cell; ncu profiles the launches between start and stop of the profiler."""
     import cupy
 
     from benchmarks import bench_activation_topk, bench_hash_router, bench_topk_select
@@ -67,21 +67,21 @@ def child(cell: str) -> None:
 
 
 def find() -> str | None:
-    """ncu, on PATH or where its installer puts it."""
+    """Return the path of ncu, from PATH or from where its installer puts it."""
     places = [shutil.which("ncu"), *sorted(glob.glob("/opt/nvidia/nsight-compute/*/ncu"), reverse=True)]
     places += sorted(glob.glob("/usr/local/cuda*/bin/ncu"), reverse=True)
     return next((place for place in places if place), None)
 
 
 def parse(text: str) -> dict[str, float]:
-    """The median over launches of each metric, from `ncu --csv --page raw`."""
+    """Return the median over launches of each metric, from the output of `ncu --csv --page raw`."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         raise ValueError("ncu counted nothing:\n" + "\n".join(lines[-8:]))
     launches = [
         line for line in csv.DictReader(lines[start:]) if line["ID"].isdigit()
-    ]  # the line after the heads: units
+    ]  # the line after the header has units
     figures = {}
     for name, metric in METRICS.items():
         values = [float(line[metric].replace(",", "")) for line in launches if line.get(metric, "n/a") != "n/a"]
@@ -91,7 +91,7 @@ def parse(text: str) -> dict[str, float]:
 
 
 def count(ncu: str, cell: str) -> Row:
-    """Run a cell under ncu."""
+    """Run a cell under ncu, and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.csv"
         command = [ncu, "--clock-control", "none", "--cache-control", CELLS[cell][2], "--profile-from-start", "off"]
@@ -107,7 +107,7 @@ def count(ncu: str, cell: str) -> Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
-    parser.add_argument("--child", choices=CELLS, help="run one cell, as ncu is made to")
+    parser.add_argument("--child", choices=CELLS, help="run one cell, for ncu")
     options = parser.parse_args(arguments)
     if options.child:
         child(options.child)

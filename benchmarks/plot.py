@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plot per op, docs/<op>.svg, from the results: `python -m benchmarks.plot`."""
+"""Plot the results of each op to docs/<op>.svg: `python -m benchmarks.plot`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 class Panel(NamedTuple):
-    """Time over one quantity, the others fixed."""
+    """Part of a plot: time over one quantity, the others fixed."""
 
     over: str
     fixed: dict[str, Any]
@@ -64,7 +64,7 @@ PANELS = {
 
 
 def curves(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
-    """The points of each line of a panel."""
+    """Return the points of each line of a panel."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in select(rows, **_NORMAL, **panel.fixed):
         lines.setdefault(row["by"], []).append((row[panel.over], row["us"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users have without us: the ops written in plain PyTorch, eager or compiled. Needs nothing but PyTorch."""
+"""The ops written in plain PyTorch, eager or compiled, for comparison. Needs only PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 
 def router(logits: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
-    """activation_topk, as models are written: softplus, sqrt, add, topk, gather, sum, div, mul."""
+    """Compute activation_topk as models do: softplus, sqrt, add, topk, gather, sum, div, mul."""
     scores = softplus(logits).sqrt()
     indices = (scores + bias).topk(k, dim=-1).indices
     weights = scores.gather(1, indices)
@@ -18,16 +18,16 @@ def router(logits: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
 
 
 def gate_and_router(x: Any, weight: Any, bias: Any, k: int, scale: float) -> tuple[Any, Any]:
-    """dense_router: the product of 16-bit factors comes as float32 where cuBLAS is asked for that."""
+    """Compute dense_router, with a GEMM of 16-bit inputs and float32 output on CUDA."""
     return router(
         torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float().T, bias, k, scale
     )
 
 
 def router_gradient(logits: Any, bias: Any, k: int, scale: float, upstream: Any) -> Any:
-    """A function that goes back through :func:`router`, from the gradient of the weights to that of the logits.
+    """Return a function that runs the backward pass of :func:`router` and returns the gradient of the logits.
 
-    Autograd runs where the way forward ran, so that has to be made again for each stream, as for that of a capture.
+    Autograd uses the stream of the forward pass, so there is one forward pass for each stream, also for a capture.
     """
     logits = logits.detach().requires_grad_()
     weights: dict[Any, Any] = {}
@@ -42,24 +42,24 @@ def router_gradient(logits: Any, bias: Any, k: int, scale: float, upstream: Any)
 
 
 def hash_layer(token_ids: Any, table: Any, logits: Any, scale: float) -> tuple[Any, Any]:
-    """hash_router with logits. `table` is int64, as `gather` wants it."""
+    """Compute hash_router with logits. `table` is int64, as `gather` requires."""
     indices = table[token_ids]
     weights = softplus(logits.gather(1, indices)).sqrt()
     return weights / weights.sum(dim=-1, keepdim=True) * scale, indices
 
 
 def hash_layer_products(token_ids: Any, table: Any, x: Any, weight: Any, scale: float) -> tuple[Any, Any]:
-    """hash_router with x and weight: cuBLAS computes all products, of which a few are needed."""
+    """Compute hash_router with x and weight. cuBLAS computes all dot products, also those that are not needed."""
     return hash_layer(token_ids, table, torch.mm(x, weight.T).float(), scale)
 
 
 def compiled(function: Any) -> Any:
-    """torch.compile, for the shapes of its arguments alone."""
+    """Compile a function for each set of shapes."""
     return torch.compile(function, dynamic=False)
 
 
 def tensor(array: Any) -> Any:
-    """A CuPy array as a tensor on the same memory; bfloat16 goes as its bits."""
+    """Return a CuPy array as a tensor on the same memory; bfloat16 is passed as its bits."""
     if str(array.dtype) == "bfloat16":
         return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
     return torch.from_dlpack(array)

@@ -41,10 +41,10 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
     """A rough model of what differs between tilings: reading the factors, reading the partial sums, routing."""
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(num_experts)
     tokens = min(tiling.tokens, num_tokens)
-    block = -(-hidden // (32 * tiling.slices)) * 32 * itemsize * (tiling.experts_per_block + tokens)
-    read = block * -(-groups * tiles * tiling.slices // GPU.multiprocessors) / _READ_BY_ALL
+    block = -(-hidden // (32 * tiling.parts)) * 32 * itemsize * (tiling.experts_per_block + tokens)
+    read = block * -(-groups * tiles * tiling.parts // GPU.multiprocessors) / _READ_BY_ALL
     routed = min(tiling.share or tokens, tokens)
-    partials = tiling.slices * tiles * tiling.experts_per_block * routed * 4 / _READ_ALONE
+    partials = tiling.parts * tiles * tiling.experts_per_block * routed * 4 / _READ_ALONE
     return read + partials + _ROUTING + _ROUTING_TOKEN * routed + (_LOOKING if tiling.share else 0.0)
 
 
@@ -56,8 +56,8 @@ def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[T
         for warps, experts_per_warp in ((8, 2), (4, 4), (8, 1)):
             experts = warps * experts_per_warp
             for blocks in (GPU.multiprocessors, 2 * GPU.multiprocessors):
-                slices = max(1, blocks // -(-num_experts // experts))
-                found.append(Tiling(num_tokens, slices, experts, experts_per_warp, warps, 0, False))
+                parts = max(1, blocks // -(-num_experts // experts))
+                found.append(Tiling(num_tokens, parts, experts, experts_per_warp, warps, 0, False))
     candidates = set(_candidates(num_tokens, num_experts)) - set(found)
     ranked = sorted(candidates, key=lambda t: nanoseconds(t, num_tokens, num_experts, hidden, 2))
     kinds: dict[tuple[int, int, int], list[Tiling]] = {}
@@ -75,13 +75,13 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
             tiles = -(-num_experts // experts)
             for share in shares:
                 for blocks in (GPU.multiprocessors // 2, GPU.multiprocessors, 2 * GPU.multiprocessors):
-                    slices = blocks // (groups * tiles)
+                    parts = blocks // (groups * tiles)
                     for warps in (4, 8, 16):
                         for experts_per_warp in (16, 32):
                             along = experts // experts_per_warp
-                            if not 1 <= slices <= 32 or along == 0 or warps % along:
+                            if not 1 <= parts <= 32 or along == 0 or warps % along:
                                 continue
-                            tiling = Tiling(tokens, slices, experts, experts_per_warp, warps, share)
+                            tiling = Tiling(tokens, parts, experts, experts_per_warp, warps, share)
                             if tiling.shared_bytes(num_experts) <= 46 * 1024 and (share or tokens <= 16):
                                 yield tiling
 
@@ -177,15 +177,15 @@ def main() -> None:
         if case is None or (case.method, case.num_tokens, case.hidden) != (method, n, hidden):
             case = Case(method, n, hidden)
             rows = []
-            print(f"\nE {method.num_experts}  H {hidden}  n {n}   (> is the choice of the plan)")
-            print("    warm   cold spread blocks   est tokens slices experts/block /warp warps share  product")
+            print(f"\nE {method.num_experts}  H {hidden}  n {n}   (> marks the tiling that is used)")
+            print("    warm   cold spread blocks   est tokens  parts experts/block /warp warps share  product")
         t, mark = tiling, ">" if not rows else " "
         try:
             m = case.measure(tiling)
             estimate = nanoseconds(t, n, method.num_experts, hidden, 2) / 1000
             text = (
                 f"{mark} {m['us']:6.2f} {m['cold']:6.2f} {m['spread']:6.2f} {m['blocks']:6} {estimate:5.2f}"
-                f" {t.tokens:6} {t.slices:6} {t.experts_per_block:13} {t.experts_per_warp:5} {t.warps:5} {t.share:5}"
+                f" {t.tokens:6} {t.parts:6} {t.experts_per_block:13} {t.experts_per_warp:5} {t.warps:5} {t.share:5}"
                 f"  {'mma' if t.tensor_cores else 'fma'}  {m['ok']}"
             )
             rows.append((m["us"], text))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in Markdown files, generated from the results: `python -m benchmarks.table`, never typed.
+"""Generate the tables in Markdown files from the results: `python -m benchmarks.table`.
 
-A table stands between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. `--check` writes nothing and exits
-with 1 if a file does not hold what the results say.
+A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. `--check` writes nothing and exits with
+1 if a file does not match the results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAIN: list[dict[str, Any]] = [
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
-NARROW = 1024  # columns that a warp holds
+NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
 Files = dict[str, dict[str, Any]]  # name of the file without .json -> its content
@@ -52,12 +52,12 @@ def _ops(files: Files) -> list[Row]:
 
 
 def sources(files: Files, *names: str) -> str:
-    """The runs that these files are from, each once."""
+    """Return the runs that produced these files, each once."""
     return "; ".join(dict.fromkeys(results.source(files[name]["environment"]) for name in names if name in files)) + "."
 
 
 def speed(files: Files) -> str:
-    """Time on the GPU and on the host beside floor and rivals, for users."""
+    """Return the table for users: time on the GPU and on the host, with the floor and the rivals."""
     blocks = []
     for cell in MAIN:
         rows = select(_ops(files), what="gpu", dtype="float32", data=None, **cell)
@@ -79,12 +79,12 @@ def speed(files: Files) -> str:
         blocks.append(markdown_table(["eager call, time on the host", "us"], lines))
     if not blocks:
         return NONE
-    head = "Microseconds, float32. Time on the GPU by graph replay; warm, but for n = 65536 and where it says cold."
+    head = "Microseconds, float32. Time on the GPU by graph replay; warm, except n = 65536 and tables marked cold."
     return "\n\n".join([head, *blocks, sources(files, *OPS)])
 
 
 def _long_rows(files: Files) -> list[str]:
-    """topk_select on rows that no warp holds: a line for each shape."""
+    """Return the table of topk_select on rows that are too long for a warp, with a line for each shape."""
     rows = select(_rows(files, "topk_select"), what="gpu", dtype="float32", cache="cold", data=None)
     shapes = dict.fromkeys((row["n"], row["E"], row["k"]) for row in rows if row["E"] > NARROW)
     times = {(row["n"], row["E"], row["k"], row["by"]): microseconds(row["us"]) for row in rows}
@@ -102,7 +102,7 @@ def _call(row: Row) -> str:
 
 
 def bars(files: Files) -> str:
-    """Every cell that has a bar, measured beside it; bold where it is missed."""
+    """Return the cells that have a bar, with the measured time; bold if it misses the bar."""
     barred = [row for row in _rows(files, *OPS, "dense_router", "host_profile") if "bar_us" in row]
     lines: dict[str, dict[int, Row]] = {}
     for row in select(barred, what="gpu"):
@@ -113,16 +113,16 @@ def bars(files: Files) -> str:
     if lines:
         heads = ["on the GPU: measured (bar), us", *(f"n = {n}" for n in sizes)]
         blocks.append(
-            markdown_table(heads, [[name, *map(_held, map(cells.get, sizes))] for name, cells in lines.items()])
+            markdown_table(heads, [[name, *map(_against_bar, map(cells.get, sizes))] for name, cells in lines.items()])
         )
     if calls := select(barred, what="host"):
         blocks.append(
-            markdown_table(["on the host", "measured (bar), us"], [[_call(row), _held(row)] for row in calls])
+            markdown_table(["on the host", "measured (bar), us"], [[_call(row), _against_bar(row)] for row in calls])
         )
     return "\n\n".join([*blocks, sources(files, *OPS, "dense_router", "host_profile")]) if blocks else NONE
 
 
-def _held(row: Row | None) -> str:
+def _against_bar(row: Row | None) -> str:
     if row is None:
         return ""
     measured = microseconds(row["us"])
@@ -130,7 +130,7 @@ def _held(row: Row | None) -> str:
 
 
 def methods(files: Files) -> str:
-    """Every preset beside plain sqrt(softplus) of its size, and what its kernel takes to compile."""
+    """Return the time of every preset, of plain sqrt(softplus) of the same size, and of compiling its kernel."""
     rows = _rows(files, "methods", "compile_methods")
     compiles = {row["part"].removeprefix("compile "): row for row in rows if "part" in row}
     lines = []
@@ -158,7 +158,7 @@ def methods(files: Files) -> str:
 
 
 def cliffs(files: Files) -> str:
-    """Each size of the sweeps against the next smaller one, in time."""
+    """Return the largest ratios between the times of adjacent sizes in the sweeps."""
     lines = []
     for op, over, fixed in (
         ("activation_topk", "E", {"k": 6}),
@@ -184,7 +184,7 @@ def cliffs(files: Files) -> str:
 
 
 def host(files: Files) -> str:
-    """Where each microsecond of a call goes, before and after: host_profile_before.json and host_profile.json."""
+    """Return the time on the host of each part of a call: host_profile_before.json and host_profile.json."""
     before, after = (
         {row["part"]: row for row in _rows(files, name)} for name in ("host_profile_before", "host_profile")
     )
@@ -196,7 +196,7 @@ def host(files: Files) -> str:
 
 
 def counters(files: Files) -> str:
-    """What ncu counted."""
+    """Return the counters that ncu read."""
     rows = _rows(files, "ncu")
     if not rows:
         return NONE
@@ -218,7 +218,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
 
 
 def filled(text: str, files: Files) -> str:
-    """The text of a Markdown file with its tables as the results have them."""
+    """Return the text of a Markdown file with its tables replaced by current ones."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         block = f"{begin}\n\n{table(files)}\n\n{end}"

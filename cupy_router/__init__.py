@@ -42,7 +42,7 @@ __all__ = [
     "topk_select",
 ]
 
-# Each name is imported from its module when it is first used, so that `import cupy_router` costs next to nothing.
+# Each name is imported from its module at its first use, so that `import cupy_router` takes almost no time.
 _MODULES = {
     "Routing": "results",
     "TopK": "results",
@@ -63,14 +63,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
-    if "torch" in sys.modules:  # then the first call may be one that torch.compile traces
-        with suppress(ImportError, AttributeError):  # of a torch that is unusable; the first tensor brings the error
+    if "torch" in sys.modules:  # torch.compile may trace the first call
+        with suppress(ImportError, AttributeError):  # an unusable torch; the first tensor raises the error
             _load_package("torch")
     return value
 
 
 def _load_package(framework: str) -> None:
-    """Load the package that teaches a framework the ops."""
+    """Load the package that registers the ops with a framework."""
     if framework in ("torch", "jax"):
         importlib.import_module(f"{__name__}.{framework}")
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks by which upper layers hear of lower ones; imports nothing."""
+"""Callbacks that lower layers call and upper layers register; imports nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Called with the name of a framework when the first array of one of its types is seen.
+# Called with the name of a framework when an array of a new type of it is first seen.
 on_first_array: list[Callable[[str], None]] = []

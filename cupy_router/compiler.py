@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
 
-A kernel's text is expanded first: `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
-errors point at `kernels/device/types.cuh(line)`, and constants get their values. So headers and constants are part of
-the text, the text is the key of CuPy's disk cache, and a second process loads what the first compiled.
+A kernel's text is expanded first. `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
+errors point at `kernels/device/types.cuh(line)`. Constants get their values. So the text contains headers and
+constants. It is the key of CuPy's disk cache, from which other processes load the compiled kernel.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Backend(Protocol):
     compiled: bool  # by the last `build`; False: it found the machine code in a cache
 
     def build(self, source: str, function: str, device: int) -> int:
-        """Compile the text and return a handle of the function; CompileError with file and line if it is wrong."""
+        """Compile the text and return a handle of the function; CompileError with file and line if that fails."""
 
     def shared_limit(self, device: int) -> int:
-        """How many bytes of shared memory a block may have there if it opts in."""
+        """Return the bytes of shared memory that a block may have on the device if it opts in."""
 
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
         """Opt in to more than 48 KB of dynamic shared memory; ValueError if the device has less."""
 
     def use(self, device: int) -> int | None:
-        """Make the device current in this thread; the device to go back to, or None."""
+        """Make the device current in this thread, and return the device to restore, or None."""
 
     def launch(  # as cuLaunchKernel
         self,
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
 
 class _CompilerLog:
-    """File that notes whether anything is written, even an empty text."""
+    """File that records whether anything was written, even an empty text."""
 
     written = False
 
@@ -136,7 +136,7 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def backend(kind: str) -> Backend | None:
-    """The backend of a kind of device; None if kernels do not run there (CPU memory, outside the tests)."""
+    """Return the backend of a kind of device; None if it runs no kernels (CPU memory, except in tests)."""
     found = BACKENDS.get(kind)
     if found is None and kind == "cuda":
         found = BACKENDS[kind] = CudaBackend()
@@ -145,7 +145,7 @@ def backend(kind: str) -> Backend | None:
 
 @cache
 def why_no_cuda() -> str | None:
-    """Why CUDA kernels cannot run here, with the remedy; None if they can."""
+    """Return the reason why CUDA kernels cannot run, with the remedy; None if they can."""
     install = "install cupy-router[cuda12] or cupy-router[cuda13]"
     try:
         import cupy
@@ -165,7 +165,7 @@ def why_no_cuda() -> str | None:
 
 
 def require_cuda() -> ModuleType:
-    """CuPy, once it is known to work; RuntimeError with the remedy otherwise."""
+    """Return the module CuPy; RuntimeError with the remedy if it does not work."""
     reason = why_no_cuda()
     if reason is not None:
         raise RuntimeError(f"CUDA arrays need CuPy, NVRTC and a driver: {reason}")
@@ -178,7 +178,7 @@ def require_cuda() -> ModuleType:
 
 
 def kernel_folders() -> list[Path]:
-    """Folders in which a kernel file is looked for: CUPY_ROUTER_KERNELS, then the package's or the checkout's own.
+    """Return the folders to search for a kernel file: CUPY_ROUTER_KERNELS, then that of the package or the checkout.
 
     All have the same paths, such as `topk_select.cu` and `device/types.cuh`.
     """
@@ -190,7 +190,7 @@ _reported: set[str] = set()
 
 
 def _report_override(override: Path) -> None:
-    """Warn, once, of a folder that does not exist and of files in it that no kernel reads."""
+    """Warn once if the folder does not exist, and of each file in it that no kernel reads."""
     if not override.is_dir():
         problems = [f"there is no folder {override}"]
     else:
@@ -215,8 +215,8 @@ _PACKAGE = Path(__file__).parent
 _INSTALLED = (_PACKAGE / "kernels").is_dir()
 _OWN = _PACKAGE / "kernels" if _INSTALLED else _PACKAGE.parent / "kernels"
 
-# Kernel files of an installed wheel do not change; those of a checkout or of CUPY_ROUTER_KERNELS may, while a process
-# runs.
+# While a process runs, kernel files of a checkout or of CUPY_ROUTER_KERNELS may change; those of an installed wheel do
+# not.
 WATCHING = not _INSTALLED or "CUPY_ROUTER_KERNELS" in os.environ
 
 _watch = Watch()
@@ -225,7 +225,10 @@ _lock = threading.RLock()
 
 
 def changed() -> bool:
-    """Whether a kernel file that was read has changed; then all that was compiled is forgotten. Asked if WATCHING."""
+    """Return whether a kernel file has changed since it was read, and if so, forget all compiled functions.
+
+    Callers ask only if WATCHING.
+    """
     global _watched_override
     override = os.environ.get("CUPY_ROUTER_KERNELS")
     if override == _watched_override and not _watch.changed():
@@ -239,7 +242,7 @@ def changed() -> bool:
 
 
 def _read(name: str) -> tuple[str, Path]:
-    """The text of a kernel file and where it lies, and from now on a watch on every place where it could appear."""
+    """Return the text and the path of a kernel file, and watch every path at which it could appear."""
     for folder in kernel_folders():
         path = folder / name
         _watch.add(path)
@@ -267,9 +270,9 @@ _texts: dict[tuple[str, Headers], str] = {}
 
 
 def expand(kernel: str, macros: Macros | Mapping[str, int] = (), headers: Headers = ()) -> str:
-    """The text of kernels/<kernel>.cu with its headers and the values of its constants: all that a compiler needs.
+    """Return the text of kernels/<kernel>.cu with its headers and the values of its constants, complete for a compiler.
 
-    `headers` are texts that take the place of kernel files. CompileError for a constant that no file declares.
+    `headers` are texts that replace kernel files. CompileError for a constant that no file declares.
     """
     with _lock:
         text = _texts.get((kernel, headers))
@@ -290,7 +293,7 @@ kernel_log.listeners.append(kernel_dump.dump_if_asked)
 
 
 def signature(kernel: str, function: str) -> Signature:
-    """The parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
+    """Return the parameters of `extern "C" __global__ void function(...)` in kernels/<kernel>.cu."""
     found = signature_in(expand(kernel), function)
     if found is None:
         raise CompileError(f'kernels/{kernel}.cu has no extern "C" __global__ void {function}(...)')
@@ -317,7 +320,7 @@ def compile(
     device: tuple[str, int],
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Function:
-    """The function of kernels/<kernel>.cu for these macros and headers on this device, compiled once per process."""
+    """Return the function of kernels/<kernel>.cu for these macros, headers and device, compiled once per process."""
     key = (kernel, function, tuple(sorted(macros.items())), tuple(sorted(headers.items())), *device)
     found = _functions.get(key)
     if found is not None:

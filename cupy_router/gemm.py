@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate GEMM by cuBLAS; knows nothing of routing.
 
-cuBLAS is the one that CuPy finds, called through ctypes: CuPy wraps no `cublasSetWorkspace`, without which captures
-allocate and streams share a workspace, and refuses to call cuBLAS while a stream is captured. For CPU memory NumPy
-multiplies.
+The cuBLAS that CuPy finds is called through ctypes, for two reasons. CuPy does not wrap `cublasSetWorkspace`, without
+which captures allocate and streams share a workspace. And it refuses to call cuBLAS while a stream is captured. For CPU
+memory NumPy multiplies.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Product(Protocol):
     """out[r, c] = sum over h of x[r, h] * weight[c, h], accumulated and kept in float32, `out` dense."""
 
     lock: Any  # held while a product and what reads it are enqueued: threads on one stream share its buffers
-    row_bytes: int  # of scratch memory that each row of x takes
+    row_bytes: int  # scratch memory for each row of x
 
     def prepare(self, stream: int, weight: int) -> int:
-        """The address of the weight as :meth:`multiply` takes it."""
+        """Return the address of the weight, converted if necessary, for :meth:`multiply`."""
 
     def multiply(self, stream: int, x: int, weight: int, out: int, num_rows: int) -> None:
         """Enqueue the product of `num_rows` rows of x."""
 
 
 def product(device: tuple[str, int], x: Matrix, weight: Matrix) -> Product:
-    """Return the product of rows like x with a weight; on CUDA only where :func:`why_not` returns None."""
+    """Return the product of matrices like x and a weight; on CUDA only where :func:`why_not` returns None."""
     return CudaProduct(device, x, weight) if device[0] == "cuda" else HostProduct(x, weight)
 
 
@@ -161,7 +161,7 @@ class _Context:
     def bind(self, device: tuple[str, int], stream: int, workspace_bytes: int) -> None:
         workspace = scratch.buffer(device, stream, "cuBLAS", workspace_bytes)
         if self._bound != (stream, workspace):
-            self.check(self.library.cublasSetStream_v2(self.handle, stream))  # takes any workspace away
+            self.check(self.library.cublasSetStream_v2(self.handle, stream))  # also resets the workspace
             self.check(self.library.cublasSetWorkspace_v2(self.handle, workspace, workspace_bytes))
             self._bound = (stream, workspace)
 
@@ -185,7 +185,7 @@ def _context(index: int) -> _Context:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Return the library that CuPy uses: importing CuPy's wrapper finds and loads it."""
+    """Return the library that CuPy uses. Importing CuPy's wrapper finds and loads it."""
     import cupy
 
     _ = importlib.import_module("cupy_backends.cuda.libs").cublas

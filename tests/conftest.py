@@ -48,8 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
 # -- Selection ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests of other backends, and slow tests unless they are asked for."""
+    """Deselect, among what -k and -m selected, tests of other backends, and slow tests unless they are asked for."""
     backend, cases = config.getoption("--backend"), Counter[tuple[str, str]]()
     everything = config.getoption("--all") or backend != "reference"
     only_slow = config.getoption("--only-slow")

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from cupy_router.ops._cached import Kernel, launch_with
-from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Options, Result, layer, row
+from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Result, layer, row
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
 
@@ -98,6 +99,9 @@ class TallyOp(Op):
     nested: ClassVar[dict[str, Any]] = {"layout": Layout}
     rows_independent = False
     vmap = "loop"
+
+    def example(self) -> TallyOptions:
+        return TallyOptions(3, 5, True)
 
     def sizes(self, options: TallyOptions) -> dict[str, int]:
         return {"num_experts": options.num_experts}

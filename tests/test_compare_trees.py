@@ -86,6 +86,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
     return run
 
 
+@pytest.mark.slow("process")
 @pytest.mark.parametrize(
     ("us", "code", "verdicts"),
     [
@@ -111,6 +112,7 @@ def test_a_verdict_for_each_row(
     assert f"{verdicts.count('slower')} of 2 rows became slower; turns of each tree: 5 host, 3 gpu" in printed
 
 
+@pytest.mark.slow("process")
 def test_the_file_says_what_was_timed_where(compared: Any) -> None:
     environment = compared(Runner())[1]["environment"]
     assert environment.items() >= ENVIRONMENT.items()
@@ -120,6 +122,7 @@ def test_the_file_says_what_was_timed_where(compared: Any) -> None:
     assert environment["remarks"] == []
 
 
+@pytest.mark.slow("process")
 def test_a_copy_within_a_checkout_has_no_commit_of_its_own(tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
@@ -131,6 +134,7 @@ def test_a_copy_within_a_checkout_has_no_commit_of_its_own(tmp_path: Path) -> No
     assert compare_trees.facts(inner)["sha256"] != compare_trees.facts(outer)["sha256"]
 
 
+@pytest.mark.slow("process")
 def test_more_garbage_is_slower(compared: Any) -> None:
     def run(tree: Tree, kind: str, quick: bool) -> Turn:
         found = made_up(kind, 2.0)
@@ -141,6 +145,7 @@ def test_more_garbage_is_slower(compared: Any) -> None:
     assert compared(run)[0] == 1
 
 
+@pytest.mark.slow("process")
 def test_turns_that_differ_widen_the_spread(compared: Any) -> None:
     host = iter([2.0, 2.2, 2.1, 2.0, 2.0, 2.2, 2.1, 2.0, 2.0, 2.2])  # old, new, old, new and so on
     code, content = compared(lambda tree, kind, quick: made_up(kind, next(host, 2.0)))
@@ -152,6 +157,7 @@ def test_turns_that_differ_widen_the_spread(compared: Any) -> None:
     assert (code, new["verdict"]) == (0, "same")
 
 
+@pytest.mark.slow("process")
 def test_rows_of_one_tree_alone_are_named(compared: Any) -> None:
     def run(tree: Tree, kind: str, quick: bool) -> Turn:
         return made_up(kind, 2.0) | ({"rows": []} if (tree.name, kind) == ("new", "gpu") else {})

@@ -220,6 +220,7 @@ def test_every_stream_sees_every_case_before_memory_is_read(monkeypatch: pytest.
     assert len(seen) == 2 * 3 * 200
 
 
+@pytest.mark.slow("seconds", every=2)
 @pytest.mark.parametrize("turn", [5, 50])
 def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
     """One wrong bit of one result of one call is found."""
@@ -237,6 +238,7 @@ def test_a_soak_finds_a_difference(monkeypatch: pytest.MonkeyPatch, turn: int) -
     assert (figures["different_bytes"], figures["ok"]) == (1, False)
 
 
+@pytest.mark.slow("seconds")
 def test_a_soak_reports_errors_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = soak.Soak(soak.Host(), FEW, threads=2, streams=2, calls=5)
     monkeypatch.setattr(ours, "ops", [lambda **_: 1 / 0] * len(FEW))

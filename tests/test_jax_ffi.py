@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[XLA, tuple[Any, ...], dict[str, Any], str]] = {
     "another attribute": (XLA(), GOOD, {"attribute_type": 3}, "needs the attribute 'call'"),
     "no text": (XLA(), (*GOOD[:2], {"call": "?"}), {}, "Expecting value"),
     "missing buffers": (XLA(), (*GOOD[:2], call(METHOD, 0, 1)), {}, "activation_topk got 3 buffers from XLA, not"),
-    "another dtype": (XLA(), ([LOGITS.astype(np.float64)], *GOOD[1:]), {}, "logits must be float32.*got XLA type 12"),
+    "another dtype": (XLA(), ([LOGITS.astype(np.float64)], *GOOD[1:]), {}, "logits must be float32.*got float64"),
     "another shape": (XLA(), ([LOGITS[:, 1:].copy()], *GOOD[1:]), {}, r"logits must have shape .* = \[6, 16\]"),
     "results of another shape": (
         XLA(),
@@ -251,7 +251,8 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     lines += [f"static_assert(XLA_FFI_CallFrame_STRUCT_SIZE == {_ffi._FRAME_BYTES});"]
     lines += [f"static_assert(XLA_FFI_Api_STRUCT_SIZE >= {ctypes.sizeof(_ffi._Table)});"]
     lines += ["static_assert(XLA_FFI_ExecutionStage_EXECUTE == 3 && XLA_FFI_AttrType_STRING == 4);"]
-    names = {3: "S16", 4: "S32", 5: "S64", 6: "U8", 7: "U16", 10: "F16", 11: "F32", 16: "BF16"}
+    names = {1: "PRED", 2: "S8", 3: "S16", 4: "S32", 5: "S64", 6: "U8", 7: "U16", 8: "U32", 9: "U64", 10: "F16"}
+    names |= {11: "F32", 12: "F64", 15: "C64", 16: "BF16", 18: "C128", 19: "F8E5M2", 20: "F8E4M3FN"}
     assert sorted(names) == sorted(_ffi.DTYPES)
     lines += [f"static_assert(XLA_FFI_DataType_{name} == {code});" for code, name in names.items()]
     source = tmp_path / "layout.cpp"

@@ -13,8 +13,8 @@ import pytest
 
 from cupy_router import RoutingMethod, compiler, declarations
 from cupy_router.ops._method import method_arguments, method_macros
-from tests.recorder import Recorder, declared, recording
 from tests.methods import METHODS
+from tests.recorder import Recorder, declared, recording
 
 KERNELS = sorted(compiler.kernel_folders()[-1].glob("*.cu"))
 KERNEL = 'SPECIALISED int A = 0;\nSPECIALISED int B = 0;\nextern "C" __global__ void kernel(int n) {}\n'

@@ -15,7 +15,7 @@ import pytest
 from cupy_router import RoutingMethod, compiler
 from cupy_router.ops import registry
 from cupy_router.ops._method import MethodOptions
-from cupy_router.ops._op import Options
+from cupy_router.ops._options import Options
 from cupy_router.ops.registry import OPS
 from tests.backends import Backend
 from tests.tally import OP, SOURCE, Layout, Tally, TallyOptions, tally

@@ -18,7 +18,7 @@ def test_every_op_has_a_sample() -> None:
     assert samples().keys() == OPS.keys() | BY_HAND
 
 
-@pytest.mark.slow("seconds", every=9)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", sorted(OPS.keys() | BY_HAND))
 def test_opcheck(name: str) -> None:
     for given in samples()[name]:

@@ -197,6 +197,16 @@ def test_objects_that_a_graph_cannot_hold_are_refused(name: str) -> None:
             torch.compile(call, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.slow("seconds")
+def test_an_option_that_torch_compile_takes_for_symbolic() -> None:
+    torch.compiler.reset()
+    x = torch.from_numpy(inputs.normal((5, 8), seed=90))
+    compiled = torch.compile(lambda x, k: topk_select(x, k), fullgraph=True, dynamic=True, backend="aot_eager")
+    for k in (3, 4, 3):
+        for got, want in zip(compiled(x, k), topk_select(x, k), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_equal_methods_share_a_text_and_routers_share_no_key() -> None:
     assert METHOD.text == RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5).text
     assert METHOD.text != RoutingMethod(16, 4, scale=1.5).text
@@ -245,9 +255,9 @@ def test_tensor_wrappers_are_refused_by_name() -> None:
     with FakeTensorMode():
         fake = torch.empty(3, 16)
         assert topk_select(fake, 2).indices.shape == (3, 2)  # within the mode it is an op like any other
-    with pytest.raises(ValueError, match="logits must be a tensor with memory of its own, got a FakeTensor"):
+    with pytest.raises(ValueError, match="logits must be a tensor with its own memory, got a FakeTensor"):
         activation_topk(fake, METHOD)
-    with pytest.raises(ValueError, match="bias must be a tensor with memory of its own, got a FakeTensor"):
+    with pytest.raises(ValueError, match="bias must be a tensor with its own memory, got a FakeTensor"):
         activation_topk(torch.empty(3, 16), METHOD, bias=fake[0])
 
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from cupy_router.torch import _product, replace_routers, restore_routers  # noqa: E402
+from cupy_router.torch import _gate_gemm, replace_routers, restore_routers  # noqa: E402
 from cupy_router.torch._swapped import Swapped  # noqa: E402
 from tests import moe_configs, moe_models  # noqa: E402
 from tests.gpu.test_replace_routers_gpu import FAMILIES  # noqa: E402
@@ -122,13 +122,13 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_of_the_product(dtype: str) -> None:
-    """What `gate_product` does on CUDA with 16-bit floats, by the products of its way back."""
+def test_gradients_of_the_gate_gemm(dtype: str) -> None:
+    """What `gate_gemm` does on CUDA with 16-bit floats, by the products of its way back."""
     x, weight = (torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for shape in ((7, 12), (5, 12)))
     grad = torch.randn(7, 5)
     want = torch.autograd.grad(torch.nn.functional.linear(x.float(), weight.float()), (x, weight), grad)
     with torch.autocast("cpu", torch.bfloat16):
-        got = _product.product_gradients(x.detach(), weight.detach(), grad, (True, True))
+        got = _gate_gemm.gate_gemm_gradients(x.detach(), weight.detach(), grad, (True, True))
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert _product.product_gradients(x, weight, grad, (False, False)) == (None, None)
+    assert _gate_gemm.gate_gemm_gradients(x, weight, grad, (False, False)) == (None, None)

@@ -10,11 +10,13 @@ import torch
 
 from cupy_router import Router, RoutingMethod, activation_topk
 from cupy_router.ops._method import MethodOptions
+from cupy_router.ops._op import Op
 from cupy_router.ops.activation_topk_backward import BackwardOptions
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.ops.hash_router import HashOptions
+from cupy_router.ops.registry import OPS
 from cupy_router.ops.topk_select import TopKOptions
-from tests import inputs
+from tests import declared, inputs
 from tests.methods import METHODS
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
@@ -43,7 +45,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     padded[3:] = -1
     gated, hashed = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
     _KEPT.extend((gated, hashed))
-    return {
+    by_hand: dict[str, list[tuple[Any, ...]]] = {
         "topk_select": [
             (TopKOptions(3).text, tensor(5, 16), ids.int(), None, None),
             (TopKOptions(3, "column", False, 2).text, tensor(5, 16), None, None, pages),
@@ -66,3 +68,10 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "router_backward": [(gated.key, tensor(5, 8), routed.indices, tensor(5, 4))],
     }
+    return {name: [_declared(op, device)] for name, op in OPS.items()} | by_hand
+
+
+def _declared(op: Op, device: str) -> tuple[Any, ...]:
+    """Return arguments made from the declaration of an op."""
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in declared.arrays(op).items()}
+    return (op.example().text, *declared.positional(op, tensors), *([-1] if op.takes_number else []))

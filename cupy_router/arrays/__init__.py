@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boundary: any framework's array in, the caller's framework out, and its stream.
+"""Read arrays of any framework, make results in the caller's framework, and find its current stream.
 
 A :class:`Framework` is looked up by the type of an array. CUDA arrays of known frameworks are read through plain
-attributes, which is the cheapest way there is; everything else comes through DLPack. Nothing here imports a framework
-that the caller has not imported already.
+attributes, which is fastest. Everything else is read through DLPack. This package only imports frameworks that the
+caller has already imported.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ITEM_SIZES = {
 }  # fmt: skip
 
 Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
-Allocator = Callable[[list[int]], tuple[Any, ...]]  # makes the results of a call and adds their addresses to the list
+Allocator = Callable[[list[int]], tuple[Any, ...]]  # allocates the results of a call, appends their addresses
 
 NO_DEVICE = ("jax", 0)  # the device of a tracer, which has a shape and a dtype but no memory
 
 
 @dataclass(frozen=True)
 class View:
-    """What an op needs to know of one array argument; strides count elements, `host` is CPU memory as a NumPy array."""
+    """One array argument as ops see it. Strides count elements. `host` is CPU memory as a NumPy array."""
 
     name: str
     pointer: int
@@ -45,7 +45,7 @@ class View:
 
     @property
     def row_stride(self) -> int:
-        """Elements from one row to the next; rows that cannot be stepped through are as good as dense."""
+        """Elements from one row to the next; the number of columns where there is at most one row."""
         return self.strides[0] if self.shape[0] > 1 else self.shape[-1]
 
     def __str__(self) -> str:
@@ -53,61 +53,69 @@ class View:
         return f"{self.dtype} {list(self.shape)} on {kind}" + (f":{index}" if kind == "cuda" else "")
 
 
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of dense memory, in elements."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
 class Framework:
-    """How arrays of one framework are read and made. `stream` is a CUDA stream as an int, None for CPU memory."""
+    """Reads and makes arrays of one framework. `stream` is a CUDA stream as an int, None for CPU memory."""
 
     name: str
-    delivers = False  # whether results need `deliver` before the caller gets them
-    traced = False  # whether arrays are tracers: then there is `outline` and nothing else
+    delivers = False  # True: results need `deliver` before they are returned to the caller
+    traced = False  # True: arrays are tracers, which only have `outline`
 
     def current_stream(self, array: Any) -> int | None:
-        """The stream that the framework is enqueueing on for this array's device."""
+        """Return the stream that the framework currently uses on the device of the array."""
         raise NotImplementedError
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
-        """Return the address, and all else that a cached call depends on. On the hot path: about 1 us.
+        """Return the address, and everything else that a cached call depends on. On the hot path: about 1 us.
 
-        None if the array has no plain memory; `view` then says why. What has to be kept until the kernel is done,
-        because stream order does not keep it, is added to `owners`.
+        None if the array has no plain memory; then `view` raises the reason. Objects that have to live until the kernel
+        has finished, and that stream order does not keep alive, are appended to `owners`.
         """
         raise NotImplementedError
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
-        """Everything about the array, for checks and for the reference."""
+        """Return all properties of the array, for checks and for the reference."""
         raise NotImplementedError
 
     def outline(self, name: str, array: Any) -> View:
-        """Return the array without its memory, on `NO_DEVICE`: for checks while a graph is traced."""
+        """Return a view without memory, on `NO_DEVICE`, for checks while a graph is traced."""
         raise NotImplementedError
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
-        """What makes uninitialised arrays on the device of `like` whenever it is called."""
+        """Return a function that allocates uninitialised arrays on the device of `like`."""
         raise NotImplementedError
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
-        """Within it, an allocator allocates for `stream` and `deliver` hands over from it."""
+        """Return a context in which allocators allocate for `stream`, and `deliver` orders other streams after it."""
         raise NotImplementedError
 
     def deliver(self, array: Any, like: Any) -> Any:
-        """An array of :meth:`allocator`, once its kernel is enqueued, as the caller gets it."""
+        """Return an array of :meth:`allocator`, whose kernel is enqueued, in the form that the caller gets."""
         return array
 
     def mark_written(self, array: Any) -> None:
-        """Tell the framework that an op has written into an array."""
+        """Notify the framework that an op has written into an array."""
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
-        """A NumPy result of the reference as an array of this framework in CPU memory."""
+        """Return a NumPy result of the reference as an array of this framework in CPU memory."""
         raise NotImplementedError
 
 
 FRAMEWORKS: dict[type, Framework] = {}
 
-# The module for each framework, by the top-level package that defines (a base of) the array's type.
+# Module of each framework, by the top-level package that defines the type of the array or one of its bases.
 _MODULES = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}
 
 
 def framework_of(name: str, array: Any) -> Framework:
-    """The framework of an array argument; TypeError if it is no array."""
+    """Return the framework of an array argument; TypeError if it is no array."""
     kind = type(array)
     found = FRAMEWORKS.get(kind)
     if found is None:
@@ -120,7 +128,7 @@ def _find(name: str, kind: type) -> Framework:
         stem = _MODULES.get(base.__module__.partition(".")[0])
         if stem is not None and base is not object:
             module = importlib.import_module(f"cupy_router.arrays.{stem}")
-            # Tracers first: to JAX before 0.9 they are arrays as well, as wrappers are tensors.
+            # Tracers first: before JAX 0.9 they are arrays as well, and wrappers are tensors.
             for types, attribute in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
                 if issubclass(kind, types):
                     found: Framework = getattr(module, attribute)
@@ -137,7 +145,7 @@ def _find(name: str, kind: type) -> Framework:
 
 
 def stream_handle(stream: Any) -> int:
-    """A CUDA stream as an int: a handle, or any object with `__cuda_stream__`."""
+    """Return the int handle of a CUDA stream: given as an int, or as any object with `__cuda_stream__`."""
     if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
         if stream < 0:
             raise ValueError(f"stream must be a handle >= 0, got {stream}")
@@ -153,11 +161,11 @@ _in_flight_lock = threading.Lock()
 
 
 def keep_until_done(owners: list[object], stream: int, device: int) -> None:
-    """Keep what an enqueued kernel reads until it has finished, and let go what earlier kernels are done with.
+    """Keep the inputs of an enqueued kernel alive until it has finished, and release those of finished kernels.
 
-    For memory that its framework could reuse before then because the kernel runs on a stream the framework does not
-    know. An event tells when; it is looked at by later calls, never waited for. Under graph capture nothing is kept or
-    let go: a graph's memory is its owner's business, and events cannot be queried.
+    This is for memory that its framework could reuse too early, because the framework does not know the kernel's
+    stream. An event marks the end of the kernel. Later calls query it and never wait for it. Under graph capture
+    nothing is kept or released: whoever captures owns the graph's memory, and events cannot be queried.
     """
     import cupy
 

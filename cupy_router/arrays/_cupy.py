@@ -15,12 +15,12 @@ from cupy_router.arrays._numpy import NAMES, dtype_of
 
 ARRAY_TYPES = (cupy.ndarray,)
 
-TOGETHER = 1 << 20  # bytes of a call's results up to which they share a block of memory, which saves host time
+MAX_SHARED_BYTES = 1 << 20  # results of a call up to this size share one block of memory, which saves host time
 _ALIGNMENT = 256
 
 
 class RawStream:
-    """A stream handle behind the protocol that `cupy.cuda.Stream.from_external` takes."""
+    """A stream handle with the protocol that `cupy.cuda.Stream.from_external` takes."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -62,7 +62,7 @@ class CuPy(Framework):
 
 
 def allocator(outputs: Sequence[Output], index: int) -> Allocator:
-    """From CuPy's pool on a device, for CuPy's current stream."""
+    """Return an allocator that takes memory from CuPy's pool on a device, for CuPy's current stream."""
     get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
     layouts = [(shape, dtype_of(dtype), math.prod(shape) * dtype_of(dtype).itemsize) for shape, dtype in outputs]
     places, total = [], 0
@@ -70,7 +70,7 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
         places.append((shape, dtype, total))
         total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
-    def together(pointers: list[int]) -> tuple[Any, ...]:
+    def in_one_block(pointers: list[int]) -> tuple[Any, ...]:
         memory = alloc(total)
         address = memory.ptr
         arrays = []
@@ -79,12 +79,12 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
             arrays.append(ndarray(shape, dtype, memory + offset if offset else memory))
         return tuple(arrays)
 
-    def apart(pointers: list[int]) -> tuple[Any, ...]:
+    def in_own_blocks(pointers: list[int]) -> tuple[Any, ...]:
         arrays = tuple(ndarray(shape, dtype) for shape, dtype, _ in layouts)
         pointers.extend(array.data.ptr for array in arrays)
         return arrays
 
-    make = together if len(outputs) > 1 and total <= TOGETHER else apart
+    make = in_one_block if len(outputs) > 1 and total <= MAX_SHARED_BYTES else in_own_blocks
 
     def allocate(pointers: list[int]) -> tuple[Any, ...]:
         if get_device() == index:
@@ -96,7 +96,7 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
 
 
 class on_stream(AbstractContextManager[None]):
-    """CuPy's device and current stream set to the given ones."""
+    """Context that sets CuPy's device and current stream."""
 
     def __init__(self, stream: int, index: int) -> None:
         self.device = cupy.cuda.Device(index)

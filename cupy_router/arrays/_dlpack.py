@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anything else that speaks DLPack, read from its capsule with ctypes.
+"""Arrays of any other library with DLPack, read from their capsule with ctypes.
 
-Results are of the caller's own namespace where it follows the array API standard, else CuPy arrays, or NumPy for CPU
-memory.
+Results belong to the caller's library if that follows the array API standard. Otherwise they are CuPy arrays, or NumPy
+arrays for CPU memory.
 
-The C layout is that of dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
+The C layout follows dlpack.h 1.x: https://dmlc.github.io/dlpack/latest/c_api.html
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
+from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View, dense_strides
 from cupy_router.arrays._numpy import DTYPES
 
 CPU, CUDA = 1, 2
@@ -59,7 +59,7 @@ _is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def consumer_stream(stream: int) -> int:
-    """A stream handle as `__dlpack__` wants it: the legacy default stream is 1, since 0 would be ambiguous."""
+    """Return a stream handle for `__dlpack__`: the legacy default stream is 1, since 0 would be ambiguous."""
     return stream or 1
 
 
@@ -67,10 +67,7 @@ def _shape(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     if tensor.strides:
         return shape, tuple(tensor.strides[axis] for axis in range(tensor.ndim))
-    dense = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        dense[axis] = dense[axis + 1] * shape[axis + 1]
-    return shape, tuple(dense)
+    return shape, dense_strides(shape)
 
 
 def _address(tensor: Tensor) -> int:
@@ -82,7 +79,7 @@ class DLPack(Framework):
     delivers = True
 
     def export(self, array: Any, stream: int | None) -> tuple[object, Tensor, bool]:
-        """What keeps the memory, its tensor, and whether it is read-only; `stream` will wait for the producer."""
+        """Return the owner of the memory, its tensor, and whether it is read-only; `stream` waits for the producer."""
         on_cuda = array.__dlpack_device__()[0] == CUDA
         wanted = {"stream": consumer_stream(stream)} if on_cuda and stream is not None else {}
         try:
@@ -102,8 +99,11 @@ class DLPack(Framework):
 
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable]:
-        capsule, tensor, readonly = self.export(array, stream)
+    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        try:
+            capsule, tensor, readonly = self.export(array, stream)
+        except (BufferError, RuntimeError, ValueError):
+            return None
         owners += (capsule, array)
         kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
         pointer = _address(tensor)
@@ -135,7 +135,7 @@ class DLPack(Framework):
         return _cupy.on_stream(stream, like.__dlpack_device__()[1])
 
     def deliver(self, array: Any, like: Any) -> Any:
-        """An array of the caller's own namespace where it has one (the array API standard), else as allocated."""
+        """Convert an array to the library of `like`, if that follows the array API standard."""
         namespace = getattr(like, "__array_namespace__", None)
         return array if namespace is None else namespace().from_dlpack(array)
 
@@ -144,7 +144,7 @@ class DLPack(Framework):
 
 
 class _Memory(np.ndarray[Any, Any]):
-    """CPU memory of another framework, with the capsule that keeps it."""
+    """CPU memory of another framework, with the capsule that keeps it alive."""
 
     capsule: object
 

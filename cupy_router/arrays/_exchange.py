@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types with DLPack's C exchange API: a tensor view and the current stream by two C calls, without a capsule.
+"""Types with DLPack's C exchange API, which gives a tensor view and the current stream in two C calls.
 
-The API is a struct of function pointers in a capsule on the type (dlpack.h 1.2 and later, `DLPackExchangeAPI`); ctypes
-calls them. It does not synchronise, so work goes on the stream that the producer says it is working on.
+The API is a struct of function pointers in a capsule on the type (dlpack.h 1.2 and later, `DLPackExchangeAPI`), called
+through ctypes. It does not synchronise, so work is enqueued on the stream that the producer reports as current.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _API(ctypes.Structure):
 
 
 class Exchange(_dlpack.DLPack):
-    """One type's exchange API; everything but reading and the stream is as for any other DLPack type."""
+    """Exchange API of one type, for reading arrays and the stream. All else is as for other DLPack types."""
 
     def __init__(self, kind: type) -> None:
         capsule = kind.__dlpack_c_exchange_api__  # type: ignore[attr-defined]  # looked for by the caller

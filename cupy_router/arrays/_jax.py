@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX arrays: immutable, dense, and computed on streams of XLA's own.
+"""JAX arrays: immutable, dense, and computed on XLA's streams.
 
-`__dlpack__(stream=ours)` makes our stream wait for the producer; the capsule it returns keeps the buffer from being
-reused and so lives until our kernel is done. Results are CuPy memory, handed over by DLPack, which orders XLA's stream
-after ours.
+`__dlpack__(stream=ours)` makes our stream wait for the producer. The capsule that it returns keeps the buffer from
+being reused, so it lives until our kernel has finished. Results are CuPy memory. They are passed to JAX by DLPack,
+which orders XLA's stream after ours.
 
-A tracer is what jax.jit, jax.vmap and jax.grad pass in place of an array: no op can run on it. Beside one, also arrays
-that lie on several devices are right.
+jax.jit, jax.vmap and jax.grad pass tracers in place of arrays; no op can run on them. In a call with tracers, arrays
+may also be on several devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View
+from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View, dense_strides
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
@@ -55,7 +55,7 @@ class JAX(Framework):
             name=name,
             pointer=_pointer(array, device),
             shape=array.shape,
-            strides=_dense(array.shape),
+            strides=dense_strides(array.shape),
             dtype=NAMES.get(array.dtype, str(array.dtype)),
             device=device,
             readonly=True,
@@ -64,7 +64,7 @@ class JAX(Framework):
 
     def outline(self, name: str, array: Any) -> View:
         dtype = NAMES.get(array.dtype, str(array.dtype))
-        return View(name, 0, tuple(array.shape), _dense(array.shape), dtype, NO_DEVICE, True, None)
+        return View(name, 0, tuple(array.shape), dense_strides(array.shape), dtype, NO_DEVICE, True, None)
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
@@ -83,7 +83,7 @@ class JAX(Framework):
             return jax.dlpack.from_dlpack(array)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
-        """As results of JAX's own: committed to the device if `like` is."""
+        """Return a JAX array, committed to the device if `like` is, as JAX does for its results."""
         _check_width(str(values.dtype))
         (device,) = like.devices()
         if getattr(like, "committed", True):
@@ -102,15 +102,8 @@ class Tracers(JAX):
         return None
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return tuple(strides)
-
-
 def _check_width(dtype: str) -> None:
-    """JAX would cut results to 32 bits without a word."""
+    """Refuse int64 results where JAX would silently truncate them to 32 bits."""
     if dtype == "int64" and not jax.config.jax_enable_x64:
         raise ValueError("int64 results need JAX's option jax_enable_x64, which is off")
 
@@ -124,8 +117,8 @@ def _device(name: str, array: Any) -> tuple[str, int]:
 
 
 class _CPU(str):
-    """The kind of device "cpu", where JAX has several: equal to what other frameworks call it, for their memory goes
-    with that of any, but to no other of JAX's."""
+    """The device kind "cpu" where JAX has several CPU devices. It is equal to "cpu" of other frameworks, whose memory
+    all of them can use, but not to other CPU devices of JAX."""
 
     number: int
 
@@ -144,8 +137,11 @@ class _CPU(str):
 
 
 def _pointer(array: Any, device: tuple[str, int]) -> int:
-    """The address. JAX keeps the GIL while it waits for memory that it has promised, and on a CPU what it waits for may
-    be a Python function that needs the GIL (pure_callback, or an op inside jax.jit): so we wait first."""
+    """Return the address, after waiting for CPU memory.
+
+    JAX holds the GIL while it waits for a result. On a CPU that result may depend on a Python function that needs the
+    GIL, such as a pure_callback or an op inside jax.jit. `block_until_ready` releases the GIL.
+    """
     if device[0] == "cpu":
         array.block_until_ready()
     return int(array.unsafe_buffer_pointer())

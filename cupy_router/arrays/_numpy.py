@@ -20,7 +20,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """Return NumPy's dtype of a name, also of one that only an op knows which moves bytes."""
+    """Return the NumPy dtype of a name, also of a dtype that only ops which move bytes accept."""
     return DTYPES[name] if name in DTYPES else np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -52,10 +52,10 @@ class NumPy(Framework):
 
 
 def host_memory(pointer: int, like: View) -> np.ndarray[Any, Any]:
-    """Dense CPU memory that somebody else keeps, with the shape and dtype of a view."""
+    """Return dense CPU memory, owned by the caller, as an array with the shape and dtype of a view."""
     dtype = dtype_of(like.dtype)
     num_bytes = math.prod(like.shape) * dtype.itemsize
-    if num_bytes == 0:  # which may have no address
+    if num_bytes == 0:  # the address may be null
         return np.empty(like.shape, dtype)
     memory = (ctypes.c_ubyte * num_bytes).from_address(pointer)
     return np.ndarray(like.shape, dtype, memoryview(memory))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of a call but its arrays as text, which travels through XLA as an attribute of the custom call.
+"""A call without its arrays, as text: an attribute of the custom call in XLA.
 
-The text means the same in every process: those that load compiled programs (JAX's compilation cache, `jax.export`) run
-the same call.
+The text has the same meaning in every process, so a process that loads a compiled program (from JAX's compilation cache
+or `jax.export`) runs the same call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a process: XLA's threads finish on CPU devices what the interpreter is needed for, before it goes.
+"""Wait at exit until XLA has finished all calls on CPU devices, because their handlers need the interpreter.
 
-XLA executes on a CPU behind the caller's back. A handler that asks a finalizing interpreter for the GIL never gets it,
-and JAX, which waits for the handler, would never end. (On a GPU handlers run while a call is dispatched.)
+XLA executes CPU programs asynchronously. A handler that asks a finalizing interpreter for the GIL never gets it, so
+JAX, which waits for the handler, would never exit. On a GPU, handlers run while a call is dispatched.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 
 from cupy_router.ops.topk_select import topk_select
 
-in_use = False  # whether XLA may have calls to make
+in_use = False  # True: XLA may still call handlers
 
-_QUIET_SECONDS, _MOST_SECONDS = 0.1, 10.0  # the latter because daemon threads may go on calling for ever
+_QUIET_SECONDS, _MAX_SECONDS = 0.1, 10.0  # the limit is for daemon threads, which may call for ever
 
 _running: set[int] = set()  # threads
 _last_seen = 0.0
 
 
 def watched(execute: Callable[..., None]) -> Callable[..., None]:
-    """The same, and we know when it is running."""
+    """Return a function that runs `execute` and records that it is running."""
 
     def run(*arguments: Any) -> None:
         global in_use, _last_seen
-        in_use = True  # programs that another process exported were not traced here
+        in_use = True  # not set yet if another process traced and exported the program
         thread = threading.get_ident()
         _running.add(thread)
         try:
@@ -44,11 +44,11 @@ def watched(execute: Callable[..., None]) -> Callable[..., None]:
 
 
 def wait() -> None:
-    """Return when XLA has nothing more to do.
+    """Return when XLA has no more calls to execute.
 
-    It tells nobody, so: executions of one thread come one after the other, and one more, waited for, is behind all of
-    this thread's. Of other threads' we wait for the results that somebody holds, and then until no handler has been
-    seen for a while.
+    XLA cannot be asked. But the executions of one thread run in order, so waiting for one more waits for all calls of
+    this thread. For calls of other threads, wait for the arrays that are still alive, and then until no handler has run
+    for a short time.
     """
     if not in_use or (_last_seen == 0.0 and jax.default_backend() != "cpu"):
         return
@@ -58,7 +58,7 @@ def wait() -> None:
         for array in jax.live_arrays("cpu"):
             with suppress(Exception):
                 array.block_until_ready()
-    give_up = time.monotonic() + _MOST_SECONDS
+    give_up = time.monotonic() + _MAX_SECONDS
     while _running or time.monotonic() < _last_seen + _QUIET_SECONDS:
         if time.monotonic() > give_up:
             return

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """XLA's typed FFI from Python, without a compiler: C callbacks by ctypes; knows nothing of routing.
 
-XLA calls a handler with a call frame: buffers, attributes, and a table of functions to ask for more, such as the CUDA
-stream. The C layout is that of `xla/ffi/api/c_api.h`, which jaxlib ships (`jax.ffi.include_dir()`); what is used of it
-is the same in versions 0.1 to 0.4. Every struct begins with its own size, by which XLA and we see what the other knows.
+XLA calls a handler with a call frame: buffers, attributes, and a table of functions that return more, such as the CUDA
+stream. The C layout follows `xla/ffi/api/c_api.h`, which jaxlib ships (`jax.ffi.include_dir()`). The parts used here
+are the same in versions 0.1 to 0.4. Every struct begins with its size, which tells the reader which fields it has.
 
-ctypes takes the GIL before a callback runs and gives it back behind it. XLA never holds the GIL while it executes, so
-the two cannot wait for each other.
+ctypes takes the GIL before a callback runs and releases it afterwards. XLA never holds the GIL while it executes, so
+there is no deadlock.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _STRING = 4  # XLA_FFI_AttrType
 _COMMAND_BUFFER_COMPATIBLE = 1  # XLA_FFI_Handler_TraitsBits
 _INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
 
-# XLA_FFI_DataType of what the ops take or return.
+# XLA_FFI_DataType of the dtypes that ops take or return.
 DTYPES = {
-    3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 10: "float16", 11: "float32", 16: "bfloat16",
+    1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
+    10: "float16", 11: "float32", 12: "float64", 15: "complex64", 16: "bfloat16", 18: "complex128",
+    19: "float8_e5m2", 20: "float8_e4m3fn",
 }  # fmt: skip
 
-# Places in the table of functions.
+# Positions in the table of functions.
 _ERROR_CREATE, _ERROR_GET_MESSAGE, _ERROR_DESTROY, _STREAM_GET, _DEVICE_ORDINAL_GET, _NUM_FUNCTIONS = 0, 1, 2, 4, 17, 18
 
 ATTRIBUTE = "call"  # the only one that a handler reads, a string
@@ -40,37 +42,37 @@ _pointer, _size = ctypes.c_void_p, ctypes.c_size_t
 
 # -- The C layout ------------------------------------------------------------------------------------------------------
 
-# What every execution reads comes by `struct`, which takes less time than ctypes' fields. N is a size_t, P a
-# pointer. XLA_FFI_CallFrame: struct_size, extension, api, context, stage; then arguments, results and attributes, each
-# struct_size, extension, size, types, (names of attributes,) items.
+# Structs that every execution reads are unpacked by `struct`, which is faster than the fields of ctypes. N is a size_t,
+# P a pointer. XLA_FFI_CallFrame: struct_size, extension, api, context, stage; then arguments, results and attributes,
+# each struct_size, extension, size, types, (names of attributes,) items.
 _FRAME = "@NP PPi NPqPP NPqPP NPqPPP"
 _BUFFER_FIELDS = "@NP iPqP"  # XLA_FFI_Buffer: struct_size, extension, dtype, data, rank, dims
 _SPAN = "@PN"  # XLA_FFI_ByteSpan: start, size
 _FRAME_BYTES = struct.calcsize(_FRAME)
 
-# All memory as one buffer, of which a reader is told the address: half the time of a buffer for each read.
+# All memory as one buffer, read at an address. This takes half the time of a new buffer for each read.
 _memory = (ctypes.c_char * (1 << 62)).from_address(0)
 
 _Reader = Callable[[Any, int], tuple[Any, ...]]
 
 
 def _reader(format: str) -> _Reader:
-    """What reads C fields of `_memory` at an address."""
+    """Return a function that reads C fields of `_memory` at an address."""
     return struct.Struct(format).unpack_from
 
 
 _read_frame, _read_buffer, _read_span = map(_reader, (_FRAME, _BUFFER_FIELDS, _SPAN))
 
-# By length: at most so many buffers and axes.
-_MOST = 16
+# Readers of arrays by length: as many buffers or axes as there may be.
+_MAX_LENGTH = 16
 _read_ints, _read_pointers, _read_bytes = (
-    [_reader(format.format(n, 8 * n)) for n in range(_MOST + 1)] for format in ("{0}i", "{0}P", "{1}s")
+    [_reader(format.format(n, 8 * n)) for n in range(_MAX_LENGTH + 1)] for format in ("{0}i", "{0}P", "{1}s")
 )
-_ALL_BUFFERS = [(_BUFFER,) * n for n in range(_MOST + 1)]
+_ALL_BUFFERS = [(_BUFFER,) * n for n in range(_MAX_LENGTH + 1)]
 
 
 class _Sized(ctypes.Structure):
-    """What all structs but the smallest begin with."""
+    """First fields of all structs except the smallest."""
 
     _fields_ = [("struct_size", _size), ("extension", _pointer)]
 
@@ -101,12 +103,12 @@ class _ErrorDetails(_Sized):
     _fields_ = [("error", _pointer), ("message", ctypes.c_char_p), ("code", ctypes.c_int)]
 
 
-# XLA_FFI_Stream_Get_Args and XLA_FFI_DeviceOrdinal_Get_Args: struct_size, extension, ctx, then what is asked for.
+# XLA_FFI_Stream_Get_Args and XLA_FFI_DeviceOrdinal_Get_Args: struct_size, extension, ctx, then the result.
 _STREAM_GET_ARGS, _DEVICE_ORDINAL_GET_ARGS = struct.Struct("@NPPP"), struct.Struct("@NPPi")
 
 
 class _Scratch(threading.local):
-    """Memory of a thread for the arguments of one function of XLA's at a time."""
+    """Memory of a thread for the arguments of one XLA function at a time."""
 
     def __init__(self) -> None:
         self.buffer = bytearray(_STREAM_GET_ARGS.size)
@@ -115,7 +117,7 @@ class _Scratch(threading.local):
 
 _scratch = _Scratch()
 
-# These are called with the GIL held: they take a microsecond at most, and giving it up would invite others to run.
+# These are called with the GIL held: they take a microsecond at most, and releasing it would let other threads run.
 _FUNCTION = ctypes.PYFUNCTYPE(_pointer, _pointer)
 _HANDLER = ctypes.CFUNCTYPE(_pointer, _pointer)
 
@@ -124,12 +126,12 @@ _HANDLER = ctypes.CFUNCTYPE(_pointer, _pointer)
 
 
 class Execution(NamedTuple):
-    """What XLA hands to a handler; buffers are dense, inputs come before results."""
+    """The content of a call frame. Buffers are dense, inputs come before results."""
 
     call: bytes  # the attribute
     num_inputs: int
     pointers: list[int]
-    facts: tuple[tuple[int, bytes, int], ...]  # of each buffer: XLA's dtype, its dimensions, the address modulo 16
+    facts: tuple[tuple[int, bytes, int], ...]  # for each buffer: XLA's dtype, dimensions, address modulo 16
     device: tuple[str, int]
     stream: int
 
@@ -140,11 +142,12 @@ def shape_and_dtype(fact: tuple[int, bytes, int]) -> tuple[tuple[int, ...], str]
 
 
 def handler(name: str, execute: Callable[[Execution], None], on_cuda: bool, command_buffers: bool) -> Any:
-    """A C function that XLA may call from any thread; the caller keeps it for ever.
+    """Return a C function that XLA may call from any thread; the caller keeps it alive for ever.
 
-    What `execute` raises becomes an XLA error with the message, behind the name. `command_buffers`: whether it only
-    enqueues work on the stream, the same for the same buffers, so that XLA may capture it in a command buffer and
-    replay that.
+    Args:
+        execute: errors that it raises become XLA errors with their message after the name.
+        command_buffers: `execute` only enqueues work on the stream, the same work for the same buffers. Then XLA may
+            capture it in a command buffer and replay that.
     """
 
     def handle(address: int) -> int | None:
@@ -155,11 +158,11 @@ def handler(name: str, execute: Callable[[Execution], None], on_cuda: bool, comm
             if extension and _answer_metadata(extension, api, command_buffers):
                 return None
             if stage == _EXECUTE:
-                functions = _known.get(api) or _get_to_know(api)
+                functions = _known.get(api) or _load_functions(api)
                 device = ("cuda", functions.device(context)) if on_cuda else ("cpu", 0)
                 stream = functions.stream(context) if on_cuda else 0
                 execute(_read(lists, device, stream))
-        # Also KeyboardInterrupt: whatever ctypes sees raised it ignores, and XLA would take the results for good.
+        # Also KeyboardInterrupt: ctypes ignores exceptions, and XLA would use results that were never written.
         except BaseException as error:
             is_callers = isinstance(error, (TypeError, ValueError))
             message = str(error) if is_callers else f"{type(error).__name__}: {error}"
@@ -170,10 +173,10 @@ def handler(name: str, execute: Callable[[Execution], None], on_cuda: bool, comm
 
 
 def _answer_metadata(address: int, api: int, command_buffers: bool) -> bool:
-    """XLA asks each handler, when it is registered, for which version it was made and what may be done with it.
+    """Tell XLA the version and traits of a handler, if the call asks for them, as it does at registration.
 
-    The answer is XLA's own version, whatever that is: a registration that fails takes JAX's whole backend with it. If
-    we do not know the version, executions say so.
+    The version returned is always XLA's, because a failed registration disables the whole backend of JAX. If the
+    version is unknown, executions raise.
     """
     while address:
         extension = _Extension.from_address(address)
@@ -194,13 +197,13 @@ def _read(lists: list[int], device: tuple[str, int], stream: int) -> Execution:
     facts: list[tuple[int, bytes, int]] = []
     for size, types, items in ((num_inputs, input_types, inputs), (num_results, result_types, results)):
         if size:
-            if size > _MOST or _read_ints[size](_memory, types) != _ALL_BUFFERS[size]:
-                raise RuntimeError(f"XLA passes more than {_MOST} arguments, or one that is no buffer")
+            if size > _MAX_LENGTH or _read_ints[size](_memory, types) != _ALL_BUFFERS[size]:
+                raise RuntimeError(f"XLA passes more than {_MAX_LENGTH} arguments, or one that is no buffer")
             addresses += _read_pointers[size](_memory, items)
     for address in addresses:
         _, _, dtype, pointer, rank, dims = _read_buffer(_memory, address)
         pointers.append(pointer)
-        if rank > _MOST:
+        if rank > _MAX_LENGTH:
             raise RuntimeError(f"XLA passes an array of {rank} axes")
         facts.append((dtype, _read_bytes[rank](_memory, dims)[0] if rank else b"", pointer & 15))
     return Execution(_attribute(*attributes), num_inputs, pointers, tuple(facts), device, stream)
@@ -218,7 +221,7 @@ def _attribute(size: int, types: int, names: int, items: int) -> bytes:
 
 
 class _Functions:
-    """XLA's functions, if the table is one that we know."""
+    """XLA's functions; RuntimeError if the version of the table is unknown."""
 
     def __init__(self, address: int) -> None:
         table = _Table.from_address(address)
@@ -234,11 +237,11 @@ class _Functions:
         self._get_ordinal = _FUNCTION(table.functions[_DEVICE_ORDINAL_GET])
 
     def stream(self, context: int) -> int:
-        """The CUDA stream of an execution."""
+        """Return the CUDA stream of an execution."""
         return self._ask(self._get_stream, _STREAM_GET_ARGS, context)
 
     def device(self, context: int) -> int:
-        """The number of its device, which is CUDA's."""
+        """Return the CUDA ordinal of its device."""
         return self._ask(self._get_ordinal, _DEVICE_ORDINAL_GET_ARGS, context)
 
     def _ask(self, function: Any, layout: struct.Struct, context: int) -> int:
@@ -250,7 +253,7 @@ class _Functions:
         return int(layout.unpack_from(buffer)[3])
 
     def _raise(self, error: int) -> None:
-        # Version 0.4 renamed GetMessage to GetDetails, which also tells a code: this struct is right for both.
+        # Version 0.4 renamed GetMessage to GetDetails, which also returns a code. This struct serves both.
         args = _ErrorDetails(_used(_ErrorDetails), None, error)
         _FUNCTION(self._table.functions[_ERROR_GET_MESSAGE])(ctypes.addressof(args))
         message = (args.message or b"").decode()
@@ -258,22 +261,22 @@ class _Functions:
         raise RuntimeError(f"XLA: {message}")
 
 
-_known: dict[int, _Functions] = {}  # by the address of the table, of which each library with XLA in it has one
+_known: dict[int, _Functions] = {}  # by the address of the table; each library that contains XLA has one
 
 
-def _get_to_know(address: int) -> _Functions:
+def _load_functions(address: int) -> _Functions:
     found = _known[address] = _Functions(address)
     return found
 
 
 def _make_error(api: int, message: str, code: int) -> int:
-    """The first entry of the table in every version, so that any other difference can be told."""
+    """Return an XLA error. It is the first entry of the table in every version, so any mismatch can be reported."""
     args = _ErrorCreate(_used(_ErrorCreate), None, message.encode(errors="replace"), code)
     create = _FUNCTION(_Table.from_address(api).functions[_ERROR_CREATE])
     return create(ctypes.addressof(args)) or 0
 
 
 def _used(kind: type[ctypes.Structure]) -> int:
-    """The size of a struct as XLA counts it: up to its last field, without the padding behind."""
+    """Return the size of a struct as XLA counts it: up to the end of its last field, without trailing padding."""
     name, field_type = kind._fields_[-1][:2]
     return int(getattr(kind, name).offset) + ctypes.sizeof(field_type)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom-call targets: an op each, for CUDA and for CPU memory, and what runs when XLA calls one."""
+"""Custom-call targets, one for each op and platform (CUDA, CPU), and their handlers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def target(op: str) -> str:
 
 @cache
 def why_not() -> str | None:
-    """Why ops cannot be traced by this JAX, with the remedy; None if they can."""
+    """Return the reason why this JAX cannot trace ops, with the remedy; None if it can."""
     if jax.__version_info__ < (0, 8):
         return f"calls inside jax.jit need JAX 0.8 or later, this is {jax.__version__}"
     return None
 
 
 def register() -> None:
-    """Tell XLA the targets. Platforms that JAX has not started yet, or never will, cost nothing."""
+    """Register the targets with XLA. This does not initialise any platform."""
     if why_not() is not None:
         return
     for op in OPS.values():
@@ -60,7 +60,7 @@ Buffer = tuple[tuple[int, ...], str]  # shape and dtype
 
 
 def views_of(op: Op, text: CallText, inputs: Sequence[Buffer], device: tuple[str, int]) -> list[View | None]:
-    """A call's inputs at address 0, for XLA aligns all buffers as its own vector loads need it."""
+    """Return the inputs of a call at address 0, because XLA aligns all buffers for vector loads."""
     views: list[View | None] = [None] * len(op.inputs)
     for position, (shape, dtype) in zip(text.given, inputs, strict=True):
         views[position] = dense_view(op.names[position], 0, shape, dtype, device)
@@ -68,17 +68,18 @@ def views_of(op: Op, text: CallText, inputs: Sequence[Buffer], device: tuple[str
 
 
 def gpus() -> list[Any]:
-    """JAX's CUDA devices of this process."""
+    """Return the CUDA devices that JAX has in this process."""
     try:
         return list(jax.local_devices(backend="cuda"))
-    except RuntimeError:  # it has none
+    except RuntimeError:  # none
         return []
 
 
 def load(name: str, call: str, inputs: Sequence[Buffer], results: Sequence[Buffer]) -> None:
-    """Load a call's kernels on all GPUs, where there are several, as XLA does with its own before a program runs.
+    """Load the kernels of a call on all GPUs if there are several, as XLA does with its kernels before a program runs.
 
-    To load one the driver may wait for what runs on other GPUs, and that may be a collective that waits for this one.
+    Loading one later could deadlock: the driver may wait for other GPUs, which may run a collective that waits for this
+    GPU.
     """
     op = OPS[name]
     text, devices = _call_text.decode(op, call), gpus()
@@ -86,12 +87,12 @@ def load(name: str, call: str, inputs: Sequence[Buffer], results: Sequence[Buffe
         return
     for device in [("cuda", gpu.local_hardware_id) for gpu in devices]:
         views = views_of(op, text, inputs, device)
-        with suppress(TypeError, ValueError, RuntimeError):  # the handler will say so
+        with suppress(TypeError, ValueError, RuntimeError):  # the handler will raise it again
             _cached.work_of(op, text.options, _cached.arrays_of(op, text.options, views, (), results), views)
 
 
 def execute(op: Op, execution: _ffi.Execution) -> None:
-    """Enqueue a call of an op on XLA's stream, or run it at once on CPU memory."""
+    """Enqueue a call of an op on XLA's stream, or run it immediately on CPU memory."""
     text = _call_text.decode(op, execution.call)
     device, inputs = execution.device, execution.num_inputs
     key = ("xla", op.name, execution.call, execution.facts, device, compiler.backend(device[0]))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the weights under jax.grad and its kin, by every float input that they depend on.
+"""Gradients of the weights for jax.grad, jax.vjp and others, with respect to every float input that they depend on.
 
-The way forward is the call itself, so weights are the same with a gradient and without. The way back is one more op,
-`activation_topk_backward`, and products of JAX's own. Logits that the call did not get, because it got x and the gate,
-are computed anew there.
+The forward pass is the call itself, so weights are the same with and without a gradient. The backward pass is the op
+`activation_topk_backward`, followed by GEMMs of JAX. If the call took x and the gate, the backward pass computes the
+logits again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from cupy_router.jax._vmap import function_of
 from cupy_router.method import RoutingMethod
+from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk_backward, hash_router
 from cupy_router.ops._op import Op
 from cupy_router.ops.activation_topk_backward import (
@@ -26,15 +27,15 @@ from cupy_router.ops.activation_topk_backward import (
 )
 from cupy_router.ops.hash_router import HashOptions
 
-# What may be needed on the way back; also what has a gradient, if the call got it.
+# Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
 
 @lru_cache(maxsize=1024)
 def differentiable(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
-    """Return a call of an op with its gradient; without one, JAX says that it cannot be differentiated.
+    """Return a call of an op with its gradient. If the op has none, JAX raises when the call is differentiated.
 
-    JAX reaches `custom_vjp` before the `custom_vmap` inside, whichever of jax.grad and jax.vmap comes first.
+    JAX reaches `custom_vjp` before the `custom_vmap` inside, in either order of jax.grad and jax.vmap.
     """
     plain = function_of(op, options, given, number)
     if not op.differentiable:
@@ -53,7 +54,7 @@ def differentiable(op: Op, options: Any, given: tuple[int, ...], number: int) ->
         found = {}
         if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
             found = _gradients(method, cotangents[0], indices, arrays, repeated="table" in names)
-        return tuple(found.get(name) for name in names)  # None: a gradient of 0, or none
+        return tuple(found.get(name) for name in names)  # None: no gradient, or 0
 
     routed.defvjp(forward, backward)
     return routed
@@ -63,13 +64,14 @@ def _gradients(
     method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
 ) -> dict[str, Any]:
     """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
-    check_derivative(method)
+    with check.named(activation_topk_backward.OP.label):
+        check_derivative(method)
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     if logits is None:
-        # As exact as the call's own, whatever JAX is set to: a score's slope is taken where the score was.
-        logits = _product(x, weight.T, jax.lax.Precision.HIGHEST)
-    dtype = None if logit_bias is None else "float32"  # a sum over all tokens is to be rounded once
+        # As exact as in the forward pass, whatever JAX is set to, so that scores are differentiated at the same logits.
+        logits = _matmul(x, weight.T, jax.lax.Precision.HIGHEST)
+    dtype = None if logit_bias is None else "float32"  # the sum over all tokens is rounded once
     given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
     given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
     places = tuple(i for i, array in enumerate(given.values()) if array is not None)
@@ -78,24 +80,30 @@ def _gradients(
     if x is None:
         found["logits"] = grad_logits.astype(logits.dtype)
     else:
-        found["x"] = _product(grad_logits, weight).astype(x.dtype)
-        found["weight"] = _product(grad_logits.T, x).astype(weight.dtype)
+        found["x"] = _matmul(grad_logits, weight).astype(x.dtype)
+        found["weight"] = _matmul(grad_logits.T, x).astype(weight.dtype)
     if logit_bias is not None:
         found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
     if expert_scale is not None:
-        found["expert_scale"] = _by_expert_scale(method, grad_weights, indices, logits, logit_bias)
+        found["expert_scale"] = _expert_scale_gradient(method, grad_weights, indices, logits, logit_bias)
     return found
 
 
-def _product(a: Any, b: Any, precision: Any = None) -> Any:
-    """In float32; of 16-bit floats of one dtype exactly, others as JAX is set to multiply float32."""
+def _matmul(a: Any, b: Any, precision: Any = None) -> Any:
+    """Return the product in float32.
+
+    Products of 16-bit floats of one dtype are exact. Others are converted to float32 and multiplied as JAX is set to.
+    """
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:
-    """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
+def _expert_scale_gradient(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:
+    """Return the gradient with respect to expert_scale: for each expert, the sum of its unscaled weights times theirs.
+
+    The unscaled weights come from `hash_router`, with the indices as its table.
+    """
     num_tokens, experts = indices.shape[0], indices[:, : method.top_k]
     given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
     given |= {} if logit_bias is None else {"logit_bias": logit_bias}
@@ -103,8 +111,8 @@ def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, log
     places = tuple(op.names.index(name) for name in given)
     plain, _ = differentiable(op, options, places, -1)(*given.values())
     products = grad_weights[:, : method.top_k].astype(jnp.float32) * plain[:, : method.top_k]
-    # Rows without experts have weights 0, wherever their -1 leads. A scatter without repetitions and a sum are the same
-    # to the bit every time.
+    # Rows without experts have weights 0, so it does not matter that index -1 is the last expert. A scatter without
+    # repeated places, followed by a sum, is bitwise repeatable.
     rows = jnp.arange(num_tokens)[:, None]
     dense = jnp.zeros((num_tokens, method.num_experts), jnp.float32)
     return dense.at[rows, experts].add(products).sum(0)
@@ -112,7 +120,7 @@ def _by_expert_scale(method: RoutingMethod, grad_weights: Any, indices: Any, log
 
 @lru_cache(maxsize=1024)
 def _first_only(options: BackwardOptions, given: tuple[int, ...]) -> Any:
-    """Return a call of `activation_topk_backward`, which refuses to be differentiated itself."""
+    """Return a call of `activation_topk_backward` that raises if it is differentiated."""
     called = jax.custom_vjp(function_of(activation_topk_backward.OP, options, given, -1))
 
     def refuse(*arrays: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What JAX does with a call of an op that has a tracer among its arrays: puts it into the graph."""
+"""Interceptor of calls with tracers of JAX: it adds the call to the traced graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cupy_router.ops._op import NUM_VALID, Op
 
 
 class _Tracers(dict[type, bool]):
-    """Whether a type is one of JAX's tracers."""
+    """Cache of whether a type is a tracer of JAX."""
 
     def __missing__(self, kind: type) -> bool:
         found = self[kind] = issubclass(kind, jax.core.Tracer)
@@ -38,7 +38,7 @@ def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
 
 
 def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, number: int) -> Any:
-    """Return the results of a call that :func:`wants` takes: tracers. Checked here and nowhere else."""
+    """Check a call that :func:`wants` accepts, and return its results, which are tracers."""
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.label}: {obstacle}")
@@ -55,7 +55,11 @@ def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, numb
         arrays = [_value(view, array) for view, array in zip(views, inputs, strict=True) if view is not None]
     given = tuple([i for i, array in enumerate(inputs) if array is not None])
     _exit.in_use = True
-    has_rows = [op.rows_independent and op.inputs[i].kind == "row" for i in given]
+    lengths = [array.shape[0] if array.ndim else 1 for array in arrays]
+    has_rows = [
+        op.rows_independent and op.has_rows(op.names[i], length, lengths[0])
+        for i, length in zip(given, lengths, strict=True)
+    ]
     return op.pack(options, _mesh.split(_part(op, options, given, number), has_rows, arrays))
 
 
@@ -72,7 +76,7 @@ def _view(name: str, array: Any) -> View:
 
 @lru_cache(maxsize=1024)
 def _part(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
-    """Return a function that calls an op for those of all rows that a device has."""
+    """Return a function that calls an op for the rows that are on one device."""
     whole = differentiable(op, options, given, number)
     if number < 0 and NUM_VALID not in [op.inputs[i] for i in given]:
         return lambda axis, *arrays: whole(*arrays)
@@ -90,13 +94,13 @@ def _part(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
 
 
 def _value(view: View, array: Any) -> Any:
-    """Return an argument as JAX takes it; an array of another framework becomes a constant, with its present values."""
+    """Return an argument as a JAX array. An array of another framework becomes a constant with its current values."""
     if isinstance(array, jax.Array):
         return array
     host = view.host
     if host is None:
         return jax.dlpack.from_dlpack(array)
     if host.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
-        # JAX would wrap around what int32 cannot hold, into ids that may exist; -1 is as invalid as that is.
+        # JAX would wrap ids that do not fit int32 around to ids that may be valid. -1 is invalid, as they are.
         return jnp.array(np.where(host == host.astype(np.int32), host, -1).astype(np.int32))
     return jnp.array(host)

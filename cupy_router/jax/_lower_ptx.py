@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that XLA launches by itself: the kernel is a part of its program, and nothing of ours runs when it is executed.
+"""Lower a call to a kernel that XLA launches itself, as part of its program, without a handler in Python.
 
-XLA has a custom call for kernels as PTX (openxla/xla, pull request 26236). It costs what XLA's own kernels cost, and
-command buffers hold it like these, while a handler in Python takes its time and the GIL. Whether it works here is tried
-once, with a kernel that adds 1; where it does not, calls go through the handlers of `_targets`.
+XLA has a custom call for kernels as PTX (openxla/xla, pull request 26236). It is as fast as kernels of XLA, and command
+buffers can contain it, while a handler in Python needs time and the GIL. A kernel that adds 1 tests once per process
+whether it works. If not, calls go through the handlers of `_ffi_targets`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cupy_router.tuning import gpu_of
 TARGET = "__gpu$xla.gpu.ptx"
 HANDLERS = "CUPY_ROUTER_JAX_HANDLERS"  # environment: if set, all calls go through handlers
 
-_MAX_SHARED = 48 * 1024  # XLA does not opt in to more
+_MAX_SHARED_BYTES = 48 * 1024  # XLA does not opt in to more
 
 
 def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[Buffer, ...]) -> dict[str, Any] | None:
-    """Of the custom call that is this call of an op; None if XLA cannot launch it by itself."""
+    """Return the attributes of the custom call for this call of an op; None if XLA cannot launch it itself."""
     gpu = _gpu()
     num_rows = results[0][0][0]
     if gpu is None or num_rows == 0:
@@ -47,7 +47,7 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     if compiler.WATCHING and compiler.changed():
         _cached.forget()
     kernel = op.kernel(call.options, arrays, gpu_of(device))
-    if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED:
+    if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED_BYTES:
         return None
     source = compiler.expand(kernel.file, kernel.macros, tuple(sorted(kernel.headers.items())))
     signature = compiler.signature(kernel.file, kernel.function)
@@ -55,7 +55,7 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     constants = {**dict.fromkeys((*op.names, *op.result_names), 0), _cached.NUMBER: call.number, **kernel.fixed}
     try:
         ptx = _ptx.kernel(source, architecture, signature, buffers, tuple(constants.items()))
-    except CompileError:  # the handler will say so
+    except CompileError:  # the handler will raise it again
         return None
     return _launched(kernel.function, ptx, kernel.grid, kernel.block, kernel.shared_bytes)
 
@@ -67,7 +67,7 @@ def _launched(function: str, ptx: str, grid: int, block: int, shared_bytes: int)
     return {"name": function, "kernel_type": "ptx", "kernel_data": ptx, **numbers}
 
 
-# -- Whether it works --------------------------------------------------------------------------------------------------
+# -- Test whether it works ---------------------------------------------------------------------------------------------
 
 _SOURCE = 'extern "C" __global__ void add_one(const int* input, int one, int* output) { *output = *input + one; }'
 _SIGNATURE = Signature("add_one", ("input", "one", "output"), "PiP")
@@ -75,7 +75,7 @@ _SIGNATURE = Signature("add_one", ("input", "one", "output"), "PiP")
 
 @cache
 def _gpu() -> tuple[tuple[str, int], str] | None:
-    """A device and the architecture of all that JAX has; None if XLA cannot launch kernels of ours on them."""
+    """Return one device and the architecture of all GPUs of JAX; None if XLA cannot launch our kernels on them."""
     if os.environ.get(HANDLERS) or compiler.why_no_cuda() is not None:
         return None
     devices = gpus()
@@ -83,7 +83,7 @@ def _gpu() -> tuple[tuple[str, int], str] | None:
     if len(architectures) != 1:
         return None
     (architecture,) = architectures
-    with ThreadPoolExecutor(1) as thread:  # nothing is being traced there
+    with ThreadPoolExecutor(1) as thread:  # a thread that is not tracing
         works = thread.submit(_adds_one, architecture, devices[0]).result()
     return (("cuda", devices[0].local_hardware_id), architecture) if works else None
 
@@ -94,5 +94,5 @@ def _adds_one(architecture: str, device: Any) -> bool:
         ptx = _ptx.kernel(_SOURCE, architecture, _SIGNATURE, ("input", "output"), (("one", 1),))
         call = jax.jit(lambda number: jax.ffi.ffi_call(TARGET, like)(number, **_launched("add_one", ptx, 1, 1, 0)))
         return int(call(jax.device_put(np.int32(41), device))) == 42
-    except Exception:  # whatever it is: an XLA that has no such call, a driver older than NVRTC
+    except Exception:  # such as an XLA without the custom call, or a driver older than NVRTC
         return False

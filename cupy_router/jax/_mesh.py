@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays that are sharded over a mesh: each device works on the rows that it has, where their types say so.
+"""Calls with arrays that are sharded over a mesh.
 
-That is a matter of the type of a mesh's axes. Explicit ones are in the types of arrays, and a call becomes a
-jax.shard_map over them. Inside one they are manual, and arrays are those of one device. Automatic ones are up to XLA,
-which gathers what goes into a call.
+Explicit axes of a mesh are in the types of arrays, so a call becomes a jax.shard_map in which each device works on its
+rows. Inside a shard_map, axes are manual and arrays are local to one device. Automatic axes are known to XLA only,
+which gathers the arrays before a call.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ Axis = Hashable  # a name, several as a tuple, or None
 
 
 def split(function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequence[Any], mapped: bool = False) -> Any:
-    """`function(axis, *arrays)`, where `axis` is what the leading axis of results, and of arrays with rows, is split
-    over: that of the first such array that is split. `mapped`: jax.vmap asks, and rows are calls."""
+    """Return `function(axis, *arrays)`, run on each device with its rows if the arrays are sharded over explicit axes.
+
+    Args:
+        function: `axis` is the mesh axis that the leading axis of arrays with rows, and of results, is split over; None
+            if they are not split. It comes from the first array with rows that is split.
+        has_rows: for each array, True if its leading axis counts rows.
+        mapped: called for jax.vmap, where an entry of the leading axis is a call.
+    """
     shardings = [jax.typeof(array).sharding for array in arrays]
     if all(sharding.mesh.empty for sharding in shardings):
         return function(None, *arrays)
@@ -44,19 +50,19 @@ def _sharded(function: Callable[..., Any], axis: Axis, specs: tuple[PartitionSpe
     def local(*arrays: Any) -> Any:
         return function(axis, *varying_alike(arrays))
 
-    # Without names, all axes but those that jax.vmap maps over.
+    # An empty set means all axes except those that jax.vmap maps over.
     free = _axes(mesh, "Explicit", "Auto") if _axes(mesh, "Manual") else set()
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axis), axis_names=free))
 
 
 def _axes(mesh: Any, *types: str) -> set[Any]:
-    """Those of the given types, which JAX has for an enum."""
+    """Return the axes of a mesh whose types, an enum in JAX, have one of these names."""
     return {axis for axis, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its.name in types}
 
 
 def result_types(outputs: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the types of results of these shapes and dtypes. Inside shard_map they vary over the axes of a mesh over
-    which any of the arrays does."""
+    """Return the types of results of these shapes and dtypes. Inside shard_map they vary over every mesh axis that any
+    of the arrays varies over."""
     if all(jax.typeof(array).sharding.mesh.empty for array in arrays):
         return tuple([jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs])
 
@@ -69,8 +75,10 @@ def result_types(outputs: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequenc
 
 
 def varying_alike(arrays: Collection[Any]) -> list[Any]:
-    """Inside shard_map, arrays that differ from device to device wherever one of them does, as operations of JAX's own
-    make them: so do the results, and the gradient of what was the same everywhere is a sum over the devices."""
+    """Return the arrays such that all vary over the same mesh axes inside shard_map, as operations of JAX do.
+
+    Then the results vary over these axes too, and the gradient of an array that did not vary is summed over devices.
+    """
     axes = [_varying(jax.typeof(array)) for array in arrays]
     union = frozenset().union(*axes)
     return [
@@ -79,11 +87,11 @@ def varying_alike(arrays: Collection[Any]) -> list[Any]:
     ]
 
 
-# JAX 0.8 has other names for both.
+# JAX 0.8 has other names for the attribute and for the operation.
 
 
 def _varying(aval: Any) -> frozenset[str]:
-    """The axes of a mesh along which a value differs."""
+    """Return the mesh axes over which a value varies."""
     kind = getattr(aval, "manual_axis_type", None)
     found: frozenset[str] = getattr(aval, "vma", frozenset()) if kind is None else kind.varying
     return found

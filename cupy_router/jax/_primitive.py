@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of an op as a primitive of JAX: for CUDA a kernel in XLA's program where that works, else a handler."""
+"""The JAX primitive of a call of an op: on CUDA a kernel in XLA's program if possible, otherwise a handler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _call_p.multiple_results = True
 
 
 def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the existing results of an op for the given inputs; `text` is all of the call but its arrays."""
+    """Return the existing results of an op for the given inputs; `text` describes the call without its arrays."""
     shapes: list[Any] = [None] * len(op.inputs)
     dtypes: list[Any] = [None] * len(op.inputs)
     for position, array in zip(given, arrays, strict=True):
@@ -35,7 +35,7 @@ def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequen
 
 
 def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
-    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]  # no mesh has a say in lowering
+    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]  # without sharding: lowering needs none
     return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
 
 
@@ -44,7 +44,7 @@ def _abstract(*arrays: Any, avals: tuple[Any, ...], **_: Any) -> tuple[Any, ...]
 
 
 def _eagerly(*arrays: Any, **params: Any) -> Any:
-    with jax.disable_jit(False):  # else jit would only bind the primitive again, which comes here
+    with jax.disable_jit(False):  # otherwise jit would bind the primitive again, which calls this function
         return _jitted(tuple(params.items()))(*arrays)
 
 
@@ -66,7 +66,7 @@ _lower_to_handler = mlir.lower_fun(_by_handler, multiple_results=True)
 
 def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: Any) -> Any:
     attributes = None
-    # What is exported may meet another GPU and another XLA: it gets the target that is promised to last.
+    # An exported program may run on another GPU and XLA, so it calls the target that stays compatible.
     if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
         inputs, results = _buffers(ctx.avals_in), _buffers(ctx.avals_out)
         attributes = _lower_ptx.attributes(name, text, inputs, results)

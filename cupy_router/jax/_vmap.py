@@ -18,7 +18,7 @@ from cupy_router.ops._op import Op
 def function_of(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     """Return a function of the given arrays, in the order of the op's inputs, to a tuple of its results.
 
-    It checks nothing: the call has been checked, and what is made of it is right by construction.
+    It checks nothing, because the call has been checked already.
     """
     text = _call_text.encode(options, given, number)
 
@@ -40,7 +40,7 @@ def _batched(
     in_batched: Sequence[bool],
     *arrays: Any,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    """Return the results of `size` calls at once; each of several devices makes those that it has."""
+    """Return the results of `size` calls. If the calls are sharded over devices, each device runs its own."""
     if op.vmap == "refuse":
         raise ValueError(f"{op.label}: jax.vmap cannot map over it, call it for each entry instead")
     calls = _calls_at_once(op, options, given, number, tuple(in_batched))
@@ -49,21 +49,25 @@ def _batched(
 
 @lru_cache(maxsize=1024)
 def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in_batched: tuple[bool, ...]) -> Any:
-    """Return a function of arrays of which some have a leading axis of calls.
+    """Return a function of arrays, some of which have a leading axis of calls.
 
-    Where rows are independent of each other, those of all calls are rows of one. num_valid counts within each call, so
-    it is applied to the results instead. Where calls differ in the layer's own arrays, they run one after the other.
+    If rows are independent of each other, the rows of all calls are merged into one call. num_valid counts within each
+    call, so it is applied to the results instead. Calls that differ in arrays of the layer run one after the other.
     """
 
     def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
         size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
         by_name = {op.names[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
         count, count_batched = by_name.pop("num_valid", (None, False))
-        rows = {name: pair for name, pair in by_name.items() if name in op.by_row}
-        batched_rows = [array.shape[1] for array, batched in rows.values() if batched]
-        shared = any(batched for name, (_, batched) in by_name.items() if name not in op.by_row)
+        lengths = {
+            name: array.shape[batched] for name, (array, batched) in by_name.items()
+        }  # without the axis of calls
+        num_rows = lengths[op.names[0]]
+        rows = {name: pair for name, pair in by_name.items() if op.has_rows(name, lengths[name], num_rows)}
+        batched_rows = any(batched for _, batched in rows.values())
+        shared = any(batched for name, (_, batched) in by_name.items() if name not in rows)
         most = op.max_rows(options)
-        too_many = most is not None and bool(batched_rows) and size * batched_rows[0] > most
+        too_many = most is not None and batched_rows and size * num_rows > most
         if op.vmap == "loop" or shared or too_many:
             return _one_by_one(function_of(op, options, given, number), in_batched, arrays)
         merged = {name: array for name, (array, _) in by_name.items()}
@@ -72,12 +76,17 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         places = tuple(i for i in given if op.names[i] in merged)
         results = function_of(op, options, places, -1)(*merged.values())
         if batched_rows:
-            results = tuple(result.reshape((size, batched_rows[0], *result.shape[1:])) for result in results)
+            results = tuple(result.reshape((size, num_rows, *result.shape[1:])) for result in results)
         if count is not None or number >= 0:
-            valid = number if count is None else count.reshape((size, 1, 1) if count_batched else (1, 1))
-            padding = jnp.arange(results[0].shape[-2])[:, None] >= valid
+            valid = number if count is None else count.reshape((size, 1) if count_batched else ())
+            padding = jnp.arange(num_rows) >= valid  # [num_rows] or [size, num_rows]
+            axes = 2 if batched_rows else 1  # of a result before those of its rows
             results = tuple(
-                jnp.where(padding, jnp.array(declared.fill, result.dtype), result)
+                jnp.where(
+                    padding.reshape(*padding.shape, *[1] * (result.ndim - axes)),
+                    jnp.array(declared.fill, result.dtype),
+                    result,
+                )
                 for result, declared in zip(results, op.existing(options), strict=True)
             )
         return tuple(results)
@@ -92,8 +101,8 @@ def _merge(array: Any, batched: bool, size: int) -> Any:
 
 
 def _one_by_one(one_call: Any, in_batched: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
-    def one(slices: Sequence[Any]) -> Any:
-        rest = iter(slices)
+    def one(entries: Sequence[Any]) -> Any:
+        rest = iter(entries)
         return one_call(*(next(rest) if batched else array for array, batched in zip(arrays, in_batched, strict=True)))
 
     return tuple(jax.lax.map(one, [array for array, batched in zip(arrays, in_batched, strict=True) if batched]))

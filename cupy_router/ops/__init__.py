@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops, one file each: check the arguments, choose the kernel, launch."""
+"""The ops, one file each: declaration, checks, choice of the kernel, call of the reference."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cached calls: what a call enqueues, kept for later calls with the same shapes, strides, dtypes, devices and options.
+"""Cached calls: checked and prepared once, reused by later calls with the same shapes, strides, dtypes and options.
 
-A cached call depends on all that the checks looked at, but on addresses only by their alignment. So a later call whose
-key is known needs no check but that of `num_valid`.
+The key contains everything that the checks depend on; of addresses, only their alignment. So a later call with a known
+key needs no check except that of `num_valid`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from cupy_router import compiler, scratch
-from cupy_router.arrays import Allocator, Output, View
+from cupy_router.arrays import Allocator, Output, View, dense_strides
 from cupy_router.arrays._numpy import host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
@@ -25,10 +25,12 @@ NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, 
 
 
 class Kernel(NamedTuple):
-    """The kernel for one kind of call.
+    """A kernel, chosen for given shapes, dtypes and options.
 
-    takes: names of its array parameters, in order; None: all inputs and results of the op. Parameters without an array
-        get null pointers. After them come `num_valid_value` if the op has a num_valid, and then `fixed`.
+    takes: names of its array parameters, in order; None: all inputs and results of the op. Those that are left out in
+        the call, or named in `nulls`, get null pointers. After them come `num_valid_value` if the op has a num_valid,
+        and then `fixed`.
+    nulls: array parameters that the op does not know.
     headers: texts that take the place of kernel files.
     """
 
@@ -41,10 +43,11 @@ class Kernel(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     shared_bytes: int = 0
     takes: tuple[str, ...] | None = None
+    nulls: tuple[str, ...] = ()
 
 
 class Work(Protocol):
-    """What a call enqueues, called as a `Launch` is; `function` is one of its kernels."""
+    """The kernels that a call enqueues, called like a `Launch`; `function` is one of them."""
 
     function: compiler.Function
 
@@ -57,7 +60,7 @@ class Work(Protocol):
 
 
 class CachedCall(NamedTuple):
-    """All that a call with a known key needs."""
+    """A checked and prepared call."""
 
     num_rows: int
     allocate: Allocator  # the results
@@ -89,7 +92,7 @@ def forget() -> None:
 def arrays_of(
     op: Op, options: Any, views: Sequence[View | None], out_views: Sequence[View], outputs: Sequence[Output]
 ) -> Arrays:
-    """Return inputs and results of a call by name; results without memory yet are dense views at address 0."""
+    """Return inputs and results of a call by name. Results that are not allocated yet are dense views at address 0."""
     device = next(view.device for view in views if view is not None)
     results: list[View | None] = [None] * len(op.results)
     for i, result in enumerate(op.existing(options)):
@@ -100,14 +103,11 @@ def arrays_of(
 
 def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
     """Return a view of dense memory; what is no result is read-only."""
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return View(name, pointer, shape, tuple(strides), dtype, device, not name.startswith("out."), None)
+    return View(name, pointer, shape, dense_strides(shape), dtype, device, not name.startswith("out."), None)
 
 
 def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:
-    """Choose and compile the kernels of a call; None if it has no rows and rows are all that there is to do."""
+    """Choose and compile the kernels of a call; None if there is nothing to do because it has no rows."""
     device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     if op.rows_independent and num_rows == 0:
         return None
@@ -116,45 +116,49 @@ def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) 
 
 
 def launch_of(op: Op, kernel: Kernel, device: tuple[str, int]) -> Work:
-    """Return the compiled kernel, to be called with the arrays of the op."""
+    """Compile a kernel, and return its launch, which takes the arrays of the op."""
     names = (*op.names, *op.result_names)
     takes = names if kernel.takes is None else kernel.takes
     launch = launch_with(takes if not op.takes_number else (*takes, NUMBER), kernel, device)
     if takes == names:
         return launch
+    unknown = set(takes) - {*names, *kernel.nulls}
+    if unknown:
+        raise TypeError(f"op {op.name} has no arrays {sorted(unknown)} for {kernel.function}")
     return Reordered(launch, names, takes, op.takes_number)
 
 
 def launch_with(varying: tuple[str, ...], kernel: Kernel, device: tuple[str, int]) -> Launch:
-    """Return the compiled kernel, to be called with the values of these parameters."""
+    """Compile a kernel, and return its launch, which takes the values of these parameters."""
     function = compiler.compile(kernel.file, kernel.function, kernel.macros, device, kernel.headers)
     return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes)
 
 
 class Reordered:
-    """A launch of a kernel whose array parameters are other than those of the op, or in another order."""
+    """A launch of a kernel whose array parameters differ from those of the op, or are in another order."""
 
     def __init__(self, launch: Launch, names: Sequence[str], takes: Sequence[str], takes_number: bool) -> None:
         null = len(names) + takes_number
         places = [names.index(name) if name in names else null for name in takes]
-        self._pick = itemgetter(*places, *([len(names)] if takes_number else []))
+        places += [len(names)] if takes_number else []
+        self._pick = itemgetter(*places, null)  # at least two, so that it returns a tuple
         self._launch = launch
         self.function = launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        self._launch(stream, self._pick((*varying, 0)))
+        self._launch(stream, self._pick((*varying, 0))[:-1])
 
 
-# -- Calls on memory of others -----------------------------------------------------------------------------------------
+# -- Calls on memory of the caller -------------------------------------------------------------------------------------
 
 
 def work_for(
     key: Hashable, op: Op, describe: Callable[[], tuple[Any, Sequence[View | None], Sequence[View]]]
 ) -> Work | None:
-    """Return what a call enqueues that reads and writes the memory of others; None if there is nothing to do.
+    """Return the kernels of a call on memory that the caller owns; None if there is nothing to do.
 
-    The key holds all that this depends on. If it is new, `describe` gives the options and the views of inputs and
-    existing results, whose pointers count for their alignment alone.
+    The key contains everything that they depend on. If it is new, `describe` returns the options and the views of
+    inputs and existing results. Only the alignment of their pointers is used.
     """
     if compiler.WATCHING and compiler.changed():
         forget()
@@ -170,7 +174,7 @@ def work_for(
         if compiler.backend(kind) is None:
             work: Work | None = _Reference(op, options, arrays)
         else:
-            with scratch.relaxed() if kind == "cuda" else nullcontext():  # others may be capturing the stream
+            with scratch.relaxed() if kind == "cuda" else nullcontext():  # the caller may be capturing the stream
                 work = work_of(op, options, arrays, views)
         call = keep(key, CachedCall(0, _no_allocation, work, (), op.returns))
     return call.work
@@ -181,9 +185,9 @@ def _no_allocation(pointers: list[int]) -> tuple[Any, ...]:
 
 
 class _Reference:
-    """The reference on CPU memory that is known by its addresses."""
+    """The reference, called like a `Launch` with addresses of CPU memory."""
 
-    function: compiler.Function  # there is none
+    function: compiler.Function  # never set
 
     def __init__(self, op: Op, options: Any, arrays: Arrays) -> None:
         self._op, self._options = op, options
@@ -205,7 +209,7 @@ class _Reference:
 
 
 def run_reference(op: Op, options: Any, inputs: Sequence[Any], number: int, into: Sequence[Any] = ()) -> Sequence[Any]:
-    """Return the existing results of the reference on host arrays, and write them into the arrays `into`."""
+    """Run the reference on host arrays; return the existing results, and write them into the arrays `into`."""
     count = inputs[-1] if op.takes_number else None
     results = op.reference(options, Arrays(op.names, inputs), check.valid_rows(number, count, len(inputs[0])))
     for array, values in zip(into, results, strict=False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks that the ops share: one sentence each that names the argument, what came and what is allowed."""
+"""Argument checks that the ops share. Errors are one sentence: the argument, what is allowed, and what was given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cupy_router.arrays import NO_DEVICE, Output, View
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Begin the messages of errors with the name of what raised them."""
+    """Prefix the messages of errors with a name."""
     try:
         yield
     except TypeError as error:
@@ -30,9 +30,10 @@ def dtype(view: View, allowed: Sequence[str]) -> None:
 
 
 def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """Check rank and shape by the names of the axes; sizes of names that are not known yet are added to `sizes`."""
+    """Check rank and shape by the names of the axes. Add the sizes of new names to `sizes`."""
     if len(view.shape) != len(names):
-        raise ValueError(f"{view.name} must have shape [{', '.join(names)}], got {view}")
+        known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
+        raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}")
     expected = tuple([sizes.setdefault(axis, size) for axis, size in zip(names, view.shape, strict=True)])
     if view.shape != expected:
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
@@ -62,7 +63,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def strides(view: View) -> None:
-    """Check that the last axis is contiguous; rows may lie any distance apart."""
+    """Check that the last axis is contiguous; rows may have any stride."""
     if view.shape and view.shape[-1] > 1 and view.strides[-1] != 1 and 0 not in view.shape:
         raise ValueError(
             f"{view.name} must be contiguous along its last axis, got strides {list(view.strides)} of {view}"
@@ -83,7 +84,7 @@ def writable(view: View) -> None:
 
 
 def split_num_valid(num_valid: Any) -> tuple[int, Any]:
-    """Return num_valid as an int (-1: all rows) and as an array, one of which is left out."""
+    """Return num_valid as an int (-1: all rows, or an array is given) and as an array (None if it is not one)."""
     if num_valid is None:
         return -1, None
     if isinstance(num_valid, (int, np.integer)):
@@ -98,7 +99,7 @@ def count(view: View) -> None:
 
 
 def valid_rows(number: int, array: np.ndarray[Any, Any] | None, num_rows: int) -> int:
-    """Return the number of valid rows, from num_valid as :func:`split_num_valid` leaves it."""
+    """Return the number of valid rows, from the two results of :func:`split_num_valid`."""
     if array is not None:
         return min(max(int(array.reshape(())), 0), num_rows)
     return num_rows if number < 0 else number

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls that are enqueued in chunks of tokens: the gate GEMM into a buffer, then a kernel on the chunk's logits.
 
-Also calls that serve any number of tokens by a kernel made for few. Each is called as a `Launch` is.
+Chunks also let a kernel for few tokens serve any number of tokens. All are called like a `Launch`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cupy_router.tuning import Gpu
 
 
 def budget(gpu: Gpu) -> int:
-    """Return the bytes of a chunk's logits, and of its hidden states where they are converted to float32 first."""
+    """Return the limit on bytes of a chunk: its logits, and its hidden states if they are converted to float32."""
     return gpu.table.chunks.bytes
 
 
@@ -50,7 +50,7 @@ class Chunks:
                 self._use(previous)
 
     def enqueue(self, stream: int, arrays: dict[str, int], number: int) -> None:
-        """Enqueue all chunks, one after the other."""
+        """Enqueue all chunks in order."""
         counts = self._chunk_counts(stream, arrays["num_valid"]) if self._counts_needed else 0
         for index in range(self._num_chunks):
             begin = index * self.rows
@@ -61,7 +61,7 @@ class Chunks:
             self.enqueue_chunk(stream, moved, rows, number if number < 0 else min(max(number - begin, 0), rows))
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        """Enqueue one chunk: addresses of its first row, its rows, the number of valid ones (-1: all)."""
+        """Enqueue one chunk, given the addresses of its first row, its number of rows and of valid rows (-1: all)."""
         raise NotImplementedError
 
     def _chunk_counts(self, stream: int, num_valid: int) -> int:
@@ -77,10 +77,11 @@ class Chunks:
 
 
 class GateChunks(Chunks):
-    """The gate GEMM of each chunk, then the work of another op, `target`, that `make(logits)` returns for its logits.
+    """The gate GEMM of each chunk, followed by another op on its logits.
 
-    The target gets the arrays of its names, of which "logits" are the product; those that this op does not have are
-    left out.
+    op: the op that is called.
+    target: the op on the logits. It gets the arrays of `op` by name, and the chunk's "logits"; the others are left out.
+    make: returns the kernels of `target` for a view of the logits.
     """
 
     def __init__(self, op: Op, arrays: Arrays, gpu: Gpu, target: Op, make: Callable[[View], Work]) -> None:
@@ -106,7 +107,7 @@ class GateChunks(Chunks):
         self._work(rows)(stream, [*(arrays.get(name, 0) for name in self._taken), number])
 
     def _work(self, rows: int) -> Work:
-        """Return the work on the logits of a chunk. Chunks have two sizes at most, that of the last one among them."""
+        """Return the kernels on the logits of a chunk. There are at most two sizes, because the last may be smaller."""
         found = self._works.get(rows)
         if found is None:
             logits = dense_view("logits", 0, (rows, self._num_outputs), "float32", self.device)

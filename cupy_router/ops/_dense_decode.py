@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Macros, grid and block of kernels/dense_router_decode.cu for a shape on a GPU.
 
-The kernel's parameters are INPUTS, the outputs (weights, indices), the scratch memory (counters, partials),
-`num_valid_value`, which are together VARYING, and then those of :func:`fixed_arguments`.
+The kernel's parameters are VARYING, which are INPUTS, the results (weights, indices), the scratch memory (counters,
+partials) and `num_valid_value`, and then those of :func:`fixed_arguments`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FILE = FUNCTION = "dense_router_decode"
 INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
 VARYING = (*INPUTS, "weights", "indices", "counters", "partials", "num_valid_value")
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
-COUNTERS = 128  # as many as any launch needs, so that partial sums of all launches can follow them in one buffer
+COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
 
-_SHARED_BYTES = 46 * 1024  # static; a little is left for the last-block reduction
+_SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
 
 
 class DecodeLaunch(NamedTuple):
@@ -32,15 +32,15 @@ class DecodeLaunch(NamedTuple):
     grid: int
     block: int
     counters: int  # uint32 words, zero before the first launch and left zero by each
-    partials: int  # floats of any value, on a 16-byte boundary
+    partials: int  # floats, uninitialised, aligned to 16 bytes
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The division of the gate GEMM: see the constants of the same names in the kernel."""
+    """Tiling of the gate GEMM: see the constants of the same names in the kernel (`parts`: SPLITS)."""
 
     tokens: int
-    slices: int
+    parts: int
     experts_per_block: int
     experts_per_warp: int
     warps: int
@@ -76,10 +76,10 @@ def launch_for(
     """Return the launch for 1 to 64 tokens.
 
     Args:
-        aligned: rows of x and weight start at 16-byte words, and hidden is a multiple of 8.
-        dense: there is no gap between rows of x, weight and the results.
-        given: the names of those of bias, logit_bias, expert_scale and num_valid that are passed.
-        tiling: in place of the one that `choose` returns.
+        aligned: rows of x and weight are aligned to 16 bytes, and hidden is a multiple of 8.
+        dense: rows of x, weight and the results have no gaps between them.
+        given: the names of bias, logit_bias, expert_scale and num_valid that are passed.
+        tiling: replaces the one that `choose` returns.
     """
     if tiling is None:
         tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype)
@@ -92,14 +92,14 @@ def launch_for(
         "HAS_NUM_VALID": int("num_valid" in given),
         "TENSOR_CORES": int(tiling.tensor_cores),
         "TOKENS": tiling.tokens,
-        "SPLITS": tiling.slices,
+        "SPLITS": tiling.parts,
         "EXPERTS_PER_BLOCK": tiling.experts_per_block,
         "EXPERTS_PER_WARP": tiling.experts_per_warp,
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
     }
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_logits)
-    blocks = groups * tiles * tiling.slices
+    blocks = groups * tiles * tiling.parts
     partials = blocks * tiling.tokens * tiling.experts_per_block
     return DecodeLaunch(macros, blocks, 32 * tiling.warps, COUNTERS, partials)
 
@@ -107,7 +107,7 @@ def launch_for(
 def fixed_arguments(
     method: RoutingMethod, num_tokens: int, x_stride: int, weight_stride: int, weights_stride: int, indices_stride: int
 ) -> dict[str, int | float]:
-    """Return the kernel's last parameters, in its order."""
+    """Return the last parameters of the kernel, in its order."""
     return {
         "num_tokens": num_tokens,
         **method_arguments(method),
@@ -119,12 +119,12 @@ def fixed_arguments(
 
 
 def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
-    """Return whether tensor cores multiply: 16-bit floats of one type. All else is float32 FMA."""
+    """Return whether the kernel uses tensor cores: for 16-bit floats of one dtype. Others use float32 FMA."""
     return x_dtype == weight_dtype != "float32"
 
 
 def choose(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str) -> Tiling:
-    """Return the tiling for a shape; the same one for all counts of tokens that it serves as well."""
+    """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(gpu, num_tokens, num_experts, hidden)
     table = gpu.table.decode
@@ -132,21 +132,21 @@ def choose(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, x_dtype: st
     tile = next((tile for tile in table.tiles if tokens <= tile.max_tokens), table.tiles[-1])
     experts = tile.experts_per_block
     tiles = -(-num_experts // experts)
-    slices = max(1, min(gpu.multiprocessors // tiles, table.max_parts, hidden // table.min_part_columns))
-    steps = -(-hidden // (32 * slices))  # of a block, which its warps divide among them
+    parts = max(1, min(gpu.multiprocessors // tiles, table.max_parts, hidden // table.min_part_columns))
+    steps = -(-hidden // (32 * parts))  # of a block, divided among its warps
     for experts_per_warp, warps in tile.shapes_few_steps if steps <= tile.few_steps else tile.shapes_many_steps:
         share = int(tokens >= table.min_shared_tokens)
-        tiling = Tiling(tokens, slices, experts, experts_per_warp, warps, share)
+        tiling = Tiling(tokens, parts, experts, experts_per_warp, warps, share)
         if tiling.shared_bytes(num_experts) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
             return tiling
-    # So many experts with so many tokens: several groups read the gate, each finished by its last block.
-    return Tiling(8, slices, 16, 16, 8)
+    # Too many experts for this number of tokens: several groups of tokens read the gate, each with its own last block.
+    return Tiling(8, parts, 16, 16, 8)
 
 
 def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int) -> Tiling:
-    """Return a tiling with about one block a multiprocessor."""
+    """Return a tiling with about one block per multiprocessor."""
     fma = gpu.table.decode.fma
     tokens = next(tokens for tokens in (1, 2, 4) if tokens >= min(num_tokens, fma.max_tokens))
-    blocks = -(-num_tokens // tokens) * -(-num_experts // fma.experts_per_block)  # of each slice
-    slices = max(1, min(fma.max_parts, -(-hidden // fma.min_part_columns), gpu.multiprocessors // blocks))
-    return Tiling(tokens, slices, fma.experts_per_block, fma.experts_per_warp, fma.warps, tensor_cores=False)
+    blocks = -(-num_tokens // tokens) * -(-num_experts // fma.experts_per_block)  # for each split-K part
+    parts = max(1, min(fma.max_parts, -(-hidden // fma.min_part_columns), gpu.multiprocessors // blocks))
+    return Tiling(tokens, parts, fma.experts_per_block, fma.experts_per_warp, fma.warps, tensor_cores=False)

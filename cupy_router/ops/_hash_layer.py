@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hash layer as `Router` calls it: x first, and the way to the weights that is the least work for the shape."""
+"""A hash layer as `Router` calls it: x first, and the gate GEMM or single dot products, whichever is less work."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class HashLayer(Op):
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
+
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
 
     def sizes(self, options: MethodOptions) -> Mapping[str, int]:
         return hash_router.OP.sizes(HashOptions(options.method))
@@ -52,13 +56,13 @@ class HashLayer(Op):
 
     def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, x, weight = options.method, arrays.x, arrays.weight
-        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate
+        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
         few = arrays.token_ids.shape[0] * method.top_k <= most
         if weight is not None and not few and gemm.why_not(x.device) is None:
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
         kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *self.result_names)
-        return launch_of(self, kernel._replace(takes=takes), x.device)
+        return launch_of(self, kernel._replace(takes=takes, nulls=("logits",)), x.device)
 
 
 OP = HashLayer()
@@ -76,9 +80,9 @@ def hash_layer(
     out: Any,
     stream: Any,
 ) -> Routing:
-    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, without a gate uniform weights.
+    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, with uniform weights if `weight` is None.
 
-    Results are of the framework of x.
+    Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
@@ -86,7 +90,7 @@ def hash_layer(
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
-    """Return the arrays of a hash layer as those of `hash_router`, by x and the gate or by these logits."""
+    """Return the arrays of a hash layer as arguments of `hash_router`, with these logits or with x and the gate."""
     found = {name: getattr(arrays, name, None) for name in (*hash_router.OP.names, *hash_router.OP.result_names)}
     found["logits"] = logits
     if arrays.weight is None or logits is not None:
@@ -96,6 +100,5 @@ def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
 
 def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return what looks experts up and weighs them by the logits of a chunk."""
-    hashed = _hashed(arrays, logits)
-    hashed.__dict__["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
+    hashed = _hashed(arrays, logits).replaced(token_ids=replace(arrays.token_ids, shape=logits.shape[:1]))
     return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed, gpu), logits.device)

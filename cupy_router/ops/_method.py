@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ops with a routing method share: their options, the arrays of a layer, and how a method reaches the kernels."""
+"""Shared by ops with a routing method: options, arrays of a layer, macros and arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._op import INTS, Arrays, Input, Options, Result
+from cupy_router.ops._op import INTS, Arrays, Input, Result
 from cupy_router.ops._op import layer as layer_input
+from cupy_router.ops._options import Options
 
 SCORE_CODES = {"identity": 0, "sigmoid": 1, "sqrtsoftplus": 2, "softmax": 3}
 _OWN_SCORE = 4
@@ -57,7 +58,7 @@ def _index_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
 
 
 def method_sizes(method: RoutingMethod) -> dict[str, int]:
-    """Return the sizes of axes that a method fixes."""
+    """Return the sizes of axes that follow from a method."""
     return {
         "num_experts": method.num_experts,
         "num_experts (+ shared)": method.num_logits,
@@ -77,13 +78,13 @@ def check_layer(method: RoutingMethod, views: Mapping[str, View]) -> None:
 
 
 def check_bias(method: RoutingMethod, bias: Any) -> None:
-    """Refuse a bias that the method has no use for."""
+    """Refuse a bias if the method cannot use it."""
     if bias is not None and method.score_after_topk and method.bias_on == "score":
         raise ValueError("bias has no scores to go to where score_after_topk is set, unless bias_on is 'logits'")
 
 
 def needs_whole_rows(method: RoutingMethod) -> bool:
-    """Return whether an expert's score depends on the logits of experts that were not chosen."""
+    """Return whether the score of an expert depends on the logits of experts that are not selected."""
     return method.score == "softmax" and not method.score_after_topk
 
 
@@ -91,13 +92,12 @@ def needs_whole_rows(method: RoutingMethod) -> bool:
 
 
 def row_bytes(arrays: Arrays) -> list[int]:
-    """Return the bytes from row to row of weights and indices."""
+    """Return the strides of the rows of weights and indices, in bytes."""
     return [view.row_stride * ITEM_SIZES[view.dtype] for view in (arrays.weights, arrays.indices)]
 
 
 def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[str, int]:
-    """What the kernels are compiled for: the steps of a method, and which of a layer's arrays are given; a method's
-    numbers are arguments."""
+    """Return the macros for the steps of a method and the given arrays of a layer. Its numbers are arguments."""
     macros = {
         "NUM_EXPERTS": method.num_experts,
         "TOP_K": method.top_k,
@@ -127,7 +127,7 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
 
 
 def method_arguments(method: RoutingMethod | None) -> dict[str, float]:
-    """The numbers of a method, in the order in which every kernel takes them last; None: of uniform weights."""
+    """Return the numbers of a method, in the order of the kernels' parameters. None: those of uniform weights."""
     if method is None:
         method = _UNIFORM
     return {
@@ -141,7 +141,7 @@ def method_arguments(method: RoutingMethod | None) -> dict[str, float]:
 
 
 def headers(method: RoutingMethod | None) -> dict[str, str]:
-    """The header that a score of the caller's own replaces."""
+    """Return the kernel file that a custom score replaces, with its new text."""
     if method is None or isinstance(method.score, str):
         return {}
     return {"routing/score_function.cuh": method.score.header}

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration of an op: all that the runner and the framework packages know of it.
+"""The declaration of an op, from which the runner and the framework packages derive everything.
 
-From an :class:`Op` are derived: the checks of dtypes and shapes, the shapes of the results, the schema and the fake
+Derived from an :class:`Op` are the checks of dtypes and shapes, the shapes of the results, the schema and the fake
 implementation of torch.library, the custom-call target and the abstract results of JAX, vmap, sharding, and the lists
-of ops that tests go through.
+of ops in tests.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from cupy_router.arrays import Output, View
-from cupy_router.method import from_text
 from cupy_router.ops import _checks as check
+from cupy_router.ops._options import options_of
 from cupy_router.tuning import Gpu
 
 if TYPE_CHECKING:
@@ -31,38 +30,12 @@ FLOATS, INTS, IDS = (
 ANY: tuple[str, ...] = ()  # any dtype: the op moves bytes
 
 
-class Options:
-    """Base of the options of an op: frozen dataclasses of methods, strings, numbers, bools and None.
-
-    An op with a :class:`RoutingMethod` has it as the field `method`.
-    """
-
-    @property
-    def text(self) -> str:
-        """The options as JSON, which means the same in every process: how graphs carry them."""
-        # Plain string operations, because torch.compile traces this.
-        names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
-        return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
-
-
-def _as_json(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return f'"{value}"'
-    return value.text  # type: ignore[no-any-return]  # a method, or options within options
-
-
 @dataclass(frozen=True)
 class Input:
     """An array argument.
 
-    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "count":
-        `num_valid`, an int or a one-element int32 array.
+    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "row or
+        one": an entry for each row, or one for all; "count": `num_valid`, an int or a one-element int32 array.
     axes: names of its axes. An axis has one size in a call, wherever it stands.
     dtypes: the allowed dtypes, or ANY.
     written: the op writes into it.
@@ -77,7 +50,7 @@ class Input:
 
 
 def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False) -> Input:
-    """Declare an input with an entry for each row of the call."""
+    """Declare an input with one entry for each row of the call."""
     return Input(name, "row", _split(axes), dtypes, required)
 
 
@@ -86,6 +59,11 @@ def layer(
 ) -> Input:
     """Declare an input that all rows share."""
     return Input(name, "layer", _split(axes), dtypes, required, written)
+
+
+def row_or_one(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS) -> Input:
+    """Declare an input with an entry for each row of the call, or with one entry for all."""
+    return Input(name, "row or one", _split(axes), dtypes)
 
 
 NUM_VALID = Input("num_valid", "count", (), ("int32",))
@@ -99,6 +77,7 @@ class Result:
     axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
     dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
     fill: what stands in rows from `num_valid` on.
+    parameter: of kernels; the last part of the path by default. No input has this name.
     exists: whether these options ask for it; None: always.
     differentiable: the inputs that it has a gradient with respect to.
     """
@@ -109,20 +88,21 @@ class Result:
     fill: float | int = 0
     exists: Callable[[Any], bool] | None = None
     differentiable: tuple[str, ...] = ()
+    parameter: str = ""
 
     @cached_property
     def name(self) -> str:
-        """The parameter of kernels: the last part of the path."""
-        return self.path.rpartition(".")[2]
+        """The parameter of kernels."""
+        return self.parameter or self.path.rpartition(".")[2]
 
     @cached_property
     def axis_names(self) -> tuple[str, ...]:
-        """The axes, one by one."""
+        """Names of the axes as a tuple."""
         return _split(self.axes)
 
 
 class Arrays:
-    """The arrays of one call as attributes: views, or host arrays for the reference. None for what is left out."""
+    """The arrays of one call as attributes: views, or host arrays for the reference. None if left out."""
 
     def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
         self.__dict__.update(zip(names, arrays, strict=True))
@@ -132,8 +112,13 @@ class Arrays:
         def __getattr__(self, name: str) -> Any: ...
 
     def given(self, *names: str) -> list[str]:
-        """Return those of the names that are not None."""
+        """Return the names of the arrays that are not None, among these."""
         return [name for name in names if self.__dict__[name] is not None]
+
+    def replaced(self, **arrays: Any) -> Arrays:
+        """Return the same arrays but for some."""
+        found = {**self.__dict__, **arrays}
+        return Arrays(tuple(found), tuple(found.values()))
 
     def named(self, *names: str) -> dict[str, Any]:
         """Return the arrays of these names, None among them."""
@@ -143,8 +128,8 @@ class Arrays:
 class Op:
     """One op: a subclass declares it as class attributes, followed by its methods, and has one instance.
 
-    name: of the op in graphs and files.
-    label: how its errors begin; the name by default.
+    name: its name in graphs and files.
+    label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
     returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
@@ -152,48 +137,55 @@ class Op:
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
         calls may be merged into one call, and one call may be cut into several.
     vmap: "merge" calls into one, "loop" over them, or "refuse".
+    gradient: the rule in the gradient modules of the frameworks: "routing" for weights and indices. Needed if a result
+        is differentiable.
     single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
         on the call overrides `is_single_kernel`.
     """
 
     name: str
     label: str = ""
-    options: Any  # the dataclass
+    options: Any  # a subclass of Options
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
     nested: Mapping[str, Any] = MappingProxyType({})
     rows_independent = True
     vmap = "merge"
+    gradient = ""
     single_kernel = False
 
-    # -- What an op defines --------------------------------------------------------------------------------------------
+    # -- Defined by each op --------------------------------------------------------------------------------------------
 
     def sizes(self, options: Any) -> Mapping[str, int]:
         """Return the sizes of axes that follow from the options alone."""
         return {}
 
     def result_sizes(self, options: Any, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return sizes of further axes of results, from those of options and inputs, which may be symbolic."""
+        """Return the sizes of further axes of results, from the known sizes, which may be symbolic."""
         return {}
 
     def check(self, options: Any, arrays: Arrays) -> None:
-        """Raise what is wrong with views of inputs whose dtypes and shapes are as declared."""
+        """Check rules beyond the declared dtypes and shapes, on views of the inputs."""
 
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Return the launch, or several, for views of inputs and results, chosen for this GPU."""
+        """Choose the kernel, or several, for views of inputs and results on this GPU."""
         raise NotImplementedError
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        """Return the results that exist, as NumPy arrays, of `num_valid` valid rows of host arrays."""
+        """Return the existing results as NumPy arrays. Inputs are host arrays with `num_valid` valid rows."""
+        raise NotImplementedError
+
+    def example(self) -> Any:
+        """Return options with which the tests that all ops share call this op."""
         raise NotImplementedError
 
     def max_rows(self, options: Any) -> int | None:
-        """Return the largest number of rows that merged calls may have; None: any."""
+        """Return the most rows that a call may have; None: any number."""
         return None
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
-        """Return whether this call is the launch of one kernel without scratch memory."""
+        """Return whether this call is one launch without scratch memory."""
         return self.single_kernel
 
     def __init_subclass__(cls) -> None:
@@ -202,7 +194,7 @@ class Op:
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
-    # -- Derived once --------------------------------------------------------------------------------------------------
+    # -- Derived from the declaration ----------------------------------------------------------------------------------
 
     names: tuple[str, ...]  # of the inputs
     result_names: tuple[str, ...]  # of all results, also of those that exist for some options only
@@ -223,6 +215,23 @@ class Op:
         self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
         self.varies = any(result.exists for result in self.results)
         self.num_fields = -1 if self.nested else len(self.results)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        names, kinds = (*self.names, *self.result_names), [declared.kind for declared in self.inputs]
+        if len(set(names)) < len(names):
+            raise TypeError(f"op {self.name}: inputs and results need different names, got {names}")
+        if "count" in kinds[:-1]:
+            raise TypeError(f"op {self.name}: num_valid must be the last input")
+        if self.vmap not in ("merge", "loop", "refuse") or (self.vmap == "merge" and not self.rows_independent):
+            raise TypeError(f"op {self.name}: vmap must be 'loop' or 'refuse', or 'merge' for independent rows")
+        if self.differentiable and not self.gradient:
+            raise TypeError(f"op {self.name}: differentiable results need a rule, named by `gradient`")
+
+    def has_rows(self, name: str, length: int, num_rows: int) -> bool:
+        """Return whether an input with so long a first axis has an entry for each of the rows of a call."""
+        kind = self.inputs[self.names.index(name)].kind
+        return kind == "row" or (kind == "row or one" and length == num_rows > 1)
 
     # -- Results -------------------------------------------------------------------------------------------------------
 
@@ -235,7 +244,7 @@ class Op:
     def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[str | None]) -> tuple[Output, ...]:
         """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
 
-        The one place where they are computed. Checks nothing, and takes symbolic sizes.
+        Sizes may be symbolic. Nothing is checked.
         """
         sizes = dict(self.sizes(options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
@@ -312,7 +321,7 @@ class Op:
         return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
-        """Raise what is wrong with the inputs: dtypes and shapes by the declaration, then the op's own rules."""
+        """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
         sizes = dict(self.sizes(options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
@@ -330,8 +339,8 @@ class Op:
         self.check(options, Arrays(self.names, views))
 
     def options_of(self, text: str) -> Any:
-        """Return the options of a text that a graph carries."""
-        return _options_of(self.options, text)
+        """Return the options from their text, as a graph contains it."""
+        return options_of(self.options, text)
 
 
 def _split(axes: str) -> tuple[str, ...]:
@@ -350,21 +359,3 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
 def _all_exist(op: Op, options: Any) -> bool:
     """Return whether all results of an op exist, for options or their fields."""
     return len(op.existing(op.as_options(options))) == len(op.results)
-
-
-@lru_cache(maxsize=4096)
-def _options_of(kind: Any, text: str) -> Any:
-    nested: dict[str, Any] = {
-        name: option
-        for name, hint in get_type_hints(kind).items()
-        for option in (hint, *get_args(hint))
-        if isinstance(option, type) and issubclass(option, Options)
-    }
-
-    def value(name: str, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        text = json.dumps(value)
-        return _options_of(nested[name], text) if name in nested else from_text(text)
-
-    return kind(**{name: value(name, field) for name, field in json.loads(text).items()})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lanes and columns of a row in the kernels whose warps, or parts of warps, hold a row in registers.
+"""Lanes and columns of a row, for kernels in which a warp, or a part of one, holds a row in registers.
 
-A lane holds adjacent columns, or words at a distance of as many words as there are lanes: an interleaved row.
+A lane holds adjacent columns, or, in an interleaved row, every n-th word of n lanes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from cupy_router.tuning import Gpu
 MAX_COLUMNS = 1024
 MAX_LANES = 32
 
-WORD = 4  # fewest columns that a lane reads at once
+WORD = 4  # columns that a lane reads at once, at least
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
 def fits(num_columns: int, lanes_needed: int) -> bool:
-    """Return whether a warp can hold a row of this many columns, with as many lanes as are needed."""
+    """Return whether a warp has enough lanes, and enough registers for this many columns."""
     return num_columns <= MAX_COLUMNS and lanes_needed <= MAX_LANES
 
 
@@ -33,7 +33,7 @@ def fits_method(method: RoutingMethod) -> bool:
 
 
 def lanes_needed(method: RoutingMethod) -> int:
-    """Return the fewest lanes of a row: one for each column of the results, and one for each group."""
+    """Return the fewest lanes that a row needs: one for each column of the results, and one for each group."""
     return max(method.num_columns, method.num_groups if _grouped(method) else 1)
 
 
@@ -51,24 +51,24 @@ def lanes_and_columns(num_columns: int, lanes_needed: int) -> tuple[int, int]:
 
 
 def aligned(pointer: int, row_stride: int, dtype: str, columns: int) -> bool:
-    """Return whether every row starts at a multiple of the words, of up to 16 bytes, that read `columns` columns."""
+    """Return whether every row is aligned to the words, of up to 16 bytes, in which a lane reads its columns."""
     size = min(16, (columns & -columns) * SIZES[dtype])
     return pointer % size == 0 and row_stride * SIZES[dtype] % size == 0
 
 
 def few(gpu: Gpu, num_rows: int) -> bool:
-    """Return whether the slowest row decides the time, rather than the total work."""
+    """Return whether there are so few rows that latency, not throughput, decides the time."""
     return num_rows <= gpu.scaled(gpu.table.rows.few_rows)
 
 
 def interleaved_lanes(gpu: Gpu, num_rows: int, num_columns: int, needed: int, scored: bool) -> int:
     """Return the lanes over which to interleave a row; 0 if a lane should hold adjacent columns.
 
-    Few rows wait for the longest chain of instructions: each has a warp. Many rows wait for the sum of all
-    instructions: several share a warp.
+    For few rows, the longest chain of instructions decides the time, so each row has a warp. For many rows, the total
+    number of instructions decides, so rows share a warp.
 
     Args:
-        needed: lanes that hold the results.
+        needed: number of lanes that hold the results.
         scored: columns are scored before they are compared.
     """
     rows = gpu.table.rows
@@ -85,7 +85,7 @@ def interleaved_lanes(gpu: Gpu, num_rows: int, num_columns: int, needed: int, sc
 
 
 def group_lanes(gpu: Gpu, method: RoutingMethod) -> int:
-    """Return the lanes of a row such that each holds a group of experts, or a whole part of one; 0 if none do."""
+    """Return the lanes of an interleaved row such that each holds a group or an equal part of one; 0 if impossible."""
     lanes = method.num_groups
     most = gpu.table.rows.max_group_columns_per_lane
     while lanes < max(method.num_columns, method.top_k + 1) or method.num_experts > most * lanes:
@@ -94,12 +94,12 @@ def group_lanes(gpu: Gpu, method: RoutingMethod) -> int:
 
 
 def interleaved_columns(num_columns: int, lanes: int) -> int:
-    """Return the columns of each lane of an interleaved row, in whole words."""
+    """Return the number of columns of each lane in an interleaved row, a multiple of a word."""
     return -(-num_columns // (WORD * lanes)) * WORD
 
 
 def grid_and_block(gpu: Gpu, num_rows: int, lanes: int, interleaved: bool = False) -> tuple[int, int]:
-    """Return the blocks, and the threads of a block, that give every row its lanes."""
+    """Return the number of blocks, and of threads per block, for all lanes of all rows."""
     rows = gpu.table.rows
     warps = -(-num_rows * lanes // 32)
     steps = rows.interleaved_blocks if interleaved else rows.adjacent_blocks
@@ -108,10 +108,10 @@ def grid_and_block(gpu: Gpu, num_rows: int, lanes: int, interleaved: bool = Fals
 
 
 def min_blocks(gpu: Gpu, lanes: int, columns: int, num_columns: int, interleaved: bool, capped: bool) -> int:
-    """Return the fewest blocks of a multiprocessor to tell ptxas, where it would spill registers to fit more; else 0.
+    """Return the fewest blocks per multiprocessor, which ptxas is told if it would spill registers to fit more; else 0.
 
     Args:
-        columns: of each lane, of `num_columns` in all.
+        columns: number of columns of each lane; `num_columns` is that of the row.
         capped: the method has a logit_softcap.
     """
     uneven = lanes * columns != num_columns or (lanes < MAX_LANES and columns % 8 != 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every op runs: a call goes to an interceptor, or is looked up among the cached calls and launched.
+"""Run an op: pass the call to an interceptor, or find its cached call and launch that.
 
 The first call with given shapes, dtypes, strides and devices is checked, and its kernels are compiled. Later calls only
 pass pointers.
@@ -32,13 +32,13 @@ from cupy_router.ops._op import Op
 
 
 class Interceptor(Protocol):
-    """A framework's way to take a call: to put it into a graph, or to make it differentiable."""
+    """Hook of a framework that takes over calls, to trace them into a graph or to make them differentiable."""
 
     def wants(self, op: Any, inputs: tuple[Any, ...]) -> bool:
-        """Return whether `run` takes this call. Asked before every call, so it takes a fraction of a microsecond."""
+        """Return whether `run` takes over this call. Every call asks, so this takes a fraction of a microsecond."""
 
     def run(self, op: Any, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-        """Return the results of a call that is wanted. It may call :func:`run_eagerly`."""
+        """Return the results of a call that :meth:`wants` accepts. It may call :func:`run_eagerly`."""
 
 
 # Framework packages add themselves when they are imported.
@@ -96,11 +96,11 @@ def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], number: int = -1)
 
 
 def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-    """Return the results of a call that turned out to have an array without memory, of a type not seen before."""
+    """Return the results of a call with tracers of a type that was still unknown when interceptors were asked."""
     for interceptor in interceptors:
         if interceptor.wants(op, inputs):
             return interceptor.run(op, options, inputs, out, stream, number)
-    raise RuntimeError(f"{op.label}: got an array without memory outside of what traces it")
+    raise RuntimeError(f"{op.label}: got a traced array outside of its trace")
 
 
 def _mark_written(op: Op, inputs: tuple[Any, ...]) -> None:
@@ -165,7 +165,7 @@ def _run_on_device(
 def _prepare(
     op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...], framework: Framework, stream: int
 ) -> CachedCall | None:
-    """Return what later calls of this kind reuse; None if an array has no memory."""
+    """Return the cached call for this call and later ones; None if an array has no memory."""
     checked = _checked(op, options, inputs, outs, stream)
     if checked is None:
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Macros, grid and block of kernels/topk_select_long.cu for a shape on a GPU.
 
-Where k is too large for it, of kernels/topk_select_large.cu.
+If k is too large for that kernel, kernels/topk_select_large.cu serves.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SCRATCH = ("counters", "piece_counts", "lists")
 
 _LARGE_BLOCK = 1024
 
-_COUNTER_BYTES = 1024  # as many as any launch needs, so that the lists of all launches can follow them in one buffer
+_COUNTER_BYTES = 1024  # the most that a launch needs, so that the lists of every launch start at the same offset
 _ENTRY_BYTES, _STATIC_BYTES = 12, 6 * 1024
 _MAX_CAPACITY = 16384
 
 
 class LaunchShape(NamedTuple):
-    """See the constants of the same names in the kernel. Each row is divided into `pieces`, a block for each."""
+    """Launch shape: see the constants of the same names in the kernel. Each row has `pieces`, a block for each."""
 
     block: int
     blocks: int
@@ -44,7 +44,7 @@ class LaunchShape(NamedTuple):
 
 
 def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str) -> LaunchShape | None:
-    """Return the shape of a launch; None if no list in shared memory is long enough for k."""
+    """Return the launch shape; None if k is too large for a list in shared memory."""
     table = gpu.table.long_rows
     size = row_lanes.SIZES[dtype]
     row_bytes = num_columns * size
@@ -68,8 +68,10 @@ def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str) -> Lau
 
 
 def _with_list(shape: LaunchShape, num_columns: int, k: int, size: int, shared_bytes: int) -> LaunchShape | None:
-    """Return the shape with the shortest list that holds what passes the threshold of the smallest sample. 4 entries a
-    thread are sorted fastest."""
+    """Return the shape with the shortest list for the scores above a sampled threshold, and the smallest such sample.
+
+    Lists of 4 entries per thread are sorted fastest.
+    """
     step = 4 * shape.block
     most = min(_MAX_CAPACITY, (shared_bytes - _STATIC_BYTES) // _ENTRY_BYTES) // step * step
     best = None
@@ -86,9 +88,9 @@ def _with_list(shape: LaunchShape, num_columns: int, k: int, size: int, shared_b
 
 
 def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
-    """Return the most scores that are expected to pass a sampled threshold, and four deviations more.
+    """Return the expected number of scores that pass a sampled threshold, and that number plus four deviations.
 
-    A matter of the kernel's sampling, the same on every GPU.
+    It follows from the sampling in the kernel, and is the same on every GPU.
     """
     hits = sample * min(k / max(num_columns, 1), 1.0)
     reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
@@ -97,7 +99,7 @@ def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
 
 
 class LongTopK:
-    """A launch with the scratch memory of the stream on which it is called."""
+    """A launch that uses scratch memory of the stream on which it is called."""
 
     def __init__(self, options: Any, arrays: Arrays, gpu: Gpu) -> None:
         scores, index_map = arrays.scores, arrays.index_map
@@ -121,11 +123,11 @@ class LongTopK:
             kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, {"num_rows": num_rows} | fixed)
             self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
         else:
-            room = 0
+            list_capacity = 0
             if shape.pieces > 1:
                 self._pieces = num_rows * shape.pieces
-                room = min(-(-num_columns // shape.pieces) + 64, shape.capacity + options.k)
-                self._scratch_bytes = _COUNTER_BYTES + 8 * self._pieces * (1 + room)
+                list_capacity = min(-(-num_columns // shape.pieces) + 64, shape.capacity + options.k)
+                self._scratch_bytes = _COUNTER_BYTES + 8 * self._pieces * (1 + list_capacity)
             macros |= {
                 "BLOCK": shape.block,
                 "BLOCKS": shape.blocks,
@@ -134,12 +136,12 @@ class LongTopK:
                 "SPLIT": int(shape.pieces > 1),
                 "FITS": int(shape.pieces == 1 and num_columns <= shape.capacity),
             }
-            ahead = gpu.multiprocessors * shape.blocks  # as many as run at once
+            ahead = gpu.multiprocessors * shape.blocks  # rows that are in flight at once
             for first in range(0, num_rows, MAX_GRID):
                 grid = min(num_rows - first, MAX_GRID) * shape.pieces
                 numbers = {
                     "pieces": shape.pieces,
-                    "list_capacity": room,
+                    "list_capacity": list_capacity,
                     "rows_ahead": ahead,
                     "first_row": first,
                 } | fixed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""activation_topk: score, bias, top-k, renormalisation and scale in one kernel."""
+"""activation_topk: scores, bias, top-k, renormalisation and scale in one kernel."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ class ActivationTopK(Op):
     )
     results = routing_results("logits", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
     single_kernel = True
+
+    def example(self) -> MethodOptions:
+        return MethodOptions(RoutingMethod(8, 2))
 
     def sizes(self, options: MethodOptions) -> dict[str, int]:
         return method_sizes(options.method)
@@ -59,7 +63,7 @@ class ActivationTopK(Op):
         return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
 
     def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
-        """Choose the kernel for logits that lie where `arrays` say."""
+        """Choose the kernel for the shape, strides and alignment of the logits."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
         macros = method_macros(method, arrays.given("bias", "logit_bias", "expert_scale"))
@@ -112,32 +116,33 @@ def activation_topk(
     out: Any = None,
     stream: Any = None,
 ) -> Routing:
-    """Score the logits of each token, choose its top_k experts by score plus bias, and weigh them by their scores.
+    """Score the logits of each token, select its top_k experts by score plus bias, and return their weights.
 
     Args:
         logits: [num_tokens, num_experts] float32, float16 or bfloat16; with the method's `shared_in_normalizer`
             [num_tokens, num_experts + num_shared_experts].
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        bias: [num_experts] float32, added for the selection alone: to the scores, or to the logits (`bias_on`).
-        logit_bias: [num_experts] float32, added to the logits first of all.
-        expert_scale: [num_experts] float32, a factor of the weight of each expert, last of all.
-        num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
-            one-element int32 array on the device of the logits, clamped, which a CUDA graph may change between replays.
+        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`).
+        logit_bias: [num_experts] float32, added to the logits before all other steps.
+        expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
+        num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
+            in 0..num_tokens, or a one-element int32 array on the device of the logits, which is clamped, and may change
+            between replays of a CUDA graph.
         out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
-        stream: work is enqueued on the current stream of the logits' framework unless an object with `__cuda_stream__`
-            or an int handle is given here. The host never waits.
+        stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
+            of the logits' framework. The host never waits.
 
     Returns:
-        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method
-        says otherwise, by descending score + bias; equal values: lower index first; NaN below -inf; shared experts
-        last. Arrays are of the logits' framework, on their device.
+        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
+        other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
+        shared experts last. Arrays belong to the logits' framework and are on their device.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed.
+        TypeError: an argument is no array, or its dtype is not allowed.
         ValueError: ranks, shapes, strides, devices or num_valid are wrong.
-        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC or a driver is missing.
 
-    docs/methods.md has the mathematics, and where each step comes from.
+    docs/methods.md has the mathematics, with the source of each step.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, activation_topk
@@ -152,9 +157,9 @@ def activation_topk(
 
 
 def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:
-    """Return the lanes over which to interleave a row, which then chooses by cut keys; 0 for adjacent columns.
+    """Return the lanes over which to interleave a row, which then selects by truncated keys; 0 for adjacent columns.
 
-    The sum of a softmax must not depend on the number of rows.
+    For softmax the choice ignores the number of rows, because the rounding of its sum must not depend on that.
     """
     softmax = needs_whole_rows(method)
     if method.top_groups < method.num_groups:

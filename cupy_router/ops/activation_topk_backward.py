@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of the logits from that of the weights, in one kernel: the base of the frameworks' gradients."""
+"""The gradient with respect to the logits from that of the weights, in one kernel, for autograd of the frameworks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
-from cupy_router.ops._op import INTS, Arrays, Op, Options, Result, row
+from cupy_router.ops._op import INTS, Arrays, Op, Result, row
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk_backward as reference
 from cupy_router.score_function import ScoreFunction
 from cupy_router.tuning import Gpu
 
-# What frameworks answer where a gradient of gradients is asked for.
+# Error of the frameworks for second derivatives.
 NO_SECOND_DERIVATIVE = "cupy_router: the weights of a routing have first derivatives only, so this has no gradient"
 
 _WIDE_BLOCK = 256
-_MAX_REPEATED = 8192  # weights of a token where experts may repeat; a float of shared memory each
-# Macros of a method that its gradient does without: those that only select, and the dtype of its indices, since any
-# indices may come.
+_MAX_REPEATED = 8192  # weights of a token if experts may repeat; a float of shared memory each
+# Macros of a method that its gradient does not use: steps that only select, and the dtype of its indices, because the
+# given indices have their own.
 _NOT_COMPILED = ("HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_INT64")
 
 
@@ -44,10 +45,10 @@ class LogitsGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class BackwardOptions(Options):
-    """The method of the forward pass, and how the gradient is asked for.
+    """The method of the forward pass, and options of the gradient.
 
-    dtype: of the result; None: that of the logits.
-    repeated: whether an expert may stand in a row more than once.
+    dtype: dtype of the result; None: that of the logits.
+    repeated: True if a row may have an expert more than once.
     """
 
     method: RoutingMethod
@@ -75,6 +76,9 @@ class ActivationTopKBackward(Op):
     returns = LogitsGradient
     single_kernel = True
 
+    def example(self) -> BackwardOptions:
+        return BackwardOptions(RoutingMethod(8, 2), None, True)
+
     def sizes(self, options: BackwardOptions) -> dict[str, int]:
         return method_sizes(options.method)
 
@@ -101,7 +105,7 @@ class ActivationTopKBackward(Op):
             **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
             **({"REPEATED": 1} if repeated else {}),
         }
-        num_tokens, num_weighed = logits.shape[0], weighed(method)
+        num_tokens, num_scored = logits.shape[0], num_scored_columns(method)
         fixed = {
             "num_tokens": num_tokens,
             **method_arguments(method),
@@ -114,15 +118,15 @@ class ActivationTopKBackward(Op):
         if isinstance(method.score, ScoreFunction) and method.score.derivative is not None:
             gradient_of_score = method.score.derivative.defined_as("score_function_gradient")
             replaced["routing/score_function_gradient.cuh"] = gradient_of_score
-        if not row_lanes.fits(method.num_logits, num_weighed):
-            if repeated and num_weighed > _MAX_REPEATED:
+        if not row_lanes.fits(method.num_logits, num_scored):
+            if repeated and num_scored > _MAX_REPEATED:
                 raise ValueError(f"top_k must be at most {_MAX_REPEATED} where experts may repeat, got {method.top_k}")
             function, grid = "activation_topk_backward_wide", min(num_tokens, 2**31 - 1)
             return Kernel(function, function, macros, grid, _WIDE_BLOCK, fixed, replaced)
-        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_weighed)
+        lanes, _ = row_lanes.lanes_and_columns(method.num_logits, num_scored)
         needs_rows = needs_whole_rows(method)
         if not needs_rows and not row_lanes.few(gpu, num_tokens):
-            while lanes // 2 >= max(num_weighed, gpu.table.backward.min_lanes):
+            while lanes // 2 >= max(num_scored, gpu.table.backward.min_lanes):
                 lanes //= 2
         strides = grad_weights.row_stride, indices.row_stride, logits.row_stride, gradient.row_stride
         dense = strides == (method.num_columns, method.num_columns, method.num_logits, method.num_logits)
@@ -150,32 +154,32 @@ def activation_topk_backward(
     out: Any = None,
     stream: Any = None,
 ) -> LogitsGradient:
-    """The gradient of a loss by the logits, given that by the weights of the experts that were chosen.
+    """Return the gradient of a loss with respect to the logits, given the gradient with respect to the weights.
 
-    Indices, and a bias that only selects, have no gradient. The rounding of weights to 16 bits counts as no step. An
-    expert whose weight is NaN has gradient NaN and leaves the others' alone; weights that are 0 because the sum of the
-    scores is have gradient 0.
+    Indices, and a bias that only selects, have no gradient. The rounding of weights to 16 bits is ignored. An expert
+    whose weight is NaN has gradient NaN and does not change the gradients of the others. Weights that are 0 because the
+    sum of the scores is 0 have gradient 0.
 
     Args:
         grad_weights: [num_tokens, top_k + num_shared_experts], of the method's weight_dtype.
-        indices: the same shape, int32 or int64, as `activation_topk` or `hash_router` gave them. A row with an index of
-            the first top_k that is no expert (-1: padding) gets zeros.
+        indices: the same shape, int32 or int64, from `activation_topk` or `hash_router`. If one of the first top_k
+            indices of a row is no expert (-1: padding), the row of the result is 0.
         logits: [num_tokens, num_experts] float32, float16 or bfloat16, or with num_shared_experts more columns, as in
             the forward pass.
         method, logit_bias, expert_scale: as in the forward pass.
-        dtype: "float32", or None: that of the logits.
-        repeated: rows may have an expert more than once, as those of a table may.
+        dtype: "float32", or None: the dtype of the logits.
+        repeated: rows may have an expert more than once, as rows of a table may.
         out: a :class:`LogitsGradient` of a preallocated array, filled in place and returned.
         stream: as for :func:`activation_topk`.
 
     Returns:
-        LogitsGradient of an array of the shape of the logits, every entry written: 0 where a logit has no part in the
-        weights. Summed over the tokens it is the gradient by logit_bias.
+        LogitsGradient of an array with the shape of the logits. Every entry is written, 0 if the weights do not depend
+        on the logit. Its sum over the tokens is the gradient with respect to logit_bias.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed.
-        ValueError: ranks, shapes, strides or devices are wrong, or a score of the caller's own has no derivative.
-        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
+        TypeError: an argument is no array, or its dtype is not allowed.
+        ValueError: ranks, shapes, strides or devices are wrong, or a custom score has no derivative.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC or a driver is missing.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, activation_topk
@@ -187,27 +191,28 @@ def activation_topk_backward(
     """
     if dtype not in ("float32", None):
         raise ValueError(f"activation_topk_backward: dtype must be 'float32' or None, got {dtype!r}")
-    fields = resolve(method), dtype, repeated
+    fields = resolve(method), dtype, bool(repeated)
     inputs = (grad_weights, indices, logits, logit_bias, expert_scale)
     return run(OP, fields, inputs, out, stream)  # type: ignore[no-any-return]
 
 
 def check_derivative(method: RoutingMethod) -> None:
-    """Refuse a score of the caller's own without a derivative."""
+    """Refuse a custom score without a derivative."""
     if isinstance(method.score, ScoreFunction) and method.score.derivative is None:
         raise ValueError(f"{method.score!r} has no gradient: give it a derivative, which is another ScoreFunction")
 
 
-def weighed(method: RoutingMethod) -> int:
-    """How many columns of the weights a logit stands behind."""
+def num_scored_columns(method: RoutingMethod) -> int:
+    """Return the number of weight columns that are computed from logits."""
     return method.num_columns if method.shared_in_normalizer else method.top_k
 
 
 @cache
 def without_factors(method: RoutingMethod) -> RoutingMethod:
-    """What weighs the chosen experts alike, but for the dtypes and for shared experts that do not matter.
+    """Return the method with float32 weights, int32 indices, and no shared experts unless they are in the normaliser.
 
-    With it and no expert_scale, `hash_router` gives what the gradient by expert_scale is made of.
+    With it and without expert_scale, `hash_router` returns the unscaled weights, which the gradient with respect to
+    expert_scale needs.
     """
     shared = method.num_shared_experts if method.shared_in_normalizer else 0
     return replace(method, num_shared_experts=shared, weight_dtype="float32", index_dtype="int32")

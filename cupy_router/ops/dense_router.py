@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router: gate GEMM, score, bias, top-k and weights; one launch for few tokens, cuBLAS first for many."""
+"""dense_router: gate GEMM, scores, bias, top-k and weights, in one launch for few tokens, with cuBLAS for many."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from cupy_router.ops._method import (
     method_sizes,
     routing_results,
 )
-from cupy_router.ops._op import NUM_VALID, Arrays, Op, Options, row
+from cupy_router.ops._op import NUM_VALID, Arrays, Op, row
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.results import Routing
@@ -36,7 +37,7 @@ from cupy_router.tuning import Gpu
 
 PATHS = ("decode", "prefill")
 
-_COUNTER_BYTES = 4 * decode.COUNTERS  # before the partial sums, in one piece of scratch memory
+_COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buffer of scratch memory
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class DenseRouter(Op):
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
+
+    def example(self) -> DenseOptions:
+        return DenseOptions(RoutingMethod(8, 2), None)
 
     def sizes(self, options: DenseOptions) -> dict[str, int]:
         return method_sizes(options.method)
@@ -88,7 +93,7 @@ class DenseRouter(Op):
     def kernel(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
         num_tokens = arrays.x.shape[0]
-        fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # whose instructions the kernel has
+        fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # the kernel uses its instructions
         if path is None:
             most = min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
             path = "decode" if fused and num_tokens <= most else "prefill"
@@ -121,36 +126,38 @@ def dense_router(
     out: Any = None,
     stream: Any = None,
 ) -> Routing:
-    """Multiply each token with the gate, score the logits, choose top_k experts by score plus bias, weigh them.
+    """Multiply each token with the gate, score the logits, select top_k experts by score plus bias, return weights.
 
-    Logits are accumulated and kept in float32, whatever the dtypes of x and weight; float32 inputs are multiplied as
-    they are, without tf32. Results are bitwise repeatable; the rounding of logits may change with the number of tokens.
+    Logits are accumulated and kept in float32 for all dtypes of x and weight. float32 inputs are multiplied without
+    tf32. Results are bitwise repeatable. The rounding of logits may depend on the number of tokens.
 
     Args:
         x: [num_tokens, hidden] float32, float16 or bfloat16.
-        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype need not be that of x. With the
-            method's `shared_in_normalizer` it has num_shared_experts more rows.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype may differ from that of x. With
+            the method's `shared_in_normalizer` it has num_shared_experts more rows.
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        bias: [num_experts] float32, added for the selection alone: to the scores, or to the logits (`bias_on`).
-        logit_bias: [num_experts] float32, added to the logits first of all: the bias of a linear layer.
-        expert_scale: [num_experts] float32, a factor of the weight of each expert, last of all.
-        path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts; "prefill" is cuBLAS and a
-            second kernel, for any size; None chooses by size.
-        num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
-            one-element int32 array on the device of x, clamped, which a CUDA graph may change between replays.
+        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`).
+        logit_bias: [num_experts] float32, the bias of the linear layer, added to the logits before all other steps.
+        expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
+        path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
+            second kernel, for any size. None chooses by size.
+        num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
+            in 0..num_tokens, or a one-element int32 array on the device of x, which is clamped, and may change between
+            replays of a CUDA graph.
         out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
-        stream: work is enqueued on the current stream of the framework of x unless an object with `__cuda_stream__` or
-            an int handle is given here. The host never waits.
+        stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
+            of the framework of x. The host never waits.
 
     Returns:
-        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method
-        says otherwise, by descending score + bias; equal values: lower index first; NaN below -inf; shared experts
-        last. Arrays are of the framework of x, on its device.
+        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
+        other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
+        shared experts last. Arrays belong to the framework of x and are on its device.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed.
-        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or the path is unknown or made for less.
-        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing, or cuBLAS where nothing else would do.
+        TypeError: an argument is no array, or its dtype is not allowed.
+        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or the path is unknown or does not support
+            the size.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC, a driver or a cuBLAS that the size needs is missing.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, dense_router
@@ -166,11 +173,11 @@ def dense_router(
     return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
-# -- What a call launches ----------------------------------------------------------------------------------------------
+# -- Launches ----------------------------------------------------------------------------------------------------------
 
 
 def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
-    """Return what chooses and weighs experts by the logits of a chunk."""
+    """Return the launch of `activation_topk` on the logits of a chunk."""
     op, names = activation_topk.OP, ("bias", "logit_bias", "expert_scale", "num_valid", "weights", "indices")
     given = arrays.named(*names)
     kernel = op.kernel(MethodOptions(method), Arrays(("logits", *given), (logits, *given.values())), gpu)
@@ -178,7 +185,7 @@ def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) ->
 
 
 class _Decode:
-    """The fused kernel, with the scratch memory of the stream that it is called on."""
+    """The fused kernel, with scratch memory of the stream on which it is called."""
 
     def __init__(self, method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu) -> None:
         x, weight = arrays.x, arrays.weight
@@ -201,7 +208,7 @@ class _Decode:
 
 
 class _DecodeChunks(Chunks):
-    """Any number of tokens by the fused kernel: what runs where there is no cuBLAS."""
+    """The fused kernel for any number of tokens, used if there is no cuBLAS."""
 
     def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
         super().__init__(OP, arrays, decode.MAX_TOKENS)

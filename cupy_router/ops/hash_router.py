@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hash_router: experts by a table of token ids, weights by a gate if there is one."""
+"""hash_router: experts from a table by token id, with weights from a gate if there is one."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from cupy_router.ops._method import (
     needs_whole_rows,
     routing_results,
 )
-from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, Options, row
+from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, row
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.results import Routing
 from cupy_router.tuning import Gpu
 
-_UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # where weights come from
+_UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # source of the weights
 
-_MAX_PRODUCTS = 8192  # of a token; a float of shared memory each
-_UNKNOWN_EXPERTS = 0  # whatever int32 indices can hold
+_MAX_PRODUCTS = 8192  # per token; a float of shared memory each
+_UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class HashRouter(Op):
     )
     results = routing_results("logits", "x", "weight", "logit_bias", "expert_scale")
     returns = Routing
+    gradient = "routing"
     single_kernel = True
+
+    def example(self) -> HashOptions:
+        return HashOptions(None)
 
     def sizes(self, options: HashOptions) -> dict[str, int]:
         return {} if options.method is None else {"top_k": options.method.top_k} | method_sizes(options.method)
@@ -89,7 +94,7 @@ class HashRouter(Op):
         }
         fixed: dict[str, int | float] = {
             "num_tokens": num_tokens,
-            **method_arguments(method),  # beside what is needed first: constants come by lines of a cache
+            **method_arguments(method),  # next to other early arguments, because constants are loaded by cache line
             "vocab_size": vocab_size,
             "hidden": 0 if x is None else x.shape[1],
             "table_stride": table.row_stride,
@@ -164,40 +169,41 @@ def hash_router(
     out: Any = None,
     stream: Any = None,
 ) -> Routing:
-    """The experts of each token as they stand in `table[token_ids]`, with weights.
+    """Look up the experts of each token in `table[token_ids]`, and return them with weights.
 
-    Without logits and x the weights are uniform, 1 / top_k. With them they are the method's score at those experts,
-    renormalised and scaled; with x and weight only the dot products that are needed are computed.
+    Without logits and x, the weights are uniform, 1 / top_k. Otherwise they are the scores of these experts,
+    renormalised and scaled. With x and weight, only the necessary dot products are computed.
 
     Args:
         token_ids: [num_tokens] int32 or int64.
         table: [vocab_size, top_k] int32 or int64, expert ids.
-        method: a :class:`RoutingMethod` whose top_k is the table's width, or the name of a preset; needed with logits
-            or x.
+        method: a :class:`RoutingMethod` whose top_k is the number of columns of the table, or the name of a preset;
+            required with logits or x.
         logits: [num_tokens, num_experts] float32, float16 or bfloat16; with the method's `shared_in_normalizer`
             [num_tokens, num_experts + num_shared_experts].
         x: [num_tokens, hidden] float32, float16 or bfloat16, instead of logits.
-        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x. As many rows as logits have
-            columns.
+        weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x. It has one row per column of
+            logits.
         logit_bias: [num_experts] float32, added to the logits; only with logits or x.
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
-        num_valid: rows from this one on are padding and get indices -1 and weights 0: an int in 0..num_tokens, or a
-            one-element int32 array on the same device, clamped, which a CUDA graph may change between replays.
+        num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
+            in 0..num_tokens, or a one-element int32 array on the same device, which is clamped, and may change between
+            replays of a CUDA graph.
         out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
-        stream: work is enqueued on the current stream of the token ids' framework unless an object with
-            `__cuda_stream__` or an int handle is given here. The host never waits.
+        stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
+            of the token ids' framework. The host never waits.
 
     Returns:
-        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method
-        says otherwise, in the table's order, shared experts last. A token id outside the table, or a table entry that
-        is no expert, gives the whole row indices -1 and weights 0.
+        Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
+        other dtypes. Experts are in the order of the table, shared experts last. If a token id is outside the table, or
+        a table entry is no expert, the whole row has indices -1 and weights 0.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed.
-        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or arguments do not go together.
-        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
+        TypeError: an argument is no array, or its dtype is not allowed.
+        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or arguments cannot be combined.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC or a driver is missing.
 
-    Hash layers are those of DeepSeek-V4, whose first layers look experts up by token id.
+    The first layers of DeepSeek-V4 are hash layers.
 
     >>> import numpy as np
     >>> from cupy_router import hash_router
@@ -219,7 +225,7 @@ def hash_router(
 
 
 def check_combination(method: RoutingMethod | None, arrays: Arrays) -> None:
-    """Refuse arguments of hash_router that do not go together."""
+    """Refuse arguments of hash_router that cannot be combined."""
     logits, x = arrays.logits, arrays.x
     if arrays.table.shape[1] < 1:
         raise ValueError(f"table must have at least one column, got {arrays.table}")

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ops by name. The framework packages and the tests are made from this list."""
+"""All ops by name: the `OP` of each file in this folder. Framework packages and tests are made from this list."""
 
 from __future__ import annotations
 
-from cupy_router.ops import (
-    _hash_layer,
-    activation_topk,
-    activation_topk_backward,
-    dense_router,
-    hash_router,
-    topk_select,
-)
+import importlib
+import pkgutil
+
 from cupy_router.ops._op import Op
 
-_MODULES = (topk_select, activation_topk, hash_router, dense_router, _hash_layer, activation_topk_backward)
+_PACKAGE = __name__.rpartition(".")[0]
 
-OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
+
+def _find() -> dict[str, Op]:
+    stems = [module.name for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__)]
+    modules = [importlib.import_module(f"{_PACKAGE}.{stem}") for stem in stems if f"{_PACKAGE}.{stem}" != __name__]
+    return {module.OP.name: module.OP for module in modules if hasattr(module, "OP")}
+
+
+OPS = _find()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_select: the k largest scores of each row, exact, in the order asked for."""
+"""topk_select: the k largest scores of each row, exact, in a given order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, Work
-from cupy_router.ops._op import Arrays, Op, Options, Result, layer, row
+from cupy_router.ops._op import Arrays, Op, Result, row, row_or_one
+from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.ops._topk_select_long import LongTopK
 from cupy_router.reference import topk_select as reference
@@ -47,13 +48,16 @@ class TopKSelect(Op):
         row("scores", "num_rows, num_columns", required=True),
         row("lengths", "num_rows", ("int32",)),
         row("starts", "num_rows", ("int32",)),
-        layer("index_map", "num_rows or 1, num_pages", ("int32",)),
+        row_or_one("index_map", "num_rows or 1, num_pages", ("int32",)),
     )
     results = (
         Result("values", "num_rows, k", _score_dtype, exists=_returns_values),
         Result("indices", "num_rows, k", "int32"),
     )
     returns = TopK
+
+    def example(self) -> TopKOptions:
+        return TopKOptions(3)
 
     def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
         return {"k": options.k}
@@ -82,11 +86,11 @@ class TopKSelect(Op):
         return results if options.return_values else results[1:]
 
     def is_single_kernel(self, options: TopKOptions, arrays: Arrays) -> bool:
-        plain = options == TopKOptions(options.k) and arrays.index_map is None
+        plain = options.order != "column" and options.return_values and arrays.index_map is None
         return plain and row_lanes.fits(arrays.scores.shape[1], options.k)
 
     def kernel(self, options: TopKOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Return the kernel for rows that a warp holds; all else goes by that for long rows, which has the options."""
+        """Choose the kernel: for short rows without options, one row per warp; otherwise the kernel for long rows."""
         if not self.is_single_kernel(options, arrays):
             return LongTopK(options, arrays, gpu)
         k, scores = options.k, arrays.scores
@@ -135,35 +139,36 @@ def topk_select(
 ) -> TopK:  # fmt: skip
     """Return the k largest scores of each row and their columns; of equal scores, the lower columns.
 
-    Exact on every input: -0.0 equals +0.0, subnormals are ordered, NaN ranks below -inf. Row r has only the columns
-    from `starts[r]` (default 0) for `lengths[r]` (default: to the end), cut to what exists; a start outside the row or
-    a length <= 0 makes it empty. Indices count from the row's start.
+    Exact on every input: -0.0 equals +0.0, subnormals are ordered, NaN ranks below -inf. Row r has the `lengths[r]`
+    columns from `starts[r]` on, by default all columns, limited to those that exist. A start outside the row or a
+    length <= 0 makes it empty. Indices count from the start of the row.
 
     Args:
         scores: [num_rows, num_columns] float32, float16 or bfloat16.
         k: at least 1; at most num_columns unless `lengths` or `starts` are given.
         lengths: [num_rows] int32, or None.
         starts: [num_rows] int32, or None.
-        order: of the selected entries in a row: "value" by descending score, equal scores by ascending column;
-            "column" by ascending column; "any" in whatever order is fastest, the same on every run. The selected set is
-            the same in all three, and empty entries come last.
-        return_values: False returns `values` None, and spares their memory.
-        index_map: [num_rows or 1, at least num_columns / page_size] int32, a table of pages. An index i >= 0 is written
-            as its place in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.
+        order: order of the selected entries in a row. "value": by descending score, equal scores by ascending column.
+            "column": by ascending column. "any": the fastest order, the same on every run. All three select the same
+            entries, and empty entries come last.
+        return_values: False: `values` is None and takes no memory.
+        index_map: [num_rows or 1, at least num_columns / page_size] int32, a table of pages. An index i >= 0 is mapped
+            to its position in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.
         page_size: columns in a page of `index_map`, at least 1. Mapped indices have to fit int32.
         out: a :class:`TopK` of preallocated arrays (`values` None without values), filled in place and returned.
-        stream: work is enqueued on the current stream of the scores' framework unless an object with
-            `__cuda_stream__` or an int handle is given here. The host never waits.
+        stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
+            of the scores' framework. The host never waits.
 
     Returns:
         TopK of values [num_rows, k] in the dtype of the scores, bit copies of them (or None), and indices [num_rows, k]
-        int32; -inf and -1 where a row holds fewer than k. Arrays are of the scores' framework, on their device.
+        int32. If a row has fewer than k entries, the rest are -inf and -1. Arrays belong to the scores' framework and
+        are on their device.
 
     Raises:
-        TypeError: something is no array, or has a dtype that is not allowed, k or page_size is no int, or
-            return_values is no bool.
+        TypeError: an argument is no array, or its dtype is not allowed, k or page_size is no int, or return_values is
+            no bool.
         ValueError: ranks, shapes, strides, devices, k, order or page_size are wrong.
-        RuntimeError: CUDA arrays came but CuPy, NVRTC or a driver is missing.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC or a driver is missing.
 
     >>> import numpy as np
     >>> from cupy_router import topk_select
@@ -176,7 +181,7 @@ def topk_select(
         raise ValueError(f"topk_select: order must be {', '.join(map(repr, ORDERS))}, got {order!r}")
     if type(return_values) is not bool:
         raise TypeError(f"topk_select: return_values must be a bool, got {return_values!r}")
-    if page_size != 1:
+    if type(page_size) is not int or page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
     fields = k, order, return_values, page_size
     return run(OP, fields, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]

@@ -116,7 +116,7 @@ def route_weights(
             scores = score_logits(np.take_along_axis(routed, experts, axis=-1), method)
         else:
             scores = np.take_along_axis(score_logits(routed, method), experts, axis=-1)
-        weights = append_shared(_scale_experts(weigh(scores, method), experts, expert_scale), method)
+        weights = append_shared(_scale_experts(renormalize_and_scale(scores, method), experts, expert_scale), method)
     with np.errstate(over="ignore"):
         return weights.astype(method.weight_dtype)
 
@@ -141,14 +141,14 @@ def append_shared_indices(experts: NDArray[Any], method: RoutingMethod) -> NDArr
     return np.concatenate([experts, shared], axis=-1).astype(method.index_dtype)
 
 
-def weigh(scores: Float32, method: RoutingMethod) -> Float32:
+def renormalize_and_scale(scores: Float32, method: RoutingMethod) -> Float32:
     """Renormalise and scale the scores [num_tokens, top_k] of each token's experts.
 
     Renormalising divides by the sum, with three rules. The sum leaves NaN out, so that one NaN does not spoil the other
     weights. A divisor of 0 gives weights 0, or NaN for infinite scores. Where a score is +inf, infinite scores get
     weight NaN and finite ones 0.
 
-    >>> weigh(np.array([[1.0, 3.0]], np.float32), RoutingMethod(8, 2, scale=2.0))
+    >>> renormalize_and_scale(np.array([[1.0, 3.0]], np.float32), RoutingMethod(8, 2, scale=2.0))
     array([[0.5, 1.5]], dtype=float32)
     """
     weights = scores.astype(np.float64)

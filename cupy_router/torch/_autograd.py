@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the weights: what calls do with tensors that require grad, eager ones and those of a graph.
+"""Gradients of the weights, for eager calls with tensors that require grad and for calls in a graph.
 
-An eager call becomes one node of autograd's, in a graph the op is a node itself; both go back by :func:`gradients`. Its
-way forward is that of every other call, so weights are the same with a gradient and without. Logits that the call did
-not get, because it got x and the gate, are computed anew on the way back.
+An eager call becomes one node of autograd. In a graph the op itself is a node. Both use :func:`gradients` as backward
+pass. The forward pass is the call itself, so weights are the same with and without a gradient. If the call took x and
+the gate, the backward pass computes the logits again.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, BackwardOptions, without_factors
 from cupy_router.ops.hash_router import HashOptions
-from cupy_router.torch._product import gate_product, product_gradients
+from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
 
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)  # private, so it may go
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)  # private, may disappear
 
 BACKWARD = activation_topk_backward.OP
 
-# What may be needed on the way back; also what has a gradient, if the call got it.
+# Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
 
@@ -37,7 +37,7 @@ _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
 
 def wants_gradient(op: Op, inputs: tuple[Any, ...]) -> bool:
-    """Whether the results are tensors and one that they depend on requires grad; asked by every call in grad mode."""
+    """Return whether results are tensors and one of their inputs requires grad. Every call in grad mode asks this."""
     for position in op.differentiable:
         array = inputs[position]
         if array is not None and getattr(array, "requires_grad", False):
@@ -46,7 +46,7 @@ def wants_gradient(op: Op, inputs: tuple[Any, ...]) -> bool:
 
 
 def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-    """A call for which :func:`wants_gradient` holds."""
+    """Return the results of a call for which :func:`wants_gradient` is true, with a node of autograd."""
     given = dict(zip(op.names, inputs, strict=True))
     if given.get("logits") is None and given.get("weight") is None:  # uniform weights
         return run(op, options, inputs, out, stream, number, eager=True)
@@ -55,7 +55,7 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
             f"{op.name}: out cannot be given where weights have a gradient, that is with arrays that require grad "
             "unless under torch.no_grad()"
         )
-    # Under a stream of its own, since autograd goes back on the stream that was current on the way forward.
+    # Make the given stream current, because autograd runs the backward pass on the current stream of the forward pass.
     context: Any = nullcontext()
     if stream is not None and inputs[0].is_cuda:
         context = torch.cuda.stream(torch.cuda.ExternalStream(stream_handle(stream), inputs[0].device))
@@ -66,7 +66,7 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
     """weights, indices = apply(op, options, number, *inputs).
 
-    Without a `setup_context` of its own, which would make each call 15 us longer.
+    It has no `setup_context`, which would make each call 15 us longer.
     """
 
     @staticmethod
@@ -77,15 +77,17 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
 
     @staticmethod
     def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
-        # In grad mode a second derivative may be asked for, which only the op of torch.library refuses; and only such
-        # an op takes the gradients of a batch that autograd makes for is_grads_batched.
+        # Only the op of torch.library refuses a second derivative, which may be asked for in grad mode. Also, only that
+        # op takes the batched gradients that autograd makes for is_grads_batched.
         by_op = torch.is_grad_enabled() or (grad_weights is not None and _is_batched(grad_weights))
         return backward(ctx, grad_weights, grad_indices, by_op=by_op)
 
 
 def _as_tensor(array: Any) -> Any:
-    """Arrays of other frameworks as tensors on the same memory, but for NumPy's, which are copied; what cannot be one
-    is left to the checks of the op."""
+    """Return an array of another framework as a tensor on the same memory; NumPy arrays are copied.
+
+    Anything that cannot become a tensor is returned as it is, and the checks of the op raise.
+    """
     if array is None or isinstance(array, torch.Tensor):
         return array
     try:
@@ -98,13 +100,13 @@ def _as_tensor(array: Any) -> Any:
         return array
 
 
-# -- The way back ------------------------------------------------------------------------------------------------------
+# -- Backward pass -----------------------------------------------------------------------------------------------------
 
 
 def remember(
     ctx: Any, method: RoutingMethod | None, names: tuple[str | None, ...], inputs: tuple[Any, ...], output: Any
 ) -> None:
-    """What :func:`backward` needs of a call; `names` of its inputs, None where one is no array."""
+    """Save what :func:`backward` needs of a call. `names` has a name for each input, None if it is no array."""
     weights, indices = output
     given = dict(zip(names, inputs, strict=True))
     ctx.set_materialize_grads(False)
@@ -117,12 +119,12 @@ def remember(
 
 
 def remember_call(ctx: Any, op: Op, options: Any, *inputs: Any, output: Any) -> None:
-    """The same of an eager call; inputs begin with num_valid as an int."""
+    """Save the same of an eager call, whose inputs begin with num_valid as an int."""
     remember(ctx, options.method, (None, None, None, *op.names), (op, options, *inputs), output)
 
 
 def backward(ctx: Any, grad_weights: Any, grad_indices: Any, by_op: bool = True) -> tuple[Any, ...]:
-    """The gradient by each input of a call; None for what has none or need not have it."""
+    """Return the gradient with respect to each input of a call, None if it has none or none is needed."""
     found: Mapping[str | None, Any] = {}
     if grad_weights is not None:
         indices, *saved = ctx.saved_tensors
@@ -142,19 +144,23 @@ def gradients(
     repeated: bool,
     by_op: bool,
 ) -> dict[str | None, Any]:
-    """The gradients by the needed ones of `arrays` (logits or x and weight, logit_bias, expert_scale), in their dtypes.
+    """Return the gradients with respect to the needed ones of `arrays`, in their dtypes.
 
-    Products are of float32 matrices, as PyTorch is set to multiply them. `repeated`: a row may name an expert twice;
-    `by_op`: through PyTorch's dispatcher, for graphs and batches. Columns of batches are cut by `narrow`, since a slice
-    of all columns is an alias, which PyTorch has not for batches.
+    GEMMs are in float32, with the precision that PyTorch is set to.
+
+    Args:
+        arrays: logits or x and weight, logit_bias, expert_scale.
+        repeated: a row may name an expert twice.
+        by_op: call the ops through PyTorch's dispatcher, as graphs and batched gradients need it.
     """
+    # Columns are selected by `narrow`: a slice of all columns is an alias, which PyTorch lacks for batched tensors.
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str | None, Any] = {}
     with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
         if logits is None:
-            logits = gate_product(x, weight)
+            logits = gate_gemm(x, weight)
         if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
-            in_float32 = "logit_bias" in needed  # logits of x are in any case
+            in_float32 = "logit_bias" in needed  # logits computed from x are float32 already
             options = BackwardOptions(method, "float32" if in_float32 else None, repeated)
             given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
             if by_op:
@@ -166,16 +172,16 @@ def gradients(
             if "logit_bias" in needed:
                 found["logit_bias"] = grad_logits.narrow(1, 0, method.num_experts).sum(0)
             if x is not None:
-                by = "x" in needed, "weight" in needed
-                found["x"], found["weight"] = product_gradients(x, weight, grad_logits, by)
+                which = "x" in needed, "weight" in needed
+                found["x"], found["weight"] = gate_gemm_gradients(x, weight, grad_logits, which)
         if "expert_scale" in needed:
-            found["expert_scale"] = _by_expert_scale(
+            found["expert_scale"] = _expert_scale_gradient(
                 method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op
             )
     return found
 
 
-def _by_expert_scale(
+def _expert_scale_gradient(
     method: RoutingMethod,
     grad_weights: Any,
     indices: Any,
@@ -185,7 +191,10 @@ def _by_expert_scale(
     repeated: bool,
     by_op: bool,
 ) -> Any:
-    """The weights without the factors, times their gradients, summed for each expert; the indices serve as a table."""
+    """Return the gradient with respect to expert_scale: for each expert, the sum of its unscaled weights times theirs.
+
+    The unscaled weights come from `hash_router`, with the indices as its table.
+    """
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
     experts = indices[:, : method.top_k]
     given = (rows, experts, logits, None, None, logit_bias, None, None)
@@ -196,15 +205,15 @@ def _by_expert_scale(
         plain, _ = run(hash_router.OP, (options.method,), given, None, None)
     plain = plain[:, : method.top_k]
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
-    # Rows without experts have weights 0. A scatter without repetitions and a sum are the same to the bit every time.
+    # Rows without experts have weights 0. A scatter without repeated places, followed by a sum, is bitwise repeatable.
     dense = torch.zeros((len(indices), method.num_experts), device=indices.device)
     places = experts.clamp(min=0).long()
     dense = dense.scatter_add(1, places, products) if repeated else dense.scatter(1, places, products)
     return dense.sum(0)
 
 
-def gradient_by_x(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
-    """The gradient by the x of a Router, whose own arrays may be of any framework."""
+def x_gradient(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
+    """Return the gradient with respect to the x of a Router, whose arrays may be of any framework."""
     layer = router.beside(x)
     arrays = {name: _as_tensor(getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")}
     arrays |= {"logits": None, "x": x}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTorch does with a call of an op: puts it into a graph, hands it to torch.func, or makes it differentiable.
+"""Interceptor of calls for PyTorch: it adds a call to a graph, applies torch.func, or makes it differentiable.
 
-Eager calls do not pass PyTorch's dispatcher: `wants` costs them a fifth of a microsecond.
+Other eager calls do not go through PyTorch's dispatcher; `wants` takes 0.2 us of them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
 
 
 def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
-    """Return the results of a call that :func:`wants` takes."""
+    """Return the results of a call that :func:`wants` accepts."""
     if _state.is_tracing():
         refuse_out_and_stream(op.label, out, stream)
         return _library.call(op, options, inputs, number)
-    if _transforms.concern(inputs):
+    if _transforms.applies(inputs):
         refuse_out_and_stream(op.label, out, stream)
         return _transforms.run(op, options, inputs, number)
     if _is_grad_enabled() and wants_gradient(op, inputs):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of torch.library, made from the declarations: schemas, implementations, fakes and gradients.
+"""Derive the ops of torch.library from the declarations: schemas, implementations, fakes and gradients.
 
-A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. All results stand
-in the graph; one that the options do not ask for is an empty tensor there and None at the caller. An input that the op
-writes into is a mutable argument.
+A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. The graph has all
+results: those that the options leave out are empty tensors there, and None for the caller. An input that the op writes
+into is a mutable argument.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _implementation(op: Op, text: str, *arguments: Any) -> Any:
 
 
 def _fake(op: Op, text: str, *arguments: Any) -> Any:
-    """Return what the results look like, whose sizes may be symbolic."""
+    """Return fake results, whose sizes may be symbolic."""
     options, inputs = op.options_of(text), arguments[: len(op.inputs)]
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
     dtypes = [None if tensor is None else tensors.name_of(tensor.dtype) for tensor in inputs]
@@ -67,7 +67,7 @@ def _fake(op: Op, text: str, *arguments: Any) -> Any:
 
 
 def _with_absent(op: Op, options: Any, found: Sequence[Any], like: Any) -> Any:
-    """Return one tensor for each result, empty ones for those that do not exist."""
+    """Return one tensor for each result, an empty one if the result does not exist."""
     rest, wanted = iter(found), op.existing(options)
     results = tuple(next(rest) if declared in wanted else like.new_empty((0,)) for declared in op.results)
     return results if len(results) > 1 else results[0]

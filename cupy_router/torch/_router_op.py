@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Router of arrays that are no tensors as one op of torch.library, which knows it by its key.
+"""One op of torch.library for Routers whose arrays are not tensors. It finds the Router by its key.
 
-A Router of tensors needs no such op: a graph sees its tensors as inputs of the routing op. One graph then serves all
-layers alike, and an exported program has their arrays.
+A Router of tensors needs no such op: its tensors are inputs of the routing op in the graph. One graph then serves all
+layers of the same kind, and an exported program contains their arrays.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cupy_router.torch._state import refuse_out_and_stream
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
-    """Return whether the call of a Router becomes a node of its own."""
+    """Return whether the call of a Router becomes one node of the graph."""
     return _state.is_tracing() and not _is_of_tensors(router)
 
 
 def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
-    """Return the results of a call that :func:`wants` takes."""
+    """Return the results of a call that :func:`wants` accepts."""
     refuse_out_and_stream("Router", out, stream)
     x, token_ids, num_valid = inputs
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
@@ -62,7 +62,7 @@ def _fake(key: str, x: Any, *others: Any) -> Any:
 
 
 def _backward(key: str, x: Any, indices: Any, grad_weights: Any) -> Any:
-    return _autograd.gradient_by_x(_router_of(key), x, indices, grad_weights)
+    return _autograd.x_gradient(_router_of(key), x, indices, grad_weights)
 
 
 def _fake_backward(key: str, x: Any, *others: Any) -> Any:
@@ -79,10 +79,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
-    by_x = None
+    grad_x = None
     if grad_weights is not None:
-        by_x = torch.ops.cupy_router.router_backward(ctx.key, *ctx.saved_tensors, grad_weights.contiguous())
-    return None, by_x, None, None, None
+        grad_x = torch.ops.cupy_router.router_backward(ctx.key, *ctx.saved_tensors, grad_weights.contiguous())
+    return None, grad_x, None, None, None
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:

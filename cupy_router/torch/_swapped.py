@@ -13,7 +13,7 @@ import torch
 from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.ops.dense_router import dense_router
 from cupy_router.ops.hash_router import hash_router
-from cupy_router.torch._product import gate_product
+from cupy_router.torch._gate_gemm import gate_gemm
 from cupy_router.torch._router_modules import INLINE, SORTED, ResultTypes, RouterSpec, Unsupported
 
 
@@ -87,10 +87,10 @@ class Router(Swapped):
         layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
         logits = None
         if "table" in given:
-            logits, token_ids = gate_product(x, weight), given["token_ids"].reshape(-1)
+            logits, token_ids = gate_gemm(x, weight), given["token_ids"].reshape(-1)
             weights, indices = hash_router(token_ids, given["table"], results.method, logits=logits, **layer)
         elif {"logits", "probabilities"} & set(spec.outputs):
-            logits = gate_product(x, weight)
+            logits = gate_gemm(x, weight)
             weights, indices = activation_topk(logits, results.method, bias=bias, **layer)
         else:
             weights, indices = dense_router(x.contiguous(), weight, results.method, bias=bias, **layer)
@@ -110,7 +110,7 @@ class LogitsOnly(Swapped):
         weight = attrgetter(spec.gate.partition(".")[2])(self)
         if (x.dtype, weight.dtype) not in spec.results or _adds_noise(self, spec):
             return self.original.forward(self, hidden_states)
-        return gate_product(x, weight)
+        return gate_gemm(x, weight)
 
 
 class InlineRouter(Swapped):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls inside torch.func: vmap makes one call of the rows of all, grad goes back as everywhere; no forward mode."""
+"""Calls inside torch.func. vmap merges the rows of all calls, grad uses the same backward pass, forward mode raises."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cupy_router.torch import _autograd
 from cupy_router.torch._state import has_tangent, in_torch_func
 
 
-def concern(inputs: Sequence[Any]) -> bool:
-    """Whether a call is of tensors that are, or may be, those of transforms."""
+def applies(inputs: Sequence[Any]) -> bool:
+    """Return whether the inputs are tensors that transforms of torch.func may have wrapped, or that have tangents."""
     return isinstance(inputs[0], torch.Tensor) and (in_torch_func() or any(map(has_tangent, inputs)))
 
 
@@ -40,7 +40,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         ctx.op = inputs[0]
         if ctx.op.differentiable:
             _autograd.remember_call(ctx, *inputs, output=output)
-        elif ctx.op is not _autograd.BACKWARD:  # that one refuses, where others have no gradient
+        elif ctx.op is not _autograd.BACKWARD:  # BACKWARD raises in `backward`; the others have no gradient
             ctx.mark_non_differentiable(*output)
 
     @staticmethod
@@ -57,14 +57,15 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], op: Op, options: Any, number: int, *inputs: Any) -> Any:
         size, batched = info.batch_size, [dim is not None for dim in in_dims[3:]]
-        # Contiguous: PyTorch may have put the axis that is mapped over behind the columns, where calls refuse it.
+        # Contiguous, because calls refuse arrays whose last axis is not, and PyTorch may have put the mapped axis last.
         pairs = zip(inputs, in_dims[3:], strict=True)
         given = [a if dim is None else a.movedim(dim, 0).contiguous() for a, dim in pairs]
         if op.vmap == "refuse":
             raise ValueError(f"{op.label}: torch.func.vmap cannot map over it, call it for each entry instead")
         if op.vmap == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
+            rows = _with_rows(op, given, batched)
             merged = [
-                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if a is not None and name in op.by_row else a
+                (a if own else a.expand(size, *a.shape)).flatten(0, 1) if name in rows else a
                 for name, a, own in zip(op.names, given, batched, strict=True)
             ]
             results = _Call.apply(op, options, number, *merged)
@@ -78,10 +79,21 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         return results, (0,) * len(results)
 
 
+def _with_rows(op: Op, given: Sequence[Any], batched: Sequence[bool]) -> set[str]:
+    """Return the names of the inputs that have an entry for each row of a call."""
+    lengths = {
+        name: array.shape[own]
+        for name, array, own in zip(op.names, given, batched, strict=True)
+        if array is not None and array.ndim > own
+    }
+    return {name for name, length in lengths.items() if op.has_rows(name, length, lengths[op.names[0]])}
+
+
 def _differ_in_rows(op: Op, options: Any, given: Sequence[Any], batched: Sequence[bool]) -> bool:
     """Return whether calls differ in their rows alone, so that these may be the rows of one call."""
+    rows = _with_rows(op, given, batched)
     for declared, array, own in zip(op.inputs, given, batched, strict=True):
-        if array is not None and (declared.kind == "count" or (own and declared.kind == "layer")):
+        if array is not None and (declared.kind == "count" or (own and declared.name not in rows)):
             return False
-    rows, most = given[0].shape[:2].numel() if batched[0] else 0, op.max_rows(options)
-    return most is None or rows <= most
+    num_rows, most = given[0].shape[:2].numel() if batched[0] else 0, op.max_rows(options)
+    return most is None or num_rows <= most

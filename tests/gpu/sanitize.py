@@ -56,7 +56,7 @@ class ExactBackend(GpuBackend):
         from cupy_router.arrays import _cupy  # which needs CuPy
 
         self.xp.cuda.set_allocator(None)  # no pool
-        _cupy.TOGETHER = 0  # nor results in one block
+        _cupy.MAX_SHARED_BYTES = 0  # nor results in one block
 
     def array(self, host: np.ndarray, row_pad: int = 0, offset: int = 0) -> Any:
         """Rows are copied one by one, so that what lies between them is never written."""

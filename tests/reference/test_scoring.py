@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cupy_router.method import SCORES, RoutingMethod
-from cupy_router.reference.scoring import SCORE_FUNCTIONS, flush, gate_logits, score_logits, weigh
+from cupy_router.reference.scoring import SCORE_FUNCTIONS, flush, gate_logits, renormalize_and_scale, score_logits
 from tests import oracle
 from tests.reference import exact_scores
 from tests.reference.strategies import dtypes, matrices, thorough
@@ -103,7 +103,7 @@ def test_softmax_with_nan_and_infinity(logits: list[float], expected: list[float
 )
 def test_weights(scores: list[float], fields: dict[str, float], expected: list[float]) -> None:
     method = RoutingMethod(8, len(scores), "identity", **fields)  # type: ignore[arg-type]
-    got = weigh(np.array([scores], np.float32), method)
+    got = renormalize_and_scale(np.array([scores], np.float32), method)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, np.array([expected], np.float32))
 

@@ -14,14 +14,14 @@ from cupy_router.torch._state import in_torch_func
 _HAS_MIXED_GEMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def gate_product(x: Any, weight: Any) -> Any:
+def gate_gemm(x: Any, weight: Any) -> Any:
     """Return logits [num_tokens, num_logits] in float32, never rounded to 16 bits, even under autocast.
 
     x: [num_tokens, hidden], weight: [num_logits, hidden], floats on one device.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return gate_product(x, weight)
+            return gate_gemm(x, weight)
     if _HAS_MIXED_GEMM and x.is_cuda and x.dtype == weight.dtype != torch.float32 and not in_torch_func():
         return _MixedGemm.apply(x, weight)
     return torch.nn.functional.linear(x.float(), weight.float())
@@ -38,10 +38,10 @@ class _MixedGemm(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is u
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, Any]:
         x, weight = ctx.saved_tensors
-        return product_gradients(x, weight, grad, ctx.needs_input_grad)
+        return gate_gemm_gradients(x, weight, grad, ctx.needs_input_grad)
 
 
-def product_gradients(x: Any, weight: Any, grad_logits: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
+def gate_gemm_gradients(x: Any, weight: Any, grad_logits: Any, needed: Sequence[bool]) -> tuple[Any, Any]:
     """Return the gradients with respect to x and to the gate, if needed, computed in float32 and then rounded."""
     with torch.autocast(x.device.type, enabled=False):
         grad_x = (grad_logits @ weight.float()).to(x.dtype) if needed[0] else None

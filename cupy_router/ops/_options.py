@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ops, and their text: how they travel through graphs and compiled programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from functools import lru_cache
+from typing import Any, get_args, get_type_hints
+
+from cupy_router.method import from_text
+
+
+class Options:
+    """Base of the options of an op: frozen dataclasses of methods, options, strings, numbers, bools, None and tuples.
+
+    An op with a :class:`RoutingMethod` has it as the field `method`.
+    """
+
+    @property
+    def text(self) -> str:
+        """The options as JSON, which has the same meaning in every process. Graphs contain it."""
+        # Plain string operations, because torch.compile traces this.
+        names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
+        return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
+
+
+def _as_json(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
+    if isinstance(value, float):
+        return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join([_as_json(item) for item in value]) + "]"
+    return value.text  # type: ignore[no-any-return]  # a method, or options within options
+
+
+@lru_cache(maxsize=4096)
+def options_of(kind: Any, text: str) -> Any:
+    """Return the options, of a dataclass `kind`, that a text describes."""
+    nested: dict[str, Any] = {
+        name: option
+        for name, hint in get_type_hints(kind).items()
+        for option in (hint, *get_args(hint))
+        if isinstance(option, type) and issubclass(option, Options)
+    }
+
+    def value(name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return tuple(value) if isinstance(value, list) else value
+        text = json.dumps(value)
+        return options_of(nested[name], text) if name in nested else from_text(text)
+
+    return kind(**{name: value(name, field) for name, field in json.loads(text, strict=False).items()})
