@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel file + headers + macros -> compiled function, cached; knows nothing of routing.
+"""Kernel file + headers + constants -> compiled function, cached; knows nothing of routing.
 
 A kernel's text is expanded first. `#include "device/types.cuh"` is replaced by the file, with `#line` marks so that
 errors point at `kernels/device/types.cuh(line)`. Constants get their values. So the text contains headers and

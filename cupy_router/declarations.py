@@ -26,7 +26,7 @@ class CompileError(RuntimeError):
 
 
 def with_constants(text: str, values: Mapping[str, int]) -> tuple[str, list[str]]:
-    """The text with these values, and the names that it does not declare."""
+    """Return the text with these values of its constants, and the names that it does not declare."""
     unknown = dict(values)
 
     def declared(declaration: re.Match[str]) -> str:
@@ -38,15 +38,15 @@ def with_constants(text: str, values: Mapping[str, int]) -> tuple[str, list[str]
 
 
 def _literal(kind: str, value: int) -> str:
-    """A value of a type of C++; of an enumeration by its number."""
+    """Return a value in C++; that of an enumeration by its number."""
     if kind == "bool":
         return "true" if value else "false"
     return str(value) if kind == "int" else f"{kind}({value})"
 
 
 def constants(source: str) -> dict[str, int]:
-    """The constants of a text and their values; those that are no numbers, such as the default of an enumeration, are
-    left out."""
+    """Return the constants of a text with their values, without those that are no numbers, such as the default of an
+    enumeration."""
     found: dict[str, int] = {}
     for kind, name, text in _CONSTANT.findall(source):
         if text in found:  # the same as another
@@ -92,7 +92,7 @@ class Declaration(NamedTuple):
 
 
 def declaration(source: str, function: str) -> Declaration | None:
-    """None if the text has no such kernel."""
+    """Return the declaration of a kernel; None if the text has no such kernel."""
     found = re.search(_KERNEL.format(name=function), _without_comments(source))
     if found is None:
         return None
@@ -106,12 +106,12 @@ def declaration(source: str, function: str) -> Declaration | None:
 
 
 def _without_comments(source: str) -> str:
-    """Everything else at its place."""
+    """Replace comments by spaces, so that everything else keeps its place."""
     return _COMMENT.sub(lambda comment: " " * len(comment[0]), source)
 
 
 def signature_in(text: str, function: str) -> Signature | None:
-    """The parameters of a kernel; None if the text has no such kernel, CompileError for other types."""
+    """Return the parameters of a kernel; None if the text has no such kernel. CompileError for other types."""
     found = declaration(text, function)
     if found is None:
         return None
@@ -135,7 +135,7 @@ def signature_in(text: str, function: str) -> Signature | None:
 
 
 def members(text: str, kind: str) -> list[str]:
-    """The names of the floats that a struct consists of; none if it is no such struct."""
+    """Return the names of the members of a struct of floats; an empty list for other types."""
     found = re.search(rf"\bstruct {kind} \{{([^{{}}]*)\}};", _without_comments(text))
     fields = re.sub(r"\s+", " ", found[1]).strip().split("; ") if found else []
     matched = [re.fullmatch(r"float (\w+);?", field) for field in fields]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel as PTX of which some parameters have become constants; knows nothing of routing.
+"""Kernels as PTX with constants in place of some parameters. Knows nothing of routing.
 
 XLA hands over addresses of arrays and nothing else, so what else a kernel takes has to be in its text. There the kernel
 becomes a function of the device, and an entry that takes the addresses alone calls it.
@@ -23,8 +23,10 @@ def kernel(
     arguments: tuple[str, ...],
     constants: tuple[tuple[str, int | float], ...],
 ) -> str:
-    """The PTX of a kernel, for an architecture such as "compute_90", with `arguments` for its only parameters, in their
-    order, and `constants` for the others. With the options that other launches have."""
+    """Compile a kernel to PTX for an architecture such as "compute_90", with the options of other launches.
+
+    Its only parameters are `arguments`, in their order; the others become `constants`.
+    """
     nvrtc = compiler.require_cuda().cuda.nvrtc
     text = with_entry(source, signature.function, arguments, dict(constants))
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
@@ -39,7 +41,7 @@ def kernel(
 
 
 def with_entry(source: str, function: str, arguments: tuple[str, ...], constants: dict[str, int | float]) -> str:
-    """The text in which a kernel has `arguments` for its only parameters. CompileError if it has no such kernel."""
+    """Return a text whose kernel has `arguments` as its only parameters; CompileError if there is no such kernel."""
     found = declaration(source, function)
     if found is None:
         raise CompileError(f'the text has no extern "C" __global__ void {function}(...)')
@@ -60,7 +62,7 @@ def with_entry(source: str, function: str, arguments: tuple[str, ...], constants
 
 
 def _literal(source: str, parameter: Parameter, constants: dict[str, int | float]) -> str:
-    """The value of a parameter in C++."""
+    """Return the value of a parameter in C++."""
     if parameter.kind == "*":
         return "nullptr"
     if parameter.kind in ("int", "long long"):
@@ -71,6 +73,6 @@ def _literal(source: str, parameter: Parameter, constants: dict[str, int | float
 
 
 def _float(value: float) -> str:
-    """Every bit of it, also of infinity and NaN."""
+    """Return a float in C++ with every bit, also for infinity and NaN."""
     (bits,) = struct.unpack("=I", struct.pack("=f", value))
     return f"__uint_as_float({bits:#010x}u)"
