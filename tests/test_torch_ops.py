@@ -282,8 +282,32 @@ print(compiled(torch.eye(8)[:2])[1].tolist() == [[0, 1], [1, 0]])
 """
 
 
+TOPK_COMPILED = """
+import torch
+from cupy_router import topk_select
+compiled = torch.compile(lambda a: tuple(topk_select(a, 1)), backend="eager", fullgraph=True)
+print(compiled(torch.eye(8)[:2])[1].tolist() == [[0], [1]])
+"""
+
+JAX_FIRST = """
+import sys, types
+try:
+    import cupy_router.jax
+except ImportError:
+    sys.exit(print(True))
+import torch
+from cupy_router import activation_topk
+compiled = torch.compile(lambda a: tuple(activation_topk(a, "mixtral")), backend="eager", fullgraph=True)
+print(compiled(torch.eye(8)[:2])[1].tolist() == [[0, 1], [1, 0]])
+"""
+
+
 @pytest.mark.slow("process")
-@pytest.mark.parametrize("program", [PROGRAM, FIRST_CALL_COMPILED], ids=["router", "first call"])
+@pytest.mark.parametrize(
+    "program",
+    [PROGRAM, FIRST_CALL_COMPILED, TOPK_COMPILED, JAX_FIRST],
+    ids=["router", "first call", "first call of topk_select", "JAX's package loaded first"],
+)
 def test_tensors_compile_without_another_import(program: str) -> None:
     root = Path(cupy_router.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
