@@ -117,7 +117,6 @@ __device__ __forceinline__ void select_again(unsigned unsure, const score_t* sou
 
 extern "C" __global__ void __launch_bounds__(256)
     topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
-                const int* __restrict__ index_map,  // null: the op asks other kernels for mapped indices
                 score_t* __restrict__ values, int* __restrict__ indices, long long num_rows, int num_columns, int k,
                 long long scores_stride, long long values_stride, long long indices_stride) {
     if (WHOLE_ROWS) num_columns = LANES * PER_LANE;

@@ -125,7 +125,7 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
     assert_rows_share_warps(launch, 7)
     assert (launch.shared_bytes, launch.stream) == (0, 77)
     assert launch.arguments == {
-        "scores": 0x10000000000, "lengths": 0x2004, "starts": 0x3008, "index_map": 0,
+        "scores": 0x10000000000, "lengths": 0x2004, "starts": 0x3008,
         "values": result.values.pointer, "indices": result.indices.pointer,
         "num_rows": 7, "num_columns": 256, "k": 8,
         "scores_stride": 2**33, "values_stride": 8, "indices_stride": 8,

@@ -141,12 +141,13 @@ class Reordered:
         null = len(names) + takes_number
         places = [names.index(name) if name in names else null for name in takes]
         places += [len(names)] if takes_number else []
-        self._pick = itemgetter(*places, null)  # at least two, so that it returns a tuple
+        self._has_nulls = null in places
+        self._pick = itemgetter(*places) if len(places) > 1 else lambda varying: (varying[places[0]],)
         self._launch = launch
         self.function = launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        self._launch(stream, self._pick((*varying, 0))[:-1])
+        self._launch(stream, self._pick((*varying, 0) if self._has_nulls else varying))
 
 
 # -- Calls on memory of the caller -------------------------------------------------------------------------------------

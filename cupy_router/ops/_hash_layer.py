@@ -86,7 +86,7 @@ def hash_layer(
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    return run(OP, (method,), inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
-from cupy_router.ops._options import options_of
+from cupy_router.ops._options import Options, options_of
 from cupy_router.tuning import Gpu
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Op:
     differentiable: tuple[int, ...]  # positions of the inputs that a result has a gradient with respect to
     written: tuple[int, ...]  # positions of the inputs that the op writes into
     varies: bool  # some results exist for some options only
-    num_fields: int  # number of arrays in a flat `out`; -1 if it is nested
+    is_flat: bool  # all results exist always, as the fields of one tuple
 
     def __init__(self) -> None:
         smooth = {name for result in self.results for name in result.differentiable}
@@ -214,7 +214,7 @@ class Op:
         self.differentiable = tuple(i for i, name in enumerate(self.names) if name in smooth)
         self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
         self.varies = any(result.exists for result in self.results)
-        self.num_fields = -1 if self.nested else len(self.results)
+        self.is_flat = not self.nested and not self.varies
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -267,7 +267,7 @@ class Op:
 
     def packer(self, options: Any) -> Callable[..., Any]:
         """Return a function from the existing results to what the caller gets."""
-        if not self.varies and not self.nested:
+        if self.is_flat:
             return self.returns  # type: ignore[no-any-return]  # a named tuple
         existing = self.existing(options)
         if existing == self.results and not self.nested:
@@ -292,11 +292,8 @@ class Op:
 
     def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
-        if isinstance(out, tuple) and len(out) == self.num_fields:  # the usual form
-            if not self.varies:
-                return out
-            if type(None) not in map(type, out) and _all_exist(self, options):
-                return out
+        if type(out) is self.returns and not self.nested and type(None) not in map(type, out):
+            return out  # type: ignore[no-any-return]  # the usual form; `check_out` counts them
         found = dict(_fields("out", self.returns, out))
         for name, kind in self.nested.items():
             inner = found.pop(name)
@@ -305,12 +302,25 @@ class Op:
         wanted = [result.path for result in self.existing(self.as_options(options))]
         for path, array in found.items():
             if array is not None and path not in wanted:
-                raise TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}")
+                raise self._unwanted(path, array)
         return tuple(found.get(path) for path in wanted)
 
+    def check_out(self, options: Any, outs: Sequence[Any]) -> None:
+        """Refuse arrays for results that these options do not ask for."""
+        existing = self.existing(options)
+        if len(outs) > len(existing):
+            for result, array in zip(self.results, outs, strict=True):
+                if result not in existing:
+                    raise self._unwanted(result.path, array)
+
+    def _unwanted(self, path: str, array: Any) -> TypeError:
+        return TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}")
+
     def as_options(self, options: Any) -> Any:
-        """Return options, given as such or by their fields."""
-        return self.options(*options) if type(options) is tuple else options
+        """Return options, given as such, by the tuple of their fields, or by their only field."""
+        if isinstance(options, Options):
+            return options
+        return self.options(*options) if type(options) is tuple else self.options(options)
 
     # -- Arguments -----------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def run(
 ) -> Any:
     """Return the results of one call of an op.
 
-    options: or the tuple of their fields, from which they are made when somebody needs them.
+    options: or the tuple of their fields, or their only field. Options are made of them when somebody needs them.
     number: num_valid as an int, -1 for all rows.
     eager: the call is neither traced nor differentiated.
     """
@@ -67,7 +67,12 @@ def run(
     try:
         if compiler.WATCHING and compiler.changed():
             _cached.forget()
-        outs = () if out is None else op.flatten(options, out)
+        if out is None:
+            outs: tuple[Any, ...] = ()
+        elif op.is_flat and type(out) is op.returns:
+            outs = out
+        else:
+            outs = op.flatten(options, out)
         current = framework.current_stream(first)
         handle = current if stream is None else stream_handle(stream)
         if current is None or handle is None:
@@ -210,6 +215,7 @@ def _checked(
 ) -> tuple[list[View | None], list[View], tuple[Output, ...]] | None:
     """Return views of all arrays and the outputs, or raise what is wrong; None if an array is a tracer."""
     options = op.as_options(options)
+    op.check_out(options, outs)
     views: list[View | None] = []
     for position, array in enumerate((*inputs, *outs)):
         name = op.argument(position, options)

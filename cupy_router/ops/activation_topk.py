@@ -156,7 +156,7 @@ def activation_topk(
     """
     number, num_valid = check.split_num_valid(num_valid)
     inputs = (logits, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, (resolve(method),), inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, resolve(method), inputs, out, stream, number)  # type: ignore[no-any-return]
 
 
 def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:

@@ -126,7 +126,8 @@ class TopKSelect(Op):
             ),
         }
         grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
-        return Kernel("topk_select", "topk_select", macros, grid, block, fixed)
+        takes = ("scores", "lengths", "starts", "values", "indices")
+        return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
 
 
 OP = TopKSelect()
@@ -176,6 +177,9 @@ def topk_select(
     """
     if type(k) is not int:
         k = check.integer("topk_select: k", k, 1)
+    inputs = (scores, lengths, starts, index_map)
+    if order == "value" and return_values is True and type(page_size) is int and page_size == 1:
+        return run(OP, k, inputs, out, stream)  # type: ignore[no-any-return]
     if order not in ORDERS:
         raise ValueError(f"topk_select: order must be {', '.join(map(repr, ORDERS))}, got {order!r}")
     if type(return_values) is not bool:
@@ -183,4 +187,4 @@ def topk_select(
     if type(page_size) is not int or page_size != 1:
         page_size = check.integer("topk_select: page_size", page_size, 1, 2**31 - 1)
     fields = k, order, return_values, page_size
-    return run(OP, fields, (scores, lengths, starts, index_map), out, stream)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream)  # type: ignore[no-any-return]

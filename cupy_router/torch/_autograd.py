@@ -202,7 +202,7 @@ def _expert_scale_gradient(
     if by_op:
         plain, _ = torch.ops.cupy_router.hash_router(options.text, *given, -1)
     else:
-        plain, _ = run(hash_router.OP, (options.method,), given, None, None)
+        plain, _ = run(hash_router.OP, options.method, given, None, None)
     plain = plain[:, : method.top_k]
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repeated places, followed by a sum, is bitwise repeatable.
