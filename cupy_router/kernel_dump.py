@@ -21,7 +21,7 @@ DUMP = "CUPY_ROUTER_DUMP"  # environment
 
 # What CuPy adds to the options of a kernel, besides the architecture, and what makes ptxas say what the kernel needs.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
-_LOG_OPTION = "--ptxas-options=-v"
+_LOG_OPTION, _NO_CACHE = "--ptxas-options=-v", "--no-cache"
 
 _unusable: set[Path] = set()  # folders that a warning has named
 
@@ -89,7 +89,11 @@ def compile_for(source: str, function: str, options: tuple[str, ...], architectu
     nvrtc = _nvrtc()
     given = (*options, *_CUPY_OPTIONS, f"-arch={architecture}")
     _, ptx, cubin = _compile(nvrtc, source, given)
-    log, _, _ = _compile(nvrtc, source, (*given, _LOG_OPTION))  # apart, since cubins of CUDA 13 hold the options
+    # Compiled apart, since cubins of CUDA 13 hold the options; and again, since code from NVRTC's cache has no log.
+    try:
+        log, _, _ = _compile(nvrtc, source, (*given, _LOG_OPTION, _NO_CACHE))
+    except RuntimeError:  # an NVRTC without this option has no cache
+        log, _, _ = _compile(nvrtc, source, (*given, _LOG_OPTION))
     version = ".".join(map(str, nvrtc.getVersion()))
     return MachineCode(architecture, version, ptx, cubin, _resources(log, function))
 

@@ -19,7 +19,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
 
 # As the package compiles and CuPy completes it, with ptxas telling what it does.
-_OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v")
+_OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v", "--no-cache")
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,11 @@ from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
 
 SOURCE = """// SPDX-License-Identifier: Apache-2.0
-typedef long long int64_t;
-#ifndef ID_BYTES
-#define ID_BYTES 4
-#endif
-#ifndef LOAD_BYTES
-#define LOAD_BYTES 4
-#endif
+#include "device/types.cuh"
+
+SPECIALISED int ID_BYTES = 4;
+SPECIALISED int LOAD_BYTES = 4;
+
 template <int BYTES> struct Id { typedef int type; };
 template <> struct Id<1> { typedef unsigned char type; };
 template <> struct Id<2> { typedef short type; };
