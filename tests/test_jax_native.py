@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, topk_select, tuning
+from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, kernel_log, topk_select, tuning
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.ops import _cached
 from tests import inputs
@@ -137,6 +137,21 @@ def test_edited_kernels_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _cached.calls
 
 
+@pytest.mark.slow("compiler")
+@pytest.mark.usefixtures("gpu")
+def test_kernels_in_programs_are_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[kernel_log.KernelReady] = []
+    monkeypatch.setattr(kernel_log, "listeners", [seen.append])
+    method = RoutingMethod(40, 3, scale=1.75)
+    for _ in range(2):
+        jax.clear_caches()
+        lowered(lambda a: activation_topk(a, method), jnp.ones((3, 40)))
+    (ready,) = seen
+    assert (ready.function, ready.device, ready.compiled) == ("activation_topk", ("cuda", 0), True)
+    assert ready.milliseconds > 0
+    assert dict(ready.macros)["NUM_EXPERTS"] == 40
+
+
 # -- Whether it works --------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +253,7 @@ def test_a_kernel_that_is_not_there_is_an_error() -> None:
 def test_every_kernel_becomes_ptx_with_addresses_alone(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, found = calls(dtype)[name], []
     kernel = _ptx.kernel
+    _lower_ptx._compiled.cache_clear()
     monkeypatch.setattr(_ptx, "kernel", lambda *given: found.append(kernel(*given)) or found[-1])
     lowered(lambda arrays: call(arrays), call.arrays)
     (ptx,) = found

@@ -9,14 +9,15 @@ whether it works. If not, calls go through the handlers of `_ffi_targets`.
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
 import numpy as np
 
-from cupy_router import compiler
+from cupy_router import compiler, kernel_log
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.jax import _call_text, _ptx
 from cupy_router.jax._ffi_targets import Buffer, gpus, views_of
@@ -49,15 +50,36 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     kernel = op.kernel(call.options, arrays, gpu_of(device))
     if not isinstance(kernel, _cached.Kernel) or kernel.shared_bytes > _MAX_SHARED_BYTES:
         return None
-    source = compiler.expand(kernel.file, kernel.macros, tuple(sorted(kernel.headers.items())))
+    macros, headers = tuple(sorted(kernel.macros.items())), tuple(sorted(kernel.headers.items()))
+    source = compiler.expand(kernel.file, macros, headers)
     signature = compiler.signature(kernel.file, kernel.function)
     buffers = (*given, *(declared.name for declared in op.existing(call.options)))
-    constants = {**dict.fromkeys((*op.names, *op.result_names), 0), _cached.NUMBER: call.number, **kernel.fixed}
+    nulls = dict.fromkeys((*op.names, *op.result_names, *kernel.nulls), 0)
+    constants = {**nulls, _cached.NUMBER: call.number, **kernel.fixed}
+    about = kernel.file, kernel.function, macros, headers, device
     try:
-        ptx = _ptx.kernel(source, architecture, signature, buffers, tuple(constants.items()))
+        ptx = _compiled(about, source, architecture, signature, buffers, tuple(constants.items()))
     except CompileError:  # the handler will raise it again
         return None
     return _launched(kernel.function, ptx, kernel.grid, kernel.block, kernel.shared_bytes)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(
+    about: tuple[Any, ...],
+    source: str,
+    architecture: str,
+    signature: Signature,
+    buffers: tuple[str, ...],
+    constants: tuple[tuple[str, int | float], ...],
+) -> str:
+    """Compile a kernel to PTX, and announce it; `about` is the beginning of a `KernelReady`."""
+    begin = time.perf_counter()
+    ptx = _ptx.kernel(source, architecture, signature, buffers, constants)
+    milliseconds = (time.perf_counter() - begin) * 1000
+    how: dict[str, Any] = {"milliseconds": milliseconds, "source": source, "options": compiler.OPTIONS}
+    kernel_log.announce(kernel_log.KernelReady(*about, compiled=True, **how))
+    return ptx
 
 
 def _launched(function: str, ptx: str, grid: int, block: int, shared_bytes: int) -> dict[str, Any]:

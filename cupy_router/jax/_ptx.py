@@ -8,14 +8,12 @@ becomes a function of the device, and an entry that takes the addresses alone ca
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 
 from cupy_router import compiler
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.declarations import Parameter, declaration, members
 
 
-@lru_cache(maxsize=1024)
 def kernel(
     source: str,
     architecture: str,
