@@ -66,7 +66,7 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
 
 @lru_cache(maxsize=1024)
 def _compiled(
-    about: tuple[Any, ...],
+    about: tuple[str, str, compiler.Macros, compiler.Headers, tuple[str, int]],
     source: str,
     architecture: str,
     signature: Signature,
@@ -77,8 +77,7 @@ def _compiled(
     begin = time.perf_counter()
     ptx = _ptx.kernel(source, architecture, signature, buffers, constants)
     milliseconds = (time.perf_counter() - begin) * 1000
-    how: dict[str, Any] = {"milliseconds": milliseconds, "source": source, "options": compiler.OPTIONS}
-    kernel_log.announce(kernel_log.KernelReady(*about, compiled=True, **how))
+    kernel_log.announce(kernel_log.KernelReady(*about, True, milliseconds, source, compiler.OPTIONS))
     return ptx
 
 
