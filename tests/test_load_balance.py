@@ -110,6 +110,7 @@ def test_load_balance_without_valid_tokens() -> None:
 
 
 @pytest.mark.slow("seconds")
+@pytest.mark.filterwarnings("error:Dynamo detected")
 def test_load_balance_in_a_graph_and_its_loss() -> None:
     """Even use gives loss 1, and the usual loss of a whole layer compiles into one graph."""
     torch.compiler.reset()

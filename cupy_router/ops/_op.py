@@ -105,7 +105,8 @@ class Arrays:
     """The arrays of one call as attributes: views, or host arrays for the reference. None if left out."""
 
     def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        self.__dict__.update(zip(names, arrays, strict=True))
+        for name, array in zip(names, arrays, strict=True):
+            setattr(self, name, array)  # torch.compile traces this; before PyTorch 2.13 not __dict__.update
 
     if TYPE_CHECKING:
 
@@ -113,7 +114,7 @@ class Arrays:
 
     def given(self, *names: str) -> list[str]:
         """Return the names of the arrays that are not None, among these."""
-        return [name for name in names if self.__dict__[name] is not None]
+        return [name for name in names if getattr(self, name) is not None]
 
     def replaced(self, **arrays: Any) -> Arrays:
         """Return the same arrays but for some."""
@@ -332,7 +333,7 @@ class Op:
 
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
         """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
-        sizes = dict(_sizes(self, options))
+        sizes = dict(self.sizes(options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
                 if declared.required:
