@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupy_router import RoutingMethod
+from tests import oracle
 from tests.gradient_cases import SMOOTH, TOLERANCE, Inputs
 
 
@@ -31,9 +32,7 @@ def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = Non
     x = logits
     if logit_bias is not None:
         x = x + jnp.pad(logit_bias, (0, x.shape[1] - method.num_experts))
-    x = x * method.logit_scale
-    if method.logit_softcap is not None:
-        x = method.logit_softcap * jnp.tanh(x / method.logit_softcap)
+    x = oracle.scale_and_cap(x, method, jnp.tanh)
     routed = x[:, : method.num_experts]
     chosen = jnp.take_along_axis(routed, experts, axis=1)
     if method.shared_in_normalizer:

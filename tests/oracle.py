@@ -54,9 +54,16 @@ def prepare(
             all_columns = np.zeros(x.shape[-1])  # shared experts' logits have no bias
             all_columns[: method.num_experts] = rounded(logit_bias)
             x = rounded(x + all_columns)
-        x = rounded(x.astype(np.float64) * method.logit_scale)
-        if method.logit_softcap is not None:
-            x = rounded(method.logit_softcap * np.tanh(x.astype(np.float64) / method.logit_softcap))
+        return rounded(scale_and_cap(unrounded(x), method, np.tanh, lambda values: unrounded(rounded(values))))
+
+
+def scale_and_cap(
+    x: Any, method: RoutingMethod, tanh: Callable[[Any], Any], rounded: Callable[[Any], Any] = lambda values: values
+) -> Any:
+    """Step 2, in the dtype of x, an array of any framework."""
+    x = rounded(x * method.logit_scale)
+    if method.logit_softcap is not None:
+        x = rounded(method.logit_softcap * tanh(x / method.logit_softcap))
     return x
 
 

@@ -13,14 +13,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from cupy_router.ops._cached import Kernel, launch_with
+from cupy_router.arrays import ITEM_SIZES
+from cupy_router.ops._cached import Kernel, launch_of
 from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Result, layer, row
 from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
 
 SOURCE = """// SPDX-License-Identifier: Apache-2.0
-#include "device/types.cuh"
+#include "routing/num_valid.cuh"
 
 SPECIALISED int ID_BYTES = 4;
 SPECIALISED int LOAD_BYTES = 4;
@@ -32,27 +33,30 @@ template <> struct Id<8> { typedef long long type; };
 typedef Id<ID_BYTES>::type id_t;
 typedef Id<LOAD_BYTES>::type load_t;
 
+// The id of a pair, token * top_k + column. Rows of ids may lie apart.
+__device__ __forceinline__ id_t id_of(const id_t* ids, long long ids_stride, int pair, int top_k) {
+    return ids[pair / top_k * ids_stride + pair % top_k];
+}
+
 extern "C" __global__ void tally_count(const id_t* ids, load_t* load, int* counts, const int* num_valid,
-                                       int num_valid_value, int num_pairs, int num_rows, int num_experts) {
-    int valid = num_valid ? *num_valid : num_valid_value < 0 ? num_rows : num_valid_value;
-    valid = (valid < 0 ? 0 : valid < num_rows ? valid : num_rows) * (num_rows ? num_pairs / num_rows : 0);
+                                       int num_valid_value, int num_tokens, int top_k, long long ids_stride) {
+    const int valid = static_cast<int>(valid_rows(num_valid, num_valid_value, num_tokens)) * top_k;
     const int expert = blockIdx.x;
     int count = 0;
-    for (int pair = 0; pair < valid; ++pair) count += ids[pair] == expert;
+    for (int pair = 0; pair < valid; ++pair) count += id_of(ids, ids_stride, pair, top_k) == expert;
     counts[expert] = count;
     if (load) load[expert] += count;
 }
 
 extern "C" __global__ void tally_order(const id_t* ids, const unsigned char* payload, int* order, unsigned char* copy,
-                                       const int* num_valid, int num_valid_value, int num_pairs, int num_rows,
-                                       int num_experts, int capacity, long long num_bytes) {
+                                       const int* num_valid, int num_valid_value, int num_tokens, int top_k,
+                                       long long ids_stride, int num_experts, int capacity, long long num_bytes) {
     for (int64_t i = 0; i < num_bytes; ++i) copy[i] = payload[i];
-    int valid = num_valid ? *num_valid : num_valid_value < 0 ? num_rows : num_valid_value;
-    valid = (valid < 0 ? 0 : valid < num_rows ? valid : num_rows) * (num_rows ? num_pairs / num_rows : 0);
+    const int valid = static_cast<int>(valid_rows(num_valid, num_valid_value, num_tokens)) * top_k;
     int place = 0;
     for (int expert = 0; order && expert < num_experts; ++expert)
         for (int pair = 0; pair < valid && place < capacity; ++pair)
-            if (ids[pair] == expert) order[place++] = pair;
+            if (id_of(ids, ids_stride, pair, top_k) == expert) order[place++] = pair;
     for (; order && place < capacity; ++place) order[place] = -1;
 }
 """
@@ -122,33 +126,35 @@ class TallyOp(Op):
         return counts, order, arrays.payload.copy()
 
     def kernel(self, options: TallyOptions, arrays: Arrays, gpu: Gpu) -> TwoLaunches:
-        return TwoLaunches(options, arrays)
+        return TwoLaunches(self, options, arrays)
 
 
 class TwoLaunches:
     """The counts, then the order."""
 
-    def __init__(self, options: TallyOptions, arrays: Arrays) -> None:
+    def __init__(self, op: Op, options: TallyOptions, arrays: Arrays) -> None:
         ids, device = arrays.ids, arrays.ids.device
         item_bytes = np.dtype(arrays.payload.host.dtype).itemsize if arrays.payload.host is not None else 4
-        macros = {"ID_BYTES": {"uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "int64": 8}[ids.dtype]}
-        macros["LOAD_BYTES"] = 8 if arrays.load is not None and arrays.load.dtype == "int64" else 4
-        fixed = {"num_pairs": ids.shape[0] * ids.shape[1], "num_rows": ids.shape[0], "num_experts": options.num_experts}
+        macros = {
+            "ID_BYTES": ITEM_SIZES[ids.dtype],
+            "LOAD_BYTES": 4 if arrays.load is None else ITEM_SIZES[arrays.load.dtype],
+            "HAS_NUM_VALID": int(arrays.num_valid is not None),
+        }
+        fixed = {"num_tokens": ids.shape[0], "top_k": ids.shape[1], "ids_stride": ids.row_stride}
         more = {
+            "num_experts": options.num_experts,
             "capacity": 0 if arrays.order is None else arrays.order.shape[0],
             "num_bytes": arrays.payload.shape[0] * item_bytes,
         }
-        count = Kernel("tally", "tally_count", macros, options.num_experts, 1, fixed)
-        order = Kernel("tally", "tally_order", macros, 1, 1, fixed | more)
-        number = ("num_valid", "num_valid_value")
-        self._count = launch_with(("ids", "load", "counts", *number), count, device)
-        self._order = launch_with(("ids", "payload", "order", "copy", *number), order, device)
-        self.function = self._count.function
+        takes = ("ids", "load", "counts", "num_valid"), ("ids", "payload", "order", "copy", "num_valid")
+        count = Kernel("tally", "tally_count", macros, options.num_experts, 1, fixed, takes=takes[0])
+        order = Kernel("tally", "tally_order", macros, 1, 1, fixed | more, takes=takes[1])
+        self._launches = [launch_of(op, kernel, device) for kernel in (count, order)]
+        self.function = self._launches[0].function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        ids, payload, load, num_valid, counts, order, copy, number = varying
-        self._count(stream, (ids, load, counts, num_valid, number))
-        self._order(stream, (ids, payload, order, copy, num_valid, number))
+        for launch in self._launches:
+            launch(stream, varying)
 
 
 OP = TallyOp()

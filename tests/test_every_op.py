@@ -81,7 +81,7 @@ def test_missing_and_wrong_inputs_are_named(op: Op) -> None:
 @EVERY
 def test_num_valid_fills_the_rows_after_it(op: Op, backend: Backend) -> None:
     if not op.takes_number or not op.rows_independent:
-        pytest.skip("an op without padding")
+        pytest.skip("no num_valid, or rows that depend on each other, whose padding is no rows of results")
     given = {name: backend.array(array) for name, array in arrays(op).items()}
     results = op.flatten(op.example(), run(op, op.example(), positional(op, given), None, None, 2))
     for array, result in zip(results, op.existing(op.example()), strict=True):
@@ -89,14 +89,24 @@ def test_num_valid_fills_the_rows_after_it(op: Op, backend: Backend) -> None:
 
 
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("valid", ["all rows", "a number", "an array"])
 @EVERY
-def test_kernels_give_what_the_reference_gives(op: Op, backend: Backend) -> None:
+def test_kernels_give_what_the_reference_gives(op: Op, valid: str, backend: Backend) -> None:
+    """With rows that lie apart, and with padding by a number and by an array."""
     if op is TALLY:
         pytest.skip("its kernel lies in no folder of kernels")
+    if valid != "all rows" and not op.takes_number:
+        pytest.skip("an op without num_valid")
     given = arrays(op)
-    results = call(op, {name: backend.array(array) for name, array in given.items()})
-    want = op.reference(op.example(), _host(op, given), ROWS)
-    for got, right in zip(results, want, strict=True):
+    apart = {name: backend.array(array, 3 * (name in op.by_row and array.ndim == 2)) for name, array in given.items()}
+    if valid == "an array":
+        apart["num_valid"] = backend.array(np.array([2], np.int32))
+    number = 2 if valid == "a number" else -1
+    results = op.flatten(op.example(), run(op, op.example(), positional(op, apart), None, None, number))
+    want = op.reference(op.example(), _host(op, given), ROWS if valid == "all rows" else 2)
+    for got, right, result in zip(results, want, op.existing(op.example()), strict=True):
+        if valid != "all rows" and op.rows_independent:
+            right[2:] = result.fill
         np.testing.assert_allclose(
             backend.numpy(got).astype(np.float64), right.astype(np.float64), rtol=1e-5, atol=1e-6
         )

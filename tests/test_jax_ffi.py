@@ -218,10 +218,11 @@ def test_capturable_calls_use_no_scratch_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *arguments, **more: None)
     monkeypatch.setattr(_ffi_targets.atexit, "register", lambda function: None)
     _ffi_targets.register()
-    assert asked == {
+    assert asked.keys() == {op.label for op in OPS.values()}
+    assert asked.items() >= {
         "topk_select": False, "activation_topk": True, "hash_router": True, "dense_router": False, "Router": False,
         "activation_topk_backward": True,
-    }  # fmt: skip
+    }.items()  # fmt: skip
 
 
 @pytest.mark.slow("compiler")

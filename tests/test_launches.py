@@ -20,6 +20,7 @@ import pytest
 from cupy_router import Routing, RoutingMethod, TopK, activation_topk, dense_router, hash_router, topk_select
 from cupy_router.arrays import FRAMEWORKS, ITEM_SIZES, Framework, Output, View
 from cupy_router.ops import _run
+from cupy_router.ops._method import method_arguments
 from tests.recorder import Launch, Recorder, recording
 
 HEAP = 1 << 40  # results of the fake framework lie from here on
@@ -135,7 +136,12 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
 
 
 METHOD = RoutingMethod(384, 6, "softmax", renormalize_min=0.25, scale=2.5)
-NUMBERS = {"logit_scale": 1.0, "logit_softcap": 0.0, "shared_weight": 1.0}  # as the defaults are
+# Of a method, those that METHOD leaves at their defaults; None reaches kernels as 0.
+NUMBERS = {
+    name: getattr(METHOD, name) or 0.0
+    for name in method_arguments(None)
+    if name not in ("renormalize_eps", "renormalize_min", "scale")
+}
 
 
 @pytest.mark.parametrize("columns", [384, 2000])

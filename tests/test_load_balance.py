@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,10 @@ def test_load_balance(name: str) -> None:
     counts, mean_scores = load_balance(leaf, indices, method, logit_bias=logit_bias, normalize=False)
     flat = indices[:4, : method.top_k].flatten().tolist()
     assert counts.tolist() == [flat.count(expert) for expert in range(method.num_experts)]
-    plain = RoutingMethod(
-        method.num_experts, method.num_experts, method.score, renormalize=False, logit_scale=method.logit_scale,
-        logit_softcap=method.logit_softcap,
+    plain = replace(  # all steps from logits to scores, and none after them
+        method, top_k=method.num_experts, score_after_topk=False, bias_on="score", num_groups=1, top_groups=1,
+        renormalize=False, renormalize_eps=0.0, renormalize_min=None, scale=1.0, num_shared_experts=0,
+        shared_in_normalizer=False, weight_dtype="float32",
     )  # fmt: skip
     with torch.no_grad():
         weights, order = activation_topk(logits[:4], plain, logit_bias=logit_bias)

@@ -45,7 +45,8 @@ def right(got: Tally, counts: list[int] = COUNTS, order: list[int] | None = ORDE
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
 def test_ids_of_every_dtype(backend: Backend, dtype: Any) -> None:
-    got = tally(backend.array(IDS.astype(dtype)), backend.array(PAYLOAD), 3)
+    """In rows that lie apart."""
+    got = tally(backend.array(IDS.astype(dtype), row_pad=3, offset=1), backend.array(PAYLOAD), 3)
     right(Tally(Layout(*map(backend.numpy, got.layout)), None))
 
 
@@ -71,8 +72,9 @@ def test_a_call_without_rows_still_runs(backend: Backend) -> None:
 
 def test_an_input_that_is_written(backend: Backend) -> None:
     load = backend.array(np.array([5, 6, 7], np.int64))
-    tally(backend.array(IDS), backend.array(PAYLOAD), 3, load=load, num_valid=2)
-    np.testing.assert_array_equal(backend.numpy(load), [6, 8, 8])
+    for num_valid in (2, backend.array(np.array([2], np.int32))):
+        tally(backend.array(IDS), backend.array(PAYLOAD), 3, load=load, num_valid=num_valid)
+    np.testing.assert_array_equal(backend.numpy(load), [7, 10, 9])
 
 
 def test_nested_results_are_filled_in_place(backend: Backend) -> None:

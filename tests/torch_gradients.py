@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cupy_router import RoutingMethod
-from tests import frameworks
+from tests import frameworks, oracle
 from tests.gradient_cases import SMOOTH, TOLERANCE, Inputs
 
 
@@ -19,9 +19,7 @@ def twin(logits: Any, indices: Any, method: RoutingMethod, logit_bias: Any = Non
     x = logits
     if logit_bias is not None:
         x = x + torch.nn.functional.pad(logit_bias, (0, x.shape[1] - method.num_experts))
-    x = x * method.logit_scale
-    if method.logit_softcap is not None:
-        x = method.logit_softcap * torch.tanh(x / method.logit_softcap)
+    x = oracle.scale_and_cap(x, method, torch.tanh)
     routed = x[:, : method.num_experts]
     if method.shared_in_normalizer:
         chosen = torch.cat([routed.gather(1, experts), x[:, method.num_experts :]], dim=1)

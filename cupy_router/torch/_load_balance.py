@@ -14,6 +14,7 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._op import INTS
+from cupy_router.torch._logits import prepare_logits
 
 
 class LoadBalance(NamedTuple):
@@ -88,10 +89,7 @@ def load_balance(
     x = torch.where(routed, logits[:, :num_experts].float(), 0.0)  # padding may hold any values
     if logit_bias is not None:
         x = x + logit_bias
-    x = x * method.logit_scale
-    if method.logit_softcap is not None:
-        x = method.logit_softcap * torch.tanh(x / method.logit_softcap)
-    scores = _scores(x, method.score)
+    scores = _scores(prepare_logits(x, method), method.score)
     if normalize:
         scores = _normalized(scores)
     mean_scores = torch.where(routed, scores, 0.0).sum(dim=0) / routed.sum().clamp(min=1)

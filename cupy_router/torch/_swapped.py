@@ -14,6 +14,7 @@ from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.ops.dense_router import dense_router
 from cupy_router.ops.hash_router import hash_router
 from cupy_router.torch._gate_gemm import gate_gemm
+from cupy_router.torch._logits import prepare_logits
 from cupy_router.torch._router_modules import INLINE, SORTED, ResultTypes, RouterSpec, Unsupported
 
 
@@ -167,8 +168,4 @@ def _returned(spec: RouterSpec, results: ResultTypes, logits: Any, weights: Any,
 
 def _visible_logits(logits: Any, method: Any) -> Any:
     """Return the logits as routers do: scaled and capped, without those of shared experts."""
-    if method.logit_scale != 1.0:
-        logits = logits * method.logit_scale
-    if method.logit_softcap is not None:
-        logits = method.logit_softcap * torch.tanh(logits / method.logit_softcap)
-    return logits[:, : method.num_experts]
+    return prepare_logits(logits, method)[:, : method.num_experts]

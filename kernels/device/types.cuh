@@ -48,7 +48,9 @@ struct Scalar<2> {
 
 // The signed integer of that many bytes.
 template <int BYTES>
-struct Integer {
+struct Integer;
+template <>
+struct Integer<4> {
     typedef int type;
 };
 template <>
