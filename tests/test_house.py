@@ -271,9 +271,10 @@ def test_every_header_is_read_by_a_kernel() -> None:
     assert KERNEL_FILES.keys() - reached == {"device/cluster.cuh"}, "which waits for kernels with clusters"
 
 
-def test_the_readme_of_the_kernels_lists_every_file() -> None:
+def test_the_readme_of_the_kernels_lists_every_header() -> None:
     listed = re.findall(r"^\| `([\w/.]+)` \| \S", (KERNELS / "README.md").read_text(), re.M)
-    assert sorted(listed) == sorted(KERNEL_FILES)
+    assert len(listed) == len(set(listed))
+    assert {name for name in KERNEL_FILES if name.endswith(".cuh")} <= set(listed) <= KERNEL_FILES.keys()
     others = {path.name for path in KERNELS.rglob("*") if path.is_file()} - {Path(name).name for name in KERNEL_FILES}
     assert others == {"README.md"}
 

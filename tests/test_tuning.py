@@ -88,6 +88,11 @@ def families() -> Iterator[Any]:
                 yield pytest.param(value, id=f"{name} {field.name}")
 
 
+def test_no_table_is_overlooked_for_its_file_name() -> None:
+    files = {path.stem for path in Path(tuning.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "gpu", "lookup", "schema"} == {*tuning.architectures().values()}
+
+
 @pytest.mark.parametrize("family", list(families()))
 def test_every_family_names_the_benchmark_that_measures_it(family: Any) -> None:
     assert isinstance(family, Family)
