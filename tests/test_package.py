@@ -105,6 +105,7 @@ def test_wheel_reads_its_own_kernels(environment: Path, tmp_path: Path) -> None:
 def test_tests_of_the_ops_pass_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     link_packages(environment, "pytest", "hypothesis")
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")  # test_method.py reads the table of fields
     where = "import cupy_router; print(cupy_router.__file__)"
     assert Path(run(environment / "bin" / "python", "-c", where, cwd=tmp_path)).is_relative_to(environment)
     files = [f"tests/test_{stem}.py" for stem in ("activation_topk", "hash_router", "topk_select", "method")]
