@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import pytest
 
+from cupy_router import compiler
 from cupy_router.arrays import ITEM_SIZES
 from cupy_router.ops._cached import Kernel, launch_of
 from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Result, layer, row
@@ -168,3 +171,10 @@ def tally(
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     fields = num_experts, capacity, with_order
     return run(OP, fields, (ids, payload, load, count), out, stream, number)  # type: ignore[no-any-return]
+
+
+def add_kernel_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler find tally.cu in a folder, during a test."""
+    (folder / "tally.cu").write_text(SOURCE)
+    folders = [*compiler.kernel_folders(), folder]
+    monkeypatch.setattr(compiler, "kernel_folders", lambda: folders)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,13 @@ from tests import compare
 from tests.backends import Backend
 from tests.declared import ROWS, arrays, positional
 from tests.tally import OP as TALLY
+from tests.tally import add_kernel_file
+
+
+@pytest.fixture(autouse=True)
+def _kernel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_kernel_file(tmp_path, monkeypatch)
+
 
 EVERY = pytest.mark.parametrize("op", [*OPS.values(), TALLY], ids=str)
 
@@ -93,8 +101,6 @@ def test_num_valid_fills_the_rows_after_it(op: Op, backend: Backend) -> None:
 @EVERY
 def test_kernels_give_what_the_reference_gives(op: Op, valid: str, backend: Backend) -> None:
     """With rows that lie apart, and with padding by a number and by an array."""
-    if op is TALLY:
-        pytest.skip("its kernel lies in no folder of kernels")
     if valid != "all rows" and not op.takes_number:
         pytest.skip("an op without num_valid")
     given = arrays(op)

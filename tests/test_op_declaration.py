@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupy_router import RoutingMethod, compiler
+from cupy_router import RoutingMethod
 from cupy_router.ops import registry
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._options import Options
 from cupy_router.ops.registry import OPS
 from tests.backends import Backend
-from tests.tally import OP, SOURCE, Layout, Tally, TallyOptions, tally
+from tests.tally import OP, Layout, Tally, TallyOptions, add_kernel_file, tally
 
 IDS = np.array([[1, 0], [2, 1], [7, 1], [0, 2]], np.int16)
 PAYLOAD = np.array([1.5, -2.0, np.nan], np.float32)
@@ -27,9 +27,7 @@ COUNTS, ORDER = [2, 3, 2], [1, 6, 0, 3, 5, 2, 7, -1]
 
 @pytest.fixture(autouse=True)
 def _kernel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tally.cu").write_text(SOURCE)
-    folders = [*compiler.kernel_folders(), tmp_path]
-    monkeypatch.setattr(compiler, "kernel_folders", lambda: folders)
+    add_kernel_file(tmp_path, monkeypatch)
 
 
 def right(got: Tally, counts: list[int] = COUNTS, order: list[int] | None = ORDER) -> None:
