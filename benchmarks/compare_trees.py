@@ -140,7 +140,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def facts(tree: Tree) -> dict[str, str]:
-    """What was timed: the commit, if git knows it, and a hash of the package and its kernels."""
+    """Return what was timed: its commit, or "unknown", and a hash of the package and its kernels."""
     digest = hashlib.sha256()
     for path in sorted(path for part in ("cupy_router", "kernels") for path in (tree.folder / part).rglob("*.*")):
         if path.suffix in {".py", ".cu", ".cuh"}:

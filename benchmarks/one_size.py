@@ -68,7 +68,7 @@ def parse(declared: OneSize | None, arguments: Sequence[str] | None = None) -> R
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What all rows share in a line, then who took how long, with the spread and the ratio to ours."""
+    """Return a line of what all rows share, then a table of the time, spread and ratio to ours of each row."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in results.FIGURES | {"by"}))
     common = {name: rows[0].get(name) for name in names if len({row.get(name) for row in rows}) == 1}
     ours = rows[0]["us"]

@@ -31,7 +31,7 @@ Name = TypeVar("Name", bound=Hashable)
 def graph_rounds(
     call: Call, calls: int = 1, *, torch: bool = False, rounds: int = ROUNDS, replays: int = REPLAYS
 ) -> list[list[float]]:
-    """Microseconds of a call in each replay of each round, with at least so many calls in a graph.
+    """Return the microseconds of a call in each replay of each round, with at least `calls` calls in a graph.
 
     `torch`: PyTorch captures the graph, not CuPy.
     """
@@ -99,7 +99,7 @@ def _capture_by_torch(call: Call, calls: int) -> Callable[[], float]:
 
 
 def cold_inputs(make: Callable[[], Any], num_bytes: int) -> list[Any]:
-    """So many inputs of so many bytes that a round over them misses L2."""
+    """Return inputs of `num_bytes` bytes each, enough of them that a pass over all misses L2."""
     count = max(2, -(-COLD_BYTES // num_bytes))
     if count > 4096:
         raise ValueError(f"{num_bytes} bytes are too few to be read cold")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel's text declares: its constants, which specialise it, and its parameters.
+"""Read the declarations in a kernel's text: the constants that specialise it, and its parameters.
 
 A constant is declared once, in a line of its own, with a default: `SPECIALISED int LANES = 32;  // that share a row`.
 The value of a specialisation takes the default's place.

@@ -19,7 +19,7 @@ from cupy_router.kernel_log import KernelReady
 
 DUMP = "CUPY_ROUTER_DUMP"  # environment
 
-# What CuPy adds to the options of a kernel, besides the architecture, and what makes ptxas say what the kernel needs.
+# The options that CuPy adds besides the architecture; then those that make ptxas report registers and memory.
 _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 _LOG_OPTION, _NO_CACHE = "--ptxas-options=-v", "--no-cache"
 
@@ -28,7 +28,7 @@ _unusable: set[Path] = set()  # folders that a warning has named
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel needs: registers, bytes of spills and stack per thread, static shared memory per block."""
+    """Resources of a kernel: registers, bytes of spills and stack per thread, static shared memory per block."""
 
     registers: int
     spills: int  # stores and loads

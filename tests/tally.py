@@ -178,3 +178,13 @@ def add_kernel_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "tally.cu").write_text(SOURCE)
     folders = [*compiler.kernel_folders(), folder]
     monkeypatch.setattr(compiler, "kernel_folders", lambda: folders)
+
+
+def torch_with_tally() -> Any:
+    """Return PyTorch, which knows the op from now on."""
+    torch = pytest.importorskip("torch")
+    from cupy_router.torch import _library
+
+    if not hasattr(torch.ops.cupy_router, OP.name):
+        _library.define(OP)
+    return torch

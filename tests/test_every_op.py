@@ -16,7 +16,7 @@ from tests import compare
 from tests.backends import Backend
 from tests.declared import ROWS, arrays, positional
 from tests.tally import OP as TALLY
-from tests.tally import add_kernel_file
+from tests.tally import add_kernel_file, torch_with_tally
 
 
 @pytest.fixture(autouse=True)
@@ -129,12 +129,7 @@ def _host(op: Op, given: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def torch() -> Any:
-    torch = pytest.importorskip("torch")
-    from cupy_router.torch import _library
-
-    if not hasattr(torch.ops.cupy_router, TALLY.name):
-        _library.define(TALLY)
-    return torch
+    return torch_with_tally()
 
 
 @pytest.mark.backends("reference")

@@ -18,7 +18,7 @@ from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._options import Options
 from cupy_router.ops.registry import OPS
 from tests.backends import Backend
-from tests.tally import OP, Layout, Tally, TallyOptions, add_kernel_file, tally
+from tests.tally import OP, Layout, Tally, TallyOptions, add_kernel_file, tally, torch_with_tally
 
 IDS = np.array([[1, 0], [2, 1], [7, 1], [0, 2]], np.int16)
 PAYLOAD = np.array([1.5, -2.0, np.nan], np.float32)
@@ -155,12 +155,7 @@ def test_options_of_every_op_are_frozen_dataclasses(name: str) -> None:
 
 @pytest.fixture
 def torch() -> Any:
-    torch = pytest.importorskip("torch")
-    from cupy_router.torch import _library
-
-    if not hasattr(torch.ops.cupy_router, OP.name):
-        _library.define(OP)
-    return torch
+    return torch_with_tally()
 
 
 def test_the_schema(torch: Any) -> None:

@@ -69,7 +69,7 @@ def _gradients(
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     if logits is None:
-        # As exact as in the forward pass, whatever JAX is set to, so that scores are differentiated at the same logits.
+        # With the forward pass's precision, not JAX's setting, so that scores are differentiated at the same logits.
         logits = _matmul(x, weight.T, jax.lax.Precision.HIGHEST)
     dtype = None if logit_bias is None else "float32"  # the sum over all tokens is rounded once
     given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}

@@ -62,7 +62,7 @@ class Chunks:
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
         """Enqueue one chunk, given the addresses of its first row, its number of rows and of valid rows (-1: all)."""
-        raise NotImplementedError
+        raise NotImplementedError  # every subclass defines it
 
     def _chunk_counts(self, stream: int, num_valid: int) -> int:
         counts = scratch.buffer(self.device, stream, "valid rows of each chunk", 4 * self._num_chunks)

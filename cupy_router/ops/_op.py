@@ -171,15 +171,15 @@ class Op:
 
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         """Choose the kernel, or several, for views of inputs and results on this GPU."""
-        raise NotImplementedError
+        raise NotImplementedError  # every op defines it
 
     def reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         """Return the existing results as NumPy arrays. Inputs are host arrays with `num_valid` valid rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # every op defines it
 
     def example(self) -> Any:
         """Return options with which the tests that all ops share call this op."""
-        raise NotImplementedError
+        raise NotImplementedError  # every op defines it
 
     def max_rows(self, options: Any) -> int | None:
         """Return the most rows that a call may have; None: any number."""
@@ -370,9 +370,3 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
 def _sizes(op: Op, options: Any) -> Mapping[str, int]:
     """Return the sizes that follow from the options alone."""
     return op.sizes(options)
-
-
-@lru_cache(maxsize=4096)
-def _all_exist(op: Op, options: Any) -> bool:
-    """Return whether all results of an op exist, for options or their fields."""
-    return len(op.existing(op.as_options(options))) == len(op.results)

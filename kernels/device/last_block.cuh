@@ -52,7 +52,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned count)
     return __syncthreads_or(last);
 }
 
-// What a block learns on arrival, where several blocks share the work that follows.
+// The answer to a block that arrives, when several blocks share the work that follows.
 enum Arrival { LAST, SEEN_COMPLETE, LEFT };
 
 // Arrive as above; a block with a share of the work that follows then polls for a while whether all have arrived.
