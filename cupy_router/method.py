@@ -9,6 +9,7 @@ import math
 import operator
 import uuid
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -27,11 +28,10 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 INDEX_DTYPES = ("int32", "int64")
 
 
-# Every method of this process by its text: graphs of PyTorch and JAX carry strings, not objects.
-_methods: dict[str, RoutingMethod] = {}
 # A ScoreFunction has no text. Graphs carry the id of the process and a number in its place.
 PROCESS = uuid.uuid4().hex
 _custom_scores: dict[ScoreFunction, int] = {}
+_scores_by_number: dict[int, ScoreFunction] = {}
 _numbers = itertools.count()
 
 
@@ -166,13 +166,14 @@ class RoutingMethod:
         object.__setattr__(self, "_key", key)
         object.__setattr__(self, "_hash", hash(key))
         object.__setattr__(self, "text", self._as_text())
-        _methods.setdefault(self.text, self)
 
     def _as_text(self) -> str:
         values = ((field, getattr(self, field.name)) for field in fields(self))
         changed = {field.name: value for field, value in values if value != field.default}
         if isinstance(self.score, ScoreFunction):
-            changed["score"] = [PROCESS, _custom_scores.setdefault(self.score, next(_numbers))]
+            number = _custom_scores.setdefault(self.score, next(_numbers))
+            _scores_by_number[number] = self.score
+            changed["score"] = [PROCESS, number]
         return json.dumps(changed)
 
     @classmethod
@@ -294,14 +295,15 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
     return number + 0.0  # -0.0 becomes 0.0
 
 
+@lru_cache(maxsize=4096)
 def from_text(text: str) -> RoutingMethod:
     """Return the method of a `text`. Graphs and compiled programs carry texts, also into other processes."""
-    found = _methods.get(text)
-    if found is not None:
-        return found
     values = json.loads(text)
     if isinstance(values.get("score"), list):
-        raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
+        process, number = values["score"]
+        if process != PROCESS:
+            raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
+        values["score"] = _scores_by_number[number]
     return RoutingMethod(**values)
 
 

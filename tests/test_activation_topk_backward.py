@@ -346,7 +346,7 @@ BAD = [
     ({"logit_bias": np.zeros(7, F32)}, ValueError, "logit_bias must have shape"),
     ({"expert_scale": np.zeros(8, np.float16)}, TypeError, "expert_scale must be float32"),
     ({"dtype": "float64"}, ValueError, "dtype must be 'float32' or None, got 'float64'"),
-    ({"out": (np.zeros((3, 8), F32), np.zeros((3, 2), I32))}, TypeError, "out must be a LogitsGradient of one array"),
+    ({"out": (np.zeros((3, 8), F32), np.zeros((3, 2), I32))}, TypeError, "out must be LogitsGradient\\(grad_logits\\)"),
     ({"out": LogitsGradient(np.zeros((3, 7), F32))}, ValueError, r"out.grad_logits must have shape .* = \[3, 8\]"),
     (
         {"method": M(8, 2, ScoreFunction("cubic", cuda="x * x * x", numpy=lambda x: x**3))},

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -43,6 +43,17 @@ class NotAnArray:
     pass
 
 
+class Pair(NamedTuple):
+    """The form of no result."""
+
+    first: Any
+    second: Any
+
+
+def result_of(op: str) -> Any:
+    return TopK if op == "topk_select" else Routing
+
+
 FLOAT64, INT8, COMPLEX = (np.zeros((6, 16), t) for t in (np.float64, np.int8, np.complex64))
 
 # op, the arguments that differ from a good call, the error, the argument it names, what else it says
@@ -68,7 +79,12 @@ CASES: list[tuple[str, dict[str, Any], Any, str, str]] = [
     ("topk_select", {"scores": zeros(6, 16, dtype=">f4")}, TypeError, "scores", ""),
     ("topk_select", {"scores": zeros(6, 16, dtype=bool)}, TypeError, "scores", "bool"),
     ("topk_select", {"lengths": zeros(6)}, TypeError, "lengths", "float32"),
-    ("topk_select", {"lengths": zeros(6, dtype=np.int64)}, TypeError, "lengths", "int64"),
+    ("topk_select", {"lengths": zeros(6, dtype=np.int64)}, TypeError, "lengths", "int64.*: convert it to int32"),
+    ("topk_select", {"scores": FLOAT64}, TypeError, "scores", "float64.*: convert it to float32"),
+    ("topk_select", {"scores": zeros(6, 0)}, ValueError, "scores", r"at least one column .* got float32 \[6, 0\]"),
+    ("topk_select", {"scores": zeros(2, 3, 16)}, ValueError, "scores", r": call scores.reshape\(-1, 16\)"),
+    ("hash_router", {"token_ids": ints(2, 3)}, ValueError, "token_ids", r": call token_ids.reshape\(-1\)"),
+    ("hash_router", products(x=zeros(2, 3, 8)), ValueError, "x", r": call x.reshape\(-1, 8\)"),
     ("topk_select", {"starts": zeros(6, dtype=np.uint32)}, TypeError, "starts", "uint32"),
     ("activation_topk", {"bias": zeros(16, dtype=np.float64)}, TypeError, "bias", "float64"),
     ("activation_topk", {"bias": zeros(16, dtype=np.float16)}, TypeError, "bias", "float16"),
@@ -140,12 +156,16 @@ CASES: list[tuple[str, dict[str, Any], Any, str, str]] = [
     ],
     # out
     *[
-        (op, {"out": out}, error, name, "")
-        for op, fields in (("topk_select", "values"), ("activation_topk", "weights"), ("hash_router", "weights"))
+        (op, {"out": out if name == "out" else kind(*out)}, error, name, "")
+        for op, fields, kind in (
+            ("topk_select", "values", TopK),
+            ("activation_topk", "weights", Routing),
+            ("hash_router", "weights", Routing),
+        )
         for out, error, name in (
             (zeros(6, 4), TypeError, "out"),
-            ((zeros(6, 4),), (TypeError, ValueError), "out"),
-            ((zeros(6, 4), ints(6, 4), ints(6, 4)), (TypeError, ValueError), "out"),
+            ((zeros(6, 4), ints(6, 4)), TypeError, "out"),
+            (Pair(zeros(6, 4), ints(6, 4)), TypeError, "out"),
             ((zeros(6, 4), None), TypeError, r"out\.indices"),
             (([[0.0]], ints(6, 4)), TypeError, rf"out\.{fields}"),
             ((zeros(6, 5), ints(6, 4)), ValueError, rf"out\.{fields}"),
@@ -171,7 +191,7 @@ def assert_refused(
 ) -> None:
     """Assert that the call raises this error and leaves results unchanged; on CuPy arrays with a GPU backend."""
     function, good = OPS[op]
-    out = (TopK if op == "topk_select" else Routing)(np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32))
+    out = result_of(op)(np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32))
     arguments = {**good(), "out": out, **changes}
     if backend is not None and backend.name == "gpu":
         arguments = {key: on_gpu(backend, value) for key, value in arguments.items()}
@@ -181,6 +201,7 @@ def assert_refused(
         function(**arguments)
     assert type(caught.value) in (TypeError, ValueError)
     message = str(caught.value)
+    assert name == "method" or message.startswith(f"{op}: "), f"the op is not named: {message}"
     assert re.search(rf"(?<![\w.])({name})(?!\w)", message), f"{name} is not named: {message}"
     assert re.search(said, message), f"{said} is not said: {message}"
     assert_one_sentence(message)
@@ -218,14 +239,14 @@ def test_read_only_out(op: str, position: int) -> None:
     out = [np.full((6, 4), 7, np.float32), np.full((6, 4), 7, np.int32)]
     out[position].flags.writeable = False
     field = "indices" if position else ("values" if op == "topk_select" else "weights")
-    assert_refused(op, {"out": tuple(out)}, ValueError, rf"out\.{field}", "read-only")
+    assert_refused(op, {"out": result_of(op)(*out)}, ValueError, rf"out\.{field}", "read-only")
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_jax_out(op: str) -> None:
     jnp = pytest.importorskip("jax.numpy")
     field = "values" if op == "topk_select" else "weights"
-    out = jnp.zeros((6, 4), jnp.float32), jnp.zeros((6, 4), jnp.int32)
+    out = result_of(op)(jnp.zeros((6, 4), jnp.float32), jnp.zeros((6, 4), jnp.int32))
     assert_refused(op, {"out": out}, ValueError, rf"out\.{field}", "")
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import os
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from fractions import Fraction
@@ -17,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router.method import MAX_EXPERTS, SCORES, RoutingMethod, presets, resolve
+from cupy_router import ScoreFunction, activation_topk
+from cupy_router.method import MAX_EXPERTS, SCORES, RoutingMethod, from_text, presets, resolve
 
 
 def documented() -> dict[str, Any]:
@@ -44,6 +47,28 @@ def test_only_the_first_three_fields_are_positional() -> None:
     assert RoutingMethod(8, 2, "softmax").score == "softmax"
     with pytest.raises(TypeError, match="positional"):
         RoutingMethod(8, 2, "softmax", 1.0)  # type: ignore[call-arg]
+
+
+def test_no_method_is_kept_for_ever() -> None:
+    """A scale that is annealed makes a method per step."""
+    logits, kept = np.zeros((1, 4), np.float32), []
+    gone = weakref.finalize(RoutingMethod(4, 2, logit_scale=1.5), kept.append, "gone")
+    gc.collect()
+    assert kept == ["gone"]
+    assert not gone.alive
+    for step in range(6000):
+        activation_topk(logits, RoutingMethod(4, 2, logit_scale=1.0 + step / 7000))
+        from_text(RoutingMethod(4, 2, logit_scale=3.0 + step / 7000).text)
+    gc.collect()
+    assert sum(isinstance(found, RoutingMethod) for found in gc.get_objects()) < 9_500  # what bounded caches hold
+
+
+def test_a_custom_score_returns_from_its_text() -> None:
+    score = ScoreFunction("mine", cuda="x", numpy=lambda x: x)
+    text = RoutingMethod(4, 2, score).text
+    gc.collect()
+    assert from_text(text).score is score
+    assert from_text(text) == RoutingMethod(4, 2, score)
 
 
 def test_methods_are_frozen() -> None:

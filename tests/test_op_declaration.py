@@ -85,9 +85,9 @@ def test_nested_results_are_filled_in_place(backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
-        ((None, PAYLOAD), ValueError, None),
-        (Layout(PAYLOAD, PAYLOAD), TypeError, "tally: out.layout must be a Layout of two arrays, got ndarray"),
-        (PAYLOAD, TypeError, "tally: out must be a Tally of two arrays, got ndarray"),
+        (Tally(None, PAYLOAD), ValueError, None),
+        (Tally(PAYLOAD, PAYLOAD), TypeError, r"tally: out\.layout must be Layout\(counts, order\), got ndarray"),
+        (PAYLOAD, TypeError, r"tally: out must be Tally\(layout, copy\), got ndarray"),
         (Tally(Layout(np.zeros(4, np.int32), None), PAYLOAD), ValueError, r"out.layout.counts must .* = \[3\]"),
     ],
 )

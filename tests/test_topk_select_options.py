@@ -117,7 +117,7 @@ SCORES = np.zeros((6, 16), np.float32)
         ({"index_map": np.zeros((6, 3), np.int32), "page_size": 5}, ValueError, ".* a page for each 5 of 16 columns"),
         ({"index_map": np.zeros((16, 6), np.int32).T}, ValueError, "index_map must be contiguous"),
         (
-            {"return_values": False, "out": (SCORES, SCORES)},
+            {"return_values": False, "out": TopK(SCORES, SCORES)},
             TypeError,
             "out.values must be None where it is not returned",
         ),

@@ -26,14 +26,16 @@ def named(name: str) -> Iterator[None]:
 
 def dtype(view: View, allowed: Sequence[str]) -> None:
     if view.dtype not in allowed:
-        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}")
+        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}: convert it to {allowed[0]}")
 
 
 def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     """Check rank and shape by the names of the axes. Add the sizes of new names to `sizes`."""
     if len(view.shape) != len(names):
         known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
-        raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}")
+        kept = view.shape[len(view.shape) - len(names) + 1 :]
+        remedy = f": call {view.name}.reshape{(-1, *kept)}".replace(",)", ")") if len(names) < len(view.shape) else ""
+        raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}{remedy}")
     expected = tuple(map(sizes.setdefault, names, view.shape))
     if view.shape != expected:
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
@@ -42,7 +44,8 @@ def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
 def result(view: View, output: Output, axes: str) -> None:
     """Check an array of `out` against the shape and dtype that the result has."""
     shape, name = output
-    dtype(view, (name,))
+    if view.dtype != name:
+        raise TypeError(f"{view.name} must be {name}, got {view}")
     if view.shape != shape:
         raise ValueError(f"{view.name} must have shape [{axes}] = {list(shape)}, got {view}")
 
@@ -83,12 +86,17 @@ def writable(view: View) -> None:
         raise ValueError(f"{view.name} must have rows that do not overlap, got strides {list(view.strides)} of {view}")
 
 
-def split_num_valid(num_valid: Any) -> tuple[int, Any]:
+def split_num_valid(op: str, num_valid: Any) -> tuple[int, Any]:
     """Return num_valid as an int (-1: all rows, or an array is given) and as an array (None if it is not one)."""
     if num_valid is None:
         return -1, None
     if isinstance(num_valid, (int, np.integer)):
-        return integer("num_valid", num_valid, 0), None
+        return integer(f"{op}: num_valid", num_valid, 0), None
+    if isinstance(num_valid, (float, np.floating)):
+        given = f"{type(num_valid).__name__} {num_valid}"
+        raise TypeError(
+            f"{op}: num_valid must be an int or a one-element int32 array, got {given}: convert it by int()"
+        )
     return -1, num_valid
 
 

@@ -84,7 +84,7 @@ def hash_layer(
 
     Results belong to the framework of x.
     """
-    number, num_valid = check.split_num_valid(num_valid)
+    number, num_valid = check.split_num_valid("Router", num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
     return run(OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]
 

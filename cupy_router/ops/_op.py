@@ -360,9 +360,8 @@ def _split(axes: str) -> tuple[str, ...]:
 
 def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
     """Return names and arrays of an `out`, or of a tuple in it."""
-    if not (isinstance(out, tuple) and len(out) == len(kind._fields)):
-        count = {1: "one array", 2: "two arrays"}.get(len(kind._fields), f"{len(kind._fields)} arrays")
-        raise TypeError(f"{path} must be a {kind.__name__} of {count}, got {type(out).__name__}")
+    if not isinstance(out, kind):
+        raise TypeError(f"{path} must be {kind.__name__}({', '.join(kind._fields)}), got {type(out).__name__}")
     return zip(kind._fields, out, strict=True)
 
 

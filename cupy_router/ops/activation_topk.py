@@ -154,7 +154,7 @@ def activation_topk(
     >>> indices, weights
     (array([[1, 3]], dtype=int32), array([[0.5, 0.5]], dtype=float32))
     """
-    number, num_valid = check.split_num_valid(num_valid)
+    number, num_valid = check.split_num_valid("activation_topk", num_valid)
     inputs = (logits, bias, logit_bias, expert_scale, num_valid)
     return run(OP, resolve(method), inputs, out, stream, number)  # type: ignore[no-any-return]
 

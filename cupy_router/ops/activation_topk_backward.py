@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cupy_router.method import RoutingMethod, resolve
@@ -207,7 +207,7 @@ def num_scored_columns(method: RoutingMethod) -> int:
     return method.num_columns if method.shared_in_normalizer else method.top_k
 
 
-@cache
+@lru_cache(maxsize=1024)
 def without_factors(method: RoutingMethod) -> RoutingMethod:
     """Return the method with float32 weights, int32 indices, and no shared experts unless they are in the normaliser.
 

@@ -167,7 +167,7 @@ def dense_router(
     """
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
-    number, num_valid = check.split_num_valid(num_valid)
+    number, num_valid = check.split_num_valid("dense_router", num_valid)
     fields = resolve(method), path
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]

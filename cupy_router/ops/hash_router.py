@@ -218,7 +218,7 @@ def hash_router(
            [0.5, 0.5],
            [0. , 0. ]], dtype=float32)
     """
-    number, num_valid = check.split_num_valid(num_valid)
+    number, num_valid = check.split_num_valid("hash_router", num_valid)
     fields = (None,) if method is None else resolve(method)
     inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]

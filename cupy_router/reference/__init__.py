@@ -4,5 +4,6 @@
 Arithmetic is in float64. Scores are rounded to float32 before they are compared, because selection is defined on
 float32. Weights are computed in float64 from the rounded scores and rounded once at the end.
 
-The functions take NumPy arrays that are already checked. ``cupy_router.ops`` raises the errors for users.
+Infinities and NaN are valid inputs, and weights may overflow a 16-bit dtype, so the functions ignore the `errstate`
+of NumPy. They take NumPy arrays that are already checked. ``cupy_router.ops`` raises the errors for users.
 """

@@ -14,6 +14,7 @@ from .order import row_slices, top_indices
 from .scoring import append_shared_indices, empty_results, flush, prepare_logits, route_weights, score_logits
 
 
+@np.errstate(all="ignore")
 def activation_topk(
     logits: NDArray[Any],
     method: RoutingMethod,
@@ -60,5 +61,4 @@ def selection_values(
 ) -> NDArray[np.float32]:
     """Return the values that rank the experts: scores or logits, plus the bias, in float32."""
     values = logits if method.selects_on_logits else score_logits(logits, method)
-    with np.errstate(all="ignore"):
-        return values if bias is None else flush(values + flush(bias))
+    return values if bias is None else flush(values + flush(bias))

@@ -51,6 +51,7 @@ from .scoring import (
 )
 
 
+@np.errstate(all="ignore")
 def activation_topk_backward(
     grad_weights: NDArray[Any],
     indices: NDArray[Any],
@@ -93,13 +94,12 @@ def activation_topk_backward(
         tokens = routed[rows]
         columns = _weight_columns(experts[tokens], method)
         scaled = scale_logits(logits[tokens], method, logit_bias)
-        with np.errstate(all="ignore"):
-            gradients = grad_weights[tokens, : columns.shape[-1]].astype(np.float64) * method.scale
-            if expert_scale is not None:
-                gradients[:, : method.top_k] *= flush(expert_scale)[experts[tokens]]
-            gradients = _prepared_logits_gradient(gradients, columns, cap_logits(scaled, method), method)
-            gradients *= _softcap_derivative(scaled, method) * method.logit_scale
-            grad_logits[tokens] = flush(gradients.astype(np.float32))
+        gradients = grad_weights[tokens, : columns.shape[-1]].astype(np.float64) * method.scale
+        if expert_scale is not None:
+            gradients[:, : method.top_k] *= flush(expert_scale)[experts[tokens]]
+        gradients = _prepared_logits_gradient(gradients, columns, cap_logits(scaled, method), method)
+        gradients *= _softcap_derivative(scaled, method) * method.logit_scale
+        grad_logits[tokens] = flush(gradients.astype(np.float32))
     return grad_logits
 
 

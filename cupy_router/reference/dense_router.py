@@ -13,6 +13,7 @@ from .activation_topk import activation_topk
 from .scoring import gate_logits
 
 
+@np.errstate(all="ignore")
 def dense_router(
     x: NDArray[Any],
     weight: NDArray[Any],

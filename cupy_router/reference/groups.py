@@ -30,8 +30,7 @@ def eligible_experts(selection: NDArray[np.float32], method: RoutingMethod) -> N
     size = method.num_experts // method.num_groups
     grouped = selection.reshape(-1, size)
     best = top_indices(grouped, min(2 if method.group_score == "top2" else 1, size))
-    with np.errstate(all="ignore"):
-        values = flush(np.take_along_axis(grouped, best, axis=-1).sum(axis=-1, dtype=np.float32))
+    values = flush(np.take_along_axis(grouped, best, axis=-1).sum(axis=-1, dtype=np.float32))
     groups = top_indices(values.reshape(-1, method.num_groups), method.top_groups)
     eligible = np.zeros((len(selection), method.num_groups), np.bool_)
     np.put_along_axis(eligible, groups, True, axis=-1)

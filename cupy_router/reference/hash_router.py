@@ -13,6 +13,7 @@ from .order import row_slices
 from .scoring import append_shared, append_shared_indices, empty_results, gate_logits, prepare_logits, route_weights
 
 
+@np.errstate(all="ignore")
 def hash_router(
     token_ids: NDArray[Any],
     table: NDArray[Any],

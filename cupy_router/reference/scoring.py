@@ -36,9 +36,8 @@ def gate_logits(x: NDArray[Any], weight: NDArray[Any]) -> Float32:
     """
     gate = weight.astype(np.float64).T
     logits = np.empty((len(x), len(weight)), np.float32)
-    with np.errstate(all="ignore"):  # infinities and NaN are valid inputs
-        for rows in row_slices(*x.shape):
-            logits[rows] = x[rows].astype(np.float64) @ gate
+    for rows in row_slices(*x.shape):
+        logits[rows] = x[rows].astype(np.float64) @ gate
     return logits
 
 
@@ -53,13 +52,12 @@ def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Floa
 
 def scale_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
     """Add the bias to the logits, then scale them."""
-    with np.errstate(all="ignore"):
-        scaled = flush(logits.astype(np.float32))
-        if logit_bias is not None:
-            num_shared = scaled.shape[-1] - len(logit_bias)  # shared experts have no bias
-            scaled = flush(scaled + np.pad(flush(logit_bias), (0, num_shared)))
-        if method.logit_scale != 1.0:
-            scaled = flush(scaled * np.float32(method.logit_scale))
+    scaled = flush(logits.astype(np.float32))
+    if logit_bias is not None:
+        num_shared = scaled.shape[-1] - len(logit_bias)  # shared experts have no bias
+        scaled = flush(scaled + np.pad(flush(logit_bias), (0, num_shared)))
+    if method.logit_scale != 1.0:
+        scaled = flush(scaled * np.float32(method.logit_scale))
     return scaled
 
 
@@ -78,11 +76,8 @@ def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
     array([[0.25, 0.75]], dtype=float32)
     """
     wide = logits.astype(np.float64)
-    with np.errstate(all="ignore"):
-        scores = (
-            SCORE_FUNCTIONS[method.score](wide) if isinstance(method.score, str) else custom_score(method.score, wide)
-        )
-        return flush(scores.astype(np.float32))
+    scores = SCORE_FUNCTIONS[method.score](wide) if isinstance(method.score, str) else custom_score(method.score, wide)
+    return flush(scores.astype(np.float32))
 
 
 def custom_score(score: ScoreFunction, x: Float64) -> Float64:
@@ -108,8 +103,7 @@ def route_weights(
         chosen = np.concatenate(
             [np.take_along_axis(routed, experts, axis=-1), logits[:, method.num_experts :]], axis=-1
         )
-        with np.errstate(all="ignore"):
-            weights = (softmax(log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
+        weights = (softmax(log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
         weights = _scale_experts(weights, experts, expert_scale)
     else:
         if method.score_after_topk:
@@ -117,8 +111,7 @@ def route_weights(
         else:
             scores = np.take_along_axis(score_logits(routed, method), experts, axis=-1)
         weights = append_shared(_scale_experts(renormalize_and_scale(scores, method), experts, expert_scale), method)
-    with np.errstate(over="ignore"):
-        return weights.astype(method.weight_dtype)
+    return weights.astype(method.weight_dtype)
 
 
 def empty_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -152,12 +145,11 @@ def renormalize_and_scale(scores: Float32, method: RoutingMethod) -> Float32:
     array([[0.5, 1.5]], dtype=float32)
     """
     weights = scores.astype(np.float64)
-    with np.errstate(all="ignore"):
-        if method.renormalize:
-            total, divisor = normaliser(weights, method)
-            is_zero = (total == 0.0) | (divisor == 0.0)
-            weights = np.where(is_zero, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
-        return flush((weights * method.scale).astype(np.float32))
+    if method.renormalize:
+        total, divisor = normaliser(weights, method)
+        is_zero = (total == 0.0) | (divisor == 0.0)
+        weights = np.where(is_zero, weights * 0.0, weights / divisor)  # NaN * 0 stays NaN
+    return flush((weights * method.scale).astype(np.float32))
 
 
 def normaliser(scores: Float64, method: RoutingMethod) -> tuple[Float64, Float64]:
@@ -172,8 +164,7 @@ def normaliser(scores: Float64, method: RoutingMethod) -> tuple[Float64, Float64
 def _scale_experts(weights: Float32, experts: NDArray[Any], expert_scale: Float32 | None) -> Float32:
     """Multiply the weights of the selected experts by the factor of each expert."""
     if expert_scale is not None:
-        with np.errstate(all="ignore"):
-            weights[:, : experts.shape[-1]] *= flush(expert_scale)[experts]
+        weights[:, : experts.shape[-1]] *= flush(expert_scale)[experts]
     return flush(weights)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .order import row_slices, top_indices
 
 
+@np.errstate(all="ignore")
 def topk_select(
     scores: NDArray[Any],
     k: int,
@@ -53,8 +54,7 @@ def topk_select(
     indices = np.full((num_rows, k), -1, np.int32)
     for rows in row_slices(num_rows, num_columns):
         eligible = None if whole_rows else (column >= begin[rows]) & (column < end[rows])
-        with np.errstate(invalid="ignore"):  # a signalling NaN
-            comparable = scores[rows].astype(np.float32, copy=False)  # exact for float16 and bfloat16
+        comparable = scores[rows].astype(np.float32, copy=False)  # exact for float16 and bfloat16
         chosen = top_indices(comparable, width, eligible)
         if order == "column":
             chosen = np.sort(chosen.astype(np.uint32)).astype(np.int32)  # -1 last

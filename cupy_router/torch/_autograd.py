@@ -206,7 +206,7 @@ def _expert_scale_gradient(
     plain = plain[:, : method.top_k]
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repeated places, followed by a sum, is bitwise repeatable.
-    dense = torch.zeros((len(indices), method.num_experts), device=indices.device)
+    dense = products.new_zeros((len(indices), method.num_experts))
     places = experts.clamp(min=0).long()
     dense = dense.scatter_add(1, places, products) if repeated else dense.scatter(1, places, products)
     return dense.sum(0)

@@ -67,7 +67,9 @@ def _fill(tensor: Any, spec: RouterSpec, random: Any) -> None:
     elif tensor.is_floating_point():
         tensor.uniform_(0.5, 1.5, generator=random)
     elif tensor.ndim == 2:
-        experts = torch.rand(TOKENS, spec.method.num_experts, generator=random, device="cpu").argsort(dim=-1)
+        experts = torch.rand(
+            TOKENS, spec.method.num_experts, generator=random, device="cpu", dtype=torch.float32
+        ).argsort(dim=-1)
         tensor[:TOKENS] = experts[: len(tensor), : tensor.shape[1]]
     else:
         tensor.copy_(torch.arange(len(tensor), device="cpu") % TOKENS)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +15,13 @@ from tests.reference import exact_scores
 from tests.reference.strategies import dtypes, matrices, thorough
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def _as_the_ops_call_it() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
+
 
 inf, nan = np.inf, np.nan
 
