@@ -1,183 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert Hugging Face and DeepSeek configurations to the fields of a RoutingMethod.
 
-A configuration holds numbers, but not what the model's code does with them. The table ``RULES`` adds this by
-``model_type``. A model that is not in the table is supported if its configuration states every step.
+What a model's code does with the numbers of its configuration is in ``huggingface_families.RULES``. A model that is not
+in that table is supported if its configuration states every step.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
+
+from cupy_router.huggingface_families import (
+    NAMES,
+    RULES,
+    TOP2_OR_0,
+    UNKNOWN,
+    UNSTATED,
+    UNSUPPORTED,
+    WITHOUT_TYPE,
+    Choice,
+    IfSeveral,
+    Inverse,
+    Plus,
+    Read,
+    Rule,
+)
 
 Config = Mapping[str, Any]
 
-# Names of each field of a RoutingMethod in configurations.
-NAMES = {
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "top_k": (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "n_activated_experts",
-        "experts_per_token",
-        "top_k_experts",
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-    ),
-    "score": ("scoring_func", "score_func", "scoring_function", "router_score_function", "moe_router_activation_func"),
-    "logit_scale": ("output_multiplier",),
-    "logit_softcap": ("moe_router_logit_softcapping", "router_logit_softcapping"),
-    "num_groups": ("n_group", "num_expert_group", "n_expert_groups"),
-    "top_groups": ("topk_group", "n_limited_groups"),
-    "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm"),
-    "renormalize_min": ("moe_norm_min",),
-    "scale": (
-        "routed_scaling_factor",
-        "route_scale",
-        "router_scaling_factor",
-        "moe_router_scaling_factor",
-        "moe_routed_scaling_factor",
-    ),
-    "num_shared_experts": ("n_shared_experts",),
-}
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
-UNSTATED, TOP2_OR_0 = "unstated", "top2 or 0"  # group scores that are refused where groups have an effect
-
-
-# A rule describes the code of some models: each field of the method is a constant or one of these classes. The numbers
-# of experts are always read.
-class Read(NamedTuple):
-    """Take the value of the configuration under one of the field's names."""
-
-    default: Any = ...  # used if the value is absent or None; ... makes it required
-
-
-class Total(NamedTuple):
-    """Add up the values of the configuration under these names; None counts as 0."""
-
-    names: tuple[str, ...]
-
-
-class Inverse(NamedTuple):
-    """Take 1 / the value of another field of the method."""
-
-    field: str
-
-
-class Choice(NamedTuple):
-    """Take the rule for the value under this name. Values without a rule are refused."""
-
-    name: str
-    rules: Mapping[Any, Mapping[str, Any]]
-    default: Any = None  # used if the value is absent
-
-
-Rule = Mapping[str, Any] | Choice | str  # a string names the feature that cannot be expressed
-
-_PLAIN = {"renormalize": False}
-_SOFTMAX: dict[str, Any] = {"score": "softmax"}
-_SOFTMAX_AFTER_TOPK = {"score": "softmax", "score_after_topk": True, **_PLAIN}
-_SIGMOID: dict[str, Any] = {"score": "sigmoid"}
-_SIGMOID_AFTER_TOPK = {"score": "sigmoid", "score_after_topk": True}
-_GROUPS = {"num_groups": Read(), "top_groups": Read()}
-_MAYBE_GROUPS = {"num_groups": Read(1), "top_groups": Read(1)}
-_EPS = {"renormalize_eps": 1e-20}
-_DEEPSEEK_V3 = {**_SIGMOID, **_GROUPS, "group_score": "top2", "renormalize": Read(), **_EPS, "scale": Read()}
-
-_CAPACITY = "experts drop tokens beyond their capacity, so that a token's experts depend on the other tokens"
-
-# A model_type that is not in the table has to state these fields, and must have none of the unsupported features.
-_STATED: dict[str, Any] = {"score": Read(), "renormalize": Read(), **_EPS, "scale": Read(1.0), "logit_softcap": Read(0)}
-_UNSUPPORTED = {
-    "expert_capacity": _CAPACITY,
-    "capacity_factor": _CAPACITY,
-    "expert_capacity_factor": _CAPACITY,
-    "moe_capacity_factor": _CAPACITY,
-    "zero_expert_num": "experts without weights are among those that can be chosen",
-    "use_expert_choice": "experts choose their tokens",
-}
-_UNKNOWN = Choice(
-    "topk_method",
-    {
-        None: {**_STATED, **_MAYBE_GROUPS, "group_score": UNSTATED},
-        "greedy": _STATED,
-        "group_limited_greedy": {**_STATED, **_GROUPS},
-        "noaux_tc": {**_STATED, **_MAYBE_GROUPS, "group_score": "top2"},
-    },
-)
-_DEEPSEEK_V2 = Choice(
-    "topk_method",
-    {
-        "greedy": {**_SOFTMAX, **_PLAIN, "scale": Read()},
-        "group_limited_greedy": {**_SOFTMAX, **_GROUPS, **_PLAIN, "scale": Read()},
-        "noaux_tc": _UNKNOWN.rules["noaux_tc"],  # used by checkpoints that bring their own code
-    },
-)
-
-# Configurations of DeepSeek's inference code have no model_type, but one of the names in _INFERENCE.
-_INFERENCE_SOFTMAX = {**_SOFTMAX, **_MAYBE_GROUPS, **_PLAIN, "scale": Read(1.0)}
-_INFERENCE_SIGMOID = {**_SIGMOID, **_MAYBE_GROUPS, "group_score": "top2", **_EPS, "scale": Read(1.0)}
-_INFERENCE_V4 = {"score": "sqrtsoftplus", **_EPS, "scale": Read(1.0)}
-_INFERENCE_RULES = {"softmax": _INFERENCE_SOFTMAX, "sigmoid": _INFERENCE_SIGMOID, "sqrtsoftplus": _INFERENCE_V4}
-_INFERENCE = {
-    "n_hash_layers": Choice("score_func", {None: _INFERENCE_V4, **_INFERENCE_RULES}),
-    "n_activated_experts": Choice("score_func", {None: _INFERENCE_SOFTMAX, **_INFERENCE_RULES}),
-}
-
-# The rule of each model_type. It overrides whatever else the configuration contains.
-_FAMILIES: tuple[tuple[str, Rule], ...] = (
-    (
-        "flex_olmo mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_omni_moe_talker_text qwen3_omni_moe_text "
-        "qwen4_exp_text",
-        {**_SOFTMAX, "renormalize": Read()},
-    ),
-    ("diffusion_gemma_text hunyuan_v1_moe minimax mixtral qwen3_5_moe_text qwen3_vl_moe_text", _SOFTMAX),
-    ("gemma4_text", Choice("enable_moe_block", {True: _SOFTMAX})),
-    ("jamba", {**_SOFTMAX, **_PLAIN}),
-    ("dbrx", Choice("moe_normalize_expert_weights", {None: {**_SOFTMAX, **_PLAIN}, 1: _SOFTMAX}, default=1)),
-    ("ernie4_5_moe ernie4_5_vl_moe_text", {**_SOFTMAX, "renormalize_min": Read(1e-12)}),
-    (
-        "longcat_flash",
-        {**_SOFTMAX, **_PLAIN, "num_experts": Total(("n_routed_experts", "zero_expert_num")), "scale": Read()},
-    ),
-    ("deepseek_ocr2_text deepseek_v2 unlimited_ocr_text", _DEEPSEEK_V2),
-    ("mistral4", {**_DEEPSEEK_V3, **_SOFTMAX}),
-    ("mistral_large4_text", {**_DEEPSEEK_V3, **_SOFTMAX, "renormalize": True}),
-    ("aria_text gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared jetmoe", _SOFTMAX_AFTER_TOPK),
-    ("openai_privacy_filter", {**_SOFTMAX_AFTER_TOPK, "scale": Inverse("top_k")}),
-    (
-        "cohere2_moe",
-        Choice(
-            "expert_selection_fn",
-            {"softmax": _SOFTMAX_AFTER_TOPK, "sigmoid": {**_SIGMOID_AFTER_TOPK, "renormalize": Read()}},
-        ),
-    ),
-    ("llama4_text", {**_SIGMOID_AFTER_TOPK, **_PLAIN}),
-    ("kolibri1", {**_SIGMOID_AFTER_TOPK, "bias_on": "logits", "renormalize": Read()}),
-    ("flint", {**_SIGMOID, "renormalize": Read()}),
-    ("minimax_m2 minimax_m3_vl_text step3p5", _SIGMOID),
-    ("laguna", {**_SIGMOID, "logit_softcap": Read(0)}),
-    ("lfm2_moe", {**_SIGMOID, "renormalize": Read(), "renormalize_eps": 1e-6, "scale": Read()}),
-    ("afmoe dots3_note_vision_encoder hy_v3", {**_SIGMOID, **_EPS, "scale": Read()}),
-    ("muse_spark_text", {**_SIGMOID, "logit_scale": Read(), "renormalize_eps": 1e-15, "scale": Read()}),
-    (
-        "axk1 bailing_hybrid deepseek_v3 deepseek_v32 dots1 dots3_note_text exaone_moe glm4_moe glm4_moe_lite "
-        "glm4v_moe_text glm5_next_text glm_moe_dsa hy_v4 kimi_linear nemotron_h solar_open",
-        _DEEPSEEK_V3,
-    ),
-    ("mimo_v2_flash", {**_DEEPSEEK_V3, "scale": Read(1.0)}),
-    ("beam", {**_DEEPSEEK_V3, "scale": 1.0}),
-    ("axk2", {**_DEEPSEEK_V3, **_MAYBE_GROUPS, "group_score": TOP2_OR_0}),
-    ("deepseek_v4 inkling2_text", {"score": Read(), **_EPS, "scale": Read()}),
-    ("inkling_text", {**_SIGMOID, "scale": Read(), "num_shared_experts": Read(), "shared_in_normalizer": True}),
-    ("doge", "experts are the pairs of two top-k selections over product keys, not rows of a gate"),
-    ("nllb-moe switch_transformers", _CAPACITY),
-    ("phimoe", "SparseMixer weighs each expert by a softmax over the near logits"),
-    ("vitpose_backbone", "the data set of an image decides on its expert, without a router"),
-    ("zaya", "a token can skip all experts, and its logits come from an MLP that sees the router of the layer before"),
-)
-RULES: dict[str, Rule] = {model_type: rule for names, rule in _FAMILIES for model_type in names.split()}
 
 # Parts of a configuration that describe the language model; they take precedence over other parts.
 _LANGUAGE = ("text_config", "language_config", "llm_config", "thinker_config")
@@ -207,15 +59,38 @@ def routing_fields(config: Any) -> dict[str, Any]:
             f"{', '.join(NAMES['num_experts'])}"
         )
     part, model_type = found
-    rule = RULES.get(model_type)
-    if rule is None and not model_type:
-        rule = next((rule for name, rule in _INFERENCE.items() if name in part), None)
-    if rule is None:
-        rule = next((why for name, why in _UNSUPPORTED.items() if part.get(name)), _UNKNOWN)
     try:
-        return _finish(_apply(rule, part))
+        return _finish(_apply(_rule(part, model_type), part))
     except ValueError as error:
         raise ValueError(f"{model_type or 'config'}: {error}") from None
+
+
+def _rule(config: Config, model_type: str) -> Rule:
+    """Return the rule of a model_type, or that of configurations which state their steps."""
+    rule = RULES.get(model_type)
+    if rule is None and not model_type:
+        rule = next((rule for name, rule in WITHOUT_TYPE.items() if name in config), None)
+    if rule is None:
+        rule = next((why for name, why in UNSUPPORTED.items() if config.get(name)), None)
+    if rule is None:
+        _refuse_unknown_steps(config)
+        rule = UNKNOWN
+    return rule
+
+
+def _refuse_unknown_steps(config: Config) -> None:
+    """Raise ValueError if an unknown model has a number for its routing under a name that is not known.
+
+    A step that is absent counts as left out. So a name that nobody reads would give a wrong method.
+    """
+    known = {name for names in NAMES.values() for name in names}
+    for name, value in config.items():
+        of_routing = re.search("rout|expert|moe", str(name)) and re.search(_STEPS, str(name))
+        if of_routing and name not in known and isinstance(value, int | float) and value not in (0, 1):
+            raise ValueError(f"has {name} = {value!r}, whose meaning is not known")
+
+
+_STEPS = "scal|factor|multiplier|temperature|softcap|capping|group"  # words in the names of numbers of steps
 
 
 def _as_dict(config: Any) -> Config | None:
@@ -264,25 +139,35 @@ def _apply(rule: Rule, config: Config) -> dict[str, Any]:
     if isinstance(rule, str):
         raise ValueError(f"no RoutingMethod expresses that {rule}")
     fields: dict[str, Any] = {}
-    for field, value in {"num_experts": Read(), "top_k": Read(), **rule}.items():
-        if isinstance(value, Read):
-            value = _read(config, field, value.default)
-        elif isinstance(value, Total):
-            value = sum(config.get(name) or 0 for name in value.names)
-        elif isinstance(value, Inverse):
-            value = 1.0 / (fields[value.field] or 1)  # RoutingMethod refuses a field of 0
-        fields[field] = value
+    for field, value in ({"num_experts": Read(), "top_k": Read()} | rule).items():
+        fields[field] = _value(field, value, config, fields)
     return fields
 
 
-def _read(config: Config, field: str, default: Any) -> Any:
+def _value(field: str, value: Any, config: Config, fields: Config) -> Any:
+    """Return the value of a field by its entry in a rule; `fields` has those before it."""
+    if isinstance(value, IfSeveral):
+        value = value.value if fields["top_k"] != 1 else False
+    if isinstance(value, Read):
+        return _read(config, field, value)
+    if isinstance(value, Plus):
+        if value.name not in config:
+            raise ValueError(f"does not say {value.name}, which is part of {field}")
+        return _read(config, field, Read()) + _read(config, field, Read(0, (value.name,)))
+    if isinstance(value, Inverse):
+        return 1.0 / (fields[value.field] or 1)  # RoutingMethod refuses a field of 0
+    return value
+
+
+def _read(config: Config, field: str, how: Read) -> Any:
     """Return the value of a field. If the configuration has it under several names, the values must be equal."""
     layers = config.get("per_layer_config")
     overrides = (
         [layer for layer in layers.values() if isinstance(layer, Mapping)] if isinstance(layers, Mapping) else []
     )
     given: dict[str, Any] = {}
-    for name in NAMES[field]:
+    names = how.names or NAMES[field]
+    for name in names:
         values = config.get(name)
         values = list(values) if isinstance(values, list | tuple) and values else [values]
         values += [layer[name] for layer in overrides if name in layer]
@@ -290,14 +175,12 @@ def _read(config: Config, field: str, default: Any) -> Any:
             raise ValueError(f"{name} differs between layers, so pass the configuration of one layer")
         if values[0] is not None:
             given[name] = values[0]
-    first = next(iter(given.values()), default)
+    first = next(iter(given.values()), how.default)
     if any(value != first for value in given.values()):
         raise ValueError(
             f"{' and '.join(f'{name} = {value!r}' for name, value in given.items())} contradict each other"
         )
-    if first is ...:
-        raise ValueError(f"does not say {field}, for which it would have one of {', '.join(NAMES[field])}")
-    return first
+    return _required(field, names) if first is ... else first
 
 
 def _finish(fields: dict[str, Any]) -> dict[str, Any]:
@@ -309,15 +192,27 @@ def _finish(fields: dict[str, Any]) -> dict[str, Any]:
     if not fields.get("renormalize", True):
         fields.pop("renormalize_eps", None)
         fields.pop("renormalize_min", None)
-    group_score = fields.get("group_score", "max")
-    if fields.get("num_groups", 1) == 1 or fields["num_groups"] == fields["top_groups"]:
+    if "num_groups" in fields:
+        _finish_groups(fields)
+    return fields
+
+
+def _finish_groups(fields: dict[str, Any]) -> None:
+    """Check the fields about groups, and drop them if groups have no effect."""
+    num_groups, top_groups = fields["num_groups"], fields["top_groups"]
+    if num_groups != 1 and top_groups is None:
+        _required("top_groups", NAMES["top_groups"])
+    if num_groups == (1 if top_groups is None else top_groups):
         for field in ("num_groups", "top_groups", "group_score"):
             fields.pop(field, None)
-    elif group_score == UNSTATED:
+    elif fields.get("group_score") == UNSTATED:
         raise ValueError("has groups of experts, but no topk_method, which would say how a group is scored")
-    elif group_score == TOP2_OR_0:
+    elif fields.get("group_score") == TOP2_OR_0:
         raise ValueError(
             "no RoutingMethod expresses that experts outside the best groups count 0, which can be more than experts "
             "inside them have when their bias is negative"
         )
-    return fields
+
+
+def _required(field: str, names: tuple[str, ...]) -> NoReturn:
+    raise ValueError(f"does not say {field}, for which it would have one of {', '.join(names)}")

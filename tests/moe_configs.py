@@ -70,6 +70,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "mlp_layer_types": _SPARSE},
     "Glm4vMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "HYV4VLTextConfig": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "mlp_layer_types": _SPARSE,
+    },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "LongcatFlashConfig": {"head_dim": 8, "zero_expert_num": 8, "n_routed_experts": 16},
     "MiMoV2FlashConfig": {"head_dim": 24, "num_attention_heads": 16},
