@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
-from cupy_router import kernel_dump, kernel_log
+from cupy_router import kernel_cache, kernel_dump, kernel_log
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
@@ -104,6 +104,9 @@ class CudaBackend:
                 handle = int(kernel.kernel.ptr)
             except cupy.cuda.compiler.CompileException as error:
                 raise CompileError(str(error).strip()) from None
+            except OSError as error:  # of CuPy's cache: removed, full, not to be written, a folder instead of a file
+                kernel_cache.replace(error)
+                return self.build(source, function, device)
         self._modules[handle] = kernel
         self.compiled = self._log.written
         return handle
@@ -133,6 +136,31 @@ class CudaBackend:
 
 
 BACKENDS: dict[str, Backend] = {}
+_backend_of_parent: Backend | None = None  # if it had used CUDA before it forked this process
+
+
+def _after_fork() -> None:
+    """In the child, forget what belongs to the parent's CUDA, so that every call asks :func:`why_no_cuda` again."""
+    global _backend_of_parent, _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+    why_no_cuda.cache_clear()
+    if "cuda" in BACKENDS:
+        _backend_of_parent = BACKENDS.pop("cuda")  # kept, since its modules cannot be unloaded here
+        _functions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+FORKED = (
+    "CUDA does not work in a process that was forked after CUDA had been used: start this process by multiprocessing's "
+    "method 'spawn', or fork it before CUDA is used."
+)
+
+
+def is_of_a_fork(error: Exception) -> bool:
+    """Return True for the error that CUDA raises in every call after a fork, by way of any framework."""
+    return "initialization error" in str(error)
 
 
 def backend(kind: str) -> Backend | None:
@@ -146,14 +174,23 @@ def backend(kind: str) -> Backend | None:
 @cache
 def why_no_cuda() -> str | None:
     """Return the reason why CUDA kernels cannot run, with the remedy; None if they can."""
+    if _backend_of_parent is not None:
+        return FORKED
     install = "install cupy-router[cuda12] or cupy-router[cuda13]"
+    kernel_cache.prepare()
     try:
         import cupy
+
+        runtime = cupy.cuda.runtime
     except ImportError as error:
         return f"CuPy is not usable ({error}): {install}."
+    except Exception as error:  # an import can raise anything
+        return f"CuPy is not usable ({type(error).__name__}: {error}): correct this, or {install}."
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if is_of_a_fork(error):
+            return FORKED
         return f"no CUDA device or driver is usable ({error}): install an NVIDIA driver of CUDA 12 or later."
     if count == 0:
         return "no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES."
@@ -164,11 +201,16 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def no_cuda(reason: str) -> RuntimeError:
+    """Return the error of a call that needs CUDA, for a reason of :func:`why_no_cuda`."""
+    return RuntimeError(f"CUDA arrays need CuPy, NVRTC and a driver: {reason}")
+
+
 def require_cuda() -> ModuleType:
     """Return the module CuPy; RuntimeError with the remedy if it does not work."""
     reason = why_no_cuda()
     if reason is not None:
-        raise RuntimeError(f"CUDA arrays need CuPy, NVRTC and a driver: {reason}")
+        raise no_cuda(reason)
     import cupy
 
     return cupy  # type: ignore[no-any-return]  # CuPy has no type information

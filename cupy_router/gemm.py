@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from cupy_router import compiler, scratch
+from cupy_router import compiler, kernel_cache, scratch
 from cupy_router.launcher import Launch
 from cupy_router.tuning import gpu_of
 
@@ -66,7 +66,7 @@ def why_not(device: tuple[str, int]) -> str | None:
 def why_no_cublas() -> str | None:
     try:
         _library()
-    except (ImportError, OSError) as error:
+    except Exception as error:  # an import can raise anything
         reason = " ".join(str(error).split())
         return f"cuBLAS is not usable ({reason}): install cupy-router[cuda12] or cupy-router[cuda13], which bring it."
     return None
@@ -186,6 +186,7 @@ def _context(index: int) -> _Context:
 @cache
 def _library() -> ctypes.CDLL:
     """Return the library that CuPy uses. Importing CuPy's wrapper finds and loads it."""
+    kernel_cache.prepare()
     import cupy
 
     _ = importlib.import_module("cupy_backends.cuda.libs").cublas

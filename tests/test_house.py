@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
     "declarations": set(),
+    "kernel_cache": set(),
     "kernel_log": set(),
     "kernel_dump": {"kernel_log"},
-    "compiler": {"declarations", "kernel_dump", "kernel_log", "watch"},
+    "compiler": {"declarations", "kernel_cache", "kernel_dump", "kernel_log", "watch"},
     "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": {"huggingface_families"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "launcher": {"compiler"},
     "scratch": {"compiler"},
     "tuning": {"compiler"},
-    "gemm": {"compiler", "launcher", "scratch", "tuning"},
+    "gemm": {"compiler", "kernel_cache", "launcher", "scratch", "tuning"},
     "arrays": {"_hooks", "compiler"},
     "reference": {"method", "score_function"},
     "ops": {
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
     "jax": {"arrays", "compiler", "declarations", "kernel_log", "method", "ops", "router", "tuning"},
     "__init__": {"_hooks", "method", "ops", "results", "router", "score_function"},
-    "cli": {"__init__", "compiler", "gemm", "method", "results", "tuning"},
+    "cli": {"__init__", "compiler", "gemm", "kernel_cache", "method", "results", "tuning"},
     "__main__": {"cli"},
 }
 TOP_LEVEL = {path.stem for path in PACKAGE.iterdir()}

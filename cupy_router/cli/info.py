@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy_router
-from cupy_router import compiler, gemm, tuning
+from cupy_router import compiler, gemm, kernel_cache, tuning
 
 from . import terminal
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     terminal.field("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     terminal.field("package", str(Path(__file__).parents[1]))
     terminal.field("kernels", ", before ".join(map(str, compiler.kernel_folders())))
-    terminal.field("cache", str(cache_folder()))
+    terminal.field("cache", cache_folder())
     return 0
 
 
@@ -115,6 +115,6 @@ def tables(cupy: Any) -> str:
     return "\n".join(lines)
 
 
-def cache_folder() -> Path:
-    """Return the folder in which CuPy keeps compiled kernels."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
+def cache_folder() -> str:
+    """Return where CuPy keeps compiled kernels."""
+    return "in memory" if os.environ.get(kernel_cache.IN_MEMORY) == "1" else kernel_cache.folder()

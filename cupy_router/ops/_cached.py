@@ -7,6 +7,7 @@ key needs no check except that of `num_valid`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
@@ -82,8 +83,12 @@ def keep(key: Hashable, call: CachedCall) -> CachedCall:
 
 
 def forget() -> None:
-    """Empty the cache, because kernel files have changed."""
+    """Empty the cache, because kernel files have changed or the process was forked."""
     calls.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)  # CUDA does not work in the child: what is prepared anew finds that out
 
 
 # -- From arrays to work -----------------------------------------------------------------------------------------------

@@ -88,6 +88,10 @@ def run(
         raise TypeError(f"{op.label}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{op.label}: {error}") from error
+    except RuntimeError as error:
+        if compiler.is_of_a_fork(error):
+            raise compiler.no_cuda(compiler.FORKED) from error
+        raise
     if results is None:
         return _run_traced(op, op.as_options(options), inputs, out, stream, number)
     if op.written:
@@ -176,8 +180,8 @@ def _prepare(
         return None
     options = op.as_options(options)
     views, out_views, outputs = checked
-    allocate: Allocator = framework.allocator(outputs, inputs[0])
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
+    allocate: Allocator = framework.allocator(outputs, inputs[0])
     existing = op.existing(options)
     absent = tuple(len(op.names) + i for i, result in enumerate(op.results) if result not in existing)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out

@@ -77,3 +77,36 @@ def test_a_corrupt_cache_entry_is_a_miss(tmp_path: Path) -> None:
     for path in entries:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert first_uses(tmp_path)
+
+
+# The folder cannot be used from the beginning, or no longer after the first kernel.
+UNUSABLE = """
+import os, shutil, sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import cupy_router
+    from cupy_router import compiler
+    fault, cache = sys.argv[1:]
+    assert compiler.why_no_cuda() is None  # before CuPy is imported: a caller with arrays of CuPy has a folder
+    import cupy, numpy
+    scores = cupy.asarray(numpy.eye(4, 64, dtype="float32"))
+    cupy_router.topk_select(scores, 2)
+    if fault == "removed":
+        shutil.rmtree(cache)
+    for k in (3, 4):
+        indices = cupy_router.topk_select(scores, k).indices
+        assert indices[:, 0].get().tolist() == [0, 1, 2, 3]
+    found = [str(warning.message) for warning in caught if "CuPy cannot keep" in str(warning.message)]
+print(len(found))
+"""
+
+
+@pytest.mark.parametrize("fault", ["removed", "below a file"])
+def test_a_folder_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = tmp_path / ("file/cache" if fault == "below a file" else "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", UNUSABLE, fault, str(cache)],
+        env={**os.environ, "CUPY_CACHE_DIR": str(cache)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
