@@ -131,6 +131,9 @@ def _find(name: str, kind: type) -> Framework:
             # Tracers first: before JAX 0.9 they are arrays as well, and wrappers are tensors.
             for types, attribute in ((getattr(module, "TRACERS", ()), "TRACED"), (module.ARRAY_TYPES, "FRAMEWORK")):
                 if issubclass(kind, types):
+                    reason = getattr(module, "why_not", lambda kind: None)(kind)
+                    if reason is not None:
+                        raise TypeError(f"{name} must be {reason}")
                     found: Framework = getattr(module, attribute)
                     for callback in _hooks.on_first_array:
                         callback(found.name)

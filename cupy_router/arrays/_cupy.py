@@ -19,6 +19,13 @@ MAX_SHARED_BYTES = 1 << 20  # results of a call up to this size share one block 
 _ALIGNMENT = 256
 
 
+def why_not(kind: type) -> str | None:
+    """Return what an array has to be in place of one of this class; None if the class is accepted."""
+    if any(base.__module__.startswith("cupyx.distributed") for base in kind.__mro__):
+        return f"an array on one device, got a {kind.__name__}, whose own memory is empty: pass the array of one device"
+    return None
+
+
 class RawStream:
     """A stream handle with the protocol that `cupy.cuda.Stream.from_external` takes."""
 

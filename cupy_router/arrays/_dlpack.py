@@ -160,7 +160,7 @@ def _host(
     memory = (ctypes.c_ubyte * ((last - first + 1) * size)).from_address(pointer + first * size)
     array = _Memory(shape, DTYPES[dtype], memoryview(memory), -first * size, tuple(step * size for step in strides))
     array.capsule = owner
-    return array
+    return np.asarray(array)  # a plain array, so that no result is of this class; its base keeps the memory
 
 
 FRAMEWORK = DLPack()

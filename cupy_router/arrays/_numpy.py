@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy arrays: always CPU memory."""
+"""NumPy arrays: always CPU memory. Subclasses count as the array that they are."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return DTYPES[name] if name in DTYPES else np.dtype(getattr(ml_dtypes, name, name))
 
 
+def why_not(kind: type) -> str | None:
+    """Return what an array has to be in place of one of this class; None if the class is accepted."""
+    if issubclass(kind, np.ma.MaskedArray):
+        return f"an array without a mask, got a {kind.__name__}: pass its .filled(value), or .data to ignore the mask"
+    return None
+
+
 class NumPy(Framework):
     name = "numpy"
 
@@ -34,6 +41,7 @@ class NumPy(Framework):
         return array.ctypes.data, ("cpu", array.dtype, array.shape, array.strides)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
+        array = np.asarray(array)  # a subclass may have indexing of its own, such as np.matrix
         if any(step % array.itemsize for step in array.strides) if array.itemsize else False:
             raise ValueError(f"{name} has strides of {array.strides} bytes, which are no multiples of its item size")
         return View(

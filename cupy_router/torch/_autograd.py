@@ -88,11 +88,11 @@ def _as_tensor(array: Any) -> Any:
 
     Anything that cannot become a tensor is returned as it is, and the checks of the op raise.
     """
-    if array is None or isinstance(array, torch.Tensor):
+    if array is None or isinstance(array, (torch.Tensor, np.ma.MaskedArray)):
         return array
     try:
         return (
-            tensors.FRAMEWORK.from_host(array.copy(), array)
+            tensors.FRAMEWORK.from_host(np.array(array), array)
             if isinstance(array, np.ndarray)
             else torch.from_dlpack(array)
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from cupy_router import topk_select
+from tests import inputs
 from tests.gpu.support import NAMES, call, on_gpu, spin, upload
 
 
@@ -85,3 +87,16 @@ def test_under_another_current_device(cupy: Any) -> None:
             with cupy.cuda.Device(where):
                 cupy.cuda.Device().synchronize()
                 case.check(*map(gpu.numpy, result))
+
+
+def test_a_subclass_counts_as_its_array(cupy: Any) -> None:
+    class Plain(cupy.ndarray):  # type: ignore[misc,name-defined]
+        pass
+
+    host = inputs.normal((5, 40))
+    scores = Plain(host.shape, cupy.float32)
+    scores.set(host)
+    assert type(scores) is Plain
+    result = topk_select(scores, 3)
+    assert [type(array) for array in result] == [cupy.ndarray] * 2
+    assert (result.indices.get() == topk_select(host, 3).indices).all()
