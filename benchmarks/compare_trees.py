@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None, run: Runner = run_turn) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the old checkout; this one is the new one")
     parser.add_argument("--quick", action="store_true", help="fewer rows on the GPU")
-    parser.add_argument("--output", type=Path, default=results.RESULTS / "compare_trees.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin no turn that would end later")
     options = parser.parse_args(arguments)
     trees = [Tree("old", options.other.resolve()), Tree("new", _TURN.parents[1])]
@@ -180,7 +180,8 @@ def main(arguments: Sequence[str] | None = None, run: Runner = run_turn) -> int:
     rows, missing = compare(found)
     remarks = [*found.remarks, *missing]
     about = environment() | {"trees": {tree.name: facts(tree) for tree in trees}, "remarks": remarks}
-    results.save(options.output, about, rows)
+    if options.output is not None:
+        results.save(options.output, about, rows)
     print(table(rows), *remarks, results.source(about), sep="\n")
     slower = sum(row.get("verdict") == "slower" for row in rows)
     turns = ", ".join(f"{len(by_tree['old'])} {kind}" for kind, by_tree in found.turns.items())

@@ -54,10 +54,11 @@ def compile_kernel(source: str, architecture: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="sm_90")
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
+    parser.add_argument("--output", type=Path, help="write compile_methods.json into this folder")
     options = parser.parse_args()
     rows = [compile_row(name, method, options.architecture) for name, method in presets().items()]
-    results.save(options.output / "compile_methods.json", harness.environment(), rows)
+    if options.output is not None:
+        results.save(options.output / "compile_methods.json", harness.environment(), rows)
     print(results.bars_table(rows))
 
 

@@ -93,7 +93,7 @@ def attempt(what: str, function: Action) -> Any:
 
 
 def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = None) -> None:
-    """Run a benchmark script: read the command line, measure, write <op>.json and print.
+    """Run a benchmark script: read the command line, measure, print, and write <op>.json if a folder is given.
 
     `measure` gets True for a quick run. `one` serves a command line that asks for one size, which is only printed.
     """
@@ -114,7 +114,8 @@ def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = No
             results.save(request.json, facts, rows)
         return
     rows = measure(request.quick)
-    results.save(request.output / f"{op}.json", environment(), rows)
+    if request.output is not None:
+        results.save(request.output / f"{op}.json", environment(), rows)
     for row in rows:
         print(results.label(row), *(f"{name}={row[name]}" for name in ("us", "spread_us", "garbage") if name in row))
     print(f"\n{results.bars_table(rows)}\n\n{op}: {len(rows)} rows in {time.perf_counter() - begin:.0f} s")

@@ -106,7 +106,7 @@ def count(ncu: str, cell: str) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder for the JSON file")
+    parser.add_argument("--output", type=Path, help="write ncu.json into this folder")
     parser.add_argument("--child", choices=CELLS, help="run one cell, for ncu")
     options = parser.parse_args(arguments)
     if options.child:
@@ -124,9 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"left out: {cell}: {error}")
     if not rows:
         return 1
-    from benchmarks.harness import environment
+    if options.output is not None:
+        from benchmarks.harness import environment
 
-    results.save(options.output / "ncu.json", environment(), rows)
+        results.save(options.output / "ncu.json", environment(), rows)
     cells = [str(row["cell"]) for row in rows]
     print(text_table(["", *cells], [[name, *(f"{row.get(name, '')}" for row in rows)] for name in METRICS]))
     return 0

@@ -34,14 +34,14 @@ class Request(NamedTuple):
 
     size: dict[str, Any] | None
     json: Path | None
-    output: Path
+    output: Path | None
     quick: bool
 
 
 def parse(declared: OneSize | None, arguments: Sequence[str] | None = None) -> Request:
     """Read the command line of a benchmark. Options left out have their defaults once one of them is given."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help="folder for the JSON file of the whole benchmark")
+    parser.add_argument("--output", type=Path, help="write the rows of the whole benchmark into this folder")
     parser.add_argument("--quick", action="store_true", help="only the cells that have a bar")
     options = declared.options if declared is not None else {}
     defaults = {name: option if isinstance(option, int) else option[0] for name, option in options.items()}
@@ -62,7 +62,7 @@ def parse(declared: OneSize | None, arguments: Sequence[str] | None = None) -> R
     return Request(
         defaults | size if size else None,
         given.get("json"),
-        given.get("output", results.RESULTS),
+        given.get("output"),
         given.get("quick", False),
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot the results of each op to docs/<op>.svg: `python -m benchmarks.plot`."""
+"""Plot the results of each op, <op>.svg: `python -m benchmarks.plot --output docs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from benchmarks import rows as results
 from benchmarks.rows import OURS, Row, select
 
-DOCS = Path(__file__).parents[1] / "docs"
 AXES = {"n": "rows", "E": "columns", "k": "k"}
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#1b6ca8", "linewidth": 2.2, "marker": "o", "zorder": 3},
@@ -111,7 +110,7 @@ def draw(op: str, content: dict[str, Any], path: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
-    parser.add_argument("--output", type=Path, default=DOCS, help="folder for the plots")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the plots")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     options = parser.parse_args(arguments)
     for op in PANELS:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate the tables in Markdown files from the results: `python -m benchmarks.table`.
+"""Generate the tables in Markdown files from the results: `python -m benchmarks.table --write`.
 
-A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. `--check` writes nothing and exits with
-1 if a file does not match the results.
+A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write` nothing is written, and
+the exit code is 1 if a file does not match the results.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def filled(text: str, files: Files) -> str:
 def main(arguments: Sequence[str] | None = None, files: Iterable[Path] = FILES) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
+    parser.add_argument("--write", action="store_true", help="replace the tables that are out of date")
     options = parser.parse_args(arguments)
     content = {path.stem: results.load(path) for path in sorted(options.results.glob("*.json"))}
     outdated = []
@@ -238,11 +238,11 @@ def main(arguments: Sequence[str] | None = None, files: Iterable[Path] = FILES) 
         new = filled(text, content)
         if new != text:
             outdated.append(path)
-            if not options.check:
+            if options.write:
                 path.write_text(new)
     for path in outdated:
-        print(f"{path} {'is out of date: run python -m benchmarks.table' if options.check else 'written'}")
-    return 1 if options.check and outdated else 0
+        print(f"{path} {'written' if options.write else 'is out of date: run python -m benchmarks.table --write'}")
+    return 1 if outdated and not options.write else 0
 
 
 if __name__ == "__main__":

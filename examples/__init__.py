@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture-of-experts layers in each framework, trained on real hidden states. `python -m examples.plot` trains all."""
+"""Mixture-of-experts layers in each framework, trained on real hidden states. `examples.plot` trains all."""

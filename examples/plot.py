@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train all examples and plot their losses: `python -m examples.plot` writes docs/examples.json and docs/examples.svg.
+"""Train all examples and plot their losses: `python -m examples.plot --output docs`.
 
-`--only-plot` plots the losses of docs/examples.json.
+Writes examples.json and examples.svg into that folder. `--only-plot` plots the losses of the examples.json there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
 PLAIN = "PyTorch, plain router"
 # Module and options of train() for each curve.
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only-plot", action="store_true")
-    parser.add_argument("--output", type=Path, default=DOCS, help="folder for examples.json and examples.svg")
+    parser.add_argument("--output", type=Path, required=True, help="folder for examples.json and examples.svg")
     options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
     source, path = options.output / "examples.json", options.output / "examples.svg"
     if not options.only_plot:
         source.write_text(json.dumps(losses(options.steps)) + "\n")

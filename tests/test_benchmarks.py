@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from benchmarks.bars import bar_16_bit
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, activation_topk, hash_router
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
+from examples import plot as losses_plot
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"gpu": {"name": "Some GPU", "driver_version": "1.2"}, "commit": "abc", "date": "2026-01-02"}
@@ -108,10 +110,10 @@ def test_tables_hold_the_figures_and_their_source(tmp_path: Path) -> None:
         "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbetween\n<!-- bars -->\n<!-- /bars -->\nafter\n"
     )
     arguments = ["--results", str(tmp_path)]
-    assert table.main([*arguments, "--check"], [text]) == 1
+    assert table.main(arguments, [text]) == 1
     assert "old" in text.read_text()
+    assert table.main([*arguments, "--write"], [text]) == 0
     assert table.main(arguments, [text]) == 0
-    assert table.main([*arguments, "--check"], [text]) == 0
     lines = text.read_text().splitlines()
     assert "| **cupy_router** | 2.00 | 2.21 |" in lines
     assert "| PyTorch, eager |  | 123 |" in lines
@@ -152,9 +154,30 @@ def test_every_table_can_be_made_without_results() -> None:
 
 
 def test_tables_in_the_repository_are_those_of_its_results(capsys: pytest.CaptureFixture[str]) -> None:
-    assert table.main(["--check"]) == 0, capsys.readouterr().out
+    assert table.main([]) == 0, capsys.readouterr().out
     found = re.findall(r"<!-- (\w+) -->", (ROOT / "benchmarks/README.md").read_text())
     assert found == [name for name in table.TABLES if name != "benchmarks"]
+
+
+def test_a_file_is_written_only_where_a_command_is_told() -> None:
+    """An option for a place to write has no default, so that no command rewrites files of the repository by itself."""
+    places = {"--json", "--output"}
+    found = set()
+    for path in (path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                names = {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+                if names & places:
+                    found.add(path.name)
+                    assert "default" not in {keyword.arg for keyword in node.keywords}, f"{path.name}: {names & places}"
+    assert found >= {"one_size.py", "compare_trees.py", "compile_methods.py", "ncu.py", "plot.py"}
+
+
+@pytest.mark.parametrize("command", [plot, losses_plot])
+def test_plots_ask_for_a_folder(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "the following arguments are required: --output" in capsys.readouterr().err
 
 
 @pytest.mark.slow("seconds")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -84,6 +85,12 @@ def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
         return code, rows.load(tmp_path / "a.json")
 
     return run
+
+
+def test_nothing_is_written_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_trees, "environment", lambda: dict(ENVIRONMENT))
+    monkeypatch.setattr(rows, "save", mock.Mock(side_effect=AssertionError))
+    assert compare_trees.main([str(ROOT)], Runner()) == 0
 
 
 @pytest.mark.slow("process")
