@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate the tables in Markdown files from the results: `python -m benchmarks.table --write`.
 
-A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write` nothing is written, and
-the exit code is 1 if a file does not match the results.
+A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write`
+nothing is written, and the exit code is 1 if a file does not match the results.
 """
 
 from __future__ import annotations

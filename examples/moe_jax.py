@@ -28,9 +28,10 @@ def moe(parameters: dict[str, Any], x: Any, plain: bool) -> Any:
     """Return the cluster logits of x [num_tokens, hidden]."""
     gate = parameters["gate"]
     weights, indices = plain_router(x, gate) if plain else dense_router(x, gate, tokens.METHOD)
-    mix = jnp.zeros((len(x), tokens.METHOD.num_experts)).at[jnp.arange(len(x))[:, None], indices].set(weights)
-    inner = jax.nn.relu(jnp.einsum("nh,ehw->new", x, parameters["up"]))
-    return (x + jnp.einsum("ne,new,ewh->nh", mix, inner, parameters["down"])) @ parameters["head"]
+    num_tokens = x.shape[0]  # len(x) has to be a number, which it is not in a program for any number of tokens
+    mix = jnp.zeros((num_tokens, tokens.METHOD.num_experts)).at[jnp.arange(num_tokens)[:, None], indices].set(weights)
+    inner = jax.nn.relu(x @ parameters["up"]) * mix.T[:, :, None]  # [num_experts, num_tokens, width]
+    return (x + (inner @ parameters["down"]).sum(axis=0)) @ parameters["head"]
 
 
 def loss_fn(parameters: dict[str, Any], x: Any, clusters: Any, plain: bool) -> Any:

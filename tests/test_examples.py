@@ -68,6 +68,57 @@ def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPat
     assert np.abs(np.array(losses) / recorded[:STEPS] - 1).max() > 2e-3
 
 
+COUNTS = (256, 100, 33, 2)  # of tokens
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_the_pytorch_layer_exports_for_any_number_of_tokens(plain: bool, strict: bool) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model = importlib.import_module("examples.moe_pytorch").MoE(plain)
+    x = torch.from_numpy(tokens.load()[0])
+    shapes = ({0: torch.export.Dim("num_tokens")},)
+    exported = torch.export.export(model, (x[: COUNTS[0]],), dynamic_shapes=shapes, strict=strict).module()
+    for count in COUNTS:
+        torch.testing.assert_close(exported(x[:count]), model(x[:count]))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+@pytest.mark.parametrize(("how", "graphs"), [("automatic", 2), ("dynamic", 1), ("marked", 1)])
+def test_the_pytorch_layer_compiles_for_any_number_of_tokens(how: str, graphs: int, plain: bool) -> None:
+    """One graph, and by default one more for the first number of tokens."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = importlib.import_module("examples.moe_pytorch").MoE(plain)
+    layer = torch.compile(model, backend=backend, fullgraph=True, dynamic=True if how == "dynamic" else None)
+    for count in COUNTS:
+        x = torch.from_numpy(tokens.load()[0][:count])
+        if how == "marked":
+            torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(layer(x), model(x))
+    assert len(compiled) == graphs
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+def test_the_jax_layer_exports_for_any_number_of_tokens(plain: bool) -> None:
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    moe = importlib.import_module("examples.moe_jax").moe
+    parameters, (hidden, _) = tokens.parameters(), tokens.load()
+    (num_tokens,) = jax.export.symbolic_shape("num_tokens")
+    arguments = jax.tree.map(jax.numpy.asarray, parameters), jax.ShapeDtypeStruct((num_tokens, 384), np.float32)
+    safe = [jax.export.DisabledSafetyCheck.custom_call("cupy_router.dense_router")]
+    exported = jax.export.export(jax.jit(lambda p, x: moe(p, x, plain)), disabled_checks=safe)(*arguments)
+    for count in COUNTS:
+        x = hidden[:count]
+        np.testing.assert_allclose(exported.call(parameters, x), moe(parameters, x, plain), rtol=1e-4, atol=1e-5)
+
+
 def test_recorded_curves_agree() -> None:
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())
     assert recorded.keys() == plot.CURVES.keys()
