@@ -10,6 +10,15 @@ import numpy as np
 import pytest
 
 
+def transformers_with_models() -> Any:
+    """Return the package transformers; skip the test or module without it, or if it needs a newer PyTorch."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not transformers.utils.is_torch_available():
+        reason = f"transformers {transformers.__version__} needs a newer PyTorch than the one installed"
+        pytest.skip(reason, allow_module_level=True)
+    return transformers
+
+
 class NumPy:
     result_type: Any = np.ndarray
 

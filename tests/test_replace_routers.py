@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests import frameworks
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = frameworks.transformers_with_models()
 
 from cupy_router import RoutingMethod  # noqa: E402
 from cupy_router.torch import _replace, _swapped  # noqa: E402

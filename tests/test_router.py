@@ -12,7 +12,7 @@ import pytest
 from cupy_router import Router, Routing, RoutingMethod, dense_router, gemm, hash_router
 from cupy_router.ops import _chunks
 from cupy_router.tuning import gpu_of
-from tests import compare, inputs, oracle
+from tests import compare, frameworks, inputs, oracle
 from tests.backends import DTYPES, Backend
 from tests.test_dense_router import exact, logits_of
 
@@ -238,7 +238,7 @@ def test_repr_lists_its_arrays() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_transformers_block_with_our_router_gives_the_same(layer: int, dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = frameworks.transformers_with_models()
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
 
     config = transformers.DeepseekV4Config(

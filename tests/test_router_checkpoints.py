@@ -237,7 +237,7 @@ def test_a_second_bias_is_ambiguous() -> None:
 @pytest.mark.parametrize(("prefix", "of_file"), [("", False), ("model.layers.0.mlp.router", True)])
 def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = frameworks.transformers_with_models()
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
     config = transformers.GptOssConfig(hidden_size=64, num_local_experts=16, num_experts_per_tok=4)
@@ -263,7 +263,7 @@ def test_gpt_oss(prefix: str, of_file: bool, tmp_path: Path) -> None:
 def test_transformers_state_dicts() -> None:
     """The names under which transformers itself keeps the routers of DeepSeek-V3 and DeepSeek-V4."""
     pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = frameworks.transformers_with_models()
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import frameworks
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = frameworks.transformers_with_models()
 
 from cupy_router.torch import _gate_gemm, replace_routers, restore_routers  # noqa: E402
 from cupy_router.torch._swapped import Swapped  # noqa: E402

@@ -15,6 +15,7 @@ from cupy_router.method import RoutingMethod
 from cupy_router.reference.activation_topk import activation_topk
 from cupy_router.reference.dense_router import dense_router
 from cupy_router.reference.scoring import SCORE_FUNCTIONS
+from tests import frameworks
 from tests.backends import DTYPES
 
 FINITE = st.floats(-1e4, 1e4, width=16)
@@ -69,6 +70,7 @@ def test_padding_is_not_computed() -> None:
 def test_the_router_of_transformers(dtype: str) -> None:
     """x of either dtype with a float32 gate; products in float32."""
     torch = pytest.importorskip("torch")
+    frameworks.transformers_with_models()
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     from transformers import DeepseekV4Config
 

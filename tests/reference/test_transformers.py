@@ -13,8 +13,10 @@ import pytest
 from cupy_router.method import RoutingMethod, presets
 from cupy_router.reference.activation_topk import activation_topk
 from cupy_router.reference.hash_router import hash_router
+from tests import frameworks
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+frameworks.transformers_with_models()
 modeling = pytest.importorskip(
     "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="transformers has no DeepSeek-V4 here"
 )
