@@ -238,7 +238,10 @@ def _report_override(override: Path) -> None:
     else:
         files = [path for path in sorted(override.rglob("*")) if path.suffix in (".cu", ".cuh")]
         included = {
-            match[1] for path in files for line in path.read_text(encoding="utf-8").splitlines() if (match := _INCLUDE.match(line))
+            match[1]
+            for path in files
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if (match := _INCLUDE.match(line))
         }
         unread = [name for path in files if (name := path.relative_to(override).as_posix()) not in included]
         own = {path.name: path.relative_to(_OWN).as_posix() for path in _OWN.rglob("*.cu*")}
