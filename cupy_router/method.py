@@ -250,7 +250,7 @@ def _check_shared_in_normalizer(checked: dict[str, Any]) -> None:
 
 def _integer(name: str, value: Any, lowest: int, highest: int, limit: str) -> int:
     try:
-        if isinstance(value, bool):
+        if type(value).__name__ == "bool":  # also NumPy's, whose older releases take it for an index
             raise TypeError
         number = operator.index(value)
     except TypeError:

@@ -95,11 +95,20 @@ def test_an_ndarray_subclass_and_a_dlpack_only_array() -> None:
         def __dlpack__(self, stream: Any = None) -> object:  # type: ignore[override]
             return self.host.__dlpack__()
 
+    class RefusingDLPack(OnlyDLPack):
+        """A producer that knows max_version and takes none, such as array-api-strict on NumPy 2.0."""
+
+        def __dlpack__(self, **wanted: Any) -> object:
+            if wanted:
+                raise NotImplementedError("max_version is not implemented")
+            return self.host.__dlpack__()
+
     class Sub(np.ndarray):
         pass
 
     want = oracle.topk(LOGITS, 3)
-    for array in (OnlyDLPack(LOGITS), OldDLPack(LOGITS), OnlyDLPack(LOGITS[::-1][::-1]), LOGITS.view(Sub)):
+    producers = OnlyDLPack(LOGITS), OldDLPack(LOGITS), RefusingDLPack(LOGITS), OnlyDLPack(LOGITS[::-1][::-1])
+    for array in (*producers, LOGITS.view(Sub)):
         result = topk_select(array, 3)
         compare.assert_same_bits(np.asarray(result.values), want[0])
         compare.assert_same_bits(np.asarray(result.indices), want[1])

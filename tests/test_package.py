@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-pytest.importorskip("build", reason="the package `build` is not installed")
-pytest.importorskip("hatchling", reason="the package `hatchling` is not installed")
-pytest.importorskip("pip", reason="the package `pip` is not installed")
+for package in ("build", "hatchling", "pip"):
+    try:  # without importing them: pip would swap the module distutils of the other tests
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the package `{package}` is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.slow("process")
 ROOT = Path(__file__).parents[1]

@@ -84,7 +84,7 @@ class DLPack(Framework):
         wanted = {"stream": consumer_stream(stream)} if on_cuda and stream is not None else {}
         try:
             capsule = array.__dlpack__(max_version=(1, 1), **wanted)
-        except TypeError:  # a producer from before DLPack 1.0 knows no max_version
+        except (TypeError, ValueError, NotImplementedError):  # a producer from before DLPack 1.0 takes no max_version
             capsule = array.__dlpack__(**wanted)
         if _is_valid(capsule, b"dltensor_versioned"):
             versioned = _Versioned.from_address(get_pointer(capsule, b"dltensor_versioned"))
