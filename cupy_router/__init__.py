@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cupy_router.ops.topk_select import topk_select
     from cupy_router.results import Routing, TopK
     from cupy_router.router import Router
+    from cupy_router.score_comparison import compare_score
     from cupy_router.score_function import ScoreFunction
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "ScoreFunction",
     "TopK",
     "activation_topk",
+    "compare_score",
     "dense_router",
     "hash_router",
     "presets",
@@ -49,6 +51,7 @@ _MODULES = {
     "Router": "router",
     "RoutingMethod": "method",
     "ScoreFunction": "score_function",
+    "compare_score": "score_comparison",
     "presets": "method",
     "activation_topk": "ops.activation_topk",
     "dense_router": "ops.dense_router",

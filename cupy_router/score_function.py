@@ -8,7 +8,18 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from cupy_router import nvrtc
+from cupy_router.declarations import CompileError
+
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+# What matters for the place of a text in the kernels; comments, numbers, strings and characters only hide it.
+_TOKEN = re.compile(
+    r"//(?:\\\n|[^\n])*|/\*.*?\*/|\d[\w.']*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'"
+    r"|(?P<found>[()\[\]{}]|<%|%>|/\*|^[ \t]*#[ \t]*\w+)",
+    re.S | re.M,
+)
+_CLOSES = {")": "(", "]": "[", "}": "{", "%>": "<%"}
+_DIRECTIVES = {"if", "ifdef", "ifndef", "elif", "else", "endif", "pragma"}
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,14 @@ class ScoreFunction:
         derivative: Derivative of the score with respect to x, as another ScoreFunction. Only gradients need it.
 
     Results are float32 scores: NaN ranks lowest, subnormals become 0. The caller ensures that ``cuda`` and ``numpy``
-    agree. Two ScoreFunctions are equal if all their fields are equal.
+    agree; :func:`cupy_router.compare_score` compares them on a GPU. Two ScoreFunctions are equal if all their fields
+    are equal.
 
     Raises:
         TypeError: A field has the wrong type.
         ValueError: ``name`` has other characters, or ``cuda`` is empty.
-        cupy_router.compiler.CompileError: At the first call on a GPU, with the line of ``cuda`` that is wrong.
+        cupy_router.compiler.CompileError: ``cuda`` is not CUDA C++, with the line that is wrong. Its brackets are
+            checked here, and all of it if NVRTC is installed. Otherwise the first call on a GPU raises it.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, ScoreFunction, activation_topk
@@ -61,6 +74,30 @@ class ScoreFunction:
             raise ValueError(f"ScoreFunction: name is {self.name!r}, but must be of letters, digits, _, - and .")
         if not self.cuda.strip():
             raise ValueError("ScoreFunction: cuda is empty, but must be an expression or a function body of x")
+        self._check_place()
+        log = nvrtc.errors(self.header)
+        if log is not None:
+            raise CompileError(log)
+
+    def _check_place(self) -> None:
+        """Raise what would reach beyond the place of the text in the kernels, where it might compile all the same."""
+        open_ones: list[tuple[str, int]] = []
+        for match in _TOKEN.finditer(self.cuda):
+            token = "".join((match["found"] or "").split())
+            if token in _CLOSES:
+                if not open_ones or open_ones.pop()[0] != _CLOSES[token]:
+                    raise self._error(match.start(), f'"{token}" closes nothing')
+            elif token.startswith("#"):
+                if token[1:] not in _DIRECTIVES:
+                    raise self._error(match.start(), f'"{token}" would change the kernel around the score')
+            elif token:
+                open_ones.append((token, match.start()))
+        if open_ones:
+            raise self._error(open_ones[0][1], f'"{open_ones[0][0]}" is not closed')
+
+    def _error(self, position: int, message: str) -> CompileError:
+        line = self.cuda.count("\n", 0, position) + 1
+        return CompileError(f"ScoreFunction {self.name}({line}): error: {message}")
 
     def __repr__(self) -> str:
         return f"ScoreFunction({self.name!r})"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router
+from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, nvrtc
 from cupy_router.compiler import CompileError
 from tests import compare, inputs
 from tests.backends import Backend
@@ -231,7 +231,11 @@ def test_bad_input(backend: Backend, call: Callable[..., Any], message: str) -> 
 @pytest.mark.parametrize(
     ("cuda", "line", "word"), [("x *\n\nnonsense(x)", 3, "nonsense"), ("float y = 1.0f;\nreturn y + z;", 2, "z")]
 )
-def test_an_error_in_a_custom_score_names_its_line(backend: Backend, cuda: str, line: int, word: str) -> None:
+def test_an_error_in_a_custom_score_names_its_line(
+    backend: Backend, cuda: str, line: int, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without NVRTC the first call finds it."""
+    monkeypatch.setattr(nvrtc, "errors", lambda text: None)
     logits = backend.array(np.zeros((2, 64), np.float32))
     broken = ScoreFunction("mine", cuda=cuda, numpy=lambda x: x)
     with pytest.raises(CompileError) as caught:

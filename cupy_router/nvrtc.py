@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Let NVRTC check a text: without CuPy's import, a GPU or a driver. Knows nothing of routing."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+from importlib import import_module
+from pathlib import Path
+
+_COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the text is wrong, nothing else
+# A missing return is a warning by default, and then an undefined result. Other warnings would hide the error.
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=940")
+
+
+@lru_cache(maxsize=256)
+def errors(text: str) -> str | None:
+    """Return the compiler's lines if it refuses a text for the newest architecture that it knows.
+
+    None if it accepts the text, or if there is no NVRTC. The first call loads NVRTC, which takes some tenths of a
+    second. Later ones take hundredths.
+    """
+    library = _library()
+    if library is None:
+        return None
+    count = ctypes.c_int()
+    library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    architectures = (ctypes.c_int * max(count.value, 1))()
+    library.nvrtcGetSupportedArchs(architectures)
+    given = [option.encode() for option in (*_OPTIONS, f"-arch=compute_{max(architectures)}")]
+    program = ctypes.c_void_p()
+    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
+        return None
+    try:
+        if library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given)) != _COMPILATION:
+            return None
+        size = ctypes.c_size_t()
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        return log.value.decode(errors="replace").strip()
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Return the library that CuPy would use, found as CuPy finds it; None if there is none."""
+    try:
+        path = Path(import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc").abs_path)
+        for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(builtins))  # NVRTC asks for it by name alone, which then finds what is loaded already
+        return ctypes.CDLL(str(path))
+    except Exception:  # CuPy is not installed, or NVRTC is not; what is raised depends on how
+        return None
