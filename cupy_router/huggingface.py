@@ -99,12 +99,17 @@ def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMet
     if method.score_after_topk and method.bias_on == "score":
         return "logit_bias"  # the method allows no other
     deepseek = not has_bias and not _is_nested(gate) and not f".{gate}".endswith(".router.")
-    if deepseek and not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus"):
+    if deepseek and plain_bias_selects(method):
         return "bias"
     raise ValueError(
         f"{key} may be a bias that only selects (bias) or one that is part of the logits (logit_bias), and neither its "
         "name nor the method says which: give the arrays to Router by these names"
     )
+
+
+def plain_bias_selects(method: RoutingMethod) -> bool:
+    """Return True if a `bias` beside a gate of DeepSeek's only selects: the method selects by such scores."""
+    return not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus")
 
 
 def _folder_above(folder: str) -> str:

@@ -41,6 +41,10 @@ class Router:
     The router keeps the arrays without a copy, so later writes to them take effect. They have to be on one device, but
     may belong to different frameworks.
 
+    A Router is for arrays that stay where they are, as in an inference engine, and for JAX, CuPy and NumPy. It does not
+    follow a PyTorch module whose tensors are replaced, as by `.to`, `load_state_dict(assign=True)` or
+    `functional_call`: in a module use :class:`cupy_router.torch.Gate`, which owns its arrays.
+
     Raises:
         TypeError: An argument is not an array, or its dtype is not allowed.
         ValueError: Shapes, strides or devices are wrong, or two arguments exclude each other.
@@ -68,9 +72,9 @@ class Router:
         self.weight, self.bias, self.table = weight, bias, table
         self.logit_bias, self.expert_scale = logit_bias, expert_scale
         self.follows_inputs = False  # True: copy the arrays to the device of x
-        self._copies: dict[tuple[str, int], Router] = {}
+        self._copies: dict[tuple[str, int], tuple[tuple[Any, ...], Router]] = {}
         with check.named("Router"):
-            self._described = self._validate()
+            self._validate()
         self._enter()
 
     @classmethod
@@ -81,7 +85,6 @@ class Router:
         for name, array in arrays.items():
             setattr(router, name, array)
         router.follows_inputs, router._copies = False, {}
-        router._described = ", ".join(name for name, array in arrays.items() if array is not None)
         router._enter()
         return router
 
@@ -97,8 +100,8 @@ class Router:
         self.__dict__.update(state)
         self._enter()
 
-    def _validate(self) -> str:
-        """Check the arrays and return their description for the repr."""
+    def _validate(self) -> None:
+        """Check the arrays."""
         views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
         table = views.get("table")
         if table is None and "weight" not in views:
@@ -111,7 +114,6 @@ class Router:
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
-        return ", ".join(f"{name}={view}" for name, view in views.items())
 
     def arrays(self) -> dict[str, Any]:
         """Return the arrays of the layer by argument name, with None for those it does not have."""
@@ -123,7 +125,8 @@ class Router:
         return self.table is not None
 
     def __repr__(self) -> str:
-        return f"Router({self.method!r}, {self._described})"
+        arrays = (f"{name}={_described(name, array)}" for name, array in self.arrays().items() if array is not None)
+        return f"Router({', '.join((repr(self.method), *arrays))})"
 
     def __call__(
         self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
@@ -193,7 +196,8 @@ class Router:
     def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
         """Return the router at `prefix` of a safetensors file, or of the folder or index of a checkpoint.
 
-        Only the arrays of this router are read, into CPU memory. The first x on a GPU copies them to that GPU.
+        Only the arrays of this router are read, into CPU memory. The first x on a GPU copies them to that GPU. They are
+        read-only, since a copy would not follow what is written into them; assign other arrays instead.
 
         Raises:
             ImportError: The library `safetensors` is missing: install cupy-router[safetensors].
@@ -206,6 +210,9 @@ class Router:
             keys = huggingface.router_keys(files, prefix, method)
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
             router = cls._from_keys(state, keys, method)
+        for array in router.arrays().values():
+            if array is not None:
+                array.flags.writeable = False
         router.follows_inputs = True
         return router
 
@@ -227,12 +234,13 @@ class Router:
         """Return this router with its arrays on the device of x. Only arrays from a file are moved."""
         if not self.follows_inputs:
             return self
-        device = _view("x", x).device
-        found = self._copies.get(device)
-        if found is None:
+        device, held = _view("x", x).device, (self.method, *self.arrays().values())
+        copied, found = self._copies.get(device, ((), None))
+        if found is None or any(a is not b for a, b in zip(held, copied, strict=True)):  # replaced since
             move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
             moved = {name: None if array is None else move(array) for name, array in self.arrays().items()}
-            found = self._copies[device] = Router(self.method, **moved)
+            found = Router(self.method, **moved)
+            self._copies[device] = held, found
         return found
 
 
@@ -245,6 +253,14 @@ def _view(name: str, array: Any) -> View:
     if framework.traced:
         return framework.outline(name, array)
     return framework.view(name, array, framework.current_stream(array))
+
+
+def _described(name: str, array: Any) -> str:
+    """Return dtype, shape and device of an array as they are now, or the type of what has none or is gone."""
+    try:
+        return str(_view(name, array))
+    except Exception:  # leaves of a pytree may be any objects
+        return type(array).__name__
 
 
 def _as_float32(key: str, array: Any, num_experts: int) -> Any:

@@ -21,6 +21,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Takes 0.1 us, torch.cuda.current_stream() 6. Builds of PyTorch without CUDA lack it and have no CUDA tensors.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
+_is_zero: Callable[[Any], bool] = getattr(torch.Tensor, "_is_zerotensor", lambda tensor: False)  # private
+
 
 class PyTorch(Framework):
     name = "torch"
@@ -93,19 +95,31 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _host(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any] | None:
-    """Return the memory of a CPU tensor, None if NumPy has no such dtype.
+    """Return the memory of a CPU tensor, None if it has no plain memory or NumPy has no such dtype.
 
-    PyTorch does not convert to the dtypes of ml_dtypes, so the bits are reinterpreted.
+    `Tensor.numpy` would also fix the size of its storage for ever, which FSDP changes with every forward pass.
     """
-    tensor = tensor.detach()
-    found = getattr(ml_dtypes, dtype, None)
+    if tensor.is_neg() or tensor.is_conj() or _is_zero(tensor):  # no plain memory
+        return None
     try:
-        host: np.ndarray[Any, Any] = (
-            tensor if found is None else tensor.view((torch.uint8, torch.int16)[tensor.element_size() - 1])
-        ).numpy()
-        return host if found is None else host.view(found)
+        found = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        return np.asarray(_Memory(tensor, found.itemsize)).view(found)
     except (RuntimeError, TypeError):
         return None
+
+
+class _Memory:
+    """The memory of a tensor as NumPy's array interface, which keeps the tensor alive."""
+
+    def __init__(self, tensor: torch.Tensor, item_size: int) -> None:
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * item_size for stride in tensor.stride()),
+            "typestr": f"|V{item_size}",
+        }
 
 
 class _OwnDispatch(type):

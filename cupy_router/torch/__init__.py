@@ -15,7 +15,8 @@ weight, logit_bias and expert_scale, if these require grad. Indices, and a bias 
 `torch.func.grad` and `vmap` work. Second derivatives and forward mode raise errors. `load_balance` computes the terms
 of load-balancing losses.
 
-`replace_routers` replaces the routers of a Hugging Face model.
+:class:`Gate` is a router as a module, with parameters and buffers of its own. `replace_routers` replaces the routers of
+a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from __future__ import annotations
 from cupy_router import router
 from cupy_router.ops import _run
 from cupy_router.torch import _intercept, _router_op
+from cupy_router.torch._gate import Gate, deepseek_state_dict
 from cupy_router.torch._load_balance import LoadBalance, load_balance
 from cupy_router.torch._replace import replace_routers, restore_routers
 
-__all__ = ["LoadBalance", "load_balance", "replace_routers", "restore_routers"]
+__all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replace_routers", "restore_routers"]
 
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)

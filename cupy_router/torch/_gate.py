@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gate: a router as a module of PyTorch, which owns its parameters and buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from cupy_router.method import RoutingMethod, resolve
+from cupy_router.ops import _checks as check
+from cupy_router.ops import dense_router
+from cupy_router.ops._hash_layer import hash_layer
+from cupy_router.ops._method import check_bias
+from cupy_router.results import Routing
+from cupy_router.torch._gate_arguments import check_flags, check_table, checked_dtype, flat_ids, flat_out
+from cupy_router.torch._gate_names import FLOAT32, as_float32, name_as_deepseek, named_as_ours
+
+
+class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
+    """Router of one layer as a module: ``gate(x)`` returns the experts of each token and their weights.
+
+    A :class:`cupy_router.Router` keeps the arrays that it was given. A Gate owns its arrays, so whatever PyTorch does
+    to a module concerns it: `.to`, `load_state_dict`, `functional_call`, `fully_shard`, export, parametrizations. Use a
+    Gate as a part of a model, and a Router for arrays that nobody replaces.
+
+    Args:
+        hidden: Number of columns of x. None for a gate with a table and no weight, whose weights are uniform.
+        method: A :class:`cupy_router.RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
+        bias: Add a bias that is used for the selection only. Not allowed with a table.
+        logit_bias: Add a bias of the logits, like that of a linear layer.
+        expert_scale: Add a factor of each expert's weight.
+        table: [vocab_size, top_k] int32 or int64 tensor, the experts of each token id; copied. Makes this a hash gate.
+        dtype: float32, float16 or bfloat16, the dtype of the weight. By default, PyTorch's default dtype.
+        device: Device of all arrays. By default, PyTorch's default device. On "meta" they have no values, until
+            `to_empty` and then `load_state_dict` or `reset_parameters`; `reset_parameters` does not know the table.
+
+    The arrays have the names of Hugging Face's checkpoints, as attributes and in the state dict:
+
+    ===================================  ================================  =========  =============
+    `weight`                             [num_logits, hidden] in `dtype`   parameter  as `nn.Linear`
+    `e_score_correction_bias` (`bias`)   [num_experts] float32             buffer     0
+    `bias` (`logit_bias`)                [num_experts] float32             parameter  0
+    `per_expert_scale` (`expert_scale`)  [num_experts] float32             parameter  1
+    `tid2eid` (`table`)                  [vocab_size, top_k] int           buffer     the table
+    ===================================  ================================  =========  =============
+
+    One that the gate does not have is None. The float32 ones keep dtype and values under `.to(torch.bfloat16)`,
+    `.half()` and the like; only their device changes. If one has another dtype all the same, as under a mixed-precision
+    policy of FSDP, the forward pass converts it to float32.
+
+    `load_state_dict` also takes other names of checkpoints, such as `expert_bias`, converts to float32 and takes a bias
+    of shape [1, num_experts]. The `bias` of DeepSeek's checkpoints is the one that only selects, in a gate without
+    logit_bias whose method selects by sigmoid or sqrtsoftplus scores. :func:`deepseek_state_dict` saves it as such.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: There is no such preset, a size is wrong, or two arguments exclude each other.
+
+    >>> import torch
+    >>> from cupy_router.torch import Gate
+    >>> gate = Gate(16, "deepseek-v4-flash", bias=True, dtype=torch.bfloat16)
+    >>> gate
+    Gate(16, RoutingMethod(num_experts=256, top_k=6, score='sqrtsoftplus', renormalize_eps=1e-20, scale=1.5), bias=True)
+    >>> weights, indices = gate(torch.randn(2, 3, 16))
+    >>> weights.shape, indices.dtype
+    (torch.Size([2, 3, 6]), torch.int32)
+    >>> {name: tensor.dtype for name, tensor in gate.state_dict().items()}
+    {'weight': torch.bfloat16, 'e_score_correction_bias': torch.float32}
+    """
+
+    def __init__(
+        self,
+        hidden: int | None,
+        method: RoutingMethod | str,
+        *,
+        bias: bool = False,
+        logit_bias: bool = False,
+        expert_scale: bool = False,
+        table: Any = None,
+        dtype: Any = None,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with check.named("Gate"):
+            self.method = resolve(method)
+            check_flags(bias=bias, logit_bias=logit_bias, expert_scale=expert_scale)
+            check_bias(self.method, bias or None)
+            if table is None or hidden is not None:
+                hidden = check.integer("hidden", hidden, 1)
+            elif logit_bias or expert_scale:
+                raise ValueError("logit_bias and expert_scale need hidden, without which weights are uniform")
+            if table is not None:
+                check_table(table, self.method, device)
+                if bias:
+                    raise ValueError("bias and table do not go together: a table alone selects the experts")
+            dtype = checked_dtype(dtype)
+
+        def empty(exists: bool) -> Any:
+            size = self.method.num_experts
+            return torch.empty(size, dtype=torch.float32, device=device) if exists else None
+
+        weight = None
+        if hidden is not None:
+            weight = torch.nn.Parameter(torch.empty((self.method.num_logits, hidden), dtype=dtype, device=device))
+        if table is not None:
+            table = table.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        self.register_parameter("weight", weight)
+        self.register_buffer("e_score_correction_bias", empty(bias))
+        self.register_parameter("bias", torch.nn.Parameter(empty(True)) if logit_bias else None)
+        self.register_parameter("per_expert_scale", torch.nn.Parameter(empty(True)) if expert_scale else None)
+        self.register_buffer("tid2eid", table)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values: the weight as in `torch.nn.Linear`, biases 0, scales 1. The table stays as it is."""
+        if self.weight is not None:
+            torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        for name, value in FLOAT32.items():
+            if getattr(self, name) is not None:
+                torch.nn.init.constant_(getattr(self, name), value)
+
+    def extra_repr(self) -> str:
+        hidden = None if self.weight is None else self.weight.shape[-1]
+        given = {"bias": "e_score_correction_bias", "logit_bias": "bias", "expert_scale": "per_expert_scale"}
+        flags = [f"{argument}=True" for argument, name in given.items() if getattr(self, name) is not None]
+        table = [] if self.tid2eid is None else [f"table={list(self.tid2eid.shape)}"]
+        return ", ".join([str(hidden), repr(self.method), *flags, *table])
+
+    def forward(
+        self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
+    ) -> Routing:
+        """Return the experts of each token and their weights.
+
+        Args:
+            x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens.
+            token_ids: [...] int32 or int64 tensor. Required by a hash gate, ignored by others.
+            num_valid: As for :func:`cupy_router.dense_router`. It counts the rows of x.reshape(-1, hidden).
+            out: A :class:`cupy_router.Routing` of tensors with the shape of the results, filled in place and returned.
+            stream: As for :func:`cupy_router.dense_router`.
+
+        Returns:
+            Routing of tensors [..., top_k + num_shared_experts] on the device of x.
+
+        Raises:
+            TypeError: An argument is no tensor, or its dtype is not allowed.
+            ValueError: A shape, a stride, a device or num_valid is wrong.
+            RuntimeError: As for :func:`cupy_router.dense_router`.
+        """
+        weight = self.weight
+        hidden = "hidden" if weight is None else weight.shape[-1]
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"Gate: x must be a PyTorch tensor, got {type(x).__name__}")
+        if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
+            raise ValueError(f"Gate: x must have shape [..., {hidden}], got {list(x.shape)}")
+        axes, shape = x.shape[:-1], (*x.shape[:-1], self.method.num_columns)
+        if len(axes) == 1:
+            rows, given_out = x, out
+        else:
+            rows = x.flatten(0, -2) if axes else x[None]
+            given_out = None if out is None else flat_out(out, shape)
+        bias, logit_bias, scale = (as_float32(getattr(self, name)) for name in FLOAT32)
+        if self.tid2eid is None:
+            routing = dense_router.dense_router(
+                rows, weight, self.method, bias=bias, logit_bias=logit_bias, expert_scale=scale,
+                num_valid=num_valid, out=given_out, stream=stream,
+            )  # fmt: skip
+        else:
+            ids = flat_ids(token_ids, axes)
+            routing = hash_layer(
+                self.method, rows, ids, self.tid2eid, weight, logit_bias, scale, num_valid, given_out, stream
+            )
+        if out is not None:
+            return out  # type: ignore[no-any-return]
+        return routing if len(axes) == 1 else Routing(*(array.reshape(shape) for array in routing))
+
+    # -- What PyTorch does to modules ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        """Move and convert the arrays, as `.to`, `.half` and `.cuda` do. The float32 ones only move."""
+        kept = {id(tensor) for tensor in self._kept_in_float32()}
+
+        def move(tensor: Any) -> Any:
+            moved = fn(tensor)
+            return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def _kept_in_float32(self) -> Iterator[Any]:
+        """Yield these arrays and their gradients, also where a parametrization computes one from others."""
+        for path, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if path.removeprefix("parametrizations.").partition(".")[0] in FLOAT32:
+                yield tensor
+                if tensor.grad is not None:
+                    yield tensor.grad
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load the arrays from their names in any checkpoint. Other keys are reported as for any module."""
+        names = [name for name in (*FLOAT32, "tid2eid") if getattr(self, name) is not None]
+        super()._load_from_state_dict(named_as_ours(state_dict, prefix, names, self.method), prefix, *args)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, *args: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, *args)
+        if _deepseek_names.get():
+            name_as_deepseek(destination, prefix, self.method)
+
+
+_deepseek_names = ContextVar("deepseek_names", default=False)  # state dicts are saved with these names
+
+
+def deepseek_state_dict(model: Any) -> dict[str, Any]:
+    """Return `model.state_dict()` with the name of DeepSeek's checkpoints for the bias of each :class:`Gate`.
+
+    There `gate.bias` is the bias that only selects, which Hugging Face names `gate.e_score_correction_bias`. All other
+    names are the same. `load_state_dict` and :meth:`cupy_router.Router.from_state_dict` take both.
+
+    Args:
+        model: A Gate, or a module with Gates.
+
+    Raises:
+        ValueError: The `bias` of a Gate would be taken for another one.
+
+    >>> from cupy_router.torch import Gate, deepseek_state_dict
+    >>> list(deepseek_state_dict(Gate(8, "deepseek-v3", bias=True)))
+    ['weight', 'bias']
+    """
+    token = _deepseek_names.set(True)
+    try:
+        return model.state_dict()  # type: ignore[no-any-return]
+    finally:
+        _deepseek_names.reset(token)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of a Gate's arrays in checkpoints. In memory they have those of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from cupy_router.huggingface import TENSORS, plain_bias_selects
+from cupy_router.method import RoutingMethod
+
+BIAS, DEEPSEEK_BIAS = "e_score_correction_bias", "bias"
+
+# Arrays that are float32 whatever the dtype of the gate, with their initial value.
+FLOAT32 = {BIAS: 0.0, "bias": 0.0, "per_expert_scale": 1.0}
+
+
+def named_as_ours(state: Mapping[str, Any], prefix: str, names: Iterable[str], method: RoutingMethod) -> dict[str, Any]:
+    """Return a state dict with our names for the arrays below a prefix, those of `FLOAT32` in float32.
+
+    names: those that the gate has, besides the weight.
+    """
+    found, names = dict(state), list(names)
+    for name in names:
+        others = [other for other, role in TENSORS.items() if role == TENSORS[name] and other != name]
+        if name == BIAS and "bias" not in names and plain_bias_selects(method):
+            others.append(DEEPSEEK_BIAS)
+        for key in (prefix + other for other in others):
+            if key in found and prefix + name not in found:
+                found[prefix + name] = found.pop(key)
+        value = found.get(prefix + name)
+        if name in FLOAT32 and isinstance(value, torch.Tensor):
+            if value.shape == (1, method.num_experts):  # the shape that some checkpoints have
+                value = value.detach().reshape(method.num_experts)
+            if value.dtype != torch.float32:  # which assign=True would keep
+                value = value.detach().float()
+            found[prefix + name] = value
+    return found
+
+
+def name_as_deepseek(state: dict[str, Any], prefix: str, method: RoutingMethod) -> None:
+    """Rename the bias of the gate at a prefix.
+
+    Raises:
+        ValueError: The gate has a bias that would be taken for another one.
+    """
+    ours, deepseek = prefix + BIAS, prefix + DEEPSEEK_BIAS
+    selects = plain_bias_selects(method)
+    if (ours in state and not selects) or (deepseek in state and selects):
+        given = [argument for argument, key in (("bias", ours), ("logit_bias", deepseek)) if key in state]
+        raise ValueError(
+            f"deepseek_state_dict: {deepseek} is the bias of methods that select by sigmoid or sqrtsoftplus scores and "
+            f"the logit_bias of others, but this gate has {' and '.join(given)} with {method}"
+        )
+    if ours in state:
+        state[deepseek] = state.pop(ours)
+
+
+def as_float32(tensor: Any) -> Any:
+    """Return the tensor itself if it is float32 or None."""
+    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.float()
