@@ -85,7 +85,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         device: Any = None,
     ) -> None:
         super().__init__()
-        device = torch.get_default_device() if device is None else torch.device(device)
+        device = torch.empty(0, device=device).device  # also the default of a context
         with check.named("Gate"):
             self.method = resolve(method)
             check_flags(bias=bias, logit_bias=logit_bias, expert_scale=expert_scale)
