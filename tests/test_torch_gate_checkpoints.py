@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cupy_router import Router, RoutingMethod
+from tests import frameworks
 from tests.gates import (
     EXPERTS,
     HIDDEN,
@@ -131,7 +132,7 @@ def test_a_bias_beside_the_gate_is_the_logit_bias_of_a_gate_that_has_one(method:
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["hash", "dense"])
 def test_a_gate_takes_the_state_dict_of_a_model(layer: int) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = frameworks.transformers_with_models()
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
 
     config = transformers.DeepseekV4Config(
