@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from cupy_router.method import RoutingMethod
 
 # Path from a prefix (a layer, its sparse block, or the router itself) to the module whose `weight` is the gate: the
 # router or a linear layer in it.
-_BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.")
+_BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.", "mixer.")
 _ROUTERS = ("gate.", "router.")
 _LINEARS = ("wg.", "classifier.", "layer.", "proj.")
 _NESTED = ("router.gate.", *(router + linear for router in _ROUTERS for linear in _LINEARS))
@@ -20,6 +21,7 @@ TENSORS = {
     "e_score_correction_bias": "bias",
     "moe_statics.e_score_correction_bias": "bias",
     "experts.e_score_correction_bias": "bias",
+    "moe.router.expert_bias": "bias",
     "expert_bias": "bias",
     "router_bias": "bias",
     "bias": "logit_bias",  # in DeepSeek's own checkpoints it is the bias that only selects
@@ -28,6 +30,10 @@ TENSORS = {
     "scale": "input_scale",  # factor of the input, applied after a norm without weights
     "tid2eid": "table",
 }
+
+# A gate anywhere, with the path of its module.
+_ANY_GATE = re.compile(rf"((?:.*\.)?(?:{'|'.join(map(re.escape, (*_NESTED, *_ROUTERS)))}))weight")
+_ATTENTION = re.compile("attn|attention")
 
 
 class Keys(NamedTuple):
@@ -44,7 +50,9 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     """Return the keys of the router at `prefix`: a layer, its sparse block or the router, with or without a last dot.
 
     Raises:
-        ValueError: There is no gate, a bias is ambiguous, or the router has a tensor that Router does not support.
+        TypeError: The prefix or a key is no str.
+        ValueError: There is no gate or more than one, a bias is ambiguous, or the router has a tensor that Router does
+            not support.
 
     >>> keys = ["layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.4.ffn.gate.weight"]
     >>> router_keys(keys, "layers.3.ffn", RoutingMethod(8, 2))[:2]
@@ -53,7 +61,11 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     'mlp.router.bias'
     """
     known = set(keys)
-    gate = _gate(known, prefix)
+    for what, name in (("prefix", prefix), *(("a key of state", key) for key in known)):
+        if not isinstance(name, str):
+            raise TypeError(f"{what} must be a str, got {name!r}")
+    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    gate = _gate(known, prefix, start)
     # The module of the router. The bias that only selects may also belong to a module above it.
     router = _folder_above(gate) if _is_nested(gate) else gate
     found = {"weight": f"{gate}weight"}
@@ -65,28 +77,58 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     linear = f"{gate}bias"
     if linear in known:
         found[_role_of_linear_bias(linear, gate, "bias" in found, method)] = linear
-    others = sorted(key for key in known if key.startswith(router) and key not in found.values())
+    *_, highest = _folders(gate)
+    below = min(start, highest, key=len)
+    others = sorted(
+        key
+        for key in known - set(found.values())
+        if key.startswith(router) or (key.startswith(below) and _is_of_router(key, below, gate, known))
+    )
     if others:
         raise ValueError(f"{others[0]} is part of the router of {gate}weight, but nothing that a Router can take")
     return Keys(**found)
 
 
-def _gate(known: set[str], prefix: str) -> str:
+def _gate(known: set[str], prefix: str, start: str) -> str:
     """Return the path of the module that holds the gate, with a last dot."""
-    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    below = [*_ROUTERS, *_NESTED]
-    # The router first: if the prefix is the router, there is no other gate below it.
-    gates = [start, *(f"{start}{block}{gate}" for block in _BLOCKS for gate in below)]
+    if f"{start}weight" in known:  # the router itself
+        return start
+    gates = [f"{start}{block}{gate}" for block in _BLOCKS for gate in (*_ROUTERS, *_NESTED)]
     if not start or f".{start}".endswith((".gate.", ".router.")):
         gates += [start + linear for linear in _LINEARS]
-    found = next((gate for gate in gates if f"{gate}weight" in known), None)
-    if found is None:
-        there = sorted(key for key in known if key.startswith(start))
+    found = [gate for gate in gates if f"{gate}weight" in known]
+    if len(found) > 1:
         raise ValueError(
-            f"no gate at prefix {prefix!r}: looked for {start}weight, {start}gate.weight, {start}mlp.gate.weight and "
-            f"the like, but the keys there are {', '.join(there[:8]) + (', ...' if len(there) > 8 else '') or 'none'}"
+            f"several gates at prefix {prefix!r}: {found[0]}weight and {found[1]}weight, so name one of them"
         )
-    return found
+    if not found:
+        raise ValueError(f"no gate at prefix {prefix!r}: {_what_there_is(known, start)}")
+    return found[0]
+
+
+def _what_there_is(known: set[str], start: str) -> str:
+    """Return what to say about a prefix without a gate: the routers of a checkpoint, those below the prefix first."""
+    gates = (match for key in known if (match := _ANY_GATE.fullmatch(key)) and not _ATTENTION.search(key))
+    routers = sorted(
+        (match[1].rstrip(".") for match in gates), key=lambda path: (not path.startswith(start), _natural(path))
+    )
+    if routers:
+        return f"there are routers at {_listed(routers)}"
+    there = sorted((key for key in known if key.startswith(start)), key=_natural)
+    if not there:
+        return f"no key begins with it, but these are there: {_listed(sorted(known, key=_natural)) or 'none'}"
+    looked = f"looked for {start}weight, {start}gate.weight, {start}mlp.gate.weight and the like"
+    return f"{looked}, but the keys there are {_listed(there)}"
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _is_nested(gate: str) -> bool:
@@ -112,12 +154,28 @@ def plain_bias_selects(method: RoutingMethod) -> bool:
     return not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus")
 
 
+def _is_of_router(key: str, below: str, gate: str, known: set[str]) -> bool:
+    """Return True if a key near a gate is named like a part of a router, and is no part of another router there."""
+    path = key[len(below) :]
+    name = path.rpartition(".")[2]
+    named = re.search("router|correction|expert", name) and re.search("bias|scale", name)
+    if _ATTENTION.search(path) or not (named or "2eid" in name or ".router." in f".{path}"):
+        return False
+    folders = [key[: dot.end()] for dot in re.finditer(r"\.", key) if not gate.startswith(key[: dot.end()])]
+    others = (f"{folder}{path}" for folder in folders for path in ("", *_ROUTERS, *_NESTED))
+    return not any(f"{other}weight" in known for other in others)
+
+
 def _folder_above(folder: str) -> str:
     return folder[: folder.rfind(".", 0, -1) + 1]
 
 
 def _folders(gate: str) -> Iterator[str]:
-    """Yield the path of the gate's module and of up to two modules above it."""
-    parts = gate.split(".")[:-1]
-    for length in range(len(parts), max(len(parts) - 3, -1), -1):
-        yield "".join(f"{part}." for part in parts[:length])
+    """Yield the path of the gate's module and of up to two modules above it, but none above the layer."""
+    folder = gate
+    yield folder
+    for _ in range(2):
+        if not folder or folder.split(".")[-2].isdigit():
+            return
+        folder = _folder_above(folder)
+        yield folder

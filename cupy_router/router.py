@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,7 +175,8 @@ class Router:
         `tid2eid`. A `bias` beside the gate is the `logit_bias` of methods with `score_after_topk`, like that of
         gpt-oss, because they have no scores to add a bias to. `gate.bias` is the bias of methods that select by sigmoid
         or sqrtsoftplus scores, as in DeepSeek's checkpoints. A `bias` is refused otherwise, like any tensor of the
-        router that would be ignored. All arrays but the gate and the table are converted to float32.
+        router that would be ignored, and like any other tensor below the prefix with the name of a router's bias, scale
+        or table. All arrays but the gate and the table are converted to float32.
 
         Raises:
             TypeError, ValueError: A key is missing, unknown or ambiguous, or its array has the wrong shape or dtype.
@@ -190,7 +190,11 @@ class Router:
         """
         with check.named("Router.from_state_dict"):
             method = resolve(method)
-            return cls._from_keys(state, huggingface.router_keys(state, prefix, method), method)
+            if not isinstance(state, Mapping):
+                raise TypeError(
+                    f"state must map keys to arrays, as model.state_dict() does, got {type(state).__name__}"
+                )
+            return cls._from_keys(state, huggingface.router_keys(state, prefix, method), {}, method)
 
     @classmethod
     def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
@@ -202,14 +206,18 @@ class Router:
         Raises:
             ImportError: The library `safetensors` is missing: install cupy-router[safetensors].
             OSError: There is no such file.
-            TypeError, ValueError: As for :meth:`from_state_dict`, or the file is not a safetensors file.
+            TypeError, ValueError: As for :meth:`from_state_dict`, or a file is not a safetensors file or index. The
+                message names the file, too.
         """
         with check.named("Router.from_safetensors"):
             method = resolve(method)
-            files = checkpoint.files_by_key(Path(path))
-            keys = huggingface.router_keys(files, prefix, method)
+            files = checkpoint.files_by_key(path)
+            try:
+                keys = huggingface.router_keys(files, prefix, method)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
-            router = cls._from_keys(state, keys, method)
+            router = cls._from_keys(state, keys, {key: f"{key} of {files[key]}" for key in state}, method)
         for array in router.arrays().values():
             if array is not None:
                 array.flags.writeable = False
@@ -217,18 +225,22 @@ class Router:
         return router
 
     @classmethod
-    def _from_keys(cls, state: Mapping[str, Any], keys: huggingface.Keys, method: RoutingMethod) -> Router:
-        arrays = {name: state[key] for name, key in keys._asdict().items() if key is not None}
+    def _from_keys(
+        cls, state: Mapping[str, Any], keys: huggingface.Keys, named: Mapping[str, str], method: RoutingMethod
+    ) -> Router:
+        """Return the router of these keys; `named` has what messages call them, if not by the key alone."""
+        found = {name: key for name, key in keys._asdict().items() if key is not None}
+        arrays = {name: state[key] for name, key in found.items()}
         for name in arrays.keys() - {"weight", "table"}:
-            arrays[name] = _as_float32(getattr(keys, name), arrays[name], method.num_experts)
+            arrays[name] = _as_float32(named.get(found[name], found[name]), arrays[name], method.num_experts)
         try:
             return cls(method, **arrays)
         except (TypeError, ValueError) as error:
             # The message starts with the argument's name: add the key of that argument.
             message = str(error).removeprefix("Router: ")
             name = message.partition(" ")[0]
-            key = getattr(keys, name, None)
-            raise type(error)(message if key is None else f"{key} is the {name}: {message}") from error
+            key = found.get(name)
+            raise type(error)(message if key is None else f"{named.get(key, key)} is the {name}: {message}") from error
 
     def beside(self, x: Any) -> Router:
         """Return this router with its arrays on the device of x. Only arrays from a file are moved."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import pytest
 
 from cupy_router import Router, Routing, RoutingMethod, dense_router, huggingface
 from tests import compare, frameworks, inputs
-from tests.backends import DTYPES, Backend
-from tests.test_router import BIAS, EXPERTS, METHOD, K, assert_same, gate, table, to_host, tokens
+from tests.backends import DTYPES
+from tests.test_router import BIAS, EXPERTS, METHOD, K, assert_same, gate, table, tokens
 
 STYLES = {
     "deepseek": ("layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias", "layers.3.ffn.gate.tid2eid", "layers.3"),
@@ -62,6 +61,18 @@ STYLES = {
     "laguna": (
         "model.layers.3.mlp.gate.weight",
         "model.layers.3.mlp.experts.e_score_correction_bias",
+        "model.layers.3.mlp.gate.tid2eid",
+        "model.layers.3",
+    ),
+    "nemotron": (
+        "backbone.layers.3.mixer.gate.weight",
+        "backbone.layers.3.mixer.gate.e_score_correction_bias",
+        "backbone.layers.3.mixer.gate.tid2eid",
+        "backbone.layers.3",
+    ),
+    "kolibri": (
+        "model.layers.3.mlp.gate.weight",
+        "model.layers.3.moe.router.expert_bias",
         "model.layers.3.mlp.gate.tid2eid",
         "model.layers.3",
     ),
@@ -125,8 +136,8 @@ def test_a_bias_with_a_leading_axis() -> None:
 @pytest.mark.parametrize(
     ("state", "prefix", "error", "words"),
     [
-        ({}, "layers.3", ValueError, r"no gate at prefix 'layers\.3': looked for .* the keys there are none"),
-        ({"layers.30.gate.weight": gate()}, "layers.3", ValueError, "the keys there are none"),
+        ({}, "layers.3", ValueError, r"no gate at prefix 'layers\.3': no key begins with it, but .* there: none$"),
+        ({"layers.30.gate.weight": gate()}, "layers.3", ValueError, r"there are routers at layers\.30\.gate$"),
         ({"a.gate.bias": BIAS}, "a", ValueError, r"no gate at prefix 'a': .* the keys there are a\.gate\.bias"),
         ({"a.gate.weight": gate()[:3]}, "a", ValueError, r"a\.gate\.weight is the weight: .* got float32 \[3, 40\]"),
         ({"a.gate.weight": gate(), "a.gate.bias": BIAS[:3]}, "a", ValueError, r"a\.gate\.bias is the bias: .*\[3\]"),
@@ -148,6 +159,28 @@ def test_a_bias_with_a_leading_axis() -> None:
             ValueError,
             r"a\.router\.per_expert_scale is the expert_scale: .*\[3\]",
         ),
+        ({"b.c.weight": BIAS}, "a", ValueError, r"no key begins with it, but these are there: b\.c\.weight"),
+        (
+            {f"layers.{n}.{name}": gate() for n in range(11) for name in ("mlp.gate.weight", "attn.gate.weight")},
+            "model.layers.2",
+            ValueError,
+            "there are routers at layers.0.mlp.gate, layers.1.mlp.gate, layers.2.mlp.gate, layers.3.mlp.gate, 7 more$",
+        ),
+        (
+            {f"{layer}.{part}_moe.gate.weight": gate() for layer in "ba" for part in ("text", "vision")},
+            "b",
+            ValueError,
+            r"there are routers at b\.text_moe\.gate, b\.vision_moe\.gate, a\.text_moe\.gate, a\.vision_moe\.gate$",
+        ),
+        (
+            {"a.mlp.gate.weight": gate(), "a.moe.router.weight": gate()},
+            "a",
+            ValueError,
+            r"several gates at prefix 'a': a\.mlp\.gate\.weight and a\.moe\.router\.weight",
+        ),
+        ({3: gate()}, "a", TypeError, "a key of state must be a str, got 3"),
+        ({"gate.weight": gate()}, None, TypeError, "prefix must be a str, got None"),
+        ([gate()], "", TypeError, r"state must map keys to arrays, as model\.state_dict\(\) does, got list"),
     ],
 )
 def test_keys_that_are_missing_or_misshapen(state: dict[str, Any], prefix: str, error: type, words: str) -> None:
@@ -183,6 +216,53 @@ def test_tensors_that_a_router_cannot_take_are_refused(router: str, gate_name: s
         Router.from_state_dict(state, prefix, METHOD)
     del state[other]
     assert Router.from_state_dict(state, prefix, METHOD).weight is state[weight]
+
+
+@pytest.mark.parametrize(
+    ("weight", "other"),
+    [
+        ("mlp.gate.weight", "moe.router.bias"),
+        ("mlp.gate.weight", "moe.router.gain"),
+        ("mlp.gate.weight", "mlp.router_bias_2"),
+        ("mlp.gate.weight", "mlp.experts.expert_bias"),
+        ("mlp.gate.weight", "mlp.correction_bias"),
+        ("mlp.gate.weight", "mlp.expert_scales"),
+        ("mlp.gate.weight", "hash.tid2eid"),
+        ("mlp.router.gate.weight", "moe.router.expert_bias"),
+        ("mlp.text_moe.gate.weight", "mlp.router_bias_2"),
+    ],
+)
+@pytest.mark.parametrize("of_layer", [False, True])
+def test_tensors_elsewhere_with_the_names_of_a_router_s_are_refused(weight: str, other: str, of_layer: bool) -> None:
+    layer, router = "layers.3", f"layers.3.{weight.removesuffix('.weight')}"
+    if of_layer and "text" in weight:
+        router = layer = f"{layer}.mlp.text_moe"
+    state = {f"layers.3.{weight}": gate(), f"layers.3.{other}": BIAS}
+    state |= {f"layers.3.{name}": BIAS for name in NOT_OF_ROUTERS} | {f"layers.{n}.{other}": BIAS for n in (2, 30)}
+    below = of_layer or weight.count(".") < 3  # that far above the router its biases are looked for
+    if below:
+        words = f"layers.3.{other} is part of the router of layers.3.{weight}, but nothing that a Router can take$"
+        with pytest.raises(ValueError, match=words):
+            Router.from_state_dict(state, layer if of_layer else router, METHOD)
+    del state[f"layers.3.{other}"]
+    assert Router.from_state_dict(state, router, METHOD).bias is None
+
+
+# Keys of the same layer that have nothing to do with its router.
+NOT_OF_ROUTERS = (
+    "mlp.experts.down_proj_bias",
+    "mlp.experts.gate_up_proj_bias",
+    "mlp.experts.3.up_proj.weight_scale_inv",
+    "mlp.shared_expert_gate.weight",
+    "mlp.shared_experts.gate_proj.bias",
+    "mlp.vision_moe.gate.weight",
+    "mlp.vision_moe.gate.e_score_correction_bias",
+    "self_attn.gate.bias",
+    "self_attn.router.bias",
+    "self_attn.q_proj.k_scale",
+    "layer_scalar",
+    "hc_ffn_scale",
+)
 
 
 AFTER_TOPK = RoutingMethod(EXPERTS, K, "softmax", score_after_topk=True)
@@ -277,58 +357,3 @@ def test_transformers_state_dicts() -> None:
     found = [huggingface.router_keys(block.state_dict(), "", METHOD) for block in blocks]
     assert found[0] == huggingface.Keys("gate.weight", table="gate.tid2eid")
     assert found[1] == found[2] == huggingface.Keys("gate.weight", bias="gate.e_score_correction_bias")
-
-
-# -- Files -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def save() -> Any:
-    return pytest.importorskip("safetensors.numpy", reason="safetensors is not installed").save_file
-
-
-@pytest.mark.parametrize("dtype", inputs.FLOATS)
-@pytest.mark.parametrize("style", ["deepseek", "hugging face"])
-def test_a_safetensors_file(backend: Backend, style: str, dtype: str, tmp_path: Path, save: Any) -> None:
-    """Arrays come to where x lies, so that one Router serves CPU and GPU."""
-    weight, bias, tid2eid, prefix = STYLES[style]
-    dense = neighbours(style) | {weight: gate(dtype), bias: BIAS.astype(DTYPES[dtype])}
-    hashed = {weight: gate(dtype), tid2eid: table("int64")}
-    x, ids = backend.array(tokens(9, dtype)), backend.array(np.arange(9))
-    for state in (dense, hashed):
-        save(state, tmp_path / "file.safetensors")
-        from_file = Router.from_safetensors(tmp_path / "file.safetensors", prefix, METHOD)
-        on_device = {key: backend.array(value) for key, value in state.items()}
-        assert_same(
-            to_host(backend, from_file(x, ids)),
-            to_host(backend, Router.from_state_dict(on_device, prefix, METHOD)(x, ids)),
-        )
-        assert str(from_file.weight.dtype) == dtype
-
-
-def test_checkpoints_of_several_files(tmp_path: Path, save: Any) -> None:
-    weight, bias, _, prefix = STYLES["hugging face"]
-    save({weight: gate()}, tmp_path / "one.safetensors")
-    save({bias: BIAS}, tmp_path / "two.safetensors")
-    for path in (tmp_path, str(tmp_path)):
-        np.testing.assert_array_equal(Router.from_safetensors(path, prefix, METHOD).bias, BIAS)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {weight: "one.safetensors", bias: "two.safetensors"}}))
-    (tmp_path / "broken.safetensors").write_bytes(b"never read, since the index does not name it")
-    for path in (tmp_path, index):
-        router = Router.from_safetensors(path, prefix, METHOD)
-        np.testing.assert_array_equal(router.weight, gate())
-        np.testing.assert_array_equal(router.bias, BIAS)
-
-
-def test_files_that_are_missing_or_no_safetensors(tmp_path: Path, save: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
-        Router.from_safetensors(tmp_path / "none.safetensors", "", METHOD)
-    with pytest.raises(FileNotFoundError, match="there is no safetensors file in"):
-        Router.from_safetensors(tmp_path, "", METHOD)
-    (tmp_path / "broken.safetensors").write_bytes(b"not at all such a file")
-    with pytest.raises(ValueError, match=r"Router\.from_safetensors: .*broken\.safetensors is no safetensors file"):
-        Router.from_safetensors(tmp_path / "broken.safetensors", "", METHOD)
-    save({"gate.bias": BIAS}, tmp_path / "biased.safetensors")
-    with pytest.raises(ValueError, match=r"Router\.from_safetensors: no gate at prefix 'layers\.0'"):
-        Router.from_safetensors(tmp_path / "biased.safetensors", "layers.0", METHOD)
