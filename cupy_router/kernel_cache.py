@@ -42,6 +42,8 @@ def prepare() -> None:
                 pass
         except OSError as error:
             replace(error)
+        for name in [name for name in sys.modules if name.startswith("cupy.")]:
+            del sys.modules[name]  # of an import that failed, which would fail again with half of its modules
 
 
 def replace(error: OSError) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 LOG = "CUPY_ROUTER_LOG"  # environment
@@ -63,7 +64,8 @@ def print_line(ready: KernelReady) -> None:
     kind, number = ready.device
     how = "compiled" if ready.compiled else "from cache"
     line = f"cupy_router: {ready.function} {how} in {ready.milliseconds:.1f} ms on {kind}:{number} [{ready.key}]"
-    sys.stderr.write(f"{line} {ready.specialisation}".rstrip() + "\n")  # one write, so that threads do not mix
+    with suppress(AttributeError, OSError, ValueError):  # no stderr, a full or closed one: a log fails no call
+        sys.stderr.write(f"{line} {ready.specialisation}".rstrip() + "\n")  # one write, so that threads do not mix
 
 
 listeners: list[Listener] = [print_line]

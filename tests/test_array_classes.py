@@ -187,6 +187,21 @@ def test_results_for_a_dlpack_producer_are_plain_arrays() -> None:
     assert_same(topk_select(Producer(), 2), topk_select(LOGITS, 2))
 
 
+@pytest.mark.parametrize("error", [BufferError, RuntimeError, TypeError, ValueError])
+def test_a_producer_that_refuses_is_named(error: type[Exception]) -> None:
+    """Those with missing entries do, with errors of many types."""
+
+    class Producer:
+        def __dlpack__(self, **wanted: Any) -> object:
+            raise error("it has nulls")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    with pytest.raises(ValueError, match=r"bias \(Producer\) cannot be exported by DLPack: it has nulls"):
+        activation_topk(LOGITS, METHOD, bias=Producer())
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("kind", ["Parameter", "Buffer", "plain", "with __torch_function__"])
 def test_tensor_subclasses_count_as_their_tensor(kind: str, requires_grad: bool) -> None:

@@ -71,10 +71,30 @@ def prepare_twice() -> None:
     kernel_cache.prepare()
 
 
+@pytest.mark.slow("process")
+def test_an_import_of_cupy_that_failed_before(tmp_path: Path) -> None:
+    """Many libraries try to import CuPy and go on without it."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    (tmp_path / "file").touch()
+    script = (
+        "from contextlib import suppress\n"
+        "with suppress(OSError):\n"
+        "    import cupy\n"
+        "from cupy_router import compiler\n"
+        "print(compiler.why_no_cuda())\n"
+        "import cupy\n"
+        "print(cupy.ndarray.__name__)\n"
+    )
+    done = run(["-c", script], CUPY_CACHE_DIR=str(tmp_path / "file/cache"))
+    why, name = done.stdout.splitlines()
+    assert "CuPy is not usable" not in why
+    assert name == "ndarray"
+
+
 @pytest.fixture
 def no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.delitem(sys.modules, "cupy.cuda.compiler", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(kernel_cache, "find_spec", lambda name: object())
 
 

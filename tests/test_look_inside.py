@@ -168,6 +168,26 @@ def test_variables_are_not_read_by_a_call_whose_kernel_is_ready(
     select()
 
 
+class Unwritable:
+    """A stderr that is closed or full."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def write(self, text: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("stderr", [None, Unwritable(ValueError("closed")), Unwritable(OSError("full"))])
+def test_a_log_that_cannot_be_written_fails_no_call(
+    stderr: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUPY_ROUTER_LOG", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        select()
+
+
 # -- Compiled or from cache, by CuPy -----------------------------------------------------------------------------------
 
 

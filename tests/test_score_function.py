@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import ScoreFunction, compare_score, compiler, nvrtc
+from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compare_score, compiler, nvrtc
 from cupy_router.compiler import CompileError
 from cupy_router.score_comparison import ScoreComparison
 from tests.backends import Backend
@@ -131,6 +131,19 @@ def test_making_a_score_imports_no_framework_and_text_is_compiled_once() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+# -- The NumPy half ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.backends("reference")
+def test_complex_scores_are_refused() -> None:
+    """NumPy would drop their imaginary part with a warning."""
+    wrong = RoutingMethod(4, 2, make("sqrtf(x)", np.emath.sqrt))
+    with pytest.raises(
+        TypeError, match=r"^activation_topk: ScoreFunction\('mine'\) made complex numbers, but must make r"
+    ):
+        activation_topk(np.full((2, 4), -1, np.float32), wrong)
 
 
 # -- The two halves ----------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class DLPack(Framework):
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
         try:
             capsule, tensor, readonly = self.export(array, stream)
-        except (BufferError, RuntimeError, ValueError):
+        except (BufferError, RuntimeError, TypeError, ValueError):
             return None
         owners += (capsule, array)
         kind = (tensor.code, tensor.bits, tensor.lanes, tensor.device_type, tensor.device_id, readonly)
@@ -112,7 +112,7 @@ class DLPack(Framework):
     def view(self, name: str, array: Any, stream: int | None) -> View:
         try:
             capsule, tensor, readonly = self.export(array, stream)
-        except (BufferError, RuntimeError, ValueError) as error:
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{name} ({type(array).__name__}) cannot be exported by DLPack: {error}") from error
         if tensor.device_type not in (CPU, CUDA):
             raise ValueError(f"{name} must lie in CPU or CUDA memory, got DLPack device type {tensor.device_type}")

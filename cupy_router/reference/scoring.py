@@ -81,8 +81,10 @@ def score_logits(logits: Float32, method: RoutingMethod) -> Float32:
 
 
 def custom_score(score: ScoreFunction, x: Float64) -> Float64:
-    """Apply the caller's function to x; ValueError if it returns another shape."""
+    """Apply the caller's function to x; ValueError if it returns another shape, TypeError if complex numbers."""
     scores = np.asarray(score.numpy(x))
+    if np.iscomplexobj(scores):
+        raise TypeError(f"{score!r} made complex numbers, but must make real ones")
     if scores.shape != x.shape:
         raise ValueError(f"{score!r} made shape {scores.shape} of an array of shape {x.shape}")
     return scores

@@ -87,6 +87,11 @@ with warnings.catch_warnings(record=True) as caught:
     import cupy_router
     from cupy_router import compiler
     fault, cache = sys.argv[1:]
+    if fault == "after an import that failed":
+        try:
+            import cupy
+        except OSError:
+            pass
     assert compiler.why_no_cuda() is None  # before CuPy is imported: a caller with arrays of CuPy has a folder
     import cupy, numpy
     scores = cupy.asarray(numpy.eye(4, 64, dtype="float32"))
@@ -101,10 +106,10 @@ print(len(found))
 """
 
 
-@pytest.mark.parametrize("fault", ["removed", "below a file"])
+@pytest.mark.parametrize("fault", ["removed", "below a file", "after an import that failed"])
 def test_a_folder_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    cache = tmp_path / ("file/cache" if fault == "below a file" else "cache")
+    cache = tmp_path / ("cache" if fault == "removed" else "file/cache")
     done = subprocess.run(
         [sys.executable, "-c", UNUSABLE, fault, str(cache)],
         env={**os.environ, "CUPY_CACHE_DIR": str(cache)}, capture_output=True, text=True, timeout=120,
