@@ -230,10 +230,11 @@ def test_out_may_be_strided_and_misaligned(dtype: str) -> None:
     assert (base[:, 7:] == 7).all()
 
 
-def test_a_plain_tuple_as_out_is_returned() -> None:
+def test_a_plain_tuple_as_out_is_refused() -> None:
     out = outs(5, 2)
-    assert topk_select(LOGITS, 2, out=out) is out
-    np.testing.assert_array_equal(out[1], oracle.topk(LOGITS, 2)[1])
+    with pytest.raises(TypeError, match=r"out must be TopK\(values, indices\), got tuple"):
+        topk_select(LOGITS, 2, out=out)
+    assert (out[1] == 7).all()
 
 
 @pytest.mark.parametrize("position", [0, 1])
