@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +100,13 @@ class Framework:
         """Return an array of :meth:`allocator`, whose kernel is enqueued, in the form that the caller gets."""
         return array
 
-    def mark_written(self, array: Any) -> None:
-        """Notify the framework that an op has written into an array."""
+    def write_guard(self, names: Mapping[int, str]) -> Callable[[Sequence[Any]], None] | None:
+        """Return what calls do before they write into arrays of this framework, at these places among all their arrays.
+
+        It notifies the framework, or raises ValueError with the name of an array that must not be written. None:
+        nothing is to do. On the hot path of calls with `out`.
+        """
+        return None
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         """Return a NumPy result of the reference as an array of this framework in CPU memory."""

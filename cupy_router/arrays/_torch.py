@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import itemgetter
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +23,20 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 _is_zero: Callable[[Any], bool] = getattr(torch.Tensor, "_is_zerotensor", lambda tensor: False)  # private
+
+
+def _increment_each(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if not tensor.is_inference():  # has no version, and is never saved for a backward pass
+            torch.autograd.graph.increment_version(tensor)
+
+
+# Takes 0.15 us for two tensors, the public function 1.5 us.
+_increment_versions: Callable[[Sequence[torch.Tensor]], None] = getattr(torch._C, "_increment_version", _increment_each)
+try:
+    _increment_versions(())
+except RuntimeError:  # an old PyTorch, where it takes one tensor
+    _increment_versions = _increment_each
 
 
 class PyTorch(Framework):
@@ -74,13 +89,30 @@ class PyTorch(Framework):
         context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))
         return context
 
-    def mark_written(self, array: Any) -> None:
-        torch.autograd.graph.increment_version(array)
+    def write_guard(self, names: Mapping[int, str]) -> Callable[[Sequence[Any]], None]:
+        first, *others = names
+        pick = itemgetter(first, *others) if others else lambda arrays: (arrays[first],)
+
+        def begin(arrays: Sequence[Any]) -> None:
+            written = pick(arrays)
+            for tensor in written:
+                if tensor.requires_grad:
+                    _refuse_gradient(names, arrays)
+            _increment_versions(written)
+
+        return begin
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         if values.dtype.type.__module__ == "numpy":
             return torch.from_numpy(values)
         return torch.from_numpy(values.view(f"i{values.itemsize}")).view(dtype_of(str(values.dtype)))
+
+
+def _refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:
+    """Refuse to write into tensors that require grad in grad mode, as PyTorch's own functions with `out` do."""
+    for place, name in names.items():
+        if arrays[place].requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require grad unless under torch.no_grad(), because it gets no gradient")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -67,6 +67,7 @@ class CachedCall(NamedTuple):
     allocate: Allocator  # the results
     work: Work | None  # None: there is nothing to do
     absent: tuple[int, ...]  # positions of the results that these options do not ask for
+    guards: tuple[Callable[[Sequence[Any]], None], ...]  # called with all arrays before any is written
     pack: Callable[..., Any]  # from existing results to what the caller gets
 
 
@@ -182,7 +183,7 @@ def work_for(
         else:
             with scratch.relaxed() if kind == "cuda" else nullcontext():  # the caller may be capturing the stream
                 work = work_of(op, options, arrays, views)
-        call = keep(key, CachedCall(0, _no_allocation, work, (), op.returns))
+        call = keep(key, CachedCall(0, _no_allocation, work, (), (), op.returns))
     return call.work
 
 

@@ -7,7 +7,7 @@ pass pointers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,8 +94,6 @@ def run(
         raise
     if results is None:
         return _run_traced(op, op.as_options(options), inputs, out, stream, number)
-    if op.written:
-        _mark_written(op, inputs)
     return results if out is None else out
 
 
@@ -112,12 +110,6 @@ def _run_traced(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream:
     raise RuntimeError(f"{op.label}: got a traced array outside of its trace")
 
 
-def _mark_written(op: Op, inputs: tuple[Any, ...]) -> None:
-    for position in op.written:
-        if inputs[position] is not None:
-            framework_of(op.names[position], inputs[position]).mark_written(inputs[position])
-
-
 def _run_on_device(
     op: Op,
     options: Any,
@@ -131,7 +123,8 @@ def _run_on_device(
     """Return what the caller gets, or anything if it gave its own results; None if an array has no memory."""
     key: list[Hashable] = [op.name, options, framework]
     pointers: list[int] = []
-    for array in (*inputs, *outs) if outs else inputs:
+    arrays = (*inputs, *outs) if outs else inputs
+    for array in arrays:
         if array is None:
             key.append(None)
             pointers.append(0)
@@ -151,9 +144,11 @@ def _run_on_device(
         if made is None:
             return None
         call = _cached.keep(known, made)
-    num_rows, allocate, work, absent, pack = call
+    num_rows, allocate, work, absent, guards, pack = call
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
+    for guard in guards:
+        guard(arrays)
 
     results = outs or allocate(pointers)
     if work is not None:
@@ -185,7 +180,19 @@ def _prepare(
     existing = op.existing(options)
     absent = tuple(len(op.names) + i for i, result in enumerate(op.results) if result not in existing)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
-    return CachedCall(num_rows, allocate, work, absent, op.packer(options))
+    guards = _write_guards(op, options, (*inputs, *outs))
+    return CachedCall(num_rows, allocate, work, absent, guards, op.packer(options))
+
+
+def _write_guards(op: Op, options: Any, arrays: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], None], ...]:
+    """Return what a call does before it writes into its arrays, the inputs followed by those of `out`."""
+    names: dict[Framework, dict[int, str]] = {}
+    for place in (*op.written, *range(len(op.inputs), len(arrays))):
+        if arrays[place] is not None:
+            name = op.argument(place, options)
+            names.setdefault(framework_of(name, arrays[place]), {})[place] = name
+    guards = [framework.write_guard(found) for framework, found in names.items()]
+    return tuple(guard for guard in guards if guard is not None)
 
 
 def _run_on_host(
@@ -199,6 +206,9 @@ def _run_on_host(
     first: View = views[0]  # type: ignore[assignment]  # the first is never left out
     if number >= 0:
         check.integer("num_valid", number, 0, first.shape[0])
+    given = (*inputs, *outs)
+    for guard in _write_guards(op, options, given):
+        guard(given)
     hosts: Sequence[Any] = [view.host for view in out_views]
     if compiler.backend(first.device[0]) is None:
         results = _cached.run_reference(op, options, [view and view.host for view in views], number, hosts)
