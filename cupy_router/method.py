@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import operator
 import uuid
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
 from cupy_router import huggingface_configs
-from cupy_router.score_function import ScoreFunction
+from cupy_router.score_function import ScoreFunction, score_numbered
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
@@ -28,11 +27,7 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 INDEX_DTYPES = ("int32", "int64")
 
 
-# A ScoreFunction has no text. Graphs carry the id of the process and a number in its place.
 PROCESS = uuid.uuid4().hex
-_custom_scores: dict[ScoreFunction, int] = {}
-_scores_by_number: dict[int, ScoreFunction] = {}
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,11 +102,10 @@ class RoutingMethod:
     weight_dtype: str = "float32"
     index_dtype: str = "int32"
 
-    # Every call looks its method up in caches, so key and hash are computed once. They are not fields.
-    _key: ClassVar[tuple[Any, ...]]
-    _hash: ClassVar[int]
+    # Every call looks its method up in caches by this text, so it is computed once. It is no field.
     text: ClassVar[str]  # the fields as JSON, see `from_text`
 
+    # torch.compile traces this where a traced function makes a method: plain Python that writes nothing but `self`.
     def __post_init__(self) -> None:
         num_experts = _integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
         top_k = _integer("top_k", self.top_k, 1, num_experts, f"num_experts = {num_experts}")
@@ -162,19 +156,10 @@ class RoutingMethod:
             _check_shared_in_normalizer(checked)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        key = tuple(getattr(self, field.name) for field in fields(self))
-        object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "_hash", hash(key))
-        object.__setattr__(self, "text", self._as_text())
-
-    def _as_text(self) -> str:
-        values = ((field, getattr(self, field.name)) for field in fields(self))
-        changed = {field.name: value for field, value in values if value != field.default}
-        if isinstance(self.score, ScoreFunction):
-            number = _custom_scores.setdefault(self.score, next(_numbers))
-            _scores_by_number[number] = self.score
-            changed["score"] = [PROCESS, number]
-        return json.dumps(changed)
+        if isinstance(self.score, ScoreFunction):  # has no text
+            checked["score"] = (PROCESS, self.score.number)
+        changed = [f'"{name}": {as_json(checked[name])}' for name in checked if checked[name] != _DEFAULTS[name]]
+        object.__setattr__(self, "text", "{" + ", ".join(changed) + "}")
 
     @classmethod
     def from_config(cls, config: Any) -> RoutingMethod:
@@ -217,10 +202,10 @@ class RoutingMethod:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return self._key == other._key if isinstance(other, RoutingMethod) else NotImplemented
+        return self.text == other.text if isinstance(other, RoutingMethod) else NotImplemented
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self.text)
 
     def __repr__(self) -> str:
         """Show the first three fields and those that differ from their defaults."""
@@ -278,6 +263,7 @@ def _boolean(name: str, value: Any) -> bool:
 def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be a number")
+    (value,) = {value}  # makes a constant of a symbolic number of torch.compile
     try:
         number = float(value)
     except OverflowError:
@@ -295,6 +281,30 @@ def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
     return number + 0.0  # -0.0 becomes 0.0
 
 
+def as_json(value: Any) -> str:
+    """Return the JSON of a string, number, bool, None, a tuple of these, or what has a `text`.
+
+    Plain string operations, because torch.compile traces this.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
+    if isinstance(value, float):
+        return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join([as_json(item) for item in value]) + "]"
+    return value.text  # type: ignore[no-any-return]  # a method, or options
+
+
+_DEFAULTS = {field.name: None if field.default is MISSING else field.default for field in fields(RoutingMethod)}
+
+
 @lru_cache(maxsize=4096)
 def from_text(text: str) -> RoutingMethod:
     """Return the method of a `text`. Graphs and compiled programs carry texts, also into other processes."""
@@ -303,7 +313,7 @@ def from_text(text: str) -> RoutingMethod:
         process, number = values["score"]
         if process != PROCESS:
             raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
-        values["score"] = _scores_by_number[number]
+        values["score"] = score_numbered(number)
     return RoutingMethod(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,13 @@ class Router:
         self.logit_bias, self.expert_scale = logit_bias, expert_scale
         self.follows_inputs = False  # True: copy the arrays to the device of x
         self._copies: dict[tuple[str, int], tuple[tuple[Any, ...], Router]] = {}
-        with check.named("Router"):
-            self._validate()
-        self._enter()
+        self._check_arguments()
+        if any(is_traced() for is_traced in traced):
+            self.key = ""
+        else:
+            with check.named("Router"):
+                self._validate()
+            self._enter()
 
     @classmethod
     def of_leaves(cls, method: RoutingMethod, arrays: Mapping[str, Any]) -> Router:
@@ -99,17 +103,21 @@ class Router:
         self.__dict__.update(state)
         self._enter()
 
+    def _check_arguments(self) -> None:
+        """Refuse arguments that are missing, or that exclude each other."""
+        if self.table is None and self.weight is None:
+            raise TypeError("Router: weight must be an array, got None")
+        if self.weight is None and (self.logit_bias is not None or self.expert_scale is not None):
+            raise ValueError("Router: logit_bias and expert_scale need a weight, without which weights are uniform")
+        if self.table is not None and self.bias is not None:
+            raise ValueError(
+                "Router: bias and table do not go together: a table alone decides which experts are chosen"
+            )
+
     def _validate(self) -> None:
         """Check the arrays."""
         views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
-        table = views.get("table")
-        if table is None and "weight" not in views:
-            raise TypeError("weight must be an array, got None")
         check_layer(self.method, views)
-        if "weight" not in views and views.keys() & {"logit_bias", "expert_scale"}:
-            raise ValueError("logit_bias and expert_scale need a weight, without which weights are uniform")
-        if table is not None and "bias" in views:
-            raise ValueError("bias and table do not go together: a table alone decides which experts are chosen")
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
@@ -258,6 +266,8 @@ class Router:
 
 # Framework packages add what takes the call of a Router as a whole.
 interceptors: list[Interceptor] = []
+# And what returns True while the code that makes a Router is traced. Then the op of each call checks the arrays.
+traced: list[Callable[[], bool]] = []
 
 
 def _view(name: str, array: Any) -> View:

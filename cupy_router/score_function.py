@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, ClassVar
 
 from cupy_router import nvrtc
 from cupy_router.declarations import CompileError
+
+# The number of each ScoreFunction of this process. Equal ones have the same number.
+_numbers: dict[ScoreFunction, int] = {}
+_new_numbers = itertools.count()
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 # What matters for the place of a text in the kernels; comments, numbers, strings and characters only hide it.
@@ -61,6 +66,8 @@ class ScoreFunction:
     numpy: Callable[[Any], Any]
     derivative: ScoreFunction | None = None
 
+    number: ClassVar[int]  # not a field, see `score_numbered`
+
     def __post_init__(self) -> None:
         for field in ("name", "cuda"):
             value = getattr(self, field)
@@ -78,6 +85,18 @@ class ScoreFunction:
         log = nvrtc.errors(self.header)
         if log is not None:
             raise CompileError(log)
+        self._enter()
+
+    def _enter(self) -> None:
+        object.__setattr__(self, "number", _numbers.setdefault(self, next(_new_numbers)))
+
+    # Numbers differ between processes, so pickles and copies carry only the fields.
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enter()
 
     def _check_place(self) -> None:
         """Raise what would reach beyond the place of the text in the kernels, where it might compile all the same."""
@@ -115,3 +134,11 @@ class ScoreFunction:
             f"__device__ __forceinline__ float {function}(float x) {{ {before}\n"
             f'#line 1 "ScoreFunction {self.name}"\n{self.cuda}\n{after} }}\n'
         )
+
+
+def score_numbered(number: int) -> ScoreFunction:
+    """Return the ScoreFunction of a `number`. Graphs carry numbers, because a function has no text."""
+    for score, own in list(_numbers.items()):
+        if own == number:
+            return score
+    raise RuntimeError("a compiled call has an unknown ScoreFunction: make it outside of the traced function")

@@ -216,6 +216,9 @@ class Op:
         self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
         self.varies = any(result.exists for result in self.results)
         self.is_flat = not self.nested and not self.varies
+        # In the instance too, because torch.compile of PyTorch 2.4 does not read attributes of its class.
+        self.inputs, self.results = self.inputs, self.results
+        self.options, self.returns, self.nested = self.options, self.returns, dict(self.nested)
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:

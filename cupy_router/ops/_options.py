@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
-from cupy_router.method import from_text
+from cupy_router.method import as_json, from_text
 
 
 class Options:
@@ -22,25 +20,8 @@ class Options:
     def text(self) -> str:
         """The options as JSON, which has the same meaning in every process. Graphs contain it."""
         # Plain string operations, because torch.compile traces this.
-        names = self.__dataclass_fields__  # type: ignore[attr-defined]  # subclasses are dataclasses
-        return "{" + ", ".join([f'"{name}": {_as_json(getattr(self, name))}' for name in names]) + "}"
-
-
-def _as_json(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
-    if isinstance(value, float):
-        return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join([_as_json(item) for item in value]) + "]"
-    return value.text  # type: ignore[no-any-return]  # a method, or options within options
+        names = type(self).__match_args__  # type: ignore[attr-defined]  # those of the fields: subclasses are dataclasses
+        return "{" + ", ".join([f'"{name}": {as_json(getattr(self, name))}' for name in names]) + "}"
 
 
 @lru_cache(maxsize=4096)

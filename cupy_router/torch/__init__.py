@@ -10,6 +10,10 @@ they check whether something is traced or requires grad, and otherwise run as wi
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)
 
+Traced code may make methods, and Routers of tensors: one graph serves all calls with the same arguments, and other
+arguments make another one. A ScoreFunction is made outside. PyTorch 2.4 traces neither `dataclasses.replace` nor
+`from_config`, and before 2.13 `from_config` is traced with a dict only.
+
 The weights of `activation_topk`, `dense_router`, `hash_router` and a Router have gradients with respect to logits, x,
 weight, logit_bias and expert_scale, if these require grad. Indices, and a bias that only selects, have none.
 `torch.func.grad` and `vmap` work. Second derivatives and forward mode raise errors. `load_balance` computes the terms
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 from cupy_router import router
 from cupy_router.ops import _run
-from cupy_router.torch import _intercept, _router_op
+from cupy_router.torch import _intercept, _router_op, _state
 from cupy_router.torch._gate import Gate, deepseek_state_dict
 from cupy_router.torch._load_balance import LoadBalance, load_balance
 from cupy_router.torch._replace import replace_routers, restore_routers
@@ -32,3 +36,4 @@ __all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replac
 
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)
+router.traced.append(_state.is_tracing)

@@ -28,6 +28,8 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
 def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
     """Return the results of a call that :func:`wants` accepts."""
     refuse_out_and_stream("Router", out, stream)
+    if not router.key:
+        raise ValueError("Router: made in a traced function, it must have tensors of PyTorch")
     x, token_ids, num_valid = inputs
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
