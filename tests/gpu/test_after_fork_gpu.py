@@ -22,11 +22,13 @@ framework, parent = sys.argv[1:]
 if framework == "torch":
     import torch
     make = lambda *shape, dtype="float32": torch.ones(shape, dtype=getattr(torch, dtype), device="cuda")
-    wait, stream = torch.cuda.synchronize, torch.cuda.Stream()
+    wait, kept = torch.cuda.synchronize, torch.cuda.Stream()
+    stream = kept.cuda_stream
 else:
     import cupy
     make = lambda *shape, dtype="float32": cupy.ones(shape, dtype)
-    wait, stream = (lambda: cupy.cuda.Device().synchronize()), cupy.cuda.Stream(non_blocking=True)
+    wait, kept = (lambda: cupy.cuda.Device().synchronize()), cupy.cuda.Stream(non_blocking=True)
+    stream = kept.ptr
 
 scores, many, gate = make(4, 64), make(300, 64), make(8, 64)
 out = cupy_router.TopK(make(4, 2), make(4, 2, dtype="int32"))
