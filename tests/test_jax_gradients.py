@@ -371,7 +371,7 @@ def test_forward_mode_is_refused_by_jax(forward: Any) -> None:
 
 
 def test_topk_select_has_no_gradient_but_may_be_stopped() -> None:
-    with pytest.raises(ValueError, match=r"cupy_router\.topk_select` cannot be differentiated"):
+    with pytest.raises(ValueError, match="topk_select: results have no gradient"):
         jax.grad(lambda a: topk_select(a, 2).values.sum())(LOGITS)
     chosen = topk_select(LOGITS, 2)
     got = jax.grad(

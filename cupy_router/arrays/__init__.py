@@ -9,6 +9,7 @@ caller has already imported.
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -139,10 +140,11 @@ def _find(name: str, kind: type) -> Framework:
                     reason = getattr(module, "why_not", lambda kind: None)(kind)
                     if reason is not None:
                         raise TypeError(f"{name} must be {reason}")
-                    found: Framework = getattr(module, attribute)
-                    for callback in _hooks.on_first_array:
-                        callback(found.name)
-                    return found
+                    return _announced(getattr(module, attribute))
+    if hasattr(kind, "__jax_array__") and "jax" in sys.modules:
+        from cupy_router.arrays import _jax
+
+        return _announced(_jax.HELD)
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         from cupy_router.arrays import _dlpack, _exchange
 
@@ -150,6 +152,12 @@ def _find(name: str, kind: type) -> Framework:
     raise TypeError(
         f"{name} must be an array of CuPy, PyTorch, JAX, NumPy or another DLPack framework, got {kind.__name__}"
     )
+
+
+def _announced(framework: Framework) -> Framework:
+    for callback in _hooks.on_first_array:
+        callback(framework.name)
+    return framework
 
 
 def stream_handle(stream: Any) -> int:

@@ -6,7 +6,8 @@ being reused, so it lives until our kernel has finished. Results are CuPy memory
 which orders XLA's stream after ours.
 
 jax.jit, jax.vmap and jax.grad pass tracers in place of arrays; no op can run on them. In a call with tracers, arrays
-may also be on several devices.
+may also be on several devices. Holders are objects with `__jax_array__`, such as the parameters of Flax, which return
+an array or a tracer. The interceptor of JAX takes calls with tracers and with holders.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class JAX(Framework):
     delivers = True
 
     def current_stream(self, array: Any) -> int | None:
-        if len(array.devices()) != 1:
-            return None  # `view` refuses it by name
-        kind, index = _device("the first array", array)
+        try:
+            kind, index = _device("the first array", array)
+        except Exception:  # `view` refuses it by name
+            return None
         if kind != "cuda":
             return None
         from cupy_router.compiler import require_cuda
@@ -41,30 +43,35 @@ class JAX(Framework):
         return int(require_cuda().cuda.get_current_stream(index).ptr)
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
-        if len(array.devices()) != 1:
-            return None
-        device = _device("an array", array)
-        if device[0] == "cuda":
-            owners.append(array.__dlpack__(stream=consumer_stream(stream)))
-        pointer = _pointer(array, device)
+        try:
+            device = _device("an array", array)
+            if device[0] == "cuda":
+                owners.append(array.__dlpack__(stream=consumer_stream(stream)))
+            pointer = _pointer(array, device)
+        except Exception:
+            if not array.is_deleted() and len(array.devices()) == 1 and array.dtype in NAMES:
+                raise
+            return None  # it is refused by name
         return pointer, ("jax", array.dtype, array.shape, device, pointer & 15)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
+        _check_values(name, array)
+        dtype = NAMES.get(array.dtype) or dtype_name(name, array)
         device = _device(name, array)
         return View(
             name=name,
             pointer=_pointer(array, device),
             shape=array.shape,
             strides=dense_strides(array.shape),
-            dtype=NAMES.get(array.dtype, str(array.dtype)),
+            dtype=dtype,
             device=device,
             readonly=True,
             host=np.asarray(array) if device[0] == "cpu" else None,
         )
 
     def outline(self, name: str, array: Any) -> View:
-        dtype = NAMES.get(array.dtype, str(array.dtype))
-        return View(name, 0, tuple(array.shape), dense_strides(array.shape), dtype, NO_DEVICE, True, None)
+        _check_values(name, array)
+        return outline(name, array)
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         from cupy_router.arrays import _cupy
@@ -89,7 +96,7 @@ class JAX(Framework):
         if getattr(like, "committed", True):
             return jax.device_put(values, device)
         with jax.default_device(device):
-            return jax.numpy.asarray(values)
+            return jax.device_put(values)
 
 
 class Tracers(JAX):
@@ -100,6 +107,58 @@ class Tracers(JAX):
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
         return None
+
+    def view(self, name: str, array: Any, stream: int | None) -> View:
+        raise ValueError(f"{name} must be writable, got a read-only {self.outline(name, array)}")
+
+    def outline(self, name: str, array: Any) -> View:
+        return outline(name, array)
+
+
+class Holders(Tracers):
+    def outline(self, name: str, array: Any) -> View:
+        array = held(name, array)
+        return outline(name, array) if isinstance(array, TRACERS) else FRAMEWORK.view(name, array, None)
+
+
+def outline(name: str, array: Any) -> View:
+    """Return a view without memory of an array or a tracer."""
+    dtype = NAMES.get(array.dtype) or dtype_name(name, array)
+    return View(name, 0, tuple(array.shape), dense_strides(array.shape), dtype, NO_DEVICE, True, None)
+
+
+def held(name: str, array: Any) -> Any:
+    """Return the array or tracer that a holder returns."""
+    method = getattr(array, "__jax_array__", None)
+    if method is None:  # a tracer of something else than an array, such as a Ref
+        raise TypeError(f"{name} must be an array, got {jax.typeof(array)}: pass its value")
+    value = method()
+    if isinstance(value, (jax.Array, *TRACERS)):
+        return value
+    host = np.asarray(value)
+    if host.dtype.kind not in "biufcV":  # V: dtypes of ml_dtypes
+        raise TypeError(f"{name} must hold an array of numbers, got {type(value).__name__}")
+    return constant(host)
+
+
+def constant(host: np.ndarray[Any, Any]) -> Any:
+    """Return an array in CPU memory as a JAX array with its current values."""
+    if host.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
+        # JAX would wrap ids that do not fit int32 around to ids that may be valid. -1 is invalid, as they are.
+        host = np.where(host == host.astype(np.int32), host, -1).astype(np.int32)
+    return jax.device_put(host)
+
+
+def dtype_name(name: str, array: Any) -> str:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+        raise TypeError(f"{name} must be an array of numbers, got {array.dtype} {list(array.shape)}")
+    return str(array.dtype)
+
+
+def _check_values(name: str, array: Any) -> None:
+    """Refuse arrays whose memory is gone."""
+    if array.is_deleted():
+        raise ValueError(f"{name} must have values, got a deleted or donated {outline(name, array)}")
 
 
 def _check_width(dtype: str) -> None:
@@ -147,4 +206,4 @@ def _pointer(array: Any, device: tuple[str, int]) -> int:
     return int(array.unsafe_buffer_pointer())
 
 
-FRAMEWORK, TRACED = JAX(), Tracers()
+FRAMEWORK, TRACED, HELD = JAX(), Tracers(), Holders()

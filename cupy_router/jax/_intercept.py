@@ -3,67 +3,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cupy_router.arrays import NO_DEVICE, View, framework_of
+from cupy_router.arrays._jax import constant, dtype_name, held
 from cupy_router.arrays._numpy import NAMES
 from cupy_router.jax import _exit, _mesh
 from cupy_router.jax._ffi_targets import why_not
 from cupy_router.jax._gradients import differentiable
 from cupy_router.ops import _checks as check
+from cupy_router.ops import _run
 from cupy_router.ops._op import NUM_VALID, Op
 
 
-class _Tracers(dict[type, bool]):
-    """Cache of whether a type is a tracer of JAX."""
+class _Kinds(dict[type, str]):
+    """Cache of what a type is: a "tracer" of JAX, a "holder" of an array or tracer, or something else, ""."""
 
-    def __missing__(self, kind: type) -> bool:
-        found = self[kind] = issubclass(kind, jax.core.Tracer)
+    def __missing__(self, kind: type) -> str:
+        is_tracer, is_holder = issubclass(kind, jax.core.Tracer), hasattr(kind, "__jax_array__")
+        found = self[kind] = "tracer" if is_tracer else "holder" if is_holder else ""
         return found
 
 
-_is_tracer = _Tracers().__getitem__
+_kind = _Kinds().__getitem__
 
 
 def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
-    """Return whether an argument is a tracer."""
-    return any(map(_is_tracer, map(type, inputs)))
+    """Return whether an argument is a tracer or a holder."""
+    return any(map(_kind, map(type, inputs)))
 
 
-def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, number: int) -> Any:
-    """Check a call that :func:`wants` accepts, and return its results, which are tracers."""
+def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+    """Return the results of a call that :func:`wants` accepts. With tracers, check it; the results are tracers."""
+    for position, array in enumerate(inputs):
+        kind = _kind(type(array))
+        if kind == "holder" or (kind == "tracer" and not isinstance(jax.typeof(array), jax.core.ShapedArray)):
+            with check.named(op.label):
+                plain = held(op.names[position], array)
+            return _run.run(op, options, (*inputs[:position], plain, *inputs[position + 1 :]), out, stream, number)
     obstacle = why_not()
     if obstacle is not None:
         raise RuntimeError(f"{op.label}: {obstacle}")
     if out is not None or stream is not None:
-        raise ValueError(f"{op.label}: out and stream cannot be given inside jax.jit, where both are XLA's")
+        raise ValueError(f"{op.label}: out and stream cannot be given inside jax.jit, jax.grad or jax.vmap")
     views: list[View | None] = []
     given: list[int] = []
     arrays: list[Any] = []
+    foreign: list[int] = []  # places among the arrays
     try:
         for position, array in enumerate(inputs):
             if array is None:
                 views.append(None)
-            elif _is_tracer(type(array)):
-                dtype = NAMES.get(array.dtype) or str(array.dtype)
+                continue
+            if _kind(type(array)):
+                dtype = NAMES.get(array.dtype) or dtype_name(op.names[position], array)
                 views.append(View(op.names[position], 0, array.shape, (), dtype, NO_DEVICE, True, None))
-                given.append(position)
-                arrays.append(array)
             else:
-                view = _view(op.names[position], array)
-                views.append(view)
-                given.append(position)
-                arrays.append(_value(view, array))
+                views.append(_view(op.names[position], array))
+                foreign.append(len(arrays))
+            given.append(position)
+            arrays.append(array)
         for position in op.written:
             if views[position] is not None:
                 raise ValueError(f"{op.names[position]} cannot be written inside jax.jit, where arrays are immutable")
         op.check_inputs(options, views)
+        for place in foreign:
+            arrays[place] = _value(views[given[place]], arrays[place])
         if number >= 0:
             check.integer("num_valid", number, 0, arrays[0].shape[0])
     except TypeError as error:
@@ -77,11 +86,7 @@ def run(op: Op, options: Any, inputs: Sequence[Any], out: Any, stream: Any, numb
 
 def _view(name: str, array: Any) -> View:
     framework = framework_of(name, array)
-    if framework.name == "jax":
-        return framework.outline(name, array)
-    view = framework.view(name, array, None)
-    check.strides(view)
-    return view
+    return framework.outline(name, array) if framework.name == "jax" else framework.view(name, array, None)
 
 
 @lru_cache(maxsize=1024)
@@ -103,14 +108,9 @@ def _part(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     return part
 
 
-def _value(view: View, array: Any) -> Any:
+def _value(view: Any, array: Any) -> Any:
     """Return an argument as a JAX array. An array of another framework becomes a constant with its current values."""
     if isinstance(array, jax.Array):
         return array
-    host = view.host
-    if host is None:
-        return jax.dlpack.from_dlpack(array)
-    if host.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
-        # JAX would wrap ids that do not fit int32 around to ids that may be valid. -1 is invalid, as they are.
-        return jnp.array(np.where(host == host.astype(np.int32), host, -1).astype(np.int32))
-    return jnp.array(host)
+    check.strides(view)
+    return jax.dlpack.from_dlpack(array) if view.host is None else constant(view.host)

@@ -114,6 +114,6 @@ def _adds_one(architecture: str, device: Any) -> bool:
     try:
         ptx = _ptx.kernel(_SOURCE, architecture, _SIGNATURE, ("input", "output"), (("one", 1),))
         call = jax.jit(lambda number: jax.ffi.ffi_call(TARGET, like)(number, **_launched("add_one", ptx, 1, 1, 0)))
-        return int(call(jax.device_put(np.int32(41), device))) == 42
+        return int(jax.device_get(call(jax.device_put(np.int32(41), device)))) == 42  # explicit: there may be a guard
     except Exception:  # such as an XLA without the custom call, or a driver older than NVRTC
         return False

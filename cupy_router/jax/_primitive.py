@@ -13,9 +13,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from cupy_router.arrays._numpy import dtype_of
-from cupy_router.jax import _ffi, _lower_ptx, _mesh
+from cupy_router.jax import _call_text, _ffi, _lower_ptx, _mesh
 from cupy_router.jax._ffi_targets import Buffer, load, target
 from cupy_router.ops._op import Op
+from cupy_router.ops.registry import OPS
 
 _call_p = Primitive("cupy_router_call")
 _call_p.multiple_results = True
@@ -59,8 +60,12 @@ def _jitted(params: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(partial(_call_p.bind, **dict(params)))
 
 
-def _refuse(*_: Any, name: str, **__: Any) -> Any:
-    raise ValueError(f"`{target(name)}` cannot be differentiated")
+def _refuse(_: Any, tangents: Sequence[Any], *, name: str, text: str, **__: Any) -> Any:
+    op = OPS[name]
+    given = zip(_call_text.decode(op, text).given, tangents, strict=True)
+    names = [op.names[position] for position, tangent in given if not isinstance(tangent, ad.Zero)]
+    remedy = ", ".join(f"{name} as jax.lax.stop_gradient({name})" for name in names)
+    raise ValueError(f"{op.label}: results have no gradient, pass {remedy}")
 
 
 _call_p.def_abstract_eval(_abstract)

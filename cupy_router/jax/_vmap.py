@@ -55,10 +55,12 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
     call, so it is applied to the results instead. Calls that differ in arrays of the layer run one after the other.
     """
 
+    # Compiled also in eager calls, where JAX would transfer each constant to the device, which its guard refuses.
+    @partial(jax.jit, static_argnums=0, inline=True)
     def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
         size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
         by_name = {op.names[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
-        count, count_batched = by_name.pop("num_valid", (None, False))
+        count, _ = by_name.pop("num_valid", (None, False))
         lengths = {
             name: array.shape[batched] for name, (array, batched) in by_name.items()
         }  # without the axis of calls
@@ -75,15 +77,14 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
             merged |= {name: _merge(array, batched, size) for name, (array, batched) in rows.items()}
         places = tuple(i for i in given if op.names[i] in merged)
         results = function_of(op, options, places, -1)(*merged.values())
-        if batched_rows:
-            results = tuple(result.reshape((size, num_rows, *result.shape[1:])) for result in results)
+        leading = size if batched_rows else 1
+        results = tuple(result.reshape((leading, num_rows, *result.shape[1:])) for result in results)
         if count is not None or number >= 0:
-            valid = number if count is None else count.reshape((size, 1) if count_batched else ())
-            padding = jnp.arange(num_rows) >= valid  # [num_rows] or [size, num_rows]
-            axes = 2 if batched_rows else 1  # of a result before those of its rows
+            valid = number if count is None else count.reshape((-1, 1))
+            padding = jnp.arange(num_rows)[None] >= valid  # [size, num_rows], or [1, num_rows] where it is the same
             results = tuple(
                 jnp.where(
-                    padding.reshape(*padding.shape, *[1] * (result.ndim - axes)),
+                    padding.reshape(*padding.shape, *[1] * (result.ndim - 2)),
                     jnp.array(declared.fill, result.dtype),
                     result,
                 )

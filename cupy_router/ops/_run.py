@@ -237,7 +237,7 @@ def _checked(
             views.append(None)
         else:
             framework = framework_of(name, array)
-            if framework.traced:
+            if framework.traced and position < len(inputs):
                 return None
             views.append(framework.view(name, array, stream))
     given = [view for view in views if view is not None]
