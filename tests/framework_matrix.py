@@ -125,7 +125,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     ),
     "exported: `torch.export`, `jax.export`": (
         yes("torch_ops::a_model_exports", "torch_ops::an_exported_model_runs_in_another_process"),
-        yes("jax_transforms::an_exported_program_runs_in_another_process",
+        yes("jax_export::programs_of_all_calls_run_in_another_process",
+            "jax_transforms::an_exported_program_runs_in_another_process",
             "jax_native::exported_programs_use_the_stable_target", "jax_transforms::an_exported_gradient"),
         NOT_THERE, NOT_THERE, NOT_THERE,
     ),

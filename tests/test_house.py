@@ -63,7 +63,7 @@ MAY_IMPORT = {
     },
     "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
-    "jax": {"arrays", "compiler", "declarations", "kernel_log", "method", "ops", "router", "tuning"},
+    "jax": {"arrays", "compiler", "declarations", "kernel_log", "method", "ops", "router", "score_function", "tuning"},
     "__init__": {"_hooks", "method", "ops", "results", "router", "score_comparison", "score_function"},
     "cli": {"__init__", "compiler", "gemm", "kernel_cache", "method", "results", "tuning"},
     "__main__": {"cli"},

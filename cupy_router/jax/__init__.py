@@ -3,7 +3,8 @@
 
 Then the public functions and a Router may be called inside `jax.jit`, `jax.grad`, `jax.vmap` and `jax.shard_map`. On a
 GPU, kernels are enqueued on XLA's stream and read and write XLA's buffers. XLA launches a call of one kernel itself; a
-handler in Python runs all others. On a CPU the NumPy reference runs. Eager calls are not affected by this package.
+handler in Python runs all others. On a CPU the NumPy reference runs. Eager calls of arrays are not affected by this
+package. Objects with `__jax_array__`, such as parameters of Flax, stand for the array that they return.
 
     import cupy_router.jax  # not needed once any op or Router was given an array or a tracer of JAX
 
@@ -22,7 +23,8 @@ that only selects, have none. Pass the scores of `topk_select` through `jax.lax.
 `jax.export` needs `disabled_checks` for the custom-call targets, which are named after the functions, such as
 `DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`. The target of a hash Router is
 "cupy_router.hash_layer". A gradient also needs "cupy_router.activation_topk_backward", and a gradient with respect to
-expert_scale "cupy_router.hash_router". A process that loads the program imports this package first.
+expert_scale "cupy_router.hash_router". A process that loads the program imports this package first, which also
+registers Router and the types of results. docs/frameworks.md has an example.
 """
 
 from __future__ import annotations

@@ -1,21 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Router as a pytree with its arrays as leaves: it can be an argument of jax.jit and a part of a model."""
+"""A Router as a pytree with its arrays as leaves: it can be an argument of jax.jit and a part of a model.
+
+`jax.export` writes pytrees of arguments and results into a program, so it is told how to write Routers and the named
+tuples of all ops.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from cupy_router.method import RoutingMethod
+from cupy_router.jax._ffi_targets import why_not
+from cupy_router.method import RoutingMethod, from_text
+from cupy_router.ops.registry import OPS
 from cupy_router.router import Router
+from cupy_router.score_function import ScoreFunction
 
 _Structure = tuple[RoutingMethod, tuple[str, ...]]  # the method, and the names of the leaves
 
 
 def register() -> None:
     jax.tree_util.register_pytree_with_keys(Router, _flatten, _unflatten)
+    if why_not() is not None:
+        return
+    jax.export.register_pytree_node_serialization(
+        Router, serialized_name="cupy_router.Router", serialize_auxdata=_as_bytes, deserialize_auxdata=_from_bytes
+    )
+    for kind in {kind for op in OPS.values() for kind in (op.returns, *op.nested.values())}:
+        jax.export.register_namedtuple_serialization(kind, serialized_name=f"cupy_router.{kind.__name__}")
 
 
 def _flatten(router: Router) -> tuple[list[tuple[Any, Any]], _Structure]:
@@ -26,3 +41,18 @@ def _flatten(router: Router) -> tuple[list[tuple[Any, Any]], _Structure]:
 def _unflatten(structure: _Structure, leaves: Sequence[Any]) -> Router:
     method, names = structure
     return Router.of_leaves(method, dict(zip(names, leaves, strict=True)))
+
+
+def _as_bytes(structure: _Structure) -> bytes:
+    method, names = structure
+    if isinstance(method.score, ScoreFunction):
+        raise ValueError(
+            f"Router: {method.score!r} exists in this process only, so a program with this router as an argument or a "
+            "result cannot be serialized: pass the arrays of the router instead"
+        )
+    return json.dumps([method.text, names]).encode()
+
+
+def _from_bytes(written: bytes) -> _Structure:
+    text, names = json.loads(bytes(written))
+    return from_text(text), tuple(names)
