@@ -85,12 +85,14 @@ def _refuse_unknown_steps(config: Config) -> None:
     """
     known = {name for names in NAMES.values() for name in names}
     for name, value in config.items():
-        of_routing = re.search("rout|expert|moe", str(name)) and re.search(_STEPS, str(name))
-        if of_routing and name not in known and isinstance(value, int | float) and value not in (0, 1):
+        is_step = _OF_ROUTING.search(str(name)) and _STEP.search(str(name)) and "loss" not in str(name)
+        if is_step and name not in known and isinstance(value, int | float) and value not in (0, 1):
             raise ValueError(f"has {name} = {value!r}, whose meaning is not known")
 
 
-_STEPS = "scal|factor|multiplier|temperature|softcap|capping|group"  # words in the names of numbers of steps
+# Words in the names of numbers that belong to a step of routing.
+_OF_ROUTING = re.compile("rout|expert|moe|gating")
+_STEP = re.compile("scal|factor|multiplier|temperature|softcap|capping|group")
 
 
 def _as_dict(config: Any) -> Config | None:

@@ -28,7 +28,7 @@ MAX_PARAMETERS = 30_000_000
 
 # The names of sizes in configurations, the same for all models.
 SIZES: dict[str, Any] = {
-    "vocab_size": 128,
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), 128),
     "max_position_embeddings": 256,
     **dict.fromkeys(("hidden_size", "d_model"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "expert_ffn_hidden_size"), 48),

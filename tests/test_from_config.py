@@ -260,6 +260,10 @@ SERVED: dict[str, tuple[dict[str, Any], RoutingMethod]] = {
         {"model_type": "axk2", **COUNTS, "n_group": 4, "topk_group": 4, "norm_topk_prob": False, "route_scale": 1},
         RoutingMethod(16, 4, "sigmoid", renormalize=False),
     ),
+    "unknown, with factors of losses": (
+        {**STANDARD, "router_aux_loss_factor": 0.01, "moe_group": "world", "rope_scaling_factor": 8.0},
+        RoutingMethod(16, 4, "sigmoid", renormalize_eps=1e-20),
+    ),
     "unknown, one group": ({**STANDARD, **NO_GROUPS}, RoutingMethod(16, 4, "sigmoid", renormalize_eps=1e-20)),
     "unknown, softmax": (
         {**STANDARD, "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 3.0},

@@ -88,6 +88,7 @@ def check(state: dict[str, Any], name: str, method: Any, gate: Any, tensors: dic
             assert torch.equal(array.reshape(-1), tensors[role].reshape(-1)), f"{role} of {name} at {prefix}"
 
 
+@pytest.mark.filterwarnings("ignore:replace_routers left")  # parts that are no language model
 @pytest.mark.slow("seconds", every=13)
 @pytest.mark.parametrize("family", moe_configs.families())
 def test_every_tensor_of_every_router_is_taken_or_refused(family: str, tmp_path: Path) -> None:
