@@ -138,12 +138,16 @@ def test_a_tensor_that_is_ignored_is_noticed(
 @pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "dbrx", "inkling2", "jetmoe", "llama4"])
 def test_bfloat16(family: str) -> None:
-    """Models that round logits to bfloat16 flip some picks; of the others not a bit changes."""
+    """Models that round logits to bfloat16 flip some picks; of the others not a bit changes.
+
+    Their weights may differ in the last bit of float32. Whether rounding shows it depends on the random values, which
+    other versions of transformers fill in in another order.
+    """
     for row in examine(family, dtype=torch.bfloat16):
         assert not row.left
         assert row.flipped <= MOST_FLIPPED * row.picks
         assert row.error <= LARGEST_ERROR
-        assert row.difference == 0 or family not in ("deepseek_v3", "inkling2")
+        assert row.difference == 0 or not PINNED or family not in ("deepseek_v3", "inkling2")
     assert json.loads(json.dumps(report(examine(family))))
 
 
