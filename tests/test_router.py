@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,21 @@ def test_arrays_are_held_without_a_copy(backend: Backend) -> None:
     weight[:] = 0
     bias[:] = backend.array(np.arange(EXPERTS, dtype=np.float32))
     np.testing.assert_array_equal(backend.numpy(router(x).indices), [[23, 22, 21, 20]] * 3)
+
+
+def test_a_router_of_a_file_has_no_stale_copies(backend: Backend, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file({"gate.weight": gate(), "gate.e_score_correction_bias": BIAS}, tmp_path / "one.safetensors")
+    router, x = Router.from_safetensors(tmp_path / "one.safetensors", "", METHOD), backend.array(tokens(5))
+    before = to_host(backend, router(x))
+    for array in (router.weight, router.bias):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+    router.bias, router.method = np.arange(EXPERTS, dtype=np.float32), replace(METHOD, scale=2.5)
+    arrays = {"weight": backend.array(gate()), "bias": backend.array(np.arange(EXPERTS, dtype=np.float32))}
+    got = to_host(backend, router(x))
+    assert_same(got, to_host(backend, Router(router.method, **arrays)(x)))
+    assert not np.array_equal(got.indices, before.indices)
 
 
 def test_num_valid_and_out(backend: Backend) -> None:
@@ -226,9 +243,13 @@ def upload(backend: Backend, host: np.ndarray) -> Any:
     return backend.array(np.ascontiguousarray(host))
 
 
-def test_repr_lists_its_arrays() -> None:
+def test_repr_lists_the_arrays_that_it_has_now() -> None:
     router = Router(METHOD, weight=gate("bfloat16"), table=table("int64"))
     assert repr(router) == f"Router({METHOD!r}, weight=bfloat16 [24, 40] on cpu, table=int64 [50, 4] on cpu)"
+    router.weight, router.table, router.bias = gate(), None, BIAS
+    assert repr(router) == f"Router({METHOD!r}, weight=float32 [24, 40] on cpu, bias=float32 [24] on cpu)"
+    router.weight, router.bias = object(), None  # as a leaf of a pytree may be
+    assert repr(router) == f"Router({METHOD!r}, weight=object)"
 
 
 # -- In a model --------------------------------------------------------------------------------------------------------

@@ -87,6 +87,17 @@ def test_assigned_parameters_stay_parameters() -> None:
     assert gate.weight.grad is not None
 
 
+@pytest.mark.parametrize("make", [biased, hash_gate])
+def test_assigned_buffers_stay_buffers(make: Callable[[], Any]) -> None:
+    """Though models have them as parameters."""
+    gate = make()
+    state = {name: torch.nn.Parameter(value, requires_grad=False) for name, value in others(gate).items()}
+    buffers = [name for name, _ in gate.named_buffers()]
+    gate.load_state_dict(state, assign=True)
+    assert [name for name, _ in gate.named_buffers()] == buffers
+    assert all(torch.equal(value, state[name]) for name, value in gate.state_dict().items())
+
+
 def test_in_a_model_and_in_parts() -> None:
     """As files of a checkpoint are loaded one after the other, each with some keys."""
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([biased(), hash_gate()])})

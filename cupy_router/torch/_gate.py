@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,19 +101,14 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                     raise ValueError("bias and table do not go together: a table alone selects the experts")
             dtype = checked_dtype(dtype)
 
-        def empty(exists: bool) -> Any:
-            size = self.method.num_experts
-            return torch.empty(size, dtype=torch.float32, device=device) if exists else None
-
-        weight = None
-        if hidden is not None:
-            weight = torch.nn.Parameter(torch.empty((self.method.num_logits, hidden), dtype=dtype, device=device))
+        new, parameter, size = partial(torch.empty, device=device), torch.nn.Parameter, self.method.num_experts
+        weight = None if hidden is None else parameter(new((self.method.num_logits, hidden), dtype=dtype))
         if table is not None:
             table = table.detach().to(device, copy=True, memory_format=torch.contiguous_format)
         self.register_parameter("weight", weight)
-        self.register_buffer("e_score_correction_bias", empty(bias))
-        self.register_parameter("bias", torch.nn.Parameter(empty(True)) if logit_bias else None)
-        self.register_parameter("per_expert_scale", torch.nn.Parameter(empty(True)) if expert_scale else None)
+        self.register_buffer("e_score_correction_bias", new(size, dtype=torch.float32) if bias else None)
+        self.register_parameter("bias", parameter(new(size, dtype=torch.float32)) if logit_bias else None)
+        self.register_parameter("per_expert_scale", parameter(new(size, dtype=torch.float32)) if expert_scale else None)
         self.register_buffer("tid2eid", table)
         self.reset_parameters()
 

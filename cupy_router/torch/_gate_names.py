@@ -11,7 +11,7 @@ import torch
 from cupy_router.huggingface import TENSORS, plain_bias_selects
 from cupy_router.method import RoutingMethod
 
-BIAS, DEEPSEEK_BIAS = "e_score_correction_bias", "bias"
+BIAS, DEEPSEEK_BIAS, BUFFERS = "e_score_correction_bias", "bias", ("e_score_correction_bias", "tid2eid")
 
 # Arrays that are float32 whatever the dtype of the gate, with their initial value.
 FLOAT32 = {BIAS: 0.0, "bias": 0.0, "per_expert_scale": 1.0}
@@ -31,13 +31,20 @@ def named_as_ours(state: Mapping[str, Any], prefix: str, names: Iterable[str], m
             if key in found and prefix + name not in found:
                 found[prefix + name] = found.pop(key)
         value = found.get(prefix + name)
-        if name in FLOAT32 and isinstance(value, torch.Tensor):
-            if value.shape == (1, method.num_experts):  # the shape that some checkpoints have
-                value = value.detach().reshape(method.num_experts)
-            if value.dtype != torch.float32:  # which assign=True would keep
-                value = value.detach().float()
-            found[prefix + name] = value
+        if isinstance(value, torch.Tensor):
+            found[prefix + name] = _as_loaded(name, value, method.num_experts)
     return found
+
+
+def _as_loaded(name: str, value: Any, num_experts: int) -> Any:
+    """Return the value of an array as it is to be loaded: assign=True would keep its dtype and its class."""
+    if name in BUFFERS:
+        value = value.detach()
+    if name in FLOAT32 and value.shape == (1, num_experts):  # the shape that some checkpoints have
+        value = value.detach().reshape(num_experts)
+    if name in FLOAT32 and value.dtype != torch.float32:
+        value = value.detach().float()
+    return value
 
 
 def name_as_deepseek(state: dict[str, Any], prefix: str, method: RoutingMethod) -> None:
