@@ -120,6 +120,14 @@ def test_however_pytorch_converts_modules(swap: bool, overwrite: bool) -> None:
         torch.testing.assert_close(getattr(gate, name), getattr(before, name), rtol=0, atol=0)
 
 
+def test_arrays_assigned_in_another_dtype_become_float32() -> None:
+    gate = dense_gate()
+    gate.e_score_correction_bias = rounded = gate.e_score_correction_bias.bfloat16()
+    gate.to(torch.float16)
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(gate.e_score_correction_bias, rounded.float())
+
+
 def test_only_the_device_changes() -> None:
     gate = dense_gate().to("meta", torch.bfloat16)
     assert {tensor.device.type for tensor in gate.state_dict().values()} == {"meta"}

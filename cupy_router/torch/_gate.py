@@ -153,26 +153,27 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             raise TypeError(f"Gate: x must be a PyTorch tensor, got {type(x).__name__}")
         if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
             raise ValueError(f"Gate: x must have shape [..., {hidden}], got {list(x.shape)}")
-        axes, shape = x.shape[:-1], (*x.shape[:-1], self.method.num_columns)
-        if len(axes) == 1:
-            rows, given_out = x, out
-        else:
-            rows = x.flatten(0, -2) if axes else x[None]
-            given_out = None if out is None else flat_out(out, shape)
-        bias, logit_bias, scale = (as_float32(getattr(self, name)) for name in FLOAT32)
-        if self.tid2eid is None:
-            routing = dense_router.dense_router(
-                rows, weight, self.method, bias=bias, logit_bias=logit_bias, expert_scale=scale,
-                num_valid=num_valid, out=given_out, stream=stream,
+        if x.ndim == 2:  # the shape that the functions take, without the cost of others
+            return self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
+        axes = x.shape[:-1]
+        shape = (*axes, self.method.num_columns)
+        rows = x.flatten(0, -2) if axes else x[None]
+        given_out = None if out is None else flat_out(out, shape)
+        routing = self._route(rows, weight, token_ids, axes, num_valid, given_out, stream)
+        return Routing(*(array.view(shape) for array in routing)) if out is None else out
+
+    def _route(
+        self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any
+    ) -> Routing:
+        """Return the routing of x [num_tokens, hidden], with token ids of the given axes."""
+        logit_bias, scale, table = as_float32(self.bias), as_float32(self.per_expert_scale), self.tid2eid
+        if table is None:
+            return dense_router.dense_router(
+                rows, weight, self.method, bias=as_float32(self.e_score_correction_bias), logit_bias=logit_bias,
+                expert_scale=scale, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
-        else:
-            ids = flat_ids(token_ids, axes)
-            routing = hash_layer(
-                self.method, rows, ids, self.tid2eid, weight, logit_bias, scale, num_valid, given_out, stream
-            )
-        if out is not None:
-            return out  # type: ignore[no-any-return]
-        return routing if len(axes) == 1 else Routing(*(array.reshape(shape) for array in routing))
+        ids = flat_ids(token_ids, axes)
+        return hash_layer(self.method, rows, ids, table, weight, logit_bias, scale, num_valid, out, stream)
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
 
@@ -182,7 +183,9 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
 
         def move(tensor: Any) -> Any:
             moved = fn(tensor)
-            return moved if id(tensor) not in kept or moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if id(tensor) in kept and moved.dtype != torch.float32:
+                return tensor.to(moved.device, torch.float32)  # of the original, which `fn` may have rounded
+            return moved
 
         return super()._apply(move, recurse)
 
