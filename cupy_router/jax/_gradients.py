@@ -54,7 +54,7 @@ def differentiable(op: Op, options: Any, given: tuple[int, ...], number: int) ->
         found = {}
         if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
             found = _gradients(method, cotangents[0], indices, arrays, repeated="table" in names)
-        return tuple(found.get(name) for name in names)  # None: no gradient, or 0
+        return tuple(map(found.get, names))  # None: no gradient, or 0
 
     routed.defvjp(forward, backward)
     return routed
@@ -66,7 +66,7 @@ def _gradients(
     """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
     with check.named(activation_topk_backward.OP.label):
         check_derivative(method)
-    logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
+    logits, x, weight, logit_bias, expert_scale = map(arrays.__getitem__, _SAVED)
     found: dict[str, Any] = {}
     if logits is None:
         # With the forward pass's precision, not JAX's setting, so that scores are differentiated at the same logits.
@@ -74,9 +74,9 @@ def _gradients(
     dtype = None if logit_bias is None else "float32"  # the sum over all tokens is rounded once
     given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
     given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
-    places = tuple(i for i, array in enumerate(given.values()) if array is not None)
-    called = _first_only(BackwardOptions(method, dtype, repeated), places)
-    (grad_logits,) = called(*(array for array in given.values() if array is not None))
+    places = [place for place, array in enumerate(given.values()) if array is not None]
+    called = _first_only(BackwardOptions(method, dtype, repeated), tuple(places))
+    (grad_logits,) = called(*[array for array in given.values() if array is not None])
     if x is None:
         found["logits"] = grad_logits.astype(logits.dtype)
     else:

@@ -36,7 +36,7 @@ def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequen
 def _outputs(op: Op, options: Any, shapes: Any, dtypes: Any, has_int64: bool) -> tuple[tuple[Any, Any], ...]:
     """Return shapes and NumPy dtypes of the existing results."""
     outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
-    if not has_int64 and any(dtype == np.int64 for _, dtype in outputs):
+    if not has_int64 and np.int64 in [dtype for _, dtype in outputs]:
         raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
     return tuple(outputs)
 

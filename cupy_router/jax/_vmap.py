@@ -58,7 +58,7 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
     # Compiled also in eager calls, where JAX would transfer each constant to the device, which its guard refuses.
     @partial(jax.jit, static_argnums=0, inline=True)
     def calls(_: Any, *arrays: Any) -> tuple[Any, ...]:
-        size = next(array.shape[0] for array, batched in zip(arrays, in_batched, strict=True) if batched)
+        size = arrays[in_batched.index(True)].shape[0]
         by_name = {op.names[i]: (array, batched) for i, array, batched in zip(given, arrays, in_batched, strict=True)}
         count, _ = by_name.pop("num_valid", (None, False))
         lengths = {
@@ -66,8 +66,8 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         }  # without the axis of calls
         num_rows = lengths[op.names[0]]
         rows = {name: pair for name, pair in by_name.items() if op.has_rows(name, lengths[name], num_rows)}
-        batched_rows = any(batched for _, batched in rows.values())
-        shared = any(batched for name, (_, batched) in by_name.items() if name not in rows)
+        batched_rows = True in [batched for _, batched in rows.values()]
+        shared = True in [batched for name, (_, batched) in by_name.items() if name not in rows]
         most = op.max_rows(options)
         too_many = most is not None and batched_rows and size * num_rows > most
         if op.vmap == "loop" or shared or too_many:
@@ -75,21 +75,21 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         merged = {name: array for name, (array, _) in by_name.items()}
         if batched_rows:
             merged |= {name: _merge(array, batched, size) for name, (array, batched) in rows.items()}
-        places = tuple(i for i in given if op.names[i] in merged)
-        results = function_of(op, options, places, -1)(*merged.values())
+        places = [i for i in given if op.names[i] in merged]
+        results = function_of(op, options, tuple(places), -1)(*merged.values())
         leading = size if batched_rows else 1
-        results = tuple(result.reshape((leading, num_rows, *result.shape[1:])) for result in results)
+        results = [result.reshape((leading, num_rows, *result.shape[1:])) for result in results]
         if count is not None or number >= 0:
             valid = number if count is None else count.reshape((-1, 1))
             padding = jnp.arange(num_rows)[None] >= valid  # [size, num_rows], or [1, num_rows] where it is the same
-            results = tuple(
+            results = [
                 jnp.where(
                     padding.reshape(*padding.shape, *[1] * (result.ndim - 2)),
                     jnp.array(declared.fill, result.dtype),
                     result,
                 )
                 for result, declared in zip(results, op.existing(options), strict=True)
-            )
+            ]
         return tuple(results)
 
     return calls
