@@ -289,6 +289,9 @@ def _as_float32(key: str, array: Any, num_experts: int) -> Any:
     """Convert to [num_experts] float32. Some checkpoints have bfloat16, some the shape [1, num_experts]."""
     view = _view(key, array)
     check.dtype(view, FLOATS)
+    if view.dtype == "float32" and view.shape != (1, num_experts):
+        return array
+    array = framework_of(key, array).plain(key, array)
     if isinstance(array, np.ndarray):
         array = np.asarray(array)  # np.matrix would stay two-dimensional
     if view.shape == (1, num_experts):

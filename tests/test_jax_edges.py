@@ -225,6 +225,15 @@ def test_a_router_keeps_holders() -> None:
     same_bits(router(X), Router(METHOD, weight=WEIGHT[::-1])(X))
 
 
+def test_a_state_dict_of_holders() -> None:
+    """Biases of other dtypes and shapes are converted."""
+    for dtype, shape in ((jnp.float32, (32,)), (jnp.bfloat16, (32,)), (jnp.float32, (1, 32)), (jnp.bfloat16, (1, 32))):
+        bias = jnp.linspace(-2, 2, 32).astype(dtype)
+        state = {"mlp.gate.weight": Holder(WEIGHT), "mlp.gate.e_score_correction_bias": Holder(bias.reshape(shape))}
+        want = Router(METHOD, weight=WEIGHT, bias=bias.astype(jnp.float32))(X)
+        same_bits(Router.from_state_dict(state, "mlp", METHOD)(X), want)
+
+
 def test_numbers_and_ids_in_holders() -> None:
     same_bits(route(LOGITS, num_valid=Holder(2)), route(LOGITS, num_valid=2))
     table = Holder(np.array([[0, 1, 2, 3], [4, 5, 6, 2**32 + 7]]))

@@ -89,6 +89,10 @@ class Framework:
         """Return a view without memory, on `NO_DEVICE`, for checks while a graph is traced."""
         raise NotImplementedError
 
+    def plain(self, name: str, array: Any) -> Any:
+        """Return the array itself, or the one that it holds if it only stands for an array."""
+        return array
+
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         """Return a function that allocates uninitialised arrays on the device of `like`."""
         raise NotImplementedError

@@ -120,6 +120,9 @@ class Holders(Tracers):
         array = held(name, array)
         return outline(name, array) if isinstance(array, TRACERS) else FRAMEWORK.view(name, array, None)
 
+    def plain(self, name: str, array: Any) -> Any:
+        return held(name, array)
+
 
 def outline(name: str, array: Any) -> View:
     """Return a view without memory of an array or a tracer."""
