@@ -62,6 +62,10 @@ def test_out_has_the_shape_of_the_results(make: Callable[[], Any], axes: tuple[i
     out = Routing(torch.full((*axes, K), 7.0), torch.full((*axes, K), 7, dtype=torch.int32))
     assert gate(*given, out=out) is out
     assert_same(out, expected(gate.state_dict(), *given))
+    assert [array._version for array in out] == [1, 1]  # so that autograd knows
+    leaf = Routing(torch.zeros((*axes, K), requires_grad=True), out.indices)
+    with pytest.raises(ValueError, match=r"out\.weights must not require grad"):
+        gate(*given, out=leaf)
 
 
 def test_out_may_be_a_part_of_larger_tensors() -> None:
