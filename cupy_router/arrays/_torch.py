@@ -22,7 +22,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Takes 0.1 us, torch.cuda.current_stream() 6. Builds of PyTorch without CUDA lack it and have no CUDA tensors.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-_is_zero: Callable[[Any], bool] = getattr(torch.Tensor, "_is_zerotensor", lambda tensor: False)  # private
+# Private in PyTorch, so they may disappear.
+_is_zero: Callable[[Any], bool] = getattr(torch.Tensor, "_is_zerotensor", lambda tensor: False)
+_is_functional: Callable[[Any], bool] = getattr(torch, "_is_functional_tensor", lambda tensor: False)
+_is_wrapped: Callable[[Any], bool] = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
+
+# A tensor without memory has its offset as its address. Memory of the CPU, and of most GPUs, has higher addresses.
+_LOWEST_ADDRESS = 1 << 40
 
 
 def _increment_each(tensors: Sequence[torch.Tensor]) -> None:
@@ -49,14 +55,15 @@ class PyTorch(Framework):
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
         try:
             pointer = array.data_ptr()
+            if array.is_neg() or (pointer < _LOWEST_ADDRESS and not _has_memory(array)):  # takes 0.1 us
+                return None
             return pointer, (array.dtype, array.shape, array.stride(), array.get_device(), pointer & 15)
-        except RuntimeError:  # such as a sparse tensor
+        except (RuntimeError, ValueError):  # such as a sparse tensor, or a lazy parameter
             return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
+        _refuse_without_memory(name, array)
         kind, index = array.device.type, array.device.index
-        if kind not in ("cpu", "cuda") or array.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense tensor on cpu or cuda, got {array.layout} on {array.device}")
         dtype = name_of(array.dtype)
         return View(
             name=name,
@@ -108,6 +115,46 @@ class PyTorch(Framework):
         return torch.from_numpy(values.view(f"i{values.itemsize}")).view(dtype_of(str(values.dtype)))
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 0 or bool(tensor.untyped_storage().data_ptr())
+
+
+def _refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose values do not lie, as they are, at its address."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name} must be a dense tensor, got a lazy parameter without a shape: initialize it first")
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name} must be a dense tensor, got a nested one: pass its parts, {name}.unbind(), one by one or joined"
+        )
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda") or tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {tensor.device}")
+    if _is_functional(tensor) or _is_wrapped(tensor):
+        raise ValueError(
+            f"{name} must be a tensor with its own memory, got a wrapper of torch.func: use it where it was made"
+        )
+    if tensor.is_quantized:
+        raise ValueError(f"{name} must be a plain tensor, got a quantized one: pass {name}.dequantize()")
+    if _is_zero(tensor):
+        raise ValueError(f"{name} must be a tensor with its own memory, got PyTorch's zeros without: pass {name} + 0")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} must be a plain tensor, got one that PyTorch negates lazily, such as the imaginary part of a "
+            f"conjugated one: pass {name}.resolve_neg()"
+        )
+    if tensor.is_conj():
+        raise ValueError(f"{name} must be a plain tensor, got a conjugated one: pass {name}.resolve_conj()")
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + length) * tensor.element_size() if tensor.numel() else 0
+    held = tensor.untyped_storage().nbytes()
+    if needed > held or not _has_memory(tensor):
+        raise ValueError(
+            f"{name} must be a tensor with its own memory, got one with {held} of {needed} bytes: its storage was "
+            "freed, as FSDP does with parameters between their uses"
+        )
+
+
 def _refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:
     """Refuse to write into tensors that require grad in grad mode, as PyTorch's own functions with `out` do."""
     for place, name in names.items():
@@ -127,12 +174,10 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _host(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any] | None:
-    """Return the memory of a CPU tensor, None if it has no plain memory or NumPy has no such dtype.
+    """Return the memory of a CPU tensor, None if NumPy has no such dtype.
 
     `Tensor.numpy` would also fix the size of its storage for ever, which FSDP changes with every forward pass.
     """
-    if tensor.is_neg() or tensor.is_conj() or _is_zero(tensor):  # no plain memory
-        return None
     try:
         found = np.dtype(getattr(ml_dtypes, dtype, dtype))
         return np.asarray(_Memory(tensor, found.itemsize)).view(found)
@@ -173,8 +218,8 @@ class Wrappers(PyTorch):
         return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
-        kind = type(array).__name__
-        raise ValueError(f"{name} must be a tensor with its own memory, got a {kind}: pass the tensor that it wraps")
+        kind, inner = type(array).__name__, f"{name}.values()" if array.is_nested else "the tensor that it wraps"
+        raise ValueError(f"{name} must be a tensor with its own memory, got a {kind}: pass {inner}")
 
 
 TRACERS = (_Wrapper,)

@@ -166,7 +166,8 @@ def gradients(
             if by_op:
                 grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
             else:
-                (grad_logits,) = run(BACKWARD, (method, options.dtype, repeated), given, None, None)
+                resolved = (given[0].resolve_neg(), *given[1:])  # PyTorch's dispatcher does so for ops
+                (grad_logits,) = run(BACKWARD, (method, options.dtype, repeated), resolved, None, None)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:

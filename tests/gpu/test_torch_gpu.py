@@ -196,3 +196,49 @@ def test_a_device_that_is_not_current(torch: Any) -> None:
         dense_router(x.cpu(), weight.cpu(), SMALL).weights.square().sum(), x
     )  # fmt: skip
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+NOT_PLAIN = {
+    "negated": lambda torch, x: torch._neg_view(x),
+    "zeros": lambda torch, x: torch._efficientzerotensor(x.shape, device="cuda"),
+    "freed": lambda torch, x: freed(x.clone()),
+    "part of a freed one": lambda torch, x: freed(torch.cat([x, x])[len(x) :]),
+    "functional": lambda torch, x: torch._to_functional_tensor(x),
+    "sparse": lambda torch, x: x.to_sparse(),
+    "nested": lambda torch, x: torch.nested.nested_tensor([x, x]),
+}
+
+
+def freed(tensor: Any) -> Any:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_tensors_without_plain_memory_are_refused_where_plain_ones_have_a_cached_call(torch: Any, name: str) -> None:
+    logits, bias = distinct(torch, 7), torch.zeros(32, device="cuda")
+    method = RoutingMethod(32, 4)
+    want = activation_topk(logits, method, bias=bias)
+    with pytest.raises(ValueError, match="logits must be a "):
+        activation_topk(NOT_PLAIN[name](torch, logits), method, bias=bias)
+    with pytest.raises(ValueError, match="bias must be a "):
+        activation_topk(logits, method, bias=NOT_PLAIN[name](torch, bias))
+    out = type(want)(NOT_PLAIN[name](torch, torch.zeros_like(want.weights)), torch.zeros_like(want.indices))
+    with pytest.raises(ValueError, match=r"out\.weights must be a "):
+        activation_topk(logits, method, bias=bias, out=out)
+    same(activation_topk(logits, method, bias=bias), want)
+    torch.cuda.synchronize()
+
+
+def test_a_negated_tensor_is_taken_after_its_resolution_and_in_compiled_code(torch: Any) -> None:
+    logits, method = distinct(torch, 8), RoutingMethod(32, 4)
+    negated, want = torch._neg_view(logits), activation_topk(-logits, method)
+    same(activation_topk(negated.resolve_neg(), method), want)
+    torch.compiler.reset()
+    same(torch.compile(lambda x: tuple(activation_topk(x, method)), fullgraph=True)(negated), want)
+    gradients = []
+    for gradient in (torch._neg_view(torch.ones_like(want.weights)), -torch.ones_like(want.weights)):
+        x = logits.clone().requires_grad_()
+        activation_topk(x, RoutingMethod(32, 4, renormalize=False)).weights.backward(gradient)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
