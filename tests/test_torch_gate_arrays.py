@@ -70,6 +70,7 @@ def test_the_weight_has_the_default_dtype_and_the_others_float32() -> None:
             TypeError, match=r"Gate: dtype must be torch.float32 .* got torch.float64, which is PyTorch's"
         ):
             Gate(HIDDEN, METHOD)
+        Gate(None, METHOD, table=table())
     finally:
         torch.set_default_dtype(before)
     assert gate.weight.dtype == torch.bfloat16

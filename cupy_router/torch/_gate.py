@@ -35,7 +35,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         logit_bias: Add a bias of the logits, like that of a linear layer.
         expert_scale: Add a factor of each expert's weight.
         table: [vocab_size, top_k] int32 or int64 tensor, the experts of each token id; copied. Makes this a hash gate.
-        dtype: float32, float16 or bfloat16, the dtype of the weight. By default, PyTorch's default dtype.
+        dtype: torch.float32, float16 or bfloat16, the dtype of the weight. By default, PyTorch's default dtype.
         device: Device of all arrays. By default, PyTorch's default device. On "meta" they have no values, until
             `to_empty` and then `load_state_dict` or `reset_parameters`; `reset_parameters` does not know the table.
 
@@ -99,7 +99,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                 check_table(table, self.method, device)
                 if bias:
                     raise ValueError("bias and table do not go together: a table alone selects the experts")
-            dtype = checked_dtype(dtype)
+            dtype = None if hidden is None else checked_dtype(dtype)
 
         new, parameter, size = partial(torch.empty, device=device), torch.nn.Parameter, self.method.num_experts
         weight = None if hidden is None else parameter(new((self.method.num_logits, hidden), dtype=dtype))
