@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests import frameworks
+
 pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = frameworks.transformers_with_models()
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
 from cupy_router import RoutingMethod  # noqa: E402

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests import frameworks
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-pytest.importorskip("transformers", reason="transformers is not installed")
+frameworks.transformers_with_models()
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 from safetensors.torch import load_file  # noqa: E402
 
