@@ -19,7 +19,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import cupy
@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: version for name in packages if (version := _version(name))},
         # COMMIT names the commit where the files have no git history.
         "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty") or "unknown",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
