@@ -12,8 +12,11 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from email.message import Message
+from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -23,6 +26,8 @@ for package in ("build", "hatchling", "pip"):
         metadata.distribution(package)
     except metadata.PackageNotFoundError:
         pytest.skip(f"the package `{package}` is not installed", allow_module_level=True)
+
+import hatch_build  # noqa: E402
 
 pytestmark = pytest.mark.slow("process")
 ROOT = Path(__file__).parents[1]
@@ -87,6 +92,38 @@ def test_wheel_and_checkout_have_the_same_files(wheel: Path) -> None:
 def test_wheel_carries_licence_and_notice(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.rpartition("/")[2] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+def metadata_of(wheel: Path) -> Message:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(archive.read(name).decode())
+
+
+LINK = re.compile(r"\]\(([^)]*)\)")
+
+
+def test_every_link_of_the_metadata_is_absolute(wheel: Path) -> None:
+    """An index page shows the README without the files beside it."""
+    about = metadata_of(wheel)
+    links = LINK.findall(about.get_payload()) + [url.split(", ")[1] for url in about.get_all("Project-URL", [])]
+    assert all(link.startswith("https://") for link in links)
+    assert about.get_payload().startswith("# cupy_router\n")
+    assert about["Description-Content-Type"] == "text/markdown"
+
+
+def test_with_an_address_the_links_lead_to_the_files_of_the_release(tmp_path: Path) -> None:
+    hook = hatch_build.Metadata(str(ROOT), {"repository": "https://host/owner/name"})
+    about: dict[str, Any] = {"version": "1.2"}
+    hook.update(about)
+    files = "https://host/owner/name/blob/v1.2/"
+    links = LINK.findall(about["readme"]["text"])
+    assert links
+    for link in [*links, about["urls"]["Changelog"]]:
+        assert (ROOT / link.removeprefix(files).partition("#")[0]).exists(), link
+    assert about["urls"]["Source"] == "https://host/owner/name"
+    given = "[a](b.md#c), [d](https://e), [f](#g)"
+    assert hatch_build.description(given, "") == "a, [d](https://e), [f](#g)"
 
 
 def test_demo_and_info_run_from_the_wheel(environment: Path, tmp_path: Path) -> None:
