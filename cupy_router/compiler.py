@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
-from cupy_router import kernel_cache, kernel_dump, kernel_log
+from cupy_router import kernel_cache, kernel_dump, kernel_log, thread_locale
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
@@ -91,6 +91,7 @@ class CudaBackend:
         self._devices: int = cupy.cuda.runtime.getDeviceCount()
         self.launch = cupy.cuda.driver.launchKernel
 
+    @thread_locale.kept()
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
         with cupy.cuda.Device(device):

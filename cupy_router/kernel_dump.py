@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cupy_router import thread_locale
 from cupy_router.kernel_log import KernelReady
 
 DUMP = "CUPY_ROUTER_DUMP"  # environment
@@ -98,6 +99,7 @@ def compile_for(source: str, function: str, options: tuple[str, ...], architectu
     return MachineCode(architecture, version, ptx, cubin, _resources(log, function))
 
 
+@thread_locale.kept()
 def _compile(nvrtc: Any, source: str, options: tuple[str, ...]) -> tuple[str, bytes, bytes]:
     """Log, PTX and cubin."""
     program = nvrtc.createProgram(source, "kernel.cu", (), ())

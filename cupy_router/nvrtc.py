@@ -8,12 +8,15 @@ from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 
+from cupy_router import thread_locale
+
 _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the text is wrong, nothing else
 # A missing return is a warning by default, and then an undefined result. Other warnings would hide the error.
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=940")
 
 
 @lru_cache(maxsize=256)
+@thread_locale.kept()
 def errors(text: str) -> str | None:
     """Return the compiler's lines if it refuses a text for the newest architecture that it knows.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from cupy_router import compiler
+from cupy_router import compiler, thread_locale
 from cupy_router.compiler import CompileError
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
@@ -60,6 +60,7 @@ class Nvrtc:
         log, cubin = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
 
+    @thread_locale.kept()
     def _compile(self, source: str, options: list[str], *wanted: str) -> list[bytes]:
         program = ctypes.c_void_p()
         self._check(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import struct
 
-from cupy_router import compiler
+from cupy_router import compiler, thread_locale
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.declarations import Parameter, declaration, members
 
 
+@thread_locale.kept()
 def kernel(
     source: str,
     architecture: str,
