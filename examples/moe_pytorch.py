@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from cupy_router import dense_router
+from cupy_router.torch import Gate
 from examples import tokens
 
 
-def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
-    """Compute the same as `dense_router`, in plain PyTorch."""
-    scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
+def plain_router(x: Any, weight: Any) -> tuple[Any, Any]:
+    """Compute the same as the Gate, in plain PyTorch."""
+    scores = torch.nn.functional.softplus(x @ weight.T).sqrt()
     weights, indices = scores.topk(tokens.METHOD.top_k, dim=1)
     return weights / weights.sum(dim=1, keepdim=True), indices
 
@@ -25,14 +25,16 @@ def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
 class MoE(torch.nn.Module):  # type: ignore[misc]  # Any where torch is not installed
     def __init__(self, plain: bool = False) -> None:
         super().__init__()
-        for name, value in tokens.parameters().items():
-            setattr(self, name, torch.nn.Parameter(torch.from_numpy(value)))
+        initial = {name: torch.from_numpy(value) for name, value in tokens.parameters().items()}
+        self.gate = Gate(initial["gate"].shape[1], tokens.METHOD)
+        self.gate.load_state_dict({"weight": initial.pop("gate")})
+        for name, value in initial.items():
+            setattr(self, name, torch.nn.Parameter(value))
         self.plain = plain
 
     def forward(self, x: Any) -> Any:
         """Return the cluster logits of x [num_tokens, hidden]."""
-        routing = plain_router(x, self.gate) if self.plain else dense_router(x, self.gate, tokens.METHOD)
-        weights, indices = routing
+        weights, indices = plain_router(x, self.gate.weight) if self.plain else self.gate(x)
         mix = x.new_zeros(x.shape[0], tokens.METHOD.num_experts).scatter(1, indices.long(), weights)
         inner = torch.relu(x @ self.up) * mix.T[:, :, None]  # [num_experts, num_tokens, width]
         return (x + (inner @ self.down).sum(dim=0)) @ self.head

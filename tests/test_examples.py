@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cupy_router import Routing
 from examples import plot, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -55,12 +56,13 @@ def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPat
     if framework == "CuPy or NumPy":
         back = module.backward
         monkeypatch.setattr(module, "backward", lambda xp, p, *given: back(xp, p, *given) | {"gate": 0 * p["gate"]})
+    elif framework == "PyTorch":
+        route = module.Gate.forward
+        monkeypatch.setattr(module.Gate, "forward", lambda gate, x: Routing(*(a.detach() for a in route(gate, x))))
     else:
-        router = module.dense_router
-        stop = (lambda a: a.detach()) if framework == "PyTorch" else importlib.import_module("jax").lax.stop_gradient
+        router, stop = module.dense_router, importlib.import_module("jax").lax.stop_gradient
         monkeypatch.setattr(module, "dense_router", lambda x, gate, method: router(stop(x), stop(gate), method))
-        if framework == "JAX":
-            module.step.clear_cache()
+        module.step.clear_cache()
     losses = module.train(STEPS)
     if framework == "JAX":
         module.step.clear_cache()
