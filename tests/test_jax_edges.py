@@ -136,6 +136,21 @@ def test_a_ref_is_refused_but_its_value_is_not() -> None:
     same_bits(jax.jit(lambda ref: route(ref[...]))(ref), route(LOGITS))
 
 
+@pytest.mark.parametrize(
+    "leaf", [None, object(), "text", jax.ShapeDtypeStruct((32, 8), np.float32)], ids=lambda leaf: type(leaf).__name__
+)
+def test_a_router_whose_leaves_are_no_arrays(leaf: Any) -> None:
+    """Functions of pytrees make such Routers; only a call needs arrays."""
+    router = jax.tree.map(lambda array: leaf, Router(METHOD, weight=WEIGHT))
+    assert isinstance(router, Router)
+    assert repr(router).startswith("Router(RoutingMethod(")
+    with pytest.raises(TypeError, match=r"^dense_router: weight must be an array"):
+        router(X)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(lambda router, x: router(x), router, X)
+        assert shapes == jax.eval_shape(lambda: Router(METHOD, weight=WEIGHT)(X))
+
+
 @pytest.mark.parametrize("name", ["grad", "grad in jit", "grad in vmap", "jvp"])
 def test_the_gradient_of_topk_select_names_the_remedy(name: str) -> None:
     lengths = jnp.full(6, 9, jnp.int32)
