@@ -59,8 +59,18 @@ _MODULES = {
     "topk_select": "ops.topk_select",
 }
 
+# Likewise. They are not in __all__, because `import *` would import the frameworks.
+_SUBMODULES = ("compiler", "jax", "ops", "torch")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except (ImportError, OSError, AttributeError) as error:  # AttributeError, because `hasattr` catches no other
+            raise AttributeError(
+                f"{__name__}.{name} cannot be imported ({error}): install cupy-router[{name}] for its framework"
+            ) from error
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -82,4 +92,4 @@ _hooks.on_first_array.append(_load_package)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

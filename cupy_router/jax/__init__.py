@@ -35,3 +35,7 @@ from cupy_router.ops import _run
 _ffi_targets.register()
 _tree.register()
 _run.interceptors.append(_intercept)
+
+
+def __dir__() -> list[str]:
+    return []  # importing it is all

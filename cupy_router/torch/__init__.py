@@ -37,3 +37,7 @@ __all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replac
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)
 router.traced.append(_state.is_tracing)
+
+
+def __dir__() -> list[str]:
+    return __all__
