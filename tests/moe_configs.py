@@ -218,7 +218,13 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Count calls of ops by swapped modules, without those of the trial before the swap."""
     found: list[str] = []
     verify = _replace.verify
-    monkeypatch.setattr(_replace, "verify", lambda *args: (verify(*args), found.clear()))
+
+    def verified(*args: Any) -> Any:
+        proved = verify(*args)
+        found.clear()
+        return proved
+
+    monkeypatch.setattr(_replace, "verify", verified)
 
     def counting(name: str, op: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ import transformers
 
 from cupy_router import RoutingMethod, activation_topk
 from cupy_router.torch import replace_routers, restore_routers
-from cupy_router.torch._router_modules import INLINE, SORTED
+from cupy_router.torch._router_spec import INLINE, SORTED
 from cupy_router.torch._swapped import InlineRouter, Router, Swapped
 from tests.moe_configs import SIZES, build, families, model_classes, routing_classes
 from tests.moe_values import cast, fill, inputs_of, tensor_at, tensors_of
@@ -45,47 +45,6 @@ class Row(NamedTuple):
     error: float = 0.0  # of the weights of tokens without flips, and of logits, in units of the largest
     difference: float = 0.0  # of the output of the whole model, in units of its standard deviation
     effects: tuple[tuple[str, float], ...] = ()  # a step of the method -> the share of picks that it changes
-
-
-# -- Gradients ---------------------------------------------------------------------------------------------------------
-
-
-def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32) -> tuple[dict[str, Any], ...]:
-    """The gradients of all parameters of a small model by its own routers and by ours, for random upstream values."""
-    model = next(filter(None, map(_with_our_routers, model_classes(family))))
-    routers = [module for module in model.modules() if isinstance(module, Router | InlineRouter)]
-    with torch.no_grad():
-        fill(model, routers)
-        cast(model, routers, device, dtype)
-    given, ours = inputs_of(model, device, dtype), None
-    for restored in (False, True):
-        if restored:
-            restore_routers(model)
-        model.zero_grad(set_to_none=True)
-        output = model(**given)
-        output = output["logits"] if "logits" in output else output["last_hidden_state"]
-        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(device)
-        (output.float() * upstream).sum().backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters()}
-        ours = ours or found
-    return found, ours
-
-
-def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Assert equality up to this fraction of the largest entry of each parameter."""
-    assert {name for name, grad in ours.items() if grad is None} == {n for n, grad in theirs.items() if grad is None}
-    for name, want in theirs.items():
-        if want is not None:
-            error = (ours[name].float() - want.float()).abs().max()
-            assert error <= tolerance * want.float().abs().max(), f"{name}: {float(error)}"
-
-
-def _with_our_routers(model_class: type) -> Any:
-    try:
-        model = build(model_class)
-    except Exception:  # as in examine
-        return None
-    return model if replace_routers(model) else None
 
 
 # -- Before and after --------------------------------------------------------------------------------------------------
@@ -245,7 +204,7 @@ def _effects(module: Any, args: Any, biases: dict[str, Any]) -> Iterator[tuple[s
     if "input_scale" in plan.tensors:
         x = module.norm(x) * module.scale * module.scalar_root_size
     logits = args[-1] if isinstance(module, InlineRouter) else x.float() @ tensor_at(module, plan.gate).float().T
-    logits = logits.float().cpu()
+    logits = logits.float().reshape(-1, logits.shape[-1]).cpu()
     flat = {role: None if bias is None else bias.reshape(-1).float().cpu() for role, bias in biases.items()}
 
     def chosen(method: RoutingMethod, **without: Any) -> Any:

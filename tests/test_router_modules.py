@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,6 +133,183 @@ def test_blocks_that_route_inline(dtype: str, calls: list[str]) -> None:
     assert type(block) is Inline
 
 
+class InlineWithBias(Inline):
+    """Its gate takes [batch, sequence, hidden] and computes in float32; its method returns a list of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert_bias = torch.nn.Parameter(torch.randn(NUM_EXPERTS))
+        self.config = dict(self.config, model_type="lfm2_moe", norm_topk_prob=True, routed_scaling_factor=1.0)
+
+    def route_tokens_to_experts(self, router_logits: Any) -> Any:
+        batch, sequence, num_experts = router_logits.shape  # an error for other numbers of dimensions
+        scores = router_logits.view(batch * sequence, num_experts).sigmoid()
+        indices = (scores + self.expert_bias).topk(TOP_K).indices
+        weights = scores.gather(1, indices)
+        return indices, weights / (weights.sum(-1, keepdim=True) + 1e-6)
+
+    def forward(self, x: Any) -> Any:
+        return self.route_tokens_to_experts(torch.nn.functional.linear(x.float(), self.anything.weight.float()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_that_route_sequences_inline(dtype: str, calls: list[str]) -> None:
+    block, x = InlineWithBias().to(getattr(torch, dtype)), torch.randn(2, 25, 64).to(getattr(torch, dtype))
+    theirs = block(x)
+    assert replace_routers(block) == 1
+    ours = block(x)
+    assert calls == ["activation_topk"]
+    assert [(result.dtype, result.shape) for result in ours] == [(result.dtype, result.shape) for result in theirs]
+    order = [results[0].argsort(dim=1) for results in (ours, theirs)]
+    assert torch.equal(ours[0].gather(1, order[0]), theirs[0].gather(1, order[1]))
+    torch.testing.assert_close(ours[1].gather(1, order[0]), theirs[1].gather(1, order[1]))
+    with pytest.raises(ValueError, match="not enough values to unpack"):  # the model's own
+        block(x[0])
+    assert block.anything(x).shape == (2, 25, NUM_EXPERTS)
+    assert restore_routers(block) == 1
+
+
+class Flattening(torch.nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x.reshape(-1, x.shape[-1]))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Flattening])
+def test_gates_of_blocks_keep_the_shape_of_their_logits(kind: type) -> None:
+    block, x = Inline(), torch.randn(2, 5, 64)
+    block.anything = kind(64, NUM_EXPERTS, bias=False)
+    theirs = block.anything(x)
+    assert replace_routers(block) == 1
+    torch.testing.assert_close(block.anything(x), theirs)
+
+
+# -- What is proved before a swap --------------------------------------------------------------------------------------
+
+
+def test_other_numbers_of_dimensions_run_the_code_of_the_model(calls: list[str]) -> None:
+    """This router returns [batch, sequence, top_k] for [batch, sequence, hidden]; models flatten it before."""
+    block, x = Block(Gate("logits", "weights", "indices")), torch.randn(2, 5, 64)
+    theirs = block.anything(x)
+    assert replace_routers(block) == 1
+    assert all(torch.equal(our, their) for our, their in zip(block.anything(x), theirs, strict=True))
+    assert calls == []
+    block.anything(x[0])
+    assert calls == ["activation_topk"]
+
+
+class InTraining(Gate):
+    """A router that does something of its own in training."""
+
+    def forward(self, hidden_states: Any) -> Any:
+        return super().forward(hidden_states * 2 if self.training else hidden_states)
+
+
+def test_a_router_that_differs_in_training_runs_the_code_of_the_model_there(calls: list[str]) -> None:
+    block, x = Block(InTraining("logits", "weights", "indices")), torch.randn(5, 64)
+    theirs = block.anything(x)
+    state = torch.get_rng_state()
+    assert replace_routers(block) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(our, their) for our, their in zip(block.anything(x), theirs, strict=True))
+    assert calls == []
+    torch.testing.assert_close(block.eval().anything(x / 0.5)[1], theirs[1])
+    assert calls == ["activation_topk"]
+
+
+class Ignoring(Gate):
+    """A router that takes a bias and makes nothing of it."""
+
+    def forward(self, hidden_states: Any, e_score_correction_bias: Any = None) -> Any:
+        return super().forward(hidden_states)
+
+
+def test_an_argument_that_the_router_ignores(calls: list[str]) -> None:
+    block, x, bias = Block(Ignoring("logits", "weights", "indices")), torch.randn(50, 64), torch.randn(NUM_EXPERTS)
+    theirs = block.anything(x, bias)
+    assert replace_routers(block) == 1
+    for ours in (block.anything(x, bias), block.anything(x), block.anything(x, e_score_correction_bias=bias)):
+        assert torch.equal(ours[2], theirs[2])
+    assert calls == ["activation_topk"] * 3
+
+
+class Probabilities(Gate):
+    """A router that calls its probabilities logits, as those of transformers 5.0 do."""
+
+    def forward(self, hidden_states: Any) -> Any:
+        logits, weights, indices = super().forward(hidden_states)
+        return logits.softmax(-1), weights, indices
+
+
+def test_probabilities_in_place_of_logits(calls: list[str]) -> None:
+    block, x = Block(Probabilities("logits", "weights", "indices")), torch.randn(50, 64)
+    theirs = block.anything(x)
+    assert replace_routers(block) == 1
+    torch.testing.assert_close(block.anything(x), theirs)
+    assert calls == ["activation_topk"]
+
+
+class OnGpuOnly(Gate):
+    """A router whose code runs on meta tensors, but not on the CPU in float32."""
+
+    def forward(self, hidden_states: Any) -> Any:
+        if hidden_states.device.type == "cpu":
+            raise NotImplementedError("a kernel for GPUs")
+        return super().forward(hidden_states)
+
+
+class Nowhere(Gate):
+    def forward(self, hidden_states: Any) -> Any:
+        raise RuntimeError("it needs another package")
+
+
+class InlineNowhere(Inline):
+    def forward(self, x: Any) -> Any:
+        raise RuntimeError("it needs another package")
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (
+            lambda: Block(OnGpuOnly("logits", "weights", "indices")),
+            "its OnGpuOnly raises NotImplementedError: a kernel",
+        ),
+        (lambda: Block(Nowhere()), "none of .* experts a token; Nowhere raises RuntimeError: it needs another package"),
+        (InlineNowhere, "none of .* experts a token; InlineNowhere raises RuntimeError: it needs another package"),
+    ],
+)
+def test_code_that_cannot_be_tried_leaves_the_router(block: Any, reason: str) -> None:
+    made = block()
+    with pytest.warns(UserWarning, match=f"replace_routers left {type(made).__name__} as it is: .*{reason}"):
+        assert replace_routers(made) == 0
+
+
+def test_models_of_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks choose experts in their forward, which nothing can be put in place of."""
+
+    class OldBlock(torch.nn.Module):
+        __module__ = "transformers.models.mixtral.modeling_mixtral"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Linear(64, NUM_EXPERTS, bias=False)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(NUM_EXPERTS))
+            self.config = transformers.MixtralConfig(num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
+
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.warns(
+        UserWarning, match=r"token; this is transformers 4\.57\.6, and replace_routers knows .* of 5\.0 and"
+    ):
+        assert replace_routers(OldBlock()) == 0
+    for version, model in (("4.57.6", torch.nn.Linear(2, 2)), ("10.1.0", OldBlock())):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with pytest.warns(UserWarning, match=r"replace_routers left (?!.*transformers)"):
+            assert replace_routers(model) == 0
+
+
+# -- What is left alone ------------------------------------------------------------------------------------------------
+
+
 def with_tensor(name: str) -> Any:
     gate = Gate("logits", "weights", "indices")
     gate.register_buffer(name, torch.ones(NUM_EXPERTS))
@@ -190,7 +368,7 @@ def test_two_routers_in_one_block_leave_both() -> None:
 def test_a_forward_on_the_instance_leaves_the_router() -> None:
     model = moe_configs.build(transformers.MixtralForCausalLM)
     gate = model.model.layers[1].mlp.gate
-    gate.forward = gate.forward
+    gate.forward = functools.partial(gate.forward)
     with pytest.warns(UserWarning, match=r"\(model.layers.1.mlp\) .*MixtralTopKRouter has been replaced on the inst"):
         assert replace_routers(model) == 1
 

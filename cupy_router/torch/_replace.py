@@ -7,6 +7,7 @@ whose forward calls cupy_router. So `state_dict`, `.to()` and `isinstance` work 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from cupy_router.method import RoutingMethod
-from cupy_router.torch._router_modules import Unsupported, describe_inline_router, describe_router
-from cupy_router.torch._swapped import InlineRouter, LogitsOnly, Router, Swapped, restore, swap
+from cupy_router.torch._router_modules import describe_inline_router, describe_router
+from cupy_router.torch._router_spec import Unsupported
+from cupy_router.torch._swapped import InlineRouter, LogitsOnly, Router, Swapped, restore, restored_class, swap
 from cupy_router.torch._verify import verify
 
 
@@ -41,6 +43,10 @@ def replace_routers(model: Any) -> int:
 
     Weights and logits have gradients, computed by the op `activation_topk_backward`. Second derivatives are refused.
     Routers that add noise in training run the model's code in training.
+
+    A router is swapped if its code and ours give the same results for random tokens, in float32 on the CPU. The code of
+    the model still runs for what was not compared or did not run there: other numbers of dimensions, other dtypes, or
+    training if the results differ in training. Models of transformers 5.0 and later are known.
 
     The routing method comes from the nearest configuration of the block, by `RoutingMethod.from_config`. Copies and
     pickles of the model stay swapped. Reading such a pickle needs cupy_router.
@@ -81,10 +87,7 @@ def replace_routers(model: Any) -> int:
     if not blocks:
         reason = _method(getattr(model, "config", None))
         skipped[type(model).__name__, reason if isinstance(reason, str) else "no child of it has experts"] = [""]
-    for (kind, reason), paths in skipped.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        where = f" ({paths[0]}{more})" if paths[0] else ""
-        warnings.warn(f"replace_routers left {kind}{where} as it is: {reason}", stacklevel=2)
+    _warn("replace_routers", skipped)
     return swapped
 
 
@@ -100,18 +103,50 @@ def restore_routers(model: Any) -> int:
     Raises:
         TypeError: ``model`` is not a `torch.nn.Module`.
 
+    Warns:
+        UserWarning: Once for each kind of router that was left swapped, with its name and the reason. It is one whose
+            class somebody derived from the swapped one in a class statement, with methods that use `super()`.
+
+    Classes that a parametrization such as `weight_norm`, or `fully_shard`, derived from the swapped one are then
+    derived from the original one.
+
     >>> import torch
     >>> from cupy_router.torch import restore_routers
     >>> restore_routers(torch.nn.Linear(2, 2))
     0
     """
     _check("restore_routers", model)
+    skipped: dict[tuple[str, str], list[str]] = {}
+    kept: set[Any] = set()
     restored = 0
-    for module in model.modules():
-        if isinstance(module, Swapped):
-            restored += not isinstance(module, LogitsOnly)
-            restore(module)
+    for path, module in model.named_modules():
+        if not isinstance(module, Swapped) or module in kept:
+            continue
+        together = [*_gates_of(module), module]
+        try:
+            for each in together:
+                restored_class(each)
+        except Unsupported as error:
+            skipped.setdefault((type(module).__name__, str(error)), []).append(path)
+            kept.update(together)
+            continue
+        restored += not isinstance(module, LogitsOnly)
+        for each in together:
+            restore(each)
+    _warn("restore_routers", skipped)
     return restored
+
+
+def _gates_of(block: Any) -> list[Any]:
+    return [child for child in block.children() if isinstance(child, LogitsOnly)]
+
+
+def _warn(function: str, skipped: dict[tuple[str, str], list[str]]) -> None:
+    """Warn once for each kind of module and reason, with the paths of such modules."""
+    for (kind, reason), paths in skipped.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        where = f" ({paths[0]}{more})" if paths[0] else ""
+        warnings.warn(f"{function} left {kind}{where} as it is: {reason}", stacklevel=3)
 
 
 def _check(name: str, model: Any) -> None:
@@ -164,22 +199,32 @@ def _method(config: Any) -> RoutingMethod | str:
         return str(error)
 
 
+def _if_too_old(block: Any) -> str:
+    """Return what to add to a message if the block is from a version of transformers that routes in other ways."""
+    version = str(getattr(sys.modules.get("transformers"), "__version__", ""))
+    old = type(block).__module__.startswith("transformers.") and version[:2] in ("3.", "4.")
+    return f"; this is transformers {version}, and replace_routers knows the models of 5.0 and later" if old else ""
+
+
 def _swap_router_of(block: Any, method: RoutingMethod) -> None:
     others = {name: child for name, child in block.named_children() if not _are_experts(name, child)}
-    found = [(child, spec) for child in others.values() if (spec := describe_router(child, method)) is not None]
+    failures: list[str] = []
+    described = [(child, describe_router(child, method, failures)) for child in others.values()]
+    found = [(child, spec) for child, spec in described if spec is not None]
     if len(found) == 1:
-        verify(found[0][0], Router, found[0][1])
-        swap(found[0][0], Router, found[0][1])
+        router, spec = found[0]
+        swap(router, Router, verify(router, Router, spec))
         return
-    inline = describe_inline_router(block, method) if not found else None
+    inline = describe_inline_router(block, method, failures) if not found else None
     if inline is None:
         raise Unsupported(
             f"{len(found) or 'none'} of its children {', '.join(others)} multiplies with a gate of {method.num_logits} "
             f"rows and returns weights and indices of {method.top_k} experts a token"
+            f"{''.join(failures)}{_if_too_old(block)}"
         )
-    spec, child = inline
-    verify(block, InlineRouter, spec)
-    swap(child, LogitsOnly, spec)
+    spec, child, of_gate = inline
+    spec, of_gate = verify(block, InlineRouter, spec), verify(child, LogitsOnly, of_gate)
+    swap(child, LogitsOnly, of_gate)
     try:
         swap(block, InlineRouter, spec)
     except Unsupported:

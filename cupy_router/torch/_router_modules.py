@@ -10,54 +10,27 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cupy_router.huggingface import TENSORS
 from cupy_router.method import RoutingMethod
+from cupy_router.torch._router_spec import INLINE, SORTED, ResultTypes, RouterSpec, Unsupported
+from cupy_router.torch._trial import TOKENS, trial_of, zeros_for
 
 # Role of each argument that may follow the hidden states, by its name.
 _ARGUMENTS = {"e_score_correction_bias": "bias", "expert_bias": "bias", "input_ids": "token_ids"}
 _INLINE_ARGUMENTS = {"hidden_states": "x", "router_logits": "logits"}
 
-INLINE = "route_tokens_to_experts"  # method of sparse blocks that route without a router module
-SORTED = ("order", "rows", "gates", "sizes", "logits")  # results of routers that sort the pairs by expert
-
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TOKENS = 16  # number of tokens in trial runs; any number works
 
 
-class Unsupported(Exception):
-    """Reason why a router is not swapped."""
-
-
-class ResultTypes(NamedTuple):
-    """Results of a router for one dtype of the hidden states and one of the gate."""
-
-    method: RoutingMethod  # with the module's dtypes of weights and indices
-    dtypes: tuple[Any, ...]  # dtype of each result
-
-
-@dataclass(frozen=True)
-class RouterSpec:
-    """Description of a router module, as plain data that copies and pickles of the module include."""
-
-    method: RoutingMethod
-    gate: str  # path of the gate's weight
-    call: str  # name of the Python method that routes
-    arguments: tuple[tuple[str, str], ...]  # role and name of each argument of that method, in order
-    outputs: tuple[str, ...] = ()  # role of each result
-    results: Mapping[tuple[Any, Any], ResultTypes] = field(default_factory=dict, repr=False)  # by dtypes of x and gate
-    tensors: Mapping[str, str] = field(default_factory=dict)  # role of a tensor -> its path
-    noise: tuple[str, ...] = ()  # attributes with the amount of noise in training
-
-
-def describe_router(module: Any, method: RoutingMethod) -> RouterSpec | None:
-    """Describe a child of a sparse block, or return None if it is not a router.
+def describe_router(module: Any, method: RoutingMethod, failures: list[str]) -> RouterSpec | None:
+    """Describe a child of a sparse block, or return None if it is not a router, or does not run: see `failures`.
 
     Raises:
         Unsupported: It is a router, but cannot be swapped.
@@ -67,15 +40,12 @@ def describe_router(module: Any, method: RoutingMethod) -> RouterSpec | None:
     if gate is None or not names:
         return None
     more = tuple((_ARGUMENTS[name], name) for name in names[1:] if name in _ARGUMENTS)
-    spec = _with_results(module, RouterSpec(method, gate, "forward", (("x", names[0]), *more)))
+    spec = _with_results(module, RouterSpec(method, gate, "forward", (("x", names[0]), *more)), failures)
     if spec is None:
         return None
     if len(names) > 2 or len(names) != len(spec.arguments):
         raise Unsupported(f"{type(module).__name__} takes {', '.join(names)}, which are not all known")
     tensors = _tensors(module, spec)
-    if "input_scale" in tensors:  # this family returns probabilities in place of logits
-        outputs = tuple("probabilities" if output == "logits" else output for output in spec.outputs)
-        spec = replace(spec, outputs=outputs)
     if "total_scale" in tensors:  # it is applied before the weights are rounded
         exact = {
             key: ResultTypes(replace(method, weight_dtype="float32"), dtypes)
@@ -85,8 +55,10 @@ def describe_router(module: Any, method: RoutingMethod) -> RouterSpec | None:
     return replace(spec, tensors=tensors, noise=_noise(module))
 
 
-def describe_inline_router(block: Any, method: RoutingMethod) -> tuple[RouterSpec, Any] | None:
-    """Describe a sparse block that routes itself and return its child that computes the logits, or None.
+def describe_inline_router(
+    block: Any, method: RoutingMethod, failures: list[str]
+) -> tuple[RouterSpec, Any, RouterSpec] | None:
+    """Describe a sparse block that routes itself, and its child that computes the logits; or return None.
 
     Raises:
         Unsupported: The block routes itself, but cannot be swapped.
@@ -98,12 +70,17 @@ def describe_inline_router(block: Any, method: RoutingMethod) -> tuple[RouterSpe
         return None
     name, child, gate = found[0]
     arguments = tuple((_INLINE_ARGUMENTS[argument], argument) for argument in names)
-    spec = _with_results(block, RouterSpec(method, f"{name}.{gate}", INLINE, arguments, noise=_noise(child)))
+    described = RouterSpec(method, f"{name}.{gate}", INLINE, arguments, noise=_noise(block))
+    spec = _with_results(block, described, failures)
     if spec is None or set(spec.outputs) != {"weights", "indices"}:
         return None
-    if _tensors(child, replace(spec, gate=gate)):
-        raise Unsupported(f"{type(child).__name__} has tensors besides the gate")
-    return spec, child
+    of_x = next(iter(inspect.signature(child.forward).parameters), "")
+    of_gate = replace(spec, gate=gate, call="forward", arguments=(("x", of_x),), noise=_noise(child))
+    tensors = {role: f"{name}.{path}" for role, path in _tensors(child, of_gate).items()}
+    tensors |= _tensors(block, spec, recurse=False)
+    if not tensors.keys() <= {"bias"}:
+        raise Unsupported(f"{type(child).__name__} has tensors besides the gate and a bias")
+    return replace(spec, tensors=tensors), child, of_gate
 
 
 # -- Tensors of a router -----------------------------------------------------------------------------------------------
@@ -119,12 +96,15 @@ def _gate(module: Any, method: RoutingMethod) -> str | None:
     return next((path for path, weight in found.items() if len(found) == 1 and weight.dtype in FLOATS), None)
 
 
-def _tensors(module: Any, spec: RouterSpec) -> dict[str, str]:
+def _tensors(module: Any, spec: RouterSpec, recurse: bool = True) -> dict[str, str]:
     """Return the path of each tensor besides the gate, by its role."""
     method = spec.method
     sizes = {"bias": method.num_experts, "logit_bias": method.num_logits, "total_scale": 1}
     found = {role: "" for role, _ in spec.arguments}
-    for path, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+    stored = itertools.chain(module.named_parameters("", recurse), module.named_buffers("", recurse))
+    paths = dict.fromkeys(re.sub(r"parametrizations\.(\w+)\..*", r"\1", path) for path, _ in stored)
+    for path in paths:
+        tensor = attrgetter(path)(module)
         role = TENSORS.get(path)
         if path == spec.gate:
             continue
@@ -147,18 +127,22 @@ def _noise(module: Any) -> tuple[str, ...]:
 # -- Results of a router -----------------------------------------------------------------------------------------------
 
 
-def _with_results(module: Any, spec: RouterSpec) -> RouterSpec | None:
+def _with_results(module: Any, spec: RouterSpec, failures: list[str]) -> RouterSpec | None:
     """Add the roles and dtypes of the results for all input dtypes that the module accepts; None if not a router."""
-    for device in ("meta", "cpu"):  # the CPU, with zeros, for code that reads values
+    failure: Exception | None = None
+    ran = False
+    for device, rank in itertools.product(("meta", "cpu"), (2, 3)):  # the CPU, with zeros, for code that reads values
         found: dict[tuple[str, ...], dict[tuple[Any, Any], ResultTypes]] = {}
         for x_dtype, gate_dtype in itertools.product(FLOATS, FLOATS):
             try:
                 with torch.no_grad():
-                    like = stand_in(module, gate_dtype, device)
-                    returned = call(like, spec, zeros_for(module, spec, x_dtype, gate_dtype, device))
-            except Exception:  # the module may not support these dtypes
+                    given = zeros_for(module, spec, x_dtype, gate_dtype, device, rank)
+                    returned = getattr(trial_of(module, spec, gate_dtype, device), spec.call)(*given)
+            except Exception as error:  # for dtypes that it does not support, its own code will raise the error
+                failure = error
                 continue
-            outputs = _outputs(returned, spec.method)
+            ran = True
+            outputs = roles(returned, spec.method)
             dtypes = tuple(getattr(result, "dtype", None) for result in (returned if outputs else ()))
             weights = next((dtype for output, dtype in zip(outputs, dtypes, strict=True) if output in _WEIGHTS), None)
             if weights in FLOATS:
@@ -167,48 +151,15 @@ def _with_results(module: Any, spec: RouterSpec) -> RouterSpec | None:
         if found:
             outputs, results = next(iter(found.items()))
             return replace(spec, outputs=outputs, results=results) if len(found) == 1 else None
+    if not ran:
+        failures.append(f"; {type(module).__name__} raises {type(failure).__name__}: {failure}")
     return None
 
 
 _WEIGHTS = ("weights", "gates", "scores")
 
 
-def zeros_for(module: Any, spec: RouterSpec, x_dtype: Any, gate_dtype: Any, device: str) -> list[Any]:
-    """Return zeros for the arguments of a module."""
-    shapes = {
-        "x": ((TOKENS, attrgetter(spec.gate)(module).shape[-1]), x_dtype),
-        "logits": ((TOKENS, spec.method.num_logits), gate_dtype),
-        "bias": ((spec.method.num_experts,), torch.float32),
-        "token_ids": ((TOKENS,), torch.int64),
-    }
-    return [torch.zeros(shapes[role][0], dtype=shapes[role][1], device=device) for role, _ in spec.arguments]
-
-
-def call(module: Any, spec: RouterSpec, arguments: list[Any]) -> Any:
-    """Call the routing method of a module."""
-    try:
-        return getattr(module, spec.call)(*arguments)
-    except ValueError:  # it expects [batch, sequence, hidden]
-        return getattr(module, spec.call)(arguments[0][None], *arguments[1:])
-
-
-def stand_in(module: Any, dtype: Any, device: str, device_of_children: str | None = None) -> Any:
-    """Return a copy of a module for trial runs, with zeros for its values and without hooks."""
-    copy = object.__new__(type(module))
-    empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
-    hooks = {name: type(value)() for name, value in vars(module).items() if name.endswith("_hooks")}
-    copy.__dict__.update({**vars(module), **empty, **hooks})
-    copy.__dict__.pop("forward", None)  # a wrapper set on the instance
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in vars(module)[kind].items():
-            like = dtype if tensor is not None and tensor.is_floating_point() else getattr(tensor, "dtype", None)
-            vars(copy)[kind][name] = None if tensor is None else torch.zeros(tensor.shape, dtype=like, device=device)
-    for name, child in module._modules.items():
-        copy._modules[name] = None if child is None else stand_in(child, dtype, device_of_children or device)
-    return copy
-
-
-def _outputs(returned: Any, method: RoutingMethod) -> tuple[str, ...]:
+def roles(returned: Any, method: RoutingMethod) -> tuple[str, ...]:
     """Return the role of each result, or () if these are not the results of a router."""
     if not isinstance(returned, tuple):
         return ()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
 from operator import attrgetter
@@ -13,9 +14,10 @@ import torch
 from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.ops.dense_router import dense_router
 from cupy_router.ops.hash_router import hash_router
+from cupy_router.torch._derived_class import with_base, written_class
 from cupy_router.torch._gate_gemm import gate_gemm
 from cupy_router.torch._logits import prepare_logits
-from cupy_router.torch._router_modules import INLINE, SORTED, ResultTypes, RouterSpec, Unsupported
+from cupy_router.torch._router_spec import FLAT, INLINE, SORTED, ResultTypes, RouterSpec, Unsupported, by_role
 
 
 def swap(module: Any, kind: type, spec: RouterSpec) -> None:
@@ -25,32 +27,66 @@ def swap(module: Any, kind: type, spec: RouterSpec) -> None:
         Unsupported: The class cannot be changed.
     """
     name = type(module).__name__
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
+    _forget_bound_methods(module)
+    if {"forward", INLINE} & set(vars(module)) and "_old_forward" not in vars(module):
         raise Unsupported(f"the forward of its {name} has been replaced on the instance")
     try:
-        _change_class(module, subclass(kind, module.__class__))
+        _change_class(module, swapped_class(type(module), kind))
     except TypeError as error:  # for example a scripted module
         raise Unsupported(f"the class of its {name} cannot be changed: {error}") from error
     module._cupy_router = spec
 
 
+def restored_class(module: Any) -> type:
+    """Return the class of a swapped module without ours.
+
+    Raises:
+        Unsupported: A class was derived from ours that cannot be derived from the original.
+    """
+    try:
+        return with_base(type(module), module.swapped, module.original)
+    except TypeError as error:
+        raise Unsupported(f"its class was derived from the swapped one, and {error}") from error
+
+
 def restore(module: Any) -> None:
-    """Give a swapped module its original class."""
+    """Give a swapped module its original class. What others derived from ours is then derived from the original.
+
+    Raises:
+        Unsupported: As `restored_class`.
+    """
+    _change_class(module, restored_class(module))
     del module._cupy_router
-    _change_class(module, module.original)
 
 
 def _change_class(module: Any, new: Any) -> None:
+    _forget_bound_methods(module)
     module.__class__ = new
     if "_old_forward" in vars(module):  # hooks of the accelerate package wrap the forward
         module._old_forward = types.MethodType(new.forward, module)
+
+
+def _forget_bound_methods(module: Any) -> None:
+    """Delete methods of the class from the instance, where code that wraps them for a while puts them afterwards."""
+    for name in ("forward", INLINE):
+        function = getattr(type(module), name, None)
+        if name in vars(module) and function and vars(module)[name] == types.MethodType(function, module):
+            delattr(module, name)
+
+
+def swapped_class(current: type, kind: type) -> type:
+    """Return a class like that of a module, with ours in place of the class that is written in the model's code."""
+    written = written_class(current)
+    return with_base(current, written, subclass(kind, written))
 
 
 @functools.cache
 def subclass(kind: type, original: type) -> type:
     """Return a subclass with the same name, since some code looks at class names."""
     named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (kind, original), {**named, "original": original})
+    made: Any = type(original.__name__, (kind, original), {**named, "kind": kind, "original": original})
+    made.swapped = made
+    return made  # type: ignore[no-any-return]
 
 
 def _unpickled(kind: type, original: type) -> Any:
@@ -60,11 +96,16 @@ def _unpickled(kind: type, original: type) -> Any:
 class Swapped:
     """Base class of all swapped modules."""
 
+    kind: type  # one of the classes below
     original: Any  # the original class
+    swapped: type  # the generated class, of which others may have derived that of the module
     _cupy_router: RouterSpec
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find a generated class by name
-        return _unpickled, (type(self).__mro__[1], self.original), self.__dict__
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        if reduced[:2] == (copyreg.__newobj__, (self.swapped,)):  # type: ignore[attr-defined]
+            return _unpickled, (self.kind, self.original), *reduced[2:]
+        return reduced  # the class is one that was derived from ours, or says itself how it is pickled
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (self.original.extra_repr(self), f"cupy_router={self._cupy_router.method}")))
@@ -74,11 +115,13 @@ class Router(Swapped):
     """Router module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        spec = self._cupy_router
-        given = _by_role(spec, args, kwargs)
+        spec = getattr(self, "_cupy_router", None)
+        if spec is None:  # some wrapper has kept this method since before restore_routers
+            return type(self).forward(self, *args, **kwargs)
+        given = by_role(spec, args, kwargs)
         weight = attrgetter(spec.gate)(self)
-        results = spec.results.get((given["x"].dtype, weight.dtype))  # for other dtypes the original raises the error
-        if results is None or _adds_noise(self, spec):
+        results = _proved(self, spec, given["x"], (given["x"].dtype, weight.dtype))
+        if results is None:
             return self.original.forward(self, *args, **kwargs)
         given |= {role: attrgetter(path)(self) for role, path in spec.tensors.items()}
         x = given["x"].reshape(-1, given["x"].shape[-1])
@@ -99,6 +142,9 @@ class Router(Swapped):
             weights = weights * given["total_scale"].float()
         if logits is not None and logit_bias is not None:
             logits = logits + logit_bias
+        if spec.outputs == SORTED:
+            order, rows, gates, sizes, logits = _sorted(results, logits, weights, indices)
+            return order, rows, gates, sizes.tolist(), logits  # in this frame, so that a graph breaks no more than once
         return _returned(spec, results, logits, weights, indices)
 
 
@@ -106,53 +152,60 @@ class LogitsOnly(Swapped):
     """Gate of a block that routes itself; keeps the logits in float32."""
 
     def forward(self, hidden_states: Any) -> Any:
-        spec = self._cupy_router
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weight = attrgetter(spec.gate.partition(".")[2])(self)
-        if (x.dtype, weight.dtype) not in spec.results or _adds_noise(self, spec):
+        spec = getattr(self, "_cupy_router", None)
+        if spec is None:  # as in Router
+            return type(self).forward(self, hidden_states)
+        weight = attrgetter(spec.gate)(self)
+        if _proved(self, spec, hidden_states, (hidden_states.dtype, weight.dtype)) is None:
             return self.original.forward(self, hidden_states)
-        return gate_gemm(x, weight)
+        logits = gate_gemm(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)
+        return logits if spec.outputs == FLAT else logits.reshape(*hidden_states.shape[:-1], -1)
 
 
 class InlineRouter(Swapped):
     """Sparse block that routes itself."""
 
     def _route(self, *args: Any, **kwargs: Any) -> Any:
-        spec = self._cupy_router
-        logits = _by_role(spec, args, kwargs)["logits"]
+        spec = getattr(self, "_cupy_router", None)
+        if spec is None:  # as in Router
+            return getattr(type(self), INLINE)(self, *args, **kwargs)
+        logits = by_role(spec, args, kwargs)["logits"]
         dtype = attrgetter(spec.gate)(self).dtype
-        results = spec.results.get((dtype, dtype))
-        if results is None or _adds_noise(self, spec):
+        results = _proved(self, spec, logits, (dtype, dtype))
+        if results is None:
             return getattr(self.original, INLINE)(self, *args, **kwargs)
-        return _returned(spec, results, logits, *activation_topk(logits, results.method))
+        logits = logits.reshape(-1, logits.shape[-1])
+        tensors = {role: _flat(attrgetter(path)(self)) for role, path in spec.tensors.items()}
+        return _returned(spec, results, logits, *activation_topk(logits, results.method, **tensors))
 
 
 setattr(InlineRouter, INLINE, InlineRouter._route)
 
 
-def _by_role(spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by role, with None for those left out."""
-    return {
-        role: args[place] if place < len(args) else kwargs.get(name)
-        for place, (role, name) in enumerate(spec.arguments)
-    }
-
-
-def _adds_noise(module: Any, spec: RouterSpec) -> bool:
-    return module.training and any(getattr(module, name, None) for name in spec.noise)
+def _proved(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) -> ResultTypes | None:
+    """Return the types of the results, or None if nothing was proved of such a call: then the model's code runs."""
+    if operand.ndim not in spec.ranks:
+        return None
+    if module.training and (not spec.in_training or any(getattr(module, name, None) for name in spec.noise)):
+        return None
+    return spec.results.get(dtypes)
 
 
 def _flat(tensor: Any) -> Any:
     return None if tensor is None else tensor.reshape(-1).float()
 
 
+def _sorted(results: ResultTypes, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
+    """Return the pairs sorted by expert, with the number of each expert's pairs as a tensor, and logits."""
+    method, experts = results.method, indices.reshape(-1)
+    order = experts.sort(stable=True).indices
+    sizes = experts.new_zeros(method.num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+    return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(results.dtypes[-1])
+
+
 def _returned(spec: RouterSpec, results: ResultTypes, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
     """Return the results in the form of the original module."""
     method = spec.method
-    if spec.outputs == SORTED:
-        order = indices.reshape(-1).sort(stable=True).indices
-        sizes = torch.bincount(indices.reshape(-1), minlength=method.num_experts).tolist()
-        return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(results.dtypes[-1])
     makers = {
         "weights": lambda: weights[:, : method.top_k],
         "shared": lambda: weights[:, method.top_k :],
