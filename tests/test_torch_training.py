@@ -14,8 +14,8 @@ transformers = frameworks.transformers_with_models()
 
 from cupy_router.torch import _gate_gemm, replace_routers, restore_routers  # noqa: E402
 from cupy_router.torch._swapped import Swapped  # noqa: E402
-from tests import moe_configs, moe_models  # noqa: E402
-from tests.gpu.test_replace_routers_gpu import FAMILIES  # noqa: E402
+from tests import moe_configs, moe_gradients  # noqa: E402
+from tests.gpu.test_replace_routers_gpu import FAMILIES, GRADIENTS, check_router_errors  # noqa: E402
 from tests.test_swapped_routers import mixtral  # noqa: E402
 
 
@@ -36,9 +36,15 @@ def test_gradients_of_a_family(family: str, calls: list[str]) -> None:
     """Every step of a method, every tensor that a router may have, and every way to return results."""
     if family not in moe_configs.families():
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    theirs, ours = moe_models.gradients_twice(family)
+    theirs, ours = moe_gradients.gradients_twice(family)
     assert calls
-    moe_models.assert_same_gradients(ours, theirs, 1e-5)
+    moe_gradients.assert_same_gradients(ours, theirs, 1e-5)
+
+
+@pytest.mark.slow("seconds", every=2)
+@pytest.mark.parametrize("family", GRADIENTS)
+def test_gradients_in_bfloat16(family: str) -> None:
+    check_router_errors(family, "cpu")
 
 
 def test_a_loss_on_the_logits_as_well(calls: list[str]) -> None:
@@ -50,7 +56,7 @@ def test_a_loss_on_the_logits_as_well(calls: list[str]) -> None:
         each(ids, labels=ids, output_router_logits=True).loss.backward()
     assert calls == ["activation_topk"] * 2
     found, wanted = ({name: p.grad for name, p in each.named_parameters()} for each in (model, untouched))
-    moe_models.assert_same_gradients(found, wanted, 1e-5)
+    moe_gradients.assert_same_gradients(found, wanted, 1e-5)
     assert bool((model.model.layers[0].mlp.gate.weight.grad != 0).any())
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile of swapped models: no family has a graph break more than with its own routers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from cupy_router.torch import replace_routers, restore_routers  # noqa: E402
+from cupy_router.torch._swapped import InlineRouter, Router  # noqa: E402
+from tests import moe_configs  # noqa: E402
+from tests.moe_gradients import with_our_routers  # noqa: E402
+from tests.moe_values import inputs_of  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with moe_configs.seeded_on_one_thread():
+        yield
+    torch.compiler.reset()
+
+
+def routers_and_blocks(model: Any) -> list[Any]:
+    """Return the swapped routers of a model and the blocks around them."""
+    routers = [module for module in model.modules() if isinstance(module, Router | InlineRouter)]
+    blocks = [module for module in model.modules() if any(child in routers for child in module.children())]
+    return [*routers, *blocks]
+
+
+def number_of_graphs(module: Any, args: Any, kwargs: Any) -> int:
+    """Return the number of graphs that one call of a module is compiled to."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=backend, dynamic=False)(*args, **kwargs)
+    return len(graphs)
+
+
+@pytest.mark.filterwarnings("ignore:replace_routers left")
+@pytest.mark.slow("seconds", every=12)
+@pytest.mark.parametrize("family", moe_configs.families())
+def test_graphs(family: str) -> None:
+    model = next(filter(None, map(with_our_routers, moe_configs.model_classes(family))), None)
+    if model is None:
+        pytest.skip("no router of this family is swapped")
+    calls: dict[type, Any] = {}
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        calls.setdefault(type(module), (module, args, kwargs))
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in routers_and_blocks(model)]
+    with torch.no_grad():
+        model(**inputs_of(model, "cpu", torch.float32))
+    for hook in hooks:
+        hook.remove()
+    assert calls
+    ours = [number_of_graphs(*call) for call in calls.values()]
+    assert restore_routers(model) > 0
+    theirs = [number_of_graphs(*call) for call in calls.values()]
+    assert all(our <= their for our, their in zip(ours, theirs, strict=True)), (ours, theirs, list(calls))
+
+
+@pytest.mark.slow("seconds", every=2)
+@pytest.mark.parametrize("name", ["JetMoeForCausalLM", "MixtralForCausalLM"])
+def test_fullgraph(name: str) -> None:
+    model = moe_configs.build(getattr(transformers, name))
+    given = inputs_of(model, "cpu", torch.float32)
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(**given)
+        assert replace_routers(model) > 0
+        expected = model(**given).logits
+        got = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
