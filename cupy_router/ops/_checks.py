@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,21 @@ def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     """Check rank and shape by the names of the axes. Add the sizes of new names to `sizes`."""
     if len(view.shape) != len(names):
         known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
-        kept = view.shape[len(view.shape) - len(names) + 1 :]
-        remedy = f": call {view.name}.reshape{(-1, *kept)}".replace(",)", ")") if len(names) < len(view.shape) else ""
-        raise ValueError(f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}{remedy}")
+        raise ValueError(
+            f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}{_reshape(view, names, sizes)}"
+        )
     expected = tuple(map(sizes.setdefault, names, view.shape))
     if view.shape != expected:
         raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
+
+
+def _reshape(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> str:
+    """Return the remedy for an array of too many axes, if merging the first ones gives the wanted shape."""
+    extra = len(view.shape) - len(names)
+    merged = (math.prod(view.shape[: extra + 1]), *view.shape[extra + 1 :])
+    if extra < 1 or any(sizes.get(name, size) != size for name, size in zip(names, merged, strict=True)):
+        return ""
+    return f": call {view.name}.reshape({', '.join(map(str, (-1, *merged[1:])))})"
 
 
 def result(view: View, output: Output, axes: str) -> None:
