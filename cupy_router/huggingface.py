@@ -13,8 +13,8 @@ from cupy_router.method import RoutingMethod
 # router or a linear layer in it.
 _BLOCKS = ("", "mlp.", "ffn.", "block_sparse_moe.", "feed_forward.", "moe.", "mixer.")
 _ROUTERS = ("gate.", "router.")
-_LINEARS = ("wg.", "classifier.", "layer.", "proj.")
-_NESTED = ("router.gate.", *(router + linear for router in _ROUTERS for linear in _LINEARS))
+LINEARS = ("wg.", "classifier.", "layer.", "proj.")
+_NESTED = ("router.gate.", *(router + linear for router in _ROUTERS for linear in LINEARS))
 
 # Role of each tensor of a router besides the gate, by its name in the checkpoint.
 TENSORS = {
@@ -95,7 +95,7 @@ def _gate(known: set[str], prefix: str, start: str) -> str:
         return start
     gates = [f"{start}{block}{gate}" for block in _BLOCKS for gate in (*_ROUTERS, *_NESTED)]
     if not start or f".{start}".endswith((".gate.", ".router.")):
-        gates += [start + linear for linear in _LINEARS]
+        gates += [start + linear for linear in LINEARS]
     found = [gate for gate in gates if f"{gate}weight" in known]
     if len(found) > 1:
         raise ValueError(
@@ -133,7 +133,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _is_nested(gate: str) -> bool:
     """Return True if the gate is a linear layer in the router, False if it is the router's own weight."""
-    return gate in _LINEARS or f".{gate}".endswith(tuple(f".{nested}" for nested in _NESTED))
+    return gate in LINEARS or f".{gate}".endswith(tuple(f".{nested}" for nested in _NESTED))
 
 
 def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMethod) -> str:

@@ -60,6 +60,16 @@ def test_the_bias_of_any_checkpoint(name: str, assign: bool) -> None:
     assert_same(gate(x), Router.from_state_dict(layer, "layers.3", METHOD)(x))
 
 
+@pytest.mark.parametrize("linear", ["wg", "classifier", "layer", "proj", "gate"])
+def test_the_weight_of_a_linear_layer_in_a_router(linear: str) -> None:
+    gate, x = biased(), torch.randn(5, HIDDEN)
+    state = {f"{linear}.weight": torch.randn(EXPERTS, HIDDEN), "e_score_correction_bias": torch.randn(EXPERTS)}
+    gate.load_state_dict(state)
+    assert_same(gate(x), expected({**state, "weight": state[f"{linear}.weight"]}, x))
+    layer = {f"layers.3.mlp.router.{key}": value for key, value in state.items()}
+    assert_same(gate(x), Router.from_state_dict(layer, "layers.3", METHOD)(x))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(EXPERTS,), (1, EXPERTS)])

@@ -53,9 +53,10 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
     `.half()` and the like; only their device changes. If one has another dtype all the same, as under a mixed-precision
     policy of FSDP, the forward pass converts it to float32.
 
-    `load_state_dict` also takes other names of checkpoints, such as `expert_bias`, converts to float32 and takes a bias
-    of shape [1, num_experts]. The `bias` of DeepSeek's checkpoints is the one that only selects, in a gate without
-    logit_bias whose method selects by sigmoid or sqrtsoftplus scores. :func:`deepseek_state_dict` saves it as such.
+    `load_state_dict` also takes other names of checkpoints, such as `expert_bias` or `wg.weight`, converts to float32,
+    and takes a bias of shape [1, num_experts]. The `bias` of DeepSeek's checkpoints is the one that only selects, in a
+    gate without logit_bias whose method selects by sigmoid or sqrtsoftplus scores. :func:`deepseek_state_dict` saves it
+    as such.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -199,7 +200,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the arrays from their names in any checkpoint. Other keys are reported as for any module."""
-        names = [name for name in (*FLOAT32, "tid2eid") if getattr(self, name) is not None]
+        names = [name for name in ("weight", *FLOAT32, "tid2eid") if getattr(self, name) is not None]
         super()._load_from_state_dict(named_as_ours(state_dict, prefix, names, self.method), prefix, *args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, *args: Any) -> None:

@@ -61,7 +61,7 @@ def flat_out(out: Any, shape: tuple[int, ...]) -> Routing:
     if not isinstance(out, Routing):
         raise TypeError(f"Gate: out must be a Routing, got {type(out).__name__}")
     rows = []
-    for name, array in zip(out._fields, out, strict=True):
+    for name, array in (("weights", out.weights), ("indices", out.indices)):  # which PyTorch 2.4 traces
         if not isinstance(array, torch.Tensor):
             raise TypeError(f"Gate: out.{name} must be a PyTorch tensor, got {type(array).__name__}")
         if array.shape != shape:

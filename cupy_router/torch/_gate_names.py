@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cupy_router.huggingface import TENSORS, plain_bias_selects
+from cupy_router.huggingface import LINEARS, TENSORS, plain_bias_selects
 from cupy_router.method import RoutingMethod
 
 BIAS, DEEPSEEK_BIAS, BUFFERS = "e_score_correction_bias", "bias", ("e_score_correction_bias", "tid2eid")
@@ -20,11 +20,13 @@ FLOAT32 = {BIAS: 0.0, "bias": 0.0, "per_expert_scale": 1.0}
 def named_as_ours(state: Mapping[str, Any], prefix: str, names: Iterable[str], method: RoutingMethod) -> dict[str, Any]:
     """Return a state dict with our names for the arrays below a prefix, those of `FLOAT32` in float32.
 
-    names: those that the gate has, besides the weight.
+    names: those that the gate has.
     """
     found, names = dict(state), list(names)
     for name in names:
-        others = [other for other, role in TENSORS.items() if role == TENSORS[name] and other != name]
+        others = [other for other, role in TENSORS.items() if role == TENSORS.get(name) and other != name]
+        if name == "weight":
+            others += [f"{linear}weight" for linear in (*LINEARS, "gate.")]  # of a linear layer in a router
         if name == BIAS and "bias" not in names and plain_bias_selects(method):
             others.append(DEEPSEEK_BIAS)
         for key in (prefix + other for other in others):
