@@ -235,7 +235,8 @@ def _check_shared_in_normalizer(checked: dict[str, Any]) -> None:
 
 def _integer(name: str, value: Any, lowest: int, highest: int, limit: str) -> int:
     try:
-        if type(value).__name__ == "bool":  # also NumPy's, whose older releases take it for an index
+        # Older releases of NumPy take their bool for an index.
+        if isinstance(value, bool) or (not isinstance(value, int) and type(value).__name__ == "bool"):
             raise TypeError
         number = operator.index(value)
     except TypeError:

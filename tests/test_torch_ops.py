@@ -37,7 +37,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "topk_select by column, mapped": lambda x, ids, count: topk_select(
         x, 3, order="column", index_map=PAGES, page_size=2, starts=ids // 8
     ),
-    "topk_select without values": lambda x, ids, count: topk_select(x, 3, return_values=False)[1:],
+    "topk_select without values": lambda x, ids, count: (topk_select(x, 3, return_values=False).indices,),
     "activation_topk": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, bias=BIAS),
     "activation_topk of a preset": lambda x, ids, count: activation_topk(x.repeat(1, 32), "deepseek-v4-flash"),
     "activation_topk with num_valid": lambda x, ids, count: activation_topk(x @ WEIGHT.T, METHOD, num_valid=count),
@@ -143,6 +143,7 @@ def test_an_exported_model_runs_in_another_process(strict: bool, tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="PyTorch 2.4 compiles every module by itself")
 def test_equal_layers_share_one_graph() -> None:
     """As many as a model has, each with a Router of its own: regional compilation makes one of them."""
     from torch._dynamo.testing import CompileCounter

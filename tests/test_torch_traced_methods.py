@@ -81,6 +81,8 @@ MADE_BY_REPLACE: dict[str, Call] = {
         x, dataclasses.replace(dataclasses.replace(METHOD, top_k=k), renormalize=r)
     ),
     "a preset, replaced": lambda x, k, r: activation_topk(x, dataclasses.replace(presets()["mixtral"], top_k=k)),
+}
+BY_CONFIG: dict[str, Call] = {
     "from_config of a dict": lambda x, k, r: activation_topk(x, from_a_dict(k, r)),
 }
 FIXED: dict[str, Call] = {
@@ -115,6 +117,13 @@ def test_a_method_made_in_traced_code(name: str, dynamic: bool | None) -> None:
 @pytest.mark.parametrize("name", MADE_BY_REPLACE)
 def test_a_method_made_of_another_in_traced_code(name: str) -> None:
     assert number_of_graphs(MADE_BY_REPLACE[name], LOGITS, None) == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="this PyTorch does not trace `from_config`")
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("name", BY_CONFIG)
+def test_a_method_of_a_configuration_in_traced_code(name: str) -> None:
+    assert number_of_graphs(BY_CONFIG[name], LOGITS, None) == [1, 1, 2, 2, 2]
 
 
 @pytest.mark.slow("seconds", every=4)

@@ -63,7 +63,7 @@ def result(view: View, output: Output, axes: str) -> None:
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return an int (also NumPy's, never a bool) within low..high."""
     try:
-        number = None if type(value).__name__ == "bool" else operator.index(value)  # of Python and NumPy
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = None
     if number is None:

@@ -10,9 +10,8 @@ they check whether something is traced or requires grad, and otherwise run as wi
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)
 
-Traced code may make methods, and Routers of tensors: one graph serves all calls with the same arguments, and other
-arguments make another one. A ScoreFunction is made outside. PyTorch 2.4 traces neither `dataclasses.replace` nor
-`from_config`, and before 2.13 `from_config` is traced with a dict only.
+Traced code may make methods, and Routers of tensors: calls with the same arguments share a graph. docs/frameworks.md
+says what each version of PyTorch traces.
 
 The weights of `activation_topk`, `dense_router`, `hash_router` and a Router have gradients with respect to logits, x,
 weight, logit_bias and expert_scale, if these require grad. Indices, and a bias that only selects, have none.
