@@ -47,7 +47,7 @@ def number_of_graphs(module: Any, args: Any, kwargs: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:replace_routers left")
-@pytest.mark.slow("seconds", every=12)
+@pytest.mark.slow("seconds", every=25)
 @pytest.mark.parametrize("family", moe_configs.families())
 def test_graphs(family: str) -> None:
     model = next(filter(None, map(with_our_routers, moe_configs.model_classes(family))), None)
@@ -74,10 +74,10 @@ def test_graphs(family: str) -> None:
 @pytest.mark.parametrize("name", ["JetMoeForCausalLM", "MixtralForCausalLM"])
 def test_fullgraph(name: str) -> None:
     model = moe_configs.build(getattr(transformers, name))
-    given = inputs_of(model, "cpu", torch.float32)
+    block, x = model.model.layers[0].mlp, torch.randn(1, 5, 64)
     with torch.no_grad():
-        torch.compile(model, backend="eager", fullgraph=True)(**given)
+        torch.compile(block, backend="eager", fullgraph=True, dynamic=False)(x)
         assert replace_routers(model) > 0
-        expected = model(**given).logits
-        got = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+        expected = block(x)
+        got = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -296,13 +296,13 @@ def test_models_of_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
             self.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(NUM_EXPERTS))
             self.config = transformers.MixtralConfig(num_local_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K)
 
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.warns(
         UserWarning, match=r"token; this is transformers 4\.57\.6, and replace_routers knows .* of 5\.0 and"
     ):
         assert replace_routers(OldBlock()) == 0
     for version, model in (("4.57.6", torch.nn.Linear(2, 2)), ("10.1.0", OldBlock())):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr("transformers.__version__", version)
         with pytest.warns(UserWarning, match=r"replace_routers left (?!.*transformers)"):
             assert replace_routers(model) == 0
 
