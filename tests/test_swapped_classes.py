@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import types
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +100,32 @@ def test_copies_and_pickles_of_parametrized_routers(calls: list[str]) -> None:
     assert isinstance(model.model.layers[0].mlp.gate, Router)
     with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state"):
         pickle.dumps(model)  # as without us, where it was pickled without its parametrization
+
+
+def test_copies_share_a_class_that_one_of_them_changes() -> None:
+    model = mixtral()
+    PARAMETRIZATIONS["registered"](model.model.layers[0].mlp.gate)
+    expected, other = logits_of(model), copy.deepcopy(model)
+    replace_routers(model)
+    remove(model.model.layers[0].mlp.gate)
+    assert replace_routers(other) == 2
+    for each in (model, other):
+        torch.testing.assert_close(logits_of(each), expected, rtol=1e-4, atol=1e-5)
+        assert restore_routers(each) == 2
+
+
+def test_classes_of_dropped_models_are_dropped() -> None:
+    model = mixtral()
+    gate = model.model.layers[0].mlp.gate
+    replace_routers(model)
+    PARAMETRIZATIONS["registered"](gate)
+    restore_routers(model)
+    replace_routers(model)
+    made = weakref.ref(type(gate))
+    del model, gate
+    for _ in range(4):  # one after the other, since each is remembered for the one before
+        gc.collect()
+    assert made() is None
 
 
 class Stateful(torch.nn.Linear):

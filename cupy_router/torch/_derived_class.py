@@ -8,14 +8,14 @@ So the class of a swapped module may be below theirs, and theirs below that of a
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
 
 _SLOTS = ("__dict__", "__weakref__")
-_made: dict[
-    tuple[type, type, type], type
-] = {}  # modules that share a class still share one, so that code compiles once
+# By derived class: modules that share a class still share one afterwards, so that code compiles once.
+_made: weakref.WeakKeyDictionary[type, dict[tuple[type, type], type]] = weakref.WeakKeyDictionary()
 
 
 def written_class(derived: type) -> type:
@@ -45,11 +45,11 @@ def with_base(derived: type, old: type, new: type) -> type:
         function: Any = getattr(member, "__func__", getattr(member, "fget", member))
         if "__class__" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
             raise TypeError(f"{derived.__name__}.{function.__name__} uses super(), which names the class")
-    key = derived, old, new
-    if key not in _made or _members(_made[key]) != members:
+    made = _made.setdefault(derived, {})
+    if (old, new) not in made or _members(made[old, new]) != members:  # another module may have changed its class
         bases = tuple(with_base(base, old, new) for base in derived.__bases__)
-        _made[key] = type(derived)(derived.__name__, bases, members)
-    return _made[key]
+        made[old, new] = type(derived)(derived.__name__, bases, members)
+    return made[old, new]
 
 
 def _members(cls: type) -> dict[str, Any]:
