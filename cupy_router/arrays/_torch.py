@@ -104,7 +104,7 @@ class PyTorch(Framework):
             written = pick(arrays)
             for tensor in written:
                 if tensor.requires_grad:
-                    _refuse_gradient(names, arrays)
+                    refuse_gradient(names, arrays)
             _increment_versions(written)
 
         return begin
@@ -155,10 +155,10 @@ def _refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:
+def refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:
     """Refuse to write into tensors that require grad in grad mode, as PyTorch's own functions with `out` do."""
     for place, name in names.items():
-        if arrays[place].requires_grad and torch.is_grad_enabled():
+        if getattr(arrays[place], "requires_grad", False) and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require grad unless under torch.no_grad(), because it gets no gradient")
 
 

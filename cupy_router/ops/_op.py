@@ -334,6 +334,11 @@ class Op:
             return self.names[position]
         return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
 
+    def written_names(self, options: Any, arrays: Sequence[Any]) -> dict[int, str]:
+        """Return the names of the arrays that a call writes into, by their places in inputs followed by `out`."""
+        places = (*self.written, *range(len(self.names), len(arrays)))
+        return {place: self.argument(place, options) for place in places if arrays[place] is not None}
+
     def check_inputs(self, options: Any, views: Sequence[View | None]) -> None:
         """Check the inputs: dtypes and shapes by the declaration, then the further rules of the op."""
         sizes = dict(self.sizes(options))

@@ -187,10 +187,8 @@ def _prepare(
 def _write_guards(op: Op, options: Any, arrays: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], None], ...]:
     """Return what a call does before it writes into its arrays, the inputs followed by those of `out`."""
     names: dict[Framework, dict[int, str]] = {}
-    for place in (*op.written, *range(len(op.inputs), len(arrays))):
-        if arrays[place] is not None:
-            name = op.argument(place, options)
-            names.setdefault(framework_of(name, arrays[place]), {})[place] = name
+    for place, name in op.written_names(options, arrays).items():
+        names.setdefault(framework_of(name, arrays[place]), {})[place] = name
     guards = [framework.write_guard(found) for framework, found in names.items()]
     return tuple(guard for guard in guards if guard is not None)
 

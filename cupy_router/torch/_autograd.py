@@ -45,16 +45,31 @@ def wants_gradient(op: Op, inputs: tuple[Any, ...]) -> bool:
     return False
 
 
+def _is_uniform(op: Op, inputs: tuple[Any, ...]) -> bool:
+    """Return whether weights depend on no input, because there are neither logits nor a gate."""
+    given = dict(zip(op.names, inputs, strict=True))
+    return given.get("logits") is None and given.get("weight") is None
+
+
+def refuse_out(op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...]) -> None:
+    """Refuse `out` where results have a gradient, and tensors in it that require grad, in grad mode."""
+    if torch.is_grad_enabled():
+        if wants_gradient(op, inputs) and not _is_uniform(op, inputs):
+            raise ValueError(
+                f"{op.label}: out cannot be given where weights have a gradient, that is with arrays that require grad "
+                "unless under torch.no_grad()"
+            )
+        arrays = (*inputs, *outs)
+        try:
+            tensors.refuse_gradient(op.written_names(options, arrays), arrays)
+        except ValueError as error:
+            raise ValueError(f"{op.label}: {error}") from error
+
+
 def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call for which :func:`wants_gradient` is true, with a node of autograd."""
-    given = dict(zip(op.names, inputs, strict=True))
-    if given.get("logits") is None and given.get("weight") is None:  # uniform weights
+    if out is not None or _is_uniform(op, inputs):  # `refuse_out` has been asked
         return run(op, options, inputs, out, stream, number, eager=True)
-    if out is not None:
-        raise ValueError(
-            f"{op.name}: out cannot be given where weights have a gradient, that is with arrays that require grad "
-            "unless under torch.no_grad()"
-        )
     # Make the given stream current, because autograd runs the backward pass on the current stream of the forward pass.
     context: Any = nullcontext()
     if stream is not None and inputs[0].is_cuda:

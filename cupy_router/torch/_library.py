@@ -12,35 +12,67 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops._op import Op
-from cupy_router.ops._run import run_eagerly
+from cupy_router.ops._run import run, run_eagerly
 from cupy_router.ops.registry import OPS
 from cupy_router.torch import _autograd
+from cupy_router.torch._state import outside_of_graphs
 
 LIBRARY = torch.library.Library("cupy_router", "DEF")
 
 
-def schema(op: Op) -> str:
-    """Return the schema of an op."""
-    arguments, letters = ["str options"], iter("abcdefgh")
+def schema(op: Op, into: bool = False) -> str:
+    """Return the schema of an op, or of the one that writes into tensors of the caller."""
+    arguments, letters = ["str options"], iter("abcdefghijklmnop")
     for declared in op.inputs:
         mark = f"({next(letters)}!)" if declared.written else ""
         arguments.append(f"Tensor{mark}{'' if declared.required else '?'} {declared.name}")
     if op.takes_number:
         arguments.append("SymInt num_valid_value")
+    if into:
+        outs = [f"Tensor({next(letters)}!){'?' if result.exists else ''} {result.name}" for result in op.results]
+        return f"{op.name}_out({', '.join([*arguments, *outs])}) -> ()"
     returned = ", ".join("Tensor" for _ in op.results)
     return f"{op.name}({', '.join(arguments)}) -> {f'({returned})' if len(op.results) > 1 else returned}"
 
 
-def call(op: Op, options: Any, inputs: Sequence[Any], number: Any) -> Any:
-    """Return the results of a call that becomes a node of the graph."""
+def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
+    """Return the arrays of `out`, checked as far as they have to be for a graph."""
+    if out is None:
+        return ()
+    try:
+        outs = op.flatten(options, out)
+        op.check_out(options, outs)
+    except TypeError as error:
+        raise TypeError(f"{op.label}: {error}") from error
+    return outs
+
+
+def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
+    """Return whether a graph can hold a call with these arrays."""
+    for position, array in enumerate(inputs):
+        # torch.compile takes a NumPy array as a tensor.
+        kinds = torch.Tensor if position == 0 or position in op.written else (torch.Tensor, np.ndarray)
+        if array is not None and not isinstance(array, kinds):
+            return False
+    return not [array for array in outs if array is not None and not isinstance(array, torch.Tensor)]
+
+
+def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, outs: Sequence[Any]) -> Any:
+    """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
     arguments = (*inputs, number) if op.takes_number else inputs
+    wanted = op.existing(options)
+    if out is not None:
+        rest = iter(outs)
+        places = [next(rest) if declared in wanted else None for declared in op.results]
+        getattr(torch.ops.cupy_router, f"{op.name}_out")(options.text, *arguments, *places)
+        return out
     results = getattr(torch.ops.cupy_router, op.name)(options.text, *arguments)
     results = results if len(op.results) > 1 else (results,)
-    wanted = op.existing(options)
     return op.pack(
         options, [result for result, declared in zip(results, op.results, strict=True) if declared in wanted]
     )
@@ -50,8 +82,17 @@ def _implementation(op: Op, text: str, *arguments: Any) -> Any:
     """Run an op that a graph calls."""
     options = op.options_of(text)
     inputs, number = (arguments[:-1], arguments[-1]) if op.takes_number else (arguments, -1)
-    found = run_eagerly(op, options, inputs, number)
+    found = outside_of_graphs(run_eagerly, op, options, inputs, number)
     return _with_absent(op, options, op.flatten(options, found), inputs[0])
+
+
+def _implementation_into(op: Op, text: str, *arguments: Any) -> None:
+    """Run an op that a graph calls to write into tensors of the caller."""
+    options, given = op.options_of(text), len(arguments) - len(op.results)
+    *inputs, number = arguments[:given] if op.takes_number else (*arguments[:given], -1)
+    wanted = op.existing(options)
+    outs = [array for array, declared in zip(arguments[given:], op.results, strict=True) if declared in wanted]
+    outside_of_graphs(run, op, options, tuple(inputs), op.pack(options, outs), None, number, True)
 
 
 def _fake(op: Op, text: str, *arguments: Any) -> Any:
@@ -89,6 +130,12 @@ def define(op: Op) -> None:
         register_gradient(op.name, _autograd.no_second_derivative, None)
     else:
         LIBRARY.impl(op.name, torch.library.fallthrough_kernel, "Autograd")  # results have no gradient
+    name = f"{op.name}_out"
+    LIBRARY.define(schema(op, into=True), tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, partial(_implementation_into, op), device)
+    torch.library.register_fake(f"cupy_router::{name}", lambda *given: None, lib=LIBRARY)
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # `refuse_out` has been asked
 
 
 def register_gradient(name: str, backward: Any, setup_context: Any) -> None:

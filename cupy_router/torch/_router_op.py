@@ -13,11 +13,11 @@ import torch
 
 from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
+from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.results import Routing
 from cupy_router.router import Router
-from cupy_router.torch import _autograd, _state
+from cupy_router.torch import _autograd, _library, _state
 from cupy_router.torch._library import LIBRARY, register_gradient
-from cupy_router.torch._state import refuse_out_and_stream
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
@@ -27,12 +27,22 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
 
 def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
     """Return the results of a call that :func:`wants` accepts."""
-    refuse_out_and_stream("Router", out, stream)
     if not router.key:
         raise ValueError("Router: made in a traced function, it must have tensors of PyTorch")
     x, token_ids, num_valid = inputs
+    op = _hash_layer.OP if router.is_hash else dense_router.OP
+    outs = _library.flat(op, None, out)
+    if stream is not None or not _library.can_hold(op, (x,), outs):
+        if not _state.in_dynamo():
+            raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
+        return _state.outside_of_graphs(router.route, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
-    return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
+    if out is None:
+        return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
+    given = {**router.arrays(), "x": x}
+    _autograd.refuse_out(op, None, tuple([given.get(name) for name in op.names]), outs)
+    torch.ops.cupy_router.router_out(router.key, x, token_ids, count, number, *outs)
+    return out  # type: ignore[no-any-return]
 
 
 def _is_of_tensors(router: Router) -> bool:
@@ -55,6 +65,12 @@ def _router_of(key: str) -> Router:
 
 def _implementation(key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
     return tuple(_router_of(key).route(x, token_ids, number if number >= 0 else num_valid, None, None))
+
+
+def _implementation_into(
+    key: str, x: Any, token_ids: Any, num_valid: Any, number: int, weights: Any, indices: Any
+) -> None:
+    _router_of(key).route(x, token_ids, number if number >= 0 else num_valid, Routing(weights, indices), None)
 
 
 def _fake(key: str, x: Any, *others: Any) -> Any:
@@ -101,6 +117,13 @@ _define(
     _fake,
 )
 _define(
+    "router_out",
+    "(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value, Tensor(a!) weights, "
+    "Tensor(b!) indices) -> ()",
+    _implementation_into,
+    lambda *given: None,
+)
+_define(
     "router_backward",
     "(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor",
     _backward,
@@ -108,3 +131,4 @@ _define(
 )
 register_gradient("router", _differentiate, _remember)
 register_gradient("router_backward", _autograd.no_second_derivative, None)
+LIBRARY.impl("router_out", torch.library.fallthrough_kernel, "Autograd")  # `refuse_out` has been asked

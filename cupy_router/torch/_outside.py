@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls outside of the graphs of torch.compile, which break where such a call stands.
+
+Imported where torch.compile is at work only, because `torch.compiler.disable` imports torch._dynamo for seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_REASON = "cupy_router: graphs hold no stream= and no arrays but PyTorch's, so call it outside of this graph or without"
+
+
+def _call_with_a_stream_or_arrays_that_no_graph_can_hold(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function. PyTorch before 2.7 shows this name where it cannot break a graph."""
+    return function(*arguments)
+
+
+try:
+    call = torch.compiler.disable(_call_with_a_stream_or_arrays_that_no_graph_can_hold, reason=_REASON)
+except TypeError:  # an old PyTorch, without reasons
+    call = torch.compiler.disable(_call_with_a_stream_or_arrays_that_no_graph_can_hold)
