@@ -63,6 +63,12 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("arrays::out_with_every_framework_that_can_be_written"),
         yes("dlpack_frameworks::out_is_filled_in_place"),
     ),
+    "`out=` known to autograd, and in graphs": (
+        yes("torch_out::versions_are_raised", "torch_out::tensors_that_require_grad_are_refused_as_by_pytorch",
+            "torch_out_compiled::out_is_filled_in_one_graph", "torch_opcheck::opcheck_of_out",
+            "gpu/torch_out_gpu::versions_are_raised", "gpu/torch_out_gpu::out_is_filled_in_one_graph"),
+        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
     "arrays of several frameworks in one call": (
         yes("arrays::results_belong_to_the_framework_of_the_first_array",
             f"{GPU}::frameworks_may_be_mixed_on_one_device"),
@@ -86,6 +92,12 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes(STREAMS, "gpu/streams::on_a_given_stream"),
         NOT_THERE,
         yes("gpu/stream_table::dlpack_orders_other_frameworks"),
+    ),
+    "`stream=` in compiled code": (
+        Cell("breaks the graph", ("torch_out_compiled::a_stream_breaks_the_graph",
+                                  "gpu/torch_out_gpu::a_stream_breaks_the_graph")),
+        no("no", "jax_jit::errors_are_raised_while_tracing"),
+        NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "the host never waits": (
         yes(STREAMS, "gpu/autograd_gpu::the_host_does_not_wait",

@@ -160,6 +160,24 @@ def test_torch_gives_the_same_compiled(op: Op, torch: Any) -> None:
     same(compiled(fewer), call(op, fewer))
 
 
+@pytest.mark.backends("reference")
+@pytest.mark.slow("seconds", every=4)
+@EVERY
+def test_torch_fills_out_the_same_compiled(op: Op, torch: Any) -> None:
+    torch.compiler.reset()
+    given = {name: torch.from_numpy(array) for name, array in arrays(op).items()}
+    options = op.example()
+    want = call(op, given)
+
+    def into(given: dict[str, Any], outs: list[Any]) -> Any:
+        return op.flatten(options, run(op, options, positional(op, given), op.pack(options, outs), None))[0] * 2
+
+    outs = [torch.zeros_like(array) for array in want]
+    got = torch.compile(into, backend="aot_eager", fullgraph=True, dynamic=True)(given, outs)
+    same(tuple(outs), want)
+    same((got,), (want[0] * 2,))
+
+
 # -- JAX ---------------------------------------------------------------------------------------------------------------
 
 

@@ -9,13 +9,14 @@ from cupy_router.ops.registry import OPS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from tests.torch_samples import samples  # noqa: E402
+from tests.torch_samples import into_samples, samples  # noqa: E402
 
 BY_HAND = {"router", "router_backward"}  # a Router of arrays that are no tensors
 
 
 def test_every_op_has_a_sample() -> None:
     assert samples().keys() == OPS.keys() | BY_HAND
+    assert into_samples().keys() == {f"{name}_out" for name in OPS.keys() | {"router"}}
 
 
 @pytest.mark.slow("seconds")
@@ -23,4 +24,12 @@ def test_every_op_has_a_sample() -> None:
 def test_opcheck(name: str) -> None:
     for given in samples()[name]:
         results = torch.library.opcheck(getattr(torch.ops.cupy_router, name).default, given)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("name", sorted(OPS.keys() | {"router"}))
+def test_opcheck_of_out(name: str) -> None:
+    for given in into_samples()[f"{name}_out"]:
+        results = torch.library.opcheck(getattr(torch.ops.cupy_router, f"{name}_out").default, given)
         assert set(results.values()) == {"SUCCESS"}

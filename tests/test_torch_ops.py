@@ -188,16 +188,6 @@ def test_fake_tensors_have_the_right_shapes_and_dtypes(dtype: Any) -> None:
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-@pytest.mark.parametrize("name", ["out", "stream"])
-def test_objects_that_a_graph_cannot_hold_are_refused(name: str) -> None:
-    x = arguments(5)[0]
-    given = {"out": topk_select(x, 2)} if name == "out" else {"stream": 0}
-    for call in (lambda x: topk_select(x, 2, **given), lambda x: DENSE(x, **given)):
-        torch.compiler.reset()
-        with pytest.raises(Exception, match="out and stream cannot be given inside"):
-            torch.compile(call, backend="eager", fullgraph=True)(x)
-
-
 @pytest.mark.slow("seconds")
 def test_an_option_that_torch_compile_takes_for_symbolic() -> None:
     torch.compiler.reset()

@@ -209,3 +209,18 @@ def test_scores_that_require_grad_may_be_selected_into_out() -> None:
     out = topk_select(scores, 2)
     assert topk_select(scores, 2, out=out) is out
     assert (out.values._version, out.values.requires_grad) == (1, False)
+
+
+def test_dual_tensors_and_transforms_are_refused() -> None:
+    from torch.autograd import forward_ad
+
+    out = empty()
+    with forward_ad.dual_level():
+        dual = Routing(forward_ad.make_dual(out.weights, torch.ones(5, 4)), out.indices)
+        with pytest.raises(ValueError, match=r"^activation_topk: out and stream cannot be given inside torch"):
+            activation_topk(LOGITS, METHOD, out=dual)
+        activation_topk(LOGITS, METHOD, out=out)
+    for transform in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(ValueError, match=r"^activation_topk: out and stream cannot be given inside torch"):
+            transform(lambda logits: activation_topk(logits, METHOD, out=empty()).weights.sum())(LOGITS[None])
+    assert (out.weights._version, out.indices._version) == (1, 1)

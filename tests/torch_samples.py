@@ -71,6 +71,24 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     return {name: [_declared(op, device)] for name, op in OPS.items()} | by_hand
 
 
+def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
+    """Return argument lists for each op that writes into tensors of the caller: those of its twin, then the tensors."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for name, calls in samples(device).items():
+        if name == "router_backward":
+            continue
+        for given in calls:
+            given = tuple(array.detach() if isinstance(array, torch.Tensor) else array for array in given)
+            results = getattr(torch.ops.cupy_router, name)(*given)
+            results = results if isinstance(results, tuple) else (results,)
+            if name in OPS:
+                wanted = OPS[name].existing(OPS[name].options_of(given[0]))
+                results = tuple(r if d in wanted else None for r, d in zip(results, OPS[name].results, strict=True))
+            outs = [None if result is None else torch.zeros_like(result) for result in results]
+            found.setdefault(f"{name}_out", []).append((*given, *outs))
+    return found
+
+
 def _declared(op: Op, device: str) -> tuple[Any, ...]:
     """Return arguments made from the declaration of an op."""
     tensors = {name: torch.from_numpy(array).to(device) for name, array in declared.arrays(op).items()}

@@ -158,7 +158,7 @@ def _refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
 def refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:
     """Refuse to write into tensors that require grad in grad mode, as PyTorch's own functions with `out` do."""
     for place, name in names.items():
-        if getattr(arrays[place], "requires_grad", False) and torch.is_grad_enabled():
+        if arrays[place].requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require grad unless under torch.no_grad(), because it gets no gradient")
 
 

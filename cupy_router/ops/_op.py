@@ -243,6 +243,7 @@ class Op:
         """Return the results that these options ask for."""
         if not self.varies:
             return self.results
+        options = self.as_options(options)
         return tuple(result for result in self.results if result.exists is None or result.exists(options))
 
     def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Output, ...]:
@@ -303,7 +304,7 @@ class Op:
             inner = found.pop(name)
             if inner is not None:
                 found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", kind, inner)}
-        wanted = [result.path for result in self.existing(self.as_options(options))]
+        wanted = [result.path for result in self.existing(options)]
         for path, array in found.items():
             if array is not None and path not in wanted:
                 raise self._unwanted(path, array)
@@ -332,7 +333,7 @@ class Op:
         """Return the name of an array argument: inputs, then the existing fields of `out`."""
         if position < len(self.names):
             return self.names[position]
-        return f"out.{self.existing(self.as_options(options))[position - len(self.names)].path}"
+        return f"out.{self.existing(options)[position - len(self.names)].path}"
 
     def written_names(self, options: Any, arrays: Sequence[Any]) -> dict[int, str]:
         """Return the names of the arrays that a call writes into, by their places in inputs followed by `out`."""

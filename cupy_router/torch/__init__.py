@@ -10,6 +10,8 @@ they check whether something is traced or requires grad, and otherwise run as wi
     router = cupy_router.Router("deepseek-v4-flash", weight=weight, bias=bias)
     route = torch.compile(lambda x: router(x), fullgraph=True)
 
+`out=` is an op of the graph as well. `stream=` breaks the graph. Autograd knows of every tensor that is written into.
+
 Traced code may make methods, and Routers of tensors: calls with the same arguments share a graph. docs/frameworks.md
 says what each version of PyTorch traces.
 

@@ -23,6 +23,7 @@ from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE, BackwardOptions, without_factors
 from cupy_router.ops.hash_router import HashOptions
+from cupy_router.torch import _state
 from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
 
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)  # private, may disappear
@@ -52,18 +53,22 @@ def _is_uniform(op: Op, inputs: tuple[Any, ...]) -> bool:
 
 
 def refuse_out(op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...]) -> None:
-    """Refuse `out` where results have a gradient, and tensors in it that require grad, in grad mode."""
-    if torch.is_grad_enabled():
-        if wants_gradient(op, inputs) and not _is_uniform(op, inputs):
-            raise ValueError(
-                f"{op.label}: out cannot be given where weights have a gradient, that is with arrays that require grad "
-                "unless under torch.no_grad()"
-            )
-        arrays = (*inputs, *outs)
-        try:
-            tensors.refuse_gradient(op.written_names(options, arrays), arrays)
-        except ValueError as error:
-            raise ValueError(f"{op.label}: {error}") from error
+    """Refuse `out` inside torch.func, and in grad mode if results have a gradient or a tensor in it requires grad."""
+    if outs and _state.is_transformed():
+        _state.refuse_out_and_stream(op.label, outs, None)
+    if not torch.is_grad_enabled():
+        return
+    smooth = [inputs[position] for position in op.differentiable]
+    if outs and [a for a in smooth if isinstance(a, torch.Tensor) and a.requires_grad] and not _is_uniform(op, inputs):
+        raise ValueError(
+            f"{op.label}: out cannot be given where weights have a gradient, that is with arrays that require grad "
+            "unless under torch.no_grad()"
+        )
+    arrays = (*inputs, *outs)
+    try:
+        tensors.refuse_gradient(op.written_names(options, arrays), arrays)
+    except ValueError as error:
+        raise ValueError(f"{op.label}: {error}") from error
 
 
 def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:

@@ -42,5 +42,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         refuse_out_and_stream(op.label, out, stream)
         return _transforms.run(op, options, inputs, number)
     if _is_grad_enabled() and wants_gradient(op, inputs):
+        if outs:
+            _autograd.refuse_out(op, options, inputs, outs)
         return _autograd.run_with_gradient(op, options, inputs, out, stream, number)
     return _run.run(op, options, inputs, out, stream, number, eager=True)

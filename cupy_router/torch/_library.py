@@ -4,6 +4,9 @@
 A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. The graph has all
 results: those that the options leave out are empty tensors there, and None for the caller. An input that the op writes
 into is a mutable argument.
+
+Each op has a twin, `<op>_out`, for calls with `out`: it takes the tensors for the results as further arguments that it
+mutates, and returns nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +58,6 @@ def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
 def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
     """Return whether a graph can hold a call with these arrays."""
     for position, array in enumerate(inputs):
-        # torch.compile takes a NumPy array as a tensor.
         kinds = torch.Tensor if position == 0 or position in op.written else (torch.Tensor, np.ndarray)
         if array is not None and not isinstance(array, kinds):
             return False
@@ -64,7 +66,8 @@ def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
 
 def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, outs: Sequence[Any]) -> Any:
     """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
-    arguments = (*inputs, number) if op.takes_number else inputs
+    given = [torch.as_tensor(array) if isinstance(array, np.ndarray) else array for array in inputs]
+    arguments = (*given, number) if op.takes_number else given
     wanted = op.existing(options)
     if out is not None:
         rest = iter(outs)
@@ -119,28 +122,39 @@ def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def define(op: Op) -> None:
-    """Add an op to the library."""
-    LIBRARY.define(schema(op), tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(op.name, partial(_implementation, op), device)
-    torch.library.register_fake(f"cupy_router::{op.name}", partial(_fake, op), lib=LIBRARY)
+    """Add an op and its twin to the library."""
+    register(schema(op), partial(_implementation, op), partial(_fake, op))
     if op.differentiable:
         register_gradient(op.name, _autograd.backward, partial(_remember, op))
     elif op is _autograd.BACKWARD:
         register_gradient(op.name, _autograd.no_second_derivative, None)
     else:
-        LIBRARY.impl(op.name, torch.library.fallthrough_kernel, "Autograd")  # results have no gradient
-    name = f"{op.name}_out"
-    LIBRARY.define(schema(op, into=True), tags=(torch.Tag.pt2_compliant_tag,))
+        register_without_gradient(op.name)
+    register(schema(op, into=True), partial(_implementation_into, op), no_results)
+    register_without_gradient(f"{op.name}_out")  # calls are checked by `refuse_out` before
+
+
+def register(schema: str, implementation: Any, fake: Any) -> None:
+    """Add an op to the library."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, partial(_implementation_into, op), device)
-    torch.library.register_fake(f"cupy_router::{name}", lambda *given: None, lib=LIBRARY)
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # `refuse_out` has been asked
+        LIBRARY.impl(name, implementation, device)
+    torch.library.register_fake(f"cupy_router::{name}", fake, lib=LIBRARY)
+
+
+def no_results(*arguments: Any) -> None:
+    """Fake of an op that returns nothing."""
 
 
 def register_gradient(name: str, backward: Any, setup_context: Any) -> None:
     """Give an op of the library a gradient."""
     torch.library.register_autograd(f"cupy_router::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def register_without_gradient(name: str) -> None:
+    """Let autograd pass over an op of the library."""
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 for _op in OPS.values():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from cupy_router.torch import _state
+
 _REASON = "cupy_router: graphs hold no stream= and no arrays but PyTorch's, so call it outside of this graph or without"
 
 
@@ -23,3 +25,9 @@ try:
     call = torch.compiler.disable(_call_with_a_stream_or_arrays_that_no_graph_can_hold, reason=_REASON)
 except TypeError:  # an old PyTorch, without reasons
     call = torch.compiler.disable(_call_with_a_stream_or_arrays_that_no_graph_can_hold)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # graphs are guarded by the transforms around
+def transforms_are_traced() -> bool:
+    """Return whether transforms of torch.func are traced, in a way that torch.compile of PyTorch 2.4 can trace too."""
+    return _state.in_torch_func()

@@ -17,7 +17,7 @@ from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.results import Routing
 from cupy_router.router import Router
 from cupy_router.torch import _autograd, _library, _state
-from cupy_router.torch._library import LIBRARY, register_gradient
+from cupy_router.torch._library import no_results, register, register_gradient, register_without_gradient
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
@@ -103,32 +103,20 @@ def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any,
     return None, grad_x, None, None, None
 
 
-def _define(name: str, schema: str, implementation: Any, fake: Any) -> None:
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, device)
-    torch.library.register_fake(f"cupy_router::{name}", fake, lib=LIBRARY)
-
-
-_define(
-    "router",
-    "(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value) -> (Tensor, Tensor)",
+register(
+    "router(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value) -> (Tensor, Tensor)",
     _implementation,
     _fake,
 )
-_define(
-    "router_out",
-    "(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value, Tensor(a!) weights, "
-    "Tensor(b!) indices) -> ()",
+register(
+    "router_out(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value, "
+    "Tensor(a!) weights, Tensor(b!) indices) -> ()",
     _implementation_into,
-    lambda *given: None,
+    no_results,
 )
-_define(
-    "router_backward",
-    "(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor",
-    _backward,
-    _fake_backward,
+register(
+    "router_backward(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor", _backward, _fake_backward
 )
 register_gradient("router", _differentiate, _remember)
 register_gradient("router_backward", _autograd.no_second_derivative, None)
-LIBRARY.impl("router_out", torch.library.fallthrough_kernel, "Autograd")  # `refuse_out` has been asked
+register_without_gradient("router_out")

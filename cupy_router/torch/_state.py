@@ -57,6 +57,15 @@ def in_dynamo() -> bool:
     return torch.compiler.is_dynamo_compiling() or bool(_frame_callback())
 
 
+def is_transformed() -> bool:
+    """Return True inside torch.func, also if torch.compile traces it."""
+    if not torch.compiler.is_dynamo_compiling():
+        return bool(in_torch_func())
+    from cupy_router.torch import _outside
+
+    return bool(_outside.transforms_are_traced())
+
+
 def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the result of a function that torch.compile must not trace."""
     if not in_dynamo():
