@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod
+from cupy_router import Routing, RoutingMethod
 from tests.gates import (
     EXPERTS,
     HIDDEN,
@@ -111,6 +111,20 @@ def test_a_gate_compiles_into_one_graph_and_uses_the_arrays_that_it_has_now(make
     assert_same(compiled(*given), expected(gate.state_dict(), *given))
     gate.to(torch.bfloat16)
     assert_same(compiled(*given), expected(gate.state_dict(), *given))
+
+
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+def test_out_in_compiled_code(make: Callable[[], Any], fullgraph: bool) -> None:
+    torch.compiler.reset()
+    gate = make().requires_grad_(False)
+    compiled = torch.compile(lambda out, *given: gate(*given, out=out), backend="aot_eager", fullgraph=fullgraph)
+    for axes in ((), (5,), (2, 3)):
+        given = arguments(gate, axes)
+        out = Routing(torch.zeros(*axes, K), torch.zeros(*axes, K, dtype=torch.int32))
+        compiled(out, *given)
+        assert_same(out, gate(*given))
 
 
 def test_equal_gates_share_one_graph() -> None:
