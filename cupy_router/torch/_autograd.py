@@ -65,10 +65,8 @@ def refuse_out(op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, .
             "unless under torch.no_grad()"
         )
     arrays = (*inputs, *outs)
-    try:
-        tensors.refuse_gradient(op.written_names(options, arrays), arrays)
-    except ValueError as error:
-        raise ValueError(f"{op.label}: {error}") from error
+    names = op.written_names(options, arrays)
+    tensors.refuse_gradient({place: f"{op.label}: {name}" for place, name in names.items()}, arrays)
 
 
 def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
