@@ -14,10 +14,13 @@ import pytest
 
 import cupy_router
 from cupy_router import Router, RoutingMethod, activation_topk, dense_router, hash_router, topk_select
+from cupy_router.ops import _run
+from cupy_router.ops import activation_topk as activation_op
 from cupy_router.results import Routing, TopK
 from tests import frameworks, inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+from cupy_router.torch import _intercept, _state  # noqa: E402
 
 METHOD = RoutingMethod(16, 4)
 LOGITS = torch.from_numpy(inputs.normal((5, 16), seed=410))
@@ -319,3 +322,25 @@ def test_the_reference_is_never_traced() -> None:
     found = torch.compile(lambda logits: call(logits + 1) * 2, backend=backend)(LOGITS)
     assert_same([found], [activation_topk(LOGITS + 1, METHOD).weights * 2])
     assert len(traced) == 2, traced  # the addition and the product
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_frames_that_torch_compile_gave_up_lead_to_no_traced_reference(
+    out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs such frames as they stand, where nothing seems to be traced, and would trace the functions they call."""
+
+    def given_up(function: Any) -> Any:
+        return torch.compiler.disable(function, recursive=False)
+
+    class Interceptor:
+        wants = staticmethod(given_up(_intercept.wants))
+        run = staticmethod(given_up(_intercept.run))
+
+    monkeypatch.setattr(_intercept, "is_special", given_up(_intercept.is_special))
+    monkeypatch.setattr(_state, "is_tracing", given_up(_state.is_tracing))
+    monkeypatch.setattr(_run, "interceptors", [Interceptor])
+    run, into = given_up(_run.run), buffers() if out else None
+    given = activation_op.OP, METHOD, (LOGITS, None, None, None, None), into, None
+    found = compiled(lambda x: run(*given).weights + x, fullgraph=False, backend="eager")(torch.ones(()))
+    assert_same([found], [activation_topk(LOGITS, METHOD).weights + 1])
