@@ -57,12 +57,17 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def floors() -> dict[str, str]:
-    """Return the lowest version of each dependency that the test command installs."""
+def declared() -> list[str]:
+    """Return what the test command asks for in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     optional = project["optional-dependencies"]
-    declared = [*project["dependencies"], *(text for extra in extras() for text in optional[extra])]
-    return {normalized(name): floor for text in declared for name, floor in re.findall(r"^([\w-]+)>=([\w.]+)", text)}
+    return [*project["dependencies"], *(text for extra in extras() for text in optional[extra])]
+
+
+def floors() -> dict[str, str]:
+    """Return the lowest version of each dependency that the test command installs."""
+    found = [re.findall(r"^([\w-]+)>=([\w.]+)", text) for text in declared()]
+    return {normalized(name): floor for ((name, floor),) in found}
 
 
 def resolved(which: str, folder: Path) -> Path:
