@@ -180,6 +180,8 @@ def _host(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any] | None:
     """
     try:
         found = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        if not tensor.numel():  # and no address, which NumPy 2.1 takes for no memory
+            return np.empty(tuple(tensor.shape), found)
         return np.asarray(_Memory(tensor, found.itemsize)).view(found)
     except (RuntimeError, TypeError):
         return None
