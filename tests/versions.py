@@ -134,6 +134,12 @@ def load(path: Path = RUNS) -> dict[str, Any]:
     return content
 
 
+def gpu_environment() -> dict[str, Any]:
+    """Return what the results of the tests on a GPU say of their machine."""
+    about: dict[str, Any] = load(GPU_RUN)["environment"]
+    return about
+
+
 def version_of(versions: dict[str, str], column: str) -> str:
     names = ("cupy-cuda12x", "cupy-cuda13x") if column == "cupy" else (normalized(column),)
     return next((versions[name] for name in names if name in versions), "")
@@ -147,8 +153,7 @@ def cells() -> Iterator[list[str]]:
             f"{run['set']}, {run['date']}", run["python"], *(version_of(versions, column) for column in COLUMNS),
             versions["nvidia-cuda-nvrtc-cu12"], run["tests"],
         ]  # fmt: skip
-    gpu = json.loads(GPU_RUN.read_text("utf-8"))
-    about = gpu["environment"]
+    about = gpu_environment()
     yield [
         f"{about['gpu']['name']}, {about['date']}", about["python"],
         *(version_of(about["versions"], column) for column in COLUMNS), about["nvrtc"], "`--backend=gpu`",
