@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,13 @@ def needs_nvrtc() -> None:
         pytest.skip("there is no NVRTC that CuPy would use")
 
 
+def nvrtc_version() -> tuple[int, int]:
+    library, major, minor = nvrtc._library(), ctypes.c_int(), ctypes.c_int()
+    assert library is not None
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
 @pytest.mark.usefixtures("needs_nvrtc")
 @pytest.mark.parametrize(
     ("cuda", "line", "word"),
@@ -97,6 +105,8 @@ def needs_nvrtc() -> None:
     ],
 )
 def test_nvrtc_finds_what_is_wrong_at_once(cuda: str, line: int, word: str) -> None:
+    if "missing" in word and nvrtc_version() < (12, 4):
+        pytest.skip("this NVRTC lets a missing return pass")
     with pytest.raises(CompileError) as caught:
         make(cuda)
     assert str(caught.value).startswith(f"ScoreFunction mine({line}): error: ")

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests import frameworks
+
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = frameworks.transformers_with_models()
 
 from cupy_router.torch import replace_routers, restore_routers  # noqa: E402
 from cupy_router.torch._swapped import Router, Swapped  # noqa: E402

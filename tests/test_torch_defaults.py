@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from cupy_router import RoutingMethod, activation_topk  # noqa: E402
 from cupy_router.torch import load_balance, replace_routers  # noqa: E402
+from tests import frameworks  # noqa: E402
 from tests.gradient_cases import KINDS  # noqa: E402
 from tests.torch_gradients import Case  # noqa: E402
 
@@ -67,7 +68,7 @@ def test_compiled_gradients_and_load_balance(default: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_swapped_routers(dtype: Any) -> None:
     """The proof before the swap and the swapped forward, in a model that was built under another default dtype."""
-    transformers = pytest.importorskip("transformers")
+    transformers = frameworks.transformers_with_models()
     torch.set_default_dtype(dtype)
     try:
         config = transformers.Qwen3MoeConfig(
