@@ -82,7 +82,7 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     others = sorted(
         key
         for key in known - set(found.values())
-        if key.startswith(router) or (key.startswith(below) and _is_of_router(key, below, gate, known))
+        if key.startswith(router) or (key.startswith(below) and _is_of_router(key, below, router, known))
     )
     if others:
         raise ValueError(f"{others[0]} is part of the router of {gate}weight, but nothing that a Router can take")
@@ -154,16 +154,51 @@ def plain_bias_selects(method: RoutingMethod) -> bool:
     return not method.selects_on_logits and method.score in ("sigmoid", "sqrtsoftplus")
 
 
-def _is_of_router(key: str, below: str, gate: str, known: set[str]) -> bool:
-    """Return True if a key near a gate is named like a part of a router, and is no part of another router there."""
-    path = key[len(below) :]
-    name = path.rpartition(".")[2]
-    named = re.search("router|correction|expert", name) and re.search("bias|scale", name)
-    if _ATTENTION.search(path) or not (named or "2eid" in name or ".router." in f".{path}"):
+def _is_of_router(key: str, below: str, router: str, known: set[str]) -> bool:
+    """Return True if a key outside the router's module is named like a part of a router, and no other module has it."""
+    module, name = key[: key.rfind(".") + 1], key[key.rfind(".") + 1 :]
+    *above, last = ["", *module[len(below) :].split(".")[:-1]]
+    if _ATTENTION.search(key[len(below) :]) or _is_of_other_module(key, router, known):
         return False
-    folders = [key[: dot.end()] for dot in re.finditer(r"\.", key) if not gate.startswith(key[: dot.end()])]
-    others = (f"{folder}{path}" for folder in folders for path in ("", *_ROUTERS, *_NESTED))
-    return not any(f"{other}weight" in known for other in others)
+    if last == "router":
+        return True
+    if not _PART.search(name):
+        return False
+    if _NAME.search(name):
+        return True
+    if _EXPERTS.search(" ".join((*above, last, name))) or _OTHERS.search(name):
+        return False
+    is_block = module == _folder_above(router) and not _is_layer(module, known)
+    return is_block or bool(_MODULE.search(last)) or (router.startswith(module) and bool(_OF_ROUTING.search(name)))
+
+
+# Words in the names of a router's bias, scale or table; of such a tensor wherever it is; of modules that have them; of
+# such tensors in a layer; and of tensors of experts, linear layers and norms, which have biases and scales, too.
+_PART = re.compile("bias|scal|table|correct|multiplier|temperature|2eid|to_expert", re.IGNORECASE)
+_NAME = re.compile("rout(?!ed_expert)|correct|e_score|select|2eid|^(per_)?expert_(bias|scale)(es|s)?$", re.IGNORECASE)
+_MODULE = re.compile("(^|_)gate$|rout|moe|correct|select|static")
+_OF_ROUTING = re.compile("gat(e|ing)|moe|topk|score|expert|balanc")
+_EXPERTS = re.compile(r"experts|expert_?\d|shared|expert\w*_(weight|input|output|act|activation)_")
+_OTHERS = re.compile(r"proj|linear|norm|(^|_)(w|fc|mlp)\d|(^|_)(weight|input|output|up|down)_")
+
+
+def _is_of_other_module(key: str, router: str, known: set[str]) -> bool:
+    """Return True if a module of the key that does not have the router has a weight, or a router, of its own."""
+    folders = [key[: dot.end()] for dot in re.finditer(r"\.", key) if not router.startswith(key[: dot.end()])]
+    gates = [f"{folder}{path}" for folder in folders for path in ("", *_ROUTERS, *_NESTED)]
+    own = [f"{gate}{name}" for gate in gates for name in ("weight", "qweight", "weight_packed")]
+    stem = re.sub("_(bias|scale)(es|s)?$", "", key)  # experts.gate_up_proj_bias beside experts.gate_up_proj
+    if stem != key and f"{stem}." != router:
+        own += [stem, f"{stem}.weight", f"{stem}_weight"]
+    if key == f"{_folder_above(router)}bias":  # JetMoE's, of the layer after its experts
+        own.append(f"{_folder_above(router)}output_linear.weight")
+    return not known.isdisjoint(own)
+
+
+def _is_layer(folder: str, known: set[str]) -> bool:
+    """Return True if a module is a whole layer, by its number or its attention."""
+    is_numbered = folder[:-1].rpartition(".")[2].isdigit()
+    return is_numbered or any(key.startswith(folder) and _ATTENTION.search(key, len(folder)) for key in known)
 
 
 def _folder_above(folder: str) -> str:
