@@ -138,11 +138,13 @@ class CudaBackend:
 
 BACKENDS: dict[str, Backend] = {}
 _backend_of_parent: Backend | None = None  # if it had used CUDA before it forked this process
+_is_forked = False
 
 
 def _after_fork() -> None:
     """In the child, forget what belongs to the parent's CUDA, so that every call asks :func:`why_no_cuda` again."""
-    global _backend_of_parent, _lock
+    global _backend_of_parent, _is_forked, _lock
+    _is_forked = True
     _lock = threading.RLock()  # another thread of the parent may have held it
     why_no_cuda.cache_clear()
     if "cuda" in BACKENDS:
@@ -161,7 +163,8 @@ FORKED = (
 
 def is_of_a_fork(error: Exception) -> bool:
     """Return True for the error that CUDA raises in every call after a fork, by way of any framework."""
-    return "initialization error" in str(error)
+    text = str(error)
+    return _is_forked and "initialization error" in text and "cuda" in text.lower()
 
 
 def backend(kind: str) -> Backend | None:

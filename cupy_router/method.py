@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import math
 import operator
-import uuid
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
 from cupy_router import huggingface_configs
-from cupy_router.score_function import ScoreFunction, score_numbered
+from cupy_router.score_function import ScoreFunction, score_of_key
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
@@ -25,9 +24,6 @@ BIAS_TARGETS = ("score", "logits")
 GROUP_SCORES = ("max", "top2")
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 INDEX_DTYPES = ("int32", "int64")
-
-
-PROCESS = uuid.uuid4().hex
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +153,7 @@ class RoutingMethod:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if isinstance(self.score, ScoreFunction):  # has no text
-            checked["score"] = (PROCESS, self.score.number)
+            checked["score"] = (self.score.key,)
         changed = [f'"{name}": {as_json(checked[name])}' for name in checked if checked[name] != _DEFAULTS[name]]
         object.__setattr__(self, "text", "{" + ", ".join(changed) + "}")
 
@@ -311,10 +307,7 @@ def from_text(text: str) -> RoutingMethod:
     """Return the method of a `text`. Graphs and compiled programs carry texts, also into other processes."""
     values = json.loads(text)
     if isinstance(values.get("score"), list):
-        process, number = values["score"]
-        if process != PROCESS:
-            raise RuntimeError("a compiled call with a ScoreFunction runs only in the process that traced it")
-        values["score"] = score_numbered(number)
+        values["score"] = score_of_key(*values["score"])
     return RoutingMethod(**values)
 
 

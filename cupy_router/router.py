@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
@@ -12,17 +11,17 @@ import numpy as np
 
 from cupy_router import checkpoint, huggingface
 from cupy_router.arrays import View, framework_of
-from cupy_router.method import PROCESS, RoutingMethod, resolve
+from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._op import FLOATS
 from cupy_router.ops._run import Interceptor
 from cupy_router.results import Routing
+from cupy_router.unique_keys import new_key
 
 # Every router of this process by its key: graphs of PyTorch carry strings, not objects.
 routers: MutableMapping[str, Router] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
 
 
 class Router:
@@ -92,7 +91,7 @@ class Router:
         return router
 
     def _enter(self) -> None:
-        self.key = f"{PROCESS} {next(_numbers)}"  # unique over all processes
+        self.key = new_key()
         routers[self.key] = self
 
     # A copy is a separate router and gets a new key.
@@ -101,6 +100,8 @@ class Router:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self.follows_inputs:
+            self._make_read_only()
         self._enter()
 
     def _check_arguments(self) -> None:
@@ -209,7 +210,8 @@ class Router:
         """Return the router at `prefix` of a safetensors file, or of the folder or index of a checkpoint.
 
         Only the arrays of this router are read, into CPU memory. The first x on a GPU copies them to that GPU. They are
-        read-only, since a copy would not follow what is written into them; assign other arrays instead.
+        read-only, since a copy would not follow what is written into them. Other arrays may be assigned instead; if
+        they are writable, each call copies them.
 
         Raises:
             ImportError: The library `safetensors` is missing: install cupy-router[safetensors].
@@ -226,9 +228,7 @@ class Router:
                 raise ValueError(f"{path}: {error}") from error
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
             router = cls._from_keys(state, keys, {key: f"{key} of {files[key]}" for key in state}, method)
-        for array in router.arrays().values():
-            if array is not None:
-                array.flags.writeable = False
+        router._make_read_only()
         router.follows_inputs = True
         return router
 
@@ -250,13 +250,19 @@ class Router:
             key = found.get(name)
             raise type(error)(message if key is None else f"{named.get(key, key)} is the {name}: {message}") from error
 
+    def _make_read_only(self) -> None:
+        for array in self.arrays().values():
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+
     def beside(self, x: Any) -> Router:
         """Return this router with its arrays on the device of x. Only arrays from a file are moved."""
         if not self.follows_inputs:
             return self
         device, held = _view("x", x).device, (self.method, *self.arrays().values())
         copied, found = self._copies.get(device, ((), None))
-        if found is None or any(a is not b for a, b in zip(held, copied, strict=True)):  # replaced since
+        may_change = any(isinstance(array, np.ndarray) and array.flags.writeable for array in held)
+        if found is None or may_change or any(a is not b for a, b in zip(held, copied, strict=True)):
             move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
             moved = {name: None if array is None else move(array) for name, array in self.arrays().items()}
             found = Router(self.method, **moved)

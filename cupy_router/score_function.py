@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
@@ -11,10 +10,11 @@ from typing import Any, ClassVar
 
 from cupy_router import nvrtc
 from cupy_router.declarations import CompileError
+from cupy_router.unique_keys import new_key
 
-# The number of each ScoreFunction of this process. Equal ones have the same number.
-_numbers: dict[ScoreFunction, int] = {}
-_new_numbers = itertools.count()
+# Each ScoreFunction of this process by its key, because a function has no text. Equal ones have the same key.
+_scores: dict[str, ScoreFunction] = {}
+_keys: dict[ScoreFunction, str] = {}
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 # What matters for the place of a text in the kernels; comments, numbers, strings and characters only hide it.
@@ -66,7 +66,7 @@ class ScoreFunction:
     numpy: Callable[[Any], Any]
     derivative: ScoreFunction | None = None
 
-    number: ClassVar[int]  # not a field, see `score_numbered`
+    key: ClassVar[str]  # not a field, see `score_of_key`
 
     def __post_init__(self) -> None:
         for field in ("name", "cuda"):
@@ -88,7 +88,8 @@ class ScoreFunction:
         self._enter()
 
     def _enter(self) -> None:
-        object.__setattr__(self, "number", _numbers.setdefault(self, next(_new_numbers)))
+        object.__setattr__(self, "key", _keys.setdefault(self, new_key()))
+        _scores[self.key] = self
 
     # Numbers differ between processes, so pickles and copies carry only the fields.
     def __getstate__(self) -> dict[str, Any]:
@@ -136,9 +137,12 @@ class ScoreFunction:
         )
 
 
-def score_numbered(number: int) -> ScoreFunction:
-    """Return the ScoreFunction of a `number`. Graphs carry numbers, because a function has no text."""
-    for score, own in list(_numbers.items()):
-        if own == number:
-            return score
-    raise RuntimeError("a compiled call has an unknown ScoreFunction: make it outside of the traced function")
+def score_of_key(key: str) -> ScoreFunction:
+    """Return the ScoreFunction of a `key`, which a graph carries."""
+    found = _scores.get(key)
+    if found is None:
+        raise RuntimeError(
+            "a compiled call with a ScoreFunction runs only in the process that traced it, and where the ScoreFunction "
+            "was made outside of the traced function"
+        )
+    return found

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,18 +115,39 @@ def test_a_process_that_has_not_used_cuda_may_fork() -> None:
 
 
 @pytest.mark.slow("process")
-def test_a_lock_that_another_thread_held_does_not_stop_the_child() -> None:
+@pytest.mark.parametrize("module", ["compiler", "kernel_cache"])
+def test_a_lock_that_another_thread_held_does_not_stop_the_child(module: str) -> None:
     lines = printed(
+        "from cupy_router import kernel_cache\n"
         "held = threading.Event()\n"
         "def hold():\n"
-        "    with compiler._lock:\n"
+        f"    with {module}._lock:\n"
         "        held.set()\n"
         "        threading.Event().wait()\n"
         "threading.Thread(target=hold, daemon=True).start()\n"
         "held.wait()\n"
-        "child(lambda: compiler.expand('topk_select'))\n"
+        "child(lambda: compiler.expand('topk_select'), kernel_cache.prepare)\n"
     )
-    assert lines == ["str"]
+    assert lines == ["str", "NoneType"]
+
+
+@pytest.mark.slow("process")
+def test_children_share_no_keys_but_those_of_their_parent() -> None:
+    """A compiled program of one child must not find another score, or Router, under its key in a sibling."""
+    lines = printed(
+        "from cupy_router import Router, ScoreFunction, method\n"
+        "before = RoutingMethod(4, 2, ScoreFunction('before', cuda='x', numpy=abs))\n"
+        "def keys():\n"
+        "    assert method.from_text(before.text) == before\n"
+        "    own = ScoreFunction('own', cuda='-x', numpy=abs)\n"
+        "    raise ValueError(own.key, Router(RoutingMethod(3, 2), weight=host).key)\n"
+        "child(keys)\n"
+        "child(keys)\n"
+        "child(keys)\n"
+    )
+    assert len(lines) == len(set(lines)) == 3
+    found = [key for line in lines for key in re.findall("'(.*?)'", line)]
+    assert len(found) == len(set(found)) == 6
 
 
 @pytest.mark.parametrize("where", ["launch", "on_stream", "current_stream", "allocator"])
@@ -137,6 +159,7 @@ def test_an_error_of_a_fork_is_translated_wherever_it_is_raised(where: str, monk
 
     fake = Fake()
     monkeypatch.setitem(FRAMEWORKS, Array, fake)
+    monkeypatch.setattr(compiler, "_is_forked", True)
     if where != "launch":
         monkeypatch.setattr(fake, where, fail)
     with recording("cuda") as recorder:
@@ -146,12 +169,24 @@ def test_an_error_of_a_fork_is_translated_wherever_it_is_raised(where: str, monk
     assert isinstance(caught.value.__cause__, InitializationError)
 
 
-def test_other_errors_of_a_launch_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("forked", "failure"),
+    [
+        (True, RuntimeError("out of luck")),
+        (True, RuntimeError("a cache, initialization error")),
+        (False, InitializationError()),
+    ],
+)
+def test_other_errors_of_a_launch_stay_as_they_are(
+    forked: bool, failure: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(FRAMEWORKS, Array, Fake())
+    monkeypatch.setattr(compiler, "_is_forked", forked)
     with recording("cuda") as recorder:
-        recorder.failure = RuntimeError("out of luck")
-        with pytest.raises(RuntimeError, match=r"^out of luck$"):
+        recorder.failure = failure
+        with pytest.raises(RuntimeError) as caught:
             topk_select(Array(1 << 20, (4, 64)), 2)
+    assert caught.value is failure
 
 
 def test_a_child_that_is_the_first_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +197,8 @@ def test_a_child_that_is_the_first_to_call(monkeypatch: pytest.MonkeyPatch) -> N
 
     runtime = SimpleNamespace(getDeviceCount=fail, CUDARuntimeError=InitializationError)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
-    reason = compiler.why_no_cuda.__wrapped__()
-    assert reason is not None
-    assert reason.startswith(SENTENCE)
+    for forked, said in ((True, SENTENCE), (False, "no CUDA device or driver is usable (cudaErrorInit")):
+        monkeypatch.setattr(compiler, "_is_forked", forked)
+        reason = compiler.why_no_cuda.__wrapped__()
+        assert reason is not None
+        assert reason.startswith(said)

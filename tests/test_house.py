@@ -29,6 +29,7 @@ OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls
 MAY_IMPORT = {
     "_hooks": set(),
     "watch": set(),
+    "unique_keys": set(),
     "declarations": set(),
     "kernel_cache": set(),
     "kernel_log": set(),
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "huggingface_families": set(),
     "results": set(),
     "nvrtc": {"thread_locale"},
-    "score_function": {"declarations", "nvrtc"},
+    "score_function": {"declarations", "nvrtc", "unique_keys"},
     "score_comparison": {"compiler", "method", "ops", "reference", "score_function"},
     "method": {"huggingface_configs", "score_function"},
     "launcher": {"compiler"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
         "scratch",
         "tuning",
     },
-    "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results"},
+    "router": {"arrays", "checkpoint", "compiler", "huggingface", "method", "ops", "results", "unique_keys"},
     "torch": {"arrays", "huggingface", "ops", "results", "router", "method"},
     "jax": {
         "arrays",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,11 @@ def test_a_router_of_a_file_has_no_stale_copies(backend: Backend, tmp_path: Path
     got = to_host(backend, router(x))
     assert_same(got, to_host(backend, Router(router.method, **arrays)(x)))
     assert not np.array_equal(got.indices, before.indices)
+    router.bias[:] = BIAS  # of an assigned array, which may be written
+    np.testing.assert_array_equal(to_host(backend, router(x)).indices, before.indices)
+    twin = copy.deepcopy(router)
+    assert not twin.weight.flags.writeable
+    np.testing.assert_array_equal(to_host(backend, twin(x)).indices, before.indices)
 
 
 def test_num_valid_and_out(backend: Backend) -> None:

@@ -102,11 +102,10 @@ def split_num_valid(op: str, num_valid: Any) -> tuple[int, Any]:
         return -1, None
     if isinstance(num_valid, (int, np.integer)):
         return integer(f"{op}: num_valid", num_valid, 0), None
-    if isinstance(num_valid, (float, np.floating)):
-        given = f"{type(num_valid).__name__} {num_valid}"
-        raise TypeError(
-            f"{op}: num_valid must be an int or a one-element int32 array, got {given}: convert it by int()"
-        )
+    if isinstance(num_valid, (float, np.floating, str, list, tuple)):
+        remedy = ": convert it by int()" if isinstance(num_valid, (float, np.floating)) else ""
+        given = f"{type(num_valid).__name__} {num_valid}{remedy}"
+        raise TypeError(f"{op}: num_valid must be an int or a one-element int32 array, got {given}")
     return -1, num_valid
 
 

@@ -67,7 +67,7 @@ class TopKSelect(Op):
         num_rows, num_columns = scores.shape
         windowed = arrays.lengths is not None or arrays.starts is not None
         if num_columns == 0 and not windowed:
-            raise ValueError(f"scores must have at least one column without lengths or starts, got {scores}")
+            raise ValueError(f"scores must have at least one column unless lengths or starts are given, got {scores}")
         check.integer("k", options.k, 1, 2**31 - 1 if windowed else num_columns)
         if num_columns > 2**31 - 1:
             raise ValueError(f"scores must have at most 2**31 - 1 columns, got {scores}")
