@@ -302,8 +302,11 @@ def _read(name: str) -> tuple[str, Path]:
 
 def _lines(name: str, headers: Mapping[str, str], seen: set[str]) -> Iterator[str]:
     seen.add(name)
-    text = headers[name] if name in headers else _read(name)[0]
     yield f'#line 1 "kernels/{name}"'
+    if name in headers:
+        yield headers[name]  # a caller's text as it was checked: no other ends of lines, no includes
+        return
+    text = _read(name)[0]
     for number, line in enumerate(text.splitlines(), 1):
         include = _INCLUDE.match(line)
         if include is None:

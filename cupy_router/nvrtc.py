@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -11,18 +12,36 @@ from pathlib import Path
 from cupy_router import thread_locale
 
 _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the text is wrong, nothing else
-# A missing return is a warning by default, and then an undefined result. Other warnings would hide the error.
-_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=940")
+# A return without a value and a missing return are warnings by default, and then undefined results. Other warnings
+# would hide the errors.
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=117,940")
+
+_used = False
+_used_by_parent = False
+
+
+def _after_fork() -> None:
+    """In the child, leave NVRTC alone: a thread of the parent may have held its locks, which nobody frees here."""
+    global _used_by_parent
+    _used_by_parent = _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache(maxsize=256)
 @thread_locale.kept()
-def errors(text: str) -> str | None:
+def errors(text: str, name: str) -> str | None:
     """Return the compiler's lines if it refuses a text for the newest architecture that it knows.
 
-    None if it accepts the text, or if there is no NVRTC. The first call loads NVRTC, which takes some tenths of a
-    second. Later ones take hundredths.
+    None if it accepts the text, if there is no NVRTC, or if this process was forked after a first call. The lines call
+    the text by its name. The first call loads NVRTC, which takes some tenths of a second. Later ones take hundredths.
     """
+    global _used
+    if _used_by_parent:
+        return None
+    _used = True
     library = _library()
     if library is None:
         return None
@@ -32,7 +51,7 @@ def errors(text: str) -> str | None:
     library.nvrtcGetSupportedArchs(architectures)
     given = [option.encode() for option in (*_OPTIONS, f"-arch=compute_{max(architectures)}")]
     program = ctypes.c_void_p()
-    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"text.cu", 0, None, None):
+    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None):
         return None
     try:
         if library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given)) != _COMPILATION:

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cupy_router import compiler
-from cupy_router.method import RoutingMethod
+from cupy_router.method import FLOAT32_TINY, RoutingMethod
 from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.reference.scoring import custom_score, flush
 from cupy_router.score_function import ScoreFunction
 
-_ABSOLUTE = 1e-6  # what a float32 formula such as log(1 + exp(x)) loses where its result is near 0
+_ROUNDING = 1e-6  # what a float32 formula such as sigmoid(x) - 0.5 loses where it crosses 0, of its values nearby
+_UNDERFLOW = FLOAT32_TINY**0.5  # what sqrt(log1p(exp(x))) loses when the exponential is subnormal
 _SLOPE_TOLERANCE = 1e-3
 
 
@@ -23,24 +25,30 @@ class ScoreComparison(NamedTuple):
 
     num_values: int  # x at which CUDA and NumPy were compared, for the score and for its derivative
     num_slopes: int  # x at which the derivative was compared with differences of the score; 0 without a derivative
-    max_error: float  # greatest difference between CUDA and NumPy, relative to max(1, |NumPy|)
+    max_error: float  # greatest difference between CUDA and NumPy above 1.1e-19, relative to |NumPy| here or nearby
 
 
 def compare_score(score: ScoreFunction, *, tolerance: float = 1e-4) -> ScoreComparison:
     """Compare ``cuda`` with ``numpy`` on a GPU, and the derivative with central differences of ``numpy``.
 
     The x are some thousand float32: evenly from -20 to 20, of every magnitude and sign, infinities, NaN, zeros and
-    subnormals. CUDA and NumPy may differ by ``tolerance * |NumPy| + 1e-6``. CUDA may take a subnormal x for 0.
-    Differences are left out where left and right ones disagree, as at a kink. This is a sample: it finds a wrong
-    formula, not every wrong x.
+    subnormals. CUDA and NumPy may differ by ``tolerance * |NumPy|``, so that small scores count as much as large ones,
+    as they do once weights are renormalised. Two things are allowed besides. Where a score crosses 0, float32 loses
+    digits: 1e-6 of the lesser of |NumPy| at x - 0.5 and x + 0.5. Where a step of the formula is subnormal, it
+    becomes 0: 1.1e-19, the root of the smallest normal float32. CUDA may take a subnormal x for 0. A formula that
+    loses small scores otherwise, such as ``logf(1.0f + expf(x))`` far below 0, differs: write it with ``log1pf``.
+
+    Differences for the derivative are left out where left and right ones disagree, as at a kink. This is a sample: it
+    finds a wrong formula, not every wrong x.
 
     Args:
         score: The score. Its derivative, if it has one, is compared in the same way.
-        tolerance: Relative tolerance of the comparison with NumPy.
+        tolerance: Relative tolerance of the comparison with NumPy, finite and not negative.
 
     Raises:
-        TypeError: ``score`` is no ScoreFunction.
-        ValueError: The halves differ, or the derivative is not that of the score. The message names the first x.
+        TypeError: ``score`` is no ScoreFunction, or ``tolerance`` no number.
+        ValueError: ``tolerance`` is negative or not finite, the halves differ, or the derivative is not that of the
+            score. The message names the first x.
         RuntimeError: There is no GPU.
         cupy_router.compiler.CompileError: ``cuda`` does not compile.
 
@@ -51,6 +59,10 @@ def compare_score(score: ScoreFunction, *, tolerance: float = 1e-4) -> ScoreComp
     """
     if not isinstance(score, ScoreFunction):
         raise TypeError(f"compare_score: score must be a ScoreFunction, got {type(score).__name__}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+        raise TypeError(f"compare_score: tolerance is {tolerance!r}, but must be a number")
+    if not 0 <= tolerance < np.inf:
+        raise ValueError(f"compare_score: tolerance is {tolerance!r}, but must be finite and not negative")
     x = _grid()
     error, num_slopes = _compare_values(score, x, tolerance), 0
     if score.derivative is not None:
@@ -74,9 +86,11 @@ def _compare_values(score: ScoreFunction, x: NDArray[np.float32], tolerance: flo
     """Return the greatest error, or raise the first x at which CUDA and NumPy differ."""
     found = _by_kernel(score, x).astype(np.float64)
     expected, at_zero = (_by_numpy(score, given) for given in (x, flush(x)))
+    nearby = _nearby(score, x)
     with np.errstate(all="ignore"):
-        wrong = ~(_agree(found, expected, tolerance) | _agree(found, at_zero, tolerance))
-        errors = np.abs(found - expected) / np.maximum(1.0, np.abs(expected))
+        wrong = ~(_agree(found, expected, nearby, tolerance) | _agree(found, at_zero, nearby, tolerance))
+        differences = np.abs(found - expected)
+        errors = np.where(differences > _UNDERFLOW, differences / np.maximum(np.abs(expected), nearby), 0.0)
     if wrong.any():
         first = int(np.argmax(wrong))
         raise ValueError(
@@ -86,9 +100,20 @@ def _compare_values(score: ScoreFunction, x: NDArray[np.float32], tolerance: flo
     return float(errors[np.isfinite(errors)].max(initial=0.0))
 
 
-def _agree(found: Any, expected: Any, tolerance: float) -> Any:
-    close = np.abs(found - expected) <= tolerance * np.abs(expected) + _ABSOLUTE
+def _agree(found: Any, expected: Any, nearby: Any, tolerance: float) -> Any:
+    close = np.abs(found - expected) <= tolerance * np.abs(expected) + _ROUNDING * nearby + _UNDERFLOW
     return (found == expected) | close | (np.isnan(found) & np.isnan(expected))
+
+
+def _nearby(score: ScoreFunction, x: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the size of what cancels at x, if something does: the lesser of the scores on both sides.
+
+    The lesser one, because a pole or a cliff on one side says nothing of the formula at x.
+    """
+    with np.errstate(all="ignore"):
+        left, right = (np.abs(custom_score(score, x.astype(np.float64) + side)) for side in (-0.5, 0.5))
+        size = np.minimum(left, right).astype(np.float64)
+    return np.where(np.isfinite(size), size, 0.0)
 
 
 def _by_numpy(score: ScoreFunction, x: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -113,11 +138,12 @@ def _compare_slopes(score: ScoreFunction, derivative: ScoreFunction) -> int:
     """Return how many derivatives agree with central differences, or raise the first x at which they do not."""
     magnitudes = np.geomspace(1e-3, 1e3, 121)
     x = np.concatenate([np.linspace(-20.0, 20.0, 801), magnitudes, -magnitudes])
+    nearby = _nearby(score, x)
     step = 1e-5 * np.maximum(np.abs(x), 1e-1)
     with np.errstate(all="ignore"):
         left, here, right = (custom_score(score, x + sign * step).astype(np.float64) for sign in (-1, 0, 1))
         slopes, claimed = (right - left) / (2 * step), custom_score(derivative, x).astype(np.float64)
-        allowed = _SLOPE_TOLERANCE * np.abs(slopes) + 1e-6 * (1 + np.abs(here))
+        allowed = _SLOPE_TOLERANCE * np.abs(slopes) + _ROUNDING * np.maximum(np.abs(here), nearby)
         smooth = np.abs(right - 2 * here + left) / step <= allowed
         compared = np.isfinite(slopes) & smooth
         wrong = compared & ~(np.abs(claimed - slopes) <= allowed)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from cupy_router import nvrtc
@@ -16,15 +17,15 @@ from cupy_router.unique_keys import new_key
 _scores: dict[str, ScoreFunction] = {}
 _keys: dict[ScoreFunction, str] = {}
 
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-# What matters for the place of a text in the kernels; comments, numbers, strings and characters only hide it.
+_SPLICE = re.compile(r"\\\r?\n")  # the compiler joins these lines before anything else
+# Comments, numbers, strings and characters hide what stands in them; a word may be the prefix of a string or character.
 _TOKEN = re.compile(
-    r"//(?:\\\n|[^\n])*|/\*.*?\*/|\d[\w.']*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'"
-    r"|(?P<found>[()\[\]{}]|<%|%>|/\*|^[ \t]*#[ \t]*\w+)",
-    re.S | re.M,
+    r"//[^\n]*|/\*.*?\*/|\.?\d(?:[eEpP][+-]|'?\w|\.)*|\"(?:\\[^\n]|[^\"\\\n])*\"|'(?:\\[^\n]|[^'\\\n])*'"
+    r"|(?P<found>(?:u8|[uUL])?R\"|[^\W\d]\w*|[()\[\]{}\"'#]|<%|%>|%:|/\*)",
+    re.S,
 )
 _CLOSES = {")": "(", "]": "[", "}": "{", "%>": "<%"}
-_DIRECTIVES = {"if", "ifdef", "ifndef", "elif", "else", "endif", "pragma"}
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class ScoreFunction:
     Args:
         name: Name in errors and in the repr, of letters, digits, ``_``, ``-`` and ``.``.
         cuda: CUDA C++ in terms of the float ``x``: an expression such as ``"tanhf(x)"``, or a function body with
-            ``return``. It is compiled into the kernels, with flush-to-zero, and may call CUDA's device functions.
-        numpy: The same score for the reference: a function of a float64 array that returns an array of that shape.
+            ``return``. It is compiled into the kernels, with flush-to-zero, and may call CUDA's device functions and
+            nothing else: no functions of the kernels, no preprocessor directives (``_Pragma("unroll")`` is none).
+        numpy: The same score for the reference: a hashable function of a float64 array that returns an array of that
+            shape.
         derivative: Derivative of the score with respect to x, as another ScoreFunction. Only gradients need it.
 
     Results are float32 scores: NaN ranks lowest, subnormals become 0. The caller ensures that ``cuda`` and ``numpy``
@@ -44,9 +47,10 @@ class ScoreFunction:
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: ``name`` has other characters, or ``cuda`` is empty.
+        ValueError: ``name`` has other characters, or ``cuda`` is empty or has characters that no compiler reads.
         cupy_router.compiler.CompileError: ``cuda`` is not CUDA C++, with the line that is wrong. Its brackets are
-            checked here, and all of it if NVRTC is installed. Otherwise the first call on a GPU raises it.
+            checked here, and all of it if NVRTC is installed. Otherwise, and in a process that was forked after that
+            check, the first call on a GPU raises it.
 
     >>> import numpy as np
     >>> from cupy_router import RoutingMethod, ScoreFunction, activation_topk
@@ -75,14 +79,25 @@ class ScoreFunction:
                 raise TypeError(f"ScoreFunction: {field} is {value!r}, but must be a str")
         if not callable(self.numpy):
             raise TypeError(f"ScoreFunction: numpy is {self.numpy!r}, but must be a function of a float64 array")
+        try:
+            hash(self.numpy)
+        except TypeError:
+            raise TypeError(
+                f"ScoreFunction: numpy is {self.numpy!r}, which has no hash, but must be hashable"
+            ) from None
         if not isinstance(self.derivative, ScoreFunction | None):
             raise TypeError(f"ScoreFunction: derivative is {self.derivative!r}, but must be a ScoreFunction or None")
         if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
             raise ValueError(f"ScoreFunction: name is {self.name!r}, but must be of letters, digits, _, - and .")
         if not self.cuda.strip():
             raise ValueError("ScoreFunction: cuda is empty, but must be an expression or a function body of x")
+        unreadable = _UNREADABLE.search(self.cuda)
+        if unreadable is not None:
+            raise ValueError(
+                f"ScoreFunction: cuda has {unreadable[0]!r}, but must be text without zero bytes and surrogates"
+            )
         self._check_place()
-        log = nvrtc.errors(self.header)
+        log = nvrtc.errors(self.header, f"ScoreFunction {self.name}")
         if log is not None:
             raise CompileError(log)
         self._enter()
@@ -102,21 +117,34 @@ class ScoreFunction:
     def _check_place(self) -> None:
         """Raise what would reach beyond the place of the text in the kernels, where it might compile all the same."""
         open_ones: list[tuple[str, int]] = []
-        for match in _TOKEN.finditer(self.cuda):
-            token = "".join((match["found"] or "").split())
+        for token, line in self._tokens():
             if token in _CLOSES:
                 if not open_ones or open_ones.pop()[0] != _CLOSES[token]:
-                    raise self._error(match.start(), f'"{token}" closes nothing')
-            elif token.startswith("#"):
-                if token[1:] not in _DIRECTIVES:
-                    raise self._error(match.start(), f'"{token}" would change the kernel around the score')
-            elif token:
-                open_ones.append((token, match.start()))
+                    raise self._error(line, f'"{token}" closes nothing')
+            elif token in ("#", "%:"):  # in C++ they begin directives and nothing else
+                raise self._error(
+                    line, f'"{token}" begins a preprocessor directive, which would change the kernel around the score'
+                )
+            elif token.endswith('R"'):
+                raise self._error(line, "a raw string is not allowed: write an ordinary one")
+            elif token in ('"', "'", "/*"):
+                raise self._error(line, f"{token} is not closed")
+            elif token in _CLOSES.values():
+                open_ones.append((token, line))
         if open_ones:
             raise self._error(open_ones[0][1], f'"{open_ones[0][0]}" is not closed')
 
-    def _error(self, position: int, message: str) -> CompileError:
-        line = self.cuda.count("\n", 0, position) + 1
+    def _tokens(self) -> Iterator[tuple[str, int]]:
+        """Yield the words, the brackets and what else may change the kernels, each with its line."""
+        pieces = _SPLICE.split(self.cuda)
+        joins = list(accumulate(map(len, pieces[:-1])))
+        text = "".join(pieces)
+        for match in _TOKEN.finditer(text):
+            if match["found"] is not None:
+                start = match.start()
+                yield match["found"], 1 + text.count("\n", 0, start) + sum(join <= start for join in joins)
+
+    def _error(self, line: int, message: str) -> CompileError:
         return CompileError(f"ScoreFunction {self.name}({line}): error: {message}")
 
     def __repr__(self) -> str:
@@ -129,11 +157,11 @@ class ScoreFunction:
 
     def defined_as(self, function: str) -> str:
         """Return CUDA C++ that defines the score as a device function of this name."""
-        is_body = re.search(r"\breturn\b", _COMMENT.sub(" ", self.cuda)) is not None
+        is_body = any(token == "return" for token, _ in self._tokens())
         before, after = ("", "") if is_body else ("return (", ");")
+        line = f'#line 1 "ScoreFunction {self.name}"\n'
         return (
-            f"__device__ __forceinline__ float {function}(float x) {{ {before}\n"
-            f'#line 1 "ScoreFunction {self.name}"\n{self.cuda}\n{after} }}\n'
+            f"{line}__device__ __forceinline__ float {function}(float x) {{ {before}\n{line}{self.cuda}\n{after} }}\n"
         )
 
 

@@ -113,7 +113,7 @@ def test_exported_programs_use_the_stable_target() -> None:
 @pytest.mark.slow("compiler")
 @pytest.mark.usefixtures("gpu")
 def test_compile_errors_are_reported_by_the_handler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "errors", lambda text: None)  # as where there is none when the score is made
+    monkeypatch.setattr(nvrtc, "errors", lambda *args: None)  # as where there is none when the score is made
     wrong = ScoreFunction("wrong", cuda="x + undeclared", numpy=lambda x: x)
     program = lowered(lambda a: activation_topk(a, RoutingMethod(32, 4, wrong)), jnp.ones((3, 32)))
     assert (launched(program), handled(program)) == (0, 1)

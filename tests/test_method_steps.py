@@ -235,7 +235,7 @@ def test_an_error_in_a_custom_score_names_its_line(
     backend: Backend, cuda: str, line: int, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without NVRTC the first call finds it."""
-    monkeypatch.setattr(nvrtc, "errors", lambda text: None)
+    monkeypatch.setattr(nvrtc, "errors", lambda *args: None)
     logits = backend.array(np.zeros((2, 64), np.float32))
     broken = ScoreFunction("mine", cuda=cuda, numpy=lambda x: x)
     with pytest.raises(CompileError) as caught:
@@ -248,6 +248,13 @@ def test_an_error_in_a_custom_score_names_its_line(
     assert host(backend, activation_topk(logits, M(64, 4, fine)))[1].tolist() == [[0, 1, 2, 3]] * 2
 
 
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -256,7 +263,14 @@ def test_an_error_in_a_custom_score_names_its_line(
         ({"name": 3}, TypeError, "name is 3, but must be a str"),
         ({"cuda": " \n"}, ValueError, "cuda is empty"),
         ({"cuda": b"x"}, TypeError, "cuda is b'x', but must be a str"),
+        (
+            {"cuda": "x /* \ud800 */"},
+            ValueError,
+            r"cuda has '\\ud800', but must be text without zero bytes and surrogates",
+        ),
+        ({"cuda": "x\0 + 1"}, ValueError, r"cuda has '\\x00', but must be text"),
         ({"numpy": "x"}, TypeError, "numpy is 'x', but must be a function of a float64 array"),
+        ({"numpy": Unhashable()}, TypeError, "numpy is <.*>, which has no hash, but must be hashable"),
     ],
 )
 def test_a_bad_custom_score(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,12 +41,42 @@ BEYOND = [
     ("x; } evil {", 1, '"}" closes nothing'),
     ("return x;\n} __device__ float other() {\nreturn 1.0f;", 2, '"}" closes nothing'),
     ("x; %> evil <%", 1, '"%>" closes nothing'),
-    ("x\n/* and so on", 2, '"/*" is not closed'),
+    ("x\n/* and so on", 2, "/* is not closed"),
     ("x // )\n)", 2, '")" closes nothing'),
     ("x + ')' )", 1, '")" closes nothing'),
-    ("#define float double\nx", 1, '"#define" would change the kernel around the score'),
-    ("x\n  # include <cmath>\n", 2, '"#include" would change the kernel around the score'),
+    ("x + '\n", 1, "' is not closed"),
+    ('x + "\n)', 1, '" is not closed'),
+    ("auto c = u8'{';\nreturn x; } evil { '", 2, '"}" closes nothing'),
+    ("x /\\\n/ {\n}", 3, '"}" closes nothing'),
+    ("x /\\\r\n* { *\\\r\n/ }", 3, '"}" closes nothing'),
+    ("// \\\\\n\n}", 3, '"}" closes nothing'),
+    ('f(R"(")", x)', 1, "a raw string is not allowed: write an ordinary one"),
+    ('x;\nu8R"(")"', 2, "a raw string is not allowed: write an ordinary one"),
+    ('x; R\\\n"(")"', 1, "a raw string is not allowed: write an ordinary one"),
 ]
+DIRECTIVES = [
+    ("#define float double\nx", 1),
+    ("x\n  # include <cmath>\n", 2),
+    ("/* my score */ #define __fadd_rn(a, b) 0.25f\nreturn x;", 1),
+    ("#/**/define __fadd_rn(a, b) 0.25f\nreturn x;", 1),
+    ("#\\\ndefine __fadd_rn(a, b) 0.25f\nreturn x;", 1),
+    ("/**/#undef SPECIALISED\nreturn x;", 1),
+    ("x;\v\f#define A", 1),
+    ("\n%:define __fadd_rn(a, b) 0.25f\nreturn x;", 2),
+    ("%\\\n:define __fadd_rn(a, b) 0.25f\nreturn x;", 1),
+    ("#if 0\n{\n#endif\nreturn x; }\n__device__ float other(float y) { return y;\n#if 0\n}\n#endif", 1),
+    ("#if __CUDA_ARCH__ >= 900\nreturn x;\n#else\nreturn 2 * x;\n#endif", 1),
+    ("#pragma unroll\nfor (int i = 0; i < 2; ++i) x *= x;\nreturn x;", 1),
+]
+
+
+@pytest.mark.usefixtures("no_nvrtc")
+@pytest.mark.parametrize(("cuda", "line"), DIRECTIVES)
+def test_directives_are_refused(cuda: str, line: int) -> None:
+    message = " begins a preprocessor directive, which would change the kernel around the score"
+    with pytest.raises(CompileError) as caught:
+        make(cuda)
+    assert str(caught.value).replace("%:", "#") == f'ScoreFunction mine({line}): error: "#"{message}'
 
 
 @pytest.mark.usefixtures("no_nvrtc")
@@ -67,8 +98,15 @@ GOOD = [
     "float s[2] = {x, 1.0f};\nreturn s[0];",
     "auto f = [](float y) { return y; };\nreturn f(x);",
     'printf("%f}\\")", x), x',
-    "#if __CUDA_ARCH__ >= 900\nreturn x;\n#else\nreturn 2 * x;\n#endif",
-    "#pragma unroll\nfor (int i = 0; i < 2; ++i) x *= x;\nreturn x;",
+    "if (__CUDA_ARCH__ >= 900) return x;\nreturn 2 * x;",
+    '_Pragma("unroll") for (int i = 0; i < 2; ++i) x *= x;\nreturn x;',
+    'x + sizeof("# } %: R")',
+    "x + u8'{' + 0x1p-3f + 1e+2f + .5f  // #define",
+    'const char* s = "return";\nreturn x;',
+    'x + sizeof("return")',
+    "x // \\\n return\n",
+    "/\\\n* } return *\\\n/ x",
+    "float y = x;\r\nreturn y; /\\\r\n/ }\r\n",
     "static_cast<float>(__reduce_add_sync(0xffffffffu, static_cast<int>(x)))",
     "x < ::fabsf(x) ? x : 0",
 ]
@@ -100,6 +138,10 @@ def nvrtc_version() -> tuple[int, int]:
         ("x *\n\nnonsense(x)", 3, '"nonsense" is undefined'),
         ("float y = 1.0f;\nreturn y + z;", 2, '"z" is undefined'),
         ("if (x > 0)\n    return x;", 3, "missing return statement"),
+        ("if (x > 0) return;\nreturn x;", 1, "should return a value"),
+        ("float y = x;\nreturn;", 2, "should return a value"),
+        ('"abc"', 1, "return value type does not match"),
+        ("&x", 1, "return value type does not match"),
         ("x; x", 1, "expected"),
         ("x; return x", 2, "expected"),
     ],
@@ -111,6 +153,7 @@ def test_nvrtc_finds_what_is_wrong_at_once(cuda: str, line: int, word: str) -> N
         make(cuda)
     assert str(caught.value).startswith(f"ScoreFunction mine({line}): error: ")
     assert word in str(caught.value)
+    assert ".cu" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("no_nvrtc")
@@ -141,6 +184,56 @@ def test_making_a_score_imports_no_framework_and_text_is_compiled_once() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.parametrize("separator", "\r\v\f\x1c\x85\u2028")
+def test_the_kernel_has_the_lines_that_were_checked(separator: str) -> None:
+    """Python's ends of lines are more than the compiler's: what is a comment to the one has to be one to the other."""
+    expanded = compiler.expand(
+        "activation_topk", headers=(("routing/score_function.cuh", make(f"x // {separator} + 1").header),)
+    )
+    assert f"\nx // {separator} + 1\n" in expanded
+
+
+def test_a_text_includes_nothing() -> None:
+    score = make('x /*\n#include "nothing.cuh"\n#include "device/warp.cuh"\n*/')
+    assert score.cuda in compiler.expand("activation_topk", headers=(("routing/score_function.cuh", score.header),))
+
+
+@pytest.mark.slow("process")
+@pytest.mark.usefixtures("needs_nvrtc")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_leaves_nvrtc_alone() -> None:
+    """Another thread of the parent may have been inside NVRTC, whose locks nobody frees in the child."""
+    code = (
+        "import os\n"
+        "from cupy_router import ScoreFunction, nvrtc\n"
+        "def refused(cuda):\n"
+        "    try:\n"
+        "        ScoreFunction('f', cuda=cuda, numpy=abs)\n"
+        "    except Exception as error:\n"
+        "        return type(error).__name__\n"
+        "def in_child():\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        os.waitpid(child, 0)\n"
+        "        return False\n"
+        "    return True\n"
+        "if in_child():\n"
+        "    print(refused('nonsense(x)'), flush=True)\n"
+        "    os._exit(0)\n"
+        "print(refused('nonsense(x)'), flush=True)\n"
+        "if in_child():\n"
+        "    nvrtc._library = None\n"
+        "    print(refused('nonsense(x) + 1'), refused('x)'), flush=True)\n"
+        "    if in_child():\n"
+        "        print(refused('nonsense(x) + 2'), flush=True)\n"
+        "    os._exit(0)\n"
+        "print(refused('nonsense(x) + 1'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    expected = ["CompileError", "CompileError", "None CompileError", "None", "CompileError"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
 
 
 # -- The NumPy half ---------------------------------------------------------------------------------------------------
@@ -180,6 +273,14 @@ AGREE = {
     "sign": make("copysignf(1.0f, x)", lambda x: np.copysign(1.0, x)),  # differs at -0.0 if that were lost
     "exp": make("expf(x)", np.exp, derivative=make("expf(x)", np.exp)),
     "softplus": make("fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)))", lambda x: np.logaddexp(0, x)),
+    "sqrtsoftplus": make(  # the exponential underflows long before the root does
+        "sqrtf(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))))", lambda x: np.sqrt(np.logaddexp(0, x))
+    ),
+    "sigmoid": make("1.0f / (1.0f + expf(-x))", lambda x: 1 / (1 + np.exp(-x))),
+    "tanh": make("tanhf(x)", np.tanh, derivative=make("1.0f / (coshf(x) * coshf(x))", lambda x: np.cosh(x) ** -2.0)),
+    "crosses 0": make("1.0f / (1.0f + expf(-x)) - 0.5f", lambda x: 1 / (1 + np.exp(-x)) - 0.5),  # digits cancel
+    "crosses 0 twice": make("x * x - 1.0f", lambda x: x * x - 1, derivative=make("2.0f * x", lambda x: 2 * x)),
+    "small": make("1e-12f * tanhf(x)", lambda x: 1e-12 * np.tanh(x)),
 }
 
 
@@ -204,6 +305,26 @@ DIFFER = {
         r"is inf by CUDA and 1.8\d+e\+19 by NumPy at x = 1.8\d+e\+19",
     ),
     "by half a percent": (make("1.005f * x", lambda x: x), "by CUDA"),
+    "a small score with the other sign": (
+        make("-1e-7f * x / (1.0f + fabsf(x))", lambda x: 1e-7 * x / (1 + abs(x))),
+        r"is 2\.439\d+e-09 by CUDA and -2\.439\d+e-09 by NumPy at x = -0\.025",
+    ),
+    "twice a small score": (
+        make("2.0f * expf(-x * x - 14.0f)", lambda x: np.exp(-x * x - 14)),
+        r"is 1\.66\d+e-06 by CUDA and 8\.31\d+e-07 by NumPy at x = 0, and differs at 10\d\d of",
+    ),
+    "where it is small": (make("logf(1.0f + expf(x))", lambda x: np.logaddexp(0, x)), r"by NumPy at x = -\d"),
+    "near a pole": (make("x > 0.1f ? 1.0f / x : 2.0f / x", lambda x: 1 / x), "by CUDA and inf|by CUDA and -40"),
+    "a small derivative with the other sign": (
+        make(
+            "1e-7f * tanhf(x)",
+            lambda x: 1e-7 * np.tanh(x),
+            derivative=ScoreFunction(
+                "slope", cuda="-1e-7f / (coshf(x) * coshf(x))", numpy=lambda x: -1e-7 / np.cosh(x) ** 2
+            ),
+        ),
+        r"ScoreFunction\('slope'\) is -",
+    ),
     "in the derivative's halves": (
         make("x * x", np.square, derivative=make("2.0f * x + 1.0f", lambda x: 2 * x)),
         r"ScoreFunction\('mine'\) is 1 by CUDA and 0 by NumPy at x = 0",
@@ -227,6 +348,21 @@ def test_halves_that_differ(backend: Backend, name: str) -> None:
 def test_the_tolerance_is_chosen(backend: Backend) -> None:
     near = make("1.005f * x", lambda x: x)
     assert 4e-3 < compare_score(near, tolerance=1e-2).max_error < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "error", "message"),
+    [
+        ("a", TypeError, "tolerance is 'a', but must be a number"),
+        (True, TypeError, "tolerance is True, but must be a number"),
+        (float("nan"), ValueError, "tolerance is nan, but must be finite and not negative"),
+        (float("inf"), ValueError, "tolerance is inf, but"),
+        (-1.0, ValueError, r"tolerance is -1\.0, but"),
+    ],
+)
+def test_a_bad_tolerance(tolerance: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^compare_score: {message}"):
+        compare_score(make("x"), tolerance=tolerance)
 
 
 def test_without_a_gpu_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
