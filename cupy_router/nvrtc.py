@@ -12,9 +12,9 @@ from pathlib import Path
 from cupy_router import thread_locale
 
 _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the text is wrong, nothing else
-# A return without a value and a missing return are warnings by default, and then undefined results. Other warnings
-# would hide the errors.
-_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=117,940")
+# A return without a value, a variable without one and a missing return are warnings by default, and then undefined
+# results. Other warnings would hide the errors.
+_OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=117,549,940")
 
 _used = False
 _used_by_parent = False

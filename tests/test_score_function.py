@@ -109,6 +109,8 @@ GOOD = [
     "float y = x;\r\nreturn y; /\\\r\n/ }\r\n",
     "static_cast<float>(__reduce_add_sync(0xffffffffu, static_cast<int>(x)))",
     "x < ::fabsf(x) ? x : 0",
+    "float y;\nfor (int i = 0; i < 3; ++i) {\n    if (i == 0) y = x; else y *= x;\n}\nreturn y;",
+    'float y;\nasm("mov.f32 %0, %1;" : "=f"(y) : "f"(x));\nreturn y;',
 ]
 
 
@@ -140,6 +142,7 @@ def nvrtc_version() -> tuple[int, int]:
         ("if (x > 0)\n    return x;", 3, "missing return statement"),
         ("if (x > 0) return;\nreturn x;", 1, "should return a value"),
         ("float y = x;\nreturn;", 2, "should return a value"),
+        ("float y;\nreturn y * x;", 2, "used before its value is set"),
         ('"abc"', 1, "return value type does not match"),
         ("&x", 1, "return value type does not match"),
         ("x; x", 1, "expected"),
@@ -147,7 +150,7 @@ def nvrtc_version() -> tuple[int, int]:
     ],
 )
 def test_nvrtc_finds_what_is_wrong_at_once(cuda: str, line: int, word: str) -> None:
-    if "missing" in word and nvrtc_version() < (12, 4):
+    if word in ("missing return statement", "should return a value") and nvrtc_version() < (12, 4):
         pytest.skip("this NVRTC lets a missing return pass")
     with pytest.raises(CompileError) as caught:
         make(cuda)
