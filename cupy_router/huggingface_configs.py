@@ -8,7 +8,7 @@ in that table is supported if its configuration states every step.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from cupy_router.huggingface_families import (
@@ -25,6 +25,7 @@ from cupy_router.huggingface_families import (
     Plus,
     Read,
     Rule,
+    Steps,
 )
 
 Config = Mapping[str, Any]
@@ -52,7 +53,10 @@ def routing_fields(config: Any) -> dict[str, Any]:
     top = _as_dict(config)
     if top is None:
         raise TypeError(f"config is a {type(config).__name__}, but must be a configuration object or its dict")
-    found = _find(top, _model_type(top))
+    try:
+        found = _find(top, _model_type(top))
+    except RecursionError:
+        raise ValueError("config: a part of it contains itself") from None
     if found is None:
         raise ValueError(
             f"{_model_type(top) or 'config'}: has no experts, neither it nor its parts have one of "
@@ -83,16 +87,39 @@ def _refuse_unknown_steps(config: Config) -> None:
 
     A step that is absent counts as left out. So a name that nobody reads would give a wrong method.
     """
-    known = {name for names in NAMES.values() for name in names}
-    for name, value in config.items():
-        is_step = _OF_ROUTING.search(str(name)) and _STEP.search(str(name)) and "loss" not in str(name)
-        if is_step and name not in known and isinstance(value, int | float) and value not in (0, 1):
+    for name, value in _numbers(config, ""):
+        if not _is_neutral(name, value):
             raise ValueError(f"has {name} = {value!r}, whose meaning is not known")
 
 
-# Words in the names of numbers that belong to a step of routing.
-_OF_ROUTING = re.compile("rout|expert|moe|gating")
-_STEP = re.compile("scal|factor|multiplier|temperature|softcap|capping|group")
+# Words in the names of numbers that belong to a step of routing, of steps, and of what else has such names.
+_OF_ROUTING = re.compile("rout|expert|moe|gate|gating|topk|top_k")
+_STEP = re.compile("scal|factor|multiplier|temperature|cap$|capping|group|zero|null|copy")
+_NO_STEP = re.compile("loss|aux|attn|attention|rope|parallel")
+_NAMED = {name for names in NAMES.values() for name in names}
+
+
+def _numbers(config: Config, start: str) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of the numbers that belong to a step of routing, those in parts about routing, too."""
+    for name, value in config.items():
+        path = f"{start}{name}"
+        if isinstance(value, Mapping) and _OF_ROUTING.search(path):
+            yield from _numbers(value, f"{path}.")
+        elif path not in _NAMED and _OF_ROUTING.search(path) and _STEP.search(path) and not _NO_STEP.search(path):
+            yield path, value
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Return True if a step with this value changes nothing, or the value is no number."""
+    value = _plain(value)
+    if isinstance(value, list | tuple):
+        return all(_is_neutral(name, one) for one in value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return True
+    is_one_neutral = isinstance(value, bool) or not re.search("cap|zero|null|copy", name)
+    return number == 0 or (number == 1 and is_one_neutral)
 
 
 def _as_dict(config: Any) -> Config | None:
@@ -111,14 +138,15 @@ def _model_type(config: Config) -> str:
 
 def _find(config: Config, model_type: str) -> tuple[Config, str] | None:
     """Return the part of a configuration that has experts, and its model_type, inherited if the part has none."""
-    if any(config.get(name) for name in NAMES["num_experts"]):
+    if any(_plain(config.get(name)) for name in NAMES["num_experts"]):
         return config, model_type
     inherited = next((known for known in (f"{model_type}_text", model_type) if known in RULES), "")
+    own_code = model_type if model_type in RULES else ""  # reads the parts, whatever types they say
     others = []
     for name in sorted(config, key=lambda name: _LANGUAGE.index(name) if name in _LANGUAGE else len(_LANGUAGE)):
         is_part = isinstance(config[name], Mapping) or hasattr(config[name], "to_dict")
         part = _as_dict(config[name]) if is_part else None
-        found = None if part is None else _find(part, _model_type(part) or inherited)
+        found = None if part is None else _find(part, own_code or _model_type(part) or inherited)
         if found is not None and name in _LANGUAGE:
             return found
         if found is not None:
@@ -131,19 +159,58 @@ def _find(config: Config, model_type: str) -> tuple[Config, str] | None:
 
 def _apply(rule: Rule, config: Config) -> dict[str, Any]:
     """Apply a rule to a configuration and return the fields."""
-    if isinstance(rule, Choice):
+    while isinstance(rule, Choice):
         value = config.get(rule.name, rule.default)
         chosen = next((fields for key, fields in rule.rules.items() if key == value), None)
         if chosen is None:
             allowed = " or ".join(repr(key) for key in rule.rules)
-            raise ValueError(f"{rule.name} is {value!r}, but a RoutingMethod expresses only {allowed}")
+            raise ValueError(f"{rule.name} is {value!r}, but {rule.why.format(allowed=allowed)}")
         rule = chosen
     if isinstance(rule, str):
         raise ValueError(f"no RoutingMethod expresses that {rule}")
     fields: dict[str, Any] = {}
     for field, value in ({"num_experts": Read(), "top_k": Read()} | rule).items():
         fields[field] = _value(field, value, config, fields)
+    _refuse_contradictions(rule, fields, config)
     return fields
+
+
+def _refuse_contradictions(rule: Steps, fields: Config, config: Config) -> None:
+    """Raise ValueError if a configuration states a step that its rule has otherwise.
+
+    Another implementation of the model may read what this one ignores.
+    """
+    for field, default in _STATED.items():
+        own = rule.get(field, default)
+        own = own.value if isinstance(own, IfSeveral) else own
+        if isinstance(own, Read) or (field == "scale" and field in rule):  # applied after the router
+            continue
+        stated = _read(config, field, Read(None))
+        if stated is None or _same(stated, own) or _has_no_effect(field, stated, fields, config):
+            continue
+        name = next(name for name in NAMES[field] if config.get(name) is not None)
+        raise ValueError(f"has {name} = {stated!r}, but its routers have {field} = {own!r}, so pass a RoutingMethod")
+    method, num_groups = config.get("topk_method"), fields.get("num_groups", 1)
+    own = {"max": "group_limited_greedy", "top2": "noaux_tc"}.get(fields.get("group_score", "max"), method)
+    if method not in (None, own) and num_groups not in (1, fields.get("top_groups")):
+        raise ValueError(f"has topk_method = {method!r}, but its routers have that of {own!r}, so pass a RoutingMethod")
+
+
+# Fields that a configuration may state, with the value of a rule that does not have them.
+_STATED = {"score": None, "renormalize": True, "scale": 1.0, "logit_softcap": None, "num_groups": 1}
+
+
+def _has_no_effect(field: str, stated: Any, fields: Config, config: Config) -> bool:
+    """Return True if the value that a configuration states for a field gives the same weights as that of its rule."""
+    if field == "renormalize":  # a softmax over the selected experts has the sum 1 anyway
+        return fields["score"] == "softmax" and bool(fields.get("score_after_topk"))
+    if field == "num_groups":
+        return config.get("topk_method") == "greedy" or stated == _read(config, "top_groups", Read(1))
+    return field == "logit_softcap" and not stated
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other or (one != one and other != other))  # NaN is refused later, by its name
 
 
 def _value(field: str, value: Any, config: Config, fields: Config) -> Any:
@@ -155,10 +222,24 @@ def _value(field: str, value: Any, config: Config, fields: Config) -> Any:
     if isinstance(value, Plus):
         if value.name not in config:
             raise ValueError(f"does not say {value.name}, which is part of {field}")
-        return _read(config, field, Read()) + _read(config, field, Read(0, (value.name,)))
+        more = _read(config, field, Read(0, (value.name,)))
+        return _count(field, _read(config, field, Read())) + _count(value.name, more)
     if isinstance(value, Inverse):
         return 1.0 / (fields[value.field] or 1)  # RoutingMethod refuses a field of 0
     return value
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be an int")
+    if value < 0:
+        raise ValueError(f"{name} is {value}, but must be 0 or more")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy array or scalar as Python's list or number, and anything else as it is."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
 def _read(config: Config, field: str, how: Read) -> Any:
@@ -170,15 +251,15 @@ def _read(config: Config, field: str, how: Read) -> Any:
     given: dict[str, Any] = {}
     names = how.names or NAMES[field]
     for name in names:
-        values = config.get(name)
+        values = _plain(config.get(name))
         values = list(values) if isinstance(values, list | tuple) and values else [values]
         values += [layer[name] for layer in overrides if name in layer]
-        if any(value != values[0] for value in values):
+        if not all(_same(value, values[0]) for value in values):
             raise ValueError(f"{name} differs between layers, so pass the configuration of one layer")
         if values[0] is not None:
             given[name] = values[0]
     first = next(iter(given.values()), how.default)
-    if any(value != first for value in given.values()):
+    if not all(_same(value, first) for value in given.values()):
         raise ValueError(
             f"{' and '.join(f'{name} = {value!r}' for name, value in given.items())} contradict each other"
         )

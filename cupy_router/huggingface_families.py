@@ -30,12 +30,16 @@ NAMES = {
         "scoring_function",
         "router_score_function",
         "moe_router_activation_func",
+        "moe_router_activation",
+        "moe_router_score_function",
+        "router_score_func",
+        "moe_gate_act",
     ),
     "logit_scale": ("output_multiplier",),
     "logit_softcap": ("moe_router_logit_softcapping", "router_logit_softcapping"),
     "num_groups": ("n_group", "num_expert_group", "n_expert_groups", "num_expert_groups"),
     "top_groups": ("topk_group", "n_limited_groups", "num_expert_groups_per_tok"),
-    "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm"),
+    "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm", "norm_expert_weight"),
     "renormalize_min": ("moe_norm_min",),
     "scale": (
         "routed_scaling_factor",
@@ -43,6 +47,7 @@ NAMES = {
         "router_scaling_factor",
         "moe_router_scaling_factor",
         "moe_routed_scaling_factor",
+        "moe_router_topk_scaling_factor",
         "routed_scale",
     ),
     "num_shared_experts": ("n_shared_experts",),
@@ -78,8 +83,9 @@ class Choice(NamedTuple):
     """The rule for the value under this name. Values without a rule are refused."""
 
     name: str
-    rules: dict[Any, dict[str, Any]]
+    rules: dict[Any, Any]
     default: Any = None  # used if the value is absent
+    why: str = "what its routers do is known only for {allowed}"  # other values are refused
 
 
 Steps = dict[str, Any]
@@ -149,9 +155,18 @@ _DEEPSEEK_VL2 = Choice(
 )
 # Ling and Ring 2.0, LLaDA2.
 _LING_2 = _DEEPSEEK_V3 | {"renormalize": IfSeveral(True)}
-_LING_1 = _SOFTMAX | {"renormalize": IfSeveral(Read())} | _UNSTATED_GROUPS
-# Of two published implementations only one renormalises where this is True.
-_STEP3 = Choice("norm_expert_weight", {None: _SOFTMAX | _PLAIN, False: _SOFTMAX | _PLAIN})
+_LING_1_STEPS = _SOFTMAX | {"renormalize": IfSeveral(Read())} | _UNSTATED_GROUPS
+_LING_1 = Choice(
+    "moe_router_enable_expert_bias",
+    {None: _LING_1_STEPS, False: _LING_1_STEPS},
+    why="it has no score_function, which models with such a bias have",
+)
+_STEP3_STEPS = Choice("use_moe_router_bias", {None: _SOFTMAX | _PLAIN, False: _SOFTMAX | _PLAIN})
+_STEP3 = Choice(
+    "norm_expert_weight",
+    {None: _STEP3_STEPS, False: _STEP3_STEPS},
+    why="of its two published implementations only one renormalises then",
+)
 
 # Configurations without a model_type: the rule of those that have this name. The first three are of inference code.
 _V4 = {"score": "sqrtsoftplus"} | _EPS | _SCALE_OR_1
@@ -164,7 +179,8 @@ WITHOUT_TYPE: dict[str, Rule] = {
     "routed_scale": _SOFTMAX | _UNSTATED_GROUPS | _SCALE,  # params.json of Mistral Large 3
 }
 
-# The rule of each model_type. It overrides whatever else the configuration contains.
+# The rule of each model_type. A configuration that states another step than the rule is refused. So a scale of 1.0 is
+# written where the model's code applies the configuration's after the router.
 RULES: dict[str, Rule] = {
     "afmoe": _SIGMOID | _EPS | _SCALE,
     "aria_moe_lm": _ARIA,
@@ -173,6 +189,7 @@ RULES: dict[str, Rule] = {
     "axk2": _SIGMOID | _MAYBE_GROUPS | {"group_score": TOP2_OR_0} | _NORM | _EPS | _SCALE,
     "bailing_hybrid": _DEEPSEEK_V3,
     "bailing_moe": Choice("score_function", {None: _LING_1, "sigmoid": _LING_2}),
+    "bailing_moe_linear": Choice("score_function", {"sigmoid": _LING_2}),
     "bailing_moe_v2": Choice("score_function", {None: _LING_2, "sigmoid": _LING_2}),
     "beam": _DEEPSEEK_V3 | {"scale": 1.0},
     "cohere2_moe": Choice(
@@ -218,7 +235,7 @@ RULES: dict[str, Rule] = {
     "jetmoe": _SOFTMAX_OF_CHOSEN,
     "kimi_linear": _DEEPSEEK_V3,
     "kolibri1": _SIGMOID | _OF_CHOSEN | {"bias_on": "logits"} | _NORM,
-    "laguna": _SIGMOID | {"logit_softcap": Read(0)},
+    "laguna": _SIGMOID | {"logit_softcap": Read(0), "scale": 1.0},
     "lara_mini": _SOFTMAX | _NORM,
     "lfm2_moe": _SIGMOID | _NORM | {"renormalize_eps": 1e-6} | _SCALE,
     "llada2_moe": Choice("score_function", {None: _LING_2, "sigmoid": _LING_2}),
@@ -230,7 +247,8 @@ RULES: dict[str, Rule] = {
     "minimax": _SOFTMAX,
     "minimax_m1": _SOFTMAX,
     "minimax_m2": _SIGMOID,
-    "minimax_m3_vl_text": _SIGMOID,
+    "minimax_m3_vl_text": _SIGMOID | {"scale": 1.0},
+    "minimax_text_01": _SOFTMAX,
     "mistral4": _DEEPSEEK_V3 | _SOFTMAX,
     "mistral_large4_text": _DEEPSEEK_V3 | _SOFTMAX | {"renormalize": True},
     "mixtral": _SOFTMAX,
@@ -253,7 +271,7 @@ RULES: dict[str, Rule] = {
     "solar_open": _DEEPSEEK_V3,
     "step3_text": _STEP3,
     "step3_vl": _STEP3,
-    "step3p5": _SIGMOID,
+    "step3p5": _SIGMOID | {"scale": 1.0},
     "switch_transformers": _CAPACITY,
     "unlimited_ocr_text": _DEEPSEEK_V2,
     "vitpose_backbone": "the data set of an image decides on its expert, without a router",

@@ -97,6 +97,12 @@ LEFT = {
     "VitPoseBackboneMoeMLP": "without a router",
     "ZayaRouter": "can skip all experts",
 }
+# The same for configurations with other settings, which not every implementation of the model reads.
+LEFT_IF_VARIED = {
+    "DeepseekV2TopkRouter": "has norm_topk_prob = True, but its routers have renormalize = False",
+    "DeepseekV4HashRouter": "has norm_topk_prob = False, but its routers have renormalize = True",
+    "DeepseekV4TopKRouter": "has norm_topk_prob = False, but its routers have renormalize = True",
+}
 
 # Other settings of fields that change the routing, in all configurations that have them.
 VARIANTS: dict[str, dict[str, Any]] = {

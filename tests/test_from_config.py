@@ -191,14 +191,6 @@ GROUPS = {"n_group": 4, "topk_group": 2}
 
 # What the code of a model does although its configuration says something else, or nothing.
 SERVED: dict[str, tuple[dict[str, Any], RoutingMethod]] = {
-    "norm_topk_prob is not read": (
-        {"model_type": "deepseek_v2", **COUNTS, "topk_method": "greedy", "norm_topk_prob": True, "route_scale": 2},
-        RoutingMethod(16, 4, "softmax", renormalize=False, scale=2.0),
-    ),
-    "always renormalised": (
-        {"model_type": "qwen3_vl_moe_text", **COUNTS, "norm_topk_prob": False},
-        RoutingMethod(16, 4, "softmax"),
-    ),
     "the scale comes after the router": (
         {"model_type": "minimax_m3_vl_text", **COUNTS, "routed_scaling_factor": 2.0},
         RoutingMethod(16, 4, "sigmoid"),

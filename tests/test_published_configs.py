@@ -95,6 +95,16 @@ MINIMAX_M1: Config = {
     "shared_intermediate_size": 0,
     "shared_moe_mode": "sigmoid",
 }
+MINIMAX_TEXT: Config = {
+    "architectures": ["MiniMaxText01ForCausalLM"],
+    "model_type": "minimax_text_01",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 32,
+    "postnorm": True,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "shared_moe_mode": "sigmoid",
+}
 STEP_3_TEXT: Config = {
     "model_type": "step3_text",
     "moe_intermediate_size": 5120,
@@ -225,6 +235,7 @@ CASES: dict[str, Case] = {
     "Ling and Ring 2.0": Case(LING_2, LING_2_METHOD, ling_2, True),
     "Ming-flash-omni": Case({"llm_config": LING_2 | {"model_type": "bailing_moe_v2"}}, LING_2_METHOD, ling_2, True),
     "LLaDA 2": Case(LLADA_2, LING_2_METHOD, ling_2, True),
+    "Ring-linear 2.0": Case(LING_2 | {"model_type": "bailing_moe_linear"}, LING_2_METHOD, ling_2, True),
     "one expert of Ling 2.0": Case(
         LING_2 | {"num_experts_per_tok": 1},
         RoutingMethod(256, 1, "sigmoid", num_groups=8, top_groups=4, group_score="top2", renormalize=False, scale=2.5),
@@ -234,6 +245,7 @@ CASES: dict[str, Case] = {
     "Ling-lite-1.5": Case(LING_LITE, RoutingMethod(64, 6, "softmax"), softmax(6, normalised=True)),
     "DeepSeek-OCR": Case(OCR, RoutingMethod(64, 6, "softmax", renormalize=False), softmax(6, normalised=False)),
     "MiniMax-M1": Case(MINIMAX_M1, RoutingMethod(32, 2, "softmax"), softmax(2, normalised=True)),
+    "MiniMax-Text-01": Case(MINIMAX_TEXT, RoutingMethod(32, 2, "softmax"), softmax(2, normalised=True)),
     "Step-3": Case(STEP_3, RoutingMethod(48, 3, "softmax", renormalize=False), softmax(3, normalised=False)),
     "ERNIE-4.5-VL": Case(
         ERNIE_VL,
@@ -296,13 +308,26 @@ def test_other_settings(config: Config, method: RoutingMethod) -> None:
     ("config", "words"),
     [
         (LING_2 | {"score_function": "softmax"}, "bailing_moe: score_function is 'softmax', but"),
-        ({k: v for k, v in LING_2.items() if k != "score_function"}, "bailing_moe: has groups of experts, but no"),
+        (
+            {k: v for k, v in LING_2.items() if k != "score_function"} | {"model_type": "bailing_moe_linear"},
+            "bailing_moe_linear: score_function is None, but what its routers do is known only for 'sigmoid'",
+        ),
+        (
+            {k: v for k, v in LING_2.items() if k != "score_function"},
+            "bailing_moe: moe_router_enable_expert_bias is True, but it has no score_function",
+        ),
         ({k: v for k, v in LLADA_2.items() if k != "n_group"}, "llada2_moe: does not say num_groups"),
         (vl2(topk_method="noaux_tc", n_group=8, topk_group=4), "deepseek_vl_v2: .* outside the best groups count 0"),
         (vl2(topk_method="gready"), "deepseek_vl_v2: topk_method is 'gready', but"),
-        (STEP_3 | {"text_config": STEP_3_TEXT | {"norm_expert_weight": True}}, "norm_expert_weight is True, but"),
+        (
+            STEP_3 | {"text_config": STEP_3_TEXT | {"norm_expert_weight": True}},
+            "norm_expert_weight is True, but of its two published",
+        ),
         (ERNIE_VL | {"moe_num_experts": [64, 32]}, "moe_num_experts differs between layers"),
-        (ERNIE_VL | {"moe_group_experts": True}, "moe_group_experts is True, but"),
+        (
+            ERNIE_VL | {"moe_group_experts": True},
+            "moe_group_experts is True, but what its routers do is known only for None or False",
+        ),
         ({k: v for k, v in LONGCAT_LITE.items() if k != "zero_expert_num"}, "does not say zero_expert_num"),
         ({"moe": MISTRAL_LARGE_3["moe"] | {"num_expert_groups": 8}}, "config: has groups of experts"),
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2}}, "config: does not say score"),
