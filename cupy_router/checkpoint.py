@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,6 +55,11 @@ def read(path: Path, key: str) -> np.ndarray[Any, Any]:
     return array
 
 
+def unlisted(files: Mapping[str, Path], used: Iterable[Path]) -> dict[str, Path]:
+    """Return the keys, with their files, that these files have and the index of the checkpoint does not name."""
+    return {key: path for path in used for key in _keys(path) if key not in files}
+
+
 def _files_of_folder(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
@@ -71,13 +76,16 @@ def _files_of_index(path: Path) -> dict[str, Path]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is no index of a checkpoint: it is nested too deeply") from None
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is no JSON file: {error}") from error
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} is no index of a checkpoint, which would have a weight_map from keys to file names")
     for key, name in mapping.items():
-        if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
             raise ValueError(f"{path} says that {key} is in {name!r}, which is no name of a file beside it")
     return {key: path.parent / name for key, name in mapping.items()}
 

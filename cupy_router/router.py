@@ -219,7 +219,7 @@ class Router:
             TypeError, ValueError: As for :meth:`from_state_dict`, or a file is not a safetensors file or index. The
                 message names the file, too.
         """
-        with check.named("Router.from_safetensors"):
+        with check.named("Router.from_safetensors", OSError):
             method = resolve(method)
             files = checkpoint.files_by_key(path)
             try:
@@ -227,6 +227,12 @@ class Router:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             state = {key: checkpoint.read(files[key], key) for key in keys if key is not None}
+            more = checkpoint.unlisted(files, {files[key] for key in state})
+            for key in huggingface.router_keys([*files, *more], prefix, method):
+                if key in more:
+                    raise ValueError(
+                        f"{more[key]} has {key}, which the index does not name: mend it, or pass that file"
+                    )
             router = cls._from_keys(state, keys, {key: f"{key} of {files[key]}" for key in state}, method)
         router._make_read_only()
         router.follows_inputs = True

@@ -78,6 +78,13 @@ def index(names: Any) -> str:
         (index({"gate.weight": 3}), ValueError, r"index\.json says that gate\.weight is in 3, which is no name of"),
         (index({"gate.weight": "../good.safetensors"}), ValueError, r"gate\.weight is in '\.\./good\.safetensors'"),
         (index({"gate.weight": "/good.safetensors"}), ValueError, r"gate\.weight is in '/good\.safetensors', which"),
+        ("[" * 100_000, ValueError, r"index\.json is no index of a checkpoint: it is nested too deeply"),
+        (index({"gate.weight": ""}), ValueError, r"index\.json says that gate\.weight is in '', which is no name of"),
+        (
+            index({"gate.weight": "."}),
+            ValueError,
+            r"index\.json says that gate\.weight is in '\.', which is no name of",
+        ),
         (index({"gate.weight": "none"}), FileNotFoundError, r"there is no file .*none, which should have gate\.weight"),
         (index({"gate.weight": "folder"}), FileNotFoundError, r"there is no file .*folder, which should have gate"),
         (index({"gate.weight": "cut"}), ValueError, r"cut is no safetensors file, or not the whole of one"),
@@ -98,6 +105,29 @@ def test_an_index_that_is_broken(
         Router.from_safetensors(tmp_path if by_folder else path, "", METHOD)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).startswith("Router.from_safetensors: ")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        (
+            "gate.e_score_correction_bias",
+            "has gate.e_score_correction_bias, which the index does not name: mend it",
+        ),
+        ("gate_scale", "gate_scale is part of the router of gate.weight, but nothing that a Router can take"),
+        ("other.weight", None),
+    ],
+)
+def test_a_tensor_that_the_index_leaves_out(left_out: str, words: str | None, tmp_path: Path, save: Any) -> None:
+    save({"gate.weight": gate(), left_out: BIAS}, tmp_path / "one.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(index({"gate.weight": "one.safetensors"}))
+    if words is None:
+        assert Router.from_safetensors(path, "", METHOD).bias is None
+        return
+    with pytest.raises(ValueError, match=f"^Router.from_safetensors: .*{words}"):
+        Router.from_safetensors(path, "", METHOD)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +151,9 @@ def test_files_that_are_missing_or_no_safetensors(
     (tmp_path / "twice").mkdir()
     for number in (1, 2):
         save({"a": BIAS}, tmp_path / f"twice/{number}.safetensors")
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         Router.from_safetensors(tmp_path / name, "", METHOD)
+    assert str(caught.value).startswith("Router.from_safetensors: ")
 
 
 @pytest.mark.parametrize("path", [None, b"model.safetensors", 3])

@@ -15,14 +15,16 @@ from cupy_router.arrays import NO_DEVICE, Output, View
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Prefix the messages of errors with a name."""
+def named(name: str, *others: type[Exception]) -> Iterator[None]:
+    """Prefix the messages of a TypeError, a ValueError and other errors with a name."""
     try:
         yield
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    except others as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def dtype(view: View, allowed: Sequence[str]) -> None:
