@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import pickle
@@ -183,23 +184,108 @@ def test_fully_shard(first: str, sharded: Any, calls: list[str]) -> None:
     assert isinstance(gates[0].weight.grad, torch.distributed.tensor.DTensor)
 
 
-def derive(module: Any) -> None:
-    class Derived(type(module)):  # type: ignore[misc]  # the base class is known at run time
+def derive(module: Any, how: str = "super") -> type:
+    """Give a module a class derived from its own whose forward calls that of the latter, and return it."""
+    base: Any = type(module)
+
+    class Mine(base):
+        pass
+
+    class Super(base):
         def forward(self, *args: Any) -> Any:
             return super().forward(*args)
 
-    module.__class__ = Derived
+    class Decorated(base):
+        @torch.no_grad()
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    class Wrapped(base):
+        @functools.wraps(base.forward)
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    class Partial(base):
+        forward = functools.partialmethod(lambda self, *args: base.forward(self, *args))
+
+    made: dict[str, Any] = {each.__name__.lower(): each for each in (Mine, Super, Decorated, Wrapped, Partial)}
+    made["assigned"] = type("Mine", (base,), {})
+    made["assigned"].forward = lambda self, *args: super(made["assigned"], self).forward(*args)
+    made["by name"] = type("Mine", (base,), {"forward": lambda self, *args: base.forward(self, *args)})
+    made["empty"] = type("Mine", (base,), {"__module__": "transformers.models"})
+    module.__class__ = made[how]
+    return made[how]
 
 
-def test_a_class_that_cannot_be_taken_out_stays(calls: list[str]) -> None:
+WAYS = ["mine", "super", "decorated", "wrapped", "partial", "assigned", "by name", "empty"]
+
+
+@pytest.mark.parametrize("above", ["", "parametrized"])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_class_that_others_derive_stays(how: str, above: str, calls: list[str]) -> None:
     model = mixtral()
     replace_routers(model)
-    derive(model.model.layers[1].mlp.gate)
+    gate = model.model.layers[1].mlp.gate
+    swapped = type(gate)
+    mine = derive(gate, how)
+    if above:
+        PARAMETRIZATIONS["registered"](gate)
     expected = logits_of(model)
-    with pytest.warns(UserWarning, match=r"restore_routers left Derived \(model.layers.1.mlp.gate\) as it is: .*super"):
+    left = (
+        rf"left (Parametrized)?{mine.__name__} \(model.layers.1.mlp.gate\) as it is: .*{mine.__name__} is not a class"
+    )
+    with pytest.warns(UserWarning, match=left):
         assert restore_routers(model) == 1
+    assert isinstance(gate, mine)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
     assert calls == ["activation_topk"] * 3
+    if above:
+        remove(gate)
+    gate.__class__ = swapped  # as the docstring says
+    assert restore_routers(model) == 1
+    gate.__class__ = mine  # somebody may put it back
+    without = logits_of(model)
+    gate.__class__ = mine.__mro__[1].original
+    assert torch.equal(without, logits_of(model))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("below", ["", "parametrized"])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_class_that_others_derived_before(how: str, below: str, calls: list[str]) -> None:
+    model = mixtral()
+    gate = model.model.layers[1].mlp.gate
+    if below:
+        PARAMETRIZATIONS["registered"](gate)
+    mine, expected = derive(gate, how), logits_of(model)
+    assert replace_routers(model) == 2
+    assert isinstance(gate, mine)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+    assert calls == ["activation_topk"] * 2
+    assert restore_routers(model) == 2
+    assert type(gate) is mine
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("member", ["forward", "weight"])
+@pytest.mark.parametrize("first", ["swap", "parametrize"])
+def test_a_class_of_pytorch_that_others_change_stays(first: str, member: str) -> None:
+    model = mixtral()
+    gate = model.model.layers[1].mlp.gate
+    if first == "swap":
+        replace_routers(model)
+    PARAMETRIZATIONS["registered"](gate)
+    made: Any = type(gate)
+    if member == "forward":
+        made.forward = torch.no_grad()(lambda self, *args: super(made, self).forward(*args))
+    else:
+        made.weight = property(made.weight.fget, lambda self, value: None)
+    expected = logits_of(model)
+    function = {"swap": restore_routers, "parametrize": replace_routers}[first]
+    with pytest.warns(UserWarning, match=rf"{member} is not what PyTorch put there"):
+        assert function(model) == 1
+    assert type(gate) is made
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("derived", ["block", "gate"])
@@ -208,7 +294,7 @@ def test_a_block_and_its_gate_are_restored_together(derived: str) -> None:
     replace_routers(block)
     derive(block if derived == "block" else block.anything)
     expected = block(x)
-    with pytest.warns(UserWarning, match="restore_routers left Derived|restore_routers left Inline"):
+    with pytest.warns(UserWarning, match="restore_routers left Super|restore_routers left Inline"):
         assert restore_routers(block) == 0
     assert isinstance(block, Swapped)
     assert isinstance(block.anything, Swapped)
@@ -252,6 +338,20 @@ def test_a_wrapper_may_keep_our_forward(calls: list[str]) -> None:
     assert restore_routers(model) == 2
     assert torch.equal(logits_of(model), expected)
     assert calls == []
+
+
+@pytest.mark.parametrize("name", ["forward", "route_tokens_to_experts"])
+def test_our_method_may_be_called_from_a_class_that_is_not_ours(name: str) -> None:
+    """Without what `replace_routers` put on the module it runs the model's code, once."""
+    block, x = Inline(), torch.randn(5, 64)
+    expected = block(x)
+    replace_routers(block)
+    module = block if name != "forward" else block.anything
+    base = type(module)
+    restore_routers(block)
+    mine = type("Mine", (type(module),), {name: lambda self, *args: getattr(base, name)(self, *args)})
+    module.__class__ = mine
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(block(x), expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["route_tokens_to_experts", "forward"])

@@ -8,6 +8,7 @@ So the class of a swapped module may be below theirs, and theirs below that of a
 from __future__ import annotations
 
 import sys
+import types
 import weakref
 from typing import Any
 
@@ -25,26 +26,31 @@ def written_class(derived: type) -> type:
 
 
 def _made_at_run_time(cls: Any) -> bool:
-    """Return True if a class has no forward of its own and cannot be found by its name."""
+    """Return True if a class was made by a call of `type` in a module of PyTorch."""
     found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
-    return "forward" not in vars(cls) and found is not cls and "<locals>" not in cls.__qualname__
+    of_pytorch = cls.__module__.partition(".")[0] == torch.__name__
+    return of_pytorch and found is not cls and "<locals>" not in cls.__qualname__
 
 
 def with_base(derived: type, old: type, new: type) -> type:
     """Return `derived` with `new` in place of its base class `old`. Other classes keep their order.
 
+    Only classes made by PyTorch are made again. The methods of others may name their class, as `super()` does, and
+    their users may.
+
     Raises:
-        TypeError: Such a class cannot be made.
+        TypeError: There is another class between `derived` and `old`, or other code was put into one of these.
     """
     if derived is old:
         return new
     if old not in derived.__mro__:
         return derived
     members = _members(derived)
-    for member in members.values():
-        function: Any = getattr(member, "__func__", getattr(member, "fget", member))
-        if "__class__" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
-            raise TypeError(f"{derived.__name__}.{function.__name__} uses super(), which names the class")
+    if not _made_at_run_time(derived):
+        raise TypeError(f"{derived.__name__} is not a class that PyTorch made")
+    for name, member in members.items():
+        if not _put_by_pytorch(name, member):
+            raise TypeError(f"{derived.__name__}.{name} is not what PyTorch put there")
     made = _made.setdefault(derived, {})
     if (old, new) not in made or _members(made[old, new]) != members:  # another module may have changed its class
         bases = tuple(with_base(base, old, new) for base in derived.__bases__)
@@ -54,3 +60,13 @@ def with_base(derived: type, old: type, new: type) -> type:
 
 def _members(cls: type) -> dict[str, Any]:
     return {name: value for name, value in vars(cls).items() if name not in _SLOTS}
+
+
+def _put_by_pytorch(name: str, member: Any) -> bool:
+    """Return True for a function or property that is defined in PyTorch, without a decorator, and for `__doc__` etc."""
+    if isinstance(member, property):
+        return all(_put_by_pytorch("", part) for part in (member.fget, member.fset, member.fdel) if part)
+    if isinstance(member, types.FunctionType):
+        defined_in = str(member.__globals__.get("__name__"))
+        return defined_in.partition(".")[0] == torch.__name__ and not hasattr(member, "__wrapped__")
+    return name.startswith("__") and not callable(member)

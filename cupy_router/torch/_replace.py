@@ -105,10 +105,11 @@ def restore_routers(model: Any) -> int:
 
     Warns:
         UserWarning: Once for each kind of router that was left swapped, with its name and the reason. It is one whose
-            class somebody derived from the swapped one in a class statement, with methods that use `super()`.
+            class other code derived from the swapped one, as in ``class Mine(type(router))``. Give it the class that
+            it had before, and call `restore_routers` again.
 
-    Classes that a parametrization such as `weight_norm`, or `fully_shard`, derived from the swapped one are then
-    derived from the original one.
+    Classes that PyTorch derived from the swapped one, as `weight_norm` and any other parametrization or `fully_shard`
+    do, are then derived from the original one.
 
     >>> import torch
     >>> from cupy_router.torch import restore_routers

@@ -75,16 +75,31 @@ def _forget_bound_methods(module: Any) -> None:
 
 
 def swapped_class(current: type, kind: type) -> type:
-    """Return a class like that of a module, with ours in place of the class that is written in the model's code."""
+    """Return a class like that of a module, with ours in place of the class that is written in the model's code.
+
+    Raises:
+        Unsupported: There is none.
+    """
     written = written_class(current)
-    return with_base(current, written, subclass(kind, written))
+    try:
+        return with_base(current, written, subclass(kind, written))
+    except TypeError as error:
+        raise Unsupported(f"no class like its {current.__name__} can be made: {error}") from error
 
 
 @functools.cache
-def subclass(kind: type, original: type) -> type:
+def subclass(kind: Any, original: Any) -> type:
     """Return a subclass with the same name, since some code looks at class names."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        spec = getattr(self, "_cupy_router", None)
+        if spec is None:  # routers were restored, and somebody has kept this method, maybe calls it from that of self
+            return getattr(original, kind._method)(self, *args, **kwargs)
+        return kind._route(self, original, spec, *args, **kwargs)
+
     named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made: Any = type(original.__name__, (kind, original), {**named, "kind": kind, "original": original})
+    members = {**named, kind._method: call, "kind": kind, "original": original}
+    made: Any = type(original.__name__, (kind, original), members)
     made.swapped = made
     return made  # type: ignore[no-any-return]
 
@@ -96,6 +111,7 @@ def _unpickled(kind: type, original: type) -> Any:
 class Swapped:
     """Base class of all swapped modules."""
 
+    _method = "forward"  # name of the method that calls `_route`
     kind: type  # one of the classes below
     original: Any  # the original class
     swapped: type  # the generated class, of which others may have derived that of the module
@@ -114,15 +130,12 @@ class Swapped:
 class Router(Swapped):
     """Router module."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        spec = getattr(self, "_cupy_router", None)
-        if spec is None:  # some wrapper has kept this method since before restore_routers
-            return type(self).forward(self, *args, **kwargs)
+    def _route(self, original: Any, spec: RouterSpec, *args: Any, **kwargs: Any) -> Any:
         given = by_role(spec, args, kwargs)
         weight = attrgetter(spec.gate)(self)
         results = _proved(self, spec, given["x"], (given["x"].dtype, weight.dtype))
         if results is None:
-            return self.original.forward(self, *args, **kwargs)
+            return original.forward(self, *args, **kwargs)
         given |= {role: attrgetter(path)(self) for role, path in spec.tensors.items()}
         x = given["x"].reshape(-1, given["x"].shape[-1])
         if "input_scale" in given:
@@ -151,13 +164,10 @@ class Router(Swapped):
 class LogitsOnly(Swapped):
     """Gate of a block that routes itself; keeps the logits in float32."""
 
-    def forward(self, hidden_states: Any) -> Any:
-        spec = getattr(self, "_cupy_router", None)
-        if spec is None:  # as in Router
-            return type(self).forward(self, hidden_states)
+    def _route(self, original: Any, spec: RouterSpec, hidden_states: Any) -> Any:
         weight = attrgetter(spec.gate)(self)
         if _proved(self, spec, hidden_states, (hidden_states.dtype, weight.dtype)) is None:
-            return self.original.forward(self, hidden_states)
+            return original.forward(self, hidden_states)
         logits = gate_gemm(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)
         return logits if spec.outputs == FLAT else logits.reshape(*hidden_states.shape[:-1], -1)
 
@@ -165,21 +175,17 @@ class LogitsOnly(Swapped):
 class InlineRouter(Swapped):
     """Sparse block that routes itself."""
 
-    def _route(self, *args: Any, **kwargs: Any) -> Any:
-        spec = getattr(self, "_cupy_router", None)
-        if spec is None:  # as in Router
-            return getattr(type(self), INLINE)(self, *args, **kwargs)
+    _method = INLINE
+
+    def _route(self, original: Any, spec: RouterSpec, *args: Any, **kwargs: Any) -> Any:
         logits = by_role(spec, args, kwargs)["logits"]
         dtype = attrgetter(spec.gate)(self).dtype
         results = _proved(self, spec, logits, (dtype, dtype))
         if results is None:
-            return getattr(self.original, INLINE)(self, *args, **kwargs)
+            return getattr(original, INLINE)(self, *args, **kwargs)
         logits = logits.reshape(-1, logits.shape[-1])
         tensors = {role: _flat(attrgetter(path)(self)) for role, path in spec.tensors.items()}
         return _returned(spec, results, logits, *activation_topk(logits, results.method, **tensors))
-
-
-setattr(InlineRouter, INLINE, InlineRouter._route)
 
 
 def _proved(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) -> ResultTypes | None:
