@@ -25,6 +25,7 @@ TENSORS = {
     "expert_bias": "bias",
     "router_bias": "bias",
     "bias": "logit_bias",  # in DeepSeek's own checkpoints it is the bias that only selects
+    "logit_bias": "logit_bias",  # of cupy_router.torch.Gate
     "per_expert_scale": "expert_scale",
     "global_scale": "total_scale",  # factor of all weights
     "scale": "input_scale",  # factor of the input, applied after a norm without weights
@@ -69,8 +70,9 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     # The module of the router. The bias that only selects may also belong to a module above it.
     router = _folder_above(gate) if _is_nested(gate) else gate
     found = {"weight": f"{gate}weight"}
-    for role, folders in {"bias": _folders(gate), "expert_scale": (gate, router), "table": (gate, router)}.items():
-        names = [name for name in TENSORS if TENSORS[name] == role]
+    own = (gate, router)
+    for role, folders in {"bias": _folders(gate), "logit_bias": own, "expert_scale": own, "table": own}.items():
+        names = [name for name in TENSORS if TENSORS[name] == role and name != "bias"]
         key = next((folder + name for folder in folders for name in names if folder + name in known), None)
         if key is not None:
             found[role] = key
@@ -138,8 +140,8 @@ def _is_nested(gate: str) -> bool:
 
 def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMethod) -> str:
     """Return the role of the `bias` beside the gate: part of a linear layer, or DeepSeek's bias that only selects."""
-    if method.score_after_topk and method.bias_on == "score":
-        return "logit_bias"  # the method allows no other
+    if plain_bias_is_of_logits(method):
+        return "logit_bias"
     deepseek = not has_bias and not _is_nested(gate) and not f".{gate}".endswith(".router.")
     if deepseek and plain_bias_selects(method):
         return "bias"
@@ -147,6 +149,11 @@ def _role_of_linear_bias(key: str, gate: str, has_bias: bool, method: RoutingMet
         f"{key} may be a bias that only selects (bias) or one that is part of the logits (logit_bias), and neither its "
         "name nor the method says which: give the arrays to Router by these names"
     )
+
+
+def plain_bias_is_of_logits(method: RoutingMethod) -> bool:
+    """Return True if a `bias` beside a gate is part of the logits: the method allows no other."""
+    return method.score_after_topk and method.bias_on == "score"
 
 
 def plain_bias_selects(method: RoutingMethod) -> bool:

@@ -181,11 +181,12 @@ class Router:
             method: As for the constructor.
 
         The bias is `e_score_correction_bias` or a similar name, `expert_scale` is `per_expert_scale`, the table is
-        `tid2eid`. A `bias` beside the gate is the `logit_bias` of methods with `score_after_topk`, like that of
-        gpt-oss, because they have no scores to add a bias to. `gate.bias` is the bias of methods that select by sigmoid
-        or sqrtsoftplus scores, as in DeepSeek's checkpoints. A `bias` is refused otherwise, like any tensor of the
-        router that would be ignored, and like any other tensor below the prefix with the name of a router's bias, scale
-        or table. All arrays but the gate and the table are converted to float32.
+        `tid2eid`, and `logit_bias` is that of :class:`cupy_router.torch.Gate`. A `bias` beside the gate is the
+        `logit_bias` of methods with `score_after_topk`, like that of gpt-oss, because they have no scores to add a bias
+        to. `gate.bias` is the bias of methods that select by sigmoid or sqrtsoftplus scores, as in DeepSeek's
+        checkpoints. A `bias` is refused otherwise, like any tensor of the router that would be ignored, and like any
+        other tensor below the prefix with the name of a router's bias, scale or table. All arrays but the gate and the
+        table are converted to float32.
 
         Raises:
             TypeError, ValueError: A key is missing, unknown or ambiguous, or its array has the wrong shape or dtype.

@@ -16,7 +16,7 @@ from cupy_router.torch import Gate  # noqa: E402
 
 EXPERTS, K, HIDDEN, VOCABULARY = 16, 4, 8, 30
 METHOD = RoutingMethod(EXPERTS, K, "sigmoid", scale=1.5)
-FLOAT32 = ("e_score_correction_bias", "bias", "per_expert_scale")
+FLOAT32 = ("e_score_correction_bias", "logit_bias", "per_expert_scale")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def expected(arrays: Any, x: Any, token_ids: Any = None) -> Routing:
     """Return what the functions give for the arrays of a state dict, with the axes of x."""
     rows, ids = x.reshape(-1, HIDDEN), None if token_ids is None else token_ids.reshape(-1)
     weight = arrays["weight"]
-    layer = {"logit_bias": arrays.get("bias"), "expert_scale": arrays.get("per_expert_scale")}
+    layer = {"logit_bias": arrays.get("logit_bias"), "expert_scale": arrays.get("per_expert_scale")}
     if "tid2eid" in arrays:
         found = hash_router(ids, arrays["tid2eid"], METHOD, x=rows, weight=weight, **layer)
     else:

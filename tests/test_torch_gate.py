@@ -180,7 +180,7 @@ def test_repr_is_the_call_and_of_now() -> None:
     shown = f"Gate({HIDDEN}, {METHOD!r}"
     gate = dense_gate()
     assert repr(gate) == f"{shown}, bias=True, logit_bias=True, expert_scale=True)"
-    gate.bias = gate.e_score_correction_bias = None
+    gate.logit_bias = gate.e_score_correction_bias = None
     assert repr(gate) == f"{shown}, expert_scale=True)"
     assert repr(Gate(HIDDEN, METHOD, table=table())) == f"{shown}, table=[30, 4])"
     assert repr(Gate(None, METHOD, table=table())) == f"Gate(None, {METHOD!r}, table=[30, 4])"

@@ -42,10 +42,10 @@ def test_names_dtypes_and_initial_values() -> None:
     gate = Gate(HIDDEN, METHOD, bias=True, logit_bias=True, expert_scale=True, dtype=torch.bfloat16)
     torch.manual_seed(5)
     linear = torch.nn.Linear(HIDDEN, EXPERTS, dtype=torch.bfloat16)
-    assert list(dict(gate.named_parameters())) == ["weight", "bias", "per_expert_scale"]
+    assert list(dict(gate.named_parameters())) == ["weight", "logit_bias", "per_expert_scale"]
     assert list(dict(gate.named_buffers())) == ["e_score_correction_bias"]
     assert torch.equal(gate.weight, linear.weight)
-    for name, value in (("e_score_correction_bias", 0), ("bias", 0), ("per_expert_scale", 1)):
+    for name, value in (("e_score_correction_bias", 0), ("logit_bias", 0), ("per_expert_scale", 1)):
         tensor = gate.state_dict()[name]
         assert (tensor.dtype, tensor.shape) == (torch.float32, (EXPERTS,))
         assert (tensor == value).all()
@@ -56,7 +56,7 @@ def test_names_dtypes_and_initial_values() -> None:
     assert hashed.tid2eid.dtype == torch.int32
     assert hashed.tid2eid.data_ptr() != given.data_ptr()  # loading writes into it
     none = Gate(HIDDEN, METHOD)
-    assert [getattr(none, name) for name in (*FLOAT32, "tid2eid")] == 4 * [None]
+    assert [getattr(none, name) for name in (*FLOAT32, "bias", "tid2eid")] == 5 * [None]
 
 
 def test_the_weight_has_the_default_dtype_and_the_others_float32() -> None:
@@ -96,7 +96,7 @@ def test_float32_arrays_keep_dtype_and_values(cast: str, inside: bool) -> None:
     gate(torch.randn(3, HIDDEN)).weights.square().sum().backward()
     convert, dtype = CASTS[cast]
     before = copy.deepcopy(gate)
-    grads = {name: getattr(gate, name).grad.clone() for name in ("bias", "per_expert_scale")}
+    grads = {name: getattr(gate, name).grad.clone() for name in ("logit_bias", "per_expert_scale")}
     convert(torch.nn.Sequential(torch.nn.Linear(2, 2), gate) if inside else gate)
     assert gate.weight.dtype == gate.weight.grad.dtype == dtype
     for name in FLOAT32:
@@ -133,7 +133,7 @@ def test_only_the_device_changes() -> None:
     gate = dense_gate().to("meta", torch.bfloat16)
     assert {tensor.device.type for tensor in gate.state_dict().values()} == {"meta"}
     assert gate.weight.dtype == torch.bfloat16
-    assert gate.bias.dtype == torch.float32
+    assert gate.logit_bias.dtype == torch.float32
 
 
 # -- The arrays of now -------------------------------------------------------------------------------------------------
@@ -244,12 +244,13 @@ def test_parametrizations() -> None:
     gate, x = dense_gate(), torch.randn(5, HIDDEN)
     want = gate(x)
     parametrizations.weight_norm(gate, "weight")
-    parametrizations.weight_norm(gate, "bias", dim=None)
+    parametrizations.weight_norm(gate, "logit_bias", dim=None)
     torch.testing.assert_close(tuple(gate(x)), tuple(want))
     with torch.no_grad():
         gate.parametrizations.weight.original0.mul_(2)
     torch.testing.assert_close(
-        gate(x).weights, expected({**gate.state_dict(), "weight": gate.weight, "bias": gate.bias}, x).weights
+        gate(x).weights,
+        expected({**gate.state_dict(), "weight": gate.weight, "logit_bias": gate.logit_bias}, x).weights,
     )
     gate.to(torch.bfloat16)(x).weights.sum().backward()
     gate.half()

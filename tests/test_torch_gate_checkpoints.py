@@ -31,6 +31,7 @@ from cupy_router.torch import Gate, deepseek_state_dict  # noqa: E402
 
 SOFTMAX = RoutingMethod(EXPERTS, K, "softmax")
 AFTER = RoutingMethod(EXPERTS, K, "softmax", score_after_topk=True, renormalize=False)
+BEFORE = RoutingMethod(EXPERTS, K, "softmax", bias_on="logits")
 
 
 def biased() -> Any:
@@ -85,9 +86,10 @@ def test_biases_become_float32_of_one_axis(shape: tuple[int, ...], dtype: Any, a
 
 def test_assigned_parameters_stay_parameters() -> None:
     gate = dense_gate()
-    gate.bias.requires_grad_(False)
+    gate.logit_bias.requires_grad_(False)
     tied = torch.nn.Parameter(torch.randn(EXPERTS))
-    gate.load_state_dict({**others(gate), "per_expert_scale": tied, "bias": torch.randn(EXPERTS).half()}, assign=True)
+    half = torch.randn(EXPERTS).half()
+    gate.load_state_dict({**others(gate), "per_expert_scale": tied, "logit_bias": half}, assign=True)
     assert gate.per_expert_scale is tied
     assert [name for name, parameter in gate.named_parameters() if parameter.requires_grad] == [
         "weight",
@@ -132,8 +134,8 @@ def test_in_a_model_and_in_parts() -> None:
         (lambda: Gate(HIDDEN, METHOD), {"weight": (EXPERTS, HIDDEN), "bias": EXPERTS}, 'Unexpected key.*"bias"'),
         # Neither the name nor the method says which bias it is.
         (lambda: Gate(HIDDEN, SOFTMAX, bias=True), {"weight": (EXPERTS, HIDDEN), "bias": EXPERTS}, 'Unexpected.*"bia'),
-        # It is the logit_bias, as the gate itself saves it.
-        (dense_gate, {"weight": (EXPERTS, HIDDEN), "bias": EXPERTS, "per_expert_scale": EXPERTS}, 'Missing.*"e_score'),
+        # Of a linear layer, whose bias this gate does not have.
+        (biased, {"wg.weight": (EXPERTS, HIDDEN), "wg.bias": EXPERTS}, 'Unexpected key.*"wg.bias"'),
     ],
 )  # fmt: skip
 def test_strict_loading_reports_keys(make: Callable[[], Any], state: dict[str, Any], words: str) -> None:
@@ -141,14 +143,61 @@ def test_strict_loading_reports_keys(make: Callable[[], Any], state: dict[str, A
         make().load_state_dict({name: torch.randn(shape) for name, shape in state.items()})
 
 
-@pytest.mark.parametrize("method", [AFTER, SOFTMAX, METHOD], ids=str)
-def test_a_bias_beside_the_gate_is_the_logit_bias_of_a_gate_that_has_one(method: RoutingMethod) -> None:
-    gate = Gate(HIDDEN, method, logit_bias=True)
+def logit_biased(method: RoutingMethod, **options: Any) -> Any:
+    return randomized(Gate(HIDDEN, method, logit_bias=True, **options))
+
+
+@pytest.mark.parametrize("method", [AFTER, SOFTMAX], ids=str)
+def test_a_bias_beside_the_gate_is_the_logit_bias_of_a_gate_that_has_no_other(method: RoutingMethod) -> None:
+    gate = logit_biased(method)
     state = weight_and("bias", torch.randn(EXPERTS))
     gate.load_state_dict(state)
-    assert torch.equal(gate.bias, state["bias"])
     x = torch.randn(5, HIDDEN)
     assert_same(gate(x), Router(method, weight=state["weight"], logit_bias=state["bias"])(x))
+
+
+@pytest.mark.parametrize("method", [AFTER, SOFTMAX, METHOD, BEFORE], ids=str)
+@pytest.mark.parametrize("linear", ["wg", "classifier", "layer", "proj", "gate"])
+def test_a_linear_layer_in_a_router_is_loaded_with_its_bias(linear: str, method: RoutingMethod) -> None:
+    gate = logit_biased(method)
+    layer = randomized(torch.nn.Linear(HIDDEN, EXPERTS))
+    state = {f"{linear}.{name}": tensor for name, tensor in layer.state_dict().items()}
+    if linear == "gate" and method is METHOD:
+        with pytest.raises(RuntimeError, match=r"gate\.bias may be the logit_bias or"):
+            gate.load_state_dict(state)
+        return
+    gate.load_state_dict(state)
+    x = torch.randn(5, HIDDEN)
+    assert_same(gate(x), Router(method, weight=layer.weight, logit_bias=layer.bias)(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: logit_biased(METHOD),
+        lambda: logit_biased(RoutingMethod(EXPERTS, K)),
+        lambda: logit_biased(METHOD, bias=True),
+        lambda: logit_biased(SOFTMAX, bias=True),
+        hash_gate,
+    ],
+)
+def test_a_bias_that_may_select_is_no_logit_bias(make: Callable[[], Any], strict: bool) -> None:
+    model = torch.nn.ModuleDict({"gate": make()})
+    state = {f"gate.{name}": tensor for name, tensor in weight_and("bias", torch.randn(EXPERTS)).items()}
+    words = "gate.bias may be the logit_bias .* rename it to gate.logit_bias or gate.e_score_correction_bias"
+    with pytest.raises(RuntimeError, match=f"(?s){words}"):
+        model.load_state_dict(state, strict=strict)
+
+
+def test_a_bias_beside_a_logit_bias_is_deepseeks() -> None:
+    gate, twin, x = dense_gate(), dense_gate(), torch.randn(5, HIDDEN)
+    state = deepseek_state_dict(gate)
+    assert list(state) == ["weight", "logit_bias", "per_expert_scale", "bias"]
+    assert torch.equal(state["bias"], gate.e_score_correction_bias)
+    twin.load_state_dict(state)
+    assert_same(twin(x), gate(x))
+    assert_same(Router.from_state_dict(state, "", METHOD)(x), gate(x))
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["hash", "dense"])
@@ -187,9 +236,11 @@ def test_a_gate_takes_the_state_dict_of_a_model(layer: int) -> None:
         biased,
         lambda: randomized(Gate(HIDDEN, METHOD, bias=True, expert_scale=True)),
         lambda: Gate(HIDDEN, METHOD, table=table()),
-        lambda: randomized(Gate(HIDDEN, AFTER, logit_bias=True)),
+        *(lambda method=method: logit_biased(method) for method in (AFTER, SOFTMAX, METHOD, BEFORE)),
+        dense_gate,
+        hash_gate,
     ],
-    ids=["bias", "scale", "table", "logit_bias"],
+    ids=["bias", "scale", "table", *(f"logit_bias {i}" for i in range(4)), "all", "hash"],
 )
 def test_what_is_saved_is_loaded_by_gates_and_routers(make: Callable[[], Any], save: Callable[[Any], Any]) -> None:
     gate, twin = make(), make()
@@ -201,8 +252,9 @@ def test_what_is_saved_is_loaded_by_gates_and_routers(make: Callable[[], Any], s
 
 
 def test_names() -> None:
-    assert list(dense_gate().state_dict()) == ["weight", "bias", "per_expert_scale", "e_score_correction_bias"]
-    assert list(hash_gate().state_dict()) == ["weight", "bias", "per_expert_scale", "tid2eid"]
+    assert list(dense_gate().state_dict()) == ["weight", "logit_bias", "per_expert_scale", "e_score_correction_bias"]
+    assert list(hash_gate().state_dict()) == ["weight", "logit_bias", "per_expert_scale", "tid2eid"]
+    assert list(logit_biased(AFTER).state_dict()) == ["weight", "bias"]
     model = torch.nn.ModuleDict({"a": torch.nn.Sequential(biased()), "b": torch.nn.Linear(2, 2)})
     assert list(deepseek_state_dict(model)) == ["a.0.weight", "a.0.bias", "b.weight", "b.bias"]
     assert list(model.state_dict()) == ["a.0.weight", "a.0.e_score_correction_bias", "b.weight", "b.bias"]
@@ -215,16 +267,26 @@ def test_names_of_deepseek_under_a_wrapper_that_hides_its_own_name() -> None:
     assert list(model.state_dict()) == ["gate.weight", "gate.e_score_correction_bias"]
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (dense_gate, "this gate has bias and logit_bias with"),
-        (hash_gate, "this gate has logit_bias with"),
-        (lambda: Gate(HIDDEN, SOFTMAX, bias=True), "this gate has bias with"),
-    ],
-)
-def test_no_bias_is_saved_that_would_be_taken_for_another_one(make: Callable[[], Any], words: str) -> None:
-    model = torch.nn.ModuleDict({"gate": make()})
-    with pytest.raises(ValueError, match=f"^deepseek_state_dict: gate.bias is the bias of methods .* {words}"):
+def test_names_of_deepseek_where_a_gate_is_used_twice() -> None:
+    gate = biased()
+    model = torch.nn.ModuleDict({"a": gate, "b": gate})
+    assert list(deepseek_state_dict(model)) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    assert deepseek_state_dict(model)._metadata.keys() == {"", "a", "b"}  # type: ignore[attr-defined]  # of PyTorch
+
+
+def test_no_bias_is_saved_that_would_be_taken_for_another_one() -> None:
+    model = torch.nn.ModuleDict({"gate": Gate(HIDDEN, SOFTMAX, bias=True)})
+    words = "deepseek_state_dict: gate.e_score_correction_bias cannot be saved as gate.bias, which"
+    with pytest.raises(ValueError, match=f"^{words}"):
         deepseek_state_dict(model)
-    assert "gate.weight" in model.state_dict()
+    with pytest.raises(TypeError, match=r"^deepseek_state_dict: model must be a PyTorch module, got OrderedDict"):
+        deepseek_state_dict(model.state_dict())
+
+
+def test_a_table_alone_is_no_router_of_a_state_dict() -> None:
+    """A checkpoint may lack its weight; then the weights of a routing would be uniform without a word."""
+    gate = Gate(None, METHOD, table=table())
+    with pytest.raises(ValueError, match="no gate at prefix"):
+        Router.from_state_dict(gate.state_dict(), "", METHOD)
+    given = arguments(hash_gate(), (5,))
+    assert_same(Router(METHOD, table=gate.tid2eid)(*given), gate(*given))

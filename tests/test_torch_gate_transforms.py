@@ -36,7 +36,7 @@ MAKERS = [dense_gate, hash_gate]
 
 def plain_weights(arrays: Any, x: Any, indices: Any) -> Any:
     """The weights of METHOD at given experts, in plain PyTorch."""
-    scores = torch.sigmoid(x @ arrays["weight"].T + arrays["bias"]).gather(-1, indices.long())
+    scores = torch.sigmoid(x @ arrays["weight"].T + arrays["logit_bias"]).gather(-1, indices.long())
     scores = scores / scores.sum(-1, keepdim=True) * METHOD.scale
     return scores * arrays["per_expert_scale"][indices.long()]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from cupy_router.ops._hash_layer import hash_layer
 from cupy_router.ops._method import check_bias
 from cupy_router.results import Routing
 from cupy_router.torch._gate_arguments import check_flags, check_table, checked_dtype, flat_ids, flat_out
-from cupy_router.torch._gate_names import FLOAT32, as_float32, name_as_deepseek, named_as_ours
+from cupy_router.torch._gate_names import BIAS, FLOAT32, as_deepseek, as_float32, logit_bias_name, named_as_ours
 
 
 class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
@@ -44,19 +43,25 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
     ===================================  ================================  =========  =============
     `weight`                             [num_logits, hidden] in `dtype`   parameter  as `nn.Linear`
     `e_score_correction_bias` (`bias`)   [num_experts] float32             buffer     0
-    `bias` (`logit_bias`)                [num_experts] float32             parameter  0
+    `logit_bias` or `bias`               [num_experts] float32             parameter  0
     `per_expert_scale` (`expert_scale`)  [num_experts] float32             parameter  1
     `tid2eid` (`table`)                  [vocab_size, top_k] int           buffer     the table
     ===================================  ================================  =========  =============
 
-    One that the gate does not have is None. The float32 ones keep dtype and values under `.to(torch.bfloat16)`,
-    `.half()` and the like; only their device changes. If one has another dtype all the same, as under a mixed-precision
-    policy of FSDP, the forward pass converts it to float32.
+    One that the gate does not have is None. The bias of the logits is `bias` with `score_after_topk`, as in gpt-oss,
+    unless the method has `bias_on="logits"`: such methods have no other bias. With all others it is `logit_bias`, since
+    there `bias` is DeepSeek's name of the bias that only selects. The float32 arrays keep dtype and values under
+    `.to(torch.bfloat16)`, `.half()` and the like; only their device changes. If one has another dtype all the same, as
+    under a mixed-precision policy of FSDP, the forward pass converts it to float32.
 
-    `load_state_dict` also takes other names of checkpoints, such as `expert_bias` or `wg.weight`, converts to float32,
-    and takes a bias of shape [1, num_experts]. The `bias` of DeepSeek's checkpoints is the one that only selects, in a
-    gate without logit_bias whose method selects by sigmoid or sqrtsoftplus scores. :func:`deepseek_state_dict` saves it
-    as such.
+    `load_state_dict` also takes other names of checkpoints, such as `expert_bias`, or `wg.weight` and `wg.bias`,
+    converts to float32, and takes a bias of shape [1, num_experts]. A plain `bias` is the bias of the logits in a gate
+    that has no other, except with methods that select by sigmoid or sqrtsoftplus scores. With these it is DeepSeek's
+    bias that only selects; a gate with logit_bias takes it only beside a `logit_bias` and raises an error otherwise.
+    :func:`deepseek_state_dict` saves it.
+
+    :meth:`cupy_router.Router.from_state_dict` takes the state dict of a gate, unless the gate has no weight: a
+    checkpoint without one may be incomplete. Use `Router(gate.method, table=gate.tid2eid)` then.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -108,7 +113,11 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             table = table.detach().to(device, copy=True, memory_format=torch.contiguous_format)
         self.register_parameter("weight", weight)
         self.register_buffer("e_score_correction_bias", new(size, dtype=torch.float32) if bias else None)
-        self.register_parameter("bias", parameter(new(size, dtype=torch.float32)) if logit_bias else None)
+        self._logit_bias = logit_bias_name(self.method)
+        self.register_parameter("bias", None)
+        self.register_parameter("logit_bias", None)
+        if logit_bias:
+            self.register_parameter(self._logit_bias, parameter(new(size, dtype=torch.float32)))
         self.register_parameter("per_expert_scale", parameter(new(size, dtype=torch.float32)) if expert_scale else None)
         self.register_buffer("tid2eid", table)
         self.reset_parameters()
@@ -123,7 +132,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
 
     def extra_repr(self) -> str:
         hidden = None if self.weight is None else self.weight.shape[-1]
-        given = {"bias": "e_score_correction_bias", "logit_bias": "bias", "expert_scale": "per_expert_scale"}
+        given = {"bias": BIAS, "logit_bias": self._logit_bias, "expert_scale": "per_expert_scale"}
         flags = [f"{argument}=True" for argument, name in given.items() if getattr(self, name) is not None]
         table = [] if self.tid2eid is None else [f"table={list(self.tid2eid.shape)}"]
         return ", ".join([str(hidden), repr(self.method), *flags, *table])
@@ -167,7 +176,8 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any
     ) -> Routing:
         """Return the routing of x [num_tokens, hidden], with token ids of the given axes."""
-        logit_bias, scale, table = as_float32(self.bias), as_float32(self.per_expert_scale), self.tid2eid
+        logit_bias = as_float32(getattr(self, self._logit_bias))
+        scale, table = as_float32(self.per_expert_scale), self.tid2eid
         if table is None:
             return dense_router.dense_router(
                 rows, weight, self.method, bias=as_float32(self.e_score_correction_bias), logit_bias=logit_bias,
@@ -201,15 +211,9 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the arrays from their names in any checkpoint. Other keys are reported as for any module."""
         names = [name for name in ("weight", *FLOAT32, "tid2eid") if getattr(self, name) is not None]
-        super()._load_from_state_dict(named_as_ours(state_dict, prefix, names, self.method), prefix, *args)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, *args: Any) -> None:
-        super()._save_to_state_dict(destination, prefix, *args)
-        if _deepseek_names.get():
-            name_as_deepseek(destination, prefix, self.method)
-
-
-_deepseek_names = ContextVar("deepseek_names", default=False)  # state dicts are saved with these names
+        *_, error_msgs = args
+        ours = named_as_ours(state_dict, prefix, names, self.method, error_msgs)
+        super()._load_from_state_dict(ours, prefix, *args)
 
 
 def deepseek_state_dict(model: Any) -> dict[str, Any]:
@@ -222,14 +226,25 @@ def deepseek_state_dict(model: Any) -> dict[str, Any]:
         model: A Gate, or a module with Gates.
 
     Raises:
-        ValueError: The `bias` of a Gate would be taken for another one.
+        TypeError: The model is no module.
+        ValueError: The method of a Gate with bias=True does not select by sigmoid or sqrtsoftplus scores, so that a
+            `bias` would be taken for another one.
 
     >>> from cupy_router.torch import Gate, deepseek_state_dict
     >>> list(deepseek_state_dict(Gate(8, "deepseek-v3", bias=True)))
     ['weight', 'bias']
     """
-    token = _deepseek_names.set(True)
-    try:
-        return model.state_dict()  # type: ignore[no-any-return]
-    finally:
-        _deepseek_names.reset(token)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"deepseek_state_dict: model must be a PyTorch module, got {type(model).__name__}")
+    state: dict[str, Any] = model.state_dict()
+    names = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        key = ".".join(part for part in (*path.split("."), BIAS) if part not in _HIDDEN)
+        if isinstance(module, Gate) and key in state:
+            names[key] = as_deepseek(key, module.method)
+    for key in list(state) if names else ():  # in place: keeps the order, and what PyTorch keeps beside the keys
+        state[names.get(key, key)] = state.pop(key)
+    return state
+
+
+_HIDDEN = ("", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # not in the keys of state dicts

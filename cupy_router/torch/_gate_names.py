@@ -3,39 +3,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from cupy_router.huggingface import LINEARS, TENSORS, plain_bias_selects
+from cupy_router.huggingface import LINEARS, TENSORS, plain_bias_is_of_logits, plain_bias_selects
 from cupy_router.method import RoutingMethod
 
-BIAS, DEEPSEEK_BIAS, BUFFERS = "e_score_correction_bias", "bias", ("e_score_correction_bias", "tid2eid")
+BIAS, LOGIT_BIAS, PLAIN, BUFFERS = (
+    "e_score_correction_bias",
+    "logit_bias",
+    "bias",
+    ("e_score_correction_bias", "tid2eid"),
+)
 
 # Arrays that are float32 whatever the dtype of the gate, with their initial value.
-FLOAT32 = {BIAS: 0.0, "bias": 0.0, "per_expert_scale": 1.0}
+FLOAT32 = {BIAS: 0.0, PLAIN: 0.0, LOGIT_BIAS: 0.0, "per_expert_scale": 1.0}
 
 
-def named_as_ours(state: Mapping[str, Any], prefix: str, names: Iterable[str], method: RoutingMethod) -> dict[str, Any]:
+def logit_bias_name(method: RoutingMethod) -> str:
+    """Return the name of the bias of the logits: a plain `bias` only where it cannot be taken for one that selects."""
+    return PLAIN if plain_bias_is_of_logits(method) else LOGIT_BIAS
+
+
+def named_as_ours(
+    state: Mapping[str, Any], prefix: str, names: Iterable[str], method: RoutingMethod, errors: list[str]
+) -> dict[str, Any]:
     """Return a state dict with our names for the arrays below a prefix, those of `FLOAT32` in float32.
 
     names: those that the gate has.
+    errors: gets what is wrong with the names.
     """
     found, names = dict(state), list(names)
+    either = LOGIT_BIAS in names and (BIAS in names or plain_bias_selects(method))
+    if either and prefix + LOGIT_BIAS not in found:
+        for key in (f"{prefix}{PLAIN}", f"{prefix}gate.{PLAIN}"):
+            if found.pop(key, None) is not None:
+                errors.append(
+                    f"{key} may be the {LOGIT_BIAS} or, as in DeepSeek's checkpoints, a bias that only selects: rename "
+                    f"it to {prefix}{LOGIT_BIAS} or {prefix}{BIAS}."
+                )
     for name in names:
-        others = [other for other, role in TENSORS.items() if role == TENSORS.get(name) and other != name]
-        if name == "weight":
-            others += [f"{linear}weight" for linear in (*LINEARS, "gate.")]  # of a linear layer in a router
-        if name == BIAS and "bias" not in names and plain_bias_selects(method):
-            others.append(DEEPSEEK_BIAS)
-        for key in (prefix + other for other in others):
+        for key in (prefix + other for other in _other_names(name, either, method)):
             if key in found and prefix + name not in found:
                 found[prefix + name] = found.pop(key)
         value = found.get(prefix + name)
         if isinstance(value, torch.Tensor):
             found[prefix + name] = _as_loaded(name, value, method.num_experts)
     return found
+
+
+def _other_names(name: str, either: bool, method: RoutingMethod) -> Iterator[str]:
+    """Yield the names that an array has in checkpoints; either: a plain bias would not be the one of the logits."""
+    role = TENSORS.get(name)
+    yield from (other for other in TENSORS if TENSORS[other] == role and other not in (name, PLAIN))
+    if name == BIAS and plain_bias_selects(method):
+        yield PLAIN
+    if name == LOGIT_BIAS and not either:
+        yield PLAIN
+    if name == "weight" or role == "logit_bias":
+        part = PLAIN if role else name
+        yield from (f"{linear}{part}" for linear in LINEARS)  # of a linear layer in a router
+        if not (role and either):
+            yield f"gate.{part}"
 
 
 def _as_loaded(name: str, value: Any, num_experts: int) -> Any:
@@ -49,22 +80,19 @@ def _as_loaded(name: str, value: Any, num_experts: int) -> Any:
     return value
 
 
-def name_as_deepseek(state: dict[str, Any], prefix: str, method: RoutingMethod) -> None:
-    """Rename the bias of the gate at a prefix.
+def as_deepseek(key: str, method: RoutingMethod) -> str:
+    """Return DeepSeek's name for the key of a gate's bias.
 
     Raises:
-        ValueError: The gate has a bias that would be taken for another one.
+        ValueError: It would not be taken for this bias.
     """
-    ours, deepseek = prefix + BIAS, prefix + DEEPSEEK_BIAS
-    selects = plain_bias_selects(method)
-    if (ours in state and not selects) or (deepseek in state and selects):
-        given = [argument for argument, key in (("bias", ours), ("logit_bias", deepseek)) if key in state]
+    plain = key.removesuffix(BIAS) + PLAIN
+    if not plain_bias_selects(method):
         raise ValueError(
-            f"deepseek_state_dict: {deepseek} is the bias of methods that select by sigmoid or sqrtsoftplus scores and "
-            f"the logit_bias of others, but this gate has {' and '.join(given)} with {method}"
+            f"deepseek_state_dict: {key} cannot be saved as {plain}, which only selects with methods that "
+            f"select by sigmoid or sqrtsoftplus scores, unlike {method}: save model.state_dict()"
         )
-    if ours in state:
-        state[deepseek] = state.pop(ours)
+    return plain
 
 
 def as_float32(tensor: Any) -> Any:

@@ -14,7 +14,7 @@ from tests.gpu.support import on_gpu
 from tests.gpu.test_graphs import capture
 
 METHOD = RoutingMethod(32, 4, "sigmoid", scale=1.5)
-FLOAT32 = ("e_score_correction_bias", "bias", "per_expert_scale")
+FLOAT32 = ("e_score_correction_bias", "logit_bias", "per_expert_scale")
 
 
 @pytest.fixture
