@@ -164,19 +164,19 @@ def plain_bias_selects(method: RoutingMethod) -> bool:
 def _is_of_router(key: str, below: str, router: str, known: set[str]) -> bool:
     """Return True if a key outside the router's module is named like a part of a router, and no other module has it."""
     module, name = key[: key.rfind(".") + 1], key[key.rfind(".") + 1 :]
-    *above, last = ["", *module[len(below) :].split(".")[:-1]]
+    folders = ["", *module[len(below) :].split(".")[:-1]]
+    if "router" not in folders and not _PART.search(name):
+        return False
     if _ATTENTION.search(key[len(below) :]) or _is_of_other_module(key, router, known):
         return False
-    if last == "router":
+    if "router" in folders or _NAME.search(name):
         return True
-    if not _PART.search(name):
-        return False
-    if _NAME.search(name):
-        return True
-    if _EXPERTS.search(" ".join((*above, last, name))) or _OTHERS.search(name):
+    if _EXPERTS.search(" ".join((*folders, name))) or _OTHERS.search(name):
         return False
     is_block = module == _folder_above(router) and not _is_layer(module, known)
-    return is_block or bool(_MODULE.search(last)) or (router.startswith(module) and bool(_OF_ROUTING.search(name)))
+    return (
+        is_block or bool(_MODULE.search(folders[-1])) or (router.startswith(module) and bool(_OF_ROUTING.search(name)))
+    )
 
 
 # Words in the names of a router's bias, scale or table; of such a tensor wherever it is; of modules that have them; of
@@ -192,8 +192,9 @@ _OTHERS = re.compile(r"proj|linear|norm|(^|_)(w|fc|mlp)\d|(^|_)(weight|input|out
 def _is_of_other_module(key: str, router: str, known: set[str]) -> bool:
     """Return True if a module of the key that does not have the router has a weight, or a router, of its own."""
     folders = [key[: dot.end()] for dot in re.finditer(r"\.", key) if not router.startswith(key[: dot.end()])]
-    gates = [f"{folder}{path}" for folder in folders for path in ("", *_ROUTERS, *_NESTED)]
-    own = [f"{gate}{name}" for gate in gates for name in ("weight", "qweight", "weight_packed")]
+    own = [f"{folder}{name}" for folder in folders for name in ("weight", "qweight", "weight_packed")]
+    if known.isdisjoint(own):
+        own = [f"{folder}{gate}weight" for folder in folders for gate in (*_ROUTERS, *_NESTED)]
     stem = re.sub("_(bias|scale)(es|s)?$", "", key)  # experts.gate_up_proj_bias beside experts.gate_up_proj
     if stem != key and f"{stem}." != router:
         own += [stem, f"{stem}.weight", f"{stem}_weight"]

@@ -170,9 +170,9 @@ class RoutingMethod:
                 model for text and images, the part with experts is used.
 
         Raises:
-            TypeError: ``config`` is neither a configuration object nor a dict.
-            ValueError: The model has no experts, its routing cannot be expressed, or the configuration is incomplete.
-                The message names the feature.
+            TypeError: ``config`` is neither a configuration object nor a dict, or has a number of another type.
+            ValueError: The model has no experts, its routing cannot be expressed, or the configuration is incomplete or
+                states a step that the routers of its ``model_type`` do not have. The message names the feature.
 
         >>> config = {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}
         >>> RoutingMethod.from_config(config)

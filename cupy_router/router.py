@@ -217,8 +217,8 @@ class Router:
         Raises:
             ImportError: The library `safetensors` is missing: install cupy-router[safetensors].
             OSError: There is no such file.
-            TypeError, ValueError: As for :meth:`from_state_dict`, or a file is not a safetensors file or index. The
-                message names the file, too.
+            TypeError, ValueError: As for :meth:`from_state_dict`, or a file is not a safetensors file or index, or the
+                index leaves out an array of the router that one of its files has. The message names the file, too.
         """
         with check.named("Router.from_safetensors", OSError):
             method = resolve(method)

@@ -70,7 +70,7 @@ def test_tensors_elsewhere_with_the_names_of_a_router_s_are_refused(weight: str,
         *("score_bias", "e_score_bias", "moe_bias", "balance_bias", "load_balancing_bias", "topk_bias", "logit_bias"),
         *("selection_bias", "router_table", "hash_table", "router_multiplier", "temperature", "token_to_expert"),
         *("E_SCORE_CORRECTION_BIAS", "moe_statics.bias", "gate_correction.bias", "router.bias", "moe.router.bias"),
-        *("experts.router_bias", "text_gate.e_score_correction_bias"),
+        *("router.norm.gain", "experts.router_bias", "text_gate.e_score_correction_bias"),
     ],
 )
 def test_no_tensor_of_the_router_s_block_is_left_out(folder: str, name: str) -> None:
