@@ -7,3 +7,6 @@ from collections.abc import Callable
 
 # Called with the name of a framework when an array of a new type of it is first seen.
 on_first_array: list[Callable[[str], None]] = []
+
+# These return True while code is traced. Then a Router leaves the checks of its arrays to the op of each call.
+traced: list[Callable[[], bool]] = []

@@ -11,7 +11,7 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
-from cupy_router import huggingface_configs
+from cupy_router import _hooks, huggingface_configs
 from cupy_router.score_function import ScoreFunction, score_of_key
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
@@ -152,10 +152,18 @@ class RoutingMethod:
             _check_shared_in_normalizer(checked)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if isinstance(self.score, ScoreFunction):  # has no text
-            checked["score"] = (self.score.key,)
-        changed = [f'"{name}": {as_json(checked[name])}' for name in checked if checked[name] != _DEFAULTS[name]]
-        object.__setattr__(self, "text", "{" + ", ".join(changed) + "}")
+        self._keep_text()
+
+    def _keep_text(self) -> None:
+        """Compute the text, unless traced: torch.compile of PyTorch 2.11 would compare it as one field more."""
+        if not any(is_traced() for is_traced in _hooks.traced):
+            object.__setattr__(self, "text", _text_of(self))
+
+    def __getattr__(self, name: str) -> str:
+        if name != "text":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._keep_text()
+        return _text_of(self)
 
     @classmethod
     def from_config(cls, config: Any) -> RoutingMethod:
@@ -297,6 +305,18 @@ def as_json(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join([as_json(item) for item in value]) + "]"
     return value.text  # type: ignore[no-any-return]  # a method, or options
+
+
+def _text_of(method: RoutingMethod) -> str:
+    """Return the fields that differ from their defaults as JSON."""
+    changed = []
+    for name, default in _DEFAULTS.items():
+        value = getattr(method, name)
+        if isinstance(value, ScoreFunction):  # has no text
+            value = (value.key,)
+        if value != default:
+            changed.append(f'"{name}": {as_json(value)}')
+    return "{" + ", ".join(changed) + "}"
 
 
 _DEFAULTS = {field.name: None if field.default is MISSING else field.default for field in fields(RoutingMethod)}

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 
-from cupy_router import checkpoint, huggingface
+from cupy_router import _hooks, checkpoint, huggingface
 from cupy_router.arrays import View, framework_of
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
@@ -72,7 +72,7 @@ class Router:
         self.follows_inputs = False  # True: copy the arrays to the device of x
         self._copies: dict[tuple[str, int], tuple[tuple[Any, ...], Router]] = {}
         self._check_arguments()
-        if any(is_traced() for is_traced in traced):
+        if any(is_traced() for is_traced in _hooks.traced):
             self.key = ""
         else:
             with check.named("Router"):
@@ -279,8 +279,6 @@ class Router:
 
 # Framework packages add what takes the call of a Router as a whole.
 interceptors: list[Interceptor] = []
-# And what returns True while the code that makes a Router is traced. Then the op of each call checks the arrays.
-traced: list[Callable[[], bool]] = []
 
 
 def _view(name: str, array: Any) -> View:

@@ -204,6 +204,33 @@ def test_a_method_that_traced_code_returns_or_keeps_over_a_graph_break() -> None
         assert torch.equal(got, want)
 
 
+BY_METHOD = {RoutingMethod(8, 2, "sigmoid"): 2.0, RoutingMethod(8, 2, SOFTSIGN): 4.0}
+KEYS: dict[str, Callable[[Any, int], Any]] = {
+    "get": lambda x, k: x * BY_METHOD.get(RoutingMethod(8, k, "sigmoid"), 3.0),
+    "item": lambda x, k: x * BY_METHOD[RoutingMethod(8, k, "sigmoid", scale=1)],
+    "in": lambda x, k: x * (5.0 if RoutingMethod(8, k, "sigmoid") in BY_METHOD else 6.0),
+    "not in": lambda x, k: x * (5.0 if RoutingMethod(8, k, "softmax") in BY_METHOD else 6.0),
+    "a ScoreFunction": lambda x, k: x * BY_METHOD.get(RoutingMethod(8, k, SOFTSIGN), 3.0),
+    "made in the same code": lambda x, k: x * {RoutingMethod(8, k): 2.0}.get(RoutingMethod(8, k), 3.0),
+    "used before": lambda x, k: used(x, RoutingMethod(8, k, "sigmoid")),
+    "in a set": lambda x, k: x * len({RoutingMethod(8, k), RoutingMethod(8, 2), RoutingMethod(8, 3)}),
+}
+
+
+def used(x: Any, method: RoutingMethod) -> Any:
+    return activation_topk(x, method).weights * BY_METHOD.get(method, 3.0)
+
+
+@pytest.mark.slow("seconds", every=4)
+@pytest.mark.parametrize("name", KEYS)
+def test_a_method_made_in_traced_code_is_found_as_a_key(name: str) -> None:
+    call = KEYS[name]
+    torch.compiler.reset()
+    for fullgraph in (False, True) if torch.__version__ >= "2.11" else (False,):
+        compiled = torch.compile(call, backend="eager", fullgraph=fullgraph)
+        assert torch.equal(compiled(LOGITS, 2), call(LOGITS, 2))
+
+
 def test_what_traced_code_cannot_make_is_refused() -> None:
     torch.compiler.reset()
     with pytest.raises(Exception, match="made in a traced function"):

@@ -26,7 +26,7 @@ a Hugging Face model.
 
 from __future__ import annotations
 
-from cupy_router import router
+from cupy_router import _hooks, router
 from cupy_router.ops import _run
 from cupy_router.torch import _intercept, _router_op, _state
 from cupy_router.torch._gate import Gate, deepseek_state_dict
@@ -37,7 +37,7 @@ __all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replac
 
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)
-router.traced.append(_state.is_tracing)
+_hooks.traced.append(_state.is_tracing)
 
 
 def __dir__() -> list[str]:
