@@ -184,6 +184,22 @@ def test_fully_shard(first: str, sharded: Any, calls: list[str]) -> None:
     assert isinstance(gates[0].weight.grad, torch.distributed.tensor.DTensor)
 
 
+def test_replicate(sharded: Any) -> None:
+    """Its class, too, is one of PyTorch's."""
+    replicate = pytest.importorskip("torch.distributed._composable.replicate").replicate
+    model = mixtral()
+    replace_routers(model)
+    gate, expected = model.model.layers[0].mlp.gate, logits_of(model)
+    original = gate.original
+    replicate(gate)
+    made = type(gate).__mro__[1]
+    assert restore_routers(model) == 2
+    assert isinstance(gate, made)
+    assert isinstance(gate, original)
+    assert not isinstance(gate, Swapped)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def derive(module: Any, how: str = "super") -> type:
     """Give a module a class derived from its own whose forward calls that of the latter, and return it."""
     base: Any = type(module)

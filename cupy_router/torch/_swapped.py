@@ -50,7 +50,7 @@ def restored_class(module: Any) -> type:
 
 
 def restore(module: Any) -> None:
-    """Give a swapped module its original class. What others derived from ours is then derived from the original.
+    """Give a swapped module its original class. What PyTorch derived from ours is then derived from the original.
 
     Raises:
         Unsupported: As `restored_class`.
