@@ -139,6 +139,38 @@ def test_two_micro_batches_into_the_same_buffers_before_one_backward(backend: st
         sum(losses).backward()
 
 
+@pytest.mark.slow("seconds", every=3)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["activation_topk", "topk_select", "a Router", "a Router of NumPy arrays"])
+def test_two_micro_batches_in_one_graph(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd traces the writes: PyTorch's own functions with `out` raise as well."""
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # they would keep what an earlier version made
+    call = CALLS[name]
+    out, expert = call(), torch.zeros(5, 16, requires_grad=True)
+
+    def loss(out: Any, expert: Any) -> Any:
+        values, indices = out[0] + 0, out[1].long()
+        first = (expert.gather(1, indices + 0) * values * out[0]).sum()
+        weighted = (expert.sum() * out[0]).sum()
+        call(out=out)
+        return first + weighted
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        compiled(loss, backend=backend)(out, expert).backward()
+
+
+@pytest.mark.parametrize("name", ["activation_topk", "a Router of NumPy arrays"])
+def test_tensors_on_meta_beside_others_are_refused(name: str) -> None:
+    """PyTorch asks for fake results there, whose memory is not initialised."""
+    out = buffers()
+    elsewhere = out._replace(weights=out.weights.to("meta"))
+    with pytest.raises(Exception, match=r"all arrays must lie on one device, got .*weights on meta"):
+        compiled(lambda out: CALLS[name](out=out), backend="eager")(elsewhere)
+    with pytest.raises(Exception, match=r"one device, got x on cpu, weight on meta"):
+        compiled(lambda x, gate: dense_router(x, gate, METHOD))(X, WEIGHT.to("meta"))
+    assert compiled(lambda x, gate: dense_router(x, gate, METHOD))(X.to("meta"), WEIGHT.to("meta")).indices.is_meta
+
+
 def _requires_grad(out: Routing) -> Routing:
     return out._replace(weights=out.weights.requires_grad_())
 
@@ -173,6 +205,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], tuple[Any, Any]
         lambda logits, out: activation_topk(logits, METHOD, out=tuple(out)),
         lambda: (LOGITS, buffers()),
         r"out must be Routing\(weights, indices\), got tuple",
+    ),
+    "an array of NumPy": (
+        lambda logits, out: activation_topk(logits, METHOD, out=out),
+        lambda: (LOGITS, buffers()._replace(indices=np.zeros((5, 4), np.int64))),
+        "graphs hold no|out.indices must be int32, got int64",
     ),
     "another shape": (
         lambda logits, out: activation_topk(logits, METHOD, out=out),

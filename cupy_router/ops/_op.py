@@ -297,7 +297,7 @@ class Op:
 
     def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
-        if type(out) is self.returns and not self.nested and type(None) not in map(type, out):
+        if type(out) is self.returns and not self.nested and not any(array is None for array in out):
             return out  # type: ignore[no-any-return]  # the usual form; `check_out` counts them
         found = dict(_fields("out", self.returns, out))
         for name, kind in self.nested.items():

@@ -141,7 +141,31 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
-    torch.library.register_fake(f"cupy_router::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.cupy_router, name).default
+    arguments = op._schema.arguments
+    names = [argument.name for argument in arguments]
+    torch.library.register_fake(f"cupy_router::{name}", partial(_checked_fake, name, names, fake), lib=LIBRARY)
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    if written:
+        LIBRARY.impl(name, partial(_raise_versions, op, written), "ADInplaceOrView", with_keyset=True)
+
+
+def _checked_fake(op: str, names: Sequence[str], fake: Any, *arguments: Any) -> Any:
+    """Return fake results. PyTorch asks for them also where one tensor is on "meta" and the others are not."""
+    given = {name: value for name, value in zip(names, arguments, strict=True) if isinstance(value, torch.Tensor)}
+    if len({tensor.device for tensor in given.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"{op}: all arrays must lie on one device, got {places}")
+    return fake(*arguments)
+
+
+def _raise_versions(op: Any, written: Sequence[int], keys: Any, *arguments: Any) -> None:
+    """Tell autograd of writes while it traces an op; the op that a graph calls raises the versions again."""
+    for position in written:
+        if arguments[position] is not None:
+            torch.autograd.graph.increment_version(arguments[position])
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)  # type: ignore[no-any-return]
 
 
 def no_results(*arguments: Any) -> None:
