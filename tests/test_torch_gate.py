@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_views_of_x() -> None:
         assert_same(gate(view), expected(gate.state_dict(), view.contiguous()))
 
 
+@pytest.mark.parametrize("axes", [(), (5,), (2, 3), (2, 1, 3, 2)], ids=str)
+def test_rows_that_are_not_contiguous_are_refused_whatever_the_axes(axes: tuple[int, ...]) -> None:
+    gate, wide, column = dense_gate(), torch.randn(*axes, 2 * HIDDEN), torch.randn(HIDDEN, *axes)
+    for view in (wide[..., ::2], column.permute(*range(1, column.ndim), 0)) if axes else (wide[::2],):
+        with pytest.raises(ValueError, match=r"^Gate: x must be contiguous along its last axis, got strides"):
+            gate(view)
+
+
+def test_columns_of_one_element_are_contiguous() -> None:
+    gate = Gate(1, METHOD)
+    for x in (torch.randn(2, 3, 4)[..., :1], torch.randn(4, 2, 3).permute(1, 2, 0)[..., :1], torch.randn(3, 4)[:, :1]):
+        assert_same(gate(x), gate(x.contiguous()))
+
+
+@pytest.mark.slow("seconds")
+def test_errors_in_compiled_code() -> None:
+    torch.compiler.reset()
+    gate = hash_gate()
+    for call in (lambda x: gate(x), lambda x: gate(x, IDS, num_valid="3"), lambda x: gate(x[..., :2], IDS)):
+        with pytest.raises((TypeError, ValueError), match=r"^Gate: (token_ids|num_valid|x) must"):
+            torch.compile(call, backend="aot_eager")(X)
+
+
 def test_a_hash_gate_without_a_weight_is_uniform() -> None:
     gate, (x, ids) = Gate(None, METHOD, table=table(torch.int32)), arguments(hash_gate())
     assert list(gate.state_dict()) == ["tid2eid"]
@@ -107,7 +131,10 @@ def test_a_hash_gate_without_a_weight_is_uniform() -> None:
     assert gate(torch.empty(2, 0, 0), torch.empty(2, 0, dtype=torch.int64)).weights.shape == (2, 0, K)
 
 
-X = torch.ones(2, 3, HIDDEN)
+X, IDS = torch.ones(2, 3, HIDDEN), torch.zeros(2, 3, dtype=torch.int64)
+with warnings.catch_warnings(action="ignore"):  # prototypes of PyTorch
+    NESTED = torch.nested.nested_tensor([torch.ones(3, HIDDEN), torch.ones(2, HIDDEN)])
+JAGGED = torch.nested.nested_tensor([torch.ones(3, HIDDEN), torch.ones(2, HIDDEN)], layout=torch.jagged)
 OUT = Routing(torch.empty(2, 3, K), torch.empty(2, 3, K, dtype=torch.int32))
 TURNED = Routing(torch.empty(3, 2, K).transpose(0, 1), OUT.indices)
 
@@ -135,11 +162,22 @@ TURNED = Routing(torch.empty(3, 2, K).transpose(0, 1), OUT.indices)
             r"out.weights must have rows at equal distances, got strides \[4, 8",
         ),
         (lambda g, h: g(X, out=OUT._replace(indices=OUT.weights)), TypeError, "out.indices must be int32, got float32"),
+        (lambda g, h: h(X, torch.zeros(2, 3)), TypeError, "token_ids must be int32 or int64, got float32"),
+        (lambda g, h: h(X, IDS, num_valid="3"), TypeError, "num_valid must be an int or a one-element int32 array"),
+        (lambda g, h: g(NESTED), ValueError, "x must be a dense tensor, got a nested one"),
+        (lambda g, h: g(JAGGED), ValueError, "x must be a tensor with its own memory, got a NestedTensor"),
+        (lambda g, h: g(X.to_sparse()), ValueError, "x must be a dense tensor on cpu or cuda, got torch.sparse_coo"),
+        (lambda g, h: g(X[0].to_sparse()), ValueError, "x must be a dense tensor on cpu or cuda, got torch.sparse_coo"),
+        (lambda g, h: g(torch.nn.UninitializedParameter()), ValueError, "x must be a dense tensor, got a lazy"),
+        (lambda g, h: h(X, NESTED), ValueError, "token_ids must be a dense tensor, got a nested one"),
+        (lambda g, h: h(X, IDS.to_sparse()), ValueError, "token_ids must be a dense tensor on cpu or cuda, got torch."),
+        (lambda g, h: g(X, out=OUT._replace(weights=NESTED)), ValueError, "out.weights must be a dense tensor"),
+        (lambda g, h: g(X, out=OUT._replace(indices=NESTED)), ValueError, "out.indices must be a dense tensor"),
     ],
 )
 def test_refused_calls(call: Callable[[Any, Any], Any], error: type, words: str) -> None:
     gates = (dense_gate().requires_grad_(False), hash_gate().requires_grad_(False))
-    with pytest.raises(error, match=f"^(Gate|dense_router): {words}"):
+    with pytest.raises(error, match=f"^Gate: {words}"):
         call(*gates)
 
 
@@ -161,6 +199,8 @@ def test_refused_calls(call: Callable[[Any, Any], Any], error: type, words: str)
         ({"table": np.zeros((5, K), np.int32)}, TypeError, "table must be a PyTorch tensor, got ndarray"),
         ({"table": torch.zeros(5, K)}, TypeError, r"table must be int32 or int64, got float32 \[5, 4\]"),
         ({"table": torch.zeros(5, 3, dtype=torch.int32)}, ValueError, r"table must have shape .* = \[vocab_size, 4\]"),
+        ({"table": NESTED}, ValueError, "table must be a dense tensor, got a nested one"),
+        ({"table": table().to_sparse()}, ValueError, "table must be a dense tensor on cpu or cuda, got torch.sp"),
         ({"table": table().to("meta")}, ValueError, r"table must have values for a gate on cpu, got int64 \[30, 4\]"),
         ({"table": table(), "bias": True}, ValueError, "bias and table do not go together"),
         (

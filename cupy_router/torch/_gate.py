@@ -16,7 +16,15 @@ from cupy_router.ops import dense_router
 from cupy_router.ops._hash_layer import hash_layer
 from cupy_router.ops._method import check_bias
 from cupy_router.results import Routing
-from cupy_router.torch._gate_arguments import check_flags, check_table, checked_dtype, flat_ids, flat_out
+from cupy_router.torch._gate_arguments import (
+    as_error_of_gate,
+    check_flags,
+    check_table,
+    checked_dtype,
+    flat_ids,
+    flat_out,
+    flat_rows,
+)
 from cupy_router.torch._gate_names import BIAS, FLOAT32, as_deepseek, as_float32, logit_bias_name, named_as_ours
 
 
@@ -143,7 +151,8 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         """Return the experts of each token and their weights.
 
         Args:
-            x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens.
+            x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens. They are
+                contiguous, but may lie anywhere: if not at equal distances, they are copied.
             token_ids: [...] int32 or int64 tensor. Required by a hash gate, ignored by others.
             num_valid: As for :func:`cupy_router.dense_router`. It counts the rows of x.reshape(-1, hidden).
             out: A :class:`cupy_router.Routing` of tensors with the shape of the results, filled in place and returned.
@@ -157,20 +166,26 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             ValueError: A shape, a stride, a device or num_valid is wrong.
             RuntimeError: As for :func:`cupy_router.dense_router`.
         """
-        weight = self.weight
-        hidden = "hidden" if weight is None else weight.shape[-1]
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"Gate: x must be a PyTorch tensor, got {type(x).__name__}")
-        if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
-            raise ValueError(f"Gate: x must have shape [..., {hidden}], got {list(x.shape)}")
-        if x.ndim == 2:  # the shape that the functions take, without the cost of others
-            return self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
-        axes = x.shape[:-1]
-        shape = (*axes, self.method.num_columns)
-        rows = x.flatten(0, -2) if axes else x[None]
-        given_out = None if out is None else flat_out(out, shape)
-        routing = self._route(rows, weight, token_ids, axes, num_valid, given_out, stream)
-        return Routing(*(array.view(shape) for array in routing)) if out is None else out
+        try:
+            weight = self.weight
+            hidden = "hidden" if weight is None else weight.shape[-1]
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"x must be a PyTorch tensor, got {type(x).__name__}")
+            if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
+                raise ValueError(f"x must have shape [..., {hidden}], got {list(x.shape)}")
+            if x.ndim == 2:  # the shape that the functions take, without the cost of others
+                return self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
+            axes = x.shape[:-1]
+            shape = (*axes, self.method.num_columns)
+            rows = flat_rows(x)
+            given_out = None if out is None else flat_out(out, shape)
+            routing = self._route(rows, weight, token_ids, axes, num_valid, given_out, stream)
+            return Routing(*(array.view(shape) for array in routing)) if out is None else out
+        except (TypeError, ValueError, RuntimeError) as error:
+            named = as_error_of_gate(error, x, token_ids, out)
+            if named is None:
+                raise
+            raise named from error
 
     def _route(
         self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any
