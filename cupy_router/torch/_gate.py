@@ -151,8 +151,8 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         """Return the experts of each token and their weights.
 
         Args:
-            x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens. They are
-                contiguous, but may lie anywhere: if not at equal distances, they are copied.
+            x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens. The last
+                axis must be contiguous; rows that do not lie at equal distances are copied.
             token_ids: [...] int32 or int64 tensor. Required by a hash gate, ignored by others.
             num_valid: As for :func:`cupy_router.dense_router`. It counts the rows of x.reshape(-1, hidden).
             out: A :class:`cupy_router.Routing` of tensors with the shape of the results, filled in place and returned.

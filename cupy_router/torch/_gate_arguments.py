@@ -53,7 +53,10 @@ def checked_dtype(dtype: Any) -> Any:
 def flat_rows(x: Any) -> Any:
     """Return x, whose axes are not two, as [num_tokens, hidden]."""
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:  # before its rows are copied
-        raise ValueError(f"x must be contiguous along its last axis, got strides {list(x.stride())} of {list(x.shape)}")
+        raise ValueError(
+            f"x must be contiguous along its last axis, got strides {list(x.stride())} of {list(x.shape)}: call "
+            "x.contiguous()"
+        )
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
