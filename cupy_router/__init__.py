@@ -67,10 +67,12 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         try:
             return importlib.import_module(f"{__name__}.{name}")
-        except (ImportError, OSError, AttributeError) as error:  # AttributeError, because `hasattr` catches no other
-            raise AttributeError(
-                f"{__name__}.{name} cannot be imported ({error}): install cupy-router[{name}] for its framework"
-            ) from error
+        except (ImportError, OSError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                reason = f"install cupy-router[{name}] for its framework ({error})"
+            # AttributeError, because `hasattr` catches no other
+            raise AttributeError(f"{__name__}.{name} cannot be imported: {reason}") from error
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

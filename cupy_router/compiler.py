@@ -391,3 +391,7 @@ def compile(
         ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, OPTIONS)
     kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found
+
+
+def __dir__() -> list[str]:
+    return ["CompileError"]

@@ -26,7 +26,8 @@ def output_of(code: str, *arguments: str) -> str:
 
 def test_dir_is_the_public_names() -> None:
     assert dir(cupy_router) == sorted([*cupy_router.__all__, "__version__", "compiler", "jax", "ops", "torch"])
-    assert dir(cupy_router.ops) == sorted([*registry.OPS.keys() - {"hash_layer"}, "registry"])
+    assert dir(cupy_router.ops) == sorted(registry.OPS.keys() - {"hash_layer"})
+    assert dir(cupy_router.compiler) == ["CompileError"]
     for name in (*cupy_router.__all__, "compiler", "ops"):
         assert getattr(cupy_router, name) is not None
     for name in dir(cupy_router.ops):
@@ -111,9 +112,32 @@ except ImportError:
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_a_missing_framework_is_named(name: str) -> None:
     message, kind = output_of(MISSING, name).splitlines()
-    assert message.startswith(f"cupy_router.{name} cannot be imported (import of {name} halted;")
-    assert message.endswith(f"install cupy-router[{name}] for its framework")
+    assert message.startswith(
+        f"cupy_router.{name} cannot be imported: install cupy-router[{name}] for its framework (import of {name} halt"
+    )
     assert kind == "ImportError"
+
+
+BROKEN = """
+import sys
+name, needed = sys.argv[1:]
+sys.modules[needed] = None
+import cupy_router
+try:
+    getattr(cupy_router, name)
+except AttributeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow("process")
+@pytest.mark.parametrize(
+    ("name", "needed"), [("ops", "cupy_router.ops"), ("compiler", "cupy_router.watch"), ("torch", "ml_dtypes")]
+)
+def test_what_is_installed_and_broken_is_not_called_missing(name: str, needed: str) -> None:
+    message = output_of(BROKEN, name, needed)
+    assert message.startswith(f"cupy_router.{name} cannot be imported: ModuleNotFoundError: import of {needed} halted")
+    assert "install" not in message
 
 
 DOCUMENTED = """

@@ -308,3 +308,32 @@ def test_copies_of_a_model_have_gradients_of_their_own() -> None:
     layer(tensor(5, 8)).sum().backward()
     assert layer.gate.grad.any()
     assert twin_layer.gate.grad is None
+
+
+def test_a_gate_that_holds_a_jax_array() -> None:
+    """It is converted where weights have a gradient; what cannot be is refused by name."""
+    jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    weight, method = inputs.normal((8, 4), seed=640), RoutingMethod(8, 2)
+    x = torch.from_numpy(inputs.normal((3, 4), seed=641)).requires_grad_()
+
+    class Holder:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __jax_array__(self) -> Any:
+            return jnp.asarray(self.array)
+
+    found = []
+    for gate in (Holder(weight), torch.from_numpy(weight)):
+        (gradient,) = torch.autograd.grad(dense_router(x, gate, method).weights[:, 0].sum(), x)
+        found.append(gradient)
+    assert torch.equal(*found)
+
+
+def test_an_array_that_cannot_become_a_tensor_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of a library whose DLPack has no dtype or device that PyTorch knows."""
+    jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    monkeypatch.setattr(torch, "from_dlpack", lambda array: array.nothing)
+    x = torch.ones(3, 4, requires_grad=True)
+    with pytest.raises(TypeError, match=r"^dense_router: weight must be a tensor, or convertible to one by DLPack, wh"):
+        dense_router(x, jnp.ones((8, 4)), RoutingMethod(8, 2))

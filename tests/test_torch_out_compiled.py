@@ -78,7 +78,7 @@ def test_a_stream_breaks_the_graph(name: str, backend: str, fullgraph: bool) -> 
     call = CALLS[name]
     found = compiled(lambda: tuple(call(stream=0))[-1] * 2, fullgraph, backend=backend)
     if fullgraph:
-        sentence = "graphs hold no stream= and no arrays but PyTorch's" if VERSION >= (2, 7) else "no_graph_can_hold"
+        sentence = "a graph holds no stream= and no arrays but PyTorch's" if VERSION >= (2, 7) else "no_graph_can_hold"
         with pytest.raises(torch._dynamo.exc.Unsupported, match=sentence):
             found()
     else:

@@ -231,10 +231,36 @@ def test_a_method_made_in_traced_code_is_found_as_a_key(name: str) -> None:
         assert torch.equal(compiled(LOGITS, 2), call(LOGITS, 2))
 
 
-def test_what_traced_code_cannot_make_is_refused() -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_router_of_numpy_arrays_made_in_traced_code(fullgraph: bool) -> None:
+    """NumPy's arrays become constants or inputs of the graph, as those of `dense_router` do."""
+    weight, table = WEIGHT.numpy(), TABLE.numpy()
+    for call in (
+        lambda x: tuple(Router(METHOD, weight=weight)(x)),
+        lambda x: tuple(Router(METHOD, weight=WEIGHT, logit_bias=weight[:, 0].copy())(x)),
+        lambda x: tuple(Router(METHOD, weight=weight, table=table)(x, IDS)),
+    ):
+        torch.compiler.reset()
+        for got, want in zip(torch.compile(call, backend="eager", fullgraph=fullgraph)(X), call(X), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_router_of_jax_arrays_made_in_traced_code_breaks_the_graph() -> None:
+    jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    weight = jnp.asarray(WEIGHT.numpy())
+
+    def call(x: Any) -> Any:
+        return tuple(Router(METHOD, weight=weight)(x))
+
     torch.compiler.reset()
-    with pytest.raises(Exception, match="made in a traced function"):
-        torch.compile(lambda x: Router(METHOD, weight=WEIGHT.numpy())(x), backend="eager")(X)
+    for got, want in zip(torch.compile(call, backend="eager")(X), call(X), strict=True):
+        assert torch.equal(got, want)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"arrays_that_no_graph_can_hold|no arrays but PyTorch's: leave out"):
+        torch.compile(call, backend="eager", fullgraph=True)(X)
+
+
+def test_what_traced_code_cannot_make_is_refused() -> None:
     torch.compiler.reset()
     with pytest.raises(Exception):  # noqa: B017, PT011  # PyTorch decides which
         torch.compile(

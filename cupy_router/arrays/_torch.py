@@ -62,7 +62,7 @@ class PyTorch(Framework):
             return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
-        _refuse_without_memory(name, array)
+        refuse_without_memory(name, array)
         kind, index = array.device.type, array.device.index
         dtype = name_of(array.dtype)
         return View(
@@ -119,7 +119,17 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or bool(tensor.untyped_storage().data_ptr())
 
 
-def _refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
+def is_lazy(array: Any) -> bool:
+    """Return whether an array is a tensor that PyTorch negates lazily, or one of its zeros without memory."""
+    return isinstance(array, torch.Tensor) and (array.is_neg() or _is_zero(array))
+
+
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with memory for one that is lazy, any other as it is."""
+    return torch.zeros_like(tensor) if _is_zero(tensor) else tensor.resolve_neg()
+
+
+def refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose values do not lie, as they are, at its address."""
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError(f"{name} must be a dense tensor, got a lazy parameter without a shape: initialize it first")
@@ -127,32 +137,47 @@ def _refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name} must be a dense tensor, got a nested one: pass its parts, {name}.unbind(), one by one or joined"
         )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: pass {_copy(name, '.to_dense()')}")
     kind = tensor.device.type
-    if kind not in ("cpu", "cuda") or tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor on cpu or cuda, got {tensor.layout} on {tensor.device}")
+    if kind == "meta":
+        raise ValueError(
+            f"{name} must be a tensor on cpu or cuda, got one on meta, which has no values: give its module some with "
+            "load_state_dict(assign=True), or with to_empty and load_state_dict"
+        )
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be a tensor on cpu or cuda, got one on {tensor.device}: move it with .to")
     if _is_functional(tensor) or _is_wrapped(tensor):
         raise ValueError(
             f"{name} must be a tensor with its own memory, got a wrapper of torch.func: use it where it was made"
         )
     if tensor.is_quantized:
-        raise ValueError(f"{name} must be a plain tensor, got a quantized one: pass {name}.dequantize()")
+        raise ValueError(f"{name} must be a plain tensor, got a quantized one: pass {_copy(name, '.dequantize()')}")
     if _is_zero(tensor):
-        raise ValueError(f"{name} must be a tensor with its own memory, got PyTorch's zeros without: pass {name} + 0")
+        raise ValueError(
+            f"{name} must be a tensor with its own memory, got zeros for which PyTorch keeps none: pass "
+            f"{_copy(name, ' + 0')}"
+        )
     if tensor.is_neg():
         raise ValueError(
             f"{name} must be a plain tensor, got one that PyTorch negates lazily, such as the imaginary part of a "
-            f"conjugated one: pass {name}.resolve_neg()"
+            f"conjugated one: pass {_copy(name, '.resolve_neg()')}"
         )
     if tensor.is_conj():
-        raise ValueError(f"{name} must be a plain tensor, got a conjugated one: pass {name}.resolve_conj()")
+        raise ValueError(f"{name} must be a plain tensor, got a conjugated one: pass {_copy(name, '.resolve_conj()')}")
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + length) * tensor.element_size() if tensor.numel() else 0
     held = tensor.untyped_storage().nbytes()
     if needed > held or not _has_memory(tensor):
         raise ValueError(
             f"{name} must be a tensor with its own memory, got one with {held} of {needed} bytes: its storage was "
-            "freed, as FSDP does with parameters between their uses"
+            "freed, as FSDP does with parameters between their uses: call the module that FSDP wraps, or unshard it"
         )
+
+
+def _copy(name: str, how: str) -> str:
+    """Return what to pass instead of a tensor. A copy of one to write into would get the results in its place."""
+    return "a tensor made for it, as by torch.empty" if name.split(": ")[-1].startswith("out.") else f"{name}{how}"
 
 
 def refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:

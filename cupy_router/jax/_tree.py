@@ -15,7 +15,7 @@ import jax
 
 from cupy_router.jax._ffi_targets import why_not
 from cupy_router.method import RoutingMethod, from_text
-from cupy_router.ops.registry import OPS
+from cupy_router.ops.registry import RESULTS
 from cupy_router.router import Router
 from cupy_router.score_function import ScoreFunction
 
@@ -29,8 +29,8 @@ def register() -> None:
     jax.export.register_pytree_node_serialization(
         Router, serialized_name="cupy_router.Router", serialize_auxdata=_as_bytes, deserialize_auxdata=_from_bytes
     )
-    for kind in {kind for op in OPS.values() for kind in (op.returns, *op.nested.values())}:
-        jax.export.register_namedtuple_serialization(kind, serialized_name=f"cupy_router.{kind.__name__}")
+    for name, kind in RESULTS.items():
+        jax.export.register_namedtuple_serialization(kind, serialized_name=f"cupy_router.{name}")
 
 
 def _flatten(router: Router) -> tuple[list[tuple[Any, Any]], _Structure]:

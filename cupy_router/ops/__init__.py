@@ -17,4 +17,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return _FILES
+    return [name for name in _FILES if name != "registry"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cupy_router.arrays import _torch as tensors
-from cupy_router.arrays import stream_handle
+from cupy_router.arrays import framework_of, stream_handle
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import activation_topk_backward, hash_router
 from cupy_router.ops._op import Op
@@ -78,7 +78,7 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
     if stream is not None and inputs[0].is_cuda:
         context = torch.cuda.stream(torch.cuda.ExternalStream(stream_handle(stream), inputs[0].device))
     with context:
-        return op.pack(options, _Routing.apply(op, options, number, *map(_as_tensor, inputs)))
+        return op.pack(options, _Routing.apply(op, options, number, *map(_as_tensor, op.names, inputs)))
 
 
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
@@ -90,6 +90,12 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
     @staticmethod
     def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
         weights, indices = run_eagerly(op, options, inputs, number)
+        for name, array in zip(op.names, inputs, strict=True):
+            if not isinstance(array, torch.Tensor | None):
+                raise TypeError(
+                    f"{op.label}: {name} must be a tensor, or convertible to one by DLPack, where weights have a "
+                    f"gradient, got {type(array).__name__}"
+                )
         remember_call(ctx, op, options, number, *inputs, output=(weights, indices))
         return weights, indices
 
@@ -101,7 +107,7 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
         return backward(ctx, grad_weights, grad_indices, by_op=by_op)
 
 
-def _as_tensor(array: Any) -> Any:
+def _as_tensor(name: str, array: Any) -> Any:
     """Return an array of another framework as a tensor on the same memory; NumPy arrays are copied.
 
     Anything that cannot become a tensor is returned as it is, and the checks of the op raise.
@@ -109,11 +115,9 @@ def _as_tensor(array: Any) -> Any:
     if array is None or isinstance(array, (torch.Tensor, np.ma.MaskedArray)):
         return array
     try:
-        return (
-            tensors.FRAMEWORK.from_host(np.array(array), array)
-            if isinstance(array, np.ndarray)
-            else torch.from_dlpack(array)
-        )
+        if isinstance(array, np.ndarray):
+            return tensors.FRAMEWORK.from_host(np.array(array), array)
+        return torch.from_dlpack(framework_of(name, array).plain(name, array))
     except (AttributeError, BufferError, RuntimeError, TypeError):
         return array
 
@@ -184,7 +188,7 @@ def gradients(
             if by_op:
                 grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
             else:
-                resolved = (given[0].resolve_neg(), *given[1:])  # PyTorch's dispatcher does so for ops
+                resolved = (tensors.resolved(given[0]), *given[1:])  # PyTorch's dispatcher does so for ops
                 (grad_logits,) = run(BACKWARD, (method, options.dtype, repeated), resolved, None, None)
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
@@ -234,7 +238,7 @@ def _expert_scale_gradient(
 def x_gradient(router: Any, x: Any, indices: Any, grad_weights: Any) -> Any:
     """Return the gradient with respect to the x of a Router, whose arrays may be of any framework."""
     layer = router.beside(x)
-    arrays = {name: _as_tensor(getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")}
+    arrays = {name: _as_tensor(name, getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")}
     arrays |= {"logits": None, "x": x}
     return gradients(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash, by_op=False)["x"]
 

@@ -11,9 +11,10 @@ mutates, and returns nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _checks as check
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
-from cupy_router.ops.registry import OPS
+from cupy_router.ops.registry import OPS, RESULTS
 from cupy_router.torch import _autograd
 from cupy_router.torch._state import outside_of_graphs
 
@@ -124,19 +125,22 @@ def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def define(op: Op) -> None:
     """Add an op and its twin to the library."""
-    register(schema(op), partial(_implementation, op), partial(_fake, op))
+    written = {1 + place: f"{op.label}: {op.names[place]}" for place in op.written}
+    register(schema(op), partial(_implementation, op), partial(_fake, op), written)
     if op.differentiable:
         register_gradient(op.name, _autograd.backward, partial(_remember, op))
     elif op is _autograd.BACKWARD:
         register_gradient(op.name, _autograd.no_second_derivative, None)
     else:
         register_without_gradient(op.name)
-    register(schema(op, into=True), partial(_implementation_into, op), no_results)
+    first = 1 + len(op.inputs) + op.takes_number
+    outs = {first + i: f"{op.label}: out.{result.path}" for i, result in enumerate(op.results)}
+    register(schema(op, into=True), partial(_implementation_into, op), no_results, written | outs)
     register_without_gradient(f"{op.name}_out")  # calls are checked by `refuse_out` before
 
 
-def register(schema: str, implementation: Any, fake: Any) -> None:
-    """Add an op to the library."""
+def register(schema: str, implementation: Any, fake: Any, written: Mapping[int, str] = MappingProxyType({})) -> None:
+    """Add an op to the library. `written` has names of the arguments that it writes into, by their places."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
@@ -145,9 +149,11 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
     arguments = op._schema.arguments
     names = [argument.name for argument in arguments]
     torch.library.register_fake(f"cupy_router::{name}", partial(_checked_fake, name, names, fake), lib=LIBRARY)
-    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
-    if written:
-        LIBRARY.impl(name, partial(_raise_versions, op, written), "ADInplaceOrView", with_keyset=True)
+    for kind in ("Negative", "ZeroTensor"):  # by themselves, they fail for ops that write, or have strides of 0
+        LIBRARY.impl(name, partial(_with_plain_tensors, name, written), kind)
+    places = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    if places:
+        LIBRARY.impl(name, partial(_raise_versions, op, places), "ADInplaceOrView", with_keyset=True)
 
 
 def _checked_fake(op: str, names: Sequence[str], fake: Any, *arguments: Any) -> Any:
@@ -168,6 +174,15 @@ def _raise_versions(op: Any, written: Sequence[int], keys: Any, *arguments: Any)
         return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)  # type: ignore[no-any-return]
 
 
+def _with_plain_tensors(name: str, written: Mapping[int, str], *arguments: Any) -> Any:
+    """Run an op that got lazily negated tensors, or zeros without memory."""
+    for place, argument in written.items():
+        if tensors.is_lazy(arguments[place]):
+            tensors.refuse_without_memory(argument, arguments[place])
+    plain = [tensors.resolved(argument) if tensors.is_lazy(argument) else argument for argument in arguments]
+    return getattr(torch.ops.cupy_router, name)(*plain)
+
+
 def no_results(*arguments: Any) -> None:
     """Fake of an op that returns nothing."""
 
@@ -184,3 +199,9 @@ def register_without_gradient(name: str) -> None:
 
 for _op in OPS.values():
     define(_op)
+
+# torch.export.save and AOTInductor write the types of results. Private in PyTorch, so it may disappear.
+_register_namedtuple = getattr(torch.utils._pytree, "_register_namedtuple", None)
+if _register_namedtuple is not None:
+    for _name, _kind in RESULTS.items():
+        _register_namedtuple(_kind, serialized_type_name=f"cupy_router.{_name}")

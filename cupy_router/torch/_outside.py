@@ -13,7 +13,10 @@ import torch
 
 from cupy_router.torch import _state
 
-_REASON = "cupy_router: graphs hold no stream= and no arrays but PyTorch's, so call it outside of this graph or without"
+_REASON = (
+    "cupy_router: a graph holds no stream= and no arrays but PyTorch's: leave out stream=, pass tensors, or call it "
+    "outside of the graph"
+)
 
 
 def _call_with_a_stream_or_arrays_that_no_graph_can_hold(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -21,14 +21,12 @@ from cupy_router.torch._library import no_results, register, register_gradient, 
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
-    """Return whether the call of a Router becomes one node of the graph."""
-    return _state.is_tracing() and not _is_of_tensors(router)
+    """Return whether the call of a Router becomes one node of the graph; one made while traced has no key for that."""
+    return _state.is_tracing() and not _is_of_tensors(router) and bool(router.key)  # in this order: graphs guard keys
 
 
 def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
     """Return the results of a call that :func:`wants` accepts."""
-    if not router.key:
-        raise ValueError("Router: made in a traced function, it must have tensors of PyTorch")
     x, token_ids, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
     outs = _library.flat(op, None, out)
@@ -113,6 +111,7 @@ register(
     "Tensor(a!) weights, Tensor(b!) indices) -> ()",
     _implementation_into,
     no_results,
+    {5: "Router: out.weights", 6: "Router: out.indices"},
 )
 register(
     "router_backward(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor", _backward, _fake_backward
