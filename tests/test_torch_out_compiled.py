@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], tuple[Any, Any]
     "an array of NumPy": (
         lambda logits, out: activation_topk(logits, METHOD, out=out),
         lambda: (LOGITS, buffers()._replace(indices=np.zeros((5, 4), np.int64))),
-        "graphs hold no|out.indices must be int32, got int64",
+        "a graph holds no|out.indices must be int32, got int64",
     ),
     "another shape": (
         lambda logits, out: activation_topk(logits, METHOD, out=out),
