@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-import numpy as np
-
 from cupy_router.huggingface_families import (
     NAMES,
     RULES,
@@ -241,7 +239,7 @@ def _count(name: str, value: Any) -> int:
 
 def _plain(value: Any) -> Any:
     """Return a NumPy array or scalar as Python's list or number, and anything else as it is."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def _read(config: Config, field: str, how: Read) -> Any:
