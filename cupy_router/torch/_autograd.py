@@ -91,7 +91,7 @@ class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is unt
     def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
         weights, indices = run_eagerly(op, options, inputs, number)
         for name, array in zip(op.names, inputs, strict=True):
-            if not isinstance(array, torch.Tensor | None):
+            if array is not None and not isinstance(array, torch.Tensor):
                 raise TypeError(
                     f"{op.label}: {name} must be a tensor, or convertible to one by DLPack, where weights have a "
                     f"gradient, got {type(array).__name__}"
