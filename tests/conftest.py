@@ -143,3 +143,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen = BACKENDS[request.config.getoption("--backend")]()
     yield chosen
     chosen.close()
+
+
+@pytest.fixture
+def jax_on_the_cpu() -> Iterator[None]:
+    """Make arrays of JAX in CPU memory, also where there is a GPU."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield

@@ -79,7 +79,12 @@ def printed(script: str) -> list[str]:
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run(
-        [sys.executable, "-c", FORK + script], cwd=root, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK + script],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()

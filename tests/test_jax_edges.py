@@ -19,9 +19,12 @@ jnp = jax.numpy
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("jax_on_the_cpu")
+
 CALLS = calls()
-LOGITS = jnp.array(inputs.normal((6, 32), seed=400))
-X, WEIGHT = jnp.array(inputs.normal((6, 8), seed=401)), jnp.array(inputs.normal((32, 8), seed=402))
+with jax.default_device(jax.devices("cpu")[0]):
+    LOGITS = jnp.array(inputs.normal((6, 32), seed=400))
+    X, WEIGHT = jnp.array(inputs.normal((6, 8), seed=401)), jnp.array(inputs.normal((32, 8), seed=402))
 
 
 def on_cpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

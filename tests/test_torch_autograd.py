@@ -310,6 +310,7 @@ def test_copies_of_a_model_have_gradients_of_their_own() -> None:
     assert twin_layer.gate.grad is None
 
 
+@pytest.mark.usefixtures("jax_on_the_cpu")
 def test_a_gate_that_holds_a_jax_array() -> None:
     """It is converted where weights have a gradient; what cannot be is refused by name."""
     jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
@@ -330,6 +331,7 @@ def test_a_gate_that_holds_a_jax_array() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.usefixtures("jax_on_the_cpu")
 def test_an_array_that_cannot_become_a_tensor_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one of a library whose DLPack has no dtype or device that PyTorch knows."""
     jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")

@@ -245,6 +245,7 @@ def test_a_router_of_numpy_arrays_made_in_traced_code(fullgraph: bool) -> None:
             assert torch.equal(got, want)
 
 
+@pytest.mark.usefixtures("jax_on_the_cpu")
 def test_a_router_of_jax_arrays_made_in_traced_code_breaks_the_graph() -> None:
     jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
     weight = jnp.asarray(WEIGHT.numpy())
