@@ -49,7 +49,7 @@ def number_of_graphs(module: Any, args: Any, kwargs: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:replace_routers left")
-@pytest.mark.slow("seconds", every=25)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("family", moe_configs.families())
 def test_graphs(family: str) -> None:
     model = next(filter(None, map(with_our_routers, moe_configs.model_classes(family))), None)
@@ -72,7 +72,7 @@ def test_graphs(family: str) -> None:
     assert all(our <= their for our, their in zip(ours, theirs, strict=True)), (ours, theirs, list(calls))
 
 
-@pytest.mark.slow("seconds", every=2)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", ["JetMoeForCausalLM", "MixtralForCausalLM"])
 def test_fullgraph(name: str) -> None:
     model = moe_configs.build(getattr(transformers, name))

@@ -65,14 +65,15 @@ TRACED = {
     "Router in jit": Place("Router: weight", jax.jit(lambda a: Router(METHOD, weight=a)(X))),
     "out in jit": Place("activation_topk: out.weights", jax.jit(lambda a: route(LOGITS, out=Routing(a, a)))),
 }
-KEYS = jax.random.split(jax.random.key(0), (6, 32))
-OF_JAX = {
-    "int4": jnp.zeros((6, 32), jnp.int4),
-    "float8_e4m3fn": jnp.zeros((6, 32), jnp.float8_e4m3fn),
-    "bool": jnp.zeros((6, 32), bool),
-    "complex64": jnp.zeros((6, 32), complex),
-    "key<fry>": KEYS,
-}
+with jax.default_device(jax.devices("cpu")[0]):
+    KEYS = jax.random.split(jax.random.key(0), (6, 32))
+    OF_JAX = {
+        "int4": jnp.zeros((6, 32), jnp.int4),
+        "float8_e4m3fn": jnp.zeros((6, 32), jnp.float8_e4m3fn),
+        "bool": jnp.zeros((6, 32), bool),
+        "complex64": jnp.zeros((6, 32), complex),
+        "key<fry>": KEYS,
+    }
 OF_NUMPY = {
     "float0": np.zeros((6, 32), jax.dtypes.float0),
     "<U1": np.full((6, 32), "a"),

@@ -94,6 +94,7 @@ def test_programs_of_all_calls_run_in_another_process(tmp_path: Path) -> None:
             assert (found[key].dtype, found[key].tobytes()) == (leaf.dtype, np.asarray(leaf).tobytes())
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_a_program_returns_has_its_type(name: str) -> None:
     function, arguments = programs()[name]

@@ -62,7 +62,7 @@ print(value.__name__)
 """
 
 
-@pytest.mark.slow("process", every=3)
+@pytest.mark.slow("process")
 @pytest.mark.parametrize(
     "path",
     ["torch.replace_routers", "torch.load_balance", "jax", "compiler.CompileError", "ops.activation_topk_backward"],
