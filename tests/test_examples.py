@@ -73,6 +73,7 @@ def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPat
 COUNTS = (256, 100, 33, 2)  # of tokens
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_the_pytorch_layer_exports_for_any_number_of_tokens(plain: bool, strict: bool) -> None:
@@ -85,6 +86,7 @@ def test_the_pytorch_layer_exports_for_any_number_of_tokens(plain: bool, strict:
         torch.testing.assert_close(exported(x[:count]), model(x[:count]))
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
 @pytest.mark.parametrize(("how", "graphs"), [("automatic", 2), ("dynamic", 1), ("marked", 1)])
 def test_the_pytorch_layer_compiles_for_any_number_of_tokens(how: str, graphs: int, plain: bool) -> None:
@@ -107,6 +109,7 @@ def test_the_pytorch_layer_compiles_for_any_number_of_tokens(how: str, graphs: i
     assert len(compiled) == graphs
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
 def test_the_jax_layer_exports_for_any_number_of_tokens(plain: bool) -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed")

@@ -49,6 +49,7 @@ def test_only_the_first_three_fields_are_positional() -> None:
         RoutingMethod(8, 2, "softmax", 1.0)  # type: ignore[call-arg]
 
 
+@pytest.mark.slow("seconds")
 def test_no_method_is_kept_for_ever() -> None:
     """A scale that is annealed makes a method per step."""
     logits, kept = np.zeros((1, 4), np.float32), []

@@ -48,6 +48,7 @@ def test_gradients(kind: str, plain: dict[str, list[Any]], default: None) -> Non
     assert_same(_gradients(case), plain[kind])
 
 
+@pytest.mark.slow("seconds")
 def test_compiled_gradients_and_load_balance(default: None) -> None:
     with torch.device("cpu"):
         logits = torch.randn(6, 16, dtype=torch.float32, requires_grad=True)

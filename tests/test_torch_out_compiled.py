@@ -69,7 +69,7 @@ def test_out_is_filled_in_one_graph(name: str, backend: str) -> None:
     assert all(array._version for array in out)
 
 
-@pytest.mark.slow("seconds", every=9)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", CALLS)

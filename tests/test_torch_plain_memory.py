@@ -152,6 +152,7 @@ def test_an_incoming_gradient_may_be_lazy(name: str, way: str) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("name", LAZY)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_calls_resolve_lazy_tensors(name: str, backend: str) -> None:
