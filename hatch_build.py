@@ -2,7 +2,7 @@
 """Metadata of a build that depend on where the repository is public: project URLs, and the links of the README.
 
 An index page shows the README alone, so links to other files have to be absolute there. pyproject.toml has the address.
-As long as it is empty there are no URLs, and a link to a file is the path of the file, as in the source distribution.
+While it is empty there are no URLs, and links to files become plain text.
 """
 
 from __future__ import annotations

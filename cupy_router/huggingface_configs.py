@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert Hugging Face and DeepSeek configurations to the fields of a RoutingMethod.
 
-What a model's code does with the numbers of its configuration is in ``huggingface_families.RULES``. A model that is not
+``huggingface_families.RULES`` says how each model's code uses its configuration. A model that is not
 in that table is supported if its configuration states every step.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routers of each model do: ``RULES``, a line for each model_type. Data only.
+"""Routing of each known model: ``RULES`` has one line for each model_type. Data only.
 
 A configuration holds numbers, but not what the model's code does with them. A rule says this: it has a value or one of
 the classes below for each field of a RoutingMethod that is not at its default. The numbers of experts are always read.

@@ -21,7 +21,7 @@ _SLOPE_TOLERANCE = 1e-3
 
 
 class ScoreComparison(NamedTuple):
-    """What was compared by :func:`compare_score`, and found equal."""
+    """Result of :func:`compare_score` for a score whose parts agree."""
 
     num_values: int  # x at which CUDA and NumPy were compared, for the score and for its derivative
     num_slopes: int  # x at which the derivative was compared with differences of the score; 0 without a derivative

@@ -21,7 +21,7 @@ FLOAT32 = ("e_score_correction_bias", "logit_bias", "per_expert_scale")
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """The same random values in every test of a module that imports this."""
+    """Seed PyTorch before each test of a module that imports this."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         yield

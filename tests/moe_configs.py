@@ -97,7 +97,7 @@ LEFT = {
     "VitPoseBackboneMoeMLP": "without a router",
     "ZayaRouter": "can skip all experts",
 }
-# The same for configurations with other settings, which not every implementation of the model reads.
+# Reasons why routers are left if a configuration has other settings; some implementations ignore these settings.
 LEFT_IF_VARIED = {
     "DeepseekV2TopkRouter": "has norm_topk_prob = True, but its routers have renormalize = False",
     "DeepseekV4HashRouter": "has norm_topk_prob = False, but its routers have renormalize = True",

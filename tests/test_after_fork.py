@@ -24,13 +24,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 
 
 class InitializationError(RuntimeError):
-    """As CuPy, its driver API and PyTorch raise it after a fork."""
+    """Error of CUDA after a fork, as CuPy raises it."""
 
     def __init__(self) -> None:
         super().__init__("cudaErrorInitializationError: initialization error")
 
 
-# What the parent does before it forks, and the child after it; a recorder is the GPU.
+# Code of the parent before the fork and of the child after it; a recorder stands in for the GPU.
 FORK = """
 import os, sys, threading
 import numpy as np

@@ -177,7 +177,7 @@ def test_the_gradient_of_topk_select_names_the_remedy(name: str) -> None:
 
 
 class Holder:
-    """As parameters of Flax are: no array, but convertible to one of JAX."""
+    """Stand-in for a parameter of Flax: not an array, but JAX can convert it to one."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

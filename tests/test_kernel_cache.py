@@ -28,7 +28,7 @@ WARNING = r"CuPy cannot keep compiled kernels in .*{}.*: this process keeps them
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process, with all that changes undone at the end."""
+    """Reset the state to that of a new process, and restore it at the end."""
     monkeypatch.setattr(kernel_cache, "_temporary", None)
     for name in (kernel_cache.FOLDER, kernel_cache.IN_MEMORY):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that it is restored

@@ -22,7 +22,7 @@ def _frame_callback_before_2_6() -> Any:
 
 _is_compiling, _is_jit_traced = torch.compiler.is_compiling, torch._C._is_tracing
 _num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-# What torch.compile has put in the place of Python's evaluation of frames, None or False if it traces none.
+# Frame evaluation callback of torch.compile; None or False if Dynamo is not active.
 _frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", _frame_callback_before_2_6)
 REFUSED_IN_GRAPHS = (
     "stream, and arrays that are no tensors, cannot be given inside torch.export, torch.jit.trace or a "
