@@ -19,11 +19,15 @@ from cupy_router import _hooks
 
 if TYPE_CHECKING:
     from cupy_router.method import RoutingMethod, presets
+    from cupy_router.ops._layout import LayoutSpec, layout_capacity
     from cupy_router.ops.activation_topk import activation_topk
     from cupy_router.ops.dense_router import dense_router
+    from cupy_router.ops.expert_layout import expert_layout
     from cupy_router.ops.hash_router import hash_router
+    from cupy_router.ops.permute import permute
     from cupy_router.ops.topk_select import topk_select
-    from cupy_router.results import Routing, TopK
+    from cupy_router.ops.unpermute import unpermute
+    from cupy_router.results import ExpertLayout, Routing, RoutingPlan, TopK
     from cupy_router.router import Router
     from cupy_router.score_comparison import compare_score
     from cupy_router.score_function import ScoreFunction
@@ -31,23 +35,34 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExpertLayout",
+    "LayoutSpec",
     "Router",
     "Routing",
     "RoutingMethod",
+    "RoutingPlan",
     "ScoreFunction",
     "TopK",
     "activation_topk",
     "compare_score",
     "dense_router",
+    "expert_layout",
     "hash_router",
+    "layout_capacity",
+    "permute",
     "presets",
     "topk_select",
+    "unpermute",
 ]
 
 # Each name is imported from its module at its first use, so that `import cupy_router` takes almost no time.
 _MODULES = {
+    "ExpertLayout": "results",
     "Routing": "results",
+    "RoutingPlan": "results",
     "TopK": "results",
+    "LayoutSpec": "ops._layout",
+    "layout_capacity": "ops._layout",
     "Router": "router",
     "RoutingMethod": "method",
     "ScoreFunction": "score_function",
@@ -55,8 +70,11 @@ _MODULES = {
     "presets": "method",
     "activation_topk": "ops.activation_topk",
     "dense_router": "ops.dense_router",
+    "expert_layout": "ops.expert_layout",
     "hash_router": "ops.hash_router",
+    "permute": "ops.permute",
     "topk_select": "ops.topk_select",
+    "unpermute": "ops.unpermute",
 }
 
 # Likewise. They are not in __all__, because `import *` would import the frameworks.

@@ -28,3 +28,44 @@ class TopK(NamedTuple):
 
     values: Any
     indices: Any
+
+
+class ExpertLayout(NamedTuple):
+    """Rows of pairs in order of experts, as grouped GEMMs take them; see :func:`cupy_router.expert_layout`.
+
+    A pair is one token with one of its experts, token * top_k + slot. L is the number of experts in question. Arrays
+    are int32, or None if they were not asked for. In JAX the ints are static parts of a pytree.
+
+    counts: [L] pairs that want the expert.
+    offsets: [L + 1] first row of each expert, multiples of `alignment`; the last is the number of rows in use.
+    ends: [L] the row after the last pair of each expert.
+    order: [capacity] pair of each row; `pad`, which is no pair, where a row has none.
+    positions: [num_tokens, top_k] row of each pair, -1 where it has none.
+    block_experts: [capacity / alignment] expert of each block of rows, -1 behind the rows in use.
+    row_experts: [capacity] expert of each row, -1 where a row has no pair.
+    num_tokens, top_k, alignment, capacity: ints. As `out`, a layout may leave them out.
+    """
+
+    counts: Any = None
+    offsets: Any = None
+    ends: Any = None
+    order: Any = None
+    positions: Any = None
+    block_experts: Any = None
+    row_experts: Any = None
+    num_tokens: Any = None
+    top_k: Any = None
+    alignment: Any = None
+    capacity: Any = None
+
+
+class RoutingPlan(NamedTuple):
+    """Experts of each token, their weights, and the layout of the experts' rows.
+
+    weights, indices: As in :class:`Routing`.
+    layout: :class:`ExpertLayout` of the indices.
+    """
+
+    weights: Any
+    indices: Any
+    layout: Any

@@ -14,10 +14,10 @@ from cupy_router.arrays import View, framework_of
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
+from cupy_router.ops._declared import FLOATS
+from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
-from cupy_router.ops._op import FLOATS
 from cupy_router.ops._run import Interceptor
-from cupy_router.results import Routing
 from cupy_router.unique_keys import new_key
 
 # Every router of this process by its key: graphs of PyTorch carry strings, not objects.
@@ -137,35 +137,42 @@ class Router:
         return f"Router({', '.join((repr(self.method), *arrays))})"
 
     def __call__(
-        self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
-    ) -> Routing:
+        self,
+        x: Any,
+        token_ids: Any = None,
+        *,
+        layout: LayoutSpec | None = None,
+        num_valid: Any = None,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:  # Routing, or RoutingPlan with a layout
         """Return the experts of each token and their weights.
 
         Args:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
             token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
-            num_valid, out, stream: As for :func:`cupy_router.dense_router`.
+            layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`.
 
         Returns:
-            Routing with arrays of the framework of x, on its device.
+            Routing with arrays of the framework of x, on its device; with `layout`, RoutingPlan.
         """
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
-                return interceptor.run(self, None, (x, token_ids, num_valid), out, stream, -1)  # type: ignore[no-any-return]
-        return self.route(x, token_ids, num_valid, out, stream)
+                return interceptor.run(self, layout, (x, token_ids, num_valid), out, stream, -1)
+        return self.route(x, token_ids, layout, num_valid, out, stream)
 
-    def route(self, x: Any, token_ids: Any, num_valid: Any, out: Any, stream: Any) -> Routing:
+    def route(self, x: Any, token_ids: Any, layout: Any, num_valid: Any, out: Any, stream: Any) -> Any:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
         if self.follows_inputs:
-            return self.beside(x).route(x, token_ids, num_valid, out, stream)
+            return self.beside(x).route(x, token_ids, layout, num_valid, out, stream)
         if self.table is None:
             return dense_router.dense_router(
                 x, self.weight, self.method, bias=self.bias, logit_bias=self.logit_bias,
-                expert_scale=self.expert_scale, num_valid=num_valid, out=out, stream=stream,
+                expert_scale=self.expert_scale, layout=layout, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.logit_bias, self.expert_scale,
-            num_valid, out, stream,
+            layout, num_valid, out, stream,
         )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import pytest
 from cupy_router import compiler
 from cupy_router.arrays import ITEM_SIZES
 from cupy_router.ops._cached import Kernel, launch_of
-from cupy_router.ops._op import ANY, IDS, INTS, NUM_VALID, Arrays, Op, Result, layer, row
+from cupy_router.ops._declared import ANY, IDS, INTS, NUM_VALID, Arrays, Minimum, Result, layer, row
+from cupy_router.ops._op import Op
 from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
@@ -111,7 +112,7 @@ class TallyOp(Op):
     def sizes(self, options: TallyOptions) -> dict[str, int]:
         return {"num_experts": options.num_experts}
 
-    def result_sizes(self, options: TallyOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def result_sizes(self, options: TallyOptions, sizes: Mapping[str, Any], minimum: Minimum = min) -> dict[str, Any]:
         return {"capacity": sizes["num_tokens"] * sizes["top_k"] if options.capacity is None else options.capacity}
 
     def reference(self, options: TallyOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:

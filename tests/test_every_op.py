@@ -14,7 +14,7 @@ from cupy_router.ops._run import run
 from cupy_router.ops.registry import OPS
 from tests import compare
 from tests.backends import Backend
-from tests.declared import ROWS, arrays, positional
+from tests.declared import ROWS, arrays, positional, sizes
 from tests.tally import OP as TALLY
 from tests.tally import add_kernel_file, torch_with_tally
 
@@ -53,7 +53,7 @@ def test_results_have_the_declared_shapes_and_dtypes(op: Op) -> None:
 def test_out_is_filled_and_returned(op: Op) -> None:
     given, options = arrays(op), op.example()
     want = call(op, given)
-    out = op.pack(options, [np.empty_like(array) for array in want])
+    out = op.pack(options, [np.empty_like(array) for array in want], lambda: sizes(op, given))
     assert run(op, options, positional(op, given), out, None) is out
     same(op.flatten(options, out), want)
 
@@ -61,7 +61,7 @@ def test_out_is_filled_and_returned(op: Op) -> None:
 @EVERY
 def test_rows_that_are_independent_do_not_know_each_other(op: Op) -> None:
     given, want = arrays(op), call(op, arrays(op))
-    if op.rows_independent:
+    if op.is_independent(op.example()):
         upper = {name: array[2:] if name in op.by_row else array for name, array in given.items()}
         same(call(op, upper), tuple(array[2:] for array in want))
     assert op.vmap in ("merge", "loop", "refuse")
@@ -77,18 +77,18 @@ def test_missing_and_wrong_inputs_are_named(op: Op) -> None:
         if declared.name not in given:
             continue
         if declared.name != op.names[0]:
-            with pytest.raises(TypeError, match=rf"^{op.label}: {declared.name} must be an array, got None"):
+            with pytest.raises(TypeError, match=rf"^{op.label}: {declared.shown} must be an array, got None"):
                 call(op, given | {declared.name: None})
-        with pytest.raises(ValueError, match=rf"^{op.label}: {declared.name} must have shape"):
+        with pytest.raises(ValueError, match=rf"^{op.label}: {declared.shown} must have shape"):
             call(op, given | {declared.name: given[declared.name][None]})
         if declared.dtypes:
-            with pytest.raises(TypeError, match=rf"^{op.label}: {declared.name} must be .* got complex128"):
+            with pytest.raises(TypeError, match=rf"^{op.label}: {declared.shown} must be .* got complex128"):
                 call(op, given | {declared.name: given[declared.name].astype(complex)})
 
 
 @EVERY
 def test_num_valid_fills_the_rows_after_it(op: Op, backend: Backend) -> None:
-    if not op.takes_number or not op.rows_independent:
+    if not op.takes_number or not op.is_independent(op.example()):
         pytest.skip("no num_valid, or rows that depend on each other, whose padding is no rows of results")
     given = {name: backend.array(array) for name, array in arrays(op).items()}
     results = op.flatten(op.example(), run(op, op.example(), positional(op, given), None, None, 2))
@@ -111,7 +111,7 @@ def test_kernels_give_what_the_reference_gives(op: Op, valid: str, backend: Back
     results = op.flatten(op.example(), run(op, op.example(), positional(op, apart), None, None, number))
     want = op.reference(op.example(), _host(op, given), ROWS if valid == "all rows" else 2)
     for got, right, result in zip(results, want, op.existing(op.example()), strict=True):
-        if valid != "all rows" and op.rows_independent:
+        if valid != "all rows" and op.is_independent(op.example()):
             right[2:] = result.fill
         np.testing.assert_allclose(
             backend.numpy(got).astype(np.float64), right.astype(np.float64), rtol=1e-5, atol=1e-6
@@ -119,7 +119,7 @@ def test_kernels_give_what_the_reference_gives(op: Op, valid: str, backend: Back
 
 
 def _host(op: Op, given: dict[str, Any]) -> Any:
-    from cupy_router.ops._op import Arrays
+    from cupy_router.ops._declared import Arrays
 
     return Arrays(op.names, positional(op, given))
 

@@ -23,7 +23,8 @@ SOURCES = sorted(
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )
 MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
-OPS = sorted(registry.OPS.keys() - {"hash_layer"})  # that is how a Router calls hash_router
+# How a Router calls hash_router, and gradients that are kernels of the op and of its inverse, are not public.
+OPS = sorted(registry.OPS.keys() - {"hash_layer", "permute_backward", "unpermute_backward"})
 
 # Module or folder of the package -> those that it may import; `results` only names the outputs.
 MAY_IMPORT = {

@@ -64,7 +64,7 @@ def with_out(op: Op, convert: Callable[[np.ndarray], Any] = torch.from_numpy) ->
     given, options = arrays(op), op.example()
     results = op.flatten(options, run(op, options, positional(op, given), None, None))
     outs = [torch.from_numpy(np.zeros_like(array)) for array in results]
-    loads = {op.names[place]: torch.zeros(3, dtype=torch.int32) for place in op.written}
+    loads = {op.names[place]: torch.zeros(op.sizes(options)["num_experts"], dtype=torch.int32) for place in op.written}
     args = positional(op, {name: convert(array) for name, array in given.items()} | loads)
     return [*outs, *loads.values()], lambda: run(op, options, args, op.pack(options, outs), None)
 

@@ -102,9 +102,9 @@ def execute(op: Op, execution: _ffi.Execution) -> None:
     pointers: list[int] = [0] * len(op.inputs)
     for position, pointer in zip(text.given, execution.pointers, strict=False):
         pointers[position] = pointer
-    results = iter(execution.pointers[inputs:])
-    existing = op.existing(text.options)
-    pointers += [next(results) if declared in existing else 0 for declared in op.results]
+    existing = [result.name for result in op.existing(text.options)]
+    results = dict(zip(existing, execution.pointers[inputs:], strict=True))
+    pointers += [results.get(name, 0) for name in op.parameters(text.options)[len(op.names) :]]
     if op.takes_number:
         pointers.append(text.number)
     work(execution.stream, pointers)

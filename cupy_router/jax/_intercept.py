@@ -17,7 +17,8 @@ from cupy_router.jax._ffi_targets import why_not
 from cupy_router.jax._gradients import differentiable
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _run
-from cupy_router.ops._op import NUM_VALID, Op
+from cupy_router.ops._declared import NUM_VALID
+from cupy_router.ops._op import Op
 
 
 class _Kinds(dict[type, str]):
@@ -80,8 +81,8 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
     except ValueError as error:
         raise ValueError(f"{op.label}: {error}") from error
     _exit.in_use = True
-    results = _mesh.split(_part(op, options, tuple(given), number), op, given, arrays)
-    return op.packer(options)(*results)
+    results = _mesh.split(_part(op, options, tuple(given), number), op, options, given, arrays)
+    return op.pack(options, results, lambda: op.sizes_of(options, [view and view.shape for view in views]))
 
 
 def _view(name: str, array: Any) -> View:

@@ -20,13 +20,13 @@ from cupy_router.ops._op import Op
 Axis = Hashable  # a name, several as a tuple, or None
 
 
-def split(function: Callable[..., Any], op: Op, given: Sequence[int], arrays: Sequence[Any]) -> Any:
+def split(function: Callable[..., Any], op: Op, options: Any, given: Sequence[int], arrays: Sequence[Any]) -> Any:
     """Return `function(axis, *arrays)` as :func:`split_rows`, for the inputs of an op at these positions."""
     if not is_in_mesh(arrays):
         return function(None, *arrays)
     lengths = [array.shape[0] if array.ndim else 1 for array in arrays]
-    pairs = zip(given, lengths, strict=True)
-    has_rows = [op.rows_independent and op.has_rows(op.names[i], length, lengths[0]) for i, length in pairs]
+    pairs, independent = zip(given, lengths, strict=True), op.is_independent(options)
+    has_rows = [independent and op.has_rows(op.names[i], length, lengths[0]) for i, length in pairs]
     return split_rows(function, has_rows, arrays)
 
 

@@ -41,7 +41,7 @@ def _batched(
     *arrays: Any,
 ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     """Return the results of `size` calls. If the calls are sharded over devices, each device runs its own."""
-    if op.vmap == "refuse":
+    if op.mapping(options) == "refuse":
         raise ValueError(f"{op.label}: jax.vmap cannot map over it, call it for each entry instead")
     calls = _calls_at_once(op, options, given, number, tuple(in_batched))
     return tuple(_mesh.split_rows(calls, in_batched, arrays, mapped=True)), (True,) * len(op.existing(options))
@@ -70,7 +70,7 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
         shared = True in [batched for name, (_, batched) in by_name.items() if name not in rows]
         most = op.max_rows(options)
         too_many = most is not None and batched_rows and size * num_rows > most
-        if op.vmap == "loop" or shared or too_many:
+        if op.mapping(options) == "loop" or shared or too_many:
             return _one_by_one(function_of(op, options, given, number), in_batched, arrays)
         merged = {name: array for name, (array, _) in by_name.items()}
         if batched_rows:

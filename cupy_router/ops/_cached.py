@@ -19,7 +19,8 @@ from cupy_router.arrays import Allocator, Output, View, dense_strides
 from cupy_router.arrays._numpy import host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
-from cupy_router.ops._op import Arrays, Op
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._op import Op
 from cupy_router.tuning import gpu_of
 
 NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, after the arrays
@@ -28,9 +29,8 @@ NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, 
 class Kernel(NamedTuple):
     """A kernel, chosen for given shapes, dtypes and options.
 
-    takes: names of its array parameters, in order; None: all inputs and results of the op. Those that are left out in
-        the call, or named in `nulls`, get null pointers. After them come `num_valid_value` if the op has a num_valid,
-        and then `fixed`.
+    takes: names of its array parameters, in order; None: `Op.parameters`. Those that are left out in the call, or named
+        in `nulls`, get null pointers. After them come `num_valid_value` if the op has a num_valid, and then `fixed`.
     nulls: array parameters that the op does not know.
     headers: texts that take the place of kernel files.
     """
@@ -55,8 +55,8 @@ class Work(Protocol):
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         """Enqueue on `stream`.
 
-        `varying` are the addresses of all inputs and results of the op, 0 for those left out, then `num_valid_value` if
-        the op has a num_valid.
+        `varying` are the addresses of `Op.parameters`, 0 for those left out, then `num_valid_value` if the op has a
+        num_valid.
         """
 
 
@@ -115,15 +115,15 @@ def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, devi
 def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:
     """Choose and compile the kernels of a call; None if there is nothing to do because it has no rows."""
     device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
-    if op.rows_independent and num_rows == 0:
+    if op.is_independent(options) and num_rows == 0:
         return None
     work = op.kernel(options, arrays, gpu_of(device))
-    return launch_of(op, work, device) if isinstance(work, Kernel) else work
+    return launch_of(op, options, work, device) if isinstance(work, Kernel) else work
 
 
-def launch_of(op: Op, kernel: Kernel, device: tuple[str, int]) -> Work:
-    """Compile a kernel, and return its launch, which takes the arrays of the op."""
-    names = (*op.names, *op.result_names)
+def launch_of(op: Op, options: Any, kernel: Kernel, device: tuple[str, int]) -> Work:
+    """Compile a kernel, and return its launch, which takes the arrays of a call with these options."""
+    names = op.parameters(options)
     takes = names if kernel.takes is None else kernel.takes
     launch = launch_with(takes if not op.takes_number else (*takes, NUMBER), kernel, device)
     if takes == names:
@@ -198,15 +198,13 @@ class _Reference:
 
     def __init__(self, op: Op, options: Any, arrays: Arrays) -> None:
         self._op, self._options = op, options
-        self._inputs = [getattr(arrays, name) for name in op.names]
-        self._results = [getattr(arrays, name) for name in op.result_names]
+        self._views = [getattr(arrays, name) for name in op.parameters(options)]
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         op = self._op
         *pointers, number = varying if op.takes_number else (*varying, -1)
         arrays = [
-            None if view is None else host_memory(int(at), view)
-            for at, view in zip(pointers, (*self._inputs, *self._results), strict=True)
+            None if view is None else host_memory(int(at), view) for at, view in zip(pointers, self._views, strict=True)
         ]
         inputs, results = arrays[: len(op.names)], arrays[len(op.names) :]
         for array in inputs:

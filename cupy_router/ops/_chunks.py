@@ -13,7 +13,9 @@ from cupy_router import compiler, gemm, scratch
 from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.launcher import Launch
 from cupy_router.ops._cached import Work, dense_view
-from cupy_router.ops._op import Arrays, Op
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._op import Op
+from cupy_router.ops._routed import ROUTING
 from cupy_router.tuning import Gpu
 
 
@@ -23,15 +25,15 @@ def budget(gpu: Gpu) -> int:
 
 
 class Chunks:
-    """A call of an op that is enqueued chunk by chunk, each of at most `rows` tokens."""
+    """A call of an op that routes, enqueued chunk by chunk, each of at most `rows` tokens."""
 
     def __init__(self, op: Op, arrays: Arrays, rows: int) -> None:
         first: View = getattr(arrays, op.names[0])
         self.device = first.device
         self.num_tokens = first.shape[0]
         self.rows = min(rows, self.num_tokens)
-        self._names = (*op.names, *op.result_names)
-        by_row = arrays.given(*(name for name in op.names if name in op.by_row), *op.result_names)
+        self._names = (*op.names, *ROUTING)
+        by_row = arrays.given(*(name for name in op.names if name in op.by_row), *ROUTING)
         views: dict[str, View] = arrays.named(*by_row)
         self._steps = {name: view.row_stride * ITEM_SIZES[view.dtype] for name, view in views.items()}
         self._num_chunks = -(-self.num_tokens // self.rows)
@@ -91,7 +93,7 @@ class GateChunks(Chunks):
         rows = max(1, min(budget(gpu) // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
         super().__init__(op, arrays, rows)
         self._row_bytes, self._num_outputs = 4 * num_outputs, num_outputs
-        self._taken, self._make = (*target.names, *target.result_names), make
+        self._taken, self._make = (*target.names, *ROUTING), make
         self._works: dict[int, Work] = {}
         self.function = self._work(self.rows).function
 

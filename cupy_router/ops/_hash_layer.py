@@ -15,15 +15,16 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import hash_router
 from cupy_router.ops._cached import Work, launch_of
 from cupy_router.ops._chunks import GateChunks
-from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, MethodOptions, gate, routing_results
-from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, row
+from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
+from cupy_router.ops._layout import LayoutSpec, as_spec
+from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, MethodOptions, gate
+from cupy_router.ops._routed import ROUTING, RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.ops.hash_router import HashOptions
-from cupy_router.results import Routing
 from cupy_router.tuning import Gpu
 
 
-class HashLayer(Op):
+class HashLayer(RoutedOp):
     """The declaration of a call of a hash `Router`; without a gate its weights are uniform."""
 
     name = "hash_layer"
@@ -39,8 +40,6 @@ class HashLayer(Op):
         NUM_VALID,
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
-    returns = Routing
-    gradient = "routing"
 
     def example(self) -> MethodOptions:
         return MethodOptions(RoutingMethod(8, 2))
@@ -49,20 +48,21 @@ class HashLayer(Op):
         return hash_router.OP.sizes(HashOptions(options.method))
 
     def check(self, options: MethodOptions, arrays: Arrays) -> None:
+        super().check(options, arrays)
         hash_router.check_combination(options.method, _hashed(arrays))
 
-    def reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        return hash_router.OP.reference(HashOptions(options.method), _hashed(arrays), num_valid)
+    def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+        return hash_router.OP.route_reference(HashOptions(options.method), _hashed(arrays), num_valid)
 
-    def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
+    def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, x, weight = options.method, arrays.x, arrays.weight
         most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
         few = arrays.token_ids.shape[0] * method.top_k <= most
         if weight is not None and not few and gemm.why_not(x.device) is None:
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
-        kernel = hash_router.OP.kernel(HashOptions(method), _hashed(arrays), gpu)
-        takes = (*hash_router.OP.names, *self.result_names)
-        return launch_of(self, kernel._replace(takes=takes, nulls=("logits",)), x.device)
+        kernel = hash_router.OP.route(HashOptions(method), _hashed(arrays), gpu)
+        takes = (*hash_router.OP.names, *ROUTING)
+        return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), x.device)
 
 
 OP = HashLayer()
@@ -76,17 +76,19 @@ def hash_layer(
     weight: Any,
     logit_bias: Any,
     expert_scale: Any,
+    layout: LayoutSpec | None,
     num_valid: Any,
     out: Any,
     stream: Any,
-) -> Routing:
+) -> Any:  # Routing, or RoutingPlan with a layout
     """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, with uniform weights if `weight` is None.
 
     Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid("Router", num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    return run(OP, method, inputs, out, stream, number)  # type: ignore[no-any-return]
+    fields = method if layout is None else (method, as_spec("Router", layout))
+    return run(OP, fields, inputs, out, stream, number)
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
@@ -101,4 +103,5 @@ def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
 def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return what looks experts up and weighs them by the logits of a chunk."""
     hashed = _hashed(arrays, logits).replaced(token_ids=replace(arrays.token_ids, shape=logits.shape[:1]))
-    return launch_of(hash_router.OP, hash_router.OP.kernel(HashOptions(method), hashed, gpu), logits.device)
+    options = HashOptions(method)
+    return launch_of(hash_router.OP, options, hash_router.OP.route(options, hashed, gpu), logits.device)

@@ -12,8 +12,9 @@ from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._op import INTS, Arrays, Input, Result
-from cupy_router.ops._op import layer as layer_input
+from cupy_router.ops._declared import INTS, Arrays, Input
+from cupy_router.ops._declared import layer as layer_input
+from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._options import Options
 
 SCORE_CODES = {"identity": 0, "sigmoid": 1, "sqrtsoftplus": 2, "softmax": 3}
@@ -23,9 +24,10 @@ _UNIFORM = RoutingMethod(1, 1)
 
 @dataclass(frozen=True)
 class MethodOptions(Options):
-    """The options of an op that has a method and nothing else."""
+    """The options of a router that has only a method, and of its layout."""
 
     method: RoutingMethod
+    layout: LayoutSpec | None = None
 
 
 # -- The declaration of inputs and results -----------------------------------------------------------------------------
@@ -39,22 +41,6 @@ TABLE = layer_input("table", "vocab_size, top_k", INTS, required=True)
 def gate(*, required: bool) -> Input:
     """Declare the gate's weight."""
     return layer_input("weight", "num_experts (+ shared), hidden", required=required)
-
-
-def routing_results(*differentiable: str) -> tuple[Result, Result]:
-    """Declare weights, which are differentiable with respect to these inputs, and indices."""
-    axes = "num_tokens, top_k (+ shared)"
-    return Result("weights", axes, _weight_dtype, 0, differentiable=differentiable), Result(
-        "indices", axes, _index_dtype, -1
-    )
-
-
-def _weight_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
-    return "float32" if options.method is None else str(options.method.weight_dtype)
-
-
-def _index_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
-    return "int32" if options.method is None else str(options.method.index_dtype)
 
 
 def method_sizes(method: RoutingMethod) -> dict[str, int]:

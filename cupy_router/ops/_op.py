@@ -9,121 +9,18 @@ of ops in tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cupy_router.arrays import Output, View
 from cupy_router.ops import _checks as check
+from cupy_router.ops._declared import Arrays, Input, Minimum, Result
 from cupy_router.ops._options import Options, options_of
 from cupy_router.tuning import Gpu
 
 if TYPE_CHECKING:
     from cupy_router.ops._cached import Kernel, Work
-
-FLOATS, INTS, IDS = (
-    ("float32", "float16", "bfloat16"),
-    ("int32", "int64"),
-    ("uint8", "int16", "uint16", "int32", "int64"),
-)
-ANY: tuple[str, ...] = ()  # any dtype: the op moves bytes
-
-
-@dataclass(frozen=True)
-class Input:
-    """An array argument.
-
-    kind: "row": an entry of its first axis belongs to each row of the call; "layer": the same for all rows; "row or
-        one": an entry for each row, or one for all; "count": `num_valid`, an int or a one-element int32 array.
-    axes: names of its axes. An axis has one size in a call, wherever it stands.
-    dtypes: the allowed dtypes, or ANY.
-    written: the op writes into it.
-    """
-
-    name: str
-    kind: str
-    axes: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = FLOATS
-    required: bool = False
-    written: bool = False
-
-
-def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False) -> Input:
-    """Declare an input with one entry for each row of the call."""
-    return Input(name, "row", _split(axes), dtypes, required)
-
-
-def layer(
-    name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False, written: bool = False
-) -> Input:
-    """Declare an input that all rows share."""
-    return Input(name, "layer", _split(axes), dtypes, required, written)
-
-
-def row_or_one(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS) -> Input:
-    """Declare an input with an entry for each row of the call, or with one entry for all."""
-    return Input(name, "row or one", _split(axes), dtypes)
-
-
-NUM_VALID = Input("num_valid", "count", (), ("int32",))
-
-
-@dataclass(frozen=True)
-class Result:
-    """An array that an op returns.
-
-    path: its field in what the caller gets, such as "weights", or "layout.counts" in a nested tuple.
-    axes: names of its axes; their sizes are those of inputs, or come from `Op.sizes` and `Op.result_sizes`.
-    dtype: its dtype, or a function of the options and the dtypes of the inputs by name.
-    fill: what stands in rows from `num_valid` on.
-    parameter: of kernels; the last part of the path by default. No input has this name.
-    exists: whether these options ask for it; None: always.
-    differentiable: the inputs that it has a gradient with respect to.
-    """
-
-    path: str
-    axes: str
-    dtype: str | Callable[[Any, Mapping[str, str]], str]
-    fill: float | int = 0
-    exists: Callable[[Any], bool] | None = None
-    differentiable: tuple[str, ...] = ()
-    parameter: str = ""
-
-    @cached_property
-    def name(self) -> str:
-        """The parameter of kernels."""
-        return self.parameter or self.path.rpartition(".")[2]
-
-    @cached_property
-    def axis_names(self) -> tuple[str, ...]:
-        """Names of the axes as a tuple."""
-        return _split(self.axes)
-
-
-class Arrays:
-    """The arrays of one call as attributes: views, or host arrays for the reference. None if left out."""
-
-    def __init__(self, names: Sequence[str], arrays: Sequence[Any]) -> None:
-        for name, array in zip(names, arrays, strict=True):
-            setattr(self, name, array)  # torch.compile traces this; before PyTorch 2.13 not __dict__.update
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    def given(self, *names: str) -> list[str]:
-        """Return the names of the arrays that are not None, among these."""
-        return [name for name in names if getattr(self, name) is not None]
-
-    def replaced(self, **arrays: Any) -> Arrays:
-        """Return the same arrays but for some."""
-        found = {**self.__dict__, **arrays}
-        return Arrays(tuple(found), tuple(found.values()))
-
-    def named(self, *names: str) -> dict[str, Any]:
-        """Return the arrays of these names, None among them."""
-        return {name: self.__dict__[name] for name in names}
 
 
 class Op:
@@ -134,10 +31,13 @@ class Op:
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
     returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
-    nested: named tuples by the field of `returns` in which they stand; the paths of their results are "field.name".
+    variants: further named tuples. The caller gets the one whose fields are exactly those that exist, if there is one.
+    nested: named tuples by the field in which they stand; the paths of their results are "field.name".
+    numbers: ints in what the caller gets: the name of a size by path.
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
-        calls may be merged into one call, and one call may be cut into several.
-    vmap: "merge" calls into one, "loop" over them, or "refuse".
+        calls may be merged into one call, and one call may be cut into several. An op for which that depends on the
+        options overrides `is_independent`.
+    vmap: "merge" calls into one where rows are independent, otherwise "loop" over them; always "loop"; or "refuse".
     gradient: the rule in the gradient modules of the frameworks: "routing" for weights and indices. Needed if a result
         is differentiable.
     single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
@@ -150,7 +50,9 @@ class Op:
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
     returns: Any
+    variants: tuple[Any, ...] = ()
     nested: Mapping[str, Any] = MappingProxyType({})
+    numbers: Mapping[str, str] = MappingProxyType({})
     rows_independent = True
     vmap = "merge"
     gradient = ""
@@ -162,8 +64,11 @@ class Op:
         """Return the sizes of axes that follow from the options alone."""
         return {}
 
-    def result_sizes(self, options: Any, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the sizes of further axes of results, from the known sizes, which may be symbolic."""
+    def result_sizes(self, options: Any, sizes: Mapping[str, Any], minimum: Minimum = min) -> Mapping[str, Any]:
+        """Return the sizes of further axes of results, from the known sizes, which may be symbolic.
+
+        `minimum` takes the minimum of two sizes, without a guard if they are symbolic.
+        """
         return {}
 
     def check(self, options: Any, arrays: Arrays) -> None:
@@ -189,8 +94,16 @@ class Op:
         """Return whether this call is one launch without scratch memory."""
         return self.single_kernel
 
+    def is_independent(self, options: Any) -> bool:
+        """Return whether the rows of a call with these options are independent."""
+        return self.rows_independent
+
+    def mapping(self, options: Any) -> str:
+        """Return how vmap maps over calls with these options: "merge", "loop" or "refuse"."""
+        return "loop" if self.vmap == "merge" and not self.is_independent(options) else self.vmap
+
     def __init_subclass__(cls) -> None:
-        cls.label = cls.label or cls.name
+        cls.label = cls.label or getattr(cls, "name", "")  # a base of ops has none
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -204,7 +117,7 @@ class Op:
     differentiable: tuple[int, ...]  # positions of the inputs that a result has a gradient with respect to
     written: tuple[int, ...]  # positions of the inputs that the op writes into
     varies: bool  # some results exist for some options only
-    is_flat: bool  # all results exist always, as the fields of one tuple
+    plain: frozenset[Any]  # the named tuples whose fields are results that always exist, in order
 
     def __init__(self) -> None:
         smooth = {name for result in self.results for name in result.differentiable}
@@ -215,10 +128,12 @@ class Op:
         self.differentiable = tuple(i for i, name in enumerate(self.names) if name in smooth)
         self.written = tuple(i for i, declared in enumerate(self.inputs) if declared.written)
         self.varies = any(result.exists for result in self.results)
-        self.is_flat = not self.nested and not self.varies
         # In the instance too, because torch.compile of PyTorch 2.4 does not read attributes of its class.
         self.inputs, self.results = self.inputs, self.results
-        self.options, self.returns, self.nested = self.options, self.returns, dict(self.nested)
+        self.options, self.returns, self.variants = self.options, self.returns, self.variants
+        self.nested, self.numbers = dict(self.nested), dict(self.numbers)
+        always = tuple(result.path for result in self.results if result.exists is None)
+        self.plain = frozenset(kind for kind in (self.returns, *self.variants) if kind._fields == always)
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -246,17 +161,23 @@ class Op:
         options = self.as_options(options)
         return tuple(result for result in self.results if result.exists is None or result.exists(options))
 
-    def outputs(self, options: Any, shapes: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Output, ...]:
-        """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
-
-        Sizes may be symbolic. Nothing is checked.
-        """
+    def sizes_of(self, options: Any, shapes: Sequence[Any], minimum: Minimum = min) -> dict[str, Any]:
+        """Return the sizes of all axes by name, from the shapes of the inputs (None: left out). Nothing is checked."""
         sizes = dict(_sizes(self, options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
             if shape is not None:
                 for axis, size in zip(declared.axes, shape, strict=False):
                     sizes.setdefault(axis, size)
-        sizes |= self.result_sizes(options, sizes)
+        return {**sizes, **self.result_sizes(options, sizes, minimum)}
+
+    def outputs(
+        self, options: Any, shapes: Sequence[Any], dtypes: Sequence[Any], minimum: Minimum = min
+    ) -> tuple[Output, ...]:
+        """Return shape and dtype of each existing result, from shapes and dtypes of the inputs (None: left out).
+
+        Sizes may be symbolic. Nothing is checked.
+        """
+        sizes = self.sizes_of(options, shapes, minimum)
         by_name = dict(zip(self.names, dtypes, strict=True))
         outputs = []
         for result in self.existing(options):
@@ -270,14 +191,32 @@ class Op:
             options, [view and view.shape for view in views], [None if view is None else view.dtype for view in views]
         )
 
-    def packer(self, options: Any) -> Callable[..., Any]:
-        """Return a function from the existing results to what the caller gets."""
-        if self.is_flat:
-            return self.returns  # type: ignore[no-any-return]  # a named tuple
+    def returned(self, options: Any) -> Any:
+        """Return the named tuple that the caller gets with these options."""
+        if not self.variants:
+            return self.returns
+        fields: list[str] = []
+        for result in self.existing(options):
+            field = result.path.partition(".")[0]
+            if field not in fields:
+                fields.append(field)
+        for kind in self.variants:
+            if list(kind._fields) == fields:
+                return kind
+        return self.returns
+
+    def packer(self, options: Any, sizes: Callable[[], Mapping[str, Any]] = dict) -> Callable[..., Any]:
+        """Return a function from the existing results to what the caller gets.
+
+        `sizes` returns those of `sizes_of`. It is called if the caller gets ints.
+        """
+        kind = self.returned(options)
         existing = self.existing(options)
-        if existing == self.results and not self.nested:
-            return self.returns  # type: ignore[no-any-return]
+        if kind in self.plain or (existing == self.results and not self.nested and not self.numbers):
+            return kind  # type: ignore[no-any-return]  # a named tuple
         paths = [result.path for result in existing]
+        known = sizes() if self.numbers else {}
+        numbers = {path: known.get(size) for path, size in self.numbers.items()}
 
         def field(name: str, found: Mapping[str, Any]) -> Any:
             if name not in self.nested:
@@ -286,33 +225,53 @@ class Op:
             return None if all(array is None for array in inner) else self.nested[name](*inner)
 
         def pack(*arrays: Any) -> Any:
-            found = dict(zip(paths, arrays, strict=True))
-            return self.returns(*(field(name, found) for name in self.returns._fields))
+            found = {**numbers, **dict(zip(paths, arrays, strict=True))}
+            return kind(*(field(name, found) for name in kind._fields))
 
         return pack
 
-    def pack(self, options: Any, arrays: Sequence[Any]) -> Any:
+    def pack(self, options: Any, arrays: Sequence[Any], sizes: Callable[[], Mapping[str, Any]] = dict) -> Any:
         """Return what the caller gets, of the results that exist."""
-        return self.packer(options)(*arrays)
+        return self.packer(options, sizes)(*arrays)
 
     def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
-        if type(out) is self.returns and not self.nested and not any(array is None for array in out):
+        if type(out) in self.plain:
             return out  # type: ignore[no-any-return]  # the usual form; `check_out` counts them
-        found = dict(_fields("out", self.returns, out))
-        for name, kind in self.nested.items():
-            inner = found.pop(name)
-            if inner is not None:
-                found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", kind, inner)}
+        found = self._by_path(self.returned(options), out)
         wanted = [result.path for result in self.existing(options)]
         for path, array in found.items():
-            if array is not None and path not in wanted:
+            if array is not None and path not in wanted and path not in self.numbers:
                 raise self._unwanted(path, array)
         return tuple(found.get(path) for path in wanted)
+
+    def _by_path(self, kind: Any, out: Any) -> dict[str, Any]:
+        found = dict(_fields("out", kind, out))
+        for name, inner_kind in self.nested.items():
+            inner = found.pop(name, None)
+            if inner is not None:
+                found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", inner_kind, inner)}
+        return found
+
+    def numbers_in(self, out: Any) -> tuple[Any, ...]:
+        """Return the ints of an `out` that `flatten` accepts, None where the caller left one out."""
+        if not self.numbers or type(out) in self.plain:
+            return ()
+        found = self._by_path(type(out), out)
+        return tuple([found.get(path) for path in self.numbers])
+
+    def check_numbers(self, given: Sequence[Any], sizes: Mapping[str, Any]) -> None:
+        """Refuse ints of an `out` that are not those of the call."""
+        for (path, size), number in zip(self.numbers.items(), given, strict=False):
+            if number is not None and number != sizes[size]:
+                raise ValueError(f"out.{path} must be {sizes[size]} or None, got {number!r}")
 
     def check_out(self, options: Any, outs: Sequence[Any]) -> None:
         """Refuse arrays for results that these options do not ask for."""
         existing = self.existing(options)
+        if outs and len(outs) < len(existing):
+            kind = self.returned(options)
+            raise TypeError(f"out must be {kind.__name__}({', '.join(kind._fields)}), got {len(outs)} of its arrays")
         if len(outs) > len(existing):
             for result, array in zip(self.results, outs, strict=True):
                 if result not in existing:
@@ -327,12 +286,19 @@ class Op:
             return options
         return self.options(*options) if type(options) is tuple else self.options(options)
 
+    def parameters(self, options: Any) -> tuple[str, ...]:
+        """Return the arrays that a call passes to its kernels: the inputs, and the results in what the caller gets."""
+        if not self.variants:
+            return (*self.names, *self.result_names)
+        fields = self.returned(options)._fields
+        return (*self.names, *(result.name for result in self.results if result.path.partition(".")[0] in fields))
+
     # -- Arguments -----------------------------------------------------------------------------------------------------
 
     def argument(self, position: int, options: Any) -> str:
         """Return the name of an array argument: inputs, then the existing fields of `out`."""
         if position < len(self.names):
-            return self.names[position]
+            return self.inputs[position].shown
         return f"out.{self.existing(options)[position - len(self.names)].path}"
 
     def written_names(self, options: Any, arrays: Sequence[Any]) -> dict[int, str]:
@@ -346,7 +312,7 @@ class Op:
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
                 if declared.required:
-                    raise TypeError(f"{declared.name} must be an array, got None")
+                    raise TypeError(f"{declared.shown} must be an array, got None")
                 continue
             if declared.dtypes:
                 check.dtype(view, declared.dtypes)
@@ -361,10 +327,6 @@ class Op:
     def options_of(self, text: str) -> Any:
         """Return the options from their text, as a graph contains it."""
         return options_of(self.options, text)
-
-
-def _split(axes: str) -> tuple[str, ...]:
-    return tuple(axes.split(", ")) if axes else ()
 
 
 def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:

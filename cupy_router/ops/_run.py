@@ -8,6 +8,7 @@ pass pointers.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,21 +68,21 @@ def run(
     try:
         if compiler.WATCHING and compiler.changed():
             _cached.forget()
-        if out is None:
-            outs: tuple[Any, ...] = ()
-        elif op.is_flat and type(out) is op.returns:
-            outs = out
-        else:
+        outs: tuple[Any, ...] = ()
+        numbers: tuple[Any, ...] = ()
+        if out is not None:
             outs = op.flatten(options, out)
+            if op.numbers:
+                numbers = op.numbers_in(out)
         current = framework.current_stream(first)
         handle = current if stream is None else stream_handle(stream)
         if current is None or handle is None:
-            results = _run_on_host(op, options, inputs, outs, framework, number)
+            results = _run_on_host(op, options, inputs, outs, framework, number, numbers)
         elif handle == current:
-            results = _run_on_device(op, options, inputs, outs, framework, current, number, [])
+            results = _run_on_device(op, options, inputs, outs, framework, current, number, [], numbers)
         else:
             with framework.on_stream(handle, first):
-                results = _run_on_device(op, options, inputs, outs, framework, handle, number, list(inputs))
+                results = _run_on_device(op, options, inputs, outs, framework, handle, number, list(inputs), numbers)
     except compiler.CompileError:
         raise
     except TypeError as error:
@@ -94,7 +95,7 @@ def run(
         raise
     if results is None:
         return _run_traced(op, op.as_options(options), inputs, out, stream, number)
-    return results if out is None else out
+    return results if out is None or None in numbers else out
 
 
 def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], number: int = -1) -> Any:
@@ -119,9 +120,10 @@ def _run_on_device(
     stream: int,
     number: int,
     owners: list[object],
+    numbers: tuple[Any, ...],
 ) -> Any:
-    """Return what the caller gets, or anything if it gave its own results; None if an array has no memory."""
-    key: list[Hashable] = [op.name, options, framework]
+    """Return what the caller gets, or anything if it gave a complete `out`; None if an array has no memory."""
+    key: list[Hashable] = [op.name, options, framework, numbers] if numbers else [op.name, options, framework]
     pointers: list[int] = []
     arrays = (*inputs, *outs) if outs else inputs
     for array in arrays:
@@ -132,7 +134,7 @@ def _run_on_device(
             kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers), options), array)
             described = kind.describe(array, stream, owners)
             if described is None:
-                _checked(op, options, inputs, outs, stream)  # raises, unless the array is a tracer
+                _checked(op, options, inputs, outs, stream, numbers)  # raises, unless the array is a tracer
                 return None
             pointer, facts = described
             key.append(facts)
@@ -140,7 +142,7 @@ def _run_on_device(
     known = tuple(key)
     call = _cached.calls.get(known)
     if call is None:
-        made = _prepare(op, options, inputs, outs, framework, stream)
+        made = _prepare(op, options, inputs, outs, framework, stream, numbers)
         if made is None:
             return None
         call = _cached.keep(known, made)
@@ -160,17 +162,23 @@ def _run_on_device(
         if owners or in_flight:
             keep_until_done(owners, stream, work.function.device)
     if outs:
-        return results
+        return pack(*results) if None in numbers else results
     if framework.delivers:
         results = tuple(framework.deliver(array, inputs[0]) for array in results)
     return pack(*results)
 
 
 def _prepare(
-    op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...], framework: Framework, stream: int
+    op: Op,
+    options: Any,
+    inputs: tuple[Any, ...],
+    outs: tuple[Any, ...],
+    framework: Framework,
+    stream: int,
+    numbers: tuple[Any, ...],
 ) -> CachedCall | None:
     """Return the cached call for this call and later ones; None if an array has no memory."""
-    checked = _checked(op, options, inputs, outs, stream)
+    checked = _checked(op, options, inputs, outs, stream, numbers)
     if checked is None:
         return None
     options = op.as_options(options)
@@ -178,10 +186,17 @@ def _prepare(
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
     allocate: Allocator = framework.allocator(outputs, inputs[0])
     existing = op.existing(options)
-    absent = tuple(len(op.names) + i for i, result in enumerate(op.results) if result not in existing)
+    names = [result.name for result in existing]
+    passed = op.parameters(options)
+    absent = tuple(i for i, name in enumerate(passed) if i >= len(op.names) and name not in names)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     guards = _write_guards(op, options, (*inputs, *outs))
-    return CachedCall(num_rows, allocate, work, absent, guards, op.packer(options))
+    pack = op.packer(options, partial(_sizes, op, options, views))
+    return CachedCall(num_rows, allocate, work, absent, guards, pack)
+
+
+def _sizes(op: Op, options: Any, views: Sequence[View | None]) -> dict[str, int]:
+    return op.sizes_of(options, [view and view.shape for view in views])
 
 
 def _write_guards(op: Op, options: Any, arrays: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], None], ...]:
@@ -194,9 +209,15 @@ def _write_guards(op: Op, options: Any, arrays: Sequence[Any]) -> tuple[Callable
 
 
 def _run_on_host(
-    op: Op, options: Any, inputs: tuple[Any, ...], outs: tuple[Any, ...], framework: Framework, number: int
+    op: Op,
+    options: Any,
+    inputs: tuple[Any, ...],
+    outs: tuple[Any, ...],
+    framework: Framework,
+    number: int,
+    numbers: tuple[Any, ...],
 ) -> Any:
-    checked = _checked(op, options, inputs, outs, None)
+    checked = _checked(op, options, inputs, outs, None, numbers)
     if checked is None:
         return None
     options = op.as_options(options)
@@ -217,13 +238,22 @@ def _run_on_host(
         if work is not None:
             found = {output.name: array for output, array in zip(op.existing(options), results, strict=True)}
             pointers = [view.pointer if view else 0 for view in views]
-            pointers += [found[name].ctypes.data if name in found else 0 for name in op.result_names]
+            passed = op.parameters(options)[len(pointers) :]
+            pointers += [found[name].ctypes.data if name in found else 0 for name in passed]
             work(0, [*pointers, number] if op.takes_number else pointers)
-    return outs or op.packer(options)(*(framework.from_host(values, inputs[0]) for values in results))
+    if outs and None not in numbers:
+        return outs
+    pack = op.packer(options, partial(_sizes, op, options, views))
+    return pack(*(outs or [framework.from_host(values, inputs[0]) for values in results]))
 
 
 def _checked(
-    op: Op, options: Any, inputs: Sequence[Any], outs: Sequence[Any], stream: int | None
+    op: Op,
+    options: Any,
+    inputs: Sequence[Any],
+    outs: Sequence[Any],
+    stream: int | None,
+    numbers: Sequence[Any] = (),
 ) -> tuple[list[View | None], list[View], tuple[Output, ...]] | None:
     """Return views of all arrays and the outputs, or raise what is wrong; None if an array is a tracer."""
     options = op.as_options(options)
@@ -241,6 +271,8 @@ def _checked(
     given = [view for view in views if view is not None]
     check.one_device(given)
     op.check_inputs(options, views[: len(inputs)])
+    if numbers:
+        op.check_numbers(numbers, _sizes(op, options, views[: len(inputs)]))
     for view in given:
         check.strides(view)
     out_views: list[View] = given[len(given) - len(outs) :]

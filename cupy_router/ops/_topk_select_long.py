@@ -14,7 +14,7 @@ from cupy_router import compiler, scratch
 from cupy_router.launcher import MAX_GRID
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, launch_with
-from cupy_router.ops._op import Arrays
+from cupy_router.ops._declared import Arrays
 from cupy_router.tuning import Gpu, Steps
 
 LONG, LARGE = "topk_select_long", "topk_select_large"

@@ -9,6 +9,8 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
+from cupy_router.ops._declared import NUM_VALID, Arrays, row
+from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
     EXPERT_SCALE,
@@ -20,19 +22,17 @@ from cupy_router.ops._method import (
     method_macros,
     method_sizes,
     needs_whole_rows,
-    routing_results,
 )
-from cupy_router.ops._op import NUM_VALID, Arrays, Op, row
+from cupy_router.ops._routed import RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk as reference
-from cupy_router.results import Routing
 from cupy_router.tuning import Gpu
 
 _WIDE_BLOCK = 256
 _MAX_WIDE_GROUPS = 8192  # a float of shared memory each
 
 
-class ActivationTopK(Op):
+class ActivationTopK(RoutedOp):
     """The declaration of :func:`activation_topk`."""
 
     name = "activation_topk"
@@ -45,8 +45,6 @@ class ActivationTopK(Op):
         NUM_VALID,
     )
     results = routing_results("logits", "logit_bias", "expert_scale")
-    returns = Routing
-    gradient = "routing"
     single_kernel = True
 
     def example(self) -> MethodOptions:
@@ -56,13 +54,14 @@ class ActivationTopK(Op):
         return method_sizes(options.method)
 
     def check(self, options: MethodOptions, arrays: Arrays) -> None:
+        super().check(options, arrays)
         check_bias(options.method, arrays.bias)
 
-    def reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+    def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
         layer = arrays.named("logit_bias", "expert_scale")
         return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
 
-    def kernel(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         """Choose the kernel for the shape, strides and alignment of the logits."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
@@ -115,10 +114,11 @@ def activation_topk(
     bias: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
+    layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
-) -> Routing:
+) -> Any:  # Routing, or RoutingPlan with a layout
     """Score the logits of each token, select its top_k experts by score plus bias, and return their weights.
 
     Args:
@@ -128,10 +128,12 @@ def activation_topk(
         bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`).
         logit_bias: [num_experts] float32, added to the logits before all other steps.
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
+        layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
+            included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
             in 0..num_tokens, or a one-element int32 array on the device of the logits, which is clamped, and may change
             between replays of a CUDA graph.
-        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
+        out: what is returned, of preallocated arrays that overlap nothing, filled in place and returned.
         stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
             of the logits' framework. The host never waits.
 
@@ -139,6 +141,7 @@ def activation_topk(
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
         shared experts last. Arrays belong to the logits' framework and are on their device.
+        With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
 
     Raises:
         TypeError: an argument is no array, or its dtype is not allowed.
@@ -156,7 +159,8 @@ def activation_topk(
     """
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
     inputs = (logits, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, resolve(method), inputs, out, stream, number)  # type: ignore[no-any-return]
+    fields = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
+    return run(OP, fields, inputs, out, stream, number)
 
 
 def interleaved_lanes(gpu: Gpu, method: RoutingMethod, num_tokens: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
+from cupy_router.ops._declared import INTS, Arrays, Result, row
 from cupy_router.ops._method import (
     EXPERT_SCALE,
     LOGIT_BIAS,
@@ -20,7 +21,7 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
-from cupy_router.ops._op import INTS, Arrays, Op, Result, row
+from cupy_router.ops._op import Op
 from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk_backward as reference

@@ -17,6 +17,8 @@ from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops import activation_topk
 from cupy_router.ops._cached import Kernel, Work, launch_of, launch_with
 from cupy_router.ops._chunks import Chunks, GateChunks
+from cupy_router.ops._declared import NUM_VALID, Arrays, row
+from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
     EXPERT_SCALE,
@@ -26,13 +28,11 @@ from cupy_router.ops._method import (
     gate,
     headers,
     method_sizes,
-    routing_results,
 )
-from cupy_router.ops._op import NUM_VALID, Arrays, Op, row
 from cupy_router.ops._options import Options
+from cupy_router.ops._routed import ROUTING, RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
-from cupy_router.results import Routing
 from cupy_router.tuning import Gpu
 
 PATHS = ("decode", "prefill")
@@ -42,13 +42,14 @@ _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buf
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """The method, and the path: "decode", "prefill" or None to choose by size."""
+    """The method, the path, "decode", "prefill" or None to choose by size, and the layout."""
 
     method: RoutingMethod
     path: str | None
+    layout: LayoutSpec | None = None
 
 
-class DenseRouter(Op):
+class DenseRouter(RoutedOp):
     """The declaration of :func:`dense_router`."""
 
     name = "dense_router"
@@ -62,8 +63,6 @@ class DenseRouter(Op):
         NUM_VALID,
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale")
-    returns = Routing
-    gradient = "routing"
 
     def example(self) -> DenseOptions:
         return DenseOptions(RoutingMethod(8, 2), None)
@@ -75,6 +74,7 @@ class DenseRouter(Op):
         return decode.MAX_TOKENS if options.path == "decode" else None
 
     def check(self, options: DenseOptions, arrays: Arrays) -> None:
+        super().check(options, arrays)
         method, (num_tokens, hidden) = options.method, arrays.x.shape
         if hidden < 1:
             raise ValueError(f"x must have at least one column, got {arrays.x}")
@@ -86,11 +86,11 @@ class DenseRouter(Op):
                 f"got {num_tokens} tokens and {method}"
             )
 
-    def reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+    def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
         layer = arrays.named("bias", "logit_bias", "expert_scale")
         return reference.dense_router(arrays.x, arrays.weight, options.method, **layer, num_valid=num_valid)
 
-    def kernel(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
+    def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
         num_tokens = arrays.x.shape[0]
         fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # the kernel uses its instructions
@@ -122,10 +122,11 @@ def dense_router(
     logit_bias: Any = None,
     expert_scale: Any = None,
     path: str | None = None,
+    layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
-) -> Routing:
+) -> Any:  # Routing, or RoutingPlan with a layout
     """Multiply each token with the gate, score the logits, select top_k experts by score plus bias, return weights.
 
     Logits are accumulated and kept in float32 for all dtypes of x and weight. float32 inputs are multiplied without
@@ -141,10 +142,12 @@ def dense_router(
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
             second kernel, for any size. None chooses by size.
+        layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
+            included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
             in 0..num_tokens, or a one-element int32 array on the device of x, which is clamped, and may change between
             replays of a CUDA graph.
-        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
+        out: what is returned, of preallocated arrays that overlap nothing, filled in place and returned.
         stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
             of the framework of x. The host never waits.
 
@@ -152,6 +155,7 @@ def dense_router(
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
         shared experts last. Arrays belong to the framework of x and are on its device.
+        With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
 
     Raises:
         TypeError: an argument is no array, or its dtype is not allowed.
@@ -168,9 +172,11 @@ def dense_router(
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
     number, num_valid = check.split_num_valid("dense_router", num_valid)
-    fields = resolve(method), path
+    fields: tuple[Any, ...] = (resolve(method), path)
+    if layout is not None:
+        fields = (*fields, as_spec("dense_router", layout))
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
-    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream, number)
 
 
 # -- Launches ----------------------------------------------------------------------------------------------------------
@@ -180,8 +186,9 @@ def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) ->
     """Return the launch of `activation_topk` on the logits of a chunk."""
     op, names = activation_topk.OP, ("bias", "logit_bias", "expert_scale", "num_valid", "weights", "indices")
     given = arrays.named(*names)
-    kernel = op.kernel(MethodOptions(method), Arrays(("logits", *given), (logits, *given.values())), gpu)
-    return launch_of(op, kernel, logits.device)
+    options = MethodOptions(method)
+    kernel = op.route(options, Arrays(("logits", *given), (logits, *given.values())), gpu)
+    return launch_of(op, options, kernel, logits.device)
 
 
 class _Decode:
@@ -217,4 +224,4 @@ class _DecodeChunks(Chunks):
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        self._by_rows[rows](stream, [*(arrays[name] for name in (*OP.names, *OP.result_names)), number])
+        self._by_rows[rows](stream, [*(arrays[name] for name in (*OP.names, *ROUTING)), number])

@@ -12,6 +12,8 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
+from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
+from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     EXPERT_SCALE,
     LOGIT_BIAS,
@@ -22,13 +24,11 @@ from cupy_router.ops._method import (
     method_macros,
     method_sizes,
     needs_whole_rows,
-    routing_results,
 )
-from cupy_router.ops._op import INTS, NUM_VALID, Arrays, Op, row
 from cupy_router.ops._options import Options
+from cupy_router.ops._routed import RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
-from cupy_router.results import Routing
 from cupy_router.tuning import Gpu
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # source of the weights
@@ -39,12 +39,13 @@ _UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
 
 @dataclass(frozen=True)
 class HashOptions(Options):
-    """The method, or None: uniform weights."""
+    """The method, or None: uniform weights; and the layout."""
 
     method: RoutingMethod | None
+    layout: LayoutSpec | None = None
 
 
-class HashRouter(Op):
+class HashRouter(RoutedOp):
     """The declaration of :func:`hash_router`."""
 
     name = "hash_router"
@@ -60,8 +61,6 @@ class HashRouter(Op):
         NUM_VALID,
     )
     results = routing_results("logits", "x", "weight", "logit_bias", "expert_scale")
-    returns = Routing
-    gradient = "routing"
     single_kernel = True
 
     def example(self) -> HashOptions:
@@ -70,17 +69,20 @@ class HashRouter(Op):
     def sizes(self, options: HashOptions) -> dict[str, int]:
         return {} if options.method is None else {"top_k": options.method.top_k} | method_sizes(options.method)
 
-    def result_sizes(self, options: HashOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        return {"top_k (+ shared)": sizes["top_k"]} if options.method is None else {}
+    def result_sizes(self, options: HashOptions, sizes: Mapping[str, Any], minimum: Minimum = min) -> Mapping[str, Any]:
+        if options.method is None:
+            return {"top_k (+ shared)": sizes["top_k"]}
+        return super().result_sizes(options, sizes, minimum)
 
     def check(self, options: HashOptions, arrays: Arrays) -> None:
+        super().check(options, arrays)
         check_combination(options.method, arrays)
 
-    def reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
+    def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
         named = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
         return reference.hash_router(arrays.token_ids, arrays.table, options.method, **named, num_valid=num_valid)
 
-    def kernel(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         method, token_ids, table = options.method, arrays.token_ids, arrays.table
         logits, x, weight = arrays.logits, arrays.x, arrays.weight
         out_strides = arrays.weights.row_stride, arrays.indices.row_stride
@@ -165,10 +167,11 @@ def hash_router(
     weight: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
+    layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
-) -> Routing:
+) -> Any:  # Routing, or RoutingPlan with a layout
     """Look up the experts of each token in `table[token_ids]`, and return them with weights.
 
     Without logits and x, the weights are uniform, 1 / top_k. Otherwise they are the scores of these experts,
@@ -186,10 +189,12 @@ def hash_router(
             logits.
         logit_bias: [num_experts] float32, added to the logits; only with logits or x.
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
+        layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
+            included. The layout is what :func:`expert_layout` returns for the indices. It needs a method.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
             in 0..num_tokens, or a one-element int32 array on the same device, which is clamped, and may change between
             replays of a CUDA graph.
-        out: a :class:`Routing` of preallocated arrays that overlap nothing, filled in place and returned.
+        out: what is returned, of preallocated arrays that overlap nothing, filled in place and returned.
         stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
             of the token ids' framework. The host never waits.
 
@@ -197,6 +202,7 @@ def hash_router(
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in the order of the table, shared experts last. If a token id is outside the table, or
         a table entry is no expert, the whole row has indices -1 and weights 0.
+        With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
 
     Raises:
         TypeError: an argument is no array, or its dtype is not allowed.
@@ -219,9 +225,13 @@ def hash_router(
            [0. , 0. ]], dtype=float32)
     """
     number, num_valid = check.split_num_valid("hash_router", num_valid)
-    fields = (None,) if method is None else resolve(method)
+    fields: Any = (None,) if method is None else resolve(method)
+    if layout is not None:
+        if method is None:
+            raise ValueError("hash_router: layout needs a method, which says how many experts there are")
+        fields = (fields, as_spec("hash_router", layout))
     inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
-    return run(OP, fields, inputs, out, stream, number)  # type: ignore[no-any-return]
+    return run(OP, fields, inputs, out, stream, number)
 
 
 def check_combination(method: RoutingMethod | None, arrays: Arrays) -> None:

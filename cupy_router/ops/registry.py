@@ -20,4 +20,4 @@ def _find() -> dict[str, Op]:
 OPS = _find()
 
 # The named tuples that ops return, and those in them.
-RESULTS = {kind.__name__: kind for op in OPS.values() for kind in (op.returns, *op.nested.values())}
+RESULTS = {kind.__name__: kind for op in OPS.values() for kind in (op.returns, *op.variants, *op.nested.values())}

@@ -10,7 +10,8 @@ from typing import Any
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, Work
-from cupy_router.ops._op import Arrays, Op, Result, row, row_or_one
+from cupy_router.ops._declared import Arrays, Minimum, Result, row, row_or_one
+from cupy_router.ops._op import Op
 from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.ops._topk_select_long import LongTopK
@@ -59,7 +60,7 @@ class TopKSelect(Op):
     def example(self) -> TopKOptions:
         return TopKOptions(3)
 
-    def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    def result_sizes(self, options: TopKOptions, sizes: Mapping[str, Any], minimum: Minimum = min) -> dict[str, Any]:
         return {"k": options.k}
 
     def check(self, options: TopKOptions, arrays: Arrays) -> None:

@@ -78,7 +78,8 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
     if stream is not None and inputs[0].is_cuda:
         context = torch.cuda.stream(torch.cuda.ExternalStream(stream_handle(stream), inputs[0].device))
     with context:
-        return op.pack(options, _Routing.apply(op, options, number, *map(_as_tensor, op.names, inputs)))
+        results = _Routing.apply(op, options, number, *map(_as_tensor, op.names, inputs))
+        return op.pack(options, results, lambda: op.sizes_of(options, [None if a is None else a.shape for a in inputs]))
 
 
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us

@@ -174,7 +174,8 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
                 raise ValueError(f"x must have shape [..., {hidden}], got {list(x.shape)}")
             if x.ndim == 2:  # the shape that the functions take, without the cost of others
-                return self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
+                routed: Routing = self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
+                return routed
             axes = x.shape[:-1]
             shape = (*axes, self.method.num_columns)
             rows = flat_rows(x)
@@ -187,9 +188,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                 raise
             raise named from error
 
-    def _route(
-        self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any
-    ) -> Routing:
+    def _route(self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any) -> Any:
         """Return the routing of x [num_tokens, hidden], with token ids of the given axes."""
         logit_bias = as_float32(getattr(self, self._logit_bias))
         scale, table = as_float32(self.per_expert_scale), self.tid2eid
@@ -199,7 +198,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                 expert_scale=scale, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         ids = flat_ids(token_ids, axes)
-        return hash_layer(self.method, rows, ids, table, weight, logit_bias, scale, num_valid, out, stream)
+        return hash_layer(self.method, rows, ids, table, weight, logit_bias, scale, None, num_valid, out, stream)
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from cupy_router.arrays import framework_of
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _hash_layer as hash_layer
 from cupy_router.ops import dense_router
-from cupy_router.ops._op import FLOATS, INTS
+from cupy_router.ops._declared import FLOATS, INTS
 from cupy_router.results import Routing
 
 

@@ -78,9 +78,13 @@ def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, out
         return out
     results = getattr(torch.ops.cupy_router, op.name)(options.text, *arguments)
     results = results if len(op.results) > 1 else (results,)
-    return op.pack(
-        options, [result for result, declared in zip(results, op.results, strict=True) if declared in wanted]
-    )
+    found = [result for result, declared in zip(results, op.results, strict=True) if declared in wanted]
+    return op.pack(options, found, partial(sizes_of, op, options, inputs))
+
+
+def sizes_of(op: Op, options: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Return the sizes of a call by name. They may be symbolic."""
+    return op.sizes_of(options, [None if array is None else array.shape for array in inputs], torch.sym_min)
 
 
 def _implementation(op: Op, text: str, *arguments: Any) -> Any:
@@ -107,7 +111,7 @@ def _fake(op: Op, text: str, *arguments: Any) -> Any:
     dtypes = [None if tensor is None else tensors.name_of(tensor.dtype) for tensor in inputs]
     found = [
         inputs[0].new_empty(shape, dtype=tensors.dtype_of(dtype))
-        for shape, dtype in op.outputs(options, shapes, dtypes)
+        for shape, dtype in op.outputs(options, shapes, dtypes, torch.sym_min)
     ]
     return _with_absent(op, options, found, inputs[0])
 

@@ -12,8 +12,8 @@ from cupy_router.arrays import _torch as tensors
 from cupy_router.method import FLOAT32_TINY, RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk
+from cupy_router.ops._declared import INTS
 from cupy_router.ops._method import MethodOptions
-from cupy_router.ops._op import INTS
 from cupy_router.torch._logits import prepare_logits
 
 

@@ -33,7 +33,7 @@ def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream
     if stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
-        return _state.outside_of_graphs(router.route, x, token_ids, num_valid, out, stream)  # type: ignore[no-any-return]
+        return _state.outside_of_graphs(router.route, x, token_ids, options, num_valid, out, stream)  # type: ignore[no-any-return]
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     if out is None:
         return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
@@ -62,13 +62,13 @@ def _router_of(key: str) -> Router:
 
 
 def _implementation(key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
-    return tuple(_router_of(key).route(x, token_ids, number if number >= 0 else num_valid, None, None))
+    return tuple(_router_of(key).route(x, token_ids, None, number if number >= 0 else num_valid, None, None))
 
 
 def _implementation_into(
     key: str, x: Any, token_ids: Any, num_valid: Any, number: int, weights: Any, indices: Any
 ) -> None:
-    _router_of(key).route(x, token_ids, number if number >= 0 else num_valid, Routing(weights, indices), None)
+    _router_of(key).route(x, token_ids, None, number if number >= 0 else num_valid, Routing(weights, indices), None)
 
 
 def _fake(key: str, x: Any, *others: Any) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run_eagerly
 from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE
-from cupy_router.torch import _autograd
+from cupy_router.torch import _autograd, _library
 from cupy_router.torch._state import has_tangent, in_torch_func
 
 
@@ -25,7 +26,8 @@ def run(op: Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
     for position in op.written:
         if inputs[position] is not None:
             raise ValueError(f"{op.label}: {op.names[position]} cannot be written inside torch.func")
-    return op.pack(options, _Call.apply(op, options, number, *inputs))
+    results = _Call.apply(op, options, number, *inputs)
+    return op.pack(options, results, partial(_library.sizes_of, op, options, inputs))
 
 
 class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
@@ -60,9 +62,9 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         # Contiguous, because calls refuse arrays whose last axis is not, and PyTorch may have put the mapped axis last.
         pairs = zip(inputs, in_dims[3:], strict=True)
         given = [a if dim is None else a.movedim(dim, 0).contiguous() for a, dim in pairs]
-        if op.vmap == "refuse":
+        if op.mapping(options) == "refuse":
             raise ValueError(f"{op.label}: torch.func.vmap cannot map over it, call it for each entry instead")
-        if op.vmap == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
+        if op.mapping(options) == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
             rows = _with_rows(op, given, batched)
             merged = [
                 (a if own else a.expand(size, *a.shape)).flatten(0, 1) if name in rows else a

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""unpermute: the outputs of the experts, summed for each token with its weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cupy_router.ops import _rows
+from cupy_router.ops._cached import Kernel
+from cupy_router.ops._declared import Arrays, Result, layer, row
+from cupy_router.ops._layout import as_layout
+from cupy_router.ops._op import Op
+from cupy_router.ops._rows import NO_OPTIONS, NoOptions
+from cupy_router.ops._run import run
+from cupy_router.reference import unpermute as reference
+from cupy_router.results import ExpertLayout
+from cupy_router.tuning import Gpu
+
+_SMOOTH = ("y", "weights", "residual", "residual_scale")
+
+
+class Sums(NamedTuple):
+    """The result of the op, which the caller gets as an array."""
+
+    sums: Any
+
+
+class Unpermute(Op):
+    """The declaration of :func:`unpermute`."""
+
+    name = "unpermute"
+    options = NoOptions
+    inputs = (
+        row("y", "capacity, hidden", required=True),
+        layer("positions", "num_tokens, top_k", ("int32",), required=True, path="layout.positions"),
+        layer("weights", "num_tokens, top_k"),
+        layer("residual", "num_tokens, hidden"),
+        layer("residual_scale", "num_tokens", ("float32",)),
+    )
+    results = (Result("sums", "num_tokens, hidden", lambda options, dtypes: dtypes["y"], differentiable=_SMOOTH),)
+    returns = Sums
+    rows_independent = False
+    vmap = "loop"
+    gradient = "rows"
+    single_kernel = True
+
+    def example(self) -> NoOptions:
+        return NoOptions()
+
+    def check(self, options: NoOptions, arrays: Arrays) -> None:
+        if arrays.residual_scale is not None and arrays.residual is None:
+            raise ValueError("residual_scale needs a residual, got none")
+
+    def reference(self, options: NoOptions, arrays: Arrays, num_valid: int) -> tuple[Any]:
+        return (reference.unpermute(*(getattr(arrays, name) for name in self.names)),)
+
+    def kernel(self, options: NoOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        return _rows.unpermute_kernel(self, ("sums",), arrays, gpu)
+
+
+OP = Unpermute()
+
+
+def unpermute(
+    y: Any,
+    layout: ExpertLayout,
+    weights: Any = None,
+    *,
+    residual: Any = None,
+    residual_scale: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Sum the rows of each token's pairs, weighted, and add a residual: the way back from the experts.
+
+    Sums are float32, in the order of slots, and rounded once. A pair with position -1 is left out. Rows without a pair
+    are never read, so they may hold anything.
+
+    Args:
+        y: [layout.capacity, hidden] float32, float16 or bfloat16.
+        layout: the :class:`ExpertLayout` of the rows, with `positions`, an array on the device of y.
+        weights: [num_tokens, layout.top_k] float32, float16 or bfloat16; None: 1 for each pair.
+        residual: [num_tokens, hidden] float32, float16 or bfloat16, added last.
+        residual_scale: [num_tokens] float32, a factor of each token's residual: the sum of the weights of zero experts,
+            which return the token itself.
+        out: an array for the result that overlaps nothing, filled in place and returned.
+        stream: an object with `__cuda_stream__`, or an int handle. By default, work is enqueued on the current stream
+            of the framework of y. The host never waits.
+
+    Returns:
+        [num_tokens, hidden] in the dtype of y, an array of its framework, on its device. A token without a pair gives
+        its residual, or 0. It is differentiable with respect to y, weights, residual and residual_scale, once; sums are
+        float32 in a fixed order.
+
+    Raises:
+        TypeError: an argument is no array or no layout, or its dtype is not allowed.
+        ValueError: ranks, shapes, strides or devices are wrong, or the layout lacks an array.
+        RuntimeError: CUDA arrays were given, but CuPy, NVRTC or a driver is missing.
+
+    >>> import numpy as np
+    >>> from cupy_router import expert_layout, unpermute
+    >>> layout = expert_layout(np.array([[2, 0], [2, 1]], np.int32), 3)
+    >>> y = np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
+    >>> unpermute(y, layout, np.array([[0.5, 0.5], [1.0, 0.0]], np.float32))
+    array([[2.],
+           [4.]], dtype=float32)
+    """
+    layout = as_layout("unpermute", layout, "positions")
+    shape = getattr(y, "shape", None)
+    if layout.capacity is not None and shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
+        raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {list(shape)}")
+    inputs = (y, layout.positions, weights, residual, residual_scale)
+    into = None if out is None else Sums(out)
+    return run(OP, NO_OPTIONS, inputs, into, stream).sums
