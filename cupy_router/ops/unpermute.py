@@ -18,6 +18,8 @@ from cupy_router.tuning import Gpu
 
 _SMOOTH = ("y", "weights", "residual", "residual_scale")
 
+NEEDS_ORDER = "layout must have order for a gradient with respect to y, got None: name it in want= of expert_layout"
+
 
 class Sums(NamedTuple):
     """The result of the op, which the caller gets as an array."""
@@ -33,6 +35,7 @@ class Unpermute(Op):
     inputs = (
         row("y", "capacity, hidden", required=True),
         layer("positions", "num_tokens, top_k", ("int32",), required=True, path="layout.positions"),
+        layer("order", "capacity", ("int32",), path="layout.order"),  # for the gradient only
         layer("weights", "num_tokens, top_k"),
         layer("residual", "num_tokens, hidden"),
         layer("residual_scale", "num_tokens", ("float32",)),
@@ -52,7 +55,8 @@ class Unpermute(Op):
             raise ValueError("residual_scale needs a residual, got none")
 
     def reference(self, options: NoOptions, arrays: Arrays, num_valid: int) -> tuple[Any]:
-        return (reference.unpermute(*(getattr(arrays, name) for name in self.names)),)
+        given = arrays.y, arrays.positions, arrays.weights, arrays.residual, arrays.residual_scale
+        return (reference.unpermute(*given),)
 
     def kernel(self, options: NoOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         return _rows.unpermute_kernel(self, ("sums",), arrays, gpu)
@@ -78,7 +82,8 @@ def unpermute(
 
     Args:
         y: [layout.capacity, hidden] float32, float16 or bfloat16.
-        layout: the :class:`ExpertLayout` of the rows, with `positions`, an array on the device of y.
+        layout: the :class:`ExpertLayout` of the rows, with `positions`, an array on the device of y. The gradient with
+            respect to y also needs `order`.
         weights: [num_tokens, layout.top_k] float32, float16 or bfloat16; None: 1 for each pair.
         residual: [num_tokens, hidden] float32, float16 or bfloat16, added last.
         residual_scale: [num_tokens] float32, a factor of each token's residual: the sum of the weights of zero experts,
@@ -109,6 +114,6 @@ def unpermute(
     shape = getattr(y, "shape", None)
     if layout.capacity is not None and shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
         raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {list(shape)}")
-    inputs = (y, layout.positions, weights, residual, residual_scale)
+    inputs = (y, layout.positions, layout.order, weights, residual, residual_scale)
     into = None if out is None else Sums(out)
     return run(OP, NO_OPTIONS, inputs, into, stream).sums
