@@ -286,12 +286,15 @@ class Op:
             return options
         return self.options(*options) if type(options) is tuple else self.options(options)
 
+    def results_in(self, kind: Any) -> tuple[Result, ...]:
+        """Return the results that may stand in a named tuple that the caller gets, existing or not."""
+        if not self.variants:
+            return self.results
+        return tuple([result for result in self.results if result.path.partition(".")[0] in kind._fields])
+
     def parameters(self, options: Any) -> tuple[str, ...]:
         """Return the arrays that a call passes to its kernels: the inputs, and the results in what the caller gets."""
-        if not self.variants:
-            return (*self.names, *self.result_names)
-        fields = self.returned(options)._fields
-        return (*self.names, *(result.name for result in self.results if result.path.partition(".")[0] in fields))
+        return (*self.names, *[result.name for result in self.results_in(self.returned(options))])
 
     # -- Arguments -----------------------------------------------------------------------------------------------------
 

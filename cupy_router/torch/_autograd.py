@@ -83,29 +83,29 @@ def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, s
 
 
 class _Routing(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untyped to us
-    """weights, indices = apply(op, options, number, *inputs).
+    """weights, indices, and the arrays of a layout if there is one = apply(op, options, number, *inputs).
 
     It has no `setup_context`, which would make each call 15 us longer.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, Any]:
-        weights, indices = run_eagerly(op, options, inputs, number)
+    def forward(ctx: Any, op: Op, options: Any, number: int, *inputs: Any) -> tuple[Any, ...]:
+        results = op.flatten(options, run_eagerly(op, options, inputs, number))
         for name, array in zip(op.names, inputs, strict=True):
             if array is not None and not isinstance(array, torch.Tensor):
                 raise TypeError(
                     f"{op.label}: {name} must be a tensor, or convertible to one by DLPack, where weights have a "
                     f"gradient, got {type(array).__name__}"
                 )
-        remember_call(ctx, op, options, number, *inputs, output=(weights, indices))
-        return weights, indices
+        remember_call(ctx, op, options, number, *inputs, output=results)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_weights: Any, *others: Any) -> tuple[Any, ...]:
         # Only the op of torch.library refuses a second derivative, which may be asked for in grad mode. Also, only that
         # op takes the batched gradients that autograd makes for is_grads_batched.
         by_op = torch.is_grad_enabled() or (grad_weights is not None and _is_batched(grad_weights))
-        return backward(ctx, grad_weights, grad_indices, by_op=by_op)
+        return backward(ctx, grad_weights, by_op=by_op)
 
 
 def _as_tensor(name: str, array: Any) -> Any:
@@ -130,13 +130,13 @@ def remember(
     ctx: Any, method: RoutingMethod | None, names: tuple[str | None, ...], inputs: tuple[Any, ...], output: Any
 ) -> None:
     """Save what :func:`backward` needs of a call. `names` has a name for each input, None if it is no array."""
-    weights, indices = output
+    weights, indices, *layout = output
     given = dict(zip(names, inputs, strict=True))
     ctx.set_materialize_grads(False)
     if method is None or (given.get("logits") is None and given.get("weight") is None):
-        ctx.mark_non_differentiable(weights, indices)
+        ctx.mark_non_differentiable(weights, indices, *layout)
     else:
-        ctx.mark_non_differentiable(indices)
+        ctx.mark_non_differentiable(indices, *layout)
     ctx.method, ctx.names, ctx.repeated = method, names, given.get("table") is not None
     ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
 
@@ -146,7 +146,7 @@ def remember_call(ctx: Any, op: Op, options: Any, *inputs: Any, output: Any) -> 
     remember(ctx, options.method, (None, None, None, *op.names), (op, options, *inputs), output)
 
 
-def backward(ctx: Any, grad_weights: Any, grad_indices: Any, by_op: bool = True) -> tuple[Any, ...]:
+def backward(ctx: Any, grad_weights: Any, *others: Any, by_op: bool = True) -> tuple[Any, ...]:
     """Return the gradient with respect to each input of a call, None if it has none or none is needed."""
     found: Mapping[str | None, Any] = {}
     if grad_weights is not None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derive the ops of torch.library from the declarations: schemas, implementations, fakes and gradients.
 
-A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. The graph has all
-results: those that the options leave out are empty tensors there, and None for the caller. An input that the op writes
-into is a mutable argument.
+A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. An input that the
+op writes into is a mutable argument. Each named tuple that an op may return has a schema of its own, such as
+`activation_topk_layout` for the one with a layout. The graph has all results of the tuple: those that the options leave
+out are empty tensors there, and None for the caller.
 
-Each op has a twin, `<op>_out`, for calls with `out`: it takes the tensors for the results as further arguments that it
+Each has a twin, `<op>_out`, for calls with `out`: it takes the tensors for the results as further arguments that it
 mutates, and returns nothing.
 """
 
@@ -31,8 +32,13 @@ from cupy_router.torch._state import outside_of_graphs
 LIBRARY = torch.library.Library("cupy_router", "DEF")
 
 
-def schema(op: Op, into: bool = False) -> str:
-    """Return the schema of an op, or of the one that writes into tensors of the caller."""
+def node(op: Op, kind: Any) -> str:
+    """Return the name in graphs of an op that returns a named tuple of this kind."""
+    return "_".join([op.name, *[name for name in kind._fields if name not in op.returns._fields]])
+
+
+def schema(op: Op, kind: Any, into: bool = False) -> str:
+    """Return the schema of an op that returns a tuple of a kind, or of the one that writes into the caller's tensors."""
     arguments, letters = ["str options"], iter("abcdefghijklmnop")
     for declared in op.inputs:
         mark = f"({next(letters)}!)" if declared.written else ""
@@ -40,10 +46,13 @@ def schema(op: Op, into: bool = False) -> str:
     if op.takes_number:
         arguments.append("SymInt num_valid_value")
     if into:
-        outs = [f"Tensor({next(letters)}!){'?' if result.exists else ''} {result.name}" for result in op.results]
-        return f"{op.name}_out({', '.join([*arguments, *outs])}) -> ()"
-    returned = ", ".join("Tensor" for _ in op.results)
-    return f"{op.name}({', '.join(arguments)}) -> {f'({returned})' if len(op.results) > 1 else returned}"
+        outs = [
+            f"Tensor({next(letters)}!){'?' if result.exists else ''} {result.name}" for result in op.results_in(kind)
+        ]
+        return f"{node(op, kind)}_out({', '.join([*arguments, *outs])}) -> ()"
+    returned = ["Tensor" for _ in op.results_in(kind)]
+    results = f"({', '.join(returned)})" if len(returned) > 1 else "Tensor"
+    return f"{node(op, kind)}({', '.join(arguments)}) -> {results}"
 
 
 def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
@@ -70,15 +79,16 @@ def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, out
     """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
     given = [torch.as_tensor(array) if isinstance(array, np.ndarray) else array for array in inputs]
     arguments = (*given, number) if op.takes_number else given
-    wanted = op.existing(options)
+    wanted, kind = op.existing(options), op.returned(options)
+    declared = op.results_in(kind)
     if out is not None:
         rest = iter(outs)
-        places = [next(rest) if declared in wanted else None for declared in op.results]
-        getattr(torch.ops.cupy_router, f"{op.name}_out")(options.text, *arguments, *places)
+        places = [next(rest) if result in wanted else None for result in declared]
+        getattr(torch.ops.cupy_router, f"{node(op, kind)}_out")(options.text, *arguments, *places)
         return out
-    results = getattr(torch.ops.cupy_router, op.name)(options.text, *arguments)
-    results = results if len(op.results) > 1 else (results,)
-    found = [result for result, declared in zip(results, op.results, strict=True) if declared in wanted]
+    results = getattr(torch.ops.cupy_router, node(op, kind))(options.text, *arguments)
+    results = results if len(declared) > 1 else (results,)
+    found = [tensor for tensor, result in zip(results, declared, strict=True) if result in wanted]
     return op.pack(options, found, partial(sizes_of, op, options, inputs))
 
 
@@ -97,10 +107,10 @@ def _implementation(op: Op, text: str, *arguments: Any) -> Any:
 
 def _implementation_into(op: Op, text: str, *arguments: Any) -> None:
     """Run an op that a graph calls to write into tensors of the caller."""
-    options, given = op.options_of(text), len(arguments) - len(op.results)
+    options, given = op.options_of(text), len(op.inputs) + op.takes_number
     *inputs, number = arguments[:given] if op.takes_number else (*arguments[:given], -1)
-    wanted = op.existing(options)
-    outs = [array for array, declared in zip(arguments[given:], op.results, strict=True) if declared in wanted]
+    wanted, declared = op.existing(options), op.results_in(op.returned(options))
+    outs = [array for array, result in zip(arguments[given:], declared, strict=True) if result in wanted]
     outside_of_graphs(run, op, options, tuple(inputs), op.pack(options, outs), None, number, True)
 
 
@@ -119,7 +129,8 @@ def _fake(op: Op, text: str, *arguments: Any) -> Any:
 def _with_absent(op: Op, options: Any, found: Sequence[Any], like: Any) -> Any:
     """Return one tensor for each result, an empty one if the result does not exist."""
     rest, wanted = iter(found), op.existing(options)
-    results = tuple(next(rest) if declared in wanted else like.new_empty((0,)) for declared in op.results)
+    declared = op.results_in(op.returned(options))
+    results = tuple(next(rest) if result in wanted else like.new_empty((0,)) for result in declared)
     return results if len(results) > 1 else results[0]
 
 
@@ -128,19 +139,21 @@ def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def define(op: Op) -> None:
-    """Add an op and its twin to the library."""
+    """Add an op and its twin to the library, once for each named tuple that it may return."""
     written = {1 + place: f"{op.label}: {op.names[place]}" for place in op.written}
-    register(schema(op), partial(_implementation, op), partial(_fake, op), written)
-    if op.differentiable:
-        register_gradient(op.name, _autograd.backward, partial(_remember, op))
-    elif op is _autograd.BACKWARD:
-        register_gradient(op.name, _autograd.no_second_derivative, None)
-    else:
-        register_without_gradient(op.name)
     first = 1 + len(op.inputs) + op.takes_number
-    outs = {first + i: f"{op.label}: out.{result.path}" for i, result in enumerate(op.results)}
-    register(schema(op, into=True), partial(_implementation_into, op), no_results, written | outs)
-    register_without_gradient(f"{op.name}_out")  # calls are checked by `refuse_out` before
+    for kind in (op.returns, *op.variants):
+        name = node(op, kind)
+        register(schema(op, kind), partial(_implementation, op), partial(_fake, op), written)
+        if op.differentiable:
+            register_gradient(name, _autograd.backward, partial(_remember, op))
+        elif op is _autograd.BACKWARD:
+            register_gradient(name, _autograd.no_second_derivative, None)
+        else:
+            register_without_gradient(name)
+        outs = {first + i: f"{op.label}: out.{result.path}" for i, result in enumerate(op.results_in(kind))}
+        register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, written | outs)
+        register_without_gradient(f"{name}_out")  # calls are checked by `refuse_out` before
 
 
 def register(schema: str, implementation: Any, fake: Any, written: Mapping[int, str] = MappingProxyType({})) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
-from cupy_router.ops import _hash_layer, dense_router
-from cupy_router.results import Routing
+from cupy_router.ops import _hash_layer, _run, dense_router, expert_layout
+from cupy_router.ops._routed import layout_options
+from cupy_router.results import Routing, RoutingPlan
 from cupy_router.router import Router
 from cupy_router.torch import _autograd, _library, _state
 from cupy_router.torch._library import no_results, register, register_gradient, register_without_gradient
@@ -25,22 +26,29 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
     return _state.is_tracing() and not _is_of_tensors(router) and bool(router.key)  # in this order: graphs guard keys
 
 
-def run(router: Router, options: None, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Routing:
-    """Return the results of a call that :func:`wants` accepts."""
+def run(router: Router, layout: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+    """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
     x, token_ids, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
-    outs = _library.flat(op, None, out)
+    options: Any = op.options(router.method, layout=layout, **({} if router.is_hash else {"path": None}))
+    outs = _library.flat(op, options, out)
     if stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
-        return _state.outside_of_graphs(router.route, x, token_ids, options, num_valid, out, stream)  # type: ignore[no-any-return]
+        return _state.outside_of_graphs(router.route, x, token_ids, layout, num_valid, out, stream)
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     if out is None:
-        return Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
-    given = {**router.arrays(), "x": x}
-    _autograd.refuse_out(op, None, tuple([given.get(name) for name in op.names]), outs)
-    torch.ops.cupy_router.router_out(router.key, x, token_ids, count, number, *outs)
-    return out  # type: ignore[no-any-return]
+        routing = Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
+    else:
+        given = {**router.arrays(), "x": x}
+        _autograd.refuse_out(op, options, tuple([given.get(name) for name in op.names]), outs)
+        torch.ops.cupy_router.router_out(router.key, x, token_ids, count, number, *outs[:2])
+        routing = Routing(*outs[:2])
+    if layout is None:
+        return routing if out is None else out
+    into = None if out is None else out.layout
+    laid_out = _run.run(expert_layout.OP, layout_options(options), (routing.indices, None, None, None), into, None)
+    return RoutingPlan(*routing, laid_out) if out is None else out
 
 
 def _is_of_tensors(router: Router) -> bool:

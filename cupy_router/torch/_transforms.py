@@ -35,7 +35,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
 
     @staticmethod
     def forward(op: Op, options: Any, number: int, *inputs: Any) -> Any:
-        return op.flatten(options, run_eagerly(op, options, inputs, number))
+        return tuple(op.flatten(options, run_eagerly(op, options, inputs, number)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -49,8 +49,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if not ctx.op.differentiable:
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        grad_weights, grad_indices = grads
-        return _autograd.backward(ctx, grad_weights, grad_indices, by_op=False)
+        return _autograd.backward(ctx, *grads, by_op=False)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
