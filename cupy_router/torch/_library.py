@@ -38,7 +38,7 @@ def node(op: Op, kind: Any) -> str:
 
 
 def schema(op: Op, kind: Any, into: bool = False) -> str:
-    """Return the schema of an op that returns a tuple of a kind, or of the one that writes into the caller's tensors."""
+    """Return the schema of an op that returns a tuple of a kind, or of its twin that writes into the caller's."""
     arguments, letters = ["str options"], iter("abcdefghijklmnop")
     for declared in op.inputs:
         mark = f"({next(letters)}!)" if declared.written else ""
