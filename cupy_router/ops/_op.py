@@ -9,7 +9,6 @@ of ops in tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ class Op:
     vmap: "merge" calls into one where rows are independent, otherwise "loop" over them; always "loop"; or "refuse".
     gradient: the rule in the gradient modules of the frameworks: "routing" for weights and indices. Needed if a result
         is differentiable.
+    no_gradient: of an op that is a gradient itself: the sentence that refuses its own.
     single_kernel: whether every call is the launch of one kernel without scratch memory. An op for which that depends
         on the call overrides `is_single_kernel`.
     """
@@ -56,6 +56,7 @@ class Op:
     rows_independent = True
     vmap = "merge"
     gradient = ""
+    no_gradient = ""
     single_kernel = False
 
     # -- Defined by each op --------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Op:
 
     def sizes_of(self, options: Any, shapes: Sequence[Any], minimum: Minimum = min) -> dict[str, Any]:
         """Return the sizes of all axes by name, from the shapes of the inputs (None: left out). Nothing is checked."""
-        sizes = dict(_sizes(self, options))
+        sizes = dict(self.sizes(options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
             if shape is not None:
                 for axis, size in zip(declared.axes, shape, strict=False):
@@ -337,9 +338,3 @@ def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(out, kind):
         raise TypeError(f"{path} must be {kind.__name__}({', '.join(kind._fields)}), got {type(out).__name__}")
     return zip(kind._fields, out, strict=True)
-
-
-@lru_cache(maxsize=4096)
-def _sizes(op: Op, options: Any) -> Mapping[str, int]:
-    """Return the sizes that follow from the options alone."""
-    return op.sizes(options)

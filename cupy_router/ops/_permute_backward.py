@@ -9,7 +9,7 @@ from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays, Result, layer, row
 from cupy_router.ops._op import Op
-from cupy_router.ops._rows import GradientOptions
+from cupy_router.ops._rows import NO_SECOND_DERIVATIVE, GradientOptions
 from cupy_router.reference import permute, unpermute
 from cupy_router.tuning import Gpu
 
@@ -30,7 +30,7 @@ class PermuteBackward(Op):
         row("y", "capacity, hidden", required=True),
         layer("positions", "num_tokens, top_k", ("int32",), required=True),
         layer("weights", "num_tokens, top_k"),
-        layer("x", "num_tokens, hidden", required=True),
+        layer("x", "num_tokens, hidden"),
     )
     results = (
         Result("sums", "num_tokens, hidden", lambda _, dtypes: dtypes["y"], exists=lambda o: "sums" in o.want),
@@ -39,10 +39,15 @@ class PermuteBackward(Op):
     returns = PermuteGradient
     rows_independent = False
     vmap = "loop"
+    no_gradient = NO_SECOND_DERIVATIVE
     single_kernel = True
 
     def example(self) -> GradientOptions:
-        return GradientOptions(("sums", "dots"))
+        return GradientOptions(("sums",))
+
+    def check(self, options: GradientOptions, arrays: Arrays) -> None:
+        if "dots" in options.want and arrays.x is None:
+            raise TypeError("x must be an array where dots are wanted, got None")
 
     def reference(self, options: GradientOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         found = []

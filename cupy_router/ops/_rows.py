@@ -17,6 +17,8 @@ _PERMUTE_TAKES = (
 )  # fmt: skip
 _UNPERMUTE_TAKES = ("y", "positions", "weights", "residual", "residual_scale", "x", "sums", "dots")
 
+NO_SECOND_DERIVATIVE = "cupy_router: permute and unpermute have first derivatives only, so this has no gradient"
+
 
 @dataclass(frozen=True)
 class NoOptions(Options):

@@ -11,7 +11,7 @@ from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays, Result, layer, row
 from cupy_router.ops._op import Op
-from cupy_router.ops._rows import GradientOptions
+from cupy_router.ops._rows import NO_SECOND_DERIVATIVE, GradientOptions
 from cupy_router.reference import permute, unpermute
 from cupy_router.tuning import Gpu
 
@@ -50,10 +50,16 @@ class UnpermuteBackward(Op):
     returns = UnpermuteGradient
     rows_independent = False
     vmap = "loop"
+    no_gradient = NO_SECOND_DERIVATIVE
     single_kernel = True
 
     def example(self) -> GradientOptions:
         return GradientOptions(("rows",))
+
+    def check(self, options: GradientOptions, arrays: Arrays) -> None:
+        for result, name in (("dots", "y"), ("scaled", "residual"), ("residual_dots", "residual")):
+            if result in options.want and getattr(arrays, name) is None:
+                raise TypeError(f"{name} must be an array where {result} are wanted, got None")
 
     def reference(self, options: GradientOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         found = {}

@@ -75,6 +75,7 @@ class ActivationTopKBackward(Op):
     )
     results = (Result("grad_logits", "num_tokens, num_experts (+ shared)", _gradient_dtype),)
     returns = LogitsGradient
+    no_gradient = NO_SECOND_DERIVATIVE
     single_kernel = True
 
     def example(self) -> BackwardOptions:
