@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cupy_router.ops.permute import permute
     from cupy_router.ops.topk_select import topk_select
     from cupy_router.ops.unpermute import unpermute
+    from cupy_router.ops.update_bias import update_bias
     from cupy_router.results import ExpertLayout, Routing, RoutingPlan, TopK
     from cupy_router.router import Router
     from cupy_router.score_comparison import compare_score
@@ -53,6 +54,7 @@ __all__ = [
     "presets",
     "topk_select",
     "unpermute",
+    "update_bias",
 ]
 
 # Each name is imported from its module at its first use, so that `import cupy_router` takes almost no time.
@@ -75,6 +77,7 @@ _MODULES = {
     "permute": "ops.permute",
     "topk_select": "ops.topk_select",
     "unpermute": "ops.unpermute",
+    "update_bias": "ops.update_bias",
 }
 
 # Likewise. They are not in __all__, because `import *` would import the frameworks.

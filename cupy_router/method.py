@@ -298,6 +298,7 @@ def as_json(value: Any) -> str:
     if isinstance(value, int):
         return str(operator.index(value))  # makes a constant of a symbolic int of torch.compile
     if isinstance(value, float):
+        (value,) = {value}  # the same for a symbolic float
         return "Infinity" if value == math.inf else "-Infinity" if value == -math.inf else repr(value)
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
