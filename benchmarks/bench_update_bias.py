@@ -59,8 +59,7 @@ class Problem:
 def measure(quick: bool) -> list[Row]:
     sizes = (256,) if quick else ALL_N
     problems = [Problem(num_experts, "int32", center) for num_experts in sizes for center in (False, True)]
-    if not quick:
-        problems.append(Problem(256, "int64", False))
+    problems.append(Problem(256, "int64", False))
     return [row for problem in problems for row in (problem.ours(), problem.floor(), *problem.rivals())]
 
 
