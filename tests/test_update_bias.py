@@ -73,7 +73,7 @@ def test_the_sign_is_exact(backend: Backend) -> None:
 @pytest.mark.parametrize("center", [False, True])
 def test_special_values(backend: Backend, center: bool) -> None:
     """Subnormals are 0, a zero has no sign, and NaN stays where it is unless it is in the mean."""
-    bias = np.array([-0.0, 1e-40, -1e-40, np.inf, np.nan, 3e-38, -1.2e-38, -1.0], np.float32)
+    bias = np.array([-0.0, 1e-40, -1e-40, np.inf, np.nan, -3e-38, 1.2e-38, -1.0], np.float32)
     counts = np.array([4, 4, 4, 4, 4, 4, 4, 4], np.int32)
     got = backend.numpy(update_bias(backend.array(bias), backend.array(counts), rate=2e-38, center=center))
     if center:
@@ -81,7 +81,7 @@ def test_special_values(backend: Backend, center: bool) -> None:
     else:
         np.testing.assert_array_equal(got, np.where(abs(bias) < 1.1e-38, 0, bias))
         assert not np.signbit(got[:3]).any()
-    counts[5], counts[6] = 5, 3  # 3e-38 - 2e-38 and -1.2e-38 + 2e-38 are subnormal
+    counts[5], counts[6] = 3, 5  # -3e-38 + 2e-38 and 1.2e-38 - 2e-38 are negative subnormals
     bias[3:5] = 0
     got = backend.numpy(update_bias(backend.array(bias), backend.array(counts), rate=2e-38, center=center))
     assert_same_bits(got, reference.update_bias(bias, counts, 2e-38, center))
