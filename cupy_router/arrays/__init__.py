@@ -9,6 +9,7 @@ caller has already imported.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import threading
 from collections import deque
@@ -24,6 +25,15 @@ from cupy_router import _hooks
 ITEM_SIZES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "int64": 8,
 }  # fmt: skip
+
+
+def item_bits(dtype: str) -> int:
+    """Return the number of bits of a dtype of numbers, by its name; 0 if it is no such name."""
+    found = _NUMBERS.fullmatch(dtype)
+    return 0 if found is None else int(found[1] or 8)
+
+
+_NUMBERS = re.compile(r"bool|(?:u?int|b?float|complex)(\d+)(?:_e\d+m\d+\w*)?")
 
 Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
 Allocator = Callable[[list[int]], tuple[Any, ...]]  # allocates the results of a call, appends their addresses

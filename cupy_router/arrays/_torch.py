@@ -177,7 +177,8 @@ def refuse_without_memory(name: str, tensor: torch.Tensor) -> None:
 
 def _copy(name: str, how: str) -> str:
     """Return what to pass instead of a tensor. A copy of one to write into would get the results in its place."""
-    return "a tensor made for it, as by torch.empty" if name.split(": ")[-1].startswith("out.") else f"{name}{how}"
+    is_result = name.split(": ")[-1].partition(".")[0] == "out"
+    return "a tensor made for it, as by torch.empty" if is_result else f"{name}{how}"
 
 
 def refuse_gradient(names: Mapping[int, str], arrays: Sequence[Any]) -> None:

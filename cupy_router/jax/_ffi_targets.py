@@ -112,7 +112,7 @@ def execute(op: Op, execution: _ffi.Execution) -> None:
 
 def _describe(op: Op, text: CallText, execution: _ffi.Execution) -> tuple[Any, Sequence[View | None], Sequence[View]]:
     names = [op.names[position] for position in text.given]
-    names += [f"out.{declared.path}" for declared in op.existing(text.options)]
+    names += [op.out_name(declared) for declared in op.existing(text.options)]
     if len(names) != len(execution.pointers) or len(text.given) != execution.num_inputs:
         raise RuntimeError(f"{op.label} got {len(execution.pointers)} buffers from XLA, not {', '.join(names)}")
     buffers = [

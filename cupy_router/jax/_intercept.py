@@ -70,7 +70,9 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
             arrays.append(array)
         for position in op.written:
             if views[position] is not None:
-                raise ValueError(f"{op.names[position]} cannot be written inside jax.jit, where arrays are immutable")
+                name, instead = op.names[position], op.inputs[position].instead
+                remedy = instead and f": {instead}"
+                raise ValueError(f"{name} cannot be written inside jax.jit, where arrays are immutable{remedy}")
         op.check_inputs(options, views)
         for place in foreign:
             arrays[place] = _value(views[given[place]], arrays[place])

@@ -102,14 +102,14 @@ def arrays_of(
     device = next(view.device for view in views if view is not None)
     results: list[View | None] = [None] * len(op.results)
     for i, result in enumerate(op.existing(options)):
-        view = out_views[i] if out_views else dense_view(f"out.{result.path}", 0, *outputs[i], device)
+        view = out_views[i] if out_views else dense_view(op.out_name(result), 0, *outputs[i], device)
         results[op.result_names.index(result.name)] = view
     return Arrays((*op.names, *op.result_names), (*views, *results))
 
 
 def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, device: tuple[str, int]) -> View:
     """Return a view of dense memory; what is no result is read-only."""
-    return View(name, pointer, shape, dense_strides(shape), dtype, device, not name.startswith("out."), None)
+    return View(name, pointer, shape, dense_strides(shape), dtype, device, not name.startswith("out"), None)
 
 
 def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:

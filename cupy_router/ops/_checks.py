@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import NO_DEVICE, Output, View
+from cupy_router.arrays import NO_DEVICE, Output, View, item_bits
 
 
 @contextmanager
@@ -29,7 +29,15 @@ def named(name: str, *others: type[Exception]) -> Iterator[None]:
 
 def dtype(view: View, allowed: Sequence[str]) -> None:
     if view.dtype not in allowed:
-        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}: convert it to {allowed[0]}")
+        remedy = "int32" if "int32" in allowed else allowed[0]  # of ids, uint8 would lose some
+        raise TypeError(f"{view.name} must be {' or '.join(allowed)}, got {view}: convert it to {remedy}")
+
+
+def moved(view: View) -> None:
+    """Check the dtype of an array that is moved as bytes."""
+    bits = item_bits(view.dtype)
+    if bits == 0 or bits % 8:
+        raise TypeError(f"{view.name} must have a dtype of numbers of 8 bits or more, got {view}")
 
 
 def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
@@ -62,6 +70,19 @@ def result(view: View, output: Output, axes: str) -> None:
         raise ValueError(f"{view.name} must have shape [{axes}] = {list(shape)}, got {view}")
 
 
+def hosts(views: Sequence[View | None]) -> list[np.ndarray[Any, Any] | None]:
+    """Return the arrays in CPU memory; TypeError if NumPy has no such dtype."""
+    for view in views:
+        if view is not None and view.host is None:
+            raise TypeError(f"{view.name} must have a dtype that NumPy or ml_dtypes has, got {view}")
+    return [None if view is None else view.host for view in views]
+
+
+def is_int(value: Any) -> bool:
+    """Return whether a value is an int, also NumPy's, and no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return an int (also NumPy's, never a bool) within low..high."""
     try:
@@ -90,10 +111,10 @@ def one_device(views: Sequence[View]) -> None:
         raise ValueError(f"all arrays must lie on one device, got {', '.join(f'{v.name} {v}' for v in views)}")
 
 
-def writable(view: View) -> None:
+def writable(view: View, instead: str = "") -> None:
     """Check that an array is not read-only, and that its rows do not overlap."""
     if view.readonly:
-        raise ValueError(f"{view.name} must be writable, got a read-only {view}")
+        raise ValueError(f"{view.name} must be writable, got a read-only {view}{instead and f': {instead}'}")
     if len(view.shape) == 2 and view.shape[0] > 1 and abs(view.strides[0]) < view.shape[1]:
         raise ValueError(f"{view.name} must have rows that do not overlap, got strides {list(view.strides)} of {view}")
 

@@ -60,7 +60,7 @@ class LayoutSpec(Options):
 
 def checked_spec(label: str, alignment: Any, capacity: Any, want: Any) -> tuple[int, int | None, tuple[str, ...]]:
     """Return alignment, capacity and the wanted names in the order of the results, or raise what is wrong."""
-    if type(alignment) is not int or alignment < 1:
+    if type(alignment) is not int or not 0 < alignment <= MAX_ROWS:
         alignment = check.integer(f"{label}: alignment", alignment, 1, MAX_ROWS)
     if capacity is not None:
         if type(capacity) is not int or not 0 <= capacity <= MAX_ROWS:
@@ -74,7 +74,8 @@ def checked_spec(label: str, alignment: Any, capacity: Any, want: Any) -> tuple[
 
 def _canonical(label: str, want: Any) -> tuple[str, ...]:
     names = (want,) if isinstance(want, str) else want
-    if not isinstance(names, (tuple, list, set, frozenset)) or [name for name in names if name not in _ARRAYS]:
+    is_list = isinstance(names, (tuple, list, set, frozenset))
+    if not is_list or not all(isinstance(name, str) and name in _ARRAYS for name in names):
         raise ValueError(f"{label}: want must be names among {', '.join(_ARRAYS)}, got {want!r}")
     if not names:
         raise ValueError(f"{label}: want must name at least one array, got {want!r}")
@@ -147,11 +148,11 @@ def layout_capacity(num_tokens: int, top_k: int, num_experts: int, alignment: in
 
     Args:
         num_tokens, top_k: Shape of the indices.
-        num_experts: Number of experts in question.
+        num_experts: Number of experts in question, which may be 0 for a shard of more ranks than experts.
         alignment: Experts begin at multiples of this number of rows.
 
     Raises:
-        TypeError, ValueError: An argument is no int, or negative, or the alignment or num_experts is less than 1.
+        TypeError, ValueError: An argument is no int, or negative, or the alignment is less than 1.
 
     >>> layout_capacity(64, 8, 256), layout_capacity(64, 8, 256, alignment=16)
     (512, 4352)
@@ -159,7 +160,7 @@ def layout_capacity(num_tokens: int, top_k: int, num_experts: int, alignment: in
     label = "layout_capacity: "
     num_tokens = check.integer(label + "num_tokens", num_tokens, 0)
     top_k = check.integer(label + "top_k", top_k, 0)
-    num_experts = check.integer(label + "num_experts", num_experts, 1)
+    num_experts = check.integer(label + "num_experts", num_experts, 0)
     alignment = check.integer(label + "alignment", alignment, 1)
     return int(exact_capacity(num_tokens * top_k, num_experts, alignment))
 

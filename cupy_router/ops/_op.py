@@ -32,6 +32,7 @@ class Op:
     returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
     variants: further named tuples. The caller gets the one whose fields are exactly those that exist, if there is one.
     nested: named tuples by the field in which they stand; the paths of their results are "field.name".
+    bare: whether the caller gets and gives the only result itself, not in a tuple.
     numbers: ints in what the caller gets: the name of a size by path.
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
         calls may be merged into one call, and one call may be cut into several. An op for which that depends on the
@@ -53,6 +54,7 @@ class Op:
     variants: tuple[Any, ...] = ()
     nested: Mapping[str, Any] = MappingProxyType({})
     numbers: Mapping[str, str] = MappingProxyType({})
+    bare = False
     rows_independent = True
     vmap = "merge"
     gradient = ""
@@ -259,7 +261,11 @@ class Op:
         if not self.numbers or type(out) in self.plain:
             return ()
         found = self._by_path(type(out), out)
-        return tuple([found.get(path) for path in self.numbers])
+        numbers = tuple([found.get(path) for path in self.numbers])
+        for path, number in zip(self.numbers, numbers, strict=True):
+            if type(number) is not int and number is not None and not check.is_int(number):
+                raise TypeError(f"out.{path} must be an int or None, got {type(number).__name__}")
+        return numbers
 
     def check_numbers(self, given: Sequence[Any], sizes: Mapping[str, Any]) -> None:
         """Refuse ints of an `out` that are not those of the call."""
@@ -272,7 +278,7 @@ class Op:
         existing = self.existing(options)
         if outs and len(outs) < len(existing):
             kind = self.returned(options)
-            raise TypeError(f"out must be {kind.__name__}({', '.join(kind._fields)}), got {len(outs)} of its arrays")
+            raise TypeError(f"out must be {kind.__name__}({', '.join(kind._fields)}), got {type(outs).__name__}")
         if len(outs) > len(existing):
             for result, array in zip(self.results, outs, strict=True):
                 if result not in existing:
@@ -303,7 +309,11 @@ class Op:
         """Return the name of an array argument: inputs, then the existing fields of `out`."""
         if position < len(self.names):
             return self.inputs[position].shown
-        return f"out.{self.existing(options)[position - len(self.names)].path}"
+        return self.out_name(self.existing(options)[position - len(self.names)])
+
+    def out_name(self, result: Result) -> str:
+        """Return the name of a result in `out`."""
+        return "out" if self.bare else f"out.{result.path}"
 
     def written_names(self, options: Any, arrays: Sequence[Any]) -> dict[int, str]:
         """Return the names of the arrays that a call writes into, by their places in inputs followed by `out`."""
@@ -320,11 +330,13 @@ class Op:
                 continue
             if declared.dtypes:
                 check.dtype(view, declared.dtypes)
+            else:
+                check.moved(view)
             if declared.kind == "count":
                 check.count(view)
                 continue
             if declared.written:
-                check.writable(view)
+                check.writable(view, declared.instead)
             check.axes(view, declared.axes, sizes)
         self.check(options, Arrays(self.names, views))
 

@@ -230,7 +230,7 @@ def _run_on_host(
         guard(given)
     hosts: Sequence[Any] = [view.host for view in out_views]
     if compiler.backend(first.device[0]) is None:
-        results = _cached.run_reference(op, options, [view and view.host for view in views], number, hosts)
+        results = _cached.run_reference(op, options, check.hosts(views), number, hosts)
     else:
         results = hosts or tuple(np.empty(shape, dtype_of(dtype)) for shape, dtype in outputs)
         arrays = _cached.arrays_of(op, options, views, out_views, outputs)

@@ -56,7 +56,7 @@ class ExpertLayoutOp(Op):
     inputs = (
         row("indices", "num_tokens, top_k", IDS, required=True),
         layer("expert_map", "num_experts", ("int32",)),
-        layer("load", "num_experts", INTS, written=True),
+        layer("load", "num_experts", INTS, written=True, instead="compute load + layout.counts"),
         NUM_VALID,
     )
     results = layout_results(lambda options: options.want)
@@ -168,17 +168,19 @@ def expert_layout(
     array([[2, 0],
            [3, 1]], dtype=int32)
     """
-    if type(num_experts) is not int or num_experts < 1:
-        num_experts = check.integer("expert_layout: num_experts", num_experts, 1, MAX_ROWS)
+    if type(num_experts) is not int or not 0 < num_experts < MAX_ROWS:
+        num_experts = check.integer("expert_layout: num_experts", num_experts, 1, MAX_ROWS - 1)
     alignment, capacity, want = checked_spec("expert_layout", alignment, capacity, want)
     if experts is not None:
         experts = _checked_experts(experts, num_experts)
         if expert_map is not None:
             raise ValueError("expert_layout: experts and expert_map exclude each other, but both were given")
-    if (expert_map is None) != (num_local is None):
-        raise ValueError("expert_layout: expert_map and num_local go together, but only one of them was given")
+    if expert_map is not None and num_local is None:
+        raise ValueError("expert_layout: num_local must be the number of experts that expert_map leads to, got None")
     if num_local is not None:
-        num_local = check.integer("expert_layout: num_local", num_local, 0, MAX_ROWS)
+        if expert_map is None:
+            raise ValueError(f"expert_layout: num_local must be None without an expert_map, got {num_local!r}")
+        num_local = check.integer("expert_layout: num_local", num_local, 0, MAX_ROWS - 1)
     if type(pad) is not int or pad != -1:
         pad = check.integer("expert_layout: pad", pad, -(2**31), 2**31 - 1)
     number, num_valid = check.split_num_valid("expert_layout", num_valid)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cupy_router.arrays import View
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import ANY, FLOATS, Arrays, Result, layer, row
@@ -38,6 +40,7 @@ class Permute(Op):
         Result("rows", "capacity, hidden", lambda options, dtypes: dtypes["x"], differentiable=("x", "weights")),
     )
     returns = Rows
+    bare = True
     rows_independent = False
     vmap = "loop"
     gradient = "rows"
@@ -45,6 +48,12 @@ class Permute(Op):
 
     def example(self) -> NoOptions:
         return NoOptions()
+
+    def check_inputs(self, options: NoOptions, views: Sequence[View | None]) -> None:
+        x, _, positions, _ = views
+        if x and positions and len(x.shape) == len(positions.shape) == 2 and x.shape[0] != positions.shape[0]:
+            raise ValueError(f"x must have a row for each of the {positions.shape[0]} tokens of the layout, got {x}")
+        super().check_inputs(options, views)
 
     def check(self, options: NoOptions, arrays: Arrays) -> None:
         if arrays.weights is not None and arrays.x.dtype not in FLOATS:
@@ -92,6 +101,13 @@ def permute(x: Any, layout: ExpertLayout, *, weights: Any = None, out: Any = Non
            [5.]], dtype=float32)
     """
     layout = as_layout("permute", layout, "order", "positions")
+    if layout.num_tokens is not None:  # order counts the pairs of all tokens
+        wanted = layout.num_tokens, layout.top_k
+        shape = getattr(layout.positions, "shape", wanted)
+        if shape != wanted and tuple(shape) != wanted:
+            raise ValueError(
+                f"permute: layout.positions must have shape [num_tokens, top_k] = {[*wanted]}, got {[*shape]}"
+            )
     inputs = (x, layout.order, layout.positions, weights)
     into = None if out is None else Rows(out)
     return run(OP, NO_OPTIONS, inputs, into, stream).rows

@@ -42,6 +42,7 @@ class Unpermute(Op):
     )
     results = (Result("sums", "num_tokens, hidden", lambda options, dtypes: dtypes["y"], differentiable=_SMOOTH),)
     returns = Sums
+    bare = True
     rows_independent = False
     vmap = "loop"
     gradient = "rows"

@@ -151,7 +151,7 @@ def define(op: Op) -> None:
             register_gradient(name, _autograd.no_second_derivative, None)
         else:
             register_without_gradient(name)
-        outs = {first + i: f"{op.label}: out.{result.path}" for i, result in enumerate(op.results_in(kind))}
+        outs = {first + i: f"{op.label}: {op.out_name(result)}" for i, result in enumerate(op.results_in(kind))}
         register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, written | outs)
         register_without_gradient(f"{name}_out")  # calls are checked by `refuse_out` before
 
