@@ -16,12 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View, dense_strides
-from cupy_router.arrays._numpy import DTYPES
+from cupy_router.arrays import Allocator, Framework, Output, View, dense_strides, item_bits
+from cupy_router.arrays._numpy import dtype_of
 
 CPU, CUDA = 1, 2
 _READ_ONLY = 1
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}  # followed by the number of bits
+_NAMES = {
+    6: "bool", 7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz", 10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz", 14: "float8_e8m0fnu", 15: "float6_e2m3fn",
+    16: "float6_e3m2fn", 17: "float4_e2m1fn",
+}  # fmt: skip
 
 
 class Tensor(ctypes.Structure):
@@ -68,6 +73,11 @@ def _shape(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if tensor.strides:
         return shape, tuple(tensor.strides[axis] for axis in range(tensor.ndim))
     return shape, dense_strides(shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    name = _NAMES.get(tensor.code) or f"{_CODES.get(tensor.code, 'unknown')}{tensor.bits}"
+    return name if tensor.lanes == 1 else f"{name}x{tensor.lanes}"
 
 
 def _address(tensor: Tensor) -> int:
@@ -117,10 +127,10 @@ class DLPack(Framework):
         if tensor.device_type not in (CPU, CUDA):
             raise ValueError(f"{name} must lie in CPU or CUDA memory, got DLPack device type {tensor.device_type}")
         shape, strides = _shape(tensor)
-        dtype = f"{_CODES.get(tensor.code, 'unknown')}{tensor.bits}" + (f"x{tensor.lanes}" if tensor.lanes != 1 else "")
+        dtype = _dtype(tensor)
         device = ("cuda", int(tensor.device_id)) if tensor.device_type == CUDA else ("cpu", 0)
         host = None
-        if device[0] == "cpu" and dtype in ITEM_SIZES:
+        if device[0] == "cpu" and item_bits(dtype) == tensor.bits:
             host = _host(_address(tensor), shape, strides, dtype, (capsule, array))
         return View(name, _address(tensor), shape, strides, dtype, device, readonly, host)
 
@@ -150,15 +160,19 @@ class _Memory(np.ndarray[Any, Any]):
 
 
 def _host(
-    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, owner: object
-) -> np.ndarray[Any, Any]:
-    size = ITEM_SIZES[dtype]
+    pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], name: str, owner: object
+) -> np.ndarray[Any, Any] | None:
+    try:
+        dtype = dtype_of(name)
+    except TypeError:  # NumPy has none of this name
+        return None
+    size = dtype.itemsize
     if 0 in shape:
-        return np.empty(shape, DTYPES[dtype])
+        return np.empty(shape, dtype)
     ends = [(length - 1) * step for length, step in zip(shape, strides, strict=True)]
     first, last = sum(min(end, 0) for end in ends), sum(max(end, 0) for end in ends)
     memory = (ctypes.c_ubyte * ((last - first + 1) * size)).from_address(pointer + first * size)
-    array = _Memory(shape, DTYPES[dtype], memoryview(memory), -first * size, tuple(step * size for step in strides))
+    array = _Memory(shape, dtype, memoryview(memory), -first * size, tuple(step * size for step in strides))
     array.capsule = owner
     return np.asarray(array)  # a plain array, so that no result is of this class; its base keeps the memory
 

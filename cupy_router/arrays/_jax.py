@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View, dense_strides
+from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View, dense_strides, item_bits
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
 from cupy_router.arrays._numpy import NAMES
 
@@ -49,7 +49,8 @@ class JAX(Framework):
                 owners.append(array.__dlpack__(stream=consumer_stream(stream)))
             pointer = _pointer(array, device)
         except Exception:
-            if not array.is_deleted() and len(array.devices()) == 1 and array.dtype in NAMES:
+            bits = item_bits(str(array.dtype))
+            if not array.is_deleted() and len(array.devices()) == 1 and bits and not bits % 8:
                 raise
             return None  # it is refused by name
         return pointer, ("jax", array.dtype, array.shape, device, pointer & 15)
@@ -86,7 +87,10 @@ class JAX(Framework):
         return _cupy.on_stream(stream, _device("the first array", like)[1])
 
     def deliver(self, array: Any, like: Any) -> Any:
+        dtype = array.dtype
         with array.device:
+            if dtype.itemsize == 1 and dtype.kind in "fV":  # float8, which CuPy does not export
+                return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.uint8)), dtype)
             return jax.dlpack.from_dlpack(array)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
@@ -165,9 +169,12 @@ def _check_values(name: str, array: Any) -> None:
 
 
 def _check_width(dtype: str) -> None:
-    """Refuse int64 results where JAX would silently truncate them to 32 bits."""
-    if dtype == "int64" and not jax.config.jax_enable_x64:
-        raise ValueError("int64 results need JAX's option jax_enable_x64, which is off")
+    """Refuse results of 64 bits where JAX would silently truncate them to 32."""
+    if dtype in _WIDE and not jax.config.jax_enable_x64:
+        raise ValueError(f"{dtype} results need JAX's option jax_enable_x64, which is off")
+
+
+_WIDE = ("int64", "uint64", "float64", "complex128")
 
 
 def _device(name: str, array: Any) -> tuple[str, int]:
