@@ -8,18 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from cupy_router import Router, RoutingMethod, activation_topk
+from cupy_router import ExpertLayout, LayoutSpec, Router, RoutingMethod, activation_topk, expert_layout
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._op import Op
+from cupy_router.ops._rows import NO_OPTIONS, GradientOptions
 from cupy_router.ops.activation_topk_backward import BackwardOptions
 from cupy_router.ops.dense_router import DenseOptions
+from cupy_router.ops.expert_layout import LayoutOptions
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.ops.registry import OPS
 from cupy_router.ops.topk_select import TopKOptions
+from cupy_router.torch._library import node
 from tests import declared, inputs
 from tests.methods import METHODS
 
 METHOD = RoutingMethod(16, 4, renormalize_eps=1e-20, scale=1.5)
+NODES = {node(op, kind): (op, kind) for op in OPS.values() for kind in (op.returns, *op.variants)}  # by name in graphs
 _KEPT: list[Router] = []  # a graph knows a Router by a weak reference
 
 
@@ -68,7 +72,71 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "router_backward": [(gated.key, tensor(5, 8), routed.indices, tensor(5, 4))],
     }
-    return {name: [_declared(op, device)] for name, op in OPS.items()} | by_hand
+    spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))
+    by_hand |= {
+        "activation_topk_layout": [
+            (MethodOptions(METHOD, LayoutSpec()).text, parameter(5, 16), None, bias, scale, count, -1),
+            (MethodOptions(METHOD, spec).text, tensor(5, 16), None, None, None, None, -1),
+        ],
+        "hash_router_layout": [
+            (HashOptions(METHOD, spec).text, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
+        ],
+        "hash_layer_layout": [
+            (MethodOptions(METHOD, spec).text, parameter(5, 8), ids, table, None, None, None, count, -1)
+        ],
+        "dense_router_layout": [
+            (DenseOptions(METHOD, None, spec).text, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count,
+             -1)
+        ],
+    }  # fmt: skip
+    return {node: [_declared(op, device)] for node, (op, kind) in NODES.items()} | by_hand | _of_rows(device)
+
+
+def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Return calls that lay rows out, and move them there and back, with gradients and without."""
+
+    def tensor(*shape: int, seed: int = 0) -> Any:
+        return torch.from_numpy(inputs.normal(shape, seed=220 + seed)).to(device)
+
+    def parameter(*shape: int, seed: int = 0) -> Any:
+        return tensor(*shape, seed=seed).requires_grad_()
+
+    ids = torch.from_numpy(inputs.rng(221).integers(-1, 6, (5, 3)).astype(np.int32)).to(device)
+    count = torch.tensor([4], dtype=torch.int32, device=device)
+    sent = torch.tensor([0, -1, 1, 0, 7], dtype=torch.int32, device=device)
+    load = torch.arange(5, device=device)
+    layout = expert_layout(ids, 5, alignment=2)
+    order, positions, rows = layout.order, layout.positions, layout.capacity
+    none, everything = NO_OPTIONS.text, GradientOptions(("rows", "dots", "scaled", "residual_dots")).text
+    x, y, scale = tensor(5, 7), tensor(rows, 7, seed=2), tensor(5, seed=4)
+    weights, residual = tensor(5, 3, seed=1), tensor(5, 7, seed=3)
+    return {
+        "expert_layout": [
+            (LayoutOptions(5).text, ids, None, load, count, -1),
+            (LayoutOptions(5, 4, 12, ("row_experts",), (1, 3), None, 99).text, ids.byte(), None, None, None, 2),
+            (LayoutOptions(5, want=("block_experts",), num_local=2).text, ids, sent, load.int(), None, -1),
+        ],
+        "permute": [
+            (none, parameter(5, 7), order, positions, parameter(5, 3, seed=1)),
+            (none, parameter(5, 7), order, positions, None),
+            (none, x, order, positions, parameter(5, 3, seed=1).detach().bfloat16().requires_grad_()),
+            (none, torch.arange(10, device=device).reshape(5, 2), order, positions, None),
+        ],
+        "unpermute": [
+            (none, parameter(rows, 7, seed=2), positions, order, parameter(5, 3, seed=1), parameter(5, 7, seed=3),
+             parameter(5, seed=4)),
+            (none, parameter(rows, 7, seed=2), positions, order, None, parameter(5, 7, seed=3), None),
+            (none, y, positions, None, parameter(5, 3, seed=1), None, None),
+        ],
+        "permute_backward": [
+            (GradientOptions(("sums", "dots")).text, y, positions, weights, x),
+            (GradientOptions(("dots",)).text, y, positions, None, x),
+        ],
+        "unpermute_backward": [
+            (everything, x, order, positions, weights, y, residual, scale),
+            (GradientOptions(("rows",)).text, x, order, positions, None, None, None, None),
+        ],
+    }  # fmt: skip
 
 
 def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
@@ -81,9 +149,10 @@ def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             given = tuple(array.detach() if isinstance(array, torch.Tensor) else array for array in given)
             results = getattr(torch.ops.cupy_router, name)(*given)
             results = results if isinstance(results, tuple) else (results,)
-            if name in OPS:
-                wanted = OPS[name].existing(OPS[name].options_of(given[0]))
-                results = tuple(r if d in wanted else None for r, d in zip(results, OPS[name].results, strict=True))
+            if name in NODES:
+                op, kind = NODES[name]
+                wanted = op.existing(op.options_of(given[0]))
+                results = tuple(r if d in wanted else None for r, d in zip(results, op.results_in(kind), strict=True))
             outs = [None if result is None else torch.zeros_like(result) for result in results]
             found.setdefault(f"{name}_out", []).append((*given, *outs))
     return found

@@ -32,7 +32,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
     if _state.is_tracing():
         if stream is None and _library.can_hold(op, inputs, outs):
             if outs or op.written:
-                _autograd.refuse_out(op, options, inputs, outs)
+                _autograd.refuse_writing(op, options, inputs, outs)
             return _library.call(op, options, inputs, number, out, outs)
         if not _state.in_dynamo():
             raise ValueError(f"{op.label}: {REFUSED_IN_GRAPHS}")
@@ -43,6 +43,6 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         return _transforms.run(op, options, inputs, number)
     if _is_grad_enabled() and wants_gradient(op, inputs):
         if outs:
-            _autograd.refuse_out(op, options, inputs, outs)
+            _autograd.refuse_writing(op, options, inputs, outs)
         return _autograd.run_with_gradient(op, options, inputs, out, stream, number)
     return _run.run(op, options, inputs, out, stream, number, eager=True)

@@ -135,7 +135,9 @@ def _with_absent(op: Op, options: Any, found: Sequence[Any], like: Any) -> Any:
 
 
 def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _autograd.remember(ctx, op.options_of(inputs[0]).method, (None, *op.names, None), inputs, output)
+    names = (None, *op.names, None) if op.takes_number else (None, *op.names)
+    results = output if isinstance(output, tuple) else (output,)
+    _autograd.remember(ctx, op, op.options_of(inputs[0]), names, inputs, results)
 
 
 def define(op: Op) -> None:
@@ -147,13 +149,13 @@ def define(op: Op) -> None:
         register(schema(op, kind), partial(_implementation, op), partial(_fake, op), written)
         if op.differentiable:
             register_gradient(name, _autograd.backward, partial(_remember, op))
-        elif op is _autograd.BACKWARD:
-            register_gradient(name, _autograd.no_second_derivative, None)
+        elif op.no_gradient:
+            register_gradient(name, partial(_autograd.no_second_derivative, op), None)
         else:
             register_without_gradient(name)
         outs = {first + i: f"{op.label}: {op.out_name(result)}" for i, result in enumerate(op.results_in(kind))}
         register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, written | outs)
-        register_without_gradient(f"{name}_out")  # calls are checked by `refuse_out` before
+        register_without_gradient(f"{name}_out")  # calls are checked by `refuse_writing` before
 
 
 def register(schema: str, implementation: Any, fake: Any, written: Mapping[int, str] = MappingProxyType({})) -> None:

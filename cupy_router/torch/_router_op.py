@@ -7,18 +7,20 @@ layers of the same kind, and an exported program contains their arrays.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
-from cupy_router.ops import _hash_layer, _run, dense_router, expert_layout
+from cupy_router.ops import _hash_layer, _run, activation_topk_backward, dense_router, expert_layout
 from cupy_router.ops._routed import layout_options
 from cupy_router.results import Routing, RoutingPlan
 from cupy_router.router import Router
 from cupy_router.torch import _autograd, _library, _state
 from cupy_router.torch._library import no_results, register, register_gradient, register_without_gradient
+from cupy_router.torch._routing_gradient import gradients_of
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
@@ -41,7 +43,7 @@ def run(router: Router, layout: Any, inputs: tuple[Any, ...], out: Any, stream: 
         routing = Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
     else:
         given = {**router.arrays(), "x": x}
-        _autograd.refuse_out(op, options, tuple([given.get(name) for name in op.names]), outs)
+        _autograd.refuse_writing(op, options, tuple([given.get(name) for name in op.names]), outs)
         torch.ops.cupy_router.router_out(router.key, x, token_ids, count, number, *outs[:2])
         routing = Routing(*outs[:2])
     if layout is None:
@@ -86,7 +88,14 @@ def _fake(key: str, x: Any, *others: Any) -> Any:
 
 
 def _backward(key: str, x: Any, indices: Any, grad_weights: Any) -> Any:
-    return _autograd.x_gradient(_router_of(key), x, indices, grad_weights)
+    """Return the gradient with respect to the x of a Router, whose arrays may be of any framework."""
+    layer = _router_of(key).beside(x)
+    arrays = {
+        name: _autograd.as_tensor(name, getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")
+    }
+    arrays |= {"logits": None, "x": x}
+    found = gradients_of(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash, by_op=False)
+    return found["x"]
 
 
 def _fake_backward(key: str, x: Any, *others: Any) -> Any:
@@ -125,5 +134,5 @@ register(
     "router_backward(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor", _backward, _fake_backward
 )
 register_gradient("router", _differentiate, _remember)
-register_gradient("router_backward", _autograd.no_second_derivative, None)
+register_gradient("router_backward", partial(_autograd.no_second_derivative, activation_topk_backward.OP), None)
 register_without_gradient("router_out")

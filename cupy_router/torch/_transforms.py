@@ -11,7 +11,6 @@ import torch
 
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run_eagerly
-from cupy_router.ops.activation_topk_backward import NO_SECOND_DERIVATIVE
 from cupy_router.torch import _autograd, _library
 from cupy_router.torch._state import has_tangent, in_torch_func
 
@@ -23,9 +22,7 @@ def applies(inputs: Sequence[Any]) -> bool:
 
 def run(op: Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
     """Return the results of a call that transforms concern."""
-    for position in op.written:
-        if inputs[position] is not None:
-            raise ValueError(f"{op.label}: {op.names[position]} cannot be written inside torch.func")
+    _autograd.refuse_written(op, inputs)
     results = _Call.apply(op, options, number, *inputs)
     return op.pack(options, results, partial(_library.sizes_of, op, options, inputs))
 
@@ -42,13 +39,13 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         ctx.op = inputs[0]
         if ctx.op.differentiable:
             _autograd.remember_call(ctx, *inputs, output=output)
-        elif ctx.op is not _autograd.BACKWARD:  # BACKWARD raises in `backward`; the others have no gradient
+        elif not ctx.op.no_gradient:  # those raise in `backward`
             ctx.mark_non_differentiable(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if not ctx.op.differentiable:
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
+            raise RuntimeError(ctx.op.no_gradient)
         return _autograd.backward(ctx, *grads, by_op=False)
 
     @staticmethod

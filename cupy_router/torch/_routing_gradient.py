@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the weights of a routing.
+
+If the call took x and the gate, the backward pass computes the logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from cupy_router.arrays import _torch as tensors
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops._op import Op
+from cupy_router.ops._run import run
+from cupy_router.ops.activation_topk_backward import BackwardOptions, without_factors
+from cupy_router.ops.hash_router import HashOptions
+from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
+
+SMOOTH = "weights have a gradient"
+
+# Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
+_SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+
+
+def is_smooth(given: Mapping[str, Any]) -> bool:
+    """Return whether weights depend on inputs of a call: not if there are neither logits nor a gate."""
+    return given.get("logits") is not None or given.get("weight") is not None
+
+
+def remember(ctx: Any, op: Op, options: Any, given: Mapping[str, Any], needed: Collection[str], output: Any) -> None:
+    """Save what :func:`gradients` needs of a call."""
+    weights, indices, *layout = output
+    if options.method is None or not is_smooth(given):
+        ctx.mark_non_differentiable(weights, indices, *layout)
+    else:
+        ctx.mark_non_differentiable(indices, *layout)
+    ctx.method, ctx.repeated = options.method, given.get("table") is not None
+    ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
+
+
+def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bool) -> dict[str, Any]:
+    """Return the gradients with respect to the needed inputs, in their dtypes."""
+    indices, *saved = ctx.saved_tensors
+    arrays = dict(zip(_SAVED, saved, strict=True))
+    return gradients_of(ctx.method, grads[0], indices, needed, arrays, repeated=ctx.repeated, by_op=by_op)
+
+
+def gradients_of(
+    method: RoutingMethod,
+    grad_weights: Any,
+    indices: Any,
+    needed: Collection[str],
+    arrays: Mapping[str, Any],
+    *,
+    repeated: bool,
+    by_op: bool,
+) -> dict[str, Any]:
+    """Return the gradients with respect to the needed ones of `arrays`, in their dtypes.
+
+    GEMMs are in float32, with the precision that PyTorch is set to.
+
+    Args:
+        arrays: logits or x and weight, logit_bias, expert_scale.
+        repeated: a row may name an expert twice.
+        by_op: call the ops through PyTorch's dispatcher, as graphs and batched gradients need it.
+    """
+    # Columns are selected by `narrow`: a slice of all columns is an alias, which PyTorch lacks for batched tensors.
+    logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
+    found: dict[str, Any] = {}
+    with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
+        if logits is None:
+            logits = gate_gemm(x, weight)
+        if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
+            in_float32 = "logit_bias" in needed  # logits computed from x are float32 already
+            options = BackwardOptions(method, "float32" if in_float32 else None, repeated)
+            given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
+            if by_op:
+                grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
+            else:
+                resolved = (tensors.resolved(given[0]), *given[1:])  # PyTorch's dispatcher does so for ops
+                (grad_logits,) = run(
+                    activation_topk_backward.OP, (method, options.dtype, repeated), resolved, None, None
+                )
+            if "logits" in needed:
+                found["logits"] = grad_logits.to(logits.dtype)
+            if "logit_bias" in needed:
+                found["logit_bias"] = grad_logits.narrow(1, 0, method.num_experts).sum(0)
+            if x is not None:
+                which = "x" in needed, "weight" in needed
+                found["x"], found["weight"] = gate_gemm_gradients(x, weight, grad_logits, which)
+        if "expert_scale" in needed:
+            found["expert_scale"] = _expert_scale_gradient(
+                method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op
+            )
+    return found
+
+
+def _expert_scale_gradient(
+    method: RoutingMethod,
+    grad_weights: Any,
+    indices: Any,
+    logits: Any,
+    logit_bias: Any,
+    *,
+    repeated: bool,
+    by_op: bool,
+) -> Any:
+    """Return the gradient with respect to expert_scale: for each expert, the sum of its unscaled weights times theirs.
+
+    The unscaled weights come from `hash_router`, with the indices as its table.
+    """
+    rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
+    experts = indices[:, : method.top_k]
+    given = (rows, experts, logits, None, None, logit_bias, None, None)
+    options = HashOptions(without_factors(method))
+    if by_op:
+        plain, _ = torch.ops.cupy_router.hash_router(options.text, *given, -1)
+    else:
+        plain, _ = run(hash_router.OP, options.method, given, None, None)
+    plain = plain[:, : method.top_k]
+    products = grad_weights.narrow(1, 0, method.top_k).float() * plain
+    # Rows without experts have weights 0. A scatter without repeated places, followed by a sum, is bitwise repeatable.
+    dense = products.new_zeros((len(indices), method.num_experts))
+    places = experts.clamp(min=0).long()
+    dense = dense.scatter_add(1, places, products) if repeated else dense.scatter(1, places, products)
+    return dense.sum(0)
