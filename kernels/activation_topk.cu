@@ -6,7 +6,7 @@
 // expert of rank r and its weight. INTERLEAVED: they select by bounds of the scores, several rows to a warp, and
 // compute the scores of the best only.
 #include "routing/choose_experts.cuh"
-#include "routing/num_valid.cuh"
+#include "device/num_valid.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "routing/weigh.cuh"
 

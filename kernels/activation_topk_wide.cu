@@ -4,7 +4,7 @@
 // Each of TOP_K rounds scans the whole row for the best entry after the previous one, so that nothing is stored: right
 // for any size, not fast.
 #include "routing/choose_experts.cuh"
-#include "routing/num_valid.cuh"
+#include "device/num_valid.cuh"
 #include "routing/weigh.cuh"
 
 SPECIALISED int DTYPE = 0;

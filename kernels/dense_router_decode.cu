@@ -11,7 +11,7 @@
 #include "gate/gate_gemm.cuh"
 #include "routing/groups.cuh"
 #include "device/last_block.cuh"
-#include "routing/num_valid.cuh"
+#include "device/num_valid.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"

@@ -8,7 +8,7 @@
 // warps share each dot product (split-K), with the loads of UNROLL vectors of both operands in flight; nothing waits
 // for the check of the table entries, and there is a block for every token.
 #include "device/vector8.cuh"
-#include "routing/num_valid.cuh"
+#include "device/num_valid.cuh"
 #include "routing/weigh.cuh"
 
 enum Source { UNIFORM, LOGITS, PRODUCTS };  // of the weights

@@ -25,7 +25,7 @@ from cupy_router.ops._run import run
 from cupy_router.tuning import Gpu
 
 SOURCE = """// SPDX-License-Identifier: Apache-2.0
-#include "routing/num_valid.cuh"
+#include "device/num_valid.cuh"
 
 SPECIALISED int ID_BYTES = 4;
 SPECIALISED int LOAD_BYTES = 4;

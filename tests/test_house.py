@@ -246,11 +246,12 @@ KERNEL_FILES = {path.relative_to(KERNELS).as_posix(): path for path in sorted(KE
 # Folder of kernels/ -> the folders of which it may include headers, besides its own. "" is that of the kernels.
 MAY_INCLUDE = {
     "device": set(),
+    "layout": {"device"},
     "select": {"device"},
     "long_rows": {"device", "select"},
     "routing": {"device", "select"},
     "gate": {"device", "select", "routing"},
-    "": {"device", "select", "long_rows", "routing", "gate"},
+    "": {"device", "layout", "select", "long_rows", "routing", "gate"},
 }
 
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arrays of a layout, and who writes what: an expert's owner its counts and offsets, and the padding behind its
+// rows; a pair's owner its row. Together they write every element once, so that nothing is cleared before.
+#pragma once
+
+#include "device/types.cuh"
+
+SPECIALISED bool LAYOUT_COUNTS = true;  // these arrays are wanted
+SPECIALISED bool LAYOUT_OFFSETS = true;
+SPECIALISED bool LAYOUT_ORDER = true;
+SPECIALISED bool LAYOUT_POSITIONS = true;
+SPECIALISED bool LAYOUT_BLOCK_EXPERTS = false;
+SPECIALISED bool LAYOUT_ROW_EXPERTS = false;
+SPECIALISED int LAYOUT_ALIGNMENT = 1;  // an expert's first row is a multiple of it
+SPECIALISED bool LAYOUT_DENSE = true;  // rows of positions follow each other
+
+struct LayoutResults {
+    int* counts;
+    int* offsets;
+    int* ends;
+    int* order;
+    int* positions;
+    int* block_experts;
+    int* row_experts;
+    int capacity;
+    int pad;
+    int64_t positions_stride;
+};
+
+// Rows of an expert, both at most the capacity.
+struct ExpertRows {
+    int first;
+    int end;  // of the rows with a pair
+};
+
+// Blocks of rows that so many pairs of an expert take.
+__device__ __forceinline__ int aligned_blocks(int count) {
+    return LAYOUT_ALIGNMENT == 1 ? count : (count - 1) / LAYOUT_ALIGNMENT + (count > 0);
+}
+
+// Return the first row of a block, at most the capacity; the demand of all may exceed 32 bits.
+__device__ __forceinline__ int first_row(int block, int capacity) {
+    return static_cast<int>(min(static_cast<int64_t>(block) * LAYOUT_ALIGNMENT, static_cast<int64_t>(capacity)));
+}
+
+__device__ __forceinline__ ExpertRows rows_of(int first_block, int count, int capacity) {
+    const int first = first_row(first_block, capacity);
+    return {first, first + min(count, capacity - first)};
+}
+
+// Write what is known of an expert.
+__device__ __forceinline__ void write_expert(const LayoutResults& results, int expert, int count, ExpertRows rows) {
+    if (LAYOUT_COUNTS) results.counts[expert] = count;
+    if (LAYOUT_OFFSETS) {
+        results.offsets[expert] = rows.first;
+        results.ends[expert] = rows.end;
+    }
+}
+
+// Return the row of a pair from the first row of its expert and its rank there, or -1 where there is no room.
+__device__ __forceinline__ int row_of(int first, int rank, int capacity) {
+    const unsigned row = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
+    return row < static_cast<unsigned>(capacity) ? static_cast<int>(row) : -1;
+}
+
+// Write the row of a pair of TopK a token; -1 where it has none.
+template <int TopK>
+__device__ __forceinline__ void write_position(const LayoutResults& results, int pair, int row) {
+    if (!LAYOUT_POSITIONS) return;
+    const int64_t gap = LAYOUT_DENSE ? 0 : pair / TopK * (results.positions_stride - TopK);
+    results.positions[pair + gap] = row;
+}
+
+// Write the pair of a row.
+__device__ __forceinline__ void write_row(const LayoutResults& results, int row, int pair, int expert) {
+    if (LAYOUT_ORDER) results.order[row] = pair;
+    if (LAYOUT_ROW_EXPERTS) results.row_experts[row] = expert;
+    if (LAYOUT_BLOCK_EXPERTS && row % LAYOUT_ALIGNMENT == 0) results.block_experts[row / LAYOUT_ALIGNMENT] = expert;
+}
+
+// Write rows without a pair, by threads `thread` of `threads`: those behind an expert's, up to the next expert's first.
+__device__ __forceinline__ void fill_padding(const LayoutResults& results, unsigned begin, unsigned end,
+                                             unsigned thread, unsigned threads) {
+    if (!LAYOUT_ORDER && !LAYOUT_ROW_EXPERTS) return;
+    for (unsigned row = begin + thread; row < end; row += threads) {
+        if (LAYOUT_ORDER) results.order[row] = results.pad;
+        if (LAYOUT_ROW_EXPERTS) results.row_experts[row] = -1;
+    }
+}
+
+// The same for the rows behind the last expert's, whose blocks have no expert.
+__device__ __forceinline__ void fill_tail(const LayoutResults& results, unsigned begin, unsigned thread,
+                                          unsigned threads) {
+    const unsigned capacity = results.capacity;
+    fill_padding(results, begin, capacity, thread, threads);
+    if (!LAYOUT_BLOCK_EXPERTS) return;
+    for (unsigned block = begin / LAYOUT_ALIGNMENT + thread; block < capacity / LAYOUT_ALIGNMENT; block += threads) {
+        results.block_experts[block] = -1;
+    }
+}
