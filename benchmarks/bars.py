@@ -29,6 +29,11 @@ COLD_MORE = {256: 1.3, 384: 2.0}
 HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
 PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 
+# expert_layout with 256 experts, k 6 and 8, on an H200; as ratios: other numbers of experts, alignment 128 with
+# block_experts and row_experts (their bytes are added at 3 TB/s), skewed experts to uniform ones of the same run.
+EXPERT_LAYOUT = {1: 1.6, 16: 2.0, 64: 2.3, 1024: 4.2, 8192: 6.5, 65536: 11.0}
+LAYOUT_WIDTH_RATIO, LAYOUT_PADDED_RATIO, LAYOUT_SKEW_RATIO = 1.15, 1.5, 1.3
+
 JAX_MORE = 30.0  # until the result of a jitted activation_topk is ready, minus that of an addition of the same size
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # each call of activation_topk
 IMPORT = 150_000.0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks import rows as results
 from benchmarks.rows import OURS, Row, select
 
-AXES = {"n": "rows", "E": "columns", "k": "k"}
+AXES = {"n": "rows", "E": "columns", "k": "k", "alignment": "alignment"}
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#1b6ca8", "linewidth": 2.2, "marker": "o", "zorder": 3},
     "floor": {"color": "#555555", "linestyle": "--", "label": "floor: memory alone"},
@@ -19,6 +19,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "torch.compile": {"color": "#8c4fb0", "marker": "D"},
     "PyTorch": {"color": "#b8312f", "marker": "^", "label": "PyTorch, eager"},
     "PyTorch with cuBLAS": {"color": "#b8312f", "marker": "^"},
+    "empty kernel": {"color": "#555555", "linestyle": ":"},
     "two launches": {"color": "#3a8f5c", "marker": "v", "label": "two launches: cuBLAS, activation_topk"},
     "torch.topk": {"color": "#b8312f", "marker": "^"},
 }
@@ -42,6 +43,13 @@ PANELS = {
     "activation_topk_backward": [
         Panel("n", {"E": 256, "k": 6, "dtype": "float32"}),
         Panel("n", {"E": 384, "k": 6, "dtype": "float32"}),
+    ],
+    "expert_layout": [
+        Panel("n", {"E": 256, "k": 8, "alignment": 1}),
+        Panel("n", {"E": 384, "k": 8, "alignment": 1}),
+        Panel("E", {"n": 8192, "k": 8, "alignment": 1}),
+        Panel("k", {"n": 8192, "E": 256, "alignment": 1}),
+        Panel("alignment", {"n": 8192, "E": 256, "k": 8}),
     ],
     "topk_select": [
         Panel("n", {"E": 256, "k": 8, "dtype": "float32", "cache": "cold"}),

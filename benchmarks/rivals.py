@@ -63,3 +63,13 @@ def tensor(array: Any) -> Any:
     if str(array.dtype) == "bfloat16":
         return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
     return torch.from_dlpack(array)
+
+
+def expert_layout(indices: Any, num_experts: int) -> tuple[Any, Any, Any, Any]:
+    """Counts, offsets, order and positions by a stable sort; `bincount` would wait for the GPU."""
+    ids = indices.flatten().long()
+    order = ids.argsort(stable=True)
+    counts = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return counts, offsets, order, positions.view(indices.shape)

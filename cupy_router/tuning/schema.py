@@ -122,6 +122,18 @@ class HashLayer(Family):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layout(Family):
+    """expert_layout."""
+
+    block_pairs: int  # up to here one block lays out all pairs
+    block_threads: Steps  # up to this many pairs, threads of this block
+    largest_block: int  # threads, beyond these steps
+    padding_rows: int  # one more block for each so many rows of padding
+    share_threads: int  # of a block that places a share of the pairs
+    share_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunks(Family):
     """Chunks of tokens in calls whose logits go through memory."""
 
@@ -150,5 +162,6 @@ class Table:
     hash_router: HashRouter
     hash_products: HashProducts
     hash_layer: HashLayer
+    layout: Layout
     chunks: Chunks
     gemm: Gemm

@@ -13,6 +13,7 @@ from cupy_router.tuning.schema import (
     HashLayer,
     HashProducts,
     HashRouter,
+    Layout,
     LongRows,
     Rows,
     Table,
@@ -95,6 +96,15 @@ TABLE = Table(
     # The dot products read from L2, and cuBLAS takes 6 us for even the smallest product. Both ways take the same time
     # at 8 (E 384, H 7168) to 13 (E 256, H 4096).
     hash_layer=HashLayer(measured_by="python -m benchmarks.bench_dense_router", max_gates_read=8),
+    layout=Layout(
+        measured_by="python -m benchmarks.bench_expert_layout",
+        block_pairs=1024,
+        block_threads=((128, 128), (256, 256)),
+        largest_block=512,
+        padding_rows=4096,
+        share_threads=256,
+        share_pairs=2048,
+    ),
     chunks=Chunks(measured_by="python -m benchmarks.bench_dense_router", bytes=64 << 20),
     gemm=Gemm(
         measured_by="python -m benchmarks.bench_dense_router",

@@ -7,12 +7,16 @@
 
 SPECIALISED bool LAYOUT_COUNTS = true;  // these arrays are wanted
 SPECIALISED bool LAYOUT_OFFSETS = true;
+SPECIALISED bool LAYOUT_ENDS = true;
 SPECIALISED bool LAYOUT_ORDER = true;
 SPECIALISED bool LAYOUT_POSITIONS = true;
 SPECIALISED bool LAYOUT_BLOCK_EXPERTS = false;
 SPECIALISED bool LAYOUT_ROW_EXPERTS = false;
-SPECIALISED int LAYOUT_ALIGNMENT = 1;  // an expert's first row is a multiple of it
-SPECIALISED bool LAYOUT_DENSE = true;  // rows of positions follow each other
+SPECIALISED int LAYOUT_ALIGNMENT = 1;   // an expert's first row is a multiple of it
+SPECIALISED bool LAYOUT_DENSE = true;   // rows of positions follow each other
+SPECIALISED int LAYOUT_LOAD_BYTES = 0;  // of a number of the load; 0: it is not wanted
+
+typedef Integer<LAYOUT_LOAD_BYTES == 8 ? 8 : 4>::type load_t;
 
 struct LayoutResults {
     int* counts;
@@ -25,12 +29,13 @@ struct LayoutResults {
     int capacity;
     int pad;
     int64_t positions_stride;
+    load_t* load = nullptr;  // of the first expert; null if it is counted elsewhere
 };
 
-// Rows of an expert, both at most the capacity.
-struct ExpertRows {
-    int first;
-    int end;  // of the rows with a pair
+// Rows begin .. end - 1.
+struct Rows {
+    int begin;
+    int end;
 };
 
 // Blocks of rows that so many pairs of an expert take.
@@ -38,23 +43,24 @@ __device__ __forceinline__ int aligned_blocks(int count) {
     return LAYOUT_ALIGNMENT == 1 ? count : (count - 1) / LAYOUT_ALIGNMENT + (count > 0);
 }
 
-// Return the first row of a block, at most the capacity; the demand of all may exceed 32 bits.
+// Return the first row of a block, at most the capacity: the demand may exceed 32 bits.
 __device__ __forceinline__ int first_row(int block, int capacity) {
+    if (LAYOUT_ALIGNMENT == 1) return min(block, capacity);
     return static_cast<int>(min(static_cast<int64_t>(block) * LAYOUT_ALIGNMENT, static_cast<int64_t>(capacity)));
 }
 
-__device__ __forceinline__ ExpertRows rows_of(int first_block, int count, int capacity) {
+// Return the rows with a pair of an expert, from its first block of rows and the number of its pairs.
+__device__ __forceinline__ Rows rows_of(int first_block, int count, int capacity) {
     const int first = first_row(first_block, capacity);
     return {first, first + min(count, capacity - first)};
 }
 
 // Write what is known of an expert.
-__device__ __forceinline__ void write_expert(const LayoutResults& results, int expert, int count, ExpertRows rows) {
+__device__ __forceinline__ void write_expert(const LayoutResults& results, int expert, int count, Rows rows) {
     if (LAYOUT_COUNTS) results.counts[expert] = count;
-    if (LAYOUT_OFFSETS) {
-        results.offsets[expert] = rows.first;
-        results.ends[expert] = rows.end;
-    }
+    if (LAYOUT_LOAD_BYTES > 0 && results.load) results.load[expert] += count;
+    if (LAYOUT_OFFSETS) results.offsets[expert] = rows.begin;
+    if (LAYOUT_ENDS) results.ends[expert] = rows.end;
 }
 
 // Return the row of a pair from the first row of its expert and its rank there, or -1 where there is no room.
@@ -65,36 +71,37 @@ __device__ __forceinline__ int row_of(int first, int rank, int capacity) {
 
 // Write the row of a pair of TopK a token; -1 where it has none.
 template <int TopK>
-__device__ __forceinline__ void write_position(const LayoutResults& results, int pair, int row) {
+__device__ __forceinline__ void write_position(const LayoutResults& results, unsigned pair, int row) {
     if (!LAYOUT_POSITIONS) return;
-    const int64_t gap = LAYOUT_DENSE ? 0 : pair / TopK * (results.positions_stride - TopK);
+    const int64_t gap = LAYOUT_DENSE ? 0 : static_cast<int64_t>(pair / TopK) * (results.positions_stride - TopK);
     results.positions[pair + gap] = row;
 }
 
 // Write the pair of a row.
-__device__ __forceinline__ void write_row(const LayoutResults& results, int row, int pair, int expert) {
+__device__ __forceinline__ void write_row(const LayoutResults& results, int row, unsigned pair, int expert) {
     if (LAYOUT_ORDER) results.order[row] = pair;
     if (LAYOUT_ROW_EXPERTS) results.row_experts[row] = expert;
     if (LAYOUT_BLOCK_EXPERTS && row % LAYOUT_ALIGNMENT == 0) results.block_experts[row / LAYOUT_ALIGNMENT] = expert;
 }
 
-// Write rows without a pair, by threads `thread` of `threads`: those behind an expert's, up to the next expert's first.
-__device__ __forceinline__ void fill_padding(const LayoutResults& results, unsigned begin, unsigned end,
-                                             unsigned thread, unsigned threads) {
+// Write rows without a pair, by threads `thread` of `threads`.
+__device__ __forceinline__ void fill_padding(const LayoutResults& results, Rows rows, unsigned thread,
+                                             unsigned threads) {
     if (!LAYOUT_ORDER && !LAYOUT_ROW_EXPERTS) return;
-    for (unsigned row = begin + thread; row < end; row += threads) {
+#pragma unroll 1
+    for (unsigned row = rows.begin + thread; row < static_cast<unsigned>(rows.end); row += threads) {
         if (LAYOUT_ORDER) results.order[row] = results.pad;
         if (LAYOUT_ROW_EXPERTS) results.row_experts[row] = -1;
     }
 }
 
-// The same for the rows behind the last expert's, whose blocks have no expert.
-__device__ __forceinline__ void fill_tail(const LayoutResults& results, unsigned begin, unsigned thread,
-                                          unsigned threads) {
-    const unsigned capacity = results.capacity;
-    fill_padding(results, begin, capacity, thread, threads);
+// The same for the rows behind those of all experts, whose blocks have no expert.
+__device__ __forceinline__ void fill_tail(const LayoutResults& results, int begin, unsigned thread, unsigned threads) {
+    fill_padding(results, {begin, results.capacity}, thread, threads);
     if (!LAYOUT_BLOCK_EXPERTS) return;
-    for (unsigned block = begin / LAYOUT_ALIGNMENT + thread; block < capacity / LAYOUT_ALIGNMENT; block += threads) {
+    const unsigned blocks = results.capacity / LAYOUT_ALIGNMENT;
+#pragma unroll 1
+    for (unsigned block = begin / LAYOUT_ALIGNMENT + thread; block < blocks; block += threads) {
         results.block_experts[block] = -1;
     }
 }
