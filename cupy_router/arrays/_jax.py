@@ -44,10 +44,12 @@ class JAX(Framework):
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
         try:
-            device = _device("an array", array)
+            device, exported = _device("an array", array), array
             if device[0] == "cuda":
-                owners.append(array.__dlpack__(stream=consumer_stream(stream)))
-            pointer = _pointer(array, device)
+                if _is_float8(array.dtype):
+                    exported = jax.lax.bitcast_convert_type(array, np.uint8)
+                owners.append(exported.__dlpack__(stream=consumer_stream(stream)))
+            pointer = _pointer(exported, device)
         except Exception:
             bits = item_bits(str(array.dtype))
             if not array.is_deleted() and len(array.devices()) == 1 and bits and not bits % 8:
@@ -87,10 +89,9 @@ class JAX(Framework):
         return _cupy.on_stream(stream, _device("the first array", like)[1])
 
     def deliver(self, array: Any, like: Any) -> Any:
-        dtype = array.dtype
         with array.device:
-            if dtype.itemsize == 1 and dtype.kind in "fV":  # float8, which CuPy does not export
-                return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.uint8)), dtype)
+            if _is_float8(array.dtype):
+                return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.uint8)), array.dtype)
             return jax.dlpack.from_dlpack(array)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
@@ -160,6 +161,11 @@ def dtype_name(name: str, array: Any) -> str:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         raise TypeError(f"{name} must be an array of numbers, got {array.dtype} {list(array.shape)}")
     return str(array.dtype)
+
+
+def _is_float8(dtype: Any) -> bool:
+    """Return whether this is a dtype of one byte that DLPack does not have."""
+    return bool(dtype.itemsize == 1 and dtype.kind in "fV")
 
 
 def _check_values(name: str, array: Any) -> None:

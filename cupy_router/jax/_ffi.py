@@ -29,7 +29,8 @@ _INVALID_ARGUMENT, _INTERNAL = 3, 13  # XLA_FFI_Error_Code
 DTYPES = {
     1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
     10: "float16", 11: "float32", 12: "float64", 15: "complex64", 16: "bfloat16", 18: "complex128",
-    19: "float8_e5m2", 20: "float8_e4m3fn",
+    19: "float8_e5m2", 20: "float8_e4m3fn", 23: "float8_e4m3b11fnuz", 24: "float8_e5m2fnuz", 25: "float8_e4m3fnuz",
+    28: "float8_e4m3", 29: "float8_e3m4", 33: "float8_e8m0fnu",
 }  # fmt: skip
 
 # Positions in the table of functions.

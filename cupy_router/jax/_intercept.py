@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +18,10 @@ from cupy_router.jax import _exit, _mesh
 from cupy_router.jax._ffi_targets import why_not
 from cupy_router.jax._gradients import differentiable
 from cupy_router.ops import _checks as check
-from cupy_router.ops import _run
+from cupy_router.ops import _run, expert_layout
 from cupy_router.ops._declared import NUM_VALID
 from cupy_router.ops._op import Op
+from cupy_router.ops._routed import layout_options
 
 
 class _Kinds(dict[type, str]):
@@ -44,7 +47,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         kind = _kind(type(array))
         if kind == "holder" or (kind == "tracer" and not isinstance(jax.typeof(array), jax.core.ShapedArray)):
             with check.named(op.label):
-                plain = held(op.names[position], array)
+                plain = held(op.inputs[position].shown, array)
             return _run.run(op, options, (*inputs[:position], plain, *inputs[position + 1 :]), out, stream, number)
     obstacle = why_not()
     if obstacle is not None:
@@ -60,20 +63,24 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
             if array is None:
                 views.append(None)
                 continue
+            name = op.inputs[position].shown
             if _kind(type(array)):
-                dtype = NAMES.get(array.dtype) or dtype_name(op.names[position], array)
-                views.append(View(op.names[position], 0, array.shape, (), dtype, NO_DEVICE, True, None))
+                dtype = NAMES.get(array.dtype) or dtype_name(name, array)
+                views.append(View(name, 0, array.shape, (), dtype, NO_DEVICE, True, None))
             else:
-                views.append(_view(op.names[position], array))
+                views.append(_view(name, array))
                 foreign.append(len(arrays))
             given.append(position)
             arrays.append(array)
         for position in op.written:
             if views[position] is not None:
-                name, instead = op.names[position], op.inputs[position].instead
+                name, instead = op.inputs[position].shown, op.inputs[position].instead
                 remedy = instead and f": {instead}"
                 raise ValueError(f"{name} cannot be written inside jax.jit, where arrays are immutable{remedy}")
         op.check_inputs(options, views)
+        for position in given:
+            if not op.inputs[position].dtypes:
+                _check_width(views[position])
         for place in foreign:
             arrays[place] = _value(views[given[place]], arrays[place])
         if number >= 0:
@@ -83,13 +90,30 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
     except ValueError as error:
         raise ValueError(f"{op.label}: {error}") from error
     _exit.in_use = True
-    results = _mesh.split(_part(op, options, tuple(given), number), op, options, given, arrays)
+    results = _on_each_device(op, options, tuple(given), number, arrays)
     return op.pack(options, results, lambda: op.sizes_of(options, [view and view.shape for view in views]))
 
 
 def _view(name: str, array: Any) -> View:
     framework = framework_of(name, array)
     return framework.outline(name, array) if framework.name == "jax" else framework.view(name, array, None)
+
+
+def _check_width(view: Any) -> None:
+    """Refuse a dtype that JAX would change, of an input of any dtype."""
+    if jax.dtypes.canonicalize_dtype(view.dtype) != view.dtype:
+        raise TypeError(f"{view.name} needs JAX's option jax_enable_x64, which is off, got {view}")
+
+
+def _on_each_device(op: Op, options: Any, given: tuple[int, ...], number: int, arrays: Sequence[Any]) -> Any:
+    """Return the existing results of a call, whose rows may be sharded over a mesh."""
+    if getattr(options, "layout", None) is None or not _mesh.is_explicit(arrays):
+        return _mesh.split(_part(op, options, given, number), op, options, given, arrays)
+    # Rows are routed on their devices. Only the indices are gathered for the layout.
+    plain = replace(options, layout=None)
+    routed = _on_each_device(op, plain, given, number, arrays)
+    indices = routed[[result.name for result in op.existing(plain)].index("indices")]
+    return *routed, *_on_each_device(expert_layout.OP, layout_options(options), (0,), -1, (indices,))
 
 
 @lru_cache(maxsize=1024)

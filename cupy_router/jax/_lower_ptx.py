@@ -33,13 +33,12 @@ _MAX_SHARED_BYTES = 48 * 1024  # XLA does not opt in to more
 
 def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[Buffer, ...]) -> dict[str, Any] | None:
     """Return the attributes of the custom call for this call of an op; None if XLA cannot launch it itself."""
-    gpu = _gpu()
-    num_rows = results[0][0][0]
-    if gpu is None or num_rows == 0:
+    gpu, op = _gpu(), OPS[name]
+    call = _call_text.decode(op, text)
+    num_rows = inputs[0][0][0]
+    if gpu is None or (num_rows == 0 and op.is_independent(call.options)):
         return None
     device, architecture = gpu
-    op = OPS[name]
-    call = _call_text.decode(op, text)
     given = [op.names[position] for position in call.given]
     views = views_of(op, call, inputs, device)
     arrays = _cached.arrays_of(op, call.options, views, (), results)

@@ -36,6 +36,11 @@ def is_in_mesh(arrays: Sequence[Any]) -> bool:
     return False in empty
 
 
+def is_explicit(arrays: Sequence[Any]) -> bool:
+    """Return whether the type of an array has a mesh with explicit axes."""
+    return any(_axes(jax.typeof(array).sharding.mesh, "Explicit") for array in arrays)
+
+
 def split_rows(
     function: Callable[..., Any], has_rows: Sequence[bool], arrays: Sequence[Any], mapped: bool = False
 ) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +16,9 @@ from jax.interpreters import ad, mlir
 from cupy_router.arrays._numpy import dtype_of
 from cupy_router.jax import _call_text, _ffi, _lower_ptx, _mesh
 from cupy_router.jax._ffi_targets import Buffer, load, target
+from cupy_router.ops import expert_layout
 from cupy_router.ops._op import Op
+from cupy_router.ops._routed import layout_options
 from cupy_router.ops.registry import OPS
 
 _call_p = Primitive("cupy_router_call")
@@ -46,6 +49,20 @@ def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> l
     return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
 
 
+def _in_two(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
+    """Return the results of a router with a layout, by a call without one, followed by `expert_layout`."""
+    op, (options, given, number) = OPS[name], _call_text.decode(OPS[name], text)
+    plain, inner = replace(options, layout=None), layout_options(options)
+    wanted = [result.name for result in op.existing(plain)]
+    routed = _call_p.bind(*arrays, name=name, text=_call_text.encode(plain, given, number), avals=avals[: len(wanted)])
+    laid_out = {
+        "name": expert_layout.OP.name,
+        "text": _call_text.encode(inner, (0,), -1),
+        "avals": avals[len(wanted) :],
+    }
+    return [*routed, *_call_p.bind(routed[wanted.index("indices")], **laid_out)]
+
+
 def _abstract(*arrays: Any, avals: tuple[Any, ...], **_: Any) -> tuple[Any, ...]:
     return avals
 
@@ -72,20 +89,30 @@ _call_p.def_abstract_eval(_abstract)
 _call_p.def_impl(_eagerly)
 ad.primitive_jvps[_call_p] = _refuse
 
-_lower_to_handler = mlir.lower_fun(_by_handler, multiple_results=True)
+_lower_by_handler, _lower_in_two = (
+    mlir.lower_fun(lowered, multiple_results=True) for lowered in (_by_handler, _in_two)
+)
 
 
-def _lower_to_kernel(ctx: Any, *operands: Any, name: str, text: str, **others: Any) -> Any:
-    attributes = None
+def _lower_to_handler(ctx: Any, *operands: Any, **params: Any) -> Any:
+    return (_lower_in_two if _has_layout(**params) else _lower_by_handler)(ctx, *operands, **params)
+
+
+def _has_layout(name: str, text: str, **_: Any) -> bool:
+    """Return whether a call has two parts: XLA may launch each itself, or capture its handler in a command buffer."""
+    return getattr(_call_text.decode(OPS[name], text).options, "layout", None) is not None
+
+
+def _lower_to_kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
     # An exported program may run on another GPU and XLA, so it calls the target that stays compatible.
     if not getattr(ctx.module_context.lowering_parameters, "for_export", True):
-        inputs, results = _buffers(ctx.avals_in), _buffers(ctx.avals_out)
-        attributes = _lower_ptx.attributes(name, text, inputs, results)
-        if attributes is None:
-            load(name, text, inputs, results)
-    if attributes is None:
-        return _lower_to_handler(ctx, *operands, name=name, text=text, **others)
-    return jax.ffi.ffi_lowering(_lower_ptx.TARGET)(ctx, *operands, **attributes)
+        call = params["name"], params["text"], _buffers(ctx.avals_in), _buffers(ctx.avals_out)
+        attributes = _lower_ptx.attributes(*call)
+        if attributes is not None:
+            return jax.ffi.ffi_lowering(_lower_ptx.TARGET)(ctx, *operands, **attributes)
+        if not _has_layout(**params):
+            load(*call)
+    return _lower_to_handler(ctx, *operands, **params)
 
 
 def _buffers(avals: Sequence[Any]) -> tuple[Buffer, ...]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from cupy_router.ops._op import Op
 def function_of(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     """Return a function of the given arrays, in the order of the op's inputs, to a tuple of its results.
 
-    It checks nothing, because the call has been checked already.
+    It checks nothing, because the call has been checked already. A gradient refuses to be differentiated.
     """
     text = _call_text.encode(options, given, number)
 
@@ -28,7 +28,22 @@ def function_of(op: Op, options: Any, given: tuple[int, ...], number: int) -> An
     call.__name__ = op.name
     mapped = jax.custom_batching.custom_vmap(call)
     mapped.def_vmap(partial(_batched, op, options, given, number))
-    return mapped
+    if not op.no_gradient:
+        return mapped
+    once = jax.custom_vjp(mapped)
+
+    def refuse(*arrays: Any) -> Any:
+        raise RuntimeError(op.no_gradient)
+
+    once.defvjp(refuse, refuse)
+    return once
+
+
+def call_of(op: Op, options: Any, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the results of a call with the arrays by name, None for those left out."""
+    places = tuple(place for place, name in enumerate(op.names) if arrays.get(name) is not None)
+    results: tuple[Any, ...] = function_of(op, options, places, -1)(*[arrays[op.names[place]] for place in places])
+    return results
 
 
 def _batched(

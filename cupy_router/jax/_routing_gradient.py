@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the weights of a routing, with respect to every float input that they depend on.
+
+The backward pass is the op `activation_topk_backward`, followed by GEMMs of JAX. If the call took x and the gate, the
+backward pass computes the logits again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cupy_router.jax._vmap import call_of, function_of
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import _checks as check
+from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops._op import Op
+from cupy_router.ops.activation_topk_backward import BackwardOptions, check_derivative, without_factors
+from cupy_router.ops.hash_router import HashOptions
+
+# Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
+_SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+
+
+def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
+    """Return a call of an op that routes, with its gradient."""
+    method: RoutingMethod | None = options.method
+    names = [op.names[i] for i in given]
+    routed = jax.custom_vjp(function_of(op, options, given, number))
+
+    def forward(*arrays: Any) -> tuple[Any, Any]:
+        results = routed(*arrays)
+        by_name = dict(zip(names, arrays, strict=True))
+        return results, (results[1], {name: by_name.get(name) for name in _SAVED})
+
+    def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
+        indices, arrays = saved
+        found = {}
+        if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
+            found = _gradients(method, cotangents[0], indices, arrays, repeated="table" in names)
+        return tuple(map(found.get, names))  # None: no gradient, or 0
+
+    routed.defvjp(forward, backward)
+    return routed
+
+
+def _gradients(
+    method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
+) -> dict[str, Any]:
+    """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
+    with check.named(activation_topk_backward.OP.label):
+        check_derivative(method)
+    logits, x, weight, logit_bias, expert_scale = map(arrays.__getitem__, _SAVED)
+    found: dict[str, Any] = {}
+    if logits is None:
+        # With the forward pass's precision, not JAX's setting, so that scores are differentiated at the same logits.
+        logits = _matmul(x, weight.T, jax.lax.Precision.HIGHEST)
+    dtype = None if logit_bias is None else "float32"  # the sum over all tokens is rounded once
+    given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
+    given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
+    (grad_logits,) = call_of(activation_topk_backward.OP, BackwardOptions(method, dtype, repeated), given)
+    if x is None:
+        found["logits"] = grad_logits.astype(logits.dtype)
+    else:
+        found["x"] = _matmul(grad_logits, weight).astype(x.dtype)
+        found["weight"] = _matmul(grad_logits.T, x).astype(weight.dtype)
+    if logit_bias is not None:
+        found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
+    if expert_scale is not None:
+        found["expert_scale"] = _expert_scale_gradient(method, grad_weights, indices, logits, logit_bias)
+    return found
+
+
+def _matmul(a: Any, b: Any, precision: Any = None) -> Any:
+    """Return the product in float32.
+
+    Products of 16-bit floats of one dtype are exact. Others are converted to float32 and multiplied as JAX is set to.
+    """
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _expert_scale_gradient(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:
+    """Return the gradient with respect to expert_scale: for each expert, the sum of its unscaled weights times theirs.
+
+    The unscaled weights come from `hash_router`, with the indices as its table.
+    """
+    num_tokens, experts = indices.shape[0], indices[:, : method.top_k]
+    given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
+    given |= {} if logit_bias is None else {"logit_bias": logit_bias}
+    op, options = hash_router.OP, HashOptions(without_factors(method))
+    places = tuple(op.names.index(name) for name in given)
+    plain, _ = routing(op, options, places, -1)(*given.values())
+    products = grad_weights[:, : method.top_k].astype(jnp.float32) * plain[:, : method.top_k]
+    # Rows without experts have weights 0, so it does not matter that index -1 is the last expert. A scatter without
+    # repeated places, followed by a sum, is bitwise repeatable.
+    rows = jnp.arange(num_tokens)[:, None]
+    dense = jnp.zeros((num_tokens, method.num_experts), jnp.float32)
+    return dense.at[rows, experts].add(products).sum(0)
