@@ -73,6 +73,7 @@ MAY_IMPORT = {
         "kernel_log",
         "method",
         "ops",
+        "results",
         "router",
         "score_function",
         "thread_locale",
