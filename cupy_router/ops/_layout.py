@@ -172,4 +172,17 @@ def as_layout(label: str, layout: Any, *needed: str) -> ExpertLayout:
     for name in needed:
         if getattr(layout, name) is None:
             raise ValueError(f"{label}: layout must have {name}, got None: name it in want= of expert_layout")
+    if type(layout.num_tokens) is not int:
+        _check_ints(label, layout)
     return layout
+
+
+def _check_ints(label: str, layout: ExpertLayout) -> None:
+    """Refuse ints that were traced by a framework that did not know yet that they are static."""
+    for name in NUMBERS:
+        value = getattr(layout, name)
+        if hasattr(value, "dtype") and not check.is_int(value):
+            raise TypeError(
+                f"{label}: layout.{name} must be an int, got {type(value).__name__}: before a layout is traced, call an "
+                "op with an array of the framework, or import cupy_router's package for it"
+            )
