@@ -95,12 +95,13 @@ _lower_by_handler, _lower_in_two = (
 
 
 def _lower_to_handler(ctx: Any, *operands: Any, **params: Any) -> Any:
-    return (_lower_in_two if _has_layout(**params) else _lower_by_handler)(ctx, *operands, **params)
+    return (_lower_in_two if _is_better_two(**params) else _lower_by_handler)(ctx, *operands, **params)
 
 
-def _has_layout(name: str, text: str, **_: Any) -> bool:
-    """Return whether a call has two parts: XLA may launch each itself, or capture its handler in a command buffer."""
-    return getattr(_call_text.decode(OPS[name], text).options, "layout", None) is not None
+def _is_better_two(name: str, text: str, **_: Any) -> bool:
+    """Return whether a call is better two: XLA may launch each itself, or capture the handler of a single kernel."""
+    op = OPS[name]
+    return bool(op.single_kernel) and getattr(_call_text.decode(op, text).options, "layout", None) is not None
 
 
 def _lower_to_kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
@@ -110,7 +111,7 @@ def _lower_to_kernel(ctx: Any, *operands: Any, **params: Any) -> Any:
         attributes = _lower_ptx.attributes(*call)
         if attributes is not None:
             return jax.ffi.ffi_lowering(_lower_ptx.TARGET)(ctx, *operands, **attributes)
-        if not _has_layout(**params):
+        if not _is_better_two(**params):
             load(*call)
     return _lower_to_handler(ctx, *operands, **params)
 

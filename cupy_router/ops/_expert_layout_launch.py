@@ -25,6 +25,12 @@ Macros = dict[str, int]
 Fixed = dict[str, int]
 
 
+def is_single(options: Any, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether one block, or several that count the same pairs, lay them out in one launch."""
+    num_tokens, top_k = arrays.indices.shape
+    return bool(num_tokens * top_k <= gpu.table.layout.block_pairs and 0 < options.num_counted <= MAX_BLOCK_EXPERTS)
+
+
 def work(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
     """Return the kernels of a call."""
     num_tokens, top_k = arrays.indices.shape
@@ -32,7 +38,7 @@ def work(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
     capacity = layout_sizes(options, num_local, num_tokens, top_k)["capacity"]
     macros, fixed = _macros(op, options, arrays), _fixed(options, arrays, capacity)
     tuned = gpu.table.layout
-    if num_pairs <= tuned.block_pairs and 0 < num_local <= MAX_BLOCK_EXPERTS:
+    if is_single(options, arrays, gpu):
         threads = next((threads for pairs, threads in tuned.block_threads if num_pairs <= pairs), tuned.largest_block)
         rounds = -(-num_pairs // threads) or 1
         macros |= {"THREADS": threads, "MAX_PAIRS": threads * rounds}

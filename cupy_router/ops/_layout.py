@@ -183,6 +183,6 @@ def _check_ints(label: str, layout: ExpertLayout) -> None:
         value = getattr(layout, name)
         if hasattr(value, "dtype") and not check.is_int(value):
             raise TypeError(
-                f"{label}: layout.{name} must be an int, got {type(value).__name__}: before a layout is traced, call an "
-                "op with an array of the framework, or import cupy_router's package for it"
+                f"{label}: layout.{name} must be an int, got {type(value).__name__}: before a layout is traced, call "
+                "an op with an array of the framework, or import cupy_router's package for it"
             )

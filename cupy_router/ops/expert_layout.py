@@ -25,7 +25,7 @@ from cupy_router.ops._options import Options
 from cupy_router.ops._run import run
 from cupy_router.reference import expert_layout as reference
 from cupy_router.results import ExpertLayout
-from cupy_router.tuning import Gpu
+from cupy_router.tuning import Gpu, gpu_of
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class ExpertLayoutOp(Op):
             load = arrays.load
             load += reference.demand(arrays.indices[:num_valid], *question).astype(load.dtype)
         return tuple(found[result.name] for result in self.existing(options))
+
+    def is_single_kernel(self, options: LayoutOptions, arrays: Arrays) -> bool:
+        return launch.is_single(options, arrays, gpu_of(arrays.indices.device))
 
     def kernel(self, options: LayoutOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         return launch.work(self, options, arrays, gpu)
