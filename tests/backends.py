@@ -107,5 +107,5 @@ BACKENDS = {"reference": Backend, "simt": SimtBackend, "gpu": GpuBackend}
 
 
 def _poison(dtype: np.dtype, size: int) -> np.ndarray:
-    value = np.inf if dtype.kind in "fV" else min(2**31 - 1, np.iinfo(dtype).max)
+    value = np.inf if dtype.kind in "fcV" else dtype.kind == "b" or min(2**31 - 1, np.iinfo(dtype).max)
     return np.full(size, value, dtype)

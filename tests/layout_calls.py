@@ -17,7 +17,7 @@ from tests.fuzz.case import Canvas
 
 def tokens(backend: Backend, n: int, k: int) -> int:
     """Return how many of n tokens this backend runs."""
-    return min(n, max(1, 4000 // max(k, 1))) if backend.name == "simt" else n
+    return min(n, max(1, 1500 // max(k, 1))) if backend.name == "simt" else n
 
 
 def lay_out(

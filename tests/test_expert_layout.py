@@ -48,12 +48,14 @@ def sizes() -> Iterator[Any]:
             yield pytest.param(n, k, experts, id=f"{n}-{k}-{experts}", marks=marks)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize(("n", "k", "experts"), list(sizes()))
 def test_sizes(backend: Backend, n: int, k: int, experts: int) -> None:
     n = tokens(backend, n, k)
     lay_out(backend, uniform(n, k, experts).astype(np.int32), experts, want=ALL)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("n", [1, 65])
 def test_every_number_of_experts(backend: Backend, n: int, experts: int) -> None:
@@ -81,18 +83,21 @@ def distributions() -> Iterator[Any]:
             yield pytest.param(kind, n, k, experts, alignment, id=name, marks=marks)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize(("kind", "n", "k", "experts", "alignment"), list(distributions()))
 def test_every_distribution(backend: Backend, kind: str, n: int, k: int, experts: int, alignment: int) -> None:
     n = tokens(backend, n, k)
     lay_out(backend, DISTRIBUTIONS[kind](n, k, experts).astype(np.int64), experts, alignment=alignment, want=ALL)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("alignment", [*ALIGNMENTS, 1000])
 @pytest.mark.parametrize(("n", "k", "experts"), [(1, 1, 8), (65, 8, 60), (700, 2, 1024)])
 def test_every_alignment(backend: Backend, n: int, k: int, experts: int, alignment: int) -> None:
     lay_out(backend, zipf(n, k, experts).astype(np.int32), experts, alignment=alignment, want=ALL)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ITEM(f"layout: ids {dtype}")) for dtype in IDS])
 @pytest.mark.parametrize("experts", [60, 256, pytest.param(40_000, marks=pytest.mark.slow("seconds", every=4))])
@@ -133,6 +138,7 @@ def test_the_capacity_is_the_most_that_any_indices_need(experts: int, alignment:
         assert layout_capacity(n, k, experts, alignment) == need == oracle_layout.formula(n * k, experts, alignment)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 @pytest.mark.parametrize("kind", ["uniform", "Zipf", "all pairs to one expert", "-1 sprinkled"])
 @pytest.mark.parametrize(("n", "k", "experts"), [(65, 6, 60), (1025, 2, 256), (7, 8, 8)])
@@ -181,6 +187,7 @@ def every_shard() -> Iterator[Any]:
             yield pytest.param(experts, shard, id=f"{experts}-{shard[0]}-{shard[1]}", marks=marks)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize(("experts", "shard"), list(every_shard()))
 def test_shards(backend: Backend, experts: int, shard: tuple[int, int]) -> None:
     ids = DISTRIBUTIONS["-1 sprinkled"](65, 6, experts).astype(np.int32)
@@ -199,6 +206,7 @@ def test_shards_together_are_the_whole(backend: Backend, ranks: int) -> None:
     np.testing.assert_array_equal(np.concatenate(used), whole["order"])
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("num_local", [0, 1, 7, 60, 300])
 @pytest.mark.parametrize("experts", [8, 60, 1000])
 @pytest.mark.parametrize("dtype", ["uint8", "int64"])
@@ -242,6 +250,7 @@ def test_an_array_of_valid_rows_is_clamped(backend: Backend, number: int) -> Non
     lay_out(backend, uniform(65, 2, 8).astype(np.int32), 8, num_valid=np.array([number], np.int32), want=ALL)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("dtype", IDS)
 @pytest.mark.parametrize(("row_pad", "offset"), [(0, 1), (1, 0), (3, 5), (8, 0), (8, 8)])
 @pytest.mark.parametrize(("n", "k"), [(65, 8), (3, 1), (1025, 6)])
@@ -266,6 +275,7 @@ def test_rows_of_indices_in_any_order(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.numpy(repeated.counts)[ids[1]], 5)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("place", [0, 1, 5])
 @pytest.mark.parametrize(("n", "k", "experts"), [(1, 6, 60), (65, 8, 257), (1025, 2, 128), (3, 1, 1), (0, 4, 7)])
 @pytest.mark.parametrize("alignment", [1, 16])
@@ -277,6 +287,7 @@ def test_nothing_beside_the_results_is_written(
     lay_out(backend, zipf(n, k, experts).astype(np.int32), experts, alignment=alignment, want=ALL, place=place)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("want", [*((name,) for name in ALL), ("positions", "counts"), ("row_experts", "offsets"), ALL])
 @pytest.mark.parametrize("n", [3, 300])
 @pytest.mark.parametrize("place", [None, 1])
