@@ -10,3 +10,7 @@ on_first_array: list[Callable[[str], None]] = []
 
 # These return True while code is traced. Then a Router leaves the checks of its arrays to the op of each call.
 traced: list[Callable[[], bool]] = []
+
+# These return True during a backward pass, which repeats calls if activations are recomputed. Then a call adds nothing
+# to what it would otherwise count in place.
+in_backward: list[Callable[[], bool]] = []

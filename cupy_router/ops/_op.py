@@ -97,6 +97,10 @@ class Op:
         """Return whether this call is one launch without scratch memory."""
         return self.single_kernel
 
+    def writing_options(self, options: Any) -> Any:
+        """Return options for a call that is made for what it writes into its inputs alone."""
+        return options
+
     def is_independent(self, options: Any) -> bool:
         """Return whether the rows of a call with these options are independent."""
         return self.rows_independent

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cupy_router import _hooks
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _expert_layout_launch as launch
 from cupy_router.ops._cached import Kernel, Work
@@ -76,6 +77,11 @@ class ExpertLayoutOp(Op):
     ) -> Mapping[str, Any]:
         return layout_sizes(options, options.num_counted, sizes["num_tokens"], sizes["top_k"], minimum)
 
+    def writing_options(self, options: LayoutOptions) -> LayoutOptions:
+        return LayoutOptions(
+            options.num_experts, want=("counts",), experts=options.experts, num_local=options.num_local
+        )
+
     def check(self, options: LayoutOptions, arrays: Arrays) -> None:
         num_tokens, top_k = arrays.indices.shape
         check_rows(options, options.num_counted, num_tokens, top_k)
@@ -142,7 +148,9 @@ def expert_layout(
         num_valid: number of valid rows of indices; the rows after them have no pairs. Either an int in 0..num_tokens,
             or a one-element int32 array on the device of the indices, which is clamped, and may change between replays
             of a CUDA graph.
-        load: [num_experts] int32 or int64, written: the number of pairs of each expert in question is added to it.
+        load: [num_experts] int32 or int64, written: the number of pairs of each expert in question is added to it. Not
+            while PyTorch's autograd runs a backward pass: where activations are recomputed, pairs count once. Refused
+            for JAX, whose arrays are immutable, and inside torch.func.
         want: names of the arrays to compute, from those of :class:`ExpertLayout`. The others are None, and cost
             nothing. `ends` comes with `offsets`.
         pad: entry of `order` for rows without a pair, outside 0..num_tokens * top_k - 1.
@@ -186,6 +194,8 @@ def expert_layout(
         num_local = check.integer("expert_layout: num_local", num_local, 0, MAX_ROWS - 1)
     if type(pad) is not int or pad != -1:
         pad = check.integer("expert_layout: pad", pad, -(2**31), 2**31 - 1)
+    if load is not None and any(passes() for passes in _hooks.in_backward):
+        load = None  # the forward pass has counted these pairs
     number, num_valid = check.split_num_valid("expert_layout", num_valid)
     fields = num_experts, alignment, capacity, want, experts, num_local, pad
     return run(OP, fields, (indices, expert_map, load, num_valid), out, stream, number)  # type: ignore[no-any-return]

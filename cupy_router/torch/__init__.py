@@ -38,6 +38,7 @@ __all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replac
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)
 _hooks.traced.append(_state.is_tracing)
+_hooks.in_backward.append(_state.in_backward)
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,7 @@ from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
 from cupy_router.ops.registry import OPS, RESULTS
 from cupy_router.torch import _autograd
-from cupy_router.torch._state import outside_of_graphs
+from cupy_router.torch._state import in_backward, outside_of_graphs
 
 LIBRARY = torch.library.Library("cupy_router", "DEF")
 
@@ -76,9 +76,21 @@ def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
 
 
 def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, outs: Sequence[Any]) -> Any:
-    """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
+    """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`.
+
+    What the call writes into its inputs, a second node does, whose results nobody needs. So no graph computes it again
+    for a backward pass, or keeps for that what was written into.
+    """
     given = [torch.as_tensor(array) if isinstance(array, np.ndarray) else array for array in inputs]
-    arguments = (*given, number) if op.takes_number else given
+    reading = [None if place in op.written else array for place, array in enumerate(given)]
+    results = _node(op, options, inputs, (*reading, number) if op.takes_number else reading, out, outs)
+    if [array for array, read in zip(given, reading, strict=True) if array is not read]:
+        options = op.writing_options(options)
+        _node(op, options, inputs, (*given, number) if op.takes_number else given, None, ())
+    return results
+
+
+def _node(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any], out: Any, outs: Sequence[Any]) -> Any:
     wanted, kind = op.existing(options), op.returned(options)
     declared = op.results_in(kind)
     if out is not None:
@@ -101,6 +113,8 @@ def _implementation(op: Op, text: str, *arguments: Any) -> Any:
     """Run an op that a graph calls."""
     options = op.options_of(text)
     inputs, number = (arguments[:-1], arguments[-1]) if op.takes_number else (arguments, -1)
+    if op.written:
+        inputs = _without_repeated_writes(op, inputs)
     found = outside_of_graphs(run_eagerly, op, options, inputs, number)
     return _with_absent(op, options, op.flatten(options, found), inputs[0])
 
@@ -111,7 +125,13 @@ def _implementation_into(op: Op, text: str, *arguments: Any) -> None:
     *inputs, number = arguments[:given] if op.takes_number else (*arguments[:given], -1)
     wanted, declared = op.existing(options), op.results_in(op.returned(options))
     outs = [array for array, result in zip(arguments[given:], declared, strict=True) if result in wanted]
-    outside_of_graphs(run, op, options, tuple(inputs), op.pack(options, outs), None, number, True)
+    outside_of_graphs(run, op, options, _without_repeated_writes(op, inputs), op.pack(options, outs), None, number, True)
+
+
+def _without_repeated_writes(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Leave out what an op would write into, if a backward pass repeats the call."""
+    repeats = bool(op.written) and in_backward()
+    return tuple([None if repeats and place in op.written else array for place, array in enumerate(inputs)])
 
 
 def _fake(op: Op, text: str, *arguments: Any) -> Any:

@@ -24,6 +24,7 @@ _is_compiling, _is_jit_traced = torch.compiler.is_compiling, torch._C._is_tracin
 _num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 # Frame evaluation callback of torch.compile; None or False if Dynamo is not active.
 _frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", _frame_callback_before_2_6)
+_backward_pass = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # private, may disappear
 REFUSED_IN_GRAPHS = (
     "stream, and arrays that are no tensors, cannot be given inside torch.export, torch.jit.trace or a "
     "TorchDispatchMode"
@@ -45,6 +46,11 @@ def is_special() -> bool:
     if _is_compiling() or _num_modes() or _is_jit_traced() or in_torch_func() or _frame_callback():
         return True
     return _HAS_LEVELS and forward_ad._current_level >= 0
+
+
+def in_backward() -> bool:
+    """Return True if autograd runs a backward pass on this thread, which may recompute what was computed before."""
+    return not torch.compiler.is_dynamo_compiling() and _backward_pass() >= 0
 
 
 def has_tangent(array: Any) -> bool:
