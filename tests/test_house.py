@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "arrays": {"_hooks", "compiler"},
     "reference": {"method", "score_function"},
     "ops": {
+        "_hooks",
         "arrays",
         "compiler",
         "gemm",

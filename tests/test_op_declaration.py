@@ -160,8 +160,12 @@ def torch() -> Any:
 
 def test_the_schema(torch: Any) -> None:
     assert str(torch.ops.cupy_router.tally.default._schema) == (
-        "cupy_router::tally(str options, Tensor ids, Tensor payload, Tensor(a!)? load, Tensor? num_valid, "
-        "SymInt num_valid_value) -> (Tensor, Tensor, Tensor)"
+        "cupy_router::tally(str options, Tensor ids, Tensor payload, Tensor? num_valid, SymInt num_valid_value) -> "
+        "(Tensor, Tensor, Tensor)"
+    )
+    assert str(torch.ops.cupy_router.tally_write.default._schema) == (
+        "cupy_router::tally_write(str options, Tensor ids, Tensor payload, Tensor(a!)? load, Tensor? num_valid, "
+        "SymInt num_valid_value) -> ()"
     )
 
 
@@ -197,8 +201,10 @@ def test_opcheck(torch: Any) -> None:
         (TallyOptions(3, 5, True), torch.zeros(3, dtype=torch.int32)),
         (TallyOptions(3, None, False), None),
     ):
-        given = (options.text, ids, payload, load, None, 2)
-        assert set(torch.library.opcheck(torch.ops.cupy_router.tally.default, given).values()) == {"SUCCESS"}
+        ops = torch.ops.cupy_router
+        for op, given in ((ops.tally, (ids, payload)), (ops.tally_write, (ids, payload, load))):
+            found = torch.library.opcheck(op.default, (options.text, *given, None, 2))
+            assert set(found.values()) == {"SUCCESS"}
 
 
 def test_torch_vmap(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:

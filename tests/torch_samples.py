@@ -112,9 +112,13 @@ def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
     weights, residual = tensor(5, 3, seed=1), tensor(5, 7, seed=3)
     return {
         "expert_layout": [
-            (LayoutOptions(5).text, ids, None, load, count, -1),
-            (LayoutOptions(5, 4, 12, ("row_experts",), (1, 3), None, 99).text, ids.byte(), None, None, None, 2),
-            (LayoutOptions(5, want=("block_experts",), num_local=2).text, ids, sent, load.int(), None, -1),
+            (LayoutOptions(5).text, ids, None, count, -1),
+            (LayoutOptions(5, 4, 12, ("row_experts",), (1, 3), None, 99).text, ids.byte(), None, None, 2),
+            (LayoutOptions(5, want=("block_experts",), num_local=2).text, ids, sent, None, -1),
+        ],
+        "expert_layout_write": [
+            (LayoutOptions(5, want=("counts",)).text, ids, None, load, count, -1),
+            (LayoutOptions(5, want=("counts",), num_local=2).text, ids, sent, load.int(), None, 3),
         ],
         "permute": [
             (none, parameter(5, 7), order, positions, parameter(5, 3, seed=1)),
@@ -143,7 +147,7 @@ def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     """Return argument lists for each op that writes into tensors of the caller: those of its twin, then the tensors."""
     found: dict[str, list[tuple[Any, ...]]] = {}
     for name, calls in samples(device).items():
-        if name == "router_backward":
+        if name in ("router_backward", "expert_layout_write"):
             continue
         for given in calls:
             given = tuple(array.detach() if isinstance(array, torch.Tensor) else array for array in given)
@@ -161,4 +165,5 @@ def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
 def _declared(op: Op, device: str) -> tuple[Any, ...]:
     """Return arguments made from the declaration of an op."""
     tensors = {name: torch.from_numpy(array).to(device) for name, array in declared.arrays(op).items()}
-    return (op.example().text, *declared.positional(op, tensors), *([-1] if op.takes_number else []))
+    read = [tensors.get(each.name) for each in op.inputs if not each.written]
+    return (op.example().text, *read, *([-1] if op.takes_number else []))

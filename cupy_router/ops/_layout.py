@@ -118,9 +118,12 @@ def layout_sizes(spec: Any, num_local: int, num_tokens: Any, top_k: Any, minimum
 
 
 def exact_capacity(num_pairs: Any, num_experts: int, alignment: int, minimum: Minimum = min) -> Any:
-    """Return the most rows that pairs may need, from sizes that may be symbolic."""
-    in_use = minimum(num_experts, num_pairs)
-    return (in_use + (num_pairs - in_use) // alignment) * alignment
+    """Return the most rows that pairs may need, from sizes that may be symbolic: one block of rows for each pair, or
+    for the pairs in full blocks and each expert's last one.
+
+    No term can be negative, so that PyTorch sees without a guard that the number of rows is not.
+    """
+    return minimum(num_pairs, (num_pairs + num_experts * (alignment - 1)) // alignment) * alignment
 
 
 def check_rows(spec: Any, num_local: int, num_tokens: int, top_k: int) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derive the ops of torch.library from the declarations: schemas, implementations, fakes and gradients.
 
-A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. An input that the
-op writes into is a mutable argument. Each named tuple that an op may return has a schema of its own, such as
-`activation_topk_layout` for the one with a layout. The graph has all results of the tuple: those that the options leave
-out are empty tensors there, and None for the caller.
+A schema has the options as text first, then the inputs, then num_valid as an int if the op has one. Each named tuple
+that an op may return has a schema of its own, such as `activation_topk_layout` for the one with a layout. The graph has
+all results of the tuple: those that the options leave out are empty tensors there, and None for the caller.
 
 Each has a twin, `<op>_out`, for calls with `out`: it takes the tensors for the results as further arguments that it
-mutates, and returns nothing.
+mutates, and returns nothing. What a call writes into its inputs, another op does, `<op>_write`, which returns nothing
+either: so no graph computes it again for a backward pass, or keeps for that what was written into.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _checks as check
+from cupy_router.ops._declared import Input
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
 from cupy_router.ops.registry import OPS, RESULTS
@@ -39,13 +40,9 @@ def node(op: Op, kind: Any) -> str:
 
 def schema(op: Op, kind: Any, into: bool = False) -> str:
     """Return the schema of an op that returns a tuple of a kind, or of its twin that writes into the caller's."""
-    arguments, letters = ["str options"], iter("abcdefghijklmnop")
-    for declared in op.inputs:
-        mark = f"({next(letters)}!)" if declared.written else ""
-        arguments.append(f"Tensor{mark}{'' if declared.required else '?'} {declared.name}")
-    if op.takes_number:
-        arguments.append("SymInt num_valid_value")
+    arguments = _arguments(op, [declared for declared in op.inputs if not declared.written])
     if into:
+        letters = iter("abcdefghijklmnop")
         outs = [
             f"Tensor({next(letters)}!){'?' if result.exists else ''} {result.name}" for result in op.results_in(kind)
         ]
@@ -53,6 +50,19 @@ def schema(op: Op, kind: Any, into: bool = False) -> str:
     returned = ["Tensor" for _ in op.results_in(kind)]
     results = f"({', '.join(returned)})" if len(returned) > 1 else "Tensor"
     return f"{node(op, kind)}({', '.join(arguments)}) -> {results}"
+
+
+def writing_schema(op: Op) -> str:
+    """Return the schema of an op that writes into inputs."""
+    return f"{op.name}_write({', '.join(_arguments(op, op.inputs))}) -> ()"
+
+
+def _arguments(op: Op, inputs: Sequence[Input]) -> list[str]:
+    found, letters = ["str options"], iter("abcdefghijklmnop")
+    for declared in inputs:
+        mark = f"({next(letters)}!)" if declared.written else ""
+        found.append(f"Tensor{mark}{'' if declared.required else '?'} {declared.name}")
+    return [*found, "SymInt num_valid_value"] if op.takes_number else found
 
 
 def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
@@ -68,29 +78,24 @@ def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
 
 def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
     """Return whether a graph can hold a call with these arrays."""
-    for position, array in enumerate(inputs):
-        kinds = torch.Tensor if position == 0 or position in op.written else (torch.Tensor, np.ndarray)
+    for position, (declared, array) in enumerate(zip(op.inputs, inputs, strict=False)):
+        kinds = torch.Tensor if position == 0 or declared.written else (torch.Tensor, np.ndarray)
         if array is not None and not isinstance(array, kinds):
             return False
     return not [array for array in outs if array is not None and not isinstance(array, torch.Tensor)]
 
 
 def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, outs: Sequence[Any]) -> Any:
-    """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`.
-
-    What the call writes into its inputs, a second node does, whose results nobody needs. So no graph computes it again
-    for a backward pass, or keeps for that what was written into.
-    """
+    """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
     given = [torch.as_tensor(array) if isinstance(array, np.ndarray) else array for array in inputs]
-    reading = [None if place in op.written else array for place, array in enumerate(given)]
-    results = _node(op, options, inputs, (*reading, number) if op.takes_number else reading, out, outs)
-    if [array for array, read in zip(given, reading, strict=True) if array is not read]:
-        options = op.writing_options(options)
-        _node(op, options, inputs, (*given, number) if op.takes_number else given, None, ())
+    numbers = (number,) if op.takes_number else ()
+    results = _call(op, options, inputs, (*_read(op, given), *numbers), out, outs)
+    if any(given[place] is not None for place in op.written):
+        getattr(torch.ops.cupy_router, f"{op.name}_write")(op.writing_options(options).text, *given, *numbers)
     return results
 
 
-def _node(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any], out: Any, outs: Sequence[Any]) -> Any:
+def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any], out: Any, outs: Sequence[Any]) -> Any:
     wanted, kind = op.existing(options), op.returned(options)
     declared = op.results_in(kind)
     if out is not None:
@@ -109,34 +114,48 @@ def sizes_of(op: Op, options: Any, inputs: Sequence[Any]) -> dict[str, Any]:
     return op.sizes_of(options, [None if array is None else array.shape for array in inputs], torch.sym_min)
 
 
+def _read(op: Op, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Return the inputs that are not written.
+
+    Without a search in `op.written`, which torch.compile may take for symbolic numbers and then finds nothing in.
+    """
+    return [array for declared, array in zip(op.inputs, inputs, strict=True) if not declared.written]
+
+
+def _inputs(op: Op, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], int, tuple[Any, ...]]:
+    """Return all inputs of an op, None for those that are written, num_valid as an int, and further arguments."""
+    number = len(op.inputs) - len(op.written)
+    inputs, others = list(arguments[:number]), arguments[number:]
+    for place in op.written:
+        inputs.insert(place, None)
+    return (tuple(inputs), others[0], tuple(others[1:])) if op.takes_number else (tuple(inputs), -1, tuple(others))
+
+
 def _implementation(op: Op, text: str, *arguments: Any) -> Any:
     """Run an op that a graph calls."""
-    options = op.options_of(text)
-    inputs, number = (arguments[:-1], arguments[-1]) if op.takes_number else (arguments, -1)
-    if op.written:
-        inputs = _without_repeated_writes(op, inputs)
+    options, (inputs, number, _) = op.options_of(text), _inputs(op, arguments)
     found = outside_of_graphs(run_eagerly, op, options, inputs, number)
     return _with_absent(op, options, op.flatten(options, found), inputs[0])
 
 
 def _implementation_into(op: Op, text: str, *arguments: Any) -> None:
     """Run an op that a graph calls to write into tensors of the caller."""
-    options, given = op.options_of(text), len(op.inputs) + op.takes_number
-    *inputs, number = arguments[:given] if op.takes_number else (*arguments[:given], -1)
+    options, (inputs, number, places) = op.options_of(text), _inputs(op, arguments)
     wanted, declared = op.existing(options), op.results_in(op.returned(options))
-    outs = [array for array, result in zip(arguments[given:], declared, strict=True) if result in wanted]
-    outside_of_graphs(run, op, options, _without_repeated_writes(op, inputs), op.pack(options, outs), None, number, True)
+    outs = [array for array, result in zip(places, declared, strict=True) if result in wanted]
+    outside_of_graphs(run, op, options, inputs, op.pack(options, outs), None, number, True)
 
 
-def _without_repeated_writes(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Leave out what an op would write into, if a backward pass repeats the call."""
-    repeats = bool(op.written) and in_backward()
-    return tuple([None if repeats and place in op.written else array for place, array in enumerate(inputs)])
+def _implementation_of_writing(op: Op, text: str, *arguments: Any) -> None:
+    """Run an op that a graph calls for what it writes into its inputs; not if a backward pass repeats it."""
+    if not in_backward():
+        inputs, number = (arguments[:-1], arguments[-1]) if op.takes_number else (arguments, -1)
+        outside_of_graphs(run_eagerly, op, op.options_of(text), inputs, number)
 
 
 def _fake(op: Op, text: str, *arguments: Any) -> Any:
     """Return fake results, whose sizes may be symbolic."""
-    options, inputs = op.options_of(text), arguments[: len(op.inputs)]
+    options, (inputs, _, _) = op.options_of(text), _inputs(op, arguments)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
     dtypes = [None if tensor is None else tensors.name_of(tensor.dtype) for tensor in inputs]
     found = [
@@ -155,18 +174,21 @@ def _with_absent(op: Op, options: Any, found: Sequence[Any], like: Any) -> Any:
 
 
 def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    names = (None, *op.names, None) if op.takes_number else (None, *op.names)
+    names = (None, *_read(op, op.names), None) if op.takes_number else (None, *_read(op, op.names))
     results = output if isinstance(output, tuple) else (output,)
     _autograd.remember(ctx, op, op.options_of(inputs[0]), names, inputs, results)
 
 
 def define(op: Op) -> None:
-    """Add an op and its twin to the library, once for each named tuple that it may return."""
-    written = {1 + place: f"{op.label}: {op.names[place]}" for place in op.written}
-    first = 1 + len(op.inputs) + op.takes_number
+    """Add an op and its twin to the library, once for each named tuple that it may return, and what it writes."""
+    if op.written:
+        written = {1 + place: f"{op.label}: {op.inputs[place].shown}" for place in op.written}
+        register(writing_schema(op), partial(_implementation_of_writing, op), no_results, written)
+        register_without_gradient(f"{op.name}_write")
+    first = 1 + len(op.inputs) - len(op.written) + op.takes_number
     for kind in (op.returns, *op.variants):
         name = node(op, kind)
-        register(schema(op, kind), partial(_implementation, op), partial(_fake, op), written)
+        register(schema(op, kind), partial(_implementation, op), partial(_fake, op))
         if op.differentiable:
             register_gradient(name, _autograd.backward, partial(_remember, op))
         elif op.no_gradient:
@@ -174,7 +196,7 @@ def define(op: Op) -> None:
         else:
             register_without_gradient(name)
         outs = {first + i: f"{op.label}: {op.out_name(result)}" for i, result in enumerate(op.results_in(kind))}
-        register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, written | outs)
+        register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, outs)
         register_without_gradient(f"{name}_out")  # calls are checked by `refuse_writing` before
 
 

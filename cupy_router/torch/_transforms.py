@@ -23,7 +23,7 @@ def applies(inputs: Sequence[Any]) -> bool:
 def run(op: Op, options: Any, inputs: Sequence[Any], number: int) -> Any:
     """Return the results of a call that transforms concern."""
     _autograd.refuse_written(op, inputs)
-    results = _Call.apply(op, options, number, *inputs)
+    results = _Call.apply(op, options, number, *map(_autograd.as_tensor, op.names, inputs))
     return op.pack(options, results, partial(_library.sizes_of, op, options, inputs))
 
 
