@@ -2,54 +2,46 @@
 """Train a mixture-of-experts layer in CuPy, or in NumPy without a GPU: `python -m examples.moe_cupy`.
 
 Neither has automatic gradients, so the backward pass is written out. The router's part is `activation_topk_backward`,
-the rest is the chain rule.
+that of the layout is `permute`, the rest is the chain rule.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise, starmap
 from typing import Any
 
 import numpy as np
 
-from cupy_router import activation_topk, compiler
+from cupy_router import LayoutSpec, activation_topk, compiler, permute, unpermute
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from examples import tokens
 
 
-def forward(xp: Any, p: dict[str, Any], x: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the cluster logits of x [num_tokens, hidden], and the arrays that the backward pass needs."""
+def forward(xp: Any, p: dict[str, Any], x: Any) -> tuple[Any, Any]:
+    """Return the cluster logits of x [num_tokens, hidden], and what the backward pass needs."""
     logits = x @ p["gate"].T
-    weights, indices = activation_topk(logits, tokens.METHOD)
-    mix = xp.zeros((len(x), tokens.METHOD.num_experts), xp.float32)
-    mix[xp.arange(len(x))[:, None], indices] = weights
-    inner = xp.maximum(x @ p["up"], 0)  # [num_experts, num_tokens, width]: every expert processes every token
-    outputs = inner @ p["down"]  # [num_experts, num_tokens, hidden]
-    mixed = x + xp.einsum("ne,enh->nh", mix, outputs)
-    saved = {
-        "x": x,
-        "logits": logits,
-        "indices": indices,
-        "mix": mix,
-        "inner": inner,
-        "outputs": outputs,
-        "mixed": mixed,
-    }
-    return mixed @ p["head"], saved
+    plan = activation_topk(logits, tokens.METHOD, layout=LayoutSpec())
+    rows = permute(x, plan.layout)  # [num_pairs, hidden], in order of experts
+    parts = list(starmap(slice, pairwise(plan.layout.offsets.tolist())))  # the rows of each expert
+    inner = xp.concatenate([xp.maximum(rows[part] @ up, 0) for part, up in zip(parts, p["up"], strict=True)])
+    y = xp.concatenate([inner[part] @ down for part, down in zip(parts, p["down"], strict=True)])
+    mixed = unpermute(y, plan.layout, plan.weights, residual=x)
+    return mixed @ p["head"], (x, logits, plan, rows, parts, inner, y, mixed)
 
 
-def backward(xp: Any, p: dict[str, Any], saved: dict[str, Any], grad_scores: Any) -> dict[str, Any]:
+def backward(xp: Any, p: dict[str, Any], saved: Any, grad_scores: Any) -> dict[str, Any]:
     """Return the gradients with respect to all parameters."""
-    x, mix, inner = saved["x"], saved["mix"], saved["inner"]
+    x, logits, plan, rows, parts, inner, y, mixed = saved
     grad_mixed = grad_scores @ p["head"].T
-    grad_outputs = mix.T[:, :, None] * grad_mixed
-    grad_inner = (grad_outputs @ p["down"].swapaxes(1, 2)) * (inner > 0)
-    grad_mix = xp.einsum("enh,nh->ne", saved["outputs"], grad_mixed)
-    grad_weights = xp.take_along_axis(grad_mix, saved["indices"], axis=1)
-    grad_logits = activation_topk_backward(grad_weights, saved["indices"], saved["logits"], tokens.METHOD).grad_logits
+    grad_y = permute(grad_mixed, plan.layout, weights=plan.weights)
+    grad_inner = xp.concatenate([grad_y[part] @ down.T for part, down in zip(parts, p["down"], strict=True)])
+    grad_inner *= inner > 0
+    grad_weights = (y[plan.layout.positions] * grad_mixed[:, None]).sum(axis=2)
+    grad_logits = activation_topk_backward(grad_weights, plan.indices, logits, tokens.METHOD).grad_logits
     return {
-        "head": saved["mixed"].T @ grad_scores,
-        "down": inner.swapaxes(1, 2) @ grad_outputs,
-        "up": x.T @ grad_inner,
+        "head": mixed.T @ grad_scores,
+        "down": xp.stack([inner[part].T @ grad_y[part] for part in parts]),
+        "up": xp.stack([rows[part].T @ grad_inner[part] for part in parts]),
         "gate": grad_logits.T @ x,
     }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a mixture-of-experts layer in JAX: `python -m examples.moe_jax`, on a GPU if there is one.
 
-Every expert processes every token. The output is the sum weighted by the router, with weight 0 for experts that are
-not selected.
+Tokens are brought into the order of their experts, two grouped GEMMs process them, and their sum, weighted by the
+router, is added to the token. With a plain router, every expert processes every token instead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cupy_router import dense_router
+from cupy_router import LayoutSpec, dense_router, permute, unpermute
 from examples import tokens
 
 
@@ -26,12 +26,17 @@ def plain_router(x: Any, gate: Any) -> tuple[Any, Any]:
 
 def moe(parameters: dict[str, Any], x: Any, plain: bool) -> Any:
     """Return the cluster logits of x [num_tokens, hidden]."""
-    gate = parameters["gate"]
-    weights, indices = plain_router(x, gate) if plain else dense_router(x, gate, tokens.METHOD)
-    num_tokens = x.shape[0]  # len(x) has to be a number, which it is not in a program for any number of tokens
-    mix = jnp.zeros((num_tokens, tokens.METHOD.num_experts)).at[jnp.arange(num_tokens)[:, None], indices].set(weights)
-    inner = jax.nn.relu(x @ parameters["up"]) * mix.T[:, :, None]  # [num_experts, num_tokens, width]
-    return (x + (inner @ parameters["down"]).sum(axis=0)) @ parameters["head"]
+    gate, up, down = (parameters[name] for name in ("gate", "up", "down"))
+    if plain:
+        num_tokens = x.shape[0]  # len(x) has to be a number, which it is not in a program for any number of tokens
+        weights, indices = plain_router(x, gate)
+        mix = jnp.zeros((num_tokens, len(gate))).at[jnp.arange(num_tokens)[:, None], indices].set(weights)
+        inner = jax.nn.relu(x @ up) * mix.T[:, :, None]  # [num_experts, num_tokens, width]
+        return (x + (inner @ down).sum(axis=0)) @ parameters["head"]
+    weights, _, layout = dense_router(x, gate, tokens.METHOD, layout=LayoutSpec())
+    inner = jax.nn.relu(jax.lax.ragged_dot(permute(x, layout), up, layout.counts))  # [num_pairs, width]
+    y = jax.lax.ragged_dot(inner, down, layout.counts)
+    return unpermute(y, layout, weights, residual=x) @ parameters["head"]
 
 
 def loss_fn(parameters: dict[str, Any], x: Any, clusters: Any, plain: bool) -> Any:

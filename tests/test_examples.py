@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Routing
+from cupy_router import Routing, update_bias
 from examples import plot, tokens
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,28 @@ def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPat
         module.step.clear_cache()
     recorded = json.loads((ROOT / "docs" / "examples.json").read_text())[framework]
     assert np.abs(np.array(losses) / recorded[:STEPS] - 1).max() > 2e-3
+
+
+@pytest.mark.slow("seconds")
+def test_the_bias_balances_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The busiest expert gets 1.75 of the mean in the last steps without it, and 1.29 with it."""
+    module, _ = example("PyTorch")
+    loads: list[Any] = []
+
+    def noting(bias: Any, load: Any, **options: Any) -> Any:
+        loads.append(load.numpy().copy())
+        return update_bias(bias, load, **options)
+
+    monkeypatch.setattr(module, "update_bias", noting)
+    busiest = []
+    for balance in (0.0, 0.01):
+        loads.clear()
+        losses = module.train(60, balance=balance)
+        assert {int(load.sum()) for load in loads} == {2 * tokens.BATCH}
+        busiest.append(np.mean([load.max() / load.mean() for load in loads[-10:]]))
+        assert losses[-1] < 0.25 * losses[0]
+    assert busiest[0] > 1.6
+    assert busiest[1] < 1.45
 
 
 COUNTS = (256, 100, 33, 2)  # of tokens
