@@ -61,7 +61,9 @@ def test_the_router_is_trained_too(framework: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module.Gate, "forward", lambda gate, x: Routing(*(a.detach() for a in route(gate, x))))
     else:
         router, stop = module.dense_router, importlib.import_module("jax").lax.stop_gradient
-        monkeypatch.setattr(module, "dense_router", lambda x, gate, method: router(stop(x), stop(gate), method))
+        monkeypatch.setattr(
+            module, "dense_router", lambda x, gate, *given, **options: router(stop(x), stop(gate), *given, **options)
+        )
         module.step.clear_cache()
     losses = module.train(STEPS)
     if framework == "JAX":
@@ -139,7 +141,8 @@ def test_the_jax_layer_exports_for_any_number_of_tokens(plain: bool) -> None:
     parameters, (hidden, _) = tokens.parameters(), tokens.load()
     (num_tokens,) = jax.export.symbolic_shape("num_tokens")
     arguments = jax.tree.map(jax.numpy.asarray, parameters), jax.ShapeDtypeStruct((num_tokens, 384), np.float32)
-    safe = [jax.export.DisabledSafetyCheck.custom_call("cupy_router.dense_router")]
+    names = ("dense_router", "permute", "unpermute")
+    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in names]
     exported = jax.export.export(jax.jit(lambda p, x: moe(p, x, plain)), disabled_checks=safe)(*arguments)
     for count in COUNTS:
         x = hidden[:count]

