@@ -39,6 +39,14 @@ def formula(x: Any, weights: Any, w: Any, indices: np.ndarray) -> list[Any]:
     return sums
 
 
+def dense(xp: Any, x: Any, weights: Any, w: Any, indices: np.ndarray) -> Any:
+    """The formula in three operations, with an identity for each zero expert and 0 for those that do not exist."""
+    one = xp.eye(HIDDEN, dtype=x.dtype)[None]
+    matrices = xp.concatenate([w, *[one] * ZERO, 0 * one])
+    known = np.where((indices >= 0) & (indices < REAL + ZERO), indices, REAL + ZERO)
+    return (weights[:, :, None] * xp.einsum("th,tkho->tko", x, matrices[known])).sum(1)
+
+
 def mixture(xp: Any, x: Any, weights: Any, w: Any, indices: Any) -> Any:
     """The same in order of experts. Rows after the last pair are NaN, as a grouped GEMM may leave them."""
     layout = expert_layout(indices, REAL)
@@ -65,6 +73,7 @@ def test_the_formula(framework: str, backend: Backend) -> None:
     assert isinstance(got, made.result_type)
     exact = {name: array.astype(np.float64) for name, array in given.items() if name != "indices"}
     want = np.array(formula(**exact, indices=given["indices"]))
+    np.testing.assert_allclose(dense(np, **exact, indices=given["indices"]), want, atol=1e-12)
     np.testing.assert_allclose(made.numpy(got), want, rtol=1e-2 if backend.name == "gpu" else 1e-5, atol=1e-5)
     assert not made.numpy(got)[3].any()
     np.testing.assert_allclose(made.numpy(got)[1], given["weights"][1].sum() * given["x"][1], rtol=1e-6)
@@ -80,10 +89,27 @@ def test_gradients_in_pytorch() -> None:
         if dtype == torch.float32:
             sums = mixture(torch, *smooth, torch.from_numpy(given["indices"]))
         else:
-            sums = torch.stack(formula(*smooth, given["indices"]))
+            sums = dense(torch, *smooth, given["indices"])
         results.append(torch.autograd.grad(sums, smooth, torch.from_numpy(upstream).to(dtype)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.backends("reference")
+def test_gradients_in_jax() -> None:
+    jax, given = pytest.importorskip("jax"), case()
+    upstream, smooth = inputs.normal((TOKENS, HIDDEN), seed=3), [given[name] for name in ("x", "weights", "w")]
+
+    def loss(*smooth: Any) -> Any:
+        return (mixture(jax.numpy, *smooth, jax.numpy.asarray(given["indices"])) * upstream).sum()
+
+    def plain(*smooth: Any) -> Any:
+        return (dense(jax.numpy, *smooth, given["indices"]) * upstream).sum()
+
+    with jax.default_matmul_precision("highest"):
+        got, want = (jax.grad(function, (0, 1, 2))(*map(jax.numpy.asarray, smooth)) for function in (loss, plain))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.backends("reference")
