@@ -96,6 +96,7 @@ def test_gradients_in_pytorch() -> None:
 
 
 @pytest.mark.backends("reference")
+@pytest.mark.slow("seconds")
 def test_gradients_in_jax() -> None:
     jax, given = pytest.importorskip("jax"), case()
     upstream, smooth = inputs.normal((TOKENS, HIDDEN), seed=3), [given[name] for name in ("x", "weights", "w")]
