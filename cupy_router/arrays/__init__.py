@@ -91,6 +91,31 @@ class Framework:
         """
         raise NotImplementedError
 
+    def describe_all(
+        self, arrays: Sequence[Any], stream: int, owners: list[object], pointers: list[int], facts: list[Hashable]
+    ) -> bool:
+        """Append what :meth:`describe` returns for each array of a call; most, but not all, are of this framework.
+
+        None has the address 0, an int is a fact without one. False if an array has no plain memory, or a type that has
+        not been seen yet.
+        """
+        for array in arrays:
+            kind = FRAMEWORKS.get(type(array))
+            if kind is not None:
+                described = kind.describe(array, stream, owners)
+                if described is None:
+                    return False
+                pointers.append(described[0])
+                facts.append(described[1])
+            elif array is None:
+                pointers.append(0)
+                facts.append(None)
+            elif isinstance(array, (int, np.integer)) and not isinstance(array, bool):
+                facts.append(int(array))
+            else:
+                return False
+        return True
+
     def view(self, name: str, array: Any, stream: int | None) -> View:
         """Return all properties of the array, for checks and for the reference."""
         raise NotImplementedError
@@ -104,8 +129,12 @@ class Framework:
         return array
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
-        """Return a function that allocates uninitialised arrays on the device of `like`."""
+        """Return a function that allocates uninitialised arrays on the device of `like`. They may share memory."""
         raise NotImplementedError
+
+    def allocator_apart(self, outputs: Sequence[Output], like: Any) -> Allocator:
+        """Return an allocator for graphs, which take arrays that share memory for aliases."""
+        return self.allocator(outputs, like)
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         """Return a context in which allocators allocate for `stream`, and `deliver` orders other streams after it."""
@@ -115,8 +144,10 @@ class Framework:
         """Return an array of :meth:`allocator`, whose kernel is enqueued, in the form that the caller gets."""
         return array
 
-    def write_guard(self, names: Mapping[int, str]) -> Callable[[Sequence[Any]], None] | None:
+    def write_guard(self, names: Mapping[int, str], arrays: Sequence[Any]) -> Callable[[Sequence[Any]], None] | None:
         """Return what calls do before they write into arrays of this framework, at these places among all their arrays.
+
+        Later calls have other arrays with the same properties.
 
         It notifies the framework, or raises ValueError with the name of an array that must not be written. None:
         nothing is to do. On the hot path of calls with `out`.
@@ -129,6 +160,19 @@ class Framework:
 
 
 FRAMEWORKS: dict[type, Framework] = {}
+
+MAX_SHARED_BYTES = 1 << 20  # results of a call up to this size share one block of memory, which saves host time
+_ALIGNMENT = 256
+
+
+def places_in_block(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return the offsets of arrays of so many bytes in one block of memory, and the size of the block."""
+    offsets, total = [], 0
+    for num_bytes in sizes:
+        offsets.append(total)
+        total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, total
+
 
 # Module of each framework, by the top-level package that defines the type of the array or one of its bases.
 _MODULES = {"torch": "_torch", "cupy": "_cupy", "jax": "_jax", "jaxlib": "_jax", "numpy": "_numpy"}

@@ -10,13 +10,10 @@ from typing import Any
 
 import cupy
 
-from cupy_router.arrays import Allocator, Framework, Output, View
+from cupy_router.arrays import MAX_SHARED_BYTES, Allocator, Framework, Output, View, places_in_block
 from cupy_router.arrays._numpy import NAMES, dtype_of
 
 ARRAY_TYPES = (cupy.ndarray,)
-
-MAX_SHARED_BYTES = 1 << 20  # results of a call up to this size share one block of memory, which saves host time
-_ALIGNMENT = 256
 
 
 def why_not(kind: type) -> str | None:
@@ -71,11 +68,9 @@ class CuPy(Framework):
 def allocator(outputs: Sequence[Output], index: int) -> Allocator:
     """Return an allocator that takes memory from CuPy's pool on a device, for CuPy's current stream."""
     get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
-    layouts = [(shape, dtype_of(dtype), math.prod(shape) * dtype_of(dtype).itemsize) for shape, dtype in outputs]
-    places, total = [], 0
-    for shape, dtype, num_bytes in layouts:
-        places.append((shape, dtype, total))
-        total += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    layouts = [(shape, dtype_of(dtype)) for shape, dtype in outputs]
+    offsets, total = places_in_block([math.prod(shape) * dtype.itemsize for shape, dtype in layouts])
+    places = [(*layout, offset) for layout, offset in zip(layouts, offsets, strict=True)]
 
     def in_one_block(pointers: list[int]) -> tuple[Any, ...]:
         memory = alloc(total)
@@ -87,7 +82,7 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
         return tuple(arrays)
 
     def in_own_blocks(pointers: list[int]) -> tuple[Any, ...]:
-        arrays = tuple(ndarray(shape, dtype) for shape, dtype, _ in layouts)
+        arrays = tuple(ndarray(shape, dtype) for shape, dtype in layouts)
         pointers.extend(array.data.ptr for array in arrays)
         return arrays
 

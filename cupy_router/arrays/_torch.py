@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import takewhile
 from operator import itemgetter
 from typing import Any
 
@@ -12,9 +14,19 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cupy_router.arrays import ITEM_SIZES, Allocator, Framework, Output, View
+from cupy_router.arrays import (
+    FRAMEWORKS,
+    ITEM_SIZES,
+    MAX_SHARED_BYTES,
+    Allocator,
+    Framework,
+    Output,
+    View,
+    places_in_block,
+)
 
 ARRAY_TYPES = (torch.Tensor,)
+_Tensor = torch.Tensor
 
 DTYPES = {name: getattr(torch, name) for name in ITEM_SIZES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,6 +57,21 @@ except RuntimeError:  # an old PyTorch, where it takes one tensor
     _increment_versions = _increment_each
 
 
+# Tensors that torch.split returns are views with one version in common. These have versions of their own.
+_split = torch.unsafe_split_with_sizes
+
+
+def _template(output: Output, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor to pass to torch.empty_like.
+
+    It has no memory, because the CUDA graphs of torch.compile refuse tensors in their pool that are not outputs.
+    """
+    shape, name = output
+    template = torch.empty(1, dtype=dtype_of(name), device=like.device).expand(shape)
+    template.untyped_storage().resize_(0)
+    return template
+
+
 class PyTorch(Framework):
     name = "torch"
 
@@ -53,13 +80,36 @@ class PyTorch(Framework):
         return _raw_stream(index) if index >= 0 and array.is_cuda and _raw_stream is not None else None
 
     def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
+        pointers: list[int] = []
+        facts: list[Hashable] = []
+        return (pointers[0], facts[0]) if self.describe_all((array,), stream, owners, pointers, facts) else None
+
+    def describe_all(
+        self, arrays: Sequence[Any], stream: int, owners: list[object], pointers: list[int], facts: list[Hashable]
+    ) -> bool:
+        rest = iter(arrays)
         try:
-            pointer = array.data_ptr()
-            if array.is_neg() or (pointer < _LOWEST_ADDRESS and not _has_memory(array)):  # takes 0.1 us
-                return None
-            return pointer, (array.dtype, array.shape, array.stride(), array.get_device(), pointer & 15)
+            for array in rest:
+                if array is None:
+                    pointers.append(0)
+                    facts.append(None)
+                    continue
+                kind = type(array)
+                if kind is _Tensor or FRAMEWORKS.get(kind) is self:
+                    pointer = array.data_ptr()
+                    if array.is_neg() or (pointer < _LOWEST_ADDRESS and not _has_memory(array)):  # takes 0.1 us
+                        return False
+                    pointers.append(pointer)
+                    facts.append((array.dtype, array.shape, array.stride(), array.get_device(), pointer & 15))
+                elif kind is int:
+                    facts.append(array)
+                else:
+                    break
+            else:
+                return True
         except (RuntimeError, ValueError):  # such as a sparse tensor, or a lazy parameter
-            return None
+            return False
+        return super().describe_all((array, *rest), stream, owners, pointers, facts)
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         refuse_without_memory(name, array)
@@ -77,12 +127,39 @@ class PyTorch(Framework):
         )
 
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
-        # torch.empty_like takes half the time of torch.empty. Its template has no memory, because the CUDA graphs of
-        # torch.compile refuse tensors in their pool that are not outputs.
-        empty_like = torch.empty_like
-        templates = [torch.empty(1, dtype=dtype_of(name), device=like.device).expand(shape) for shape, name in outputs]
-        for template in templates:
-            template.untyped_storage().resize_(0)
+        """Return an allocator that takes one block for the last results if three or more have the same dtype."""
+        shared = [*takewhile(lambda output: output[1] == outputs[-1][1], reversed(outputs))][::-1]
+        sizes = [math.prod(shape) for shape, _ in shared]
+        if len(shared) < 3:
+            return self.allocator_apart(outputs, like)
+        dtype = shared[0][1]
+        item_size = dtype_of(dtype).itemsize
+        offsets, total = places_in_block([size * item_size for size in sizes])
+        if total > MAX_SHARED_BYTES:
+            return self.allocator_apart(outputs, like)
+        lengths: list[int] = []
+        places = []
+        for (shape, _), size, begin, end in zip(shared, sizes, offsets, (*offsets[1:], total), strict=True):
+            places.append((len(lengths), shape))
+            gap = (end - begin) // item_size - size
+            lengths += (size, gap) if gap else (size,)
+        allocate_own = self.allocator_apart(outputs[: -len(shared)], like)
+        empty_like, split, template = torch.empty_like, _split, _template(((total // item_size,), dtype), like)
+
+        def allocate(pointers: list[int]) -> tuple[Any, ...]:
+            tensors = allocate_own(pointers)
+            block = empty_like(template)
+            address = block.data_ptr()
+            for offset in offsets:
+                pointers.append(address + offset)
+            pieces = split(block, lengths)
+            return *tensors, *[pieces[i] if len(shape) == 1 else pieces[i].view(*shape) for i, shape in places]
+
+        return allocate
+
+    def allocator_apart(self, outputs: Sequence[Output], like: Any) -> Allocator:
+        empty_like = torch.empty_like  # takes half the time of torch.empty
+        templates = [_template(output, like) for output in outputs]
 
         def allocate(pointers: list[int]) -> tuple[Any, ...]:
             tensors = tuple(map(empty_like, templates))
@@ -96,16 +173,16 @@ class PyTorch(Framework):
         context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))
         return context
 
-    def write_guard(self, names: Mapping[int, str]) -> Callable[[Sequence[Any]], None]:
+    def write_guard(self, names: Mapping[int, str], arrays: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
         first, *others = names
         pick = itemgetter(first, *others) if others else lambda arrays: (arrays[first],)
+        smooth = [place for place in names if arrays[place].is_floating_point() or arrays[place].is_complex()]
 
         def begin(arrays: Sequence[Any]) -> None:
-            written = pick(arrays)
-            for tensor in written:
-                if tensor.requires_grad:
+            for place in smooth:
+                if arrays[place].requires_grad:
                     refuse_gradient(names, arrays)
-            _increment_versions(written)
+            _increment_versions(pick(arrays))
 
         return begin
 
@@ -242,8 +319,8 @@ class _Wrapper(metaclass=_OwnDispatch):
 class Wrappers(PyTorch):
     """DTensors, fake tensors and other wrappers. They have no address, and PyTorch does not always raise for it."""
 
-    def describe(self, array: Any, stream: int, owners: list[object]) -> tuple[int, Hashable] | None:
-        return None
+    def describe_all(self, *call: Any) -> bool:
+        return False
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         kind, inner = type(array).__name__, f"{name}.values()" if array.is_nested else "the tensor that it wraps"

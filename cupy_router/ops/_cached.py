@@ -68,7 +68,7 @@ class CachedCall(NamedTuple):
     work: Work | None  # None: there is nothing to do
     absent: tuple[int, ...]  # positions of the results that these options do not ask for
     guards: tuple[Callable[[Sequence[Any]], None], ...]  # called with all arrays before any is written
-    pack: Callable[..., Any]  # from existing results to what the caller gets
+    pack: Callable[..., Any] | None  # from existing results to what the caller gets; None: that is `out` as it is
 
 
 _MAX_CALLS = 4096
@@ -141,9 +141,9 @@ def launch_with(varying: tuple[str, ...], kernel: Kernel, device: tuple[str, int
 
 
 class Reordered:
-    """A launch of a kernel whose array parameters differ from those of the op, or are in another order."""
+    """Kernels that take other arrays than a call passes, or in another order."""
 
-    def __init__(self, launch: Launch, names: Sequence[str], takes: Sequence[str], takes_number: bool) -> None:
+    def __init__(self, launch: Work, names: Sequence[str], takes: Sequence[str], takes_number: bool) -> None:
         null = len(names) + takes_number
         places = [names.index(name) if name in names else null for name in takes]
         places += [len(names)] if takes_number else []
@@ -183,11 +183,12 @@ def work_for(
         else:
             with scratch.relaxed() if kind == "cuda" else nullcontext():  # the caller may be capturing the stream
                 work = work_of(op, options, arrays, views)
-        call = keep(key, CachedCall(0, _no_allocation, work, (), (), op.returns))
+        call = keep(key, CachedCall(0, no_allocation, work, (), (), None))
     return call.work
 
 
-def _no_allocation(pointers: list[int]) -> tuple[Any, ...]:
+def no_allocation(pointers: list[int]) -> tuple[Any, ...]:
+    """Stand in for the allocator of a call whose results go into memory of the caller."""
     raise AssertionError("results go into the memory of others")
 
 

@@ -125,6 +125,8 @@ class Op:
     written: tuple[int, ...]  # positions of the inputs that the op writes into
     varies: bool  # some results exist for some options only
     plain: frozenset[Any]  # the named tuples whose fields are results that always exist, in order
+    paths: dict[Any, tuple[str, ...]]  # of the arrays and ints in each named tuple that the caller may get, in order
+    flat: frozenset[Any]  # those of these named tuples in which no other stands
 
     def __init__(self) -> None:
         smooth = {name for result in self.results for name in result.differentiable}
@@ -141,6 +143,8 @@ class Op:
         self.nested, self.numbers = dict(self.nested), dict(self.numbers)
         always = tuple(result.path for result in self.results if result.exists is None)
         self.plain = frozenset(kind for kind in (self.returns, *self.variants) if kind._fields == always)
+        self.paths = {kind: self._paths_in(kind) for kind in (self.returns, *self.variants)}
+        self.flat = frozenset(kind for kind, paths in self.paths.items() if kind._fields == paths)
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -153,6 +157,14 @@ class Op:
             raise TypeError(f"op {self.name}: vmap must be 'loop' or 'refuse', or 'merge' for independent rows")
         if self.differentiable and not self.gradient:
             raise TypeError(f"op {self.name}: differentiable results need a rule, named by `gradient`")
+        for kind, paths in self.paths.items():
+            declared = [result.path for result in self.results_in(kind)]
+            if [path for path in paths if path not in self.numbers] != declared:
+                raise TypeError(f"op {self.name}: {kind.__name__} must have the results {declared} in this order")
+
+    def _paths_in(self, kind: Any) -> tuple[str, ...]:
+        inner = {name: [f"{name}.{part}" for part in inner._fields] for name, inner in self.nested.items()}
+        return tuple([path for name in kind._fields for path in inner.get(name, [name])])
 
     def has_rows(self, name: str, length: int, num_rows: int) -> bool:
         """Return whether an input with so long a first axis has an entry for each of the rows of a call."""
@@ -219,23 +231,35 @@ class Op:
         """
         kind = self.returned(options)
         existing = self.existing(options)
-        if kind in self.plain or (existing == self.results and not self.nested and not self.numbers):
+        found = [result.path for result in existing]
+        paths = self._paths_in(kind)
+        if tuple(found) == kind._fields:
             return kind  # type: ignore[no-any-return]  # a named tuple
-        paths = [result.path for result in existing]
         known = sizes() if self.numbers else {}
-        numbers = {path: known.get(size) for path, size in self.numbers.items()}
-
-        def field(name: str, found: Mapping[str, Any]) -> Any:
-            if name not in self.nested:
-                return found.get(name)
-            inner = [found.get(f"{name}.{part}") for part in self.nested[name]._fields]
-            return None if all(array is None for array in inner) else self.nested[name](*inner)
+        others = [known.get(self.numbers.get(path, "")) for path in paths]  # ints, and None for what does not exist
+        places = [found.index(path) if path in found else len(found) + i for i, path in enumerate(paths)]
+        nest = None if kind in self.flat else self._nest
 
         def pack(*arrays: Any) -> Any:
-            found = {**numbers, **dict(zip(paths, arrays, strict=True))}
-            return kind(*(field(name, found) for name in kind._fields))
+            given = (*arrays, *others)
+            leaves = [given[place] for place in places]
+            return kind(*leaves) if nest is None else nest(kind, leaves)
 
         return pack
+
+    def _nest(self, kind: Any, leaves: Sequence[Any]) -> Any:
+        """Return a named tuple of arrays and ints, in the order of `paths`."""
+        fields, begin = [], 0
+        for name in kind._fields:
+            if name in self.nested:
+                inner = self.nested[name]
+                end = begin + len(inner._fields)
+                fields.append(inner(*leaves[begin:end]))
+            else:
+                end = begin + 1
+                fields.append(leaves[begin])
+            begin = end
+        return kind(*fields)
 
     def pack(self, options: Any, arrays: Sequence[Any], sizes: Callable[[], Mapping[str, Any]] = dict) -> Any:
         """Return what the caller gets, of the results that exist."""
@@ -252,12 +276,35 @@ class Op:
                 raise self._unwanted(path, array)
         return tuple(found.get(path) for path in wanted)
 
+    def leaves(self, options: Any, out: Any) -> Sequence[Any]:
+        """Return the arrays and ints in an `out` of the caller's, in the order of `paths`.
+
+        TypeError if it is no such tuple. Which of the arrays have to be there is left to :meth:`flatten`.
+        """
+        kind = type(out)
+        if kind in self.flat:
+            return out  # type: ignore[no-any-return]
+        if kind not in self.paths:
+            return tuple(self._by_path(self.returned(options), out).values())
+        leaves: list[Any] = []
+        for name, value in zip(kind._fields, out, strict=True):
+            if name not in self.nested:
+                leaves.append(value)
+            elif type(value) is self.nested[name]:
+                leaves += value
+            else:
+                return tuple(self._by_path(kind, out).values())
+        return leaves
+
     def _by_path(self, kind: Any, out: Any) -> dict[str, Any]:
-        found = dict(_fields("out", kind, out))
-        for name, inner_kind in self.nested.items():
-            inner = found.pop(name, None)
-            if inner is not None:
-                found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", inner_kind, inner)}
+        found = {}
+        for name, value in _fields("out", kind, out):
+            if name not in self.nested:
+                found[name] = value
+                continue
+            inner = self.nested[name]
+            given = inner(*[None] * len(inner._fields)) if value is None else value
+            found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", inner, given)}
         return found
 
     def numbers_in(self, out: Any) -> tuple[Any, ...]:

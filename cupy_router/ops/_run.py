@@ -7,7 +7,7 @@ pass pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ import numpy as np
 from cupy_router import compiler
 from cupy_router.arrays import (
     FRAMEWORKS,
-    Allocator,
     Framework,
     Output,
     View,
@@ -53,7 +52,8 @@ def run(
 
     options: or the tuple of their fields, or their only field. Options are made of them when somebody needs them.
     number: num_valid as an int, -1 for all rows.
-    eager: the call is neither traced nor differentiated.
+    eager: the call is neither traced nor differentiated. An interceptor makes it, whose graph takes results that share
+        memory for aliases, so they share none.
     """
     if not eager:
         for interceptor in interceptors:
@@ -68,21 +68,15 @@ def run(
     try:
         if compiler.WATCHING and compiler.changed():
             _cached.forget()
-        outs: tuple[Any, ...] = ()
-        numbers: tuple[Any, ...] = ()
-        if out is not None:
-            outs = op.flatten(options, out)
-            if op.numbers:
-                numbers = op.numbers_in(out)
         current = framework.current_stream(first)
         handle = current if stream is None else stream_handle(stream)
         if current is None or handle is None:
-            results = _run_on_host(op, options, inputs, outs, framework, number, numbers)
+            results = _run_on_host(op, options, inputs, out, framework, number)
         elif handle == current:
-            results = _run_on_device(op, options, inputs, outs, framework, current, number, [], numbers)
+            results = _run_on_device(op, options, inputs, out, framework, current, number, [], eager)
         else:
             with framework.on_stream(handle, first):
-                results = _run_on_device(op, options, inputs, outs, framework, handle, number, list(inputs), numbers)
+                results = _run_on_device(op, options, inputs, out, framework, handle, number, list(inputs), eager)
     except compiler.CompileError:
         raise
     except TypeError as error:
@@ -95,7 +89,7 @@ def run(
         raise
     if results is None:
         return _run_traced(op, op.as_options(options), inputs, out, stream, number)
-    return results if out is None or None in numbers else out
+    return results
 
 
 def run_eagerly(op: Op, options: Any, inputs: tuple[Any, ...], number: int = -1) -> Any:
@@ -115,34 +109,27 @@ def _run_on_device(
     op: Op,
     options: Any,
     inputs: tuple[Any, ...],
-    outs: tuple[Any, ...],
+    out: Any,
     framework: Framework,
     stream: int,
     number: int,
     owners: list[object],
-    numbers: tuple[Any, ...],
+    eager: bool,
 ) -> Any:
-    """Return what the caller gets, or anything if it gave a complete `out`; None if an array has no memory."""
-    key: list[Hashable] = [op.name, options, framework, numbers] if numbers else [op.name, options, framework]
+    """Return what the caller gets; None if an array is a tracer."""
+    arrays = inputs if out is None else (*inputs, *op.leaves(options, out))
     pointers: list[int] = []
-    arrays = (*inputs, *outs) if outs else inputs
-    for array in arrays:
-        if array is None:
-            key.append(None)
-            pointers.append(0)
-        else:
-            kind = FRAMEWORKS.get(type(array)) or framework_of(op.argument(len(pointers), options), array)
-            described = kind.describe(array, stream, owners)
-            if described is None:
-                _checked(op, options, inputs, outs, stream, numbers)  # raises, unless the array is a tracer
-                return None
-            pointer, facts = described
-            key.append(facts)
-            pointers.append(pointer)
+    key: list[Hashable] = [op.name, options, framework, eager]
+    if not framework.describe_all(arrays, stream, owners, pointers, key):
+        if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of a new type
+            return None
+        pointers, key = [], key[:4]
+        if not framework.describe_all(arrays, stream, owners, pointers, key):
+            return None
     known = tuple(key)
     call = _cached.calls.get(known)
     if call is None:
-        made = _prepare(op, options, inputs, outs, framework, stream, numbers)
+        made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
         if made is None:
             return None
         call = _cached.keep(known, made)
@@ -152,7 +139,7 @@ def _run_on_device(
     for guard in guards:
         guard(arrays)
 
-    results = outs or allocate(pointers)
+    results = allocate(pointers) if out is None else None
     if work is not None:
         for position in absent:
             pointers.insert(position, 0)
@@ -161,9 +148,11 @@ def _run_on_device(
         work(stream, pointers)
         if owners or in_flight:
             keep_until_done(owners, stream, work.function.device)
-    if outs:
-        return pack(*results) if None in numbers else results
-    if framework.delivers:
+    if pack is None:
+        return out
+    if results is None:
+        results = op.flatten(options, out)
+    elif framework.delivers:
         results = tuple(framework.deliver(array, inputs[0]) for array in results)
     return pack(*results)
 
@@ -172,39 +161,53 @@ def _prepare(
     op: Op,
     options: Any,
     inputs: tuple[Any, ...],
-    outs: tuple[Any, ...],
+    out: Any,
+    arrays: Sequence[Any],
     framework: Framework,
     stream: int,
-    numbers: tuple[Any, ...],
+    eager: bool,
 ) -> CachedCall | None:
     """Return the cached call for this call and later ones; None if an array has no memory."""
-    checked = _checked(op, options, inputs, outs, stream, numbers)
+    checked = _checked(op, options, inputs, out, stream)
     if checked is None:
         return None
     options = op.as_options(options)
     views, out_views, outputs = checked
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
-    allocate: Allocator = framework.allocator(outputs, inputs[0])
-    existing = op.existing(options)
-    names = [result.name for result in existing]
-    passed = op.parameters(options)
-    absent = tuple(i for i, name in enumerate(passed) if i >= len(op.names) and name not in names)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
-    guards = _write_guards(op, options, (*inputs, *outs))
     pack = op.packer(options, partial(_sizes, op, options, views))
-    return CachedCall(num_rows, allocate, work, absent, guards, pack)
+    existing, passed, written = op.existing(options), op.parameters(options), op.written_names(options, inputs)
+    if out is None:
+        allocate = (framework.allocator_apart if eager else framework.allocator)(outputs, inputs[0])
+        names = [*op.names, *[result.name for result in existing]]
+        absent = tuple(i for i, name in enumerate(passed) if name not in names)
+        return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack)
+    rest, leaves = iter(existing), [*enumerate(op.paths[op.returned(options)], len(inputs))]
+    for place, path in leaves:
+        if arrays[place] is not None and path not in op.numbers:
+            written[place] = op.out_name(next(rest))
+    guards = _write_guards(written, arrays)
+    missing = [path for place, path in leaves if path in op.numbers and arrays[place] is None]
+    if not missing:
+        return CachedCall(num_rows, _cached.no_allocation, work, (), guards, None)
+    results = iter(passed[len(inputs) :])
+    pointers = [
+        path if path in missing else next(results) for _, path in leaves if path in missing or path not in op.numbers
+    ]
+    work = work and _cached.Reordered(work, (*op.names, *pointers), passed, op.takes_number)
+    return CachedCall(num_rows, _cached.no_allocation, work, (), guards, pack)
 
 
 def _sizes(op: Op, options: Any, views: Sequence[View | None]) -> dict[str, int]:
     return op.sizes_of(options, [view and view.shape for view in views])
 
 
-def _write_guards(op: Op, options: Any, arrays: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], None], ...]:
-    """Return what a call does before it writes into its arrays, the inputs followed by those of `out`."""
+def _write_guards(written: Mapping[int, str], arrays: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], None], ...]:
+    """Return what a call does before it writes into some of its arrays, whose names are given by place."""
     names: dict[Framework, dict[int, str]] = {}
-    for place, name in op.written_names(options, arrays).items():
+    for place, name in written.items():
         names.setdefault(framework_of(name, arrays[place]), {})[place] = name
-    guards = [framework.write_guard(found) for framework, found in names.items()]
+    guards = [framework.write_guard(found, arrays) for framework, found in names.items()]
     return tuple(guard for guard in guards if guard is not None)
 
 
@@ -212,12 +215,11 @@ def _run_on_host(
     op: Op,
     options: Any,
     inputs: tuple[Any, ...],
-    outs: tuple[Any, ...],
+    out: Any,
     framework: Framework,
     number: int,
-    numbers: tuple[Any, ...],
 ) -> Any:
-    checked = _checked(op, options, inputs, outs, None, numbers)
+    checked = _checked(op, options, inputs, out, None)
     if checked is None:
         return None
     options = op.as_options(options)
@@ -225,8 +227,9 @@ def _run_on_host(
     first: View = views[0]  # type: ignore[assignment]  # the first is never left out
     if number >= 0:
         check.integer("num_valid", number, 0, first.shape[0])
+    outs = () if out is None else op.flatten(options, out)
     given = (*inputs, *outs)
-    for guard in _write_guards(op, options, given):
+    for guard in _write_guards(op.written_names(options, given), given):
         guard(given)
     hosts: Sequence[Any] = [view.host for view in out_views]
     if compiler.backend(first.device[0]) is None:
@@ -241,8 +244,8 @@ def _run_on_host(
             passed = op.parameters(options)[len(pointers) :]
             pointers += [found[name].ctypes.data if name in found else 0 for name in passed]
             work(0, [*pointers, number] if op.takes_number else pointers)
-    if outs and None not in numbers:
-        return outs
+    if out is not None and None not in op.numbers_in(out):
+        return out
     pack = op.packer(options, partial(_sizes, op, options, views))
     return pack(*(outs or [framework.from_host(values, inputs[0]) for values in results]))
 
@@ -251,12 +254,12 @@ def _checked(
     op: Op,
     options: Any,
     inputs: Sequence[Any],
-    outs: Sequence[Any],
+    out: Any,
     stream: int | None,
-    numbers: Sequence[Any] = (),
 ) -> tuple[list[View | None], list[View], tuple[Output, ...]] | None:
     """Return views of all arrays and the outputs, or raise what is wrong; None if an array is a tracer."""
     options = op.as_options(options)
+    outs = () if out is None else op.flatten(options, out)
     op.check_out(options, outs)
     views: list[View | None] = []
     for position, array in enumerate((*inputs, *outs)):
@@ -271,8 +274,8 @@ def _checked(
     given = [view for view in views if view is not None]
     check.one_device(given)
     op.check_inputs(options, views[: len(inputs)])
-    if numbers:
-        op.check_numbers(numbers, _sizes(op, options, views[: len(inputs)]))
+    if out is not None and op.numbers:
+        op.check_numbers(op.numbers_in(out), _sizes(op, options, views[: len(inputs)]))
     for view in given:
         check.strides(view)
     out_views: list[View] = given[len(given) - len(outs) :]
