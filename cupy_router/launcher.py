@@ -79,7 +79,7 @@ class Launch:
             function.backend.allow_shared(function.handle, function.device, shared_bytes)
         self.function = function
         self._fixed = tuple(fixed.values())
-        self._shape = (grid, 1, 1, block, 1, 1, shared_bytes)
+        self._grid, self._block, self._shared_bytes = grid, block, shared_bytes
         self._format = f"{signature.format}{signature.members or ''}"
         self._handle, self._device = function.handle, function.device
         self._use, self._enqueue = function.backend.use, function.backend.launch
@@ -95,10 +95,10 @@ class Launch:
             signature = self.function.signature
             raise TypeError(f"{signature.function}({', '.join(signature.names)}): {error}") from None
         previous = self._use(self._device)
-        if previous is None:
-            self._enqueue(self._handle, *self._shape, stream, record.address, 0)
-            return
         try:
-            self._enqueue(self._handle, *self._shape, stream, record.address, 0)
+            self._enqueue(
+                self._handle, self._grid, 1, 1, self._block, 1, 1, self._shared_bytes, stream, record.address, 0
+            )
         finally:
-            self._use(previous)
+            if previous is not None:
+                self._use(previous)
