@@ -8,7 +8,7 @@ of ops in tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,7 @@ class Op:
     written: tuple[int, ...]  # positions of the inputs that the op writes into
     varies: bool  # some results exist for some options only
     plain: frozenset[Any]  # the named tuples whose fields are results that always exist, in order
-    paths: dict[Any, tuple[str, ...]]  # of the arrays and ints in each named tuple that the caller may get, in order
-    flat: frozenset[Any]  # those of these named tuples in which no other stands
+    flat: frozenset[Any]  # the named tuples in which no other stands
 
     def __init__(self) -> None:
         smooth = {name for result in self.results for name in result.differentiable}
@@ -143,8 +142,7 @@ class Op:
         self.nested, self.numbers = dict(self.nested), dict(self.numbers)
         always = tuple(result.path for result in self.results if result.exists is None)
         self.plain = frozenset(kind for kind in (self.returns, *self.variants) if kind._fields == always)
-        self.paths = {kind: self._paths_in(kind) for kind in (self.returns, *self.variants)}
-        self.flat = frozenset(kind for kind, paths in self.paths.items() if kind._fields == paths)
+        self.flat = frozenset(kind for kind in (self.returns, *self.variants) if kind._fields == self.paths(kind))
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -157,14 +155,10 @@ class Op:
             raise TypeError(f"op {self.name}: vmap must be 'loop' or 'refuse', or 'merge' for independent rows")
         if self.differentiable and not self.gradient:
             raise TypeError(f"op {self.name}: differentiable results need a rule, named by `gradient`")
-        for kind, paths in self.paths.items():
+        for kind in (self.returns, *self.variants):
             declared = [result.path for result in self.results_in(kind)]
-            if [path for path in paths if path not in self.numbers] != declared:
+            if [path for path in self.paths(kind) if path not in self.numbers] != declared:
                 raise TypeError(f"op {self.name}: {kind.__name__} must have the results {declared} in this order")
-
-    def _paths_in(self, kind: Any) -> tuple[str, ...]:
-        inner = {name: [f"{name}.{part}" for part in inner._fields] for name, inner in self.nested.items()}
-        return tuple([path for name in kind._fields for path in inner.get(name, [name])])
 
     def has_rows(self, name: str, length: int, num_rows: int) -> bool:
         """Return whether an input with so long a first axis has an entry for each of the rows of a call."""
@@ -186,7 +180,8 @@ class Op:
         for declared, shape in zip(self.inputs, shapes, strict=True):
             if shape is not None:
                 for axis, size in zip(declared.axes, shape, strict=False):
-                    sizes.setdefault(axis, size)
+                    if axis not in sizes:  # no setdefault, which torch.compile of PyTorch 2.4 does not trace
+                        sizes[axis] = size
         return {**sizes, **self.result_sizes(options, sizes, minimum)}
 
     def outputs(
@@ -224,6 +219,11 @@ class Op:
                 return kind
         return self.returns
 
+    def paths(self, kind: Any) -> tuple[str, ...]:
+        """Return the paths of arrays and ints in a named tuple that the caller gets, in order."""
+        inner = {name: [f"{name}.{part}" for part in inner._fields] for name, inner in self.nested.items()}
+        return tuple([path for name in kind._fields for path in inner.get(name, [name])])
+
     def packer(self, options: Any, sizes: Callable[[], Mapping[str, Any]] = dict) -> Callable[..., Any]:
         """Return a function from the existing results to what the caller gets.
 
@@ -232,7 +232,7 @@ class Op:
         kind = self.returned(options)
         existing = self.existing(options)
         found = [result.path for result in existing]
-        paths = self._paths_in(kind)
+        paths = self.paths(kind)
         if tuple(found) == kind._fields:
             return kind  # type: ignore[no-any-return]  # a named tuple
         known = sizes() if self.numbers else {}
@@ -269,7 +269,8 @@ class Op:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
         if type(out) in self.plain:
             return out  # type: ignore[no-any-return]  # the usual form; `check_out` counts them
-        found = self._by_path(self.returned(options), out)
+        kind = self.returned(options)
+        found = dict(zip(self.paths(kind), self.leaves(options, _checked("out", kind, out)), strict=True))
         wanted = [result.path for result in self.existing(options)]
         for path, array in found.items():
             if array is not None and path not in wanted and path not in self.numbers:
@@ -284,34 +285,22 @@ class Op:
         kind = type(out)
         if kind in self.flat:
             return out  # type: ignore[no-any-return]
-        if kind not in self.paths:
-            return tuple(self._by_path(self.returned(options), out).values())
+        if kind not in (self.returns, *self.variants):
+            _checked("out", self.returned(options), out)
         leaves: list[Any] = []
         for name, value in zip(kind._fields, out, strict=True):
-            if name not in self.nested:
+            inner = self.nested.get(name)
+            if inner is None:
                 leaves.append(value)
-            elif type(value) is self.nested[name]:
-                leaves += value
             else:
-                return tuple(self._by_path(kind, out).values())
+                leaves += [None] * len(inner._fields) if value is None else _checked(f"out.{name}", inner, value)
         return leaves
 
-    def _by_path(self, kind: Any, out: Any) -> dict[str, Any]:
-        found = {}
-        for name, value in _fields("out", kind, out):
-            if name not in self.nested:
-                found[name] = value
-                continue
-            inner = self.nested[name]
-            given = inner(*[None] * len(inner._fields)) if value is None else value
-            found |= {f"{name}.{part}": array for part, array in _fields(f"out.{name}", inner, given)}
-        return found
-
-    def numbers_in(self, out: Any) -> tuple[Any, ...]:
+    def numbers_in(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the ints of an `out` that `flatten` accepts, None where the caller left one out."""
         if not self.numbers or type(out) in self.plain:
             return ()
-        found = self._by_path(type(out), out)
+        found = dict(zip(self.paths(type(out)), self.leaves(options, out), strict=True))
         numbers = tuple([found.get(path) for path in self.numbers])
         for path, number in zip(self.numbers, numbers, strict=True):
             if type(number) is not int and number is not None and not check.is_int(number):
@@ -396,8 +385,8 @@ class Op:
         return options_of(self.options, text)
 
 
-def _fields(path: str, kind: Any, out: Any) -> Iterator[tuple[str, Any]]:
-    """Return names and arrays of an `out`, or of a tuple in it."""
+def _checked(path: str, kind: Any, out: Any) -> Any:
+    """Return an `out`, or a tuple in it, that is a named tuple of a kind."""
     if not isinstance(out, kind):
         raise TypeError(f"{path} must be {kind.__name__}({', '.join(kind._fields)}), got {type(out).__name__}")
-    return zip(kind._fields, out, strict=True)
+    return out

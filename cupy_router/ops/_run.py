@@ -182,7 +182,7 @@ def _prepare(
         names = [*op.names, *[result.name for result in existing]]
         absent = tuple(i for i, name in enumerate(passed) if name not in names)
         return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack)
-    rest, leaves = iter(existing), [*enumerate(op.paths[op.returned(options)], len(inputs))]
+    rest, leaves = iter(existing), [*enumerate(op.paths(op.returned(options)), len(inputs))]
     for place, path in leaves:
         if arrays[place] is not None and path not in op.numbers:
             written[place] = op.out_name(next(rest))
@@ -244,7 +244,7 @@ def _run_on_host(
             passed = op.parameters(options)[len(pointers) :]
             pointers += [found[name].ctypes.data if name in found else 0 for name in passed]
             work(0, [*pointers, number] if op.takes_number else pointers)
-    if out is not None and None not in op.numbers_in(out):
+    if out is not None and None not in op.numbers_in(options, out):
         return out
     pack = op.packer(options, partial(_sizes, op, options, views))
     return pack(*(outs or [framework.from_host(values, inputs[0]) for values in results]))
@@ -275,7 +275,7 @@ def _checked(
     check.one_device(given)
     op.check_inputs(options, views[: len(inputs)])
     if out is not None and op.numbers:
-        op.check_numbers(op.numbers_in(out), _sizes(op, options, views[: len(inputs)]))
+        op.check_numbers(op.numbers_in(options, out), _sizes(op, options, views[: len(inputs)]))
     for view in given:
         check.strides(view)
     out_views: list[View] = given[len(given) - len(outs) :]
