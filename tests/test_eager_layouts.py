@@ -131,7 +131,7 @@ def test_results_in_graphs_share_no_memory(launches: Launches) -> None:
     """Compilers would take them for aliases of each other, which the schemas of the ops rule out."""
     expert_layout(INDICES, 5)  # has a cached call
     options = layouts.LayoutOptions(5)
-    results = torch.ops.cupy_router.expert_layout(options.text, INDICES, None, None, None, -1)
+    results = torch.ops.cupy_router.expert_layout(options.text, INDICES, None, None, -1)
     assert len(launches) == 2
     full = [result for result in results if result.numel()]
     assert len(storages(full)) == len(full) == 5
