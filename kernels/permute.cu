@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of tokens into the order of experts, and the gradients of unpermute, which reads the same rows.
+//
+// A team of threads reads the row of a token, or a part of it, once and writes it to the rows of its pairs, times their
+// weights. The first blocks look for rows without a pair and clear them. Where dot products are wanted, the team also
+// reads the rows of y at the same places, so that nothing is read twice.
+#include "rows/dots.cuh"
+
+SPECIALISED int ITEM_BYTES = 2;  // of an element of x and rows, which without arithmetic may be anything
+SPECIALISED int DTYPE = 2;       // of x
+SPECIALISED int Y_DTYPE = DTYPE;
+SPECIALISED int RESIDUAL_DTYPE = DTYPE;  // and of its gradient
+SPECIALISED bool HAS_ROWS = true;
+SPECIALISED bool HAS_DOTS = false;
+SPECIALISED bool HAS_SCALED = false;
+SPECIALISED bool HAS_RESIDUAL_SCALE = false;
+SPECIALISED bool HAS_RESIDUAL_DOTS = false;
+SPECIALISED int PADDING_ROWS = 16;  // that a warp looks at
+
+typedef Scalar<DTYPE>::type scalar_t;
+typedef Scalar<Y_DTYPE>::type y_t;
+typedef Scalar<RESIDUAL_DTYPE>::type residual_t;
+
+constexpr int BYTES = VECTOR * ITEM_BYTES;  // of a vector of each array
+constexpr int Y_BYTES = VECTOR * sizeof(y_t);
+constexpr int RESIDUAL_BYTES = VECTOR * sizeof(residual_t);
+constexpr bool HAS_SUMS = HAS_DOTS || HAS_RESIDUAL_DOTS;
+constexpr int SUMS = HAS_SUMS ? TOP_K + 1 : 1;  // that of the residual last
+
+static_assert(PADDING_ROWS <= 32, "a lane each");
+static_assert(!HAS_SUMS || PARTS == 1, "a team has the whole row");
+
+// Clear the rows without a pair among PADDING_ROWS rows from `first` on. A warp calls it.
+__device__ __forceinline__ void clear_padding(const int* order, char* rows, int64_t first, int capacity, int num_pairs,
+                                              int64_t rows_bytes) {
+    const int lane = threadIdx.x % 32;
+    const bool looks = lane < PADDING_ROWS && first + lane < capacity;
+    const int pair = looks ? __ldg(order + first + lane) : 0;
+    unsigned padding = __ballot_sync(FULL_WARP, looks && (pair < 0 || pair >= num_pairs));
+    const Vector<BYTES> zeros = {};
+    for (; padding != 0u; padding &= padding - 1u) {
+        char* target = row_at<BYTES * VECTORS>(rows, static_cast<int>(first) + __ffs(padding) - 1, rows_bytes);
+#pragma unroll 4
+        for (int i = lane; i < VECTORS; i += 32) store_vector(target + int64_t(i) * BYTES, zeros);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
+    permute(const char* __restrict__ x, const int* __restrict__ order, const int* __restrict__ positions,
+            const weight_t* __restrict__ weights, const char* __restrict__ y, const char* __restrict__ residual,
+            const float* __restrict__ residual_scale, char* __restrict__ rows, float* __restrict__ dots,
+            char* __restrict__ scaled, float* __restrict__ residual_dots, int num_tokens, int capacity,
+            int padding_blocks, long long x_bytes, long long positions_stride, long long weights_stride,
+            long long y_bytes, long long residual_bytes, long long rows_bytes, long long dots_stride,
+            long long scaled_bytes) {
+    if (blockIdx.x < padding_blocks) {
+        const int64_t warp = int64_t(blockIdx.x) * (TEAM * TEAMS / 32) + threadIdx.x / 32;
+        clear_padding(order, rows, warp * PADDING_ROWS, capacity, num_tokens * TOP_K, rows_bytes);
+        return;
+    }
+    const unsigned block = blockIdx.x - padding_blocks;
+    const int token = static_cast<int>(block / SHARES) * TEAMS + threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
+    const int share = static_cast<int>(block % SHARES), part = SPREAD ? 0 : share, only_group = SPREAD ? share : 0;
+    if (TEAMS > 1 && token >= num_tokens) return;
+
+    const char* source = row_at<BYTES * VECTORS>(x, token, x_bytes);
+    const int* token_positions = slots_of(positions, token, positions_stride);
+    const weight_t* token_weights = WEIGHTED ? slots_of(weights, token, weights_stride) : nullptr;
+    const float scale = HAS_RESIDUAL_SCALE ? __ldg(residual_scale + token) : 1.0f;
+    Slots slots;
+    if (ONE_GROUP) slots.load(token_positions, token_weights, only_group, capacity);
+
+    __shared__ float parts[HAS_SUMS ? TEAM * TEAMS / 32 : 1][SUMS];
+    TeamSums<SUMS> sums = {parts};
+    if (HAS_SUMS) sums.clear();
+    float products[SLOTS] = {}, residual_product[1] = {};
+
+#pragma unroll 1
+    for (int first = part * STEP + lane; first - lane < VECTORS; first += PARTS * STEP) {
+        Vector<BYTES> moved[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int i = first + u * TEAM;
+            moved[u] = {};
+            if (exists(i)) moved[u] = load_vector<BYTES>(source + int64_t(i) * BYTES);
+        }
+        if (HAS_RESIDUAL_DOTS && only_group == 0) {
+            const char* other = row_at<RESIDUAL_BYTES * VECTORS>(residual, token, residual_bytes);
+#pragma unroll
+            for (int u = 0; u < UNROLL; ++u) {
+                const int i = first + u * TEAM;
+                if (!exists(i)) continue;
+                const Vector<RESIDUAL_BYTES> vector = load_vector<RESIDUAL_BYTES>(other + int64_t(i) * RESIDUAL_BYTES);
+                residual_product[0] = dot<scalar_t, residual_t, VECTOR>(moved[u], vector, residual_product[0]);
+            }
+        }
+        if (HAS_SCALED && only_group == 0) {
+            char* target = row_at<RESIDUAL_BYTES * VECTORS>(scaled, token, scaled_bytes);
+#pragma unroll
+            for (int u = 0; u < UNROLL; ++u) {
+                const int i = first + u * TEAM;
+                if (!exists(i)) continue;
+                float values[VECTOR];
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) values[j] = element<scalar_t>(moved[u], j) * scale;
+                store_vector(target + int64_t(i) * RESIDUAL_BYTES, rounded<residual_t>(values));
+            }
+        }
+#pragma unroll 1
+        for (int group = 0; group < (SPREAD ? 1 : GROUPS); ++group) {
+            if (!ONE_GROUP) slots.load(token_positions, token_weights, group, capacity);
+            Vector<Y_BYTES> others[HAS_DOTS ? SLOTS : 1][UNROLL];
+            if (HAS_DOTS) {
+#pragma unroll
+                for (int s = 0; s < SLOTS; ++s) {
+                    const char* other = row_at<Y_BYTES * VECTORS>(y, slots.row[s], y_bytes);
+#pragma unroll
+                    for (int u = 0; u < UNROLL; ++u) {
+                        const int i = first + u * TEAM;
+                        others[s][u] = {};
+                        if (slots.has(s) && exists(i)) {
+                            others[s][u] = load_vector<Y_BYTES, true>(other + int64_t(i) * Y_BYTES);
+                        }
+                    }
+                }
+            }
+            if (HAS_ROWS) {
+#pragma unroll
+                for (int s = 0; s < SLOTS; ++s) {
+                    if (!slots.has(s)) continue;
+                    char* target = row_at<BYTES * VECTORS>(rows, slots.row[s], rows_bytes);
+#pragma unroll
+                    for (int u = 0; u < UNROLL; ++u) {
+                        const int i = first + u * TEAM;
+                        const Vector<BYTES> result =
+                            WEIGHTED ? scaled_vector<scalar_t>(moved[u], slots.weight[s]) : moved[u];
+                        if (exists(i)) store_vector(target + int64_t(i) * BYTES, result);
+                    }
+                }
+            }
+            if (HAS_DOTS) {
+#pragma unroll
+                for (int s = 0; s < SLOTS; ++s) {
+                    if (!slots.has(s)) continue;
+#pragma unroll
+                    for (int u = 0; u < UNROLL; ++u) {
+                        products[s] = dot<scalar_t, y_t, VECTOR>(moved[u], others[s][u], products[s]);
+                    }
+                }
+                if (!ONE_GROUP) {
+                    sums.add(products, group * SLOTS);
+#pragma unroll
+                    for (int s = 0; s < SLOTS; ++s) products[s] = 0.0f;
+                }
+            }
+        }
+    }
+    if (HAS_DOTS && ONE_GROUP) sums.add(products, only_group * SLOTS);
+    if (HAS_RESIDUAL_DOTS) sums.add(residual_product, TOP_K);
+    if (HAS_SUMS) sums.finish();
+    if (HAS_DOTS) {
+        const int from = only_group * SLOTS, to = SPREAD ? min(from + SLOTS, TOP_K) : TOP_K;
+        for (int s = from + lane; s < to; s += TEAM) dots[token * dots_stride + s] = sums.sum(s);
+    }
+    if (HAS_RESIDUAL_DOTS && only_group == 0 && lane == 0) residual_dots[token] = sums.sum(TOP_K);
+}
