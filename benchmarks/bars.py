@@ -34,6 +34,16 @@ PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 EXPERT_LAYOUT = {1: 1.6, 16: 2.0, 64: 2.3, 1024: 4.2, 8192: 6.5, 65536: 11.0}
 LAYOUT_WIDTH_RATIO, LAYOUT_PADDED_RATIO, LAYOUT_SKEW_RATIO = 1.15, 1.5, 1.3
 
+# permute, unpermute with weights and their gradients in bfloat16 with k = 6: by hidden for 64 tokens; for more, the
+# ratio to a copy that moves the same bytes.
+MOVE_64 = {"permute": {4096: 2.1, 7168: 2.6}, "unpermute": {4096: 2.4, 7168: 2.6}}
+MOVE_RATIOS = {
+    "permute": {1024: 1.08, 8192: 1.1},
+    "unpermute": {1024: 1.04, 8192: 1.04},
+    "permute_backward": {64: 1.1, 1024: 1.1, 8192: 1.1},
+    "unpermute_backward": {64: 1.1, 1024: 1.1, 8192: 1.1},
+}
+
 JAX_MORE = 30.0  # until the result of a jitted activation_topk is ready, minus that of an addition of the same size
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # each call of activation_topk
 IMPORT = 150_000.0

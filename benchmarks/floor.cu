@@ -3,6 +3,7 @@
 //
 // read_rows: every 16-byte word of the rows once, WORDS of them in flight per thread; then both outputs.
 // read_entries: token id, table entry and logit of each result, one thread each, as hash_router depends on them.
+// repeat_rows: rows read once and written several times, in order.
 
 #ifndef WORDS
 #define WORDS 1
@@ -38,4 +39,21 @@ extern "C" __global__ void read_entries(const int* __restrict__ token_ids, const
     const int expert = table[static_cast<long long>(token_ids[row]) * top_k + i % top_k];
     weights[i] = logits[row * num_experts + expert];
     indices[i] = expert;
+}
+
+// Each row is read once and written `copies` times, one after the other: permute for experts that are already in order.
+// A block moves 256 words of a row.
+extern "C" __global__ void repeat_rows(const uint4* __restrict__ rows, uint4* __restrict__ repeated, int words,
+                                       int copies) {
+    const int parts = (words + 255) / 256;
+    const long long row = blockIdx.x / parts;
+    const int first = blockIdx.x % parts * 256 + threadIdx.x, second = first + 128;
+    uint4 a = make_uint4(0, 0, 0, 0), b = a;
+    if (first < words) a = __ldg(rows + row * words + first);
+    if (second < words) b = __ldg(rows + row * words + second);
+    for (int i = 0; i < copies; ++i) {
+        uint4* target = repeated + (row * copies + i) * words;
+        if (first < words) __stcs(target + first, a);
+        if (second < words) __stcs(target + second, b);
+    }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: kernels of floor.cu, which only read the bytes and write the outputs."""
+"""The floor: a copy, and kernels of floor.cu, which only read the bytes and write the outputs."""
 
 from __future__ import annotations
 
@@ -44,3 +44,28 @@ def read_entries(token_ids: Any, table: Any, logits: Any, out: Any, cell: Row) -
         kernel((grid,), (_BLOCK,), (token_ids, table, logits, weights, indices, *sizes))
 
     return gpu_row(call, cell, "floor")
+
+
+def copy(num_bytes: int, cell: Row) -> Row:
+    """A copy that moves so many bytes, read and written together."""
+    source = cupy.random.randint(0, 2**31 - 1, (num_bytes // 8,)).astype(cupy.int32)
+    target = cupy.empty(source.shape, cupy.int32)
+    kind = 3  # from device to device
+
+    def call(i: int) -> None:
+        stream = cupy.cuda.get_current_stream().ptr
+        cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream)
+
+    return gpu_row(call, cell | {"kind": "copy"}, "floor")
+
+
+def repeat_rows(x: Any, repeated: Any, cell: Row) -> Row:
+    """To read each row of x and to write it several times, in order. Rows consist of 16-byte words."""
+    kernel = cupy.RawKernel(_TEXT, "repeat_rows")
+    words, copies = x[0].nbytes // 16, len(repeated) // len(x)
+    grid = len(x) * -(-words // 256)
+
+    def call(i: int) -> None:
+        kernel((grid,), (_BLOCK,), (x, repeated, cupy.int32(words), cupy.int32(copies)))
+
+    return gpu_row(call, cell | {"kind": "in order"}, "floor")

@@ -73,3 +73,13 @@ def expert_layout(indices: Any, num_experts: int) -> tuple[Any, Any, Any, Any]:
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return counts, offsets, order, positions.view(indices.shape)
+
+
+def permute(x: Any, tokens: Any) -> Any:
+    """Compute permute by the token of each row, which must all have one."""
+    return x.index_select(0, tokens)
+
+
+def unpermute(y: Any, positions: Any, weights: Any) -> Any:
+    """Compute unpermute: gather, multiply, sum. `positions` is int64."""
+    return (y[positions] * weights[:, :, None]).sum(dim=1).to(y.dtype)

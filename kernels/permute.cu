@@ -2,7 +2,7 @@
 // Rows of tokens into the order of experts, and the gradients of unpermute, which reads the same rows.
 //
 // A team of threads reads the row of a token, or a part of it, once and writes it to the rows of its pairs, times their
-// weights. The first blocks look for rows without a pair and clear them. Where dot products are wanted, the team also
+// weights. The last blocks look for rows without a pair and clear them. Where dot products are wanted, the team also
 // reads the rows of y at the same places, so that nothing is read twice.
 #include "rows/dots.cuh"
 
@@ -24,11 +24,11 @@ typedef Scalar<RESIDUAL_DTYPE>::type residual_t;
 constexpr int BYTES = VECTOR * ITEM_BYTES;  // of a vector of each array
 constexpr int Y_BYTES = VECTOR * sizeof(y_t);
 constexpr int RESIDUAL_BYTES = VECTOR * sizeof(residual_t);
-constexpr bool HAS_SUMS = HAS_DOTS || HAS_RESIDUAL_DOTS;
-constexpr int SUMS = HAS_SUMS ? TOP_K + 1 : 1;  // that of the residual last
+constexpr bool NEEDS_SUMS = HAS_DOTS || HAS_RESIDUAL_DOTS;
+constexpr int SUMS = NEEDS_SUMS ? TOP_K + 1 : 1;  // that of the residual last
 
 static_assert(PADDING_ROWS <= 32, "a lane each");
-static_assert(!HAS_SUMS || PARTS == 1, "a team has the whole row");
+static_assert(!NEEDS_SUMS || PARTS == 1, "a team has the whole row");
 
 // Clear the rows without a pair among PADDING_ROWS rows from `first` on. A warp calls it.
 __device__ __forceinline__ void clear_padding(const int* order, char* rows, int64_t first, int capacity, int num_pairs,
@@ -50,17 +50,16 @@ extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
             const weight_t* __restrict__ weights, const char* __restrict__ y, const char* __restrict__ residual,
             const float* __restrict__ residual_scale, char* __restrict__ rows, float* __restrict__ dots,
             char* __restrict__ scaled, float* __restrict__ residual_dots, int num_tokens, int capacity,
-            int padding_blocks, long long x_bytes, long long positions_stride, long long weights_stride,
+            int token_blocks, long long x_bytes, long long positions_stride, long long weights_stride,
             long long y_bytes, long long residual_bytes, long long rows_bytes, long long dots_stride,
             long long scaled_bytes) {
-    if (blockIdx.x < padding_blocks) {
-        const int64_t warp = int64_t(blockIdx.x) * (TEAM * TEAMS / 32) + threadIdx.x / 32;
-        clear_padding(order, rows, warp * PADDING_ROWS, capacity, num_tokens * TOP_K, rows_bytes);
+    if (blockIdx.x >= token_blocks) {
+        const int64_t warp = int64_t(blockIdx.x - token_blocks) * (TEAM * TEAMS / 32) + threadIdx.x / 32;
+        if (HAS_ROWS) clear_padding(order, rows, warp * PADDING_ROWS, capacity, num_tokens * TOP_K, rows_bytes);
         return;
     }
-    const unsigned block = blockIdx.x - padding_blocks;
-    const int token = static_cast<int>(block / SHARES) * TEAMS + threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
-    const int share = static_cast<int>(block % SHARES), part = SPREAD ? 0 : share, only_group = SPREAD ? share : 0;
+    const int token = static_cast<int>(blockIdx.x / SHARES) * TEAMS + threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
+    const int share = static_cast<int>(blockIdx.x % SHARES), part = SPREAD ? 0 : share, only_group = SPREAD ? share : 0;
     if (TEAMS > 1 && token >= num_tokens) return;
 
     const char* source = row_at<BYTES * VECTORS>(x, token, x_bytes);
@@ -70,9 +69,9 @@ extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
     Slots slots;
     if (ONE_GROUP) slots.load(token_positions, token_weights, only_group, capacity);
 
-    __shared__ float parts[HAS_SUMS ? TEAM * TEAMS / 32 : 1][SUMS];
+    __shared__ float parts[NEEDS_SUMS ? TEAM * TEAMS / 32 : 1][SUMS];
     TeamSums<SUMS> sums = {parts};
-    if (HAS_SUMS) sums.clear();
+    if (NEEDS_SUMS) sums.clear();
     float products[SLOTS] = {}, residual_product[1] = {};
 
 #pragma unroll 1
@@ -119,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
                         const int i = first + u * TEAM;
                         others[s][u] = {};
                         if (slots.has(s) && exists(i)) {
-                            others[s][u] = load_vector<Y_BYTES, true>(other + int64_t(i) * Y_BYTES);
+                            others[s][u] = load_vector<Y_BYTES, READ_ONCE>(other + int64_t(i) * Y_BYTES);
                         }
                     }
                 }
@@ -157,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
     }
     if (HAS_DOTS && ONE_GROUP) sums.add(products, only_group * SLOTS);
     if (HAS_RESIDUAL_DOTS) sums.add(residual_product, TOP_K);
-    if (HAS_SUMS) sums.finish();
+    if (NEEDS_SUMS) sums.finish();
     if (HAS_DOTS) {
         const int from = only_group * SLOTS, to = SPREAD ? min(from + SLOTS, TOP_K) : TOP_K;
         for (int s = from + lane; s < to; s += TEAM) dots[token * dots_stride + s] = sums.sum(s);

@@ -74,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
                 for (int u = 0; u < UNROLL; ++u) {
                     const int i = first + u * TEAM;
                     found[s][u] = {};
-                    if (slots.has(s) && exists(i)) found[s][u] = load_vector<BYTES, true>(source + int64_t(i) * BYTES);
+                    if (slots.has(s) && exists(i))
+                        found[s][u] = load_vector<BYTES, READ_ONCE>(source + int64_t(i) * BYTES);
                 }
             }
 #pragma unroll

@@ -250,10 +250,11 @@ MAY_INCLUDE = {
     "device": set(),
     "layout": {"device"},
     "select": {"device"},
+    "rows": {"device"},
     "long_rows": {"device", "select"},
     "routing": {"device", "select"},
     "gate": {"device", "select", "routing"},
-    "": {"device", "layout", "select", "long_rows", "routing", "gate"},
+    "": {"device", "rows", "layout", "select", "long_rows", "routing", "gate"},
 }
 
 

@@ -134,6 +134,23 @@ class Layout(Family):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoveRows(Family):
+    """permute, unpermute and their gradients."""
+
+    teams: tuple[int, ...]  # threads that share a row, or a part of it; ascending multiples of a warp
+    permute_unroll: int  # 16-byte words of each row that a thread has in flight
+    unpermute_unroll: int
+    dots_unroll: int  # the same with dot products
+    max_slots: int  # of a token, whose rows are in flight together
+    spread_tokens: int  # permute with dot products: up to here, several teams share the slots of a token
+    spread_slots: int  # of each of these teams
+    permute_read_once: int  # rows of y leave the caches first where they are at most so many times as large as L2
+    unpermute_read_once: int
+    much_padding: int  # if more than one row in so many is padding for certain, a warp has only one row to check
+    padding_rows: int  # otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunks(Family):
     """Chunks of tokens in calls whose logits go through memory."""
 
@@ -163,5 +180,6 @@ class Table:
     hash_products: HashProducts
     hash_layer: HashLayer
     layout: Layout
+    move_rows: MoveRows
     chunks: Chunks
     gemm: Gemm

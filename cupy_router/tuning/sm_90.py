@@ -15,6 +15,7 @@ from cupy_router.tuning.schema import (
     HashRouter,
     Layout,
     LongRows,
+    MoveRows,
     Rows,
     Table,
 )
@@ -104,6 +105,22 @@ TABLE = Table(
         padding_rows=4096,
         share_threads=256,
         share_pairs=2048,
+    ),
+    # Parts of a row that few threads move at once keep all multiprocessors busy for few tokens, and cost nothing for
+    # many. Loads of dot products already fill a thread's registers.
+    move_rows=MoveRows(
+        measured_by="python -m benchmarks.bench_permute",
+        teams=(128, 160, 192, 224, 256),
+        permute_unroll=2,
+        unpermute_unroll=1,
+        dots_unroll=2,
+        max_slots=8,
+        spread_tokens=128,
+        spread_slots=2,
+        permute_read_once=1,
+        unpermute_read_once=2,
+        much_padding=16,
+        padding_rows=16,
     ),
     chunks=Chunks(measured_by="python -m benchmarks.bench_dense_router", bytes=64 << 20),
     gemm=Gemm(

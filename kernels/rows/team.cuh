@@ -6,14 +6,15 @@
 
 SPECIALISED int TOP_K = 6;
 SPECIALISED int HIDDEN = 4096;
-SPECIALISED int VECTOR = 8;       // elements that a thread moves at once; hidden is a multiple
-SPECIALISED int TEAM = 128;       // threads, whole warps
-SPECIALISED int TEAMS = 1;        // of a block
-SPECIALISED int PARTS = 1;        // of a row, each moved by a team of its own
-SPECIALISED int UNROLL = 2;       // vectors of each row that a thread has in flight
-SPECIALISED int SLOTS = 6;        // of a token, whose rows are in flight together
-SPECIALISED bool SPREAD = false;  // groups of so many slots have a team each, instead of following each other
-SPECIALISED bool DENSE = false;   // the rows of every array follow each other
+SPECIALISED int VECTOR = 8;         // elements that a thread moves at once; hidden is a multiple
+SPECIALISED int TEAM = 128;         // threads, whole warps
+SPECIALISED int TEAMS = 1;          // of a block
+SPECIALISED int PARTS = 1;          // of a row, each moved by a team of its own
+SPECIALISED int UNROLL = 2;         // vectors of each row that a thread has in flight
+SPECIALISED int SLOTS = 6;          // of a token, whose rows are in flight together
+SPECIALISED bool SPREAD = false;    // groups of so many slots have a team each, instead of following each other
+SPECIALISED bool READ_ONCE = true;  // rows of pairs are the first to leave the caches once they are read
+SPECIALISED bool DENSE = false;     // the rows of every array follow each other
 SPECIALISED bool WEIGHTED = false;
 SPECIALISED int WEIGHT_DTYPE = 0;
 
