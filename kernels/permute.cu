@@ -45,7 +45,7 @@ __device__ __forceinline__ void clear_padding(const int* order, char* rows, int6
     }
 }
 
-extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
+extern "C" __global__ void __launch_bounds__(TEAM* TEAMS, MIN_BLOCKS)
     permute(const char* __restrict__ x, const int* __restrict__ order, const int* __restrict__ positions,
             const weight_t* __restrict__ weights, const char* __restrict__ y, const char* __restrict__ residual,
             const float* __restrict__ residual_scale, char* __restrict__ rows, float* __restrict__ dots,

@@ -25,7 +25,7 @@ constexpr int DOTS = HAS_DOTS && TOP_K > 0 ? TOP_K : 1;
 static_assert(!SPREAD, "a sum is of all slots");
 static_assert(!HAS_DOTS || PARTS == 1, "a team has the whole row");
 
-extern "C" __global__ void __launch_bounds__(TEAM* TEAMS)
+extern "C" __global__ void __launch_bounds__(TEAM* TEAMS, MIN_BLOCKS)
     unpermute(const char* __restrict__ y, const int* __restrict__ positions, const weight_t* __restrict__ weights,
               const char* __restrict__ residual, const float* __restrict__ residual_scale, const char* __restrict__ x,
               char* __restrict__ sums, float* __restrict__ dots, int num_tokens, int capacity, long long y_bytes,

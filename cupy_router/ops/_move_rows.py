@@ -20,6 +20,7 @@ from cupy_router.tuning import Gpu
 _WORD = 16  # the most bytes that a thread reads at once
 _WARP = 32
 _SMALL_TEAMS = 4  # of a warp each in a block, for short rows
+_THREADS_WITH_SUMS = 512  # of a multiprocessor, so that a thread can have 128 registers
 _SHARED_BYTES = 46 * 1024  # static, for the sums of each warp of a block
 
 
@@ -39,8 +40,10 @@ class _Team(NamedTuple):
     def warps(self) -> int:
         return self.threads // _WARP
 
-    def macros(self) -> dict[str, int]:
-        return {"TEAM": self.team, "TEAMS": self.teams, "PARTS": self.parts, "UNROLL": self.unroll}
+    def macros(self, sums: bool) -> dict[str, int]:
+        """With sums, ptxas is told how many blocks suffice: left to itself it spills registers or fills too many."""
+        bounds = {"MIN_BLOCKS": max(1, _THREADS_WITH_SUMS // self.threads)} if sums else {}
+        return {"TEAM": self.team, "TEAMS": self.teams, "PARTS": self.parts, "UNROLL": self.unroll, **bounds}
 
 
 def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
@@ -80,7 +83,7 @@ def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
     token_blocks = -(-num_tokens // team.teams) * team.parts * groups
     padding_blocks = -(-capacity // (padding_rows * team.warps)) if "rows" in want else 0
     strided = [positions, weights, *moved, *others, arrays.dots if has_dots else None]
-    macros |= team.macros() | {
+    macros |= team.macros(has_dots or has_residual_dots) | {
         "TOP_K": top_k,
         "SLOTS": slots,
         "SPREAD": int(spread),
@@ -126,7 +129,7 @@ def unpermute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
         "HAS_RESIDUAL_SCALE": int(arrays.residual_scale is not None),
         "HIDDEN": hidden,
         "VECTOR": vector,
-        **team.macros(),
+        **team.macros(has_dots),
         "TOP_K": top_k,
         "SLOTS": _slots(gpu, top_k),
         "READ_ONCE": int(_read_once(gpu, y, num_tokens * top_k, tuned.unpermute_read_once)),

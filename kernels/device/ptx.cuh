@@ -16,19 +16,12 @@ __device__ __forceinline__ unsigned short float_to_half_bits(float value) {
     return bits;
 }
 
-// Return the bits of the nearest bfloat16 of each, ties to even, the first in the lower half. NaN is 0x7fff.
+// Return the bits of the nearest bfloat16 of each, ties to even, the first in the lower half. sm_80 and later; otherwise
+// `rounded_bits` of both is the same.
 __device__ __forceinline__ unsigned two_bfloat16_bits(float low, float high) {
-#if __CUDA_ARCH__ >= 800
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
-#else
-    const auto bits_of = [](float value) {
-        const unsigned bits = __float_as_uint(value);
-        return value != value ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    };
-    return bits_of(low) | bits_of(high) << 16;
-#endif
 }
 
 // Return 2**x to 2 ulp; a result that would be subnormal is 0.
@@ -90,14 +83,6 @@ inline unsigned short float_to_half_bits(float value) {
     const float units = std::nearbyint(std::ldexp(magnitude, 10 - exponent));  // 1024 to 2048; less if subnormal
     const unsigned bits = static_cast<unsigned>(units) + (static_cast<unsigned>(exponent + 14) << 10);
     return static_cast<unsigned short>(sign | bits);
-}
-
-inline unsigned two_bfloat16_bits(float low, float high) {
-    const auto bits_of = [](float value) {
-        const unsigned bits = __float_as_uint(value);
-        return value != value ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    };
-    return bits_of(low) | bits_of(high) << 16;
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }

@@ -15,6 +15,7 @@ SPECIALISED int SLOTS = 6;          // of a token, whose rows are in flight toge
 SPECIALISED bool SPREAD = false;    // groups of so many slots have a team each, instead of following each other
 SPECIALISED bool READ_ONCE = true;  // rows of pairs are the first to leave the caches once they are read
 SPECIALISED bool DENSE = false;     // the rows of every array follow each other
+SPECIALISED int MIN_BLOCKS = 0;     // of a multiprocessor, for ptxas; 0: as it chooses
 SPECIALISED bool WEIGHTED = false;
 SPECIALISED int WEIGHT_DTYPE = 0;
 

@@ -74,13 +74,17 @@ __device__ __forceinline__ float element(const Vector<BYTES>& vector, int j) {
     return pair[j % (4 / sizeof(T))];
 }
 
-__device__ __forceinline__ unsigned pack_pair(float low, float high, BFloat16) { return two_bfloat16_bits(low, high); }
-
-__device__ __forceinline__ unsigned pack_pair(float low, float high, Float16 type) {
+// Return a 32-bit word of two floats of 16 bits, or of the first alone.
+template <typename T>
+__device__ __forceinline__ unsigned pack_word(float low, float high, T type) {
     return rounded_bits(low, type) | static_cast<unsigned>(rounded_bits(high, type)) << 16;
 }
 
-__device__ __forceinline__ unsigned pack_pair(float low, float high, float) { return __float_as_uint(low); }
+__device__ __forceinline__ unsigned pack_word(float low, float high, float) { return __float_as_uint(low); }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+__device__ __forceinline__ unsigned pack_word(float low, float high, BFloat16) { return two_bfloat16_bits(low, high); }
+#endif
 
 // Round each of N floats to T.
 template <typename T, int N>
@@ -90,7 +94,7 @@ __device__ __forceinline__ Vector<N * sizeof(T)> rounded(const float (&values)[N
 #pragma unroll
     for (int i = 0; i < (N + PER_WORD - 1) / PER_WORD; ++i) {
         const int last = min(PER_WORD * (i + 1), N) - 1;
-        vector.words[i] = pack_pair(values[PER_WORD * i], values[last], T());
+        vector.words[i] = pack_word(values[PER_WORD * i], values[last], T());
     }
     return vector;
 }
@@ -104,7 +108,7 @@ __device__ __forceinline__ Vector<BYTES> scaled_vector(const Vector<BYTES>& vect
     for (int i = 0; i < (BYTES + 3) / 4; ++i) {
         float values[PER_WORD];
         word_to_floats(vector.words[i], T(), values);
-        product.words[i] = pack_pair(values[0] * factor, values[PER_WORD - 1] * factor, T());
+        product.words[i] = pack_word(values[0] * factor, values[PER_WORD - 1] * factor, T());
     }
     return product;
 }
