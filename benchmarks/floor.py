@@ -56,7 +56,7 @@ def copy(num_bytes: int, cell: Row) -> Row:
         stream = cupy.cuda.get_current_stream().ptr
         cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, kind, stream)
 
-    return gpu_row(call, cell | {"kind": "copy"}, "floor")
+    return gpu_row(call, cell, "floor")
 
 
 def repeat_rows(x: Any, repeated: Any, cell: Row) -> Row:
@@ -68,4 +68,4 @@ def repeat_rows(x: Any, repeated: Any, cell: Row) -> Row:
     def call(i: int) -> None:
         kernel((grid,), (_BLOCK,), (x, repeated, cupy.int32(words), cupy.int32(copies)))
 
-    return gpu_row(call, cell | {"kind": "in order"}, "floor")
+    return gpu_row(call, cell, "in order")

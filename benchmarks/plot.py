@@ -15,6 +15,7 @@ AXES = {"n": "rows", "E": "columns", "k": "k", "alignment": "alignment"}
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#1b6ca8", "linewidth": 2.2, "marker": "o", "zorder": 3},
     "floor": {"color": "#555555", "linestyle": "--", "label": "floor: memory alone"},
+    "in order": {"color": "#888888", "linestyle": ":", "label": "rows read once, written k times in order"},
     "Triton": {"color": "#d9822b", "marker": "s"},
     "torch.compile": {"color": "#8c4fb0", "marker": "D"},
     "PyTorch": {"color": "#b8312f", "marker": "^", "label": "PyTorch, eager"},
@@ -60,6 +61,11 @@ PANELS = {
     "dense_router": [
         Panel("n", {"path": "any", "E": 256, "H": 4096}),
         Panel("n", {"path": "any", "E": 384, "H": 7168}),
+    ],
+    "permute": [
+        Panel("n", {"op": op, "H": hidden, "k": 6, "alignment": 1, "dtype": "bfloat16"})
+        for op in ("permute", "unpermute", "permute_backward", "unpermute_backward")
+        for hidden in (4096, 7168)
     ],
     "hash_router": [
         Panel("n", {"source": "logits", "E": 256, "dtype": "float32"}),

@@ -103,7 +103,7 @@ def _call(row: Row) -> str:
 
 def bars(files: Files) -> str:
     """Return the cells that have a bar, with the measured time; bold if it misses the bar."""
-    barred = [row for row in _rows(files, *OPS, "dense_router", "host_profile") if "bar_us" in row]
+    barred = [row for row in _rows(files, *OPS, "dense_router", "permute", "host_profile") if "bar_us" in row]
     lines: dict[str, dict[int, Row]] = {}
     for row in select(barred, what="gpu"):
         name = results.label({name: value for name, value in row.items() if name not in ("what", "by", "n")})
@@ -119,7 +119,7 @@ def bars(files: Files) -> str:
         blocks.append(
             markdown_table(["on the host", "measured (bar), us"], [[_call(row), _against_bar(row)] for row in calls])
         )
-    return "\n\n".join([*blocks, sources(files, *OPS, "dense_router", "host_profile")]) if blocks else NONE
+    return "\n\n".join([*blocks, sources(files, *OPS, "dense_router", "permute", "host_profile")]) if blocks else NONE
 
 
 def _against_bar(row: Row | None) -> str:

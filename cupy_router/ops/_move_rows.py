@@ -79,6 +79,7 @@ def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
     if has_dots and num_tokens <= gpu.scaled(tuned.spread_tokens):
         slots, spread = min(slots, tuned.spread_slots), True
         groups = max(1, -(-top_k // slots))
+    shares_order = "rows" in want and capacity <= tuned.shared_order and team.teams == 1 and (spread or slots >= top_k)
     padding_rows = _padding_rows(gpu, capacity, num_tokens * top_k)
     token_blocks = -(-num_tokens // team.teams) * team.parts * groups
     padding_blocks = -(-capacity // (padding_rows * team.warps)) if "rows" in want else 0
@@ -90,6 +91,7 @@ def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
         "DENSE": int(_dense(strided)),
         "READ_ONCE": int(has_dots and _read_once(gpu, arrays.y, num_tokens * top_k, tuned.permute_read_once)),
         "PADDING_ROWS": padding_rows,
+        "SHARED_ORDER": tuned.shared_order * shares_order,
         **_weights(weights),
     }
     fixed: dict[str, int | float] = {

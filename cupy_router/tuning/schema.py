@@ -146,6 +146,7 @@ class MoveRows(Family):
     spread_slots: int  # of each of these teams
     permute_read_once: int  # rows of y leave the caches first where they are at most so many times as large as L2
     unpermute_read_once: int
+    shared_order: int  # rows of a layout that each block of permute reads at once, not one by one as it needs them
     much_padding: int  # if more than one row in so many is padding for certain, a warp has only one row to check
     padding_rows: int  # otherwise
 

@@ -119,6 +119,7 @@ TABLE = Table(
         spread_slots=2,
         permute_read_once=1,
         unpermute_read_once=2,
+        shared_order=512,
         much_padding=16,
         padding_rows=16,
     ),
