@@ -17,10 +17,21 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cupy_router import Router, Routing, activation_topk, dense_router, topk_select
+from cupy_router import (
+    LayoutSpec,
+    Router,
+    Routing,
+    activation_topk,
+    dense_router,
+    expert_layout,
+    permute,
+    topk_select,
+    unpermute,
+)
 from tests.gradient_cases import KINDS
 from tests.jax_calls import METHOD, SHARED, calls, same_bits
 from tests.jax_gradients import Case
+from tests.jax_layouts import EXPERTS, HIDDEN, TOP_K, ids
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS = ("logits", "x", "token_ids")
@@ -172,6 +183,75 @@ def loops() -> None:
         with jax.disable_jit():
             grad = jax.grad(lambda a: (activation_topk(a, METHOD).weights ** 2).sum())(placed)
         assert jax.typeof(grad) == jax.typeof(placed)
+
+
+def layouts() -> None:
+    """Layouts of all rows where arrays are sharded, of local rows inside shard_map, and of local experts."""
+    draw = np.random.default_rng(1)
+    x, weights = jnp.array(draw.standard_normal((16, HIDDEN)), jnp.float32), jnp.array(draw.random((16, TOP_K)), "f4")
+    indices, logits = jnp.array(ids(16)), jnp.array(draw.standard_normal((16, 32)), jnp.float32)
+
+    def block(x: Any, indices: Any, weights: Any, **options: Any) -> Any:
+        layout = expert_layout(indices, EXPERTS, alignment=2, **options)
+        return unpermute(jnp.tanh(permute(x, layout)), layout, weights, residual=x), layout.positions
+
+    def loss(x: Any, indices: Any, weights: Any) -> Any:
+        return (block(x, indices, weights)[0] ** 2).sum()
+
+    def plan(logits: Any) -> Any:
+        return activation_topk(logits, METHOD, layout=LayoutSpec(alignment=2))
+
+    def close(got: Any, want: Any) -> None:
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6, atol=1e-6)
+
+    given = x, indices, weights
+    want, want_by, wanted_plan = block(*given), jax.grad(loss, (0, 2))(*given), plan(logits)
+    parts = [slice(4 * i, 4 * i + 4) for i in range(4)]
+    local = [block(*(array[part] for array in given)) for part in parts]
+    local_plans = [plan(logits[part]) for part in parts]
+    for axes in ({"a": EXPLICIT}, {"a": AUTO}, {"a": EXPLICIT, "b": EXPLICIT}, {"a": EXPLICIT, "b": AUTO}):
+        where = mesh(**axes)
+        with jax.set_mesh(where):
+            placed = [put(array, where, "a") for array in given]
+            close(jax.jit(block)(*placed), want)
+            by = jax.jit(jax.grad(loss, (0, 2)))(*placed)
+            close(by, want_by)
+            if AUTO not in axes.values():
+                assert [jax.typeof(a) for a in by] == [jax.typeof(a) for a in (placed[0], placed[2])]
+            routed = jax.jit(plan)
+            close(routed(put(logits, where, "a")), wanted_plan)
+            program = routed.lower(put(logits, where, "a")).compile().as_text()
+            if axes["a"] == EXPLICIT:  # rows are routed where they are, and only indices are gathered
+                assert "f32[16,32]" not in program
+    for where in (mesh(a=EXPLICIT), mesh(a=AUTO)):
+        for check_vma in (True, False):
+            options: dict[str, Any] = {"mesh": where, "in_specs": P("a"), "out_specs": P("a"), "check_vma": check_vma}
+            with jax.set_mesh(where):
+                placed = [put(array, where, "a") for array in given]
+                close(jax.jit(jax.shard_map(block, **options))(*placed), _joined(local))
+                by = jax.jit(jax.shard_map(jax.grad(loss, (0, 2)), **options))(*placed)
+                plans = jax.jit(jax.shard_map(lambda a: plan(a).layout.positions, **options))(put(logits, where, "a"))
+            close(by, want_by)  # a token's gradient depends on its own rows
+            close(plans, _joined([each.layout.positions for each in local_plans]))
+
+    def of_local_experts(x: Any, indices: Any, weights: Any) -> Any:
+        """Each device has three experts, and gathers all tokens."""
+        gathered = [jax.lax.all_gather(array, "a", tiled=True) for array in (x, indices, weights)]
+        mine = jnp.arange(EXPERTS, dtype=jnp.int32) - 3 * jax.lax.axis_index("a")  # traced, so no `experts`
+        layout = expert_layout(gathered[1], EXPERTS, alignment=2, expert_map=mine, num_local=3)
+        part = unpermute(jnp.tanh(permute(gathered[0], layout)), layout, gathered[2])
+        return x + jax.lax.psum_scatter(part, "a", tiled=True)
+
+    where = mesh(a=AUTO)
+    mapped = jax.shard_map(of_local_experts, mesh=where, in_specs=P("a"), out_specs=P("a"))
+    placed = [put(array, where, "a") for array in given]
+    close(jax.jit(mapped)(*placed), want[0])
+    close(jax.jit(jax.grad(lambda x, i, w: (mapped(x, i, w) ** 2).sum(), (0, 2)))(*placed), want_by)
+
+
+def _joined(parts: Any) -> Any:
+    return jax.tree.map(lambda *arrays: np.concatenate([np.asarray(array) for array in arrays]), *parts)
 
 
 def devices() -> None:

@@ -28,7 +28,7 @@ def run(check: str) -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("check", ["forward", "gradients", "vmap", "inside_shard_map", "loops"])
+@pytest.mark.parametrize("check", ["forward", "gradients", "vmap", "inside_shard_map", "loops", "layouts"])
 def test_explicit_mesh_axes_keep_rows_on_their_devices(check: str) -> None:
     if check == "vmap" and jax.__version_info__ < (0, 9, 1):
         pytest.skip("jax.vmap over an explicit axis needs JAX 0.9.1 or later")
