@@ -38,7 +38,7 @@ def register() -> None:
     jax.export.register_pytree_node_serialization(
         ExpertLayout,
         serialized_name="cupy_router.ExpertLayout",
-        serialize_auxdata=lambda ints: json.dumps(ints).encode(),
+        serialize_auxdata=_ints_as_bytes,
         deserialize_auxdata=lambda written: tuple(json.loads(bytes(written))),
     )
     for name, kind in RESULTS.items():
@@ -59,6 +59,16 @@ def _unflatten(structure: _Structure, leaves: Sequence[Any]) -> Router:
 def _flatten_layout(layout: ExpertLayout) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     arrays = [(jax.tree_util.GetAttrKey(name), getattr(layout, name)) for name in _ARRAYS]
     return arrays, layout[len(_ARRAYS) :]
+
+
+def _ints_as_bytes(ints: tuple[Any, ...]) -> bytes:
+    symbolic = [number for number in ints if jax.export.is_symbolic_dim(number)]
+    if symbolic:
+        raise ValueError(
+            f"ExpertLayout: a program for any number of tokens cannot have one as an argument or a result, got the size "
+            f"{symbolic[0]}: pass its arrays instead"
+        )
+    return json.dumps(ints).encode()
 
 
 def _unflatten_layout(ints: tuple[Any, ...], arrays: Sequence[Any]) -> ExpertLayout:

@@ -85,7 +85,7 @@ class ExpertLayoutOp(Op):
     def check(self, options: LayoutOptions, arrays: Arrays) -> None:
         num_tokens, top_k = arrays.indices.shape
         check_rows(options, options.num_counted, num_tokens, top_k)
-        if 0 <= options.pad < num_tokens * top_k:
+        if options.pad >= 0 and isinstance(num_tokens, int) and options.pad < num_tokens * top_k:
             raise ValueError(
                 f"pad must lie outside of the pairs 0..{num_tokens * top_k - 1} of indices, got {options.pad}"
             )
