@@ -14,9 +14,21 @@ import numpy as np
 import pytest
 
 import cupy_router
-from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, topk_select
+from cupy_router import (
+    LayoutSpec,
+    Router,
+    RoutingMethod,
+    ScoreFunction,
+    activation_topk,
+    expert_layout,
+    permute,
+    topk_select,
+    unpermute,
+)
 from cupy_router.ops.registry import OPS
+from tests import jax_layouts
 from tests.jax_calls import METHOD, NAMES, calls, same_bits
+from tests.jax_layouts import EXPERTS, TOP_K
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -37,6 +49,8 @@ def programs() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     arrays = {name: jnp.array(a) for call in CALLS.values() for name, a in call.arrays.items()}
     x, ids = jnp.array(CALLS["dense_router"].arrays["x"]), arrays["token_ids"]
     layer = {name: arrays[name] for name in ("weight", "logit_bias", "expert_scale")}
+    indices = jnp.array(jax_layouts.ids(9))
+    layout = expert_layout(indices, EXPERTS, alignment=2)
     grouped = RoutingMethod(32, 4, "sigmoid", num_groups=4, top_groups=2, scale=2.5)
     dense, hashed = Router(grouped, bias=arrays["bias"], **layer), Router(METHOD, table=arrays["table"], **layer)
     return found | {
@@ -45,6 +59,12 @@ def programs() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "of a hash Router": (lambda router, x, ids: router(x, ids), (hashed, x, ids)),
         "of a hash Router alone": (lambda r, x, ids: r(x, ids), (Router(METHOD, table=arrays["table"]), x, ids)),
         "to Routers": (lambda routers: jax.tree.map(lambda a: a + 1, routers), ([dense, hashed],)),
+        "to a layout": (lambda a: expert_layout(a, EXPERTS, alignment=4), (indices,)),
+        "of a layout": (lambda x, layout: unpermute(permute(x, layout), layout), (x, layout)),
+        "to a plan": (
+            lambda a: activation_topk(a, METHOD, layout=LayoutSpec(want="row_experts")),
+            (arrays["logits"],),
+        ),
         "of named tuples": (lambda routing: routing._replace(weights=0 * routing.weights), (dense(x),)),
     }
 
@@ -118,6 +138,39 @@ def test_a_router_with_a_score_function_is_not_written() -> None:
     same_bits(jax.export.deserialize(bytearray(program)).call(router.weight, x), router(x))
 
 
+def rows_of(x: Any, indices: Any, weights: Any) -> Any:
+    layout = expert_layout(indices, EXPERTS, alignment=4)
+    rows = jnp.tanh(permute(x, layout, weights=weights))
+    return unpermute(rows, layout, weights, residual=x), layout.positions, layout.offsets
+
+
+def test_layouts_of_any_number_of_tokens() -> None:
+    """With sizes that JAX knows as expressions only. What depends on them is checked when the program runs."""
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, 8), "f4"), jax.ShapeDtypeStruct((n, TOP_K), "i4")
+    shapes += (jax.ShapeDtypeStruct((n, TOP_K), "f4"),)
+
+    def loss(*given: Any) -> Any:
+        return (rows_of(*given)[0] ** 2).sum()
+
+    for function in (rows_of, jax.grad(loss, (0, 2))):
+        program = jax.export.deserialize(bytearray(written(function, *shapes)))
+        for number in (1, 5, 33):
+            draw = np.random.default_rng(number)
+            x, weights = (draw.standard_normal((number, width), np.float32) for width in (8, TOP_K))
+            given = jnp.array(x), jnp.array(jax_layouts.ids(number)), jnp.array(weights)
+            for got, want in zip(program.call(*given), function(*given), strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    program = jax.export.deserialize(
+        bytearray(written(lambda indices: expert_layout(indices, EXPERTS, pad=7).order, shapes[1]))
+    )
+    assert (np.asarray(program.call(jax_layouts.ids(2))) < 8).all()
+    with pytest.raises(Exception, match=r"expert_layout: pad must lie outside of the pairs 0..8 of indices, got 7"):
+        jax.block_until_ready(program.call(jax_layouts.ids(3)))
+    with pytest.raises(ValueError, match=r"^ExpertLayout: a program for any number of tokens cannot .* the size n:"):
+        written(lambda indices: expert_layout(indices, EXPERTS), shapes[1])
+
+
 # -- The example of the documents --------------------------------------------------------------------------------------
 
 
@@ -151,6 +204,13 @@ def test_the_documents_name_the_calls() -> None:
     for row, name in names.items():
         function, arguments = programs()[name]
         written(function, *arguments, ops=re.findall(r"`(\w+)`", rows[row]))
+    function, arguments = programs()["to a plan"]
+    (layout,) = re.findall(r"`(\w+)`", rows["`layout=` of `activation_topk` or `hash_router`"])
+    written(function, *arguments, ops=["activation_topk", layout])
+    function, arguments = programs()["of a layout"]
+    ops = re.findall(r"`(\w+)`", rows["gradients of `permute`, of `unpermute`"])
+    written(function, *arguments, ops=["permute", "unpermute", *ops], vjp_order=1)
+    assert ops == ["permute_backward", "unpermute_backward"]
     for name in ("activation_topk", "hash_router of logits", "dense_router", "topk_select"):
         function, arguments = programs()[name]
         written(function, *arguments, ops=[name.split()[0]])

@@ -12,10 +12,21 @@ from typing import Any
 
 import pytest
 
-from cupy_router import RoutingMethod, ScoreFunction, activation_topk, compiler, kernel_log, nvrtc, topk_select, tuning
+from cupy_router import (
+    LayoutSpec,
+    RoutingMethod,
+    ScoreFunction,
+    activation_topk,
+    compiler,
+    expert_layout,
+    kernel_log,
+    nvrtc,
+    topk_select,
+    tuning,
+)
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.ops import _cached
-from tests import inputs
+from tests import inputs, jax_layouts
 from tests.gpu import support
 from tests.jax_calls import METHOD, NAMES, calls
 from tests.recorder import recording
@@ -87,6 +98,42 @@ def test_calls_that_need_a_handler() -> None:
     assert handled(lowered(lambda a: topk_select(a, 2), jnp.ones((0, 20)))) == 1, "no rows are no grid"
     assert launched(lowered(lambda a: topk_select(a, 2), rows[:, :20])) == 1
     assert handled(lowered(lambda a: activation_topk(a, RoutingMethod(2000, 2)), rows)) == 0
+
+
+@pytest.mark.slow("compiler")
+@pytest.mark.usefixtures("gpu")
+def test_layouts_of_few_pairs_need_no_handler() -> None:
+    for case in jax_layouts.cases(9).values():
+        counted = case.options.get("experts") != (2, 0)  # no experts, no block for them
+        program = lowered(lambda arrays, case=case: case(arrays), case.arrays)
+        assert (launched(program), handled(program)) == (counted, not counted)
+    for n, here in ((0, 1), (1, 1), (20_000, 0)):
+        program = lowered(lambda a: expert_layout(a, 64), jax_layouts.ids(n))
+        assert (launched(program), handled(program)) == (here, 1 - here)
+
+
+@pytest.mark.slow("compiler")
+@pytest.mark.usefixtures("gpu")
+def test_rows_and_their_gradients_need_no_handler() -> None:
+    layout = expert_layout(jnp.array(jax_layouts.ids(9)), jax_layouts.EXPERTS, alignment=4)
+    arrays = {name: jnp.array(array) for name, array in jax_layouts.arrays_of_rows(9).items()}
+    arrays["y"] = jnp.ones((layout.capacity, jax_layouts.HIDDEN))
+    for call, names in jax_layouts.ROWS.values():
+        given = {name: arrays[name] for name in names}
+        program = lowered(lambda given, call=call: call(layout, **given), given)
+        assert (launched(program), handled(program)) == (1, 0)
+        gradient = lowered(jax.grad(lambda given, call=call: (call(layout, **given) ** 2).sum()), given)
+        assert (launched(gradient), handled(gradient)) == (2, 0)
+
+
+@pytest.mark.slow("compiler")
+@pytest.mark.usefixtures("gpu")
+def test_routers_with_a_layout_are_kernels_of_the_program() -> None:
+    for n, least in ((9, 0), (20_000, 1)):
+        logits = jnp.ones((n, 32))
+        program = lowered(lambda a: activation_topk(a, METHOD, layout=LayoutSpec()), logits)
+        assert launched(program) in ((1,) if least else (1, 2))
+        assert handled(program) == least  # expert_layout of many pairs
 
 
 @pytest.mark.slow("compiler")

@@ -52,8 +52,8 @@ def rows(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
         }
         results = called(*arrays.values())
         _check(op, asked, arrays)
-        if not permutes:
-            arrays.setdefault("order", jnp.zeros(len(arrays["y"]), jnp.int32))  # only the gradient of y reads it
+        if not permutes and "order" not in arrays:
+            arrays["order"] = jnp.zeros(arrays["y"].shape[:1], jnp.int32)  # only the gradient of y reads it
         read = {name for smooth in asked if smooth in table for name in table[smooth][1]}
         return results, (asked, {name: arrays.get(name) for name in read})
 

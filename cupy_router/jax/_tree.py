@@ -65,7 +65,7 @@ def _ints_as_bytes(ints: tuple[Any, ...]) -> bytes:
     symbolic = [number for number in ints if jax.export.is_symbolic_dim(number)]
     if symbolic:
         raise ValueError(
-            f"ExpertLayout: a program for any number of tokens cannot have one as an argument or a result, got the size "
+            "ExpertLayout: a program for any number of tokens cannot have one as an argument or a result, got the size "
             f"{symbolic[0]}: pass its arrays instead"
         )
     return json.dumps(ints).encode()
