@@ -113,7 +113,7 @@ LAYOUTS: Cases = [
             ((0, True), TypeError, "must be an int, got bool"),
         )
     ],
-    ("expert_layout", {"experts": (0, 2), "expert_map": MAP}, ValueError, "experts and expert_map", "exclude each other"),
+    ("expert_layout", {"experts": (0, 2), "expert_map": MAP}, ValueError, "experts and expert_map", "exclude each"),
     ("expert_layout", {"expert_map": MAP}, ValueError, "num_local", "number of experts that expert_map .* got None"),
     ("expert_layout", {"num_local": 2}, ValueError, "num_local", "None without an expert_map, got 2"),
     *[
