@@ -18,6 +18,9 @@ DTYPES: dict[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
     "int32": np.int32,
     "int64": np.int64,
+    "uint8": np.uint8,
+    "int16": np.int16,
+    "uint16": np.uint16,
 }
 
 

@@ -12,7 +12,7 @@ from cupy_router.reference import expert_layout as reference
 from cupy_router.reference import permute as permute_reference
 from tests import compare, oracle_layout
 from tests.backends import Backend
-from tests.fuzz.case import Canvas
+from tests.canvas import Canvas
 
 
 def tokens(backend: Backend, n: int, k: int) -> int:
@@ -45,10 +45,8 @@ def lay_out(
     out = None
     if place is not None:
         for name, array in right.items():
-            shape, padding = (array.shape, place) if array.ndim == 2 else ((1, array.size), 0)
-            canvases[name] = Canvas(shape, padding, np.int32, backend)
-        made = {name: c.array if right[name].ndim == 2 else c.array[0] for name, c in canvases.items()}
-        out = ExpertLayout(**made)
+            canvases[name] = Canvas(array.shape, place, np.int32, backend)
+        out = ExpertLayout(**{name: canvas.array for name, canvas in canvases.items()})
 
     result = expert_layout(given, num_experts, **on_device, **options, out=out, stream=stream)
     assert type(result) is ExpertLayout

@@ -7,7 +7,7 @@ import base64
 import json
 import zlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +21,8 @@ from cupy_router.ops.activation_topk_backward import LogitsGradient, activation_
 from cupy_router.reference import activation_topk, dense_router, hash_router, topk_select
 from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
+from tests.canvas import Canvas
+from tests.fuzz import layout_case
 from tests.topk_calls import PLANS
 
 FOLDER = Path(__file__).with_name("cases")
@@ -42,7 +44,7 @@ class Case:
     op: str
     arrays: dict[str, np.ndarray]
     method: RoutingMethod | None = None
-    options: dict[str, int] = field(default_factory=dict)  # k and other options of topk_select, or num_valid
+    options: dict[str, Any] = field(default_factory=dict)  # k and other options of topk_select and layouts, num_valid
     layouts: dict[str, tuple[int, int]] = field(default_factory=dict)
     out_padding: int = -1
     as_of_rows: int = 0
@@ -51,7 +53,9 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Common to all results."""
+        """Common to all results but those of layouts, for which it is that of the pairs."""
+        if self.op in layout_case.OPS:
+            return self.arrays["indices" if self.op == "expert_layout" else "positions"].shape
         if self.op == BACKWARD:
             return self.arrays["logits"].shape
         if self.op == "topk_select":
@@ -64,7 +68,7 @@ class Case:
 
     @property
     def dtypes(self) -> tuple[Any, ...]:
-        """Common to all results."""
+        """Of all results but a layout."""
         if self.op == BACKWARD:
             return (self.arrays["logits"].dtype,)
         if self.op == "topk_select":
@@ -74,8 +78,27 @@ class Case:
         return DTYPES[self.method.weight_dtype], DTYPES[self.method.index_dtype]
 
     @property
+    def results(self) -> layout_case.Results:
+        """Shape and dtype of each result."""
+        if self.op in layout_case.OPS:
+            return layout_case.results(self.op, self.arrays, self.options)
+        own: layout_case.Results = [(self.shape, dtype) for dtype in self.dtypes]
+        if "layout" not in self.options:
+            return own
+        shapes = layout_case.sizes(*self.shape, self.num_counted, self.options["layout"])
+        return own + [(shapes[name], np.int32) for name in layout_case.names_of(self.options["layout"])]
+
+    @property
+    def num_counted(self) -> int:
+        """Number of experts in the layout of a router."""
+        assert self.method is not None
+        return self.method.num_experts + self.method.num_shared_experts
+
+    @property
     def kind(self) -> Any:
-        """The named tuple of the results."""
+        """The named tuple of the results, or a plain tuple."""
+        if self.op in layout_case.OPS or "layout" in self.options:
+            return lambda *arrays: arrays
         selected = TopK if self.options.get("return_values", True) else Columns
         return {"topk_select": selected, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
 
@@ -100,39 +123,13 @@ def arguments(case: Case, backend: Backend) -> dict[str, Any]:
     return given if case.method is None else given | {"method": case.method}
 
 
-class Canvas:
-    """Memory for a result with every byte marked, so that writes outside the result are seen."""
-
-    MARK = 0x5A
-    BEFORE = 3  # elements in front of the result
-
-    def __init__(self, shape: tuple[int, int], padding: int, dtype: Any, backend: Backend) -> None:
-        self.backend = backend
-        self.shape = shape
-        self.stride = shape[1] + padding
-        size = shape[0] * self.stride + 2 * self.BEFORE
-        self.memory = backend.upload(np.full(size * np.dtype(dtype).itemsize, self.MARK, np.uint8).view(dtype))
-        self.array = self._result(self.memory)
-
-    def _result(self, memory: Any) -> Any:
-        rows, width = self.shape
-        return memory[self.BEFORE : self.BEFORE + rows * self.stride].reshape(rows, self.stride)[:, :width]
-
-    def is_clean(self) -> bool:
-        """Return True if all bytes outside the result are unchanged."""
-        now = self.backend.numpy(self.memory)
-        beside = np.ones(now.shape, bool)
-        self._result(beside)[...] = False
-        return bool((now[beside].view(np.uint8) == self.MARK).all())
-
-
 def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
     """Call the op on the backend and return NumPy arrays. AssertionError if it wrote outside its results."""
     given = arguments(case, backend)
     if case.out_padding < 0:
         result = call(case.op, case.as_of_rows, case.plan, **given)
     else:
-        canvases = [Canvas(case.shape, case.out_padding, dtype, backend) for dtype in case.dtypes]
+        canvases = [Canvas(shape, case.out_padding, dtype, backend) for shape, dtype in case.results]
         out = case.kind(*(canvas.array for canvas in canvases))
         result = call(case.op, case.as_of_rows, case.plan, **given, out=out)
         assert result is out
@@ -145,11 +142,14 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
 def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
     """Call the op; `as_of_rows` and `plan` as in a case."""
     with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
-        return function(op)(**given)
+        chosen = function(op)
+        return (layout_case.routed(chosen) if "layout" in given else chosen)(**given)
 
 
 def function(op: str) -> Any:
     """Return the op of this name, with results that are all arrays."""
+    if op in layout_case.OPS:
+        return layout_case.function(op)
     return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)
 
 
@@ -193,6 +193,13 @@ class _Chosen(AbstractContextManager[None]):
 def wanted(case: Case) -> tuple[np.ndarray, ...]:
     """Return the results of the NumPy reference."""
     arrays, method = case.arrays, case.method
+    if case.op in layout_case.OPS:
+        return layout_case.wanted(case.op, arrays, case.options, case.num_valid)
+    if "layout" in case.options:
+        own = wanted(without_layout(case))
+        ids = {"indices": own[1]}
+        options = {**case.options["layout"], "num_experts": case.num_counted}
+        return (*own, *layout_case.wanted("expert_layout", ids, options, len(own[1])))
     if case.op == "topk_select":
         given = arrays | case.options
         given.pop("return_values", None)
@@ -212,6 +219,14 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
 
 def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     """Assert that the results are those of the reference, to the bit where no float is rounded."""
+    assert [array.shape for array in got] == [shape for shape, _ in case.results]
+    if case.op in layout_case.OPS:
+        layout_case.check(case.op, case.arrays, case.options, case.num_valid, got)
+        return
+    if "layout" in case.options:
+        layout_case.check_layout(got[1], case.num_counted, case.options["layout"], got[2:])
+        check(without_layout(case), got[:2])
+        return
     if case.op == BACKWARD:
         assert case.method is not None
         arrays = case.arrays
@@ -220,7 +235,6 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         gradients.assert_right(got[0], *given, case.method, layer)
         return
     want = wanted(case)
-    assert all(array.shape == case.shape for array in got)
     if case.op == "topk_select":
         np.testing.assert_array_equal(got[-1], want[-1])
         for array, right in zip(got, want, strict=True):
@@ -249,6 +263,10 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
     rtol = compare.tolerance(logits(case)[:valid][good], reference.indices[good], method)
     compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
+
+
+def without_layout(case: Case) -> Case:
+    return replace(case, options={name: option for name, option in case.options.items() if name != "layout"})
 
 
 def has_steps(case: Case) -> bool:

@@ -24,9 +24,12 @@ from hypothesis import HealthCheck, Phase
 
 from cupy_router import RoutingMethod, compiler
 from tests.backends import Backend
+from tests.canvas import Canvas
 from tests.fuzz import case as case_module
-from tests.fuzz.case import FOLDER, Canvas, Case, arguments, check, load, run, save
-from tests.fuzz.strategies import Setting, cases, settings
+from tests.fuzz.case import FOLDER, Case, arguments, check, load, run, save
+from tests.fuzz.layout_strategies import LayoutSetting, layout_cases, layout_settings
+from tests.fuzz.strategies import Setting, settings
+from tests.fuzz.strategies import cases as router_cases
 from tests.recorder import recording
 from tests.simt.device import SCHEDULES, build_library
 from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
@@ -35,10 +38,16 @@ CASES = int(os.environ.get("CUPY_ROUTER_FUZZ_CASES", "2160"))
 KERNELS = int(os.environ.get("CUPY_ROUTER_FUZZ_KERNELS", "72"))
 SEED = int(os.environ.get("CUPY_ROUTER_FUZZ_SEED", "0"))
 
-SETTINGS = settings(SEED, KERNELS)
+AnySetting = Setting | LayoutSetting
+SETTINGS: list[AnySetting] = [*settings(SEED, KERNELS), *layout_settings(SEED, KERNELS // 4)]
 SANITIZED = SETTINGS[:: max(1, len(SETTINGS) // 20)][:20]
 GROUP = 5  # settings that share a sanitized process, whose start takes seconds
 HOST = Backend()  # NumPy arrays
+
+
+def cases(setting: AnySetting, max_rows: int = 40) -> hypothesis.strategies.SearchStrategy[Case]:
+    """Draw calls that compile this setting's kernels and no others; layouts have a fixed number of rows."""
+    return layout_cases(setting) if isinstance(setting, LayoutSetting) else router_cases(setting, max_rows)
 
 
 def configured(max_examples: int, *phases: Phase) -> hypothesis.settings:
@@ -69,7 +78,7 @@ def prove(case: Case, backend: Backend) -> None:
 
 
 @cache
-def kernels(setting: Setting) -> dict[str, str]:
+def kernels(setting: AnySetting) -> dict[str, str]:
     """Return sources by function for the smallest case that launches a kernel."""
     quiet = configured(1000, Phase.generate, Phase.shrink)
     smallest = hypothesis.find(cases(setting), lambda case: case.shape[0] > 0, settings=quiet)
@@ -78,7 +87,7 @@ def kernels(setting: Setting) -> dict[str, str]:
     return {launch.function: source for launch, source in zip(recorder.launches, recorder.sources, strict=True)}
 
 
-def build(wanted: list[Setting], sanitizer: str | None) -> None:
+def build(wanted: list[AnySetting], sanitizer: str | None) -> None:
     """Compile for the CPU in parallel what is not cached."""
     texts = [(source, function) for setting in wanted for function, source in kernels(setting).items()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -103,7 +112,7 @@ def path() -> Callable[[str], Path]:
 
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_cases(setting: Setting, backend: Backend, built: None, path: Callable[[str], Path]) -> None:
+def test_cases(setting: AnySetting, backend: Backend, built: None, path: Callable[[str], Path]) -> None:
     fatal = False
 
     @hypothesis.seed(SEED)
@@ -157,7 +166,7 @@ def test_sanitized_cases(
     assert report.fault is None, report.text
 
 
-def drawn(setting: Setting, count: int, max_rows: int) -> list[Case]:
+def drawn(setting: AnySetting, count: int, max_rows: int) -> list[Case]:
     found: list[Case] = []
 
     @hypothesis.seed(SEED)
@@ -174,7 +183,7 @@ def call(case: Case) -> Call:
     """Return the call for another process; results go into strided arrays if the case has them."""
     given = arguments(case, HOST)
     if case.out_padding >= 0:
-        arrays = (Canvas(case.shape, case.out_padding, dtype, HOST).array for dtype in case.dtypes)
+        arrays = (Canvas(shape, case.out_padding, dtype, HOST).array for shape, dtype in case.results)
         given["out"] = case.kind(*arrays)
     return Call("tests.fuzz.case:call", (case.op, case.as_of_rows, case.plan), given)
 
@@ -192,19 +201,19 @@ def test_settings_are_distinct_and_repeatable() -> None:
 
 @pytest.mark.slow("seconds", every=11)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_each_setting_uses_one_kernel(setting: Setting) -> None:
+def test_each_setting_uses_the_same_kernels(setting: AnySetting) -> None:
     """Many cases need only few compiled kernels."""
-    (function,) = kernels(setting)
     with recording() as recorder:
         for case in drawn(setting, 30, 40):
             run(case, HOST)
     assert recorder.launches
-    assert recorder.sources == [kernels(setting)[function]]
+    assert {*recorder.sources} == {*kernels(setting).values()}
+    assert len(recorder.sources) == (1 if isinstance(setting, Setting) else len(kernels(setting)))
 
 
 @pytest.mark.slow("seconds", every=6)
 @pytest.mark.parametrize("setting", SANITIZED, ids=str)
-def test_the_reference_passes_and_a_saved_case_is_read_back(setting: Setting, tmp_path: Path) -> None:
+def test_the_reference_passes_and_a_saved_case_is_read_back(setting: AnySetting, tmp_path: Path) -> None:
     for case in drawn(setting, 3, 10):
         check(case, case_module.wanted(case))
         save(case, tmp_path / "kept.json")

@@ -77,7 +77,7 @@ def call_exactly(case: Case, backend: Any) -> tuple[np.ndarray, ...]:
     """Call the op on arrays of exactly their size, results included if the case preallocates them."""
     given = arguments(case, backend)
     if case.out_padding >= 0:
-        arrays = (backend.array(np.ones(case.shape, dtype), case.out_padding) for dtype in case.dtypes)
+        arrays = (backend.array(np.ones(shape, dtype), case.out_padding) for shape, dtype in case.results)
         given["out"] = case.kind(*arrays)
     result = call(case.op, case.as_of_rows, case.plan, **given)
     return tuple(backend.numpy(array) for array in result)
