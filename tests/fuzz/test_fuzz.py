@@ -39,8 +39,9 @@ KERNELS = int(os.environ.get("CUPY_ROUTER_FUZZ_KERNELS", "72"))
 SEED = int(os.environ.get("CUPY_ROUTER_FUZZ_SEED", "0"))
 
 AnySetting = Setting | LayoutSetting
-SETTINGS: list[AnySetting] = [*settings(SEED, KERNELS), *layout_settings(SEED, KERNELS // 4)]
-SANITIZED = SETTINGS[:: max(1, len(SETTINGS) // 20)][:20]
+LAYOUTS = layout_settings(SEED, max(5, KERNELS // 4))
+SETTINGS: list[AnySetting] = [*settings(SEED, KERNELS), *LAYOUTS]
+SANITIZED = [*SETTINGS[:KERNELS][:: max(1, KERNELS // 20)][:20], *LAYOUTS[:10]]
 GROUP = 5  # settings that share a sanitized process, whose start takes seconds
 HOST = Backend()  # NumPy arrays
 
