@@ -249,6 +249,19 @@ def test_a_wrong_result_is_found(case: Case, result: int) -> None:
             check(case, bad)
 
 
+@pytest.mark.parametrize("setting", LAYOUTS[:5], ids=str)
+def test_a_wrong_entry_of_a_layout_is_found(setting: LayoutSetting) -> None:
+    for case in drawn(setting, 3, 40):
+        good = case_module.wanted(case)
+        check(case, good)
+        for place, array in enumerate(good):
+            if array.size:
+                bad = [other.copy() for other in good]
+                bad[place].flat[-1] = 123
+                with pytest.raises(AssertionError):
+                    check(case, tuple(bad))
+
+
 @pytest.mark.parametrize("at", [(0, -1), (0, 2), (1, 2), (1, 4)])
 def test_a_write_outside_a_result_is_found(at: tuple[int, int]) -> None:
     canvas = Canvas((2, 2), 2, np.float32, HOST)
