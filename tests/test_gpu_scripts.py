@@ -51,7 +51,7 @@ def test_a_wrong_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow("seconds")
 def test_every_variant_is_called() -> None:
     seen = [(launch.function, launch.macros, launch.arguments) for launch in launches()]
-    assert len(seen) == len(CASES)
+    assert len(seen) >= len(CASES)  # layouts may take several
 
     def called(function: str, **macros: int) -> bool:
         return any(name == function and macros.items() <= those.items() for name, those, _ in seen)
@@ -260,7 +260,6 @@ def test_a_soak_starts_only_from_right_results(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_soak_mixes_all_ops_and_the_sizes_in_use() -> None:
     mixed = soak.mixed_cases()
-    ops = {"topk_select", "activation_topk", "activation_topk_backward", "hash_router", "dense_router"}
-    assert {case.op for case in mixed} == ops
+    assert {case.op for case in mixed} == {case.op for case in CASES} > {"topk_select", "expert_layout", "permute"}
     assert max(case.shape[0] for case in mixed) == 10_000
     assert not any(case.as_of_rows or case.plan for case in mixed)

@@ -142,12 +142,13 @@ def run(case: Case, backend: Backend) -> tuple[np.ndarray, ...]:
 def call(op: str, as_of_rows: int, plan: str = "", /, **given: Any) -> Any:
     """Call the op; `as_of_rows` and `plan` as in a case."""
     with _Chosen(as_of_rows, plan) if as_of_rows or plan else nullcontext():
-        chosen = function(op)
-        return (layout_case.routed(chosen) if "layout" in given else chosen)(**given)
+        return function(op, "layout" in given)(**given)
 
 
-def function(op: str) -> Any:
-    """Return the op of this name, with results that are all arrays."""
+def function(op: str, with_layout: bool = False) -> Any:
+    """Return the op of this name, with results that are all arrays. A router with a layout takes it as a dictionary."""
+    if with_layout:
+        return layout_case.routed(getattr(cupy_router, op))
     if op in layout_case.OPS:
         return layout_case.function(op)
     return {BACKWARD: activation_topk_backward, "topk_select": _topk_select}.get(op) or getattr(cupy_router, op)

@@ -7,18 +7,25 @@ A router with a layout has it as the option "layout", a dictionary of the fields
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import cupy_router
 from cupy_router import ExpertLayout, LayoutSpec, RoutingPlan
+from cupy_router.ops import _permute_backward, _unpermute_backward
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._rows import GradientOptions
+from cupy_router.ops._run import run
 from cupy_router.reference import expert_layout as reference
 from cupy_router.reference import permute as permute_reference
 from tests import compare, oracle_layout
+from tests.backends import DTYPES
 from tests.layout_calls import assert_within_rounding
 
-OPS = ("expert_layout", "permute", "unpermute")
+GRADIENTS = {op.name: op for op in (_permute_backward.OP, _unpermute_backward.OP)}
+OPS = ("expert_layout", "permute", "unpermute", *GRADIENTS)
 Results = list[tuple[tuple[int, ...], Any]]
 
 
@@ -46,6 +53,10 @@ def results(op: str, arrays: dict[str, np.ndarray], options: dict[str, Any]) -> 
         return [((len(arrays["order"]), arrays["x"].shape[1]), arrays["x"].dtype)]
     if op == "unpermute":
         return [((len(arrays["positions"]), arrays["y"].shape[1]), arrays["y"].dtype)]
+    if op in GRADIENTS:
+        given = [arrays.get(name) for name in GRADIENTS[op].names]
+        facts = [a if a is None else a.shape for a in given], [a if a is None else str(a.dtype) for a in given]
+        return [(shape, DTYPES[dtype]) for shape, dtype in GRADIENTS[op].outputs(_wanted_gradients(options), *facts)]
     shapes = sizes(*arrays["indices"].shape, counted(options), options)
     made: Results = [(shapes[name], np.int32) for name in names_of(options)]
     return made + [(arrays[name].shape, arrays[name].dtype) for name in ("load",) if name in arrays]
@@ -63,7 +74,20 @@ def counted(options: dict[str, Any]) -> int:
 
 def function(op: str) -> Callable[..., Any]:
     """Return an op that gives, and takes as `out`, a flat tuple of arrays."""
+    if op in GRADIENTS:
+        return partial(_gradient, GRADIENTS[op])
     return {"expert_layout": _expert_layout, "permute": _permute, "unpermute": _unpermute}[op]
+
+
+def _wanted_gradients(options: dict[str, Any]) -> GradientOptions:
+    return GradientOptions(tuple(options["want"]))
+
+
+def _gradient(op: Any, *, want: list[str], out: Any = None, stream: Any = None, **given: Any) -> Any:
+    options = GradientOptions(tuple(want))
+    into = None if out is None else op.pack(options, out)
+    result = run(op, options, tuple(given.get(name) for name in op.names), into, stream)
+    return out or op.flatten(options, result)
 
 
 def _expert_layout(*, out: Any = None, load: Any = None, **given: Any) -> Any:
@@ -112,6 +136,10 @@ def wanted(op: str, arrays: dict[str, np.ndarray], options: dict[str, Any], num_
     if op == "permute":
         top_k = arrays["positions"].shape[1]
         return (permute_reference.permute(arrays["x"], arrays["order"], top_k, arrays.get("weights")),)
+    if op in GRADIENTS:
+        given = Arrays(GRADIENTS[op].names, [arrays.get(name) for name in GRADIENTS[op].names])
+        made: tuple[np.ndarray, ...] = GRADIENTS[op].reference(_wanted_gradients(options), given, num_valid)
+        return made
     if op == "unpermute":
         return (_sums(arrays)[0].astype(np.float32).astype(arrays["y"].dtype),)
     plain = {name: option for name, option in options.items() if name not in ("want", "num_valid", "num_experts")}
@@ -140,6 +168,10 @@ def check(
             right = sums.astype(np.float32).astype(got[0].dtype).astype(np.float64)
         assert_within_rounding(got[0], right, sums, terms, arrays["positions"].shape[1])
         return
+    if op in GRADIENTS:
+        for name, array, other in zip(options["want"], got, wanted(op, arrays, options, num_valid), strict=True):
+            assert_gradient_close(name, array, other, arrays)
+        return
     right = wanted(op, arrays, options, num_valid)
     assert len(got) == len(right)
     for array, other in zip(got, right, strict=True):
@@ -147,6 +179,20 @@ def check(
             np.testing.assert_array_equal(array.astype(np.float32), other.astype(np.float32))  # NaN of any payload
         else:
             compare.assert_same_bits(array, other)
+
+
+def assert_gradient_close(name: str, got: np.ndarray, want: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+    """Assert that one product is rounded as in the reference, and sums differ by a rounding for each term."""
+    if name in ("rows", "scaled"):
+        np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+        return
+    if name == "sums":
+        sums, terms = _sums({**arrays, "residual": None, "residual_scale": None})  # type: ignore[dict-item]
+        assert_within_rounding(got, want.astype(np.float64), sums, terms, arrays["positions"].shape[1])
+        return
+    x, other = (arrays[key].astype(np.float64) for key in ("x", "residual" if name == "residual_dots" else "y"))
+    largest = float(np.abs(x).sum(1).max(initial=0) * np.abs(other).max(initial=0))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * largest)
 
 
 def check_layout(indices: np.ndarray, experts: int, options: dict[str, Any], got: tuple[np.ndarray, ...]) -> None:

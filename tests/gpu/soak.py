@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from cupy_router import presets
+from cupy_router.reference.expert_layout import expert_layout as reference
 from tests import inputs
 from tests.backends import Backend, GpuBackend
 from tests.fuzz.case import Case, arguments, check, function
 from tests.gpu.variants import cases
+from tests.layout_inputs import uniform
 
 MEMORY_SLACK = (
     4 << 20
@@ -85,7 +87,7 @@ class Gpu(Host):
         return self.cupy.zeros(1, self.cupy.uint64)
 
     def count_differences(self, got: Any, want: Any, counter: Any) -> None:
-        blocks = min(64, -(-got.nbytes // 256))
+        blocks = min(64, -(-got.nbytes // 256)) or 1
         self.kernel((blocks,), (256,), (got, want, np.int64(got.nbytes), counter))
 
     def synchronize(self) -> None:
@@ -101,7 +103,7 @@ class Soak:
 
     def __init__(self, device: Host, chosen: Sequence[Case], threads: int, streams: int, calls: int) -> None:
         self.device, self.calls = device, calls
-        self.ops = [function(case.op) for case in chosen]
+        self.ops = [function(case.op, "layout" in case.options) for case in chosen]
         self.given = [arguments(case, device.backend) for case in chosen]
         self.first = [op(**given) for op, given in zip(self.ops, self.given, strict=True)]
         device.synchronize()
@@ -184,7 +186,26 @@ def mixed_cases() -> list[Case]:
         ids = draw.integers(0, 1000, rows).astype(np.int32)
         large.append(Case("hash_router", {"token_ids": ids, "table": table, "logits": logits}, chosen))
     # Kernels for many rows are called with many rows here: the choice cannot be made for one thread alone.
-    return [*(case for case in cases()[::4] if not (case.as_of_rows or case.plan)), *large]
+    # Nor is a load copied on the stream of each call.
+    quiet = (case for case in cases()[::4] if not (case.as_of_rows or case.plan or "load" in case.arrays))
+    return [*quiet, *large, *layouts_in_use()]
+
+
+def layouts_in_use() -> list[Case]:
+    """Return layouts and rows of sizes in use, by one block and by many."""
+    found = []
+    for n, k, experts, alignment in ((1, 8, 256, 1), (64, 8, 256, 16), (1024, 6, 384, 128), (8192, 8, 256, 1)):
+        ids, options = uniform(n, k, experts).astype(np.int32), {"num_experts": experts, "alignment": alignment}
+        found.append(Case("expert_layout", {"indices": ids}, None, options))
+        made = reference(ids, experts, alignment=alignment)
+        rows = {"order": made["order"], "positions": made["positions"]}
+        hidden = 4096 if n < 100 else 264
+        found.append(Case("permute", {"x": inputs.normal((n, hidden), "bfloat16", seed=5), **rows}))
+        y = inputs.normal((len(made["order"]), hidden), "bfloat16", seed=6)
+        weights = inputs.normal((n, k), seed=7)
+        if n < 2000:  # the sums of more take long by loops
+            found.append(Case("unpermute", {"y": y, "positions": made["positions"], "weights": weights}))
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> int:

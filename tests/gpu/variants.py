@@ -14,6 +14,7 @@ from cupy_router.method import SCORES
 from tests import inputs, methods, oracle
 from tests.backends import DTYPES
 from tests.fuzz.case import BACKWARD, Case
+from tests.gpu.layout_variants import layout_cases
 from tests.topk_calls import PLANS, misleading
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -31,6 +32,7 @@ def cases() -> list[Case]:
         *_hash_router(),
         *_dense_router(),
         *_backward(),
+        *layout_cases(),
     ]
 
 
