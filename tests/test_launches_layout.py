@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -244,11 +245,14 @@ def test_gradients(recorder: Recorder, fake: Fake) -> None:
     assert recorder.launches[-1].function == "permute"
 
 
-@pytest.mark.parametrize("n", [1, 33, 1024, 70_000, 2**26])
-@pytest.mark.parametrize("hidden", [1, 7, 1000, 4096, 7168, 100_000])
-def test_grids_of_rows(recorder: Recorder, fake: Fake, n: int, hidden: int) -> None:
-    x, capacity = Array(0x1000, (n, hidden), "bfloat16"), 8 * n + 77
-    positions = Array(0x3000, (n, 8), "int32")
+@pytest.mark.parametrize(
+    ("n", "k", "hidden"),
+    [*product((1, 33, 1024, 70_000), (1, 8), (1, 7, 1000, 4096, 7168, 100_000)), (2**31 - 1, 1, 1), (2**28 - 9, 8, 64)],
+)
+def test_grids_of_rows(recorder: Recorder, fake: Fake, n: int, k: int, hidden: int) -> None:
+    """As far as memory reaches."""
+    x, capacity = Array(0x1000, (n, hidden), "bfloat16"), min(k * n + 77, 2**31 - 1)
+    positions = Array(0x3000, (n, k), "int32")
     layout = ExpertLayout(order=Array(0x2000, (capacity,), "int32"), positions=positions)
     permute(x, layout)
     unpermute(Array(0x5000, (capacity, hidden), "bfloat16"), layout)
