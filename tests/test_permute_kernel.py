@@ -96,6 +96,8 @@ def test_dot_products_do_not_depend_on_other_tokens(backend: Backend, dtype: str
     "dtype", ["bool", "uint8", "float8_e4m3fn", "int16", "float32", "int64", "complex64", "complex128"]
 )
 def test_any_dtype_is_moved_as_bytes(backend: Backend, dtype: str, hidden: int) -> None:
+    if backend.name == "gpu" and dtype.startswith("float8"):
+        pytest.skip("CuPy makes no arrays of this dtype")
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     case = Case(hidden=hidden, weight_dtype=None)
     for pad, offset in ((0, 0), (3, 1)):
