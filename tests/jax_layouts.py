@@ -9,9 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router import ExpertLayout, expert_layout, permute, unpermute
+from cupy_router import (
+    ExpertLayout,
+    LayoutSpec,
+    activation_topk,
+    dense_router,
+    expert_layout,
+    hash_router,
+    permute,
+    unpermute,
+)
 from tests import inputs
 from tests.backends import DTYPES
+from tests.jax_calls import METHOD
 
 EXPERTS, TOP_K, HIDDEN = 9, 3, 8
 ARRAYS = ExpertLayout._fields[:7]
@@ -67,6 +77,14 @@ def same_layout(got: Any, want: Any) -> None:
         if a is not None:
             assert (str(a.dtype), a.shape) == ("int32", b.shape), name
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+ROUTERS = {"activation_topk": activation_topk, "hash_router": hash_router, "dense_router": dense_router}
+
+
+def planned(name: str, arrays: dict[str, Any], spec: LayoutSpec) -> Any:
+    """Call a router with a layout, where `tests.jax_calls` calls it without."""
+    return ROUTERS[name.split(",")[0].split()[0]](**arrays, method=METHOD, layout=spec)
 
 
 # -- Rows --------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from cupy_router import (
     RoutingPlan,
     activation_topk,
     expert_layout,
-    hash_router,
     layout_capacity,
     permute,
     unpermute,
@@ -28,7 +27,7 @@ from cupy_router import (
 from tests import inputs
 from tests.jax_calls import METHOD, N, calls, same_bits
 from tests.jax_gradients import enable_x64
-from tests.jax_layouts import ARRAYS, EXPERTS, NAMES, TOP_K, cases, ids, same_layout
+from tests.jax_layouts import ARRAYS, EXPERTS, NAMES, TOP_K, cases, ids, planned, same_layout
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -290,23 +289,17 @@ def test_vmap_over_the_last_axis_and_twice() -> None:
 
 ROUTERS = ["activation_topk of a layer", "activation_topk, padded", "hash_router of logits", "hash_router of x, padded",
            "dense_router", "dense_router prefill, padded"]  # fmt: skip
-FUNCTIONS = {"activation_topk": activation_topk, "hash_router": hash_router, "dense_router": cupy_router.dense_router}
-
-
-def planned(name: str, arrays: dict[str, Any], spec: LayoutSpec = ALL) -> Any:
-    """Call one of `ROUTERS` with a layout."""
-    return FUNCTIONS[name.split(",")[0].split()[0]](**arrays, method=METHOD, layout=spec)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_returns_the_layout_of_its_indices(name: str) -> None:
     arrays = {key: jnp.array(array) for key, array in calls()[name].arrays.items()}
     routing = calls()[name](arrays)
-    got = jax.jit(lambda arrays: planned(name, arrays))(arrays)
+    got = jax.jit(lambda arrays: planned(name, arrays, ALL))(arrays)
     assert type(got) is RoutingPlan
     same_bits(type(routing)(*got[:2]), routing)
     same_layout(got.layout, expert_layout(np.asarray(routing.indices), METHOD.num_experts, alignment=4, want=ARRAYS))
-    eager = planned(name, arrays)
+    eager = planned(name, arrays, ALL)
     same_layout(eager.layout, got.layout)
     assert len(jax.tree.leaves(got)) == 9
 
@@ -318,7 +311,7 @@ def test_calls_of_one_kernel_are_followed_by_the_layout() -> None:
         "hash_router of logits": ["hash_router", "expert_layout"],
         "dense_router": ["dense_router"],
     }.items():
-        program = jax.jit(lambda arrays, name=name: planned(name, arrays)).lower(calls()[name].arrays).as_text()
+        program = jax.jit(lambda arrays, name=name: planned(name, arrays, ALL)).lower(calls()[name].arrays).as_text()
         assert re.findall(r"custom_call @cupy_router\.(\w+)", program) == targets
 
 
@@ -349,7 +342,7 @@ def test_weights_have_the_same_gradients_with_a_layout(name: str) -> None:
 
     want = jax.grad(lambda smooth: loss(smooth, calls()[name]))(smooth)
     for transform in (lambda f: f, jax.jit, jax.checkpoint):
-        got = jax.grad(transform(lambda smooth: loss(smooth, lambda arrays: planned(name, arrays))))(smooth)
+        got = jax.grad(transform(lambda smooth: loss(smooth, lambda arrays: planned(name, arrays, ALL))))(smooth)
         for key in smooth:
             np.testing.assert_allclose(got[key], want[key], rtol=1e-6, atol=1e-7, err_msg=key)
 
