@@ -353,6 +353,8 @@ RECOMPUTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", RECOMPUTED)
 def test_recomputation_adds_nothing(how: str) -> None:
     """Of two micro-batches, whose forward passes come before the backward passes."""
+    if "selective" in how and not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"):
+        pytest.skip("this PyTorch has no selective checkpoints")
     found = []
     for wrap in (lambda module: module, lambda module: partial(checkpoint, module, **RECOMPUTED[how])):
         module = Moe()

@@ -12,6 +12,7 @@ either: so no graph computes it again for a backward pass, or keeps for that wha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -110,8 +111,13 @@ def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any],
 
 
 def sizes_of(op: Op, options: Any, inputs: Sequence[Any]) -> dict[str, Any]:
-    """Return the sizes of a call by name. They may be symbolic."""
-    return op.sizes_of(options, [None if array is None else array.shape for array in inputs], torch.sym_min)
+    """Return the sizes of a call by name. They may be symbolic; torch.jit.trace takes them for constants."""
+    shapes: list[Any] = [None if array is None else array.shape for array in inputs]
+    if not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            shapes = [None if shape is None else tuple(map(int, shape)) for shape in shapes]
+    return op.sizes_of(options, shapes, torch.sym_min)
 
 
 def _read(op: Op, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -266,3 +272,4 @@ _register_namedtuple = getattr(torch.utils._pytree, "_register_namedtuple", None
 if _register_namedtuple is not None:
     for _name, _kind in RESULTS.items():
         _register_namedtuple(_kind, serialized_type_name=f"cupy_router.{_name}")
+torch.serialization.add_safe_globals([*RESULTS.values()])  # programs that were exported with such arguments have them
