@@ -14,3 +14,6 @@ traced: list[Callable[[], bool]] = []
 # These return True during a backward pass, which repeats calls if activations are recomputed. Then a call adds nothing
 # to what it would otherwise count in place.
 in_backward: list[Callable[[], bool]] = []
+
+# Types of ints that stand for sizes which traced code does not know.
+symbolic_ints: list[type] = []

@@ -241,6 +241,32 @@ def test_errors_in_graphs() -> None:
     same(Graphs().of(lambda y: unpermute(y, bare))(y.detach()), unpermute(y.detach(), bare))
 
 
+def share(x: Any) -> int:
+    """Return how many rows a layer has if its capacity is a share of the pairs, symbolic where sizes are."""
+    return (x.shape[0] * 3 * 3 // 4 + 3) // 4 * 4
+
+
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
+def test_a_capacity_made_of_sizes(how: str) -> None:
+    """It is no constant of the graph: of expert_layout, of routers and of a Router that is a node of its own."""
+    spec = lambda x: LayoutSpec(4, share(x))  # noqa: E731
+    for function in (
+        lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x)),
+        lambda x, ids: layer(x, GATE, spec(x)),
+        lambda x, ids: OF_NUMPY(x, layout=spec(x)),
+    ):
+        graphs = Graphs()
+        compiled = graphs.of(function, dynamic=True if how == "dynamic=True" else None)
+        for n in (5, 22, 40):
+            x, ids = tensor(n, 6, seed=n), ids_of(n)
+            if how == "mark_dynamic":
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_dynamic(ids, 0)
+            same(compiled(x, ids), function(x, ids))
+        assert graphs.number == 1
+
+
 # -- Traces and programs -----------------------------------------------------------------------------------------------
 
 
@@ -259,6 +285,17 @@ def test_traces_have_ops_and_no_constants() -> None:
             same(traced(tensor(n, 6, seed=3), GATE), function(tensor(n, 6, seed=3), GATE))
     traced = torch.jit.trace(function, (x, GATE), check_trace=False)
     same(traced(tensor(5, 6, seed=3), GATE), function(tensor(5, 6, seed=3), GATE))
+
+
+def test_a_capacity_made_of_sizes_is_traced() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def function(x: Any, gate: Any) -> Any:
+        return layer(x, gate, LayoutSpec(4, share(x)))[0]
+
+    traced = make_fx(function, tracing_mode="symbolic")(tensor(5, 6), GATE)
+    for n in (5, 30):
+        same(traced(tensor(n, 6, seed=3), GATE), function(tensor(n, 6, seed=3), GATE))
 
 
 def test_fake_tensors() -> None:
@@ -281,7 +318,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
         self.register_buffer("load", torch.zeros(MANY, dtype=torch.int64))
 
     def forward(self, x: Any) -> Any:
-        result, layout = layer(x, self.gate)
+        result, layout = layer(x, self.gate, LayoutSpec(4, share(x)))
         ids = dense_router(x, self.gate, METHOD).indices
         return result, layout, expert_layout(ids, MANY, load=self.load).counts
 

@@ -18,7 +18,7 @@ from cupy_router.ops.expert_layout import LayoutOptions
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.ops.registry import OPS
 from cupy_router.ops.topk_select import TopKOptions
-from cupy_router.torch._library import node
+from cupy_router.torch._library import node, texts
 from tests import declared, inputs
 from tests.methods import METHODS
 
@@ -75,21 +75,21 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))
     by_hand |= {
         "activation_topk_layout": [
-            (MethodOptions(METHOD, LayoutSpec()).text, parameter(5, 16), None, bias, scale, count, -1),
-            (MethodOptions(METHOD, spec).text, tensor(5, 16), None, None, None, None, -1),
+            (MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, bias, scale, count, -1),
+            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, -1),
         ],
         "hash_router_layout": [
-            (HashOptions(METHOD, spec).text, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
+            (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
         ],
         "hash_layer_layout": [
-            (MethodOptions(METHOD, spec).text, parameter(5, 8), ids, table, None, None, None, count, -1)
+            (MethodOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, count, -1)
         ],
         "dense_router_layout": [
-            (DenseOptions(METHOD, None, spec).text, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count,
-             -1)
+            (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
+             count, -1)
         ],
     }  # fmt: skip
-    return {node: [_declared(op, device)] for node, (op, kind) in NODES.items()} | by_hand | _of_rows(device)
+    return {name: [_declared(op, kind, device)] for name, (op, kind) in NODES.items()} | by_hand | _of_rows(device)
 
 
 def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
@@ -112,9 +112,9 @@ def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
     weights, residual = tensor(5, 3, seed=1), tensor(5, 7, seed=3)
     return {
         "expert_layout": [
-            (LayoutOptions(5).text, ids, None, count, -1),
-            (LayoutOptions(5, 4, 12, ("row_experts",), (1, 3), None, 99).text, ids.byte(), None, None, 2),
-            (LayoutOptions(5, want=("block_experts",), num_local=2).text, ids, sent, None, -1),
+            (LayoutOptions(5).text, None, ids, None, count, -1),
+            (LayoutOptions(5, 4, None, ("row_experts",), (1, 3), None, 99).text, 12, ids.byte(), None, None, 2),
+            (LayoutOptions(5, want=("block_experts",), num_local=2).text, None, ids, sent, None, -1),
         ],
         "expert_layout_write": [
             (LayoutOptions(5, want=("counts",)).text, ids, None, load, count, -1),
@@ -162,8 +162,10 @@ def into_samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-def _declared(op: Op, device: str) -> tuple[Any, ...]:
+def _declared(op: Op, kind: Any, device: str) -> tuple[Any, ...]:
     """Return arguments made from the declaration of an op."""
     tensors = {name: torch.from_numpy(array).to(device) for name, array in declared.arrays(op).items()}
+    if kind is not op.returns:
+        return ()  # its example has no layout; the calls by hand have
     read = [tensors.get(each.name) for each in op.inputs if not each.written]
-    return (op.example().text, *read, *([-1] if op.takes_number else []))
+    return (*texts(op, kind, op.example()), *read, *([-1] if op.takes_number else []))

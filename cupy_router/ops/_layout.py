@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cupy_router import _hooks
 from cupy_router.ops import _checks as check
 from cupy_router.ops._declared import Minimum, Result
 from cupy_router.ops._options import Options
@@ -63,7 +64,8 @@ def checked_spec(label: str, alignment: Any, capacity: Any, want: Any) -> tuple[
     if type(alignment) is not int or not 0 < alignment <= MAX_ROWS:
         alignment = check.integer(f"{label}: alignment", alignment, 1, MAX_ROWS)
     if capacity is not None:
-        if type(capacity) is not int or not 0 <= capacity <= MAX_ROWS:
+        is_int = type(capacity) is int or type(capacity) in _hooks.symbolic_ints
+        if not is_int or not 0 <= capacity <= MAX_ROWS:
             capacity = check.integer(f"{label}: capacity", capacity, 0, MAX_ROWS)
         if capacity % alignment:
             raise ValueError(f"{label}: capacity must be a multiple of the alignment {alignment}, got {capacity}")
@@ -191,3 +193,11 @@ def _check_ints(label: str, layout: ExpertLayout) -> None:
                 f"{label}: layout.{name} must be an int, got {type(value).__name__}: before a layout is traced, call "
                 "an op with an array of the framework, or import cupy_router's package for it"
             )
+
+
+def shape_of(array: Any) -> Any:
+    """Return the shape of an argument, None if it is no array."""
+    try:  # torch.compile of PyTorch 2.4 does not trace `getattr` with a default
+        return array.shape
+    except AttributeError:
+        return None

@@ -19,9 +19,34 @@ class Options:
     @property
     def text(self) -> str:
         """The options as JSON, which has the same meaning in every process. Graphs contain it."""
+        return self.text_without("")
+
+    def text_without(self, path: str) -> str:
+        """Return the text with null in the place of one option, which may be one of options in these."""
         # Plain string operations, because torch.compile traces this.
         names = type(self).__match_args__  # type: ignore[attr-defined]  # those of the fields: subclasses are dataclasses
-        return "{" + ", ".join([f'"{name}": {as_json(getattr(self, name))}' for name in names]) + "}"
+        first, _, rest = path.partition(".")
+        fields = []
+        for name in names:
+            value = getattr(self, name)
+            if name == first:
+                text = value.text_without(rest) if rest and value is not None else "null"
+            else:
+                text = as_json(value)
+            fields.append(f'"{name}": {text}')
+        return "{" + ", ".join(fields) + "}"
+
+    def at(self, path: str) -> Any:
+        """Return one option; None if it is one of options that are None."""
+        first, _, rest = path.partition(".")
+        value = getattr(self, first)
+        return value.at(rest) if rest and value is not None else value
+
+    def replaced(self, path: str, value: Any) -> Any:
+        """Return the same options but for one."""
+        first, _, rest = path.partition(".")
+        found = {name: getattr(self, name) for name in type(self).__match_args__}  # type: ignore[attr-defined]
+        return type(self)(**(found | {first: found[first].replaced(rest, value) if rest else value}))
 
 
 @lru_cache(maxsize=4096)

@@ -49,6 +49,7 @@ class RoutedOp(Op):
     variants = (RoutingPlan,)
     nested = MappingProxyType({"layout": ExpertLayout})
     numbers = layout_numbers("layout.", _COLUMNS)
+    symbolic = "layout.capacity"
     gradient = "routing"
 
     def route(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:

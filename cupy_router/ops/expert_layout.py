@@ -63,6 +63,7 @@ class ExpertLayoutOp(Op):
     results = layout_results(lambda options: options.want)
     returns = ExpertLayout
     numbers = layout_numbers()
+    symbolic = "capacity"
     rows_independent = False
     vmap = "loop"
 

@@ -10,7 +10,7 @@ from cupy_router.arrays import View
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import ANY, FLOATS, Arrays, Result, layer, row
-from cupy_router.ops._layout import as_layout
+from cupy_router.ops._layout import as_layout, shape_of
 from cupy_router.ops._op import Op
 from cupy_router.ops._rows import NO_OPTIONS, NoOptions
 from cupy_router.ops._run import run
@@ -103,8 +103,8 @@ def permute(x: Any, layout: ExpertLayout, *, weights: Any = None, out: Any = Non
     layout = as_layout("permute", layout, "order", "positions")
     if layout.num_tokens is not None:  # order counts the pairs of all tokens
         wanted = layout.num_tokens, layout.top_k
-        shape = getattr(layout.positions, "shape", wanted)
-        if shape != wanted and tuple(shape) != wanted:
+        shape = shape_of(layout.positions)
+        if shape is not None and shape != wanted and tuple(shape) != wanted:
             raise ValueError(
                 f"permute: layout.positions must have shape [num_tokens, top_k] = {[*wanted]}, got {[*shape]}"
             )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays, Result, layer, row
-from cupy_router.ops._layout import as_layout
+from cupy_router.ops._layout import as_layout, shape_of
 from cupy_router.ops._op import Op
 from cupy_router.ops._rows import NO_OPTIONS, NoOptions
 from cupy_router.ops._run import run
@@ -112,7 +112,7 @@ def unpermute(
            [4.]], dtype=float32)
     """
     layout = as_layout("unpermute", layout, "positions")
-    shape = getattr(y, "shape", None)
+    shape = shape_of(y)
     if layout.capacity is not None and shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
         raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {list(shape)}")
     inputs = (y, layout.positions, layout.order, weights, residual, residual_scale)

@@ -26,6 +26,8 @@ a Hugging Face model.
 
 from __future__ import annotations
 
+import torch
+
 from cupy_router import _hooks, router
 from cupy_router.ops import _run
 from cupy_router.torch import _intercept, _router_op, _state
@@ -39,6 +41,7 @@ _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it,
 router.interceptors.append(_router_op)
 _hooks.traced.append(_state.is_tracing)
 _hooks.in_backward.append(_state.in_backward)
+_hooks.symbolic_ints.append(torch.SymInt)
 
 
 def __dir__() -> list[str]:

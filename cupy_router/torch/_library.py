@@ -41,7 +41,9 @@ def node(op: Op, kind: Any) -> str:
 
 def schema(op: Op, kind: Any, into: bool = False) -> str:
     """Return the schema of an op that returns a tuple of a kind, or of its twin that writes into the caller's."""
-    arguments = _arguments(op, [declared for declared in op.inputs if not declared.written])
+    text, *arguments = _arguments(op, [declared for declared in op.inputs if not declared.written])
+    size = [f"SymInt? {op.symbolic.rpartition('.')[2]}"] if has_size(op, kind) else []
+    arguments = [text, *size, *arguments]
     if into:
         letters = iter("abcdefghijklmnop")
         outs = [
@@ -56,6 +58,18 @@ def schema(op: Op, kind: Any, into: bool = False) -> str:
 def writing_schema(op: Op) -> str:
     """Return the schema of an op that writes into inputs."""
     return f"{op.name}_write({', '.join(_arguments(op, op.inputs))}) -> ()"
+
+
+def has_size(op: Op, kind: Any) -> bool:
+    """Return whether the node has an option beside the text, which may be a symbolic size."""
+    return bool(op.symbolic) and op.symbolic.partition(".")[0] in kind._fields
+
+
+def texts(op: Op, kind: Any, options: Any) -> tuple[Any, ...]:
+    """Return the options as a node has them."""
+    if has_size(op, kind):
+        return options.text_without(op.symbolic), options.at(op.symbolic)
+    return (options.text,)
 
 
 def _arguments(op: Op, inputs: Sequence[Input]) -> list[str]:
@@ -102,9 +116,9 @@ def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any],
     if out is not None:
         rest = iter(outs)
         places = [next(rest) if result in wanted else None for result in declared]
-        getattr(torch.ops.cupy_router, f"{node(op, kind)}_out")(options.text, *arguments, *places)
+        getattr(torch.ops.cupy_router, f"{node(op, kind)}_out")(*texts(op, kind, options), *arguments, *places)
         return out
-    results = getattr(torch.ops.cupy_router, node(op, kind))(options.text, *arguments)
+    results = getattr(torch.ops.cupy_router, node(op, kind))(*texts(op, kind, options), *arguments)
     results = results if len(declared) > 1 else (results,)
     found = [tensor for tensor, result in zip(results, declared, strict=True) if result in wanted]
     return op.pack(options, found, partial(sizes_of, op, options, inputs))
@@ -113,7 +127,9 @@ def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any],
 def sizes_of(op: Op, options: Any, inputs: Sequence[Any]) -> dict[str, Any]:
     """Return the sizes of a call by name. They may be symbolic; torch.jit.trace takes them for constants."""
     shapes: list[Any] = [None if array is None else array.shape for array in inputs]
-    if not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing():
+    if torch.compiler.is_dynamo_compiling():  # it takes `min` of symbolic sizes for sym_min, but no sym_min of others
+        return op.sizes_of(options, shapes)
+    if torch.jit.is_tracing():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             shapes = [None if shape is None else tuple(map(int, shape)) for shape in shapes]
@@ -128,26 +144,30 @@ def _read(op: Op, inputs: Sequence[Any]) -> Sequence[Any]:
     return [array for declared, array in zip(op.inputs, inputs, strict=True) if not declared.written]
 
 
-def _inputs(op: Op, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], int, tuple[Any, ...]]:
-    """Return all inputs of an op, None for those that are written, num_valid as an int, and further arguments."""
+def _given(op: Op, kind: Any, text: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...], int, Sequence[Any]]:
+    """Return options, all inputs of an op, None for those that are written, num_valid as an int, and what follows."""
+    options = op.options_of(text)
+    if has_size(op, kind):
+        size, *arguments = arguments
+        options = options if size is None else options.replaced(op.symbolic, size)
     number = len(op.inputs) - len(op.written)
     inputs, others = list(arguments[:number]), arguments[number:]
     for place in op.written:
         inputs.insert(place, None)
-    return (tuple(inputs), others[0], tuple(others[1:])) if op.takes_number else (tuple(inputs), -1, tuple(others))
+    return (options, tuple(inputs), others[0], others[1:]) if op.takes_number else (options, tuple(inputs), -1, others)
 
 
-def _implementation(op: Op, text: str, *arguments: Any) -> Any:
+def _implementation(op: Op, kind: Any, text: str, *arguments: Any) -> Any:
     """Run an op that a graph calls."""
-    options, (inputs, number, _) = op.options_of(text), _inputs(op, arguments)
+    options, inputs, number, _ = _given(op, kind, text, arguments)
     found = outside_of_graphs(run_eagerly, op, options, inputs, number)
-    return _with_absent(op, options, op.flatten(options, found), inputs[0])
+    return _with_absent(op, kind, options, op.flatten(options, found), inputs[0])
 
 
-def _implementation_into(op: Op, text: str, *arguments: Any) -> None:
+def _implementation_into(op: Op, kind: Any, text: str, *arguments: Any) -> None:
     """Run an op that a graph calls to write into tensors of the caller."""
-    options, (inputs, number, places) = op.options_of(text), _inputs(op, arguments)
-    wanted, declared = op.existing(options), op.results_in(op.returned(options))
+    options, inputs, number, places = _given(op, kind, text, arguments)
+    wanted, declared = op.existing(options), op.results_in(kind)
     outs = [array for array, result in zip(places, declared, strict=True) if result in wanted]
     outside_of_graphs(run, op, options, inputs, op.pack(options, outs), None, number, True)
 
@@ -159,28 +179,27 @@ def _implementation_of_writing(op: Op, text: str, *arguments: Any) -> None:
         outside_of_graphs(run_eagerly, op, op.options_of(text), inputs, number)
 
 
-def _fake(op: Op, text: str, *arguments: Any) -> Any:
+def _fake(op: Op, kind: Any, text: str, *arguments: Any) -> Any:
     """Return fake results, whose sizes may be symbolic."""
-    options, (inputs, _, _) = op.options_of(text), _inputs(op, arguments)
+    options, inputs, _, _ = _given(op, kind, text, arguments)
     shapes = [None if tensor is None else tensor.shape for tensor in inputs]
     dtypes = [None if tensor is None else tensors.name_of(tensor.dtype) for tensor in inputs]
     found = [
         inputs[0].new_empty(shape, dtype=tensors.dtype_of(dtype))
         for shape, dtype in op.outputs(options, shapes, dtypes, torch.sym_min)
     ]
-    return _with_absent(op, options, found, inputs[0])
+    return _with_absent(op, kind, options, found, inputs[0])
 
 
-def _with_absent(op: Op, options: Any, found: Sequence[Any], like: Any) -> Any:
-    """Return one tensor for each result, an empty one if the result does not exist."""
+def _with_absent(op: Op, kind: Any, options: Any, found: Sequence[Any], like: Any) -> Any:
+    """Return one tensor for each result of the tuple, an empty one if the result does not exist."""
     rest, wanted = iter(found), op.existing(options)
-    declared = op.results_in(op.returned(options))
-    results = tuple(next(rest) if result in wanted else like.new_empty((0,)) for result in declared)
+    results = tuple(next(rest) if result in wanted else like.new_empty((0,)) for result in op.results_in(kind))
     return results if len(results) > 1 else results[0]
 
 
-def _remember(op: Op, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    names = (None, *_read(op, op.names), None) if op.takes_number else (None, *_read(op, op.names))
+def _remember(op: Op, kind: Any, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    names = (*[None] * (1 + has_size(op, kind)), *_read(op, op.names), *[None] * op.takes_number)
     results = output if isinstance(output, tuple) else (output,)
     _autograd.remember(ctx, op, op.options_of(inputs[0]), names, inputs, results)
 
@@ -191,18 +210,18 @@ def define(op: Op) -> None:
         written = {1 + place: f"{op.label}: {op.inputs[place].shown}" for place in op.written}
         register(writing_schema(op), partial(_implementation_of_writing, op), no_results, written)
         register_without_gradient(f"{op.name}_write")
-    first = 1 + len(op.inputs) - len(op.written) + op.takes_number
     for kind in (op.returns, *op.variants):
         name = node(op, kind)
-        register(schema(op, kind), partial(_implementation, op), partial(_fake, op))
+        register(schema(op, kind), partial(_implementation, op, kind), partial(_fake, op, kind))
         if op.differentiable:
-            register_gradient(name, _autograd.backward, partial(_remember, op))
+            register_gradient(name, _autograd.backward, partial(_remember, op, kind))
         elif op.no_gradient:
             register_gradient(name, partial(_autograd.no_second_derivative, op), None)
         else:
             register_without_gradient(name)
+        first = 1 + has_size(op, kind) + len(_read(op, op.names)) + op.takes_number
         outs = {first + i: f"{op.label}: {op.out_name(result)}" for i, result in enumerate(op.results_in(kind))}
-        register(schema(op, kind, into=True), partial(_implementation_into, op), no_results, outs)
+        register(schema(op, kind, into=True), partial(_implementation_into, op, kind), no_results, outs)
         register_without_gradient(f"{name}_out")  # calls are checked by `refuse_writing` before
 
 
