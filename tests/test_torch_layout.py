@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,8 @@ from tests import inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from tests.torch_layouts import EXPERTS, IDS, LAYOUTS, Case, Moe, plain_permute, plain_unpermute  # noqa: E402
+from tests.torch_layouts import EXPERTS, IDS, LAYOUTS, Case, plain_permute, plain_unpermute  # noqa: E402
 
 METHOD = RoutingMethod(EXPERTS, 3, "softmax")
 
@@ -316,64 +314,3 @@ def test_a_router_with_a_layout_has_the_same_gradients(name: str) -> None:
         assert not isinstance(got, torch.Tensor) or not got.requires_grad
     total = torch.func.grad(lambda x: route(x, layout=spec).weights.square().sum())(X)
     assert total.equal(found[0][2])
-
-
-# -- Counts in place ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_load_raises_its_version(dtype: Any) -> None:
-    load = torch.zeros(EXPERTS, dtype=dtype)
-    expert_layout(IDS, EXPERTS, load=load)
-    assert load._version == 1
-    assert load.equal(expert_layout(IDS, EXPERTS).counts.to(dtype))
-    expert = torch.ones(EXPERTS, requires_grad=True)
-    loss = (expert * load).sum()
-    expert_layout(IDS, EXPERTS, load=load)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    with pytest.raises(TypeError, match=r"^expert_layout: load must be int32 or int64, got float32"):
-        expert_layout(IDS, EXPERTS, load=torch.ones(EXPERTS, requires_grad=True))
-
-
-def selective(policy: str) -> Any:
-    return {"context_fn": lambda: torch.utils.checkpoint.create_selective_checkpoint_contexts(
-        lambda ctx, op, *given, **more: getattr(torch.utils.checkpoint.CheckpointPolicy, policy)
-    )}  # fmt: skip
-
-
-RECOMPUTED: dict[str, dict[str, Any]] = {
-    "reentrant": {"use_reentrant": True},
-    "not reentrant": {"use_reentrant": False},
-    "selective, kept": {"use_reentrant": False, **selective("MUST_SAVE")},
-    "selective, repeated": {"use_reentrant": False, **selective("MUST_RECOMPUTE")},
-}
-
-
-@pytest.mark.parametrize("how", RECOMPUTED)
-def test_recomputation_adds_nothing(how: str) -> None:
-    """Of two micro-batches, whose forward passes come before the backward passes."""
-    if "selective" in how and not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"):
-        pytest.skip("this PyTorch has no selective checkpoints")
-    found = []
-    for wrap in (lambda module: module, lambda module: partial(checkpoint, module, **RECOMPUTED[how])):
-        module = Moe()
-        batches = [tensor(5, 6, seed=10 + i).requires_grad_() for i in range(2)]
-        outputs = [wrap(module)(x) for x in batches]
-        counted, version = module.load.clone(), module.load._version
-        assert counted.sum() == 2 * 5 * 3
-        for output in outputs:
-            output.square().sum().backward()
-        assert module.load.equal(counted)
-        assert module.load._version == version
-        found.append([*(x.grad for x in batches), module.gate.grad])
-    assert all(map(torch.equal, *found))
-
-
-def test_a_second_forward_pass_counts_again() -> None:
-    """Only a backward pass leaves the counts alone."""
-    module = Moe()
-    x = tensor(5, 6).requires_grad_()
-    for steps in range(1, 4):
-        checkpoint(module, x, use_reentrant=False).sum().backward()
-        assert module.load.sum() == steps * 15

@@ -29,10 +29,8 @@ from tests import inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from cupy_router.torch import _library  # noqa: E402
-from tests.torch_layouts import ALL, EXPERTS, IDS, Case, Moe  # noqa: E402
+from tests.torch_layouts import ALL, EXPERTS, IDS, Case, leaves, same  # noqa: E402
 
 MANY = 64  # experts: 3 of them for each of 21 tokens are fewer pairs, for 22 more
 METHOD = RoutingMethod(MANY, 3, "softmax")
@@ -53,20 +51,6 @@ OF_TENSORS, OF_NUMPY = Router(METHOD, weight=GATE), Router(METHOD, weight=GATE.n
 def layer(x: Any, gate: Any, spec: LayoutSpec = LayoutSpec(4)) -> Any:  # noqa: B008  # it is immutable
     weights, _, layout = dense_router(x, gate, METHOD, layout=spec)
     return unpermute(permute(x, layout).tanh(), layout, weights, residual=x), layout
-
-
-def leaves(found: Any) -> list[Any]:
-    return list(torch.utils._pytree.tree_leaves(found))
-
-
-def same(got: Any, want: Any) -> None:
-    pairs = list(zip(leaves(got), leaves(want), strict=True))
-    assert pairs
-    for a, b in pairs:
-        if isinstance(b, torch.Tensor):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        else:
-            assert a == b
 
 
 class Graphs:
@@ -366,90 +350,3 @@ def test_a_program_that_takes_a_layout(strict: bool, tmp_path: Path) -> None:
     loaded = torch.export.load(tmp_path / "experts.pt2").module()
     other = tensor(5, 4, seed=1), expert_layout(ids_of(5, 1), MANY, alignment=4)
     same(loaded(*other), Experts()(*other))
-
-
-# -- Counts in place ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """The ops that graphs call, and whether they write."""
-    found: list[tuple[str, bool]] = []
-    eagerly = _library.run_eagerly
-
-    def watching(op: Any, options: Any, given: Any, number: int) -> Any:
-        found.append((op.name, any(given[place] is not None for place in op.written)))
-        return eagerly(op, options, given, number)
-
-    monkeypatch.setattr(_library, "run_eagerly", watching)
-    return found
-
-
-def compiled(module: Any, backend: str) -> Any:
-    torch.compiler.reset()
-    return torch.compile(module, backend=backend, fullgraph=True)
-
-
-def checkpointed(function: Any, reentrant: bool = False) -> Any:
-    return partial(checkpoint, function, use_reentrant=reentrant)
-
-
-WRAPPED: dict[str, Callable[[Any, str], Any]] = {
-    "compiled": compiled,
-    "a checkpoint, compiled": lambda module, backend: compiled(checkpointed(module), backend),
-    "a reentrant checkpoint, compiled": lambda module, backend: compiled(checkpointed(module, True), backend),
-    "checkpoint of a compiled layer": lambda module, backend: checkpointed(compiled(module, backend)),
-    "reentrant checkpoint of a compiled layer": lambda module, backend: checkpointed(compiled(module, backend), True),
-}
-
-
-@pytest.mark.slow("seconds", every=5)
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", "inductor"])
-@pytest.mark.parametrize("name", WRAPPED)
-def test_graphs_count_each_pair_once(name: str, backend: str, calls: list[tuple[str, bool]]) -> None:
-    """Of two micro-batches, both forward passes first. No graph calls the op that writes in a backward pass."""
-    found = []
-    for wrap in (lambda module: module, lambda module: WRAPPED[name](module, backend)):
-        module, batches = Moe(), [tensor(5, 6, seed=10 + i).requires_grad_() for i in range(2)]
-        wrapped = wrap(module)
-        outputs = [wrapped(x) for x in batches]
-        counted = module.load.clone()
-        assert counted.sum() == 2 * 5 * 3
-        forwards, calls[:] = calls[:], []
-        for output in outputs:
-            output.square().sum().backward()
-        assert module.load.equal(counted)
-        assert ("expert_layout", True) not in calls
-        found.append((counted, [x.grad for x in batches], module.gate.grad))
-    assert forwards.count(("expert_layout", True)) == 2
-    same(*found)
-
-
-@pytest.mark.slow("seconds")
-@pytest.mark.parametrize("setting", [{"aggressive_recomputation": True}, {"activation_memory_budget": 0.0}])
-def test_a_partitioner_that_recomputes_what_it_can(setting: dict[str, Any], calls: list[tuple[str, bool]]) -> None:
-    config = torch._functorch.config
-    if not all(hasattr(config, name) for name in setting):
-        pytest.skip("this PyTorch has no such setting")
-    module, x = Moe(), tensor(5, 6).requires_grad_()
-    with config.patch(**setting):
-        output = compiled(module, "inductor")(x)
-        calls.clear()
-        output.square().sum().backward()
-    assert module.load.sum() == 15
-    assert calls  # the backward pass
-    assert ("expert_layout", True) not in calls
-
-
-@pytest.mark.slow("seconds")
-def test_counts_are_known_to_autograd_in_graphs() -> None:
-    load, expert = torch.zeros(MANY, dtype=torch.int32), torch.ones(MANY, requires_grad=True)
-    count = Graphs().of(lambda ids, load: expert_layout(ids, MANY, want=("counts",), load=load).counts + 0)
-    ids = ids_of(5)
-    counts = count(ids, load)
-    assert load.equal(counts)
-    loss = (expert * load).sum()
-    count(ids, load)
-    assert load.equal(2 * counts)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()

@@ -110,6 +110,20 @@ def close(name: str, got: Any, want: Any) -> None:
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-6, msg=lambda message: f"{name}: {message}")
 
 
+def leaves(found: Any) -> list[Any]:
+    return list(torch.utils._pytree.tree_leaves(found))
+
+
+def same(got: Any, want: Any) -> None:
+    pairs = list(zip(leaves(got), leaves(want), strict=True))
+    assert pairs
+    for a, b in pairs:
+        if isinstance(b, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        else:
+            assert a == b
+
+
 class Moe(torch.nn.Module):  # type: ignore[misc]
     """A layer of experts that counts what each of them gets, in place."""
 
