@@ -20,20 +20,29 @@ from unittest import mock
 import numpy as np
 
 from cupy_router import (
+    ExpertLayout,
     RoutingMethod,
     activation_topk,
     compiler,
     declarations,
     dense_router,
+    expert_layout,
     gemm,
     hash_router,
+    permute,
     presets,
     topk_select,
     tuning,
+    unpermute,
 )
+from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
+from cupy_router.ops._rows import GradientOptions
+from cupy_router.ops._run import run
+from cupy_router.ops._unpermute_backward import OP as UNPERMUTE_BACKWARD
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from tests.backends import DTYPES
 from tests.nvrtc import ARCHITECTURES
+from tests.oracle_layout import NAMES
 from tests.recorder import Launch, recording
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -80,7 +89,7 @@ def in_order_of_use() -> list[Specialisation]:
     """As the ops ask for them, which does not depend on what macros are called."""
     used = _largest(_presets, _benchmarks, _besides)
     found = [Specialisation(*key, *sizes, False, newest) for key, (sizes, newest) in used.items()]
-    corners = _largest(_corners).items()
+    corners = _largest(_corners, _layouts).items()
     return found + [Specialisation(*key, *sizes, True, newest) for key, (sizes, newest) in corners if key not in used]
 
 
@@ -188,6 +197,26 @@ def _corners() -> None:
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))
     weight = _matrix(256, HIDDEN, "float32", misaligned=True)
     hash_router(ids[:4], table, softmax, x=_matrix(4, HIDDEN, "bfloat16"), weight=weight)
+
+
+def _layouts() -> None:
+    """All results and inputs of layouts, by one block and by several; rows of any dtype, and with every array."""
+    ids, load = np.zeros((9000, 8), np.uint8), np.zeros(256, np.int64)
+    for n in (20, 9000):
+        given: dict[str, Any] = {"expert_map": np.zeros(256, np.int32), "num_local": 200, "load": load}
+        expert_layout(ids[:n, :7], 256, alignment=16, num_valid=np.zeros(1, np.int32), want=NAMES, **given)
+        expert_layout(np.zeros((n, 1), np.int64), 1000, experts=(900, 100), load=np.zeros(1000, np.int32))
+    expert_layout(np.zeros((64, 8), np.uint16), 40_000)
+    made = ExpertLayout(order=np.zeros(9000, np.int32), positions=np.zeros((300, 22), np.int32))
+    permute(_matrix(300, 1999, "uint8", misaligned=True), made)
+    for dtype, hidden, misaligned in (("float32", 7168, False), ("float16", 1000, True)):
+        x, y = (_matrix(rows, hidden, dtype, misaligned) for rows in (300, 9000))
+        weights, scale = np.zeros((300, 22), np.float32), np.zeros(300, np.float32)
+        permute(x, made, weights=weights)
+        unpermute(y, made, weights, residual=x, residual_scale=scale)
+        given_rows = (x, made.order, made.positions, weights, y, x, scale)
+        run(UNPERMUTE_BACKWARD, GradientOptions(("rows", "dots", "scaled", "residual_dots")), given_rows, None, None)
+        run(PERMUTE_BACKWARD, GradientOptions(("sums", "dots")), (y, made.positions, weights, x), None, None)
 
 
 # -- Benchmarks --------------------------------------------------------------------------------------------------------
