@@ -24,6 +24,7 @@ MARKERS = (
 SLOW = ("compiler", "process", "seconds")  # runs g++ or NVRTC; starts a process; computes for long
 COMPILING = {"simt", "test_compile.py"}  # folders and files whose tests compile kernels
 LEFT_OUT = pytest.StashKey[Counter[str]]()
+COVERS = pytest.StashKey[dict[str, set[str]]]()  # items of the acceptance lists, by test
 TESTS_PER_DOT = 50
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads cost small tensors more than they save
@@ -39,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    config.stash[LEFT_OUT] = Counter()
+    config.stash[LEFT_OUT], config.stash[COVERS] = Counter(), {}
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and config.option.verbose == 0:
         reporter.showfspath = False
@@ -67,6 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+    for item in items:
+        covered = {name for marker in item.iter_markers("acceptance") for name in marker.args}
+        if covered:
+            config.stash[COVERS][item.nodeid] = covered
     if hasattr(config, "workeroutput"):  # a worker of pytest-xdist, whose controller collects nothing
         config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
 
@@ -136,6 +141,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Ite
         terminalreporter.line(
             f"{start}Left out: {left_out.total()} slow tests ({reasons}); pytest --all runs them too."
         )
+
+    if "acceptance" in config.option.markexpr and config.stash[COVERS]:
+        terminalreporter.line(acceptance(terminalreporter.stats, config.stash[COVERS]))
+
+
+def acceptance(stats: dict[str, list[Any]], covers: dict[str, set[str]]) -> str:
+    """Return how many items of the acceptance lists have passed, have failed, or were skipped by all of their tests."""
+    seen: dict[str, set[str]] = {
+        outcome: {name for report in stats.get(outcome, ()) for name in covers.get(getattr(report, "nodeid", ""), ())}
+        for outcome in ("passed", "failed", "error", "skipped")
+    }
+    failed = seen["failed"] | seen["error"]
+    passed, skipped = seen["passed"] - failed, seen["skipped"] - seen["passed"] - failed
+    return f"Acceptance: {len(passed)} items passed, {len(failed)} failed, {len(skipped)} only skipped"
 
 
 @pytest.fixture(scope="session")
