@@ -50,12 +50,28 @@ def test_a_wrong_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow("seconds")
 def test_every_variant_is_called() -> None:
-    seen = [(launch.function, launch.macros, launch.arguments) for launch in launches()]
+    made = launches()
+    seen = [(launch.function, launch.macros, launch.arguments) for launch in made]
     assert len(seen) >= len(CASES)  # layouts may take several
+    files = {path.stem for path in (Path(__file__).parents[1] / "kernels").glob("*.cu")}
+    assert files - {launch.kernel for launch in made} == {"to_float32", "slice_counts", "update_bias"}
 
     def called(function: str, **macros: int) -> bool:
         return any(name == function and macros.items() <= those.items() for name, those, _ in seen)
 
+    for name in ("counts", "offsets", "ends", "order", "positions", "block_experts", "row_experts"):
+        for flag in range(2):
+            assert called("expert_layout", **{f"LAYOUT_{name.upper()}": flag})
+            assert called("expert_layout_shares_place", **{f"LAYOUT_{name.upper()}": flag})
+    for size, bytes_of_load in product((1, 2, 4, 8), (0, 4, 8)):
+        assert called("expert_layout", ID_BYTES=size)
+        assert called("expert_layout", LAYOUT_LOAD_BYTES=bytes_of_load)
+    for dtype, flag in product(range(3), range(2)):
+        assert called("permute", DTYPE=dtype, DENSE=flag, WEIGHTED=1)
+        assert called("permute", DTYPE=dtype, HAS_DOTS=1, HAS_RESIDUAL_DOTS=flag)
+        assert called("unpermute", DTYPE=dtype, DENSE=flag, WEIGHTED=flag)
+        assert called("unpermute", DTYPE=dtype, HAS_RESIDUAL=flag)
+        assert called("unpermute", DTYPE=dtype, HAS_DOTS=1, HAS_SUMS=flag)
     assert called("activation_topk_backward")
     assert called("activation_topk_backward_wide")
     for flag in range(2):

@@ -35,7 +35,7 @@ def _expert_layout() -> Iterator[Case]:
     sizes = [(n, k) for n in (1, 5, 16, 33, 64, 200, 700, 1500) for k in (1, 6, 8)]
     for i, (n, k) in enumerate(sizes):
         experts = (8, 60, 256, 384, 1000, 2000)[i % 6]
-        ids = as_ids(uniform(n, k, experts), ("int32", "int64", "uint16", "int16")[i % 4])
+        ids = as_ids(uniform(n, k, experts), ("int32", "int64", "uint16", "int16", "uint8")[i % 5])
         yield case(ids, experts, MEMORY[i % 3], alignment=(1, 16, 1, 128)[i % 4])
     for i, kind in enumerate(DISTRIBUTIONS):
         for n in (40, 600):
