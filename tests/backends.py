@@ -98,12 +98,15 @@ class GpuBackend(Backend):
         return self.xp.asarray(host.view(np.uint8)).view(host.dtype) if host.size else self.xp.empty(0, host.dtype)
 
     def numpy(self, array: Any) -> np.ndarray:
+        dtype = array.dtype
+        if array.size == 0:
+            return np.empty(array.shape, dtype)
+        if dtype.itemsize == 1:  # such as float8, which CuPy's kernels do not know
+            array = array.view(np.uint8)
         if not array.flags.c_contiguous:
             array = self.xp.ascontiguousarray(array)
-        if array.size == 0:
-            return np.empty(array.shape, array.dtype)
         words = self.xp.ascontiguousarray(array).reshape(-1).view(np.uint8)  # CuPy's copies know no bfloat16
-        return np.asarray(self.xp.asnumpy(words)).view(array.dtype).reshape(array.shape)
+        return np.asarray(self.xp.asnumpy(words)).view(dtype).reshape(array.shape)
 
 
 BACKENDS = {"reference": Backend, "simt": SimtBackend, "gpu": GpuBackend}
