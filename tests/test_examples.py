@@ -104,7 +104,7 @@ def test_the_pytorch_layer_exports_for_any_number_of_tokens(plain: bool, strict:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     model = importlib.import_module("examples.moe_pytorch").MoE(plain)
     x = torch.from_numpy(tokens.load()[0])
-    shapes = ({0: torch.export.Dim("num_tokens")},)
+    shapes = ({0: torch.export.Dim("num_tokens", max=2**20)},)  # PyTorch 2.4 needs a bound for twice as many rows
     exported = torch.export.export(model, (x[: COUNTS[0]],), dynamic_shapes=shapes, strict=strict).module()
     for count in COUNTS:
         torch.testing.assert_close(exported(x[:count]), model(x[:count]))
