@@ -158,14 +158,32 @@ def torch() -> Any:
     return pytest.importorskip("torch")
 
 
-@pytest.mark.backends("reference")
-def test_pytorch_in_place_raises_the_version(torch: Any) -> None:
+@pytest.mark.backends("reference", "gpu")
+def test_pytorch_in_place_raises_the_version(torch: Any, backend: Backend) -> None:
     bias, counts = case(60)
-    tensor, load = torch.from_numpy(bias.copy()), torch.from_numpy(counts)
+    device = "cuda" if backend.name == "gpu" else "cpu"
+    tensor, load = torch.from_numpy(bias.copy()).to(device), torch.from_numpy(counts).to(device)
     before, version = tensor.clone(), tensor._version
     assert update_bias(tensor, load, out=tensor) is tensor
     assert tensor._version > version
     torch.testing.assert_close(tensor, before + 1e-3 * torch.sign(load.double().mean() - load).float(), rtol=0, atol=0)
+
+
+@pytest.mark.backends("gpu")
+def test_a_cuda_graph_of_pytorch_moves_the_bias_again(torch: Any) -> None:
+    bias, counts = case(60)
+    tensor, load = torch.from_numpy(bias).cuda(), torch.from_numpy(counts).cuda()
+    update_bias(tensor.clone(), load)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update_bias(tensor, load, out=tensor)
+    for _ in range(3):
+        graph.replay()
+        load.copy_(load.flip(0))
+    want = bias
+    for given in (counts, counts[::-1], counts):
+        want = reference.update_bias(want, given)
+    assert_same_bits(tensor.cpu().numpy(), want)
 
 
 @pytest.mark.backends("reference")
@@ -206,7 +224,7 @@ def test_pytorch_in_place_compiled(torch: Any, backend_of_compile: str) -> None:
 # -- JAX ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.backends("reference")
+@pytest.mark.backends("reference", "gpu")
 def test_jax_jitted_and_out_refused() -> None:
     jax = pytest.importorskip("jax")
     if importlib.import_module("cupy_router.jax._ffi_targets").why_not() is not None:
