@@ -17,6 +17,7 @@ from cupy_router import (
     permute,
     scratch,
     unpermute,
+    update_bias,
 )
 from cupy_router.ops import _run
 from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
@@ -260,3 +261,17 @@ def test_grids_of_rows(recorder: Recorder, fake: Fake, n: int, k: int, hidden: i
         assert 0 < launch.grid[0] < 2**31
         assert launch.grid[0] * launch.block[0] * max(1, hidden // 32) >= n
         assert launch.arguments["num_tokens"] == n
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [("int32", 4), ("int64", 8)])
+def test_update_bias(recorder: Recorder, fake: Fake, dtype: str, size: int, center: bool) -> None:
+    """One block for any number of experts, in place or not."""
+    bias, counts = Array(0x1004, (384,)), Array(0x2008, (384,), dtype)
+    result = update_bias(bias, counts, rate=0.25, center=center)
+    assert update_bias(bias, counts, rate=0.5, center=center, out=bias) is bias
+    for launch, updated, rate in zip(recorder.launches, (result.pointer, 0x1004), (0.25, 0.5), strict=True):
+        assert (launch.function, launch.grid, launch.block) == ("update_bias", (1, 1, 1), (256, 1, 1))
+        assert launch.macros == {"COUNT_BYTES": size, "CENTER": int(center)}
+        right = {"bias": 0x1004, "counts": 0x2008, "updated": updated, "num_experts": 384, "rate": rate}
+        assert launch.arguments == right
