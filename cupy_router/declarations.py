@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 _CONSTANT = re.compile(r"^SPECIALISED (\w+(?: \w+)*) (\w+) = ([^;]+);", re.M)
 _COMMENT = re.compile(r"//[^\n]*")
-_KERNEL = r'extern\s+"C"\s+__global__\s+void\s+(__launch_bounds__\s*\([^)]*\)\s*)?{name}\s*\(([^)]*)\)'
+_ATTRIBUTES = r"(?:__cluster_dims__\s*\([^)]*\)\s*)?(?:__launch_bounds__\s*\([^)]*\)\s*)?"
+_KERNEL = rf'extern\s+"C"\s+__global__\s+void\s+({_ATTRIBUTES}){{name}}\s*\(([^)]*)\)'
 _TYPES = {"*": "P", "int": "i", "long long": "q", "float": "f"}
 
 
@@ -83,7 +84,7 @@ class Parameter(NamedTuple):
 
 
 class Declaration(NamedTuple):
-    """`extern "C" __global__ void function(...)` in a text: from where to where, its launch bounds, its parameters."""
+    """`extern "C" __global__ void function(...)` in a text: from where to where, its attributes, its parameters."""
 
     begin: int
     end: int

@@ -1,82 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Score, bias, top-k, renormalisation and scale of rows of logits, in one kernel.
 //
-// LANES threads hold a row in registers, up to 1024 experts and 32 winners; for other sizes see
-// activation_topk_wide.cu. They score all logits and select by order-preserving keys of score + bias; lane r writes the
-// expert of rank r and its weight. INTERLEAVED: they select by bounds of the scores, several rows to a warp, and
-// compute the scores of the best only.
-#include "routing/choose_experts.cuh"
-#include "device/num_valid.cuh"
-#include "routing/softmax_statistics.cuh"
-#include "routing/weigh.cuh"
-
-SPECIALISED int DTYPE = 0;
-SPECIALISED int LANES = 32;
-SPECIALISED int PER_LANE = 8;
-SPECIALISED bool ALIGNED = true;
-SPECIALISED bool BIAS_ALIGNED = true;  // both biases are
-SPECIALISED bool DENSE = false;        // rows of logits and results follow each other
-SPECIALISED int MIN_BLOCKS = 0;        // of a multiprocessor, for ptxas, which may spill to fit more; 0: as it chooses
-
-typedef Scalar<DTYPE>::type logit_t;
-
-typedef LogitRow<logit_t> Row;
-
-static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
-constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
-
-// Turn the choice of the row's lanes into the expert and the weight of this lane.
-__device__ __forceinline__ void weigh_chosen(int column, float value, const Row& row, const float* expert_scale,
-                                             int lane, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
-    expert[0] = expert_of(lane, column);
-    weight[0] = value;
-    if (SHARED_LOGITS && valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = row[expert[0]];
-    weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, valid, expert_scale, row.numbers);
-}
-
-// Route by bounds of the scores, then by the exact scores of the best.
-template <typename Layout>
-__device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const float* expert_scale, int lane,
-                                                bool valid, int64_t (&expert)[1], float (&weight)[1]) {
-    InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> choice(row, bias, lane, valid);
-    const bool in_order = choice.in_order(lane), complete = choice.complete();
-    bool settled = !__any_sync(FULL_WARP, valid && !(in_order && complete));
-#pragma unroll 1
-    while (true) {  // weights are computed before the choice is known to be right, which it nearly always is
-        weigh_chosen(choice.own.column, choice.own.value, row, expert_scale, lane, valid, expert, weight);
-        if (!UNLIKELY(!settled)) break;
-        choice.sort(lane);
-        const bool now_complete = choice.complete();
-        const unsigned unsure = __ballot_sync(FULL_WARP, valid && !now_complete);
-        choose_again<Layout::Lanes>(unsure, row, bias, choice.statistics, choice.own);
-        settled = true;
-    }
-}
-
-// Route by the exact scores of all experts. Padding is read too, so that loads need not wait for num_valid.
-template <int Lanes, int PerLane>
-__device__ __forceinline__ void route_by_scores(const Row& row, const float* bias, const float* expert_scale, int lane,
-                                                bool exists, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
-    constexpr bool WHOLE = Lanes * PerLane == NUM_EXPERTS;
-    const int first = lane * PerLane;
-    float biases[PerLane], logit_biases[PerLane], values[PerLane];
-    if (HAS_BIAS) load_columns<float, PerLane, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(bias, first, NUM_EXPERTS, biases);
-    if (HAS_LOGIT_BIAS)
-        load_columns<float, PerLane, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(row.logit_bias, first, NUM_EXPERTS,
-                                                                       logit_biases);
-    if (exists) {
-        load_columns<logit_t, PerLane, WHOLE, ALIGNED, NUM_EXPERTS>(row.logits, first, NUM_EXPERTS, values);
-    } else {
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) values[j] = 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < PerLane; ++j)
-        values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
-    const SoftmaxStatistics statistics = softmax_statistics<Lanes>(values);
-    const Chosen chosen = choose_exactly<Lanes>(values, biases, statistics, row, lane, valid);
-    weigh_chosen(chosen.column, chosen.value, row, expert_scale, lane, valid, expert, weight);
-}
+// A warp, or a part of one, routes a row; for sizes that it cannot hold see activation_topk_wide.cu.
+#include "routing/route_rows.cuh"
 
 extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
     activation_topk(const logit_t* __restrict__ logits, const float* __restrict__ bias,
@@ -84,31 +10,8 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
                     int num_valid_value, long long num_tokens, const MethodNumbers numbers, long long logits_stride,
                     long long weights_stride, long long indices_stride) {
-    if (DENSE) {
-        logits_stride = NUM_LOGITS;
-        weights_stride = indices_stride = OUTPUTS;
-    }
-    constexpr int ROWS_PER_WARP = 32 / LANES;
-    const int lane = threadIdx.x % LANES;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (warp * ROWS_PER_WARP >= num_tokens) return;
-    // Whole warps stay together: lanes of a row that does not exist go along, without reading it or with row 0 in its
-    // place.
-    const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-    const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
-    const bool exists = token < num_tokens, valid = token < num_routed;
-    int64_t expert[1];
-    float weight[1];
-    if constexpr (INTERLEAVED) {
-        typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
-        const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
-        route_by_bounds<Layout>(row, bias, expert_scale, lane, valid, expert, weight);
-    } else {
-        const Row row = {logits + token * logits_stride, logit_bias, numbers};
-        route_by_scores<LANES, PER_LANE>(row, bias, expert_scale, lane, exists, valid, expert, weight);
-    }
-    if (lane < OUTPUTS && exists) {
-        store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);
-        indices[token * indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
-    }
+    const LogitsCall call = {logits,        bias,           logit_bias,      expert_scale, num_valid,
+                             weights,       indices,        num_valid_value, num_tokens,   numbers,
+                             logits_stride, weights_stride, indices_stride};
+    route_rows(call, static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32), [](int64_t, int, index_t) {});
 }

@@ -49,7 +49,8 @@ FLOATS = ("float32", "float16", "bfloat16")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCAB_SIZE, HIDDEN = 1000, 4096
 CORNER = "(corner)"
-FROM_SM_80 = ("dense_router_decode",)  # the op refuses path "decode" on older GPUs
+FROM_SM_80 = ("dense_router_decode", "dense_router_decode_layout")  # the op refuses path "decode" on older GPUs
+FROM_SM_90 = ("activation_topk_cluster",)
 
 
 @dataclass(frozen=True, order=True)
@@ -77,7 +78,8 @@ class Specialisation:
     @property
     def architectures(self) -> tuple[str, ...]:
         """Those that it is compiled for."""
-        return tuple(a for a in ARCHITECTURES if a != "sm_75" or self.function not in FROM_SM_80)
+        oldest = {**dict.fromkeys(FROM_SM_80, 80), **dict.fromkeys(FROM_SM_90, 90)}.get(self.function, 0)
+        return tuple(a for a in ARCHITECTURES if int(a.removeprefix("sm_").rstrip("a")) >= oldest)
 
 
 def specialisations() -> list[Specialisation]:

@@ -18,7 +18,9 @@ from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
 INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
-VARYING = (*INPUTS, "weights", "indices", "counters", "partials", "num_valid_value")
+ARRAYS = (*INPUTS, "weights", "indices")
+SCRATCH = ("counters", "partials")
+VARYING = (*ARRAYS, *SCRATCH, "num_valid_value")
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
 
@@ -72,6 +74,7 @@ def launch_for(
     dense: bool,
     given: Collection[str] = (),
     tiling: Tiling | None = None,
+    with_layout: bool = False,
 ) -> DecodeLaunch:
     """Return the launch for 1 to 64 tokens.
 
@@ -80,9 +83,10 @@ def launch_for(
         dense: rows of x, weight and the results have no gaps between them.
         given: the names of bias, logit_bias, expert_scale and num_valid that are passed.
         tiling: replaces the one that `choose` returns.
+        with_layout: the launch lays out, too.
     """
     if tiling is None:
-        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype)
+        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, with_layout)
     macros = method_macros(method, given) | {
         "HIDDEN": hidden,
         "DTYPE": row_lanes.DTYPE_CODES[x_dtype],
@@ -123,7 +127,15 @@ def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
     return x_dtype == weight_dtype != "float32"
 
 
-def choose(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str) -> Tiling:
+def choose(
+    gpu: Gpu,
+    num_tokens: int,
+    num_experts: int,
+    hidden: int,
+    x_dtype: str,
+    weight_dtype: str,
+    with_layout: bool = False,
+) -> Tiling:
     """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(gpu, num_tokens, num_experts, hidden)
@@ -135,7 +147,7 @@ def choose(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, x_dtype: st
     parts = max(1, min(gpu.multiprocessors // tiles, table.max_parts, hidden // table.min_part_columns))
     steps = -(-hidden // (32 * parts))  # of a block, divided among its warps
     for experts_per_warp, warps in tile.shapes_few_steps if steps <= tile.few_steps else tile.shapes_many_steps:
-        share = int(tokens >= table.min_shared_tokens)
+        share = int(tokens >= (gpu.table.fused_layout if with_layout else table).min_shared_tokens)
         tiling = Tiling(tokens, parts, experts, experts_per_warp, warps, share)
         if tiling.shared_bytes(num_experts) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
             return tiling

@@ -13,7 +13,7 @@ from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import hash_router
-from cupy_router.ops._cached import Work, launch_of
+from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
@@ -55,14 +55,21 @@ class HashLayer(RoutedOp):
         return hash_router.OP.route_reference(HashOptions(options.method), _hashed(arrays), num_valid)
 
     def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
-        method, x, weight = options.method, arrays.x, arrays.weight
-        most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
-        few = arrays.token_ids.shape[0] * method.top_k <= most
-        if weight is not None and not few and gemm.why_not(x.device) is None:
+        method = options.method
+        if _multiplies_all(method, arrays, gpu):
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
         kernel = hash_router.OP.route(HashOptions(method), _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *ROUTING)
-        return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), x.device)
+        return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), arrays.x.device)
+
+    def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+        hashed = HashOptions(options.method, options.layout)
+        many = _multiplies_all(options.method, arrays, gpu)
+        work = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
+        takes = hash_router.OP.parameters(hashed)
+        if work is None or isinstance(work, Kernel):
+            return work and work._replace(takes=takes, nulls=("logits",))
+        return Reordered(work, self.parameters(options), takes, self.takes_number)
 
 
 OP = HashLayer()
@@ -89,6 +96,13 @@ def hash_layer(
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
     fields = method if layout is None else (method, as_spec("Router", layout))
     return run(OP, fields, inputs, out, stream, number)
+
+
+def _multiplies_all(method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether the gate GEMM is less work than the dot products that are needed."""
+    most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
+    few = arrays.token_ids.shape[0] * method.top_k <= most
+    return arrays.weight is not None and not few and gemm.why_not(arrays.x.device) is None
 
 
 def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:

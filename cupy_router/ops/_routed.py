@@ -16,7 +16,7 @@ from cupy_router.ops._declared import Arrays, Minimum, Result
 from cupy_router.ops._layout import check_rows, layout_numbers, layout_results, layout_sizes
 from cupy_router.ops._op import Op
 from cupy_router.results import ExpertLayout, Routing, RoutingPlan
-from cupy_router.tuning import Gpu
+from cupy_router.tuning import Gpu, gpu_of
 
 ROUTING = ("weights", "indices")
 _COLUMNS = "top_k (+ shared)"
@@ -42,7 +42,7 @@ class RoutedOp(Op):
     """An op that routes. Its options have a `method` and a `layout`, a :class:`LayoutSpec` or None.
 
     A subclass defines `route` and `route_reference` in place of `kernel` and `reference`. Both get options and arrays
-    without a layout.
+    without a layout. It may define `fused`, too.
     """
 
     returns = Routing
@@ -64,7 +64,9 @@ class RoutedOp(Op):
         return options.layout is None
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
-        return self.single_kernel and options.layout is None
+        if options.layout is None:
+            return self.single_kernel
+        return isinstance(self.fused(options, arrays, gpu_of(arrays.indices.device)), Kernel)
 
     def result_sizes(self, options: Any, sizes: Mapping[str, Any], minimum: Minimum = min) -> Mapping[str, Any]:
         if options.layout is None:
@@ -84,9 +86,14 @@ class RoutedOp(Op):
         return *routed, *expert_layout.OP.reference(layout_options(options), given, len(routed[1]))
 
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        return (
-            self.route(options, arrays, gpu) if options.layout is None else _RouteThenLayout(self, options, arrays, gpu)
-        )
+        if options.layout is None:
+            return self.route(options, arrays, gpu)
+        fused = self.fused(options, arrays, gpu)
+        return _RouteThenLayout(self, options, arrays, gpu) if fused is None else fused
+
+    def fused(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+        """Choose one launch that routes and lays out; None if two are faster, or one cannot do it."""
+        return None
 
 
 def num_counted(options: Any) -> int:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
+from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel
+from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -102,6 +104,24 @@ class ActivationTopK(RoutedOp):
         }
         grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes, bool(interleaved))
         return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
+
+    def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+        found = fused_layout.problem(options, arrays, gpu)
+        if found is None or not row_lanes.fits_method(options.method):
+            return None
+        tuned, num_tokens = gpu.table.fused_layout, arrays.logits.shape[0]
+        routed = self.route(replace(options, layout=None), arrays, gpu)
+        warps = -(-num_tokens * routed.macros["LANES"] // 32)
+        name, handover, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
+        if warps > tuned.max_block_warps or found.padding > tuned.max_block_padding_rows:
+            if gpu.capability >= fused_layout.CLUSTER_FROM and warps <= tuned.max_cluster_warps:
+                name, handover, grid = f"{self.name}_cluster", fused_layout.CLUSTER, fused_layout.CLUSTER_BLOCKS
+            else:
+                handover, grid = fused_layout.LAST_BLOCK, -(-warps // tuned.last_block_warps)
+        routed = routed._replace(grid=grid, block=tuned.threads)
+        numbers = {"routing_warps": -(-warps // grid)}
+        kernel = fused_layout.fused(options, routed, found, arrays, gpu, name, handover, numbers)
+        return fused_layout.with_counter(self, options, kernel, arrays)
 
 
 OP = ActivationTopK()

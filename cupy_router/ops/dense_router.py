@@ -13,9 +13,10 @@ from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops import activation_topk
-from cupy_router.ops._cached import Kernel, Work, launch_of, launch_with
+from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
 from cupy_router.ops._chunks import Chunks, GateChunks
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
@@ -93,21 +94,32 @@ class DenseRouter(RoutedOp):
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
         num_tokens = arrays.x.shape[0]
-        fused = row_lanes.fits_method(method) and gpu.capability >= (8, 0)  # the kernel uses its instructions
-        if path is None:
-            most = min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
-            path = "decode" if fused and num_tokens <= most else "prefill"
-        if path == "decode":
-            if not fused:
-                raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
-            return _Decode(method, num_tokens, arrays, gpu)
+        fits = _fits_decode(method, gpu)
+        if path == "decode" and not fits:
+            raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
+        if fits and _decodes(path, num_tokens, gpu):
+            return _Decode(*_decode_kernel(method, num_tokens, arrays, gpu), device)
         obstacle = gemm.why_not(device)
         if obstacle is None:
             return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, method, arrays, gpu))
-        if not fused:
+        if not fits:
             limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
             raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
         return _DecodeChunks(method, arrays, gpu)
+
+    def fused(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work | None:
+        num_tokens = arrays.x.shape[0]
+        found = fused_layout.problem(options, arrays, gpu)
+        if found is None or not _fits_decode(options.method, gpu) or not _decodes(options.path, num_tokens, gpu):
+            return None
+        routed, partials = _decode_kernel(options.method, num_tokens, arrays, gpu, with_layout=True)
+        several = routed.macros["SHARE"] > 0 or num_tokens > routed.macros["TOKENS"]
+        handover = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
+        kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", handover)
+        if kernel is None:
+            return None
+        kernel.macros["SHARED_FLOATS"] = fused_layout.shared_bytes(found.num_experts, routed.block) // 4
+        return _Decode(kernel, partials, arrays.x.device, self.parameters(options))
 
 
 OP = DenseRouter()
@@ -191,22 +203,42 @@ def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) ->
     return launch_of(op, options, kernel, logits.device)
 
 
-class _Decode:
-    """The fused kernel, with scratch memory of the stream on which it is called."""
+def _fits_decode(method: RoutingMethod, gpu: Gpu) -> bool:
+    """Return whether the kernel for few tokens can route by this method on this GPU, whose instructions it uses."""
+    return row_lanes.fits_method(method) and gpu.capability >= (8, 0)
 
-    def __init__(self, method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu) -> None:
-        x, weight = arrays.x, arrays.weight
-        hidden = x.shape[1]
-        both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
-        strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
-        launch = decode.launch_for(
-            gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
-            dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
-        )  # fmt: skip
-        fixed = decode.fixed_arguments(method, num_tokens, *strides)
-        kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
-        self._launch = launch_with(decode.VARYING, kernel, x.device)
-        self._device, self._scratch_bytes = x.device, _COUNTER_BYTES + 4 * launch.partials
+
+def _decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
+    """Return whether it is asked for, or faster."""
+    return path == "decode" if path else num_tokens <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
+
+
+def _decode_kernel(
+    method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu, *, with_layout: bool = False
+) -> tuple[Kernel, int]:
+    """Return the kernel for few tokens, and the number of its partial sums; `with_layout`: a layout will follow."""
+    x, weight = arrays.x, arrays.weight
+    hidden = x.shape[1]
+    both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+    strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
+    launch = decode.launch_for(
+        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+        dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
+        with_layout=with_layout,
+    )  # fmt: skip
+    fixed = decode.fixed_arguments(method, num_tokens, *strides)
+    kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
+    return kernel, launch.partials
+
+
+class _Decode:
+    """A kernel for few tokens, with scratch memory of the stream on which it is called."""
+
+    def __init__(
+        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str] = decode.ARRAYS
+    ) -> None:
+        self._launch = launch_with((*arrays, *decode.SCRATCH, NUMBER), kernel, device)
+        self._device, self._scratch_bytes = device, _COUNTER_BYTES + 4 * partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
@@ -220,7 +252,7 @@ class _DecodeChunks(Chunks):
     def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
         super().__init__(OP, arrays, decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(method, rows, arrays, gpu) for rows in sizes}
+        self._by_rows = {rows: _Decode(*_decode_kernel(method, rows, arrays, gpu), self.device) for rows in sizes}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:

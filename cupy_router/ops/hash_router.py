@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
+from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel
+from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -152,6 +153,20 @@ class HashRouter(RoutedOp):
         block = gpu.table.hash_router.block
         grid = -(-num_tokens * lanes // block)
         return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
+
+    def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+        found = fused_layout.problem(options, arrays, gpu)
+        if found is None:
+            return None
+        tuned, num_tokens = gpu.table.fused_layout, arrays.token_ids.shape[0]
+        routed = self.route(replace(options, layout=None), arrays, gpu)
+        if arrays.x is None:
+            threads = num_tokens * routed.macros["LANES"]
+            block = next((block for block in tuned.table_blocks if threads <= block), tuned.threads)
+            routed = routed._replace(grid=-(-threads // block), block=block)
+        handover = fused_layout.ONE_BLOCK if routed.grid == 1 else fused_layout.LAST_BLOCK
+        kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{self.name}_layout", handover)
+        return fused_layout.with_counter(self, options, kernel, arrays)
 
 
 OP = HashRouter()

@@ -152,6 +152,22 @@ class MoveRows(Family):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedLayout(Family):
+    """The layout in the launch that routes."""
+
+    max_tokens: int  # beyond them two launches are faster
+    threads: int  # of a block that routes rows of logits, and of one of several that route by a table
+    max_block_warps: int  # of rows of logits; up to here one block routes them all
+    max_block_padding_rows: int  # that this block writes
+    max_cluster_warps: int  # up to here the blocks of a cluster route them
+    last_block_warps: int  # that route in each of more blocks
+    max_padding_rows: int  # that any block writes; beyond them two launches are faster
+    max_pairs_looked_at: int  # up to here each thread looks at all pairs
+    table_blocks: tuple[int, ...]  # threads of the only block that routes by a table, the fewest that suffice
+    min_shared_tokens: int  # of dense_router: as in `Decode`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chunks(Family):
     """Chunks of tokens in calls whose logits go through memory."""
 
@@ -182,5 +198,6 @@ class Table:
     hash_layer: HashLayer
     layout: Layout
     move_rows: MoveRows
+    fused_layout: FusedLayout
     chunks: Chunks
     gemm: Gemm

@@ -9,6 +9,7 @@ from cupy_router.tuning.schema import (
     Decode,
     DecodeFma,
     DecodeTile,
+    FusedLayout,
     Gemm,
     HashLayer,
     HashProducts,
@@ -122,6 +123,21 @@ TABLE = Table(
         shared_order=512,
         much_padding=16,
         padding_rows=16,
+    ),
+    # Eight warps that route share a multiprocessor without much loss, sixteen do not. Blocks of a cluster pass experts
+    # on faster than blocks that count arrivals, which in turn are faster than a second launch.
+    fused_layout=FusedLayout(
+        measured_by="python -m benchmarks.bench_fused_layout",
+        max_tokens=128,
+        threads=256,
+        max_block_warps=8,
+        max_block_padding_rows=2048,
+        max_cluster_warps=64,
+        last_block_warps=4,
+        max_padding_rows=4096,
+        max_pairs_looked_at=16,
+        table_blocks=(128, 512),
+        min_shared_tokens=16,
     ),
     chunks=Chunks(measured_by="python -m benchmarks.bench_dense_router", bytes=64 << 20),
     gemm=Gemm(

@@ -33,6 +33,21 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// The same in two halves, between which a thread may do what needs nothing of the other blocks.
+__device__ __forceinline__ void cluster_arrive() {
+#ifdef __CUDACC__
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#ifdef __CUDACC__
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    simt::cluster_barrier();
+#endif
+}
+
 // Return the address of the same __shared__ variable in the block of that rank, for loads, stores and atomics.
 template <typename T>
 __device__ __forceinline__ T* cluster_map(T* shared, unsigned rank) {

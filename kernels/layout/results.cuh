@@ -12,9 +12,10 @@ SPECIALISED bool LAYOUT_ORDER = true;
 SPECIALISED bool LAYOUT_POSITIONS = true;
 SPECIALISED bool LAYOUT_BLOCK_EXPERTS = false;
 SPECIALISED bool LAYOUT_ROW_EXPERTS = false;
-SPECIALISED int LAYOUT_ALIGNMENT = 1;   // an expert's first row is a multiple of it
-SPECIALISED bool LAYOUT_DENSE = true;   // rows of positions follow each other
-SPECIALISED int LAYOUT_LOAD_BYTES = 0;  // of a number of the load; 0: it is not wanted
+SPECIALISED int LAYOUT_ALIGNMENT = 1;       // an expert's first row is a multiple of it
+SPECIALISED bool LAYOUT_DENSE = true;       // rows of positions follow each other
+SPECIALISED bool LAYOUT_PREFILLED = false;  // all rows were written as padding before
+SPECIALISED int LAYOUT_LOAD_BYTES = 0;      // of a number of the load; 0: it is not wanted
 
 typedef Integer<LAYOUT_LOAD_BYTES == 8 ? 8 : 4>::type load_t;
 
@@ -84,9 +85,9 @@ __device__ __forceinline__ void write_row(const LayoutResults& results, int row,
     if (LAYOUT_BLOCK_EXPERTS && row % LAYOUT_ALIGNMENT == 0) results.block_experts[row / LAYOUT_ALIGNMENT] = expert;
 }
 
-// Write rows without a pair, by threads `thread` of `threads`.
-__device__ __forceinline__ void fill_padding(const LayoutResults& results, Rows rows, unsigned thread,
-                                             unsigned threads) {
+// Write rows as padding, by threads `thread` of `threads`.
+__device__ __forceinline__ void write_padding(const LayoutResults& results, Rows rows, unsigned thread,
+                                              unsigned threads) {
     if (!LAYOUT_ORDER && !LAYOUT_ROW_EXPERTS) return;
 #pragma unroll 1
     for (unsigned row = rows.begin + thread; row < static_cast<unsigned>(rows.end); row += threads) {
@@ -95,13 +96,23 @@ __device__ __forceinline__ void fill_padding(const LayoutResults& results, Rows 
     }
 }
 
-// The same for the rows behind those of all experts, whose blocks have no expert.
-__device__ __forceinline__ void fill_tail(const LayoutResults& results, int begin, unsigned thread, unsigned threads) {
-    fill_padding(results, {begin, results.capacity}, thread, threads);
+// The same for the rows from `begin` on, whose blocks have no expert.
+__device__ __forceinline__ void fill_rows(const LayoutResults& results, int begin, unsigned thread, unsigned threads) {
+    write_padding(results, {begin, results.capacity}, thread, threads);
     if (!LAYOUT_BLOCK_EXPERTS) return;
     const unsigned blocks = results.capacity / LAYOUT_ALIGNMENT;
 #pragma unroll 1
     for (unsigned block = begin / LAYOUT_ALIGNMENT + thread; block < blocks; block += threads) {
         results.block_experts[block] = -1;
     }
+}
+
+// Write the rows behind the pairs of an expert, and those behind all experts.
+__device__ __forceinline__ void fill_padding(const LayoutResults& results, Rows rows, unsigned thread,
+                                             unsigned threads) {
+    if (!LAYOUT_PREFILLED) write_padding(results, rows, thread, threads);
+}
+
+__device__ __forceinline__ void fill_tail(const LayoutResults& results, int begin, unsigned thread, unsigned threads) {
+    if (!LAYOUT_PREFILLED) fill_rows(results, begin, thread, threads);
 }

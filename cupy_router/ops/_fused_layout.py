@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of few tokens in the launch that routes them: constants and launch shapes of kernels/*_layout.cu.
+
+The parameters of such a kernel are those of the op, `num_valid_value`, `counter`, the numbers of the router's own
+kernel, and those of the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cupy_router import compiler, scratch
+from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._layout import layout_sizes
+from cupy_router.ops._op import Op
+from cupy_router.tuning import Gpu
+
+ONE_BLOCK, LAST_BLOCK, CLUSTER = range(3)  # which block lays out: see kernels/layout/fused_layout.cuh
+CLUSTER_BLOCKS = 8
+CLUSTER_FROM = (9, 0)  # compute capability
+
+_MAX_EXPERTS = 1024
+_SHARED_BYTES = 46 * 1024  # static; the rest is for what waits for other blocks
+_COUNTER = "counter"
+_COUNTER_BYTES = 4
+
+
+class Problem(NamedTuple):
+    """What is laid out."""
+
+    num_pairs: int
+    num_experts: int
+    capacity: int
+    padding: int  # rows, at least so many
+
+
+def problem(options: Any, arrays: Arrays, gpu: Gpu) -> Problem | None:
+    """Return what the layout of a call has to do; None if its own launch does it better, or has to."""
+    method, spec = options.method, options.layout
+    num_tokens, columns = arrays.indices.shape
+    num_experts = method.num_experts + method.num_shared_experts
+    if not 0 < num_tokens <= gpu.table.fused_layout.max_tokens or num_experts > _MAX_EXPERTS:
+        return None
+    num_pairs = num_tokens * columns
+    capacity = layout_sizes(spec, num_experts, num_tokens, columns)["capacity"]
+    return Problem(num_pairs, num_experts, capacity, max(0, capacity - num_pairs))
+
+
+def macros_and_numbers(
+    found: Problem, options: Any, arrays: Arrays, gpu: Gpu, handover: int, threads: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the constants of the layout, and its parameters."""
+    spec, positions, columns = options.layout, arrays.positions, arrays.indices.shape[1]
+    by_pair = handover == ONE_BLOCK and found.num_pairs <= gpu.table.fused_layout.max_pairs_looked_at
+    wanted = ("counts", "offsets", "ends", "order", "positions", "block_experts", "row_experts")
+    macros = {f"LAYOUT_{name.upper()}": int(getattr(arrays, name) is not None) for name in wanted}
+    macros |= {
+        "LAYOUT_ALIGNMENT": spec.alignment,
+        "LAYOUT_DENSE": int(positions is None or positions.row_stride == columns),
+        "LAYOUT_PREFILLED": int(found.padding > 0 or spec.alignment > 1),
+        "LAYOUT_THREADS": threads,
+        "LAYOUT_PAIRS": found.num_pairs if by_pair else _rounded(found.num_pairs, threads),
+        "LAYOUT_BY_PAIR": int(by_pair),
+        "HANDOVER": handover,
+    }
+    stride = 0 if positions is None else positions.row_stride
+    return macros, {"capacity": found.capacity, "positions_stride": stride}
+
+
+def _rounded(num_pairs: int, threads: int) -> int:
+    """Return a number of pairs that calls of about this size share: a power of two for each thread."""
+    rounds = -(-num_pairs // threads)
+    return threads << (rounds - 1).bit_length()
+
+
+def shared_bytes(num_experts: int, threads: int) -> int:
+    """Return the shared memory of `BlockLayout` in kernels/layout/block_layout.cuh, or a little more."""
+    warps, row = threads // 32, -(-num_experts // 8) * 8
+    masks = 4 * warps * row if warps * row <= 6144 else 4 * warps
+    return masks + 2 * warps * row + 12 * row + 64
+
+
+def fused(
+    options: Any,
+    routed: Kernel,
+    found: Problem,
+    arrays: Arrays,
+    gpu: Gpu,
+    name: str,
+    handover: int,
+    more: dict[str, int] | None = None,
+) -> Kernel | None:
+    """Return the launch of kernels/<name>.cu, which does what `routed` does in the same shape, and lays out."""
+    num_ids = 0 if handover == LAST_BLOCK else 4 * _rounded(found.num_pairs, routed.block)
+    too_much_padding = found.padding > routed.grid * gpu.table.fused_layout.max_padding_rows
+    if too_much_padding or shared_bytes(found.num_experts, routed.block) + num_ids > _SHARED_BYTES:
+        return None
+    macros, numbers = macros_and_numbers(found, options, arrays, gpu, handover, routed.block)
+    fixed = routed.fixed | numbers | (more or {})
+    return routed._replace(file=name, function=name, macros=routed.macros | macros, fixed=fixed)
+
+
+def with_counter(op: Op, options: Any, kernel: Kernel | None, arrays: Arrays) -> Kernel | Work | None:
+    """Return the launch of a kernel that takes a counter, which is null unless blocks arrive."""
+    if kernel is None or kernel.macros["HANDOVER"] == LAST_BLOCK:
+        return kernel and _LastBlock(op, options, kernel, arrays.indices.device)
+    return kernel._replace(fixed={_COUNTER: 0} | kernel.fixed)
+
+
+class _LastBlock:
+    """A launch whose last block to arrive lays out, with a counter in scratch memory of the stream."""
+
+    def __init__(self, op: Op, options: Any, kernel: Kernel, device: tuple[str, int]) -> None:
+        self._device = device
+        self._launch = launch_with((*op.parameters(options), NUMBER, _COUNTER), kernel, device)
+        self.function: compiler.Function = self._launch.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        counter = scratch.buffer(self._device, stream, "fused layout", _COUNTER_BYTES)
+        self._launch(stream, (*varying, counter))

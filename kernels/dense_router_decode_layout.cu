@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// dense_router_decode.cu and the layout of its experts in one launch.
+#include "gate/route_by_gate.cuh"
+#include "layout/fused_layout.cuh"
+
+constexpr int LAYOUT_COUNTER = 127;  // the last one, after those of the routing
+
+typedef FusedLayout<OUTPUTS, NUM_EXPERTS + NUM_SHARED> Layout;
+static_assert(sizeof(Layout::Memory) <= sizeof(shared_floats), "the layout takes the place of what routing has used");
+
+extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1) dense_router_decode_layout(
+    const x_t* __restrict__ x, const gate_t* __restrict__ weight, const float* __restrict__ bias,
+    const float* __restrict__ logit_bias, const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
+    weight_t* __restrict__ weights, index_t* __restrict__ indices, int* __restrict__ counts, int* __restrict__ offsets,
+    int* __restrict__ ends, int* __restrict__ order, int* __restrict__ positions, int* __restrict__ block_experts,
+    int* __restrict__ row_experts, unsigned* counters, float* partials, int num_valid_value, long long num_tokens,
+    const MethodNumbers numbers, long long x_stride, long long weight_stride, long long weights_stride,
+    long long indices_stride, int capacity, long long positions_stride) {
+    const DecodeCall call = {x,       weight,   bias,          logit_bias,     expert_scale,    num_valid,
+                             weights, indices,  counters,      partials,       num_valid_value, num_tokens,
+                             numbers, x_stride, weight_stride, weights_stride, indices_stride};
+    const LayoutResults results = {counts,        offsets,     ends,     order, positions,
+                                   block_experts, row_experts, capacity, -1,    positions_stride};
+    __shared__ Layout layout;
+    layout.begin(results);
+    const bool routed = route_by_gate(call, [&](int64_t token, int place, index_t expert) {
+        layout.keep(static_cast<int>(token) * OUTPUTS + place, static_cast<int>(expert));
+    });
+    if (SHARE == 0 && !routed) return;  // with shares all blocks arrive, since any may have routed that of another
+    layout.finish(reinterpret_cast<Layout::Memory&>(shared_floats), static_cast<int>(num_tokens) * OUTPUTS, indices,
+                  DENSE ? OUTPUTS : indices_stride, results, counters + LAYOUT_COUNTER,
+                  SHARE > 0 ? gridDim.x : gridDim.x / GROUP_BLOCKS);
+}

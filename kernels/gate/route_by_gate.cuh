@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+// From hidden states to experts in one launch, for few tokens: gate GEMM, score, bias, top-k, renormalisation.
+//
+// A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SPLITS parts of hidden
+// (split-K), and leaves its float32 partial sums in global memory. There are blocks for every tile of experts, split
+// and group of tokens; a counter per group tells when all its blocks have arrived.
+// SHARE 0: the last block of a group adds its partial sums, split by split, and routes its tokens.
+// SHARE > 0: there is one group, and the first blocks each route SHARE tokens at a time. A block that has polled too
+// long leaves, and the last block to arrive does its share as well.
+#pragma once
+
+#include "device/async_copy.cuh"
+#include "gate/gate_gemm.cuh"
+#include "routing/groups.cuh"
+#include "device/last_block.cuh"
+#include "device/num_valid.cuh"
+#include "routing/softmax_statistics.cuh"
+#include "select/warp_topk.cuh"
+#include "routing/weigh.cuh"
+
+SPECIALISED int SHARE = 0;
+SPECIALISED bool DENSE = false;        // rows of x, gate and results follow each other
+SPECIALISED int SHARED_FLOATS = 0;     // at least, for what a kernel does after routing
+SPECIALISED bool KEEP_LOGITS = false;  // for tests: leave the logits in place of the first split's sums
+
+static_assert(OUTPUTS <= 32, "a lane holds a column of the results");
+
+// Floats that are read and written as one word.
+template <int N>
+struct __align__(4 * N) Floats {
+    float value[N];
+};
+
+constexpr int GROUP_BLOCKS = TILES * SPLITS;
+constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes together
+constexpr int PER_LANE = 4 * quotient(GATE_ROWS, 128);
+constexpr bool KEEPS_SCORES =
+    !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // in shared memory, rather than logits
+constexpr int REDUCTION_FLOATS = WARP_SPLITS * TOKENS * ROW;
+constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
+__shared__ __align__(16) float shared_floats[max_int(max_int(REDUCTION_FLOATS, SCORE_FLOATS), SHARED_FLOATS)];
+__shared__ float shared_bias[32 * PER_LANE];
+
+// Add the sums of the warp splits and store them as the partial sums of this split.
+__device__ __forceinline__ void store_partials(float* partials, int first_expert, int num_tokens) {
+    constexpr int N = TOKENS * EXPERTS_PER_BLOCK >= 4 * THREADS ? 4 : 1;
+    constexpr int WORDS = EXPERTS_PER_BLOCK / N;
+#pragma unroll
+    for (int round = 0; round < quotient(TOKENS * WORDS, THREADS); ++round) {
+        const unsigned i = round * THREADS + threadIdx.x;
+        const int token = i / WORDS, expert = i % WORDS * N;
+        if (token >= num_tokens) break;
+        Floats<N> sum = *reinterpret_cast<const Floats<N>*>(&shared_floats[token * ROW + expert]);
+#pragma unroll
+        for (int warp_split = 1; warp_split < WARP_SPLITS; ++warp_split) {
+            const float* source = &shared_floats[(warp_split * TOKENS + token) * ROW + expert];
+            const Floats<N> more = *reinterpret_cast<const Floats<N>*>(source);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum.value[j] += more.value[j];
+        }
+        *reinterpret_cast<Floats<N>*>(&partials[token * COLUMNS + first_expert + expert]) = sum;
+    }
+}
+
+__device__ constexpr int longest_word() {
+    for (int n = 4; n > 1; n /= 2) {
+        if (ROUTED * COLUMNS / n >= THREADS && COLUMNS % n == 0) return n;
+    }
+    return 1;
+}
+
+// Compute the logits of tokens first .. first + count - 1 from their partial sums, in a fixed order; leave their
+// scores, or prepared logits, in shared memory.
+__device__ __forceinline__ void gather_scores(float* partials, int first, int count, const float* logit_bias,
+                                              const MethodNumbers numbers) {
+    constexpr int N = longest_word();
+    constexpr int WORDS = COLUMNS / N;
+    static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
+#pragma unroll 2
+    for (int round = 0; round < quotient(ROUTED * WORDS, THREADS); ++round) {
+        const unsigned i = round * THREADS + threadIdx.x;
+        const int token = i / WORDS, expert = i % WORDS * N;
+        if (token >= count) break;
+        float* source = partials + (first + token) * COLUMNS + expert;
+        Floats<N> parts[SPLITS];
+#pragma unroll
+        for (int s = 0; s < SPLITS; ++s) {
+            parts[s] = *reinterpret_cast<const Floats<N>*>(source + s * (TOKENS * COLUMNS));
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            float logit = parts[0].value[j];
+#pragma unroll
+            for (int s = 1; s < SPLITS; ++s) logit += parts[s].value[j];
+            if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SPLITS * TOKENS * COLUMNS) + j] = logit;
+            if (expert + j >= 32 * PER_LANE) continue;
+            const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
+            const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
+            logit = prepare(logit, HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f, numbers);
+            shared_floats[token * (32 * PER_LANE) + expert + j] =
+                KEEPS_SCORES ? score_of(logit, SoftmaxStatistics()) : logit;
+        }
+    }
+}
+
+// The parameters of a kernel.
+struct DecodeCall {
+    const x_t* x;
+    const gate_t* weight;
+    const float* bias;
+    const float* logit_bias;
+    const float* expert_scale;
+    const int* num_valid;
+    weight_t* weights;
+    index_t* indices;
+    unsigned* counters;
+    float* partials;
+    int num_valid_value;
+    int64_t num_tokens;
+    const MethodNumbers& numbers;
+    int64_t x_stride, weight_stride, weights_stride, indices_stride;
+};
+
+// Route one token by a warp, from its scores or logits in shared memory.
+template <typename Keep>
+__device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const DecodeCall& call,
+                                      Keep keep) {
+    const int lane = threadIdx.x % 32, first = lane * PER_LANE;
+    float values[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j += 4) {
+        const Floats<4> word = *reinterpret_cast<const Floats<4>*>(&scores[first + j]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[j + i] = first + j + i < NUM_EXPERTS ? word.value[i] : __uint_as_float(NAN_BITS);
+        }
+    }
+    const SoftmaxStatistics statistics = softmax_statistics<32>(values);
+    unsigned keys[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; ++j) {
+        const float value = KEEPS_SCORES       ? values[j]
+                            : SELECT_ON_LOGITS ? __fadd_rn(values[j], 0.0f)
+                                               : score_of(values[j], statistics);
+        keys[j] = sum_order_key(HAS_BIAS ? value + shared_bias[first + j] : value);
+        if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+    }
+    if (NUM_GROUPS > 0) keep_best_groups<32>(keys, lane);
+    const Winner winner = select_topk<TOP_K, 32>(keys, lane);
+    const int64_t expert[1] = {expert_of(lane, winner.column)};
+    float weight[1] = {lane < WEIGHED ? scores[expert[0]] : 0.0f};
+    if (!KEEPS_SCORES && !WEIGHS_LOGITS) weight[0] = score_of(weight[0], statistics);
+    weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, call.expert_scale, call.numbers);
+    if (lane < OUTPUTS) {
+        store_float(call.weights + token * (DENSE ? OUTPUTS : call.weights_stride) + lane, valid ? weight[0] : 0.0f);
+        const index_t index = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
+        call.indices[token * (DENSE ? OUTPUTS : call.indices_stride) + lane] = index;
+        keep(token, lane, index);
+    }
+}
+
+// Route the tokens of the call, and pass each expert on: `keep(token, place, expert)`. Return whether this block has
+// routed any.
+template <typename Keep>
+__device__ __forceinline__ bool route_by_gate(const DecodeCall& call, Keep keep) {
+    const int tile = blockIdx.x % TILES, split = blockIdx.x / TILES % SPLITS, group = blockIdx.x / GROUP_BLOCKS;
+    const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
+    const int count = min(static_cast<int>(call.num_tokens) - first_token, TOKENS);
+    const int64_t x_stride = DENSE ? HIDDEN : call.x_stride, weight_stride = DENSE ? HIDDEN : call.weight_stride;
+    float* group_partials = call.partials + static_cast<int64_t>(group) * SPLITS * TOKENS * COLUMNS;
+
+    // Loads that routing needs start before the GEMM, so that they are there in time if this block routes.
+    const int fetched_valid = fetch_valid(call.num_valid, call.num_valid_value);
+    if (HAS_BIAS) {
+#pragma unroll
+        for (int round = 0; round < quotient(NUM_EXPERTS, THREADS); ++round) {
+            const int expert = round * THREADS + threadIdx.x;
+            if (expert < NUM_EXPERTS) copy_async4(&shared_bias[expert], call.bias + expert);
+        }
+        copy_async_commit();
+    }
+    gate_gemm(call.x + first_token * x_stride, call.weight, x_stride, weight_stride, first_expert, split, count,
+              shared_floats);
+    if (HAS_BIAS) copy_async_wait<0>();
+    __syncthreads();
+    store_partials(group_partials + split * (TOKENS * COLUMNS), first_expert, count);
+
+    const int valid = static_cast<int>(clamp_valid(fetched_valid, call.num_tokens));
+    const auto route_tokens = [&](int first, int tokens) {
+        gather_scores(group_partials, first, tokens, call.logit_bias, call.numbers);
+        __syncthreads();
+        for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
+            const int token = first_token + first + t;
+            route(&shared_floats[t * 32 * PER_LANE], token, token < valid, call, keep);
+        }
+    };
+    if (SHARE == 0) {
+        if (!is_last_block(&call.counters[group], GROUP_BLOCKS)) return false;
+        route_tokens(0, count);
+        return true;
+    }
+    constexpr int STRIDE = SHARE > 0 ? SHARE : 1;
+    const int shares = min((count + STRIDE - 1) / STRIDE, GROUP_BLOCKS);
+    unsigned* left = call.counters + 1;  // a flag for each share
+    const bool has_share = blockIdx.x < shares;
+    const Arrival arrival = arrive_and_poll(&call.counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
+    if (arrival == LEFT) return false;
+    const auto route_share = [&](int share) {
+        for (int first = share * STRIDE; first < count; first += shares * STRIDE) {
+            __syncthreads();
+            route_tokens(first, min(count - first, STRIDE));
+        }
+    };
+    if (has_share) route_share(blockIdx.x);
+    if (arrival == SEEN_COMPLETE) return true;
+    __threadfence();  // between counting and looking at the flags
+    const bool raised = threadIdx.x < shares && load_acquire(&left[threadIdx.x]) != 0;
+    if (raised) left[threadIdx.x] = 0;
+    if (!__syncthreads_or(raised)) return true;
+    for (int share = 0; share < shares; ++share) {
+        if (__syncthreads_or(raised && threadIdx.x == share)) route_share(share);
+    }
+    return true;
+}
