@@ -32,6 +32,7 @@ PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 # expert_layout with 256 experts, k 6 and 8, on an H200; as ratios: other numbers of experts, alignment 128 with
 # block_experts and row_experts (their bytes are added at 3 TB/s), skewed experts to uniform ones of the same run.
 EXPERT_LAYOUT = {1: 1.6, 16: 2.0, 64: 2.3, 1024: 4.2, 8192: 6.5, 65536: 11.0}
+FUSED_LAYOUT = {1: 1.0, 16: 1.2, 64: 1.8, 1024: 4.2, 8192: 6.5, 65536: 11.0}  # more than activation_topk alone
 LAYOUT_WIDTH_RATIO, LAYOUT_PADDED_RATIO, LAYOUT_SKEW_RATIO = 1.15, 1.5, 1.3
 
 # permute, unpermute with weights and their gradients in bfloat16 with k = 6: by hidden for 64 tokens; for more, the

@@ -252,8 +252,8 @@ MAY_INCLUDE = {
     "select": {"device"},
     "rows": {"device"},
     "long_rows": {"device", "select"},
-    "routing": {"device", "select"},
-    "gate": {"device", "select", "routing"},
+    "routing": {"device", "layout", "select"},
+    "gate": {"device", "layout", "select", "routing"},
     "": {"device", "rows", "layout", "select", "long_rows", "routing", "gate"},
 }
 

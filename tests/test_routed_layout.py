@@ -28,7 +28,7 @@ from cupy_router.ops import _cached
 from cupy_router.ops._routed import RoutedOp
 from tests import compare, inputs, oracle_layout
 from tests.backends import Backend
-from tests.fuzz.case import Canvas
+from tests.canvas import Canvas
 
 ALL = oracle_layout.NAMES
 ONE_BLOCK, LAST_BLOCK, CLUSTER, TWO = "one block", "last block", "cluster", "two launches"
