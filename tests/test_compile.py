@@ -146,7 +146,7 @@ def test_every_preset_is_in_use() -> None:
 def test_every_kernel_is_in_use() -> None:
     declared = set()
     for path in KERNELS.glob("*.cu"):
-        declared |= set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", path.read_text()))
+        declared |= set(re.findall(r"__global__ void\s+(?:__\w+__\([^)]*\)\s+)*(\w+)\(", path.read_text()))
     assert declared == {one.function for one in in_use()}
 
 

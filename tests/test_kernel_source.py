@@ -216,7 +216,8 @@ def test_a_folder_that_does_not_exist_is_reported_once(
 
 
 def functions(path: Path) -> list[str]:
-    return re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", path.read_text())
+    attributes = r"(?:__(?:cluster_dims|launch_bounds)__\([^)]*\)\s+)*"
+    return re.findall(rf"__global__ void\s+{attributes}(\w+)\(", path.read_text())
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
