@@ -13,7 +13,7 @@ from tests.backends import GpuBackend
 from tests.gpu.test_layouts_gpu import assert_repeats
 from tests.test_routed_layout import ACTIVATION, DENSE, HASH, Call, Case
 
-NAMED = {"one block": ACTIVATION[8], "cluster": ACTIVATION[14], "last block": ACTIVATION[19], "padded": ACTIVATION[10]}
+NAMED = {"one block": ACTIVATION[10], "cluster": ACTIVATION[16], "last block": ACTIVATION[21], "padded": ACTIVATION[12]}
 NAMED |= {"hash, one block": HASH[4], "hash, last block": HASH[6], "hash, products": HASH[9]}
 NAMED |= {"dense, one block": DENSE[2], "dense, last block": DENSE[4], "dense, 64 tokens": DENSE[5]}
 
