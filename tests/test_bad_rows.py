@@ -59,8 +59,15 @@ ROWS_AND_TOKENS: Cases = [
             (ml_dtypes.float8_e4m3fn, "where weights are given, got float8_e4m3fn"),
         )
     ],
-    ("unpermute", {"y": zeros(ROWS - 1, H)}, ValueError, "y", r"24 rows of the layout, got shape \[23, 8\]"),
-    ("unpermute", {"y": zeros(N, H)}, ValueError, "y", r"24 rows of the layout, got shape \[6, 8\]"),
+    ("unpermute", {"y": zeros(ROWS - 1, H)}, ValueError, "y", r"24 rows of the layout, got float32 \[23, 8\]"),
+    ("unpermute", {"y": zeros(N, H)}, ValueError, "y", r"24 rows of the layout, got float32 \[6, 8\]"),
+    (
+        "unpermute",
+        {"y": zeros(N, H), "layout": LAYOUT._replace(order=None)},
+        ValueError,
+        "y",
+        r"24 rows of the layout, got shape \[6, 8\]",
+    ),
     ("unpermute", {"y": zeros(ROWS)}, ValueError, "y", r"\[capacity, hidden\], got float32 \[24\]"),
     ("unpermute", {"y": None}, TypeError, "y", "None"),
     *[

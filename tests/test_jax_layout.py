@@ -162,7 +162,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         jax.jit(lambda x: permute(x, layout._replace(positions=layout.positions[:5])))(x)
     with pytest.raises(ValueError, match=r"^permute: layout must have order, got None"):
         jax.jit(lambda x: permute(x, layout._replace(order=None)))(x)
-    with pytest.raises(ValueError, match=r"^unpermute: y must have the 18 rows of the layout, got shape \[6, 2\]"):
+    with pytest.raises(ValueError, match=r"^unpermute: y must have the 18 rows of the layout, got \S+ \[6, 2\]"):
         jax.jit(lambda y: unpermute(y, layout))(x)
     with pytest.raises(TypeError, match=r"^permute: layout must be an ExpertLayout, got tuple"):
         jax.jit(lambda x: permute(x, tuple(layout)))(x)

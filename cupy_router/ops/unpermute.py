@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cupy_router.arrays import View
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays, Result, layer, row
@@ -50,6 +52,12 @@ class Unpermute(Op):
 
     def example(self) -> NoOptions:
         return NoOptions()
+
+    def check_inputs(self, options: NoOptions, views: Sequence[View | None]) -> None:
+        y, _, order, *_ = views
+        if y and order and len(y.shape) == 2 and len(order.shape) == 1 and y.shape[0] != order.shape[0]:
+            raise ValueError(f"y must have the {order.shape[0]} rows of the layout, got {y}")
+        super().check_inputs(options, views)
 
     def check(self, options: NoOptions, arrays: Arrays) -> None:
         if arrays.residual_scale is not None and arrays.residual is None:
@@ -112,9 +120,10 @@ def unpermute(
            [4.]], dtype=float32)
     """
     layout = as_layout("unpermute", layout, "positions")
-    shape = shape_of(y)
-    if layout.capacity is not None and shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
-        raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {list(shape)}")
+    if layout.order is None and layout.capacity is not None:
+        shape = shape_of(y)
+        if shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
+            raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {[*shape]}")
     inputs = (y, layout.positions, layout.order, weights, residual, residual_scale)
     into = None if out is None else Sums(out)
     return run(OP, NO_OPTIONS, inputs, into, stream).sums
