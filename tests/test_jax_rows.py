@@ -156,6 +156,7 @@ def test_dtypes_of_factors_are_their_own() -> None:
     np.testing.assert_array_equal(by_weights, np.where(np.asarray(layout.positions) >= 0, HIDDEN, 0))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8, 2), reason="JAX 0.8.0 computes all gradients")
 def test_only_what_is_asked_for_is_computed() -> None:
     layout = lay_out()
     a = on_jax("unpermute with all", layout)
@@ -189,6 +190,8 @@ def test_the_gradient_of_rows_needs_the_order() -> None:
         ValueError, match=r"^unpermute: layout must have order for a gradient with respect to y, got None"
     ):
         jax.grad(run)(*given)
+    if jax.__version_info__ < (0, 8, 2):
+        return  # all gradients are computed
     whole = lay_out()
     want = jax.grad(lambda w, r: (unpermute(given[0], whole, w, residual=r) ** 2).sum(), (0, 1))(*given[1:])
     for got, right in zip(jax.grad(run, (1, 2))(*given), want, strict=True):

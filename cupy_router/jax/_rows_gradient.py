@@ -29,6 +29,10 @@ _OF_UNPERMUTE = {
     "residual_scale": ("residual_dots", ("order", "positions", "residual")),
 }
 
+# Before, JAX cannot differentiate one traced function with respect to one input and then another. There all gradients
+# are computed.
+_KNOWS_ASKED = jax.__version_info__ >= (0, 8, 2)
+
 
 def rows(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     """Return a call of permute or unpermute with its gradient."""
@@ -43,12 +47,12 @@ def rows(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     called = jax.custom_vjp(lambda *arrays: plain(*[arrays[i] for i in used]))
 
     def forward(*primals: Any) -> tuple[Any, Any]:
-        arrays = {name: primal.value for name, primal in zip(names, primals, strict=True)}
+        arrays = dict(zip(names, [primal.value for primal in primals] if _KNOWS_ASKED else primals, strict=True))
         # Keys are static parts of a pytree, and empty arrays have a dtype.
         asked = {
             name: array[:0]
             for (name, array), primal in zip(arrays.items(), primals, strict=True)
-            if primal.perturbed and jnp.issubdtype(array.dtype, jnp.inexact)
+            if jnp.issubdtype(array.dtype, jnp.inexact) and (not _KNOWS_ASKED or primal.perturbed)
         }
         results = called(*arrays.values())
         _check(op, asked, arrays)
@@ -69,7 +73,7 @@ def rows(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
             found |= dict(zip(want, results, strict=True))
         return tuple(found[name].astype(asked[name].dtype) if name in asked else None for name in names)
 
-    called.defvjp(forward, backward, symbolic_zeros=True)
+    called.defvjp(forward, backward, symbolic_zeros=_KNOWS_ASKED)
     return called
 
 
