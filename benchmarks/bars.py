@@ -47,6 +47,12 @@ MOVE_RATIOS = {
 
 JAX_MORE = 30.0  # until the result of a jitted activation_topk is ready, minus that of an addition of the same size
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # each call of activation_topk
+HOST_RATIO = {  # of an eager call to torch.relu
+    "expert_layout from torch": 3.0, "expert_layout from torch, out=": 1.7,
+    "permute from torch": 2.0, "permute from torch, out=": 1.5,
+    "permute with weights from torch": 2.0, "permute with weights from torch, out=": 1.5,
+    "unpermute with weights from torch": 2.0, "unpermute with weights from torch, out=": 1.5,
+}  # fmt: skip
 IMPORT = 150_000.0
 METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size
 COMPILE = 300_000.0  # a method's kernel

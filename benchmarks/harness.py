@@ -117,7 +117,10 @@ def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = No
     if request.output is not None:
         results.save(request.output / f"{op}.json", environment(), rows)
     for row in rows:
-        print(results.label(row), *(f"{name}={row[name]}" for name in ("us", "spread_us", "garbage") if name in row))
+        print(
+            results.label(row),
+            *(f"{name}={row[name]}" for name in ("us", "spread_us", "ratio", "garbage") if name in row),
+        )
     print(f"\n{results.bars_table(rows)}\n\n{op}: {len(rows)} rows in {time.perf_counter() - begin:.0f} s")
 
 

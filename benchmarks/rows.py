@@ -9,6 +9,7 @@ A file of results is {"environment": {...}, "rows": [...]}. A row describes a me
     call, part  on the host: the library or the part of a call that was measured
     us          the median in microseconds; spread_us: see harness.py
     bar_us      required time, if there is one
+    ratio       time as a multiple of torch.relu in the same run
     garbage     number of objects that 100 calls left to the cycle collector
 
 Further entries that distinguish rows: dtype, cache, source, data.
@@ -25,7 +26,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 OURS = "cupy_router"
 _WORDS = ("op", "what", "by", "call", "part")
-FIGURES = frozenset({"us", "spread_us", "bar_us", "garbage"})
+FIGURES = frozenset({"us", "spread_us", "bar_us", "ratio", "garbage"})
 
 Row = dict[str, Any]
 Key = tuple[tuple[str, Any], ...]
