@@ -118,22 +118,17 @@ def _run_on_device(
 ) -> Any:
     """Return what the caller gets; None if an array is a tracer."""
     arrays = inputs if out is None else (*inputs, *op.leaves(options, out))
-    pointers: list[int] = []
-    key: list[Hashable] = [op.name, options, framework, eager]
-    if not framework.describe_all(arrays, stream, owners, pointers, key):
-        if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of a new type
+    last: Any = _cached.calls.get(op.name)
+    pointers = None if last is None else last.again.pointers(options, eager, arrays)
+    if pointers is None:
+        found = _find(op, options, inputs, out, arrays, framework, stream, owners, eager)
+        if found is None:
             return None
-        pointers, key = [], key[:4]
-        if not framework.describe_all(arrays, stream, owners, pointers, key):
-            return None
-    known = tuple(key)
-    call = _cached.calls.get(known)
-    if call is None:
-        made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
-        if made is None:
-            return None
-        call = _cached.keep(known, made)
-    num_rows, allocate, work, absent, guards, pack = call
+        call, pointers = found
+        if call is last:
+            call.again.learn(framework, arrays)
+        _cached.calls[op.name] = last = call
+    num_rows, allocate, work, absent, guards, pack, _ = last
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
     for guard in guards:
@@ -157,6 +152,36 @@ def _run_on_device(
     return pack(*results)
 
 
+def _find(
+    op: Op,
+    options: Any,
+    inputs: tuple[Any, ...],
+    out: Any,
+    arrays: Sequence[Any],
+    framework: Framework,
+    stream: int,
+    owners: list[object],
+    eager: bool,
+) -> tuple[CachedCall, list[int]] | None:
+    """Return the cached call for these arrays, and their addresses; None if one is a tracer."""
+    pointers: list[int] = []
+    key: list[Hashable] = [op.name, options, framework, eager]
+    if not framework.describe_all(arrays, stream, owners, pointers, key):
+        if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of a new type
+            return None
+        pointers, key = [], key[:4]
+        if not framework.describe_all(arrays, stream, owners, pointers, key):
+            return None
+    known = tuple(key)
+    call = _cached.calls.get(known)
+    if call is None:
+        made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
+        if made is None:
+            return None
+        call = _cached.keep(known, made)
+    return call, pointers
+
+
 def _prepare(
     op: Op,
     options: Any,
@@ -171,17 +196,18 @@ def _prepare(
     checked = _checked(op, options, inputs, out, stream)
     if checked is None:
         return None
-    options = op.as_options(options)
+    given, options = options, op.as_options(options)
     views, out_views, outputs = checked
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     pack = op.packer(options, partial(_sizes, op, options, views))
+    again = _cached.Again(given, eager)
     existing, passed, written = op.existing(options), op.parameters(options), op.written_names(options, inputs)
     if out is None:
         allocate = (framework.allocator_apart if eager else framework.allocator)(outputs, inputs[0])
         names = [*op.names, *[result.name for result in existing]]
         absent = tuple(i for i, name in enumerate(passed) if name not in names)
-        return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack)
+        return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack, again)
     rest, leaves = iter(existing), [*enumerate(op.paths(op.returned(options)), len(inputs))]
     for place, path in leaves:
         if arrays[place] is not None and path not in op.numbers:
@@ -189,13 +215,13 @@ def _prepare(
     guards = _write_guards(written, arrays)
     missing = [path for place, path in leaves if path in op.numbers and arrays[place] is None]
     if not missing:
-        return CachedCall(num_rows, _cached.no_allocation, work, (), guards, None)
+        return CachedCall(num_rows, _cached.no_allocation, work, (), guards, None, again)
     results = iter(passed[len(inputs) :])
     pointers = [
         path if path in missing else next(results) for _, path in leaves if path in missing or path not in op.numbers
     ]
     work = work and _cached.Reordered(work, (*op.names, *pointers), passed, op.takes_number)
-    return CachedCall(num_rows, _cached.no_allocation, work, (), guards, pack)
+    return CachedCall(num_rows, _cached.no_allocation, work, (), guards, pack, again)
 
 
 def _sizes(op: Op, options: Any, views: Sequence[View | None]) -> dict[str, int]:

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call like the last one of its op is recognised by PyTorch's own guards, and no other call is taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupy_router import ExpertLayout, expert_layout, permute, unpermute
+from cupy_router.arrays import _torch as tensors
+from cupy_router.ops import _cached
+from cupy_router.ops._op import Op
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+Launches = list[dict[str, int]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Let calls take the way of CUDA tensors, to kernels that do nothing; return the arguments of all launches."""
+    found: Launches = []
+
+    class Nothing:
+        class function:
+            device = 0
+
+        def __init__(self, op: Op, options: Any) -> None:
+            self.names = (*op.parameters(options), *["number"] * op.takes_number)
+
+        def __call__(self, stream: int, varying: Any) -> None:
+            found.append(dict(zip(self.names, varying, strict=True)))
+
+    monkeypatch.setattr(tensors.PyTorch, "current_stream", lambda framework, array: 7)
+    monkeypatch.setattr(_cached, "work_of", lambda op, options, *given: Nothing(op, options))
+    monkeypatch.setattr(_cached, "calls", {})
+    return found
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list with an entry for each call whose arrays are described one by one."""
+    found: list[int] = []
+    describe_all = tensors.PyTorch.describe_all
+
+    def counting(self: Any, arrays: Any, *more: Any) -> bool:
+        found.append(len(arrays))
+        return describe_all(self, arrays, *more)
+
+    monkeypatch.setattr(tensors.PyTorch, "describe_all", counting)
+    return found
+
+
+def aligned(*shape: int, dtype: Any = torch.float32) -> Any:
+    """Return a tensor at a multiple of 16, as all memory on a GPU begins."""
+    flat = torch.zeros(64 + int(np.prod(shape)), dtype=dtype)
+    begin = -flat.data_ptr() % 16 // flat.element_size()
+    return flat[begin : begin + int(np.prod(shape))].view(*shape)
+
+
+LAYOUT = ExpertLayout(
+    order=aligned(8, dtype=torch.int32), positions=aligned(4, 2, dtype=torch.int32),
+    num_tokens=4, top_k=2, alignment=1, capacity=8,
+)  # fmt: skip
+X, WEIGHTS, Y, OUT = aligned(4, 8), aligned(4, 2), aligned(8, 8), aligned(8, 8)
+
+
+def repeat(call: Callable[[], Any], times: int = 3) -> None:
+    for _ in range(times):
+        call()
+
+
+def test_the_third_call_is_recognised_with_other_arrays(launches: Launches, described: list[int]) -> None:
+    repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
+    assert len(described) == 2
+    x, weights = aligned(4, 8), aligned(4, 2)
+    rows = permute(x, LAYOUT, weights=weights)
+    assert len(described) == 2
+    assert launches[-1] == {
+        "x": x.data_ptr(), "order": LAYOUT.order.data_ptr(), "positions": LAYOUT.positions.data_ptr(),
+        "weights": weights.data_ptr(), "rows": rows.data_ptr(),
+    }  # fmt: skip
+
+
+def test_calls_into_a_layout_are_recognised(launches: Launches, described: list[int]) -> None:
+    indices = aligned(4, 2, dtype=torch.int32)
+    first = expert_layout(indices, 5)
+    outs = [ExpertLayout(*[a if a is None or type(a) is int else aligned(*a.shape, dtype=a.dtype) for a in first])]
+    outs += [ExpertLayout(*[a if a is None or type(a) is int else aligned(*a.shape, dtype=a.dtype) for a in first])]
+    repeat(lambda: expert_layout(indices, 5, out=outs[0]))
+    described.clear()
+    assert expert_layout(indices, 5, out=outs[1], num_valid=3) is outs[1]
+    assert not described
+    for name in ("counts", "offsets", "ends", "order", "positions"):
+        assert launches[-1][name] == getattr(outs[1], name).data_ptr()
+    assert (launches[-1]["row_experts"], launches[-1]["number"]) == (0, 3)
+    assert outs[1].counts._version == 1
+    with pytest.raises(ValueError, match=r"^expert_layout: num_valid must be in 0\.\.4, got 5"):
+        expert_layout(indices, 5, out=outs[1], num_valid=5)
+
+
+def not_aligned(a: Any) -> Any:
+    flat = aligned(a.numel() + 1)
+    return flat[1:].view(a.shape)
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "rows apart": lambda a: aligned(a.shape[0], a.shape[1] + 4)[:, : a.shape[1]],
+    "another dtype": lambda a: aligned(*a.shape, dtype=torch.bfloat16),
+    "another alignment": not_aligned,
+    "a parameter": lambda a: torch.nn.Parameter(a, requires_grad=False),
+    "NumPy": lambda a: a.numpy(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("argument", ["x", "weights", "out"])
+def test_other_properties_are_seen(name: str, argument: str, launches: Launches, described: list[int]) -> None:
+    arguments = {"x": X, "weights": WEIGHTS, "out": OUT}
+    other = OTHERS[name](arguments[argument])
+    if name == "NumPy" and argument == "x":
+        pytest.skip("the call of another framework")
+    repeat(lambda: permute(layout=LAYOUT, **arguments))
+    described.clear()
+    changed = arguments | {argument: other}
+    if name == "another dtype" and argument in ("x", "out"):
+        with pytest.raises(TypeError, match=r"^permute: out must be"):
+            permute(layout=LAYOUT, **changed)
+    else:
+        permute(layout=LAYOUT, **changed)
+        address = other.ctypes.data if name == "NumPy" else other.data_ptr()
+        assert launches[-1]["rows" if argument == "out" else argument] == address
+    assert described
+    permute(layout=LAYOUT, **arguments)
+    assert launches[-1]["x"] == X.data_ptr()
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another shape": (lambda a: aligned(a.shape[0], a.shape[1] + 4), "must have shape"),
+    "columns apart": (lambda a: aligned(a.shape[0], 2 * a.shape[1])[:, ::2], "must be contiguous"),
+    "lazily negated": (torch._neg_view, "must be a plain tensor"),
+    "zeros without memory": (lambda a: torch._efficientzerotensor(a.shape), "must be a tensor with its own memory"),
+    "freed": (lambda a: _freed(a.clone()), "must be a tensor with its own memory"),
+    "meta": (lambda a: a.to("meta"), "must be a tensor on cpu or cuda"),
+    "sparse": (lambda a: a.to_sparse(), "must be a dense tensor"),
+}
+
+
+def _freed(tensor: Any) -> Any:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("argument", ["weights", "out"])
+def test_wrong_arrays_are_refused_after_right_ones(name: str, argument: str, launches: Launches) -> None:
+    change, message = REFUSED[name]
+    arguments = {"x": X, "weights": WEIGHTS, "out": OUT}
+    repeat(lambda: permute(layout=LAYOUT, **arguments))
+    for _ in range(3):
+        with pytest.raises(ValueError, match=f"^permute: {argument} {message}"):
+            permute(layout=LAYOUT, **arguments | {argument: change(arguments[argument])})
+    assert len(launches) == 3
+
+
+def test_a_tensor_turned_in_place_is_seen(launches: Launches) -> None:
+    x, out = aligned(8, 8), aligned(8, 8)
+    layout = LAYOUT._replace(positions=aligned(8, 1, dtype=torch.int32), num_tokens=8, top_k=1)
+    repeat(lambda: permute(x, layout, out=out))
+    x.t_()
+    assert x.stride() == (1, 8)
+    with pytest.raises(ValueError, match=r"^permute: x must be contiguous along its last axis, got strides \[1, 8\]"):
+        permute(x, layout, out=out)
+
+
+def test_the_place_of_an_argument_left_out_is_seen(launches: Launches) -> None:
+    """`weights` and `residual` have one shape here."""
+    y, one = aligned(8, 2), aligned(4, 2)
+    repeat(lambda: unpermute(y, LAYOUT, one))
+    unpermute(y, LAYOUT, residual=one)
+    assert (launches[-1]["weights"], launches[-1]["residual"]) == (0, one.data_ptr())
+    out = aligned(4, 2)
+    unpermute(y, LAYOUT, one, out=out)
+    assert (launches[-1]["weights"], launches[-1]["sums"]) == (one.data_ptr(), out.data_ptr())
+    unpermute(y, LAYOUT, one)
+    assert launches[-1]["sums"] != out.data_ptr()
+
+
+def test_other_options_are_seen(launches: Launches) -> None:
+    indices, load = aligned(4, 2, dtype=torch.int32), aligned(5, dtype=torch.int32)
+    for want in (("counts",), ("offsets",)):
+        repeat(lambda want=want: expert_layout(indices, 5, expert_map=load, num_local=5, load=load, want=want))
+        assert [name for name in ("counts", "offsets", "ends") if launches[-1][name]] == (
+            ["counts"] if want == ("counts",) else ["offsets", "ends"]
+        )
+
+
+def test_ints_of_out_are_seen(launches: Launches) -> None:
+    indices = aligned(4, 2, dtype=torch.int32)
+    layout = expert_layout(indices, 5)
+    repeat(lambda: expert_layout(indices, 5, out=layout))
+    for top_k, error in ((3, ValueError), (True, TypeError), (2.0, TypeError), (torch.tensor(2), TypeError)):
+        with pytest.raises(error, match=r"^expert_layout: out.top_k must be"):
+            expert_layout(indices, 5, out=layout._replace(top_k=top_k))
+    assert expert_layout(indices, 5, out=layout._replace(top_k=None)).top_k == 2
+    assert expert_layout(indices, 5, out=layout) is layout
+
+
+def test_inference_mode_is_learned_again(launches: Launches, described: list[int]) -> None:
+    for enabled in (False, True):
+        with torch.inference_mode(enabled):
+            repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
+            described.clear()
+            repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
+            assert not described
+
+
+def test_what_alternates_is_not_learned_for_ever(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    matcher = tensors.PyTorch.matcher
+    monkeypatch.setattr(tensors.PyTorch, "matcher", lambda self, arrays: made.append(1) or matcher(self, arrays))
+    for i in range(20):
+        with torch.inference_mode(bool(i % 2)):
+            permute(X, LAYOUT, weights=WEIGHTS)
+    assert len(made) == 4
+    assert len(launches) == 20
+
+
+def test_without_guards_of_pytorch(launches: Launches, described: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_Guards", None)
+    repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
+    assert len(described) == len(launches) == 3
+
+
+def test_a_forgotten_call_is_prepared_again(launches: Launches, described: list[int]) -> None:
+    repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
+    _cached.forget()
+    described.clear()
+    permute(X, LAYOUT, weights=WEIGHTS)
+    assert described
