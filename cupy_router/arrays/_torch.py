@@ -30,7 +30,7 @@ from cupy_router.arrays import (
 
 ARRAY_TYPES = (torch.Tensor,)
 _Tensor, _data_ptr = torch.Tensor, torch.Tensor.data_ptr
-_FEWEST = 3  # tensors that a matcher recognises faster than their properties are read
+_FEWEST = 2  # tensors that a matcher recognises faster than their properties are read
 
 DTYPES = {name: getattr(torch, name) for name in ITEM_SIZES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,7 +73,10 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     """Return a function that returns the entries at these places."""
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda entries: tuple([entries[place] for place in places])
+    if not places:
+        return lambda entries: ()
+    (place,) = places
+    return lambda entries: (entries[place],)
 
 
 def _template(output: Output, like: torch.Tensor) -> torch.Tensor:
@@ -206,18 +209,12 @@ class PyTorch(Framework):
         empty_like = torch.empty_like  # takes half the time of torch.empty
         templates = [_template(output, like) for output in outputs]
 
-        def allocate_one(pointers: list[int]) -> tuple[Any, ...]:
-            tensor = empty_like(templates[0])
-            pointers.append(tensor.data_ptr())
-            return (tensor,)
-
         def allocate(pointers: list[int]) -> tuple[Any, ...]:
             tensors = tuple(map(empty_like, templates))
-            for tensor in tensors:
-                pointers.append(tensor.data_ptr())
+            pointers += map(_data_ptr, tensors)
             return tensors
 
-        return allocate_one if len(templates) == 1 else allocate
+        return allocate
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))

@@ -61,24 +61,27 @@ class Work(Protocol):
 
 
 class Again:
-    """Recognises the same call with other arrays, in a fraction of the time that the key of a cached call takes."""
+    """Recognises the same call with other arrays, in a fraction of the time that the key of a cached call takes.
+
+    match: the matcher of the arrays; None: not learned.
+    attempts: how many more may be made, since what only matchers look at may alternate.
+    """
 
     def __init__(self, options: Any, eager: bool) -> None:
         self._options, self._eager = options, eager
-        self._match: Matcher | None = None
-        self._attempts = 0
+        self.match: Matcher | None = None
+        self.attempts = 4
 
     def pointers(self, options: Any, eager: bool, arrays: Sequence[Any]) -> list[int] | None:
-        """Return the addresses of the arrays of the same call; None if it may be another."""
-        if self._match is None or eager is not self._eager:
+        """Return the addresses of the arrays if the call is the same; None if it may be another."""
+        if self.match is None or eager is not self._eager:
             return None
-        return self._match(arrays) if options is self._options or options == self._options else None
+        return self.match(arrays) if options is self._options or options == self._options else None
 
     def learn(self, framework: Framework, arrays: Sequence[Any]) -> None:
-        """Recognise the call from now on, unless what only the matcher looks at has changed a few times already."""
-        if self._attempts < _MAX_ATTEMPTS:
-            self._attempts += 1
-            self._match = framework.matcher(arrays)
+        """Recognise the call from now on, if these arrays have a matcher."""
+        self.attempts -= 1
+        self.match = framework.matcher(arrays)
 
 
 class CachedCall(NamedTuple):
@@ -93,7 +96,7 @@ class CachedCall(NamedTuple):
     again: Again
 
 
-_MAX_CALLS, _MAX_ATTEMPTS = 4096, 4
+_MAX_CALLS = 4096
 calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at, and the last one of each op by its name
 
 

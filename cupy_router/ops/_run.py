@@ -7,7 +7,7 @@ pass pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -118,17 +118,30 @@ def _run_on_device(
 ) -> Any:
     """Return what the caller gets; None if an array is a tracer."""
     arrays = inputs if out is None else (*inputs, *op.leaves(options, out))
-    last: Any = _cached.calls.get(op.name)
-    pointers = None if last is None else last.again.pointers(options, eager, arrays)
+    call: Any = _cached.calls.get(op.name)
+    pointers: Any = None
+    if call is not None and call.again.match is not None:
+        pointers = call.again.pointers(options, eager, arrays)
     if pointers is None:
-        found = _find(op, options, inputs, out, arrays, framework, stream, owners, eager)
-        if found is None:
-            return None
-        call, pointers = found
-        if call is last:
+        last, pointers, key = call, [], [op.name, options, framework, eager]
+        if not framework.describe_all(arrays, stream, owners, pointers, key):
+            if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of new type
+                return None
+            pointers, key = [], key[:4]
+            if not framework.describe_all(arrays, stream, owners, pointers, key):
+                return None
+        known = tuple(key)
+        call = _cached.calls.get(known)
+        if call is None:
+            made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
+            if made is None:
+                return None
+            call = _cached.keep(known, made)
+        if call is not last:
+            _cached.calls[op.name] = call
+        elif call.again.attempts:
             call.again.learn(framework, arrays)
-        _cached.calls[op.name] = last = call
-    num_rows, allocate, work, absent, guards, pack, _ = last
+    num_rows, allocate, work, absent, guards, pack, _ = call
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
     for guard in guards:
@@ -150,36 +163,6 @@ def _run_on_device(
     elif framework.delivers:
         results = tuple(framework.deliver(array, inputs[0]) for array in results)
     return pack(*results)
-
-
-def _find(
-    op: Op,
-    options: Any,
-    inputs: tuple[Any, ...],
-    out: Any,
-    arrays: Sequence[Any],
-    framework: Framework,
-    stream: int,
-    owners: list[object],
-    eager: bool,
-) -> tuple[CachedCall, list[int]] | None:
-    """Return the cached call for these arrays, and their addresses; None if one is a tracer."""
-    pointers: list[int] = []
-    key: list[Hashable] = [op.name, options, framework, eager]
-    if not framework.describe_all(arrays, stream, owners, pointers, key):
-        if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of a new type
-            return None
-        pointers, key = [], key[:4]
-        if not framework.describe_all(arrays, stream, owners, pointers, key):
-            return None
-    known = tuple(key)
-    call = _cached.calls.get(known)
-    if call is None:
-        made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
-        if made is None:
-            return None
-        call = _cached.keep(known, made)
-    return call, pointers
 
 
 def _prepare(
