@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                    pad,
                                    positions_stride,
                                    LOAD_BY_PAIR || !load ? nullptr : load + first_expert};
-    const auto expert_of_pair = [&](unsigned pair) { return ids.expert_of(pair); };
-    layout_by_block<TOP_K>(memory, num_pairs, expert_of_pair, results, blockIdx.x, gridDim.x);
+    RankedPairs<BlockLayout<THREADS, LOCAL_EXPERTS, MAX_PAIRS>::Share::ROUNDS> pairs(0);
+    ids.read(pairs);
+    layout_by_block<TOP_K>(memory, num_pairs, pairs, results, blockIdx.x, gridDim.x);
 }

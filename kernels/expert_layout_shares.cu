@@ -10,10 +10,9 @@
 SPECIALISED int THREADS = 256;
 SPECIALISED int MAX_PAIRS = 2048;  // of a share
 SPECIALISED int TILE = 256;        // experts
-SPECIALISED bool SORTED = true;    // pairs of a share are sorted in shared memory first
 
 constexpr int TILES = LOCAL_EXPERTS > TILE ? (LOCAL_EXPERTS + TILE - 1) / TILE : 1;
-typedef PlaceMemory<THREADS, TILE, MAX_PAIRS, SORTED> TileMemory;
+typedef PlaceMemory<THREADS, TILE, MAX_PAIRS> TileMemory;
 typedef TileMemory::Share TileShare;
 constexpr int TABLE_ROW = TILES * TileShare::COLUMNS;  // words of two experts
 constexpr int GROUPS = (TABLE_ROW + 31) / 32;          // of 64 experts
@@ -22,17 +21,20 @@ static_assert(TILES == 1 || TileShare::COLUMNS % 32 == 0, "a tile has whole grou
 __shared__ TileMemory memory;
 
 // The pairs of this block's share, by their expert in this block's tile.
-struct TileOfIds {
+struct SharePairs : RankedPairs<TileShare::ROUNDS> {
     int share, first_expert;
-    unsigned first_pair;
 
-    __device__ __forceinline__ TileOfIds()
-        : share(blockIdx.x / TILES), first_expert(blockIdx.x % TILES * TILE), first_pair(share * unsigned(MAX_PAIRS)) {}
-
-    __device__ __forceinline__ unsigned expert_of(const Ids& ids, unsigned pair) const {
-        const int expert = ids.expert_of(pair);
-        if (TILES == 1 || expert < 0) return expert;
-        return static_cast<unsigned>(expert - first_expert) < TILE ? expert - first_expert : ELSEWHERE;
+    __device__ __forceinline__ explicit SharePairs(const Ids& ids)
+        : RankedPairs<TileShare::ROUNDS>(blockIdx.x / TILES * unsigned(MAX_PAIRS)),
+          share(blockIdx.x / TILES),
+          first_expert(blockIdx.x % TILES * TILE) {
+        ids.read(*this);
+#pragma unroll
+        for (int round = 0; round < TileShare::ROUNDS; ++round) {
+            if (expert[round] >= LOCAL_EXPERTS) continue;
+            const unsigned in_tile = expert[round] - first_expert;
+            expert[round] = in_tile < TILE ? in_tile : ELSEWHERE;
+        }
     }
 };
 
@@ -41,15 +43,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     expert_layout_shares_count(const id_t* __restrict__ indices, const int* __restrict__ expert_map, load_t* load,
                                const int* __restrict__ num_valid, unsigned* __restrict__ table, int num_valid_value,
                                int num_pairs, int first_expert, long long indices_stride) {
-    const TileOfIds tile;
     const Ids ids =
         ids_of(indices, expert_map, nullptr, num_valid, num_valid_value, num_pairs, first_expert, indices_stride);
-    RankedPairs<TileShare::ROUNDS> pairs;
-    rank_share(
-        memory.share, tile.first_pair, num_pairs, [&](unsigned pair) { return tile.expert_of(ids, pair); }, pairs);
+    SharePairs pairs(ids);
+    rank_share(memory.share, pairs);
     __syncthreads();
     unsigned* row = table + static_cast<int64_t>(blockIdx.x) * TileShare::COLUMNS;
-    for (int word = threadIdx.x; word < TileShare::COLUMNS; word += THREADS) row[word] = add_warps(memory.share, word);
+    for (int word = threadIdx.x; word < TileShare::COLUMNS; word += THREADS) row[word] = sum_warps(memory.share, word);
 }
 
 // Replace the counts of each share by those of the shares before it, and add up the counts of all: 64 experts by a
@@ -101,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                int first_expert, int capacity, int pad, long long indices_stride,
                                long long positions_stride) {
     constexpr int WORDS = TileShare::WORDS;
-    const TileOfIds tile_ids;
-    const Ids ids = ids_of(indices, expert_map, tile_ids.first_expert == 0 ? load : nullptr, num_valid, num_valid_value,
+    const Ids ids = ids_of(indices, expert_map, blockIdx.x % TILES == 0 ? load : nullptr, num_valid, num_valid_value,
                            num_pairs, first_expert, indices_stride);
+    SharePairs pairs(ids);
     const LayoutResults results = {counts,
                                    offsets,
                                    ends,
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                    pad,
                                    positions_stride,
                                    LOAD_BY_PAIR || !load ? nullptr : load + first_expert};
-    int all_pairs[2 * WORDS], pairs_before[2 * WORDS];
+    ExpertSums<WORDS> sums;
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
         const int word = threadIdx.x * WORDS + i;
@@ -124,10 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             a = __ldg(all + blockIdx.x % TILES * TileShare::COLUMNS + word);
             b = __ldg(before + static_cast<int64_t>(blockIdx.x) * TileShare::COLUMNS + word);
         }
-        all_pairs[2 * i] = a.x, all_pairs[2 * i + 1] = a.y;
-        pairs_before[2 * i] = b.x, pairs_before[2 * i + 1] = b.y;
+        sums.all[2 * i] = a.x, sums.all[2 * i + 1] = a.y;
+        sums.before[2 * i] = b.x, sums.before[2 * i + 1] = b.y;
     }
-    Tile tile = {tile_ids.first_expert, min(TILE, LOCAL_EXPERTS - tile_ids.first_expert), LOCAL_EXPERTS, 0, -1};
+    Tile tile = {pairs.first_expert, min(TILE, LOCAL_EXPERTS - pairs.first_expert), LOCAL_EXPERTS, 0, -1};
     if (TILES > 1) {
         int earlier = 0, blocks = 0;
         for (int group = threadIdx.x; group < GROUPS; group += THREADS) {
@@ -139,15 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         block_prefix<THREADS>(blocks, tile.all_blocks);
     }
 
-    RankedPairs<TileShare::ROUNDS> pairs;
-    rank_share(
-        memory.share, tile_ids.first_pair, num_pairs, [&](unsigned pair) { return tile_ids.expert_of(ids, pair); },
-        pairs);
+    rank_share(memory.share, pairs);
     __syncthreads();
-    unsigned mine[WORDS];
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) mine[i] = add_warps(memory.share, threadIdx.x * WORDS + i);
-    const Part part = {tile_ids.share, static_cast<int>(gridDim.x) / TILES, tile_ids.first_pair,
-                       static_cast<unsigned>(num_pairs), true};
-    place_share<TOP_K>(memory, pairs, all_pairs, pairs_before, mine, tile, part, results);
+    for (int i = 0; i < WORDS; ++i) sums.mine[i] = sum_warps(memory.share, threadIdx.x * WORDS + i);
+    const unsigned first_pair = pairs.share * unsigned(MAX_PAIRS);
+    const int num_sorted = sort_share(memory, pairs, sums, first_pair);
+    const Part part = {pairs.share, static_cast<int>(gridDim.x) / TILES, first_pair, static_cast<unsigned>(num_pairs)};
+    write_share<TOP_K>(memory, pairs, sums, num_sorted, tile, part, results);
 }

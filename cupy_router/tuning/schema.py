@@ -125,12 +125,16 @@ class HashLayer(Family):
 class Layout(Family):
     """expert_layout."""
 
+    few_pairs: int  # up to here every warp compares all pairs; at most 32
+    few_threads: int  # of a block
     block_pairs: int  # up to here one block lays out all pairs
     block_threads: Steps  # up to this many pairs, threads of this block
     largest_block: int  # threads, beyond these steps
     padding_rows: int  # one more block for each so many rows of padding
-    share_threads: int  # of a block that places a share of the pairs
-    share_pairs: int
+    cluster_share_pairs: int  # up to so many for each block, one cluster lays out all pairs
+    share_threads: int  # of a block of a cluster
+    grid: tuple[tuple[int, int, int], ...]  # up to so many shares of so many pairs, in blocks of so many threads
+    steps: tuple[tuple[int, int], ...]  # beyond, in three launches: pairs of a share, threads; the first that fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,15 +100,18 @@ TABLE = Table(
     hash_layer=HashLayer(measured_by="python -m benchmarks.bench_dense_router", max_gates_read=8),
     layout=Layout(
         measured_by="python -m benchmarks.bench_expert_layout",
+        few_pairs=16,
+        few_threads=64,
         block_pairs=1024,
-        block_threads=((128, 128), (256, 256)),
+        block_threads=((128, 128), (1024, 256)),
         largest_block=512,
-        padding_rows=4096,
+        padding_rows=2048,
+        cluster_share_pairs=2048,
         share_threads=256,
-        share_pairs=2048,
+        # A block reads the counts of all shares, so fewer and larger shares until ranking them takes longer.
+        grid=((64, 512, 256), (64, 1024, 256), (64, 2048, 256), (132, 2048, 256), (132, 4096, 512)),
+        steps=((4096, 512), (2048, 256)),
     ),
-    # Parts of a row that few threads move at once keep all multiprocessors busy for few tokens, and cost nothing for
-    # many. Loads of dot products already fill a thread's registers.
     move_rows=MoveRows(
         measured_by="python -m benchmarks.bench_permute",
         teams=(128, 160, 192, 224, 256),

@@ -33,16 +33,17 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// The same in two halves, between which a thread may do what needs nothing of the other blocks.
+// The same in two halves, between which a thread may do what needs nothing of the other blocks. The threads of a warp
+// need not arrive together.
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef __CUDACC__
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
 #ifdef __CUDACC__
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
     simt::cluster_barrier();
 #endif

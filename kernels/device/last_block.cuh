@@ -55,21 +55,26 @@ __device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned count)
 // The answer to a block that arrives, when several blocks share the work that follows.
 enum Arrival { LAST, SEEN_COMPLETE, LEFT };
 
-// Arrive as above; a block with a share of the work that follows then polls for a while whether all have arrived.
+// Arrive, and say to the first thread whether this block is the last. Work that needs nothing of other blocks may follow
+// before the block polls.
+__device__ __forceinline__ bool arrive(unsigned* counter, unsigned count) {
+    __syncthreads();
+    return threadIdx.x == 0 && increment_acquire_release(counter, count - 1) == count - 1;
+}
+
+// After it has arrived, a block with a share of the work that follows polls for a while whether all have arrived.
 // LAST: all have, and this block was the last; it also does the shares of blocks that left. SEEN_COMPLETE: all have.
 // LEFT: this block has no share, or gave up, which its flag `left` (otherwise 0) tells the last block.
 // No block waits for one that may not be running: until the last block arrives, the others only poll and leave. A block
 // that gives up raises its flag before it looks at the counter once more; the last block counts before it looks at the
 // flags. So at least one of them sees the other, and if both do, both do the same work with the same result.
-__device__ __forceinline__ Arrival arrive_and_poll(unsigned* counter, unsigned count, bool has_share, unsigned* left) {
+__device__ __forceinline__ Arrival poll_arrivals(bool is_last, const unsigned* counter, bool has_share,
+                                                 unsigned* left) {
     constexpr int POLLS = 64;  // about 30 microseconds
     __shared__ Arrival arrival;
-    __syncthreads();
     if (threadIdx.x == 0) {
-        arrival = LEFT;
-        if (increment_acquire_release(counter, count - 1) == count - 1) {
-            arrival = LAST;
-        } else if (has_share) {
+        arrival = is_last ? LAST : LEFT;
+        if (!is_last && has_share) {
             int polls = 0;
             while (load_acquire(counter) != 0 && polls < POLLS) ++polls;
             if (polls < POLLS) {
@@ -86,4 +91,8 @@ __device__ __forceinline__ Arrival arrive_and_poll(unsigned* counter, unsigned c
     }
     __syncthreads();
     return arrival;
+}
+
+__device__ __forceinline__ Arrival arrive_and_poll(unsigned* counter, unsigned count, bool has_share, unsigned* left) {
+    return poll_arrivals(arrive(counter, count), counter, has_share, left);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/num_valid.cuh"
+#include "layout/ranks.cuh"
 #include "layout/results.cuh"
 
 SPECIALISED int ID_BYTES = 4;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void add_one(int* sum) { atomicAdd(sum, 1); }
 __device__ __forceinline__ void add_one(long long* sum) { atomicAdd(reinterpret_cast<unsigned long long*>(sum), 1ull); }
 
 // A map may send several ids to one expert. Then the load is counted by pair, else by expert.
-constexpr bool LOAD_BY_PAIR = HAS_MAP;
+constexpr bool LOAD_BY_PAIR = HAS_MAP && LAYOUT_LOAD_BYTES > 0;
 
 struct Ids {
     const id_t* indices;
@@ -44,19 +45,32 @@ struct Ids {
     int64_t stride;    // of rows of indices
     int first_expert;  // in question
     unsigned valid;    // pairs before the padding
+    load_t* load;      // counted by pair; null if it is not
 
-    load_t* load;  // counted by pair; null if it is not
-
-    // Return the expert of a pair among those in question, or -1; add the pair to the load.
-    __device__ __forceinline__ int expert_of(unsigned pair) const {
-        if (pair >= valid) return -1;
-        const int64_t gap = DENSE_INDICES ? 0 : static_cast<int64_t>(pair / TOP_K) * (stride - TOP_K);
-        const id_t id = __ldg(indices + pair + gap);
-        if (id < 0 || static_cast<unsigned long long>(id) >= NUM_EXPERTS) return -1;
-        const int expert = HAS_MAP ? __ldg(expert_map + id) : static_cast<int>(id) - first_expert;
-        if (static_cast<unsigned>(expert) >= LOCAL_EXPERTS) return -1;
-        if (LAYOUT_LOAD_BYTES > 0 && load) add_one(load + id);
-        return expert;
+    // Read the experts of a share, all loads in flight: their numbers among those in question, or -1. Add the pairs to
+    // the load.
+    template <int Rounds>
+    __device__ __forceinline__ void read(RankedPairs<Rounds>& pairs) const {
+        id_t id[Rounds];
+#pragma unroll
+        for (int round = 0; round < Rounds; ++round) {
+            const unsigned pair = pairs.first + round * 32;
+            const int64_t gap = DENSE_INDICES ? 0 : static_cast<int64_t>(pair / TOP_K) * (stride - TOP_K);
+            id[round] = pair < valid ? __ldg(indices + pair + gap) : static_cast<id_t>(-1);
+        }
+#pragma unroll
+        for (int round = 0; round < Rounds; ++round) {
+            const bool known = pairs.first + round * 32 < valid && id[round] >= 0 &&
+                               static_cast<unsigned long long>(id[round]) < NUM_EXPERTS;
+            const int number =
+                HAS_MAP ? (known ? __ldg(expert_map + id[round]) : -1) : static_cast<int>(id[round]) - first_expert;
+            pairs.expert[round] = known && static_cast<unsigned>(number) < LOCAL_EXPERTS ? number : -1;
+        }
+        if (!load) return;
+#pragma unroll
+        for (int round = 0; round < Rounds; ++round) {
+            if (pairs.expert[round] < LOCAL_EXPERTS) add_one(load + id[round]);
+        }
     }
 };
 

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the counts of a share, of the shares before it and of all, to the rows of its pairs.
+// From the ranks of a share to the rows of its pairs. First the pairs are sorted by expert in shared memory, which needs
+// nothing of other shares; then, with the counts of the shares before and of all, the pairs of an expert are written
+// together.
 #pragma once
 
 #include "device/block_scan.cuh"
+#include "device/warp.cuh"
 #include "layout/ranks.cuh"
 #include "layout/results.cuh"
 
-// Shared memory of a block that ranks and places a share. `Sorted`: pairs are first sorted in shared memory, so that
-// those of an expert are written together.
-template <int Threads, int Experts, int MaxPairs, bool Sorted>
+// Shared memory of a block that ranks and places a share; spare bytes as in `ShareCounts`.
+template <int Threads, int Experts, int MaxPairs, int SpareBytes = 1>
 struct PlaceMemory {
-    typedef ShareCounts<Threads, Experts, MaxPairs> Share;
+    typedef ShareCounts<Threads, Experts, MaxPairs, SpareBytes> Share;
     Share share;
-    unsigned base[Share::ROW];                         // row of the first pair of an expert
-    int place[Sorted ? Share::ROW : 1];                // of this pair among the sorted ones
-    unsigned sorted[Sorted ? MaxPairs : 1];            // expert in the upper half, pair of the share in the lower
+    unsigned sorted[MaxPairs];                         // expert in the upper half, pair of the share in the lower
+    unsigned shift[Share::ROW];                        // from the place among the sorted pairs to the row
     Rows padding[LAYOUT_ALIGNMENT > 1 ? Experts : 1];  // behind the rows of an expert
 };
 
@@ -23,49 +24,78 @@ struct Tile {
     int first;  // expert
     int count;
     int num_experts;    // of all tiles
-    int blocks_before;  // blocks of rows of the experts before; below, of all experts, or -1 if this is the only tile
-    int all_blocks;
+    int blocks_before;  // blocks of rows of the experts before
+    int all_blocks;     // of all experts; -1: this is the only tile
 };
 
-// A share of the pairs, the only one or one of several. Every share writes a part of the padding; the first what is
-// there once.
+// A share of the pairs. Every share writes a part of the padding; the first what is there once.
 struct Part {
     int share;
     int shares;
     unsigned first_pair;
     unsigned num_pairs;  // of all shares
-    bool places_pairs;
+};
+
+// What a thread knows of its 2 * Words adjacent experts.
+template <int Words>
+struct ExpertSums {
+    unsigned mine[Words];   // pairs of this share, of two experts in a word
+    int place[2 * Words];   // of the first of them among the sorted pairs
+    int before[2 * Words];  // pairs of the shares before
+    int all[2 * Words];
 };
 
 // An expert of another tile, whose block writes the pair's position.
 constexpr unsigned ELSEWHERE = 0x7fffffffu;
 
-// Write the part of the results that belongs to a share and a tile. A thread knows of its 2 * Words adjacent experts the
-// pairs of `all` shares, of those `before` this one, and of this one, two in a word.
-template <int TopK, int Threads, int Experts, int MaxPairs, bool Sorted, int Rounds, int Words>
-__device__ __forceinline__ void place_share(PlaceMemory<Threads, Experts, MaxPairs, Sorted>& memory,
-                                            const RankedPairs<Rounds>& pairs, const int (&all)[2 * Words],
-                                            const int (&before)[2 * Words], const unsigned (&mine)[Words],
-                                            const Tile& tile, const Part& part, const LayoutResults& results) {
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    int blocks = 0, tile_blocks, num_mine = 0, num_sorted = 0;
+// Sort the pairs of a share, once ranks and `mine` are known; the ranks become places among the sorted pairs. Return how
+// many there are. A barrier has to follow.
+template <int Threads, int Experts, int MaxPairs, int Spare, int Rounds, int Words>
+__device__ __forceinline__ int sort_share(PlaceMemory<Threads, Experts, MaxPairs, Spare>& memory,
+                                          RankedPairs<Rounds>& pairs, ExpertSums<Words>& sums, unsigned first_pair) {
+    int num_mine = 0, num_sorted;
 #pragma unroll
-    for (int i = 0; i < 2 * Words; ++i) blocks += aligned_blocks(all[i]);
+    for (int i = 0; i < Words; ++i) num_mine += (sums.mine[i] & 0xffffu) + (sums.mine[i] >> 16);
+    int place = block_prefix<Threads>(num_mine, num_sorted);
 #pragma unroll
-    for (int i = 0; i < Words; ++i) num_mine += (mine[i] & 0xffffu) + (mine[i] >> 16);
+    for (int i = 0; i < Words; ++i) {
+        sums.place[2 * i] = place;
+        sums.place[2 * i + 1] = place + (sums.mine[i] & 0xffffu);
+        add_warps(memory.share, threadIdx.x * Words + i, sums.place[2 * i] | sums.place[2 * i + 1] << 16);
+        place = sums.place[2 * i + 1] + (sums.mine[i] >> 16);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int round = 0; round < Rounds; ++round) {
+        const unsigned expert = pairs.expert[round];
+        if (expert < Experts) {
+            pairs.rank[round] += memory.share.counts[threadIdx.x / 32][expert];
+            memory.sorted[pairs.rank[round]] = expert << 16 | (pairs.first + round * 32 - first_pair);
+        }
+    }
+    return num_sorted;
+}
+
+// Write the part of the results that belongs to a share and a tile.
+template <int TopK, int Threads, int Experts, int MaxPairs, int Spare, int Rounds, int Words>
+__device__ __forceinline__ void write_share(PlaceMemory<Threads, Experts, MaxPairs, Spare>& memory,
+                                            const RankedPairs<Rounds>& pairs, const ExpertSums<Words>& sums,
+                                            int num_sorted, const Tile& tile, const Part& part,
+                                            const LayoutResults& results) {
+    const int thread = threadIdx.x;
+    int blocks = 0, tile_blocks;
+#pragma unroll
+    for (int i = 0; i < 2 * Words; ++i) blocks += aligned_blocks(sums.all[i]);
     int block = tile.blocks_before + block_prefix<Threads>(blocks, tile_blocks);
-    int place = Sorted ? block_prefix<Threads>(num_mine, num_sorted) : 0;
 #pragma unroll
     for (int i = 0; i < 2 * Words; ++i) {
-        const int expert = thread * (2 * Words) + i;
+        const int expert = thread * (2 * Words) + i, count = sums.all[i];
         if (expert < tile.count) {
-            const Rows rows = rows_of(block, all[i], results.capacity);
-            block += aligned_blocks(all[i]);
-            memory.base[expert] = static_cast<unsigned>(rows.begin) + static_cast<unsigned>(before[i]);
-            if (Sorted) memory.place[expert] = place;
-            place += i % 2 == 0 ? mine[i / 2] & 0xffffu : mine[i / 2] >> 16;
+            const Rows rows = rows_of(block, count, results.capacity);
+            block += aligned_blocks(count);
+            memory.shift[expert] = unsigned(rows.begin) + unsigned(sums.before[i]) - unsigned(sums.place[i]);
             if (LAYOUT_ALIGNMENT > 1) memory.padding[expert] = {rows.end, first_row(block, results.capacity)};
-            if (part.share == 0) write_expert(results, tile.first + expert, all[i], rows);
+            if (part.share == 0) write_expert(results, tile.first + expert, count, rows);
         }
     }
     if (tile.first == 0) {
@@ -74,37 +104,22 @@ __device__ __forceinline__ void place_share(PlaceMemory<Threads, Experts, MaxPai
         fill_tail(results, used, part.share * Threads + thread, part.shares * Threads);
     }
     __syncthreads();
-
-    if (part.places_pairs) {
+    if (LAYOUT_POSITIONS) {
 #pragma unroll
         for (int round = 0; round < Rounds; ++round) {
             const unsigned pair = pairs.first + round * 32, expert = pairs.expert[round];
-            int row = -1;
-            if (expert < Experts) {
-                const unsigned rank = memory.share.counts[warp][expert] + pairs.rank[round];
-                row = row_of(memory.base[expert], rank, results.capacity);
-                if (Sorted) {
-                    memory.sorted[memory.place[expert] + rank] = expert << 16 | (pair - part.first_pair);
-                } else if (row >= 0) {
-                    write_row(results, row, pair, tile.first + expert);
-                }
-            }
+            const int row =
+                expert < Experts ? row_of(memory.shift[expert] + unsigned(pairs.rank[round]), results.capacity) : -1;
             if (pair < part.num_pairs && expert != ELSEWHERE) write_position<TopK>(results, pair, row);
         }
     }
-    if (Sorted) {
-        __syncthreads();
+    if (LAYOUT_BY_ROW) {
 #pragma unroll 4
         for (int i = thread; i < num_sorted; i += Threads) {
             const unsigned both = memory.sorted[i], expert = both >> 16;
-            const int row = row_of(memory.base[expert], i - memory.place[expert], results.capacity);
+            const int row = row_of(memory.shift[expert] + unsigned(i), results.capacity);
             if (row >= 0) write_row(results, row, part.first_pair + (both & 0xffffu), tile.first + expert);
         }
     }
-    if (LAYOUT_ALIGNMENT > 1) {
-        for (int expert = part.share * (Threads / 32) + warp; expert < tile.count;
-             expert += part.shares * (Threads / 32)) {
-            fill_padding(results, memory.padding[expert], lane, 32);
-        }
-    }
+    fill_experts<Threads>(results, memory.padding, tile.count, part.share, part.shares);
 }

@@ -17,6 +17,7 @@ SPECIALISED bool LAYOUT_DENSE = true;       // rows of positions follow each oth
 SPECIALISED bool LAYOUT_PREFILLED = false;  // all rows were written as padding before
 SPECIALISED int LAYOUT_LOAD_BYTES = 0;      // of a number of the load; 0: it is not wanted
 
+constexpr bool LAYOUT_BY_ROW = LAYOUT_ORDER || LAYOUT_BLOCK_EXPERTS || LAYOUT_ROW_EXPERTS;
 typedef Integer<LAYOUT_LOAD_BYTES == 8 ? 8 : 4>::type load_t;
 
 struct LayoutResults {
@@ -64,9 +65,8 @@ __device__ __forceinline__ void write_expert(const LayoutResults& results, int e
     if (LAYOUT_ENDS) results.ends[expert] = rows.end;
 }
 
-// Return the row of a pair from the first row of its expert and its rank there, or -1 where there is no room.
-__device__ __forceinline__ int row_of(int first, int rank, int capacity) {
-    const unsigned row = static_cast<unsigned>(first) + static_cast<unsigned>(rank);
+// Return a row, the sum of a first row and a rank, as it is written: -1 if there is no room for it.
+__device__ __forceinline__ int row_of(unsigned row, int capacity) {
     return row < static_cast<unsigned>(capacity) ? static_cast<int>(row) : -1;
 }
 
@@ -115,4 +115,26 @@ __device__ __forceinline__ void fill_padding(const LayoutResults& results, Rows 
 
 __device__ __forceinline__ void fill_tail(const LayoutResults& results, int begin, unsigned thread, unsigned threads) {
     if (!LAYOUT_PREFILLED) fill_rows(results, begin, thread, threads);
+}
+
+// Write the padding rows of each lane of a warp, by all lanes.
+__device__ __forceinline__ void fill_by_warp(const LayoutResults& results, Rows own) {
+    for (unsigned todo = __ballot_sync(FULL_WARP, own.begin < own.end); todo; todo &= todo - 1u) {
+        const int source = __ffs(static_cast<int>(todo)) - 1;
+        const Rows rows = {__shfl_sync(FULL_WARP, own.begin, source), __shfl_sync(FULL_WARP, own.end, source)};
+        fill_padding(results, rows, threadIdx.x % 32, 32);
+        __syncwarp();
+    }
+}
+
+// Write the rows behind the pairs of each expert: warps take every so many experts, as many at once as they have lanes.
+template <int Threads>
+__device__ __forceinline__ void fill_experts(const LayoutResults& results, const Rows* padding, int num_experts,
+                                             int block, int blocks) {
+    if (LAYOUT_ALIGNMENT == 1 || LAYOUT_PREFILLED || (!LAYOUT_ORDER && !LAYOUT_ROW_EXPERTS)) return;
+    const int lane = threadIdx.x % 32, warps = blocks * (Threads / 32);
+    for (int first = block * (Threads / 32) + threadIdx.x / 32; first < num_experts; first += 32 * warps) {
+        const int expert = first + lane * warps;
+        fill_by_warp(results, expert < num_experts ? padding[expert] : Rows{0, 0});
+    }
 }
