@@ -78,8 +78,8 @@ def _rounded(num_pairs: int, threads: int) -> int:
 def shared_bytes(num_experts: int, threads: int) -> int:
     """Return the shared memory of `BlockLayout` in kernels/layout/block_layout.cuh, or a little more."""
     warps, row = threads // 32, -(-num_experts // 8) * 8
-    masks = 4 * warps * row if warps * row <= 6144 else 4 * warps
-    return masks + 2 * warps * row + 12 * row + 64
+    masks = 4 * warps * (row + 4) if warps * row <= 6144 else 16 * warps
+    return masks + 2 * warps * (row + 8) + 12 * row + 64
 
 
 def fused(

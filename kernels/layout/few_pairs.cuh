@@ -57,7 +57,7 @@ __device__ __forceinline__ void layout_few_pairs(int num_pairs, ExpertOfPair exp
     fill_tail(results, rows_used, thread, Threads);
     if (thread < Threads - 32) return;
     const int first = first_row(pairs.blocks_before(pairs.expert), results.capacity);
-    const int row = has_expert ? row_of(static_cast<unsigned>(first + __popc(earlier)), results.capacity) : -1;
+    const int row = has_expert ? row_of(static_cast<unsigned>(first) + __popc(earlier), results.capacity) : -1;
     if (row >= 0) write_row(results, row, lane, pairs.expert);
     if (lane < num_pairs) write_position<TopK>(results, lane, row);
 }
