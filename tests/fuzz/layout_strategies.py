@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cupy_router import RoutingMethod
 from tests import oracle_layout
 from tests.backends import DTYPES
-from tests.fuzz.arrays import floats, integers
+from tests.fuzz.arrays import floats, integers, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
 
@@ -122,9 +122,11 @@ def _unpermute(rng: random.Random) -> LayoutSetting:
 def _routed(rng: random.Random) -> LayoutSetting:
     experts = rng.choice((8, 60, 128, 384))
     given = {"num_valid"} if rng.random() < 0.5 else set()
+    op = rng.choice(("activation_topk", "activation_topk", "hash_router", "dense_router"))
+    rows = rng.choice((1, 5, 40, 64) if op == "dense_router" else (1, 5, 40, 64, 130))
     return LayoutSetting(
-        "activation_topk", rng.choice((1, 5, 40, 130)), rng.choice((1, 6, 8)), experts, rng.choice((1, 16)),
-        rng.choice(WANTS), given=frozenset(given), dtype=rng.choice(FLOATS), out_padding=rng.choice((-1, 0)),
+        op, rows, rng.choice((1, 6, 8)), experts, rng.choice((1, 16)), rng.choice(WANTS), given=frozenset(given),
+        dtype=rng.choice(FLOATS), out_padding=rng.choice((-1, 0)),
     )  # fmt: skip
 
 
@@ -225,8 +227,19 @@ def _content(draw: st.DrawFn, shape: tuple[int, int], dtype: str) -> np.ndarray:
 
 @st.composite
 def _routed_case(draw: st.DrawFn, setting: LayoutSetting) -> Case:
-    method = RoutingMethod(setting.experts, setting.k, "softmax")
-    arrays = {"logits": draw(floats((setting.rows, setting.experts), setting.dtype))}
+    method = RoutingMethod(setting.experts, setting.k, "softmax" if setting.op != "dense_router" else "identity")
+    arrays: dict[str, np.ndarray] = {}
+    if setting.op == "dense_router":
+        for name, rows in (("x", setting.rows), ("weight", setting.experts)):
+            arrays[name] = draw(small_integers((rows, 40), setting.dtype))
+    else:
+        arrays["logits"] = draw(floats((setting.rows, setting.experts), setting.dtype))
+    if setting.op == "hash_router":
+        arrays["token_ids"] = draw(
+            integers(setting.rows, "int32", st.integers(0, 8), st.sampled_from([-1, 9, 2**31 - 1]))
+        )
+        experts = st.integers(0, setting.experts - 1), st.sampled_from([-1, setting.experts])
+        arrays["table"] = draw(integers(9 * setting.k, "int32", *experts)).reshape(9, setting.k)
     layout: dict[str, Any] = {"alignment": setting.alignment, "want": list(setting.want)}
     if draw(st.booleans()):
         most = oracle_layout.formula(setting.rows * setting.k, setting.experts, setting.alignment)
@@ -237,4 +250,4 @@ def _routed_case(draw: st.DrawFn, setting: LayoutSetting) -> Case:
     elif draw(st.booleans()):
         options["num_valid"] = draw(st.integers(0, setting.rows))
     padding = setting.out_padding
-    return Case("activation_topk", arrays, method, options, {}, padding, schedule=draw(_schedules))
+    return Case(setting.op, arrays, method, options, {}, padding, schedule=draw(_schedules))
