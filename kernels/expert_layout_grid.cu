@@ -24,11 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (arrival == LEFT) is_last = arrive(counters, shares);
     };
     const auto wait_once = [&] {
-        if (arrival == LEFT) {
-            arrival = poll_arrivals(is_last, counters, true, left + blockIdx.x);
-        } else {
-            __syncthreads();
-        }
+        if (arrival == LEFT) arrival = poll_arrivals(is_last, counters, true, left + blockIdx.x);
         return arrival != LEFT;
     };
     // Its own share, and then those of blocks that have left.

@@ -50,7 +50,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCAB_SIZE, HIDDEN = 1000, 4096
 CORNER = "(corner)"
 FROM_SM_80 = ("dense_router_decode", "dense_router_decode_layout")  # the op refuses path "decode" on older GPUs
-FROM_SM_90 = ("activation_topk_cluster",)
+FROM_SM_90 = ("activation_topk_cluster", "expert_layout_cluster")
 
 
 @dataclass(frozen=True, order=True)

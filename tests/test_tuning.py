@@ -16,7 +16,7 @@ import pytest
 
 from cupy_router import RoutingMethod, compiler, dense_router, topk_select, tuning
 from cupy_router.cli import info
-from cupy_router.ops import _cached, _dense_decode, _row_lanes, _topk_select_long
+from cupy_router.ops import _cached, _dense_decode, _expert_layout_launch, _row_lanes, _topk_select_long
 from cupy_router.ops.activation_topk import interleaved_lanes
 from cupy_router.tuning import DEFAULT, Gpu, lookup
 from cupy_router.tuning.schema import Family
@@ -152,6 +152,26 @@ def test_long_rows_are_split_over_the_multiprocessors_of_the_gpu() -> None:
     small = _topk_select_long.choose(replace(DEFAULT, shared_bytes=48 * 1024), 1, 10**6, 1000, "float32")
     assert small is not None
     assert small.shared_bytes <= 48 * 1024
+
+
+def test_plans_of_layouts_have_a_block_for_each_share_and_no_more_than_run_together() -> None:
+    sizes = [1, 8, 9, 512, 513, 1024, 1025, 8192, 16_384, 16_385, 65_536, 524_288, 540_672, 540_673, 10**7, 2**31 - 1]
+    older, large = replace(DEFAULT, capability=(8, 0)), replace(DEFAULT, multiprocessors=500)
+    paths = set()
+    for gpu in (DEFAULT, SMALL, older, large):
+        for num_experts in (0, 1, 8, 57, 256, 384, 1000, 1024, 1025, 40_000):
+            for alignment in (1, 128):
+                for num_pairs in sizes:
+                    plan = _expert_layout_launch.choose(gpu, num_pairs, num_experts, alignment)
+                    paths.add(plan.path)
+                    shares = plan.shares(num_pairs)
+                    assert plan.pairs < 65_536, "counts of a share have 16 bits"
+                    assert plan.path != "few" or num_pairs <= plan.pairs <= 32
+                    assert plan.path != "block" or shares == 1
+                    assert plan.path != "cluster" or (shares <= 8 and gpu.capability >= (9, 0))
+                    assert plan.path != "grid" or shares <= min(gpu.multiprocessors, plan.threads)
+                    assert plan.path == "shares" or 0 < num_experts <= 1024
+    assert paths == {"few", "block", "cluster", "grid", "shares"}
 
 
 def test_ptxas_is_told_the_fewest_blocks_where_it_would_spill() -> None:
