@@ -194,6 +194,27 @@ def test_a_warm_call_with_out_allocates_nothing(framework: str, n: int, cupy: An
     assert of_torch() == before
 
 
+@pytest.mark.parametrize("framework", ["cupy", "torch", "jax"])
+def test_a_warm_call_lets_no_wrong_argument_pass(framework: str) -> None:
+    gpu, ids = on_gpu(framework), uniform(9, 2, 7).astype(np.int32)
+    on_host, layout = expert_layout(ids, 7), expert_layout(gpu.array(ids), 7)
+    x = gpu.array(inputs.normal((9, 8)))
+    rows = permute(x, layout)
+    unpermute(rows, layout)
+    for said, call in (
+        ("x .*layout.order .*cpu", lambda: permute(x, on_host)),
+        ("y .*layout.positions .*cpu", lambda: unpermute(rows, on_host)),
+        ("x must have a row for each of the 9 tokens", lambda: permute(x[:8], layout)),
+        ("y must have the 18 rows of the layout", lambda: unpermute(rows[:17], layout)),
+        ("layout.positions must have shape", lambda: permute(x[:8], layout._replace(positions=layout.positions[:8]))),
+        (r"out\.num_tokens must be 8 or None, got 9", lambda: expert_layout(gpu.array(ids[:8]), 7, out=layout)),
+    ):
+        if framework == "jax" and said.startswith("out"):
+            continue  # refused as it is
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
