@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// expert_layout for at most 32 pairs, with a thread for each expert. See layout/warp_layout.cuh.
+// expert_layout for at most 32 pairs, with a thread for each expert. See layout/few_pairs.cuh.
 #include "layout/ids.cuh"
-#include "layout/warp_layout.cuh"
+#include "layout/few_pairs.cuh"
 
 SPECIALISED int THREADS = 64;
 SPECIALISED int MAX_PAIRS = 8;
@@ -30,5 +30,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     RankedPairs<1> pairs(0);
     pairs.first = threadIdx.x % 32;
     ids.read(pairs);
-    layout_by_warps<TOP_K, LOCAL_EXPERTS, MAX_PAIRS>(num_pairs, pairs.expert[0], results, thread, gridDim.x * THREADS);
+    layout_few_pairs<TOP_K, LOCAL_EXPERTS, MAX_PAIRS>(num_pairs, pairs.expert[0], results, thread, gridDim.x * THREADS);
 }

@@ -62,7 +62,8 @@ struct FusedLayout {
             return static_cast<int>(__ldcg(indices + pair / TopK * indices_stride + pair % TopK));
         };
         if constexpr (LAYOUT_BY_PAIR) {
-            layout_few_pairs<TopK, LAYOUT_THREADS, Experts, LAYOUT_PAIRS>(num_pairs, expert_of_pair, results);
+            const int lane = threadIdx.x % 32, expert = lane < num_pairs ? expert_of_pair(lane) : -1;
+            layout_few_pairs<TopK, Experts, LAYOUT_PAIRS>(num_pairs, expert, results, threadIdx.x, LAYOUT_THREADS);
         } else {
             layout_by_block<TopK>(memory, num_pairs, expert_of_pair, results);
         }
