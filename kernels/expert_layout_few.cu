@@ -30,5 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     RankedPairs<1> pairs(0);
     pairs.first = threadIdx.x % 32;
     ids.read(pairs);
-    layout_few_pairs<TOP_K, LOCAL_EXPERTS, MAX_PAIRS>(num_pairs, pairs.expert[0], results, thread, gridDim.x * THREADS);
+    layout_few_pairs<TOP_K, LOCAL_EXPERTS, MAX_PAIRS, 1>(num_pairs, pairs.expert[0], results, thread,
+                                                         gridDim.x * THREADS);
 }

@@ -6,9 +6,9 @@
 #include "layout/results.cuh"
 
 // Lay out pairs 0 .. num_pairs - 1, at most MaxPairs, of TopK slots a token, by threads `thread` of `threads`, which may
-// be those of several blocks; the first warp writes the pairs. `own` is the expert of the pair of this lane; a number
-// outside 0 .. Experts - 1 is none.
-template <int TopK, int Experts, int MaxPairs>
+// be those of several blocks; the first warp writes the pairs. A thread has `Rounds` experts. `own` is the expert of the
+// pair of this lane; a number outside 0 .. Experts - 1 is none.
+template <int TopK, int Experts, int MaxPairs, int Rounds>
 __device__ __forceinline__ void layout_few_pairs(unsigned num_pairs, unsigned own, const LayoutResults& results,
                                                  int thread, int threads) {
     static_assert(MaxPairs <= 32, "a lane for each pair");
@@ -21,9 +21,9 @@ __device__ __forceinline__ void layout_few_pairs(unsigned num_pairs, unsigned ow
     // The pairs that begin a block of rows.
     const unsigned begins = __ballot_sync(FULL_WARP, expert < Experts && rank % LAYOUT_ALIGNMENT == 0);
     const int used = first_row(__popc(begins), capacity);
-#pragma unroll 1
-    for (int first = thread - lane; first < Experts; first += threads) {
-        const int mine = first + lane;
+#pragma unroll
+    for (int round = 0; round < Rounds; ++round) {
+        const int mine = thread + round * threads;
         int count = 0, block = 0, block_of_pair = 0;
 #pragma unroll
         for (int j = 0; j < MaxPairs; ++j) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void layout_few_pairs(unsigned num_pairs, unsigned ow
         }
         const Rows rows = rows_of(block, count, capacity);
         if (mine < Experts) write_expert(results, mine, count, rows);
-        if (first == 0) {
+        if (round == 0 && thread < 32) {
             const unsigned sum = static_cast<unsigned>(first_row(block_of_pair, capacity)) + rank;
             const int row = expert < Experts ? row_of(sum, capacity) : -1;
             if (row >= 0) write_row(results, row, lane, expert);

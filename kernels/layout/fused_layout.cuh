@@ -63,7 +63,9 @@ struct FusedLayout {
         };
         if constexpr (LAYOUT_BY_PAIR) {
             const int lane = threadIdx.x % 32, expert = lane < num_pairs ? expert_of_pair(lane) : -1;
-            layout_few_pairs<TopK, Experts, LAYOUT_PAIRS>(num_pairs, expert, results, threadIdx.x, LAYOUT_THREADS);
+            constexpr int ROUNDS = (Experts + LAYOUT_THREADS - 1) / LAYOUT_THREADS;
+            layout_few_pairs<TopK, Experts, LAYOUT_PAIRS, ROUNDS>(num_pairs, expert, results, threadIdx.x,
+                                                                  LAYOUT_THREADS);
         } else {
             layout_by_block<TopK>(memory, num_pairs, expert_of_pair, results);
         }
