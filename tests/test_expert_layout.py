@@ -100,7 +100,8 @@ def test_every_alignment(backend: Backend, n: int, k: int, experts: int, alignme
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ITEM(f"layout: ids {dtype}")) for dtype in IDS])
-@pytest.mark.parametrize("experts", [60, 256, pytest.param(40_000, marks=pytest.mark.slow("seconds", every=4))])
+@pytest.mark.slow("seconds", every=4)
+@pytest.mark.parametrize("experts", [60, 256, 40_000])
 def test_every_dtype_of_ids(backend: Backend, dtype: str, kind: str, experts: int) -> None:
     """Wide ids are compared as they are; of unsigned ones the highest is no expert, or one like any other."""
     ids = as_ids(DISTRIBUTIONS[kind](130, 6, experts), dtype)

@@ -107,6 +107,7 @@ def test_expert_layout(recorder: Recorder, fake: Fake, scratched: list[tuple[Any
     assert macros | wanted == macros
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("want", [*((name,) for name in NAMES), ("counts", "offsets", "order", "positions")])
 def test_what_is_not_wanted_is_null(
