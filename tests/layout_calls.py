@@ -174,7 +174,7 @@ def assert_within_rounding(got: np.ndarray, right: np.ndarray, sums: np.ndarray,
     finite = np.isfinite(sums) & np.isfinite(right)
     np.testing.assert_array_equal(got.astype(np.float64)[~finite], right[~finite])
     tiny = 2.0**-25 if got.dtype == np.float16 else 0.0  # half of its smallest subnormal
-    bound = 2 * (k + 1) * 2.0**-24 * sizes + compare.HALF_ULP[str(got.dtype)] * np.abs(sums) + tiny + 4e-38
     with np.errstate(invalid="ignore"):
+        bound = 2 * (k + 1) * 2.0**-24 * sizes + compare.HALF_ULP[str(got.dtype)] * np.abs(sums) + tiny + 4e-38
         worst = (np.abs(got.astype(np.float64) - sums) / bound)[finite]
     assert worst.size == 0 or worst.max() <= 1.01, f"{worst.max()} times the rounding"
