@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,10 +48,10 @@ def test_gradients_are_those_of_gather_and_sum(name: str, dtype: str) -> None:
         case.check()
 
 
-def test_weights_may_have_another_dtype() -> None:
-    """Their gradient is a dot product in float32, rounded once to it."""
-    for dtype in inputs.FLOATS:
-        for case in Case.all("aligned", "bfloat16", weights=dtype):
+def test_weights_and_residuals_may_have_other_dtypes() -> None:
+    """Their gradients are rounded once to them; those of weights are dot products in float32."""
+    for dtype, other in itertools.product(inputs.FLOATS, inputs.FLOATS):
+        for case in Case.all("aligned", "bfloat16", weights=dtype, residual=other):
             case.check()
 
 

@@ -58,13 +58,20 @@ class Case:
     """A call of permute or unpermute: `arrays` by name, which all require grad, and a gradient of its result."""
 
     def __init__(
-        self, op: str, name: str, dtype: str, names: tuple[str, ...], weights: str | None = None, device: str = "cpu"
+        self,
+        op: str,
+        name: str,
+        dtype: str,
+        names: tuple[str, ...],
+        weights: str | None = None,
+        residual: str | None = None,
+        device: str = "cpu",
     ) -> None:
         self.op, self.layout = op, expert_layout(IDS.to(device), EXPERTS, want=ALL, **LAYOUTS[name])
         place, num_tokens = frameworks.PyTorch(device).array, len(IDS)
         shapes = {"x": (num_tokens, 10), "y": (self.layout.capacity, 10), "weights": tuple(IDS.shape)}
         shapes |= {"residual": (num_tokens, 10), "residual_scale": (num_tokens,)}
-        dtypes = {"weights": weights or dtype, "residual_scale": "float32"}
+        dtypes = {"weights": weights or dtype, "residual": residual or dtype, "residual_scale": "float32"}
         hosts = {n: inputs.normal(shapes[n], dtypes.get(n, dtype), seed=520 + i) for i, n in enumerate(names)}
         self.arrays = {name: place(host).requires_grad_() for name, host in hosts.items()}
         rows = self.layout.capacity if op == "permute" else num_tokens

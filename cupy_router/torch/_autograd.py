@@ -175,8 +175,11 @@ def backward(ctx: Any, *grads: Any, by_op: bool = True) -> tuple[Any, ...]:
 
 
 def _needed(ctx: Any) -> list[str]:
-    smooth = {ctx.op.names[position] for position in ctx.op.differentiable}
-    return [name for name, needs in zip(ctx.names, ctx.needs_input_grad, strict=False) if needs and name in smooth]
+    """Return the names of the inputs that require grad.
+
+    In the forward pass of an op of torch.library, `needs_input_grad` has one entry more than there are inputs.
+    """
+    return [name for name, needs in zip(ctx.names, ctx.needs_input_grad, strict=False) if needs]
 
 
 def no_second_derivative(op: Op, ctx: Any, *grads: Any) -> Any:
