@@ -92,7 +92,7 @@ def test_a_layer_is_one_graph_for_any_number_of_tokens(alignment: int, how: str)
             assert layout.capacity == cupy_router.layout_capacity(n, 3, MANY, alignment)
             found.append((result, layout, torch.autograd.grad(result.square().sum(), (x, gate))))
         same(*found)
-    assert graphs.number == 1
+    assert graphs.number <= (2 if VERSION < (2, 5) else 1)  # PyTorch 2.4 makes one for each branch of a minimum
 
 
 @pytest.mark.slow("seconds")
@@ -179,6 +179,8 @@ def test_layouts_and_rows_into_the_callers_tensors() -> None:
     rows, sums = torch.zeros_like(moved), torch.zeros_like(back)
     got = Graphs().of(into)(ids, x, out, rows, sums)
     same((out[:7], rows, sums, got), (want[:7], moved, back, back))
+    filled = Graphs().of(lambda ids, out: (expert_layout(ids, MANY, alignment=4, out=out), ids + 1)[0])(ids, out)
+    assert filled[7:] == want[7:]  # the caller left the ints out
     assert all(array._version for array in (rows, sums, out.order))
 
 
@@ -325,6 +327,7 @@ assert program.load.sum() == 3 * 45, program.load
 
 
 @pytest.mark.slow("process")
+@pytest.mark.skipif(VERSION < (2, 5), reason="PyTorch 2.4 specialises sizes that are minima")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_layer_runs_for_any_number_of_tokens_in_another_process(strict: bool, tmp_path: Path) -> None:
     """The ints of its layout are sizes there."""

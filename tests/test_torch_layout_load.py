@@ -122,6 +122,8 @@ WRAPPED: dict[str, Callable[[Any, str], Any]] = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_graphs_count_each_pair_once(name: str, backend: str, calls: list[tuple[str, bool]]) -> None:
     """Of two micro-batches, both forward passes first. No graph calls the op that writes in a backward pass."""
+    if name.startswith("checkpoint of") and torch.__version__ < "2.5":
+        pytest.skip("PyTorch 2.4 compiles nothing inside such a checkpoint")
     found = []
     for wrap in (lambda module: module, lambda module: WRAPPED[name](module, backend)):
         module, batches = Moe(), [tensor(5, 6, seed=10 + i).requires_grad_() for i in range(2)]

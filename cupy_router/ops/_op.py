@@ -181,9 +181,9 @@ class Op:
         sizes = dict(self.sizes(options))
         for declared, shape in zip(self.inputs, shapes, strict=True):
             if shape is not None:
-                for axis, size in zip(declared.axes, shape, strict=False):
-                    if axis not in sizes:  # no setdefault, which torch.compile of PyTorch 2.4 does not trace
-                        sizes[axis] = size
+                for place, axis in enumerate(declared.axes[: len(shape)]):  # what torch.compile of PyTorch 2.4 traces
+                    if axis not in sizes:
+                        sizes[axis] = shape[place]
         return {**sizes, **self.result_sizes(options, sizes, minimum)}
 
     def outputs(
@@ -295,7 +295,7 @@ class Op:
             if inner is None:
                 leaves.append(value)
             else:
-                leaves += [None] * len(inner._fields) if value is None else _checked(f"out.{name}", inner, value)
+                leaves.extend([None] * len(inner._fields) if value is None else _checked(f"out.{name}", inner, value))
         return leaves
 
     def numbers_in(self, options: Any, out: Any) -> tuple[Any, ...]:

@@ -93,8 +93,8 @@ def flat(op: Op, options: Any, out: Any) -> tuple[Any, ...]:
 
 def can_hold(op: Op, inputs: Sequence[Any], outs: Sequence[Any]) -> bool:
     """Return whether a graph can hold a call with these arrays."""
-    for position, (declared, array) in enumerate(zip(op.inputs, inputs, strict=False)):
-        kinds = torch.Tensor if position == 0 or declared.written else (torch.Tensor, np.ndarray)
+    for position, array in enumerate(inputs):
+        kinds = torch.Tensor if position == 0 or op.inputs[position].written else (torch.Tensor, np.ndarray)
         if array is not None and not isinstance(array, kinds):
             return False
     return not [array for array in outs if array is not None and not isinstance(array, torch.Tensor)]
@@ -116,8 +116,12 @@ def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any],
     if out is not None:
         rest = iter(outs)
         places = [next(rest) if result in wanted else None for result in declared]
+        numbers = op.numbers_in(options, out)
+        if numbers:
+            sizes = sizes_of(op, options, inputs)
+            op.check_numbers(numbers, sizes)
         getattr(torch.ops.cupy_router, f"{node(op, kind)}_out")(*texts(op, kind, options), *arguments, *places)
-        return out
+        return op.pack(options, outs, lambda: sizes) if any(number is None for number in numbers) else out
     results = getattr(torch.ops.cupy_router, node(op, kind))(*texts(op, kind, options), *arguments)
     results = results if len(declared) > 1 else (results,)
     found = [tensor for tensor, result in zip(results, declared, strict=True) if result in wanted]
