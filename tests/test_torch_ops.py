@@ -184,6 +184,8 @@ def test_fake_tensors_have_the_right_shapes_and_dtypes(dtype: Any) -> None:
             with FakeTensorMode() as mode:
                 got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inner))
             pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
+            if name.endswith("_write"):  # returns nothing
+                pairs = []
             for a, b in pairs:
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
