@@ -102,11 +102,21 @@ def fused(
     return routed._replace(file=name, function=name, macros=routed.macros | macros, fixed=fixed)
 
 
-def with_counter(op: Op, options: Any, kernel: Kernel | None, arrays: Arrays) -> Kernel | Work | None:
+def counts(kernel: Kernel) -> bool:
+    """Return whether the blocks of a kernel of :func:`fused` are counted as they arrive."""
+    return kernel.macros["HANDOVER"] == LAST_BLOCK
+
+
+def with_counter(op: Op, options: Any, kernel: Kernel, arrays: Arrays) -> Kernel | Work:
     """Return the launch of a kernel that takes a counter, which is null unless blocks arrive."""
-    if kernel is None or kernel.macros["HANDOVER"] == LAST_BLOCK:
-        return kernel and _LastBlock(op, options, kernel, arrays.indices.device)
+    if counts(kernel):
+        return counted(op, options, kernel, arrays)
     return kernel._replace(fixed={_COUNTER: 0} | kernel.fixed)
+
+
+def counted(op: Op, options: Any, kernel: Kernel, arrays: Arrays) -> Work:
+    """Return the launch of a kernel whose blocks are counted."""
+    return _LastBlock(op, options, kernel, arrays.indices.device)
 
 
 class _LastBlock:

@@ -12,6 +12,7 @@ from cupy_router import gemm
 from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
+from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import hash_router
 from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._chunks import GateChunks
@@ -65,10 +66,11 @@ class HashLayer(RoutedOp):
     def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         hashed = HashOptions(options.method, options.layout)
         many = _multiplies_all(options.method, arrays, gpu)
-        work = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
+        kernel = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
         takes = hash_router.OP.parameters(hashed)
-        if work is None or isinstance(work, Kernel):
-            return work and work._replace(takes=takes, nulls=("logits",))
+        if kernel is None or not fused_layout.counts(kernel):
+            return kernel and kernel._replace(takes=takes, nulls=("logits",))
+        work = fused_layout.counted(hash_router.OP, hashed, kernel, arrays)
         return Reordered(work, self.parameters(options), takes, self.takes_number)
 
 

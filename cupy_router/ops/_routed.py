@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cupy_router import compiler
+from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import expert_layout
 from cupy_router.ops._cached import Kernel, Work, launch_of
 from cupy_router.ops._declared import Arrays, Minimum, Result
@@ -64,9 +65,10 @@ class RoutedOp(Op):
         return options.layout is None
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
-        if options.layout is None:
+        if options.layout is None or not self.single_kernel:
             return self.single_kernel
-        return isinstance(self.fused(options, arrays, gpu_of(arrays.indices.device)), Kernel)
+        kernel = self.fused(options, arrays, gpu_of(arrays.indices.device))
+        return isinstance(kernel, Kernel) and not fused_layout.counts(kernel)
 
     def result_sizes(self, options: Any, sizes: Mapping[str, Any], minimum: Minimum = min) -> Mapping[str, Any]:
         if options.layout is None:
@@ -89,7 +91,9 @@ class RoutedOp(Op):
         if options.layout is None:
             return self.route(options, arrays, gpu)
         fused = self.fused(options, arrays, gpu)
-        return _RouteThenLayout(self, options, arrays, gpu) if fused is None else fused
+        if fused is None:
+            return _RouteThenLayout(self, options, arrays, gpu)
+        return fused_layout.with_counter(self, options, fused, arrays) if isinstance(fused, Kernel) else fused
 
     def fused(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         """Choose one launch that routes and lays out; None if two are faster, or one cannot do it."""

@@ -10,7 +10,7 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel, Work
+from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -105,7 +105,7 @@ class ActivationTopK(RoutedOp):
         grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes, bool(interleaved))
         return Kernel("activation_topk", "activation_topk", macros, grid, block, fixed, headers(method))
 
-    def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+    def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | None:
         found = fused_layout.problem(options, arrays, gpu)
         if found is None or not row_lanes.fits_method(options.method):
             return None
@@ -120,8 +120,7 @@ class ActivationTopK(RoutedOp):
                 handover, grid = fused_layout.LAST_BLOCK, -(-warps // tuned.last_block_warps)
         routed = routed._replace(grid=grid, block=tuned.threads)
         numbers = {"routing_warps": -(-warps // grid)}
-        kernel = fused_layout.fused(options, routed, found, arrays, gpu, name, handover, numbers)
-        return fused_layout.with_counter(self, options, kernel, arrays)
+        return fused_layout.fused(options, routed, found, arrays, gpu, name, handover, numbers)
 
 
 OP = ActivationTopK()

@@ -12,7 +12,7 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel, Work
+from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -154,7 +154,7 @@ class HashRouter(RoutedOp):
         grid = -(-num_tokens * lanes // block)
         return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
 
-    def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+    def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | None:
         found = fused_layout.problem(options, arrays, gpu)
         if found is None:
             return None
@@ -165,8 +165,7 @@ class HashRouter(RoutedOp):
             block = next((block for block in tuned.table_blocks if threads <= block), tuned.threads)
             routed = routed._replace(grid=-(-threads // block), block=block)
         handover = fused_layout.ONE_BLOCK if routed.grid == 1 else fused_layout.LAST_BLOCK
-        kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{self.name}_layout", handover)
-        return fused_layout.with_counter(self, options, kernel, arrays)
+        return fused_layout.fused(options, routed, found, arrays, gpu, f"{self.name}_layout", handover)
 
 
 OP = HashRouter()
