@@ -88,9 +88,9 @@ def _shared_bytes(threads: int, pairs: int, num_local: int, alignment: int) -> i
 
 
 def is_single(options: Any, arrays: Arrays, gpu: Gpu) -> bool:
-    """Return whether one block, or several that count the same pairs, lay them out in one launch."""
+    """Return whether one launch without scratch memory lays the pairs out."""
     num_tokens, top_k = arrays.indices.shape
-    return choose(gpu, num_tokens * top_k, options.num_counted, options.alignment).path in ("few", "block")
+    return choose(gpu, num_tokens * top_k, options.num_counted, options.alignment).path in ("few", "block", "cluster")
 
 
 def work(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:

@@ -28,7 +28,7 @@ from tests.jax_layouts import (
     same_layout,
 )
 
-TOKENS = (0, 13, 5000)  # one block, and several kernels
+TOKENS = (0, 13, 1000, 20_000)  # no pairs, few, for a cluster of blocks, and for kernels with memory of their own
 ROUNDING = {"float32": 1e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
