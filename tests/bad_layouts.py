@@ -113,7 +113,7 @@ def assert_refused(op: str, changes: dict[str, Any], error: Any, name: str, said
     assert type(caught.value) in (TypeError, ValueError)
     message = str(caught.value)
     assert message.startswith(f"{op}: "), f"the op is not named: {message}"
-    assert re.search(rf"(?<![\w.])({name})(?!\w)", message), f"{name} is not named: {message}"
+    assert re.search(rf"(?<![\w.])({name})(?!\.?\w)", message), f"{name} is not named: {message}"
     assert re.search(said, message), f"{said} is not said: {message}"
     assert_one_sentence(message)
     for a, b in zip(written, before, strict=True):
