@@ -10,8 +10,7 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
                     int num_valid_value, long long num_tokens, const MethodNumbers numbers, long long logits_stride,
                     long long weights_stride, long long indices_stride) {
-    const LogitsCall call = {logits,        bias,           logit_bias,      expert_scale, num_valid,
-                             weights,       indices,        num_valid_value, num_tokens,   numbers,
-                             logits_stride, weights_stride, indices_stride};
-    route_rows(call, static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32), [](int64_t, int, index_t) {});
+    route_rows(
+        logits, bias, logit_bias, expert_scale, num_valid, weights, indices, num_valid_value, num_tokens, numbers,
+        logits_stride, weights_stride, indices_stride, [] { return blockDim.x / 32; }, [](int64_t, int, index_t) {});
 }

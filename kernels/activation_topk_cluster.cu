@@ -14,10 +14,8 @@ extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(LAYOUT_TH
                             unsigned* counter, long long num_tokens, const MethodNumbers numbers,
                             long long logits_stride, long long weights_stride, long long indices_stride, int capacity,
                             long long positions_stride, int routing_warps) {
-    const LogitsCall call = {logits,        bias,           logit_bias,      expert_scale, num_valid,
-                             weights,       indices,        num_valid_value, num_tokens,   numbers,
-                             logits_stride, weights_stride, indices_stride};
     const LayoutResults results = {counts,        offsets,     ends,     order, positions,
                                    block_experts, row_experts, capacity, -1,    positions_stride};
-    route_and_lay_out(call, results, counter, routing_warps);
+    route_and_lay_out(logits, bias, logit_bias, expert_scale, num_valid, weights, indices, num_valid_value, num_tokens,
+                      numbers, logits_stride, weights_stride, indices_stride, results, counter, routing_warps);
 }

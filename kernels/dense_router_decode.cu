@@ -9,8 +9,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                         index_t* __restrict__ indices, unsigned* counters, float* partials, int num_valid_value,
                         long long num_tokens, const MethodNumbers numbers, long long x_stride, long long weight_stride,
                         long long weights_stride, long long indices_stride) {
-    const DecodeCall call = {x,       weight,   bias,          logit_bias,     expert_scale,    num_valid,
-                             weights, indices,  counters,      partials,       num_valid_value, num_tokens,
-                             numbers, x_stride, weight_stride, weights_stride, indices_stride};
-    route_by_gate(call, [](int64_t, int, index_t) {});
+    route_by_gate(x, weight, bias, logit_bias, expert_scale, num_valid, weights, indices, counters, partials,
+                  num_valid_value, num_tokens, numbers, x_stride, weight_stride, weights_stride, indices_stride,
+                  [](int64_t, int, index_t) {});
 }

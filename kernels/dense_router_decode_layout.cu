@@ -16,16 +16,16 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1) dense_router_dec
     int* __restrict__ row_experts, unsigned* counters, float* partials, int num_valid_value, long long num_tokens,
     const MethodNumbers numbers, long long x_stride, long long weight_stride, long long weights_stride,
     long long indices_stride, int capacity, long long positions_stride) {
-    const DecodeCall call = {x,       weight,   bias,          logit_bias,     expert_scale,    num_valid,
-                             weights, indices,  counters,      partials,       num_valid_value, num_tokens,
-                             numbers, x_stride, weight_stride, weights_stride, indices_stride};
     const LayoutResults results = {counts,        offsets,     ends,     order, positions,
                                    block_experts, row_experts, capacity, -1,    positions_stride};
     __shared__ Layout layout;
     layout.begin(results);
-    const bool routed = route_by_gate(call, [&](int64_t token, int place, index_t expert) {
-        layout.keep(static_cast<int>(token) * OUTPUTS + place, static_cast<int>(expert));
-    });
+    const bool routed =
+        route_by_gate(x, weight, bias, logit_bias, expert_scale, num_valid, weights, indices, counters, partials,
+                      num_valid_value, num_tokens, numbers, x_stride, weight_stride, weights_stride, indices_stride,
+                      [&](int64_t token, int place, index_t expert) {
+                          layout.keep(static_cast<int>(token) * OUTPUTS + place, static_cast<int>(expert));
+                      });
     if (SHARE == 0 && !routed) return;  // with shares all blocks arrive, since any may have routed that of another
     layout.finish(reinterpret_cast<Layout::Memory&>(shared_floats), static_cast<int>(num_tokens) * OUTPUTS, indices,
                   DENSE ? OUTPUTS : indices_stride, results, counters + LAYOUT_COUNTER,

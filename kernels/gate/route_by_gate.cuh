@@ -103,27 +103,17 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
     }
 }
 
-// The parameters of a kernel.
-struct DecodeCall {
-    const x_t* x;
-    const gate_t* weight;
-    const float* bias;
-    const float* logit_bias;
-    const float* expert_scale;
-    const int* num_valid;
+struct Results {
     weight_t* weights;
     index_t* indices;
-    unsigned* counters;
-    float* partials;
-    int num_valid_value;
-    int64_t num_tokens;
-    const MethodNumbers& numbers;
-    int64_t x_stride, weight_stride, weights_stride, indices_stride;
+    int64_t weights_stride, indices_stride;
+    const float* expert_scale;
+    MethodNumbers numbers;
 };
 
 // Route one token by a warp, from its scores or logits in shared memory.
 template <typename Keep>
-__device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const DecodeCall& call,
+__device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const Results& results,
                                       Keep keep) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
     float values[PER_LANE];
@@ -150,60 +140,67 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
     const int64_t expert[1] = {expert_of(lane, winner.column)};
     float weight[1] = {lane < WEIGHED ? scores[expert[0]] : 0.0f};
     if (!KEEPS_SCORES && !WEIGHS_LOGITS) weight[0] = score_of(weight[0], statistics);
-    weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, call.expert_scale, call.numbers);
+    weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, results.expert_scale, results.numbers);
     if (lane < OUTPUTS) {
-        store_float(call.weights + token * (DENSE ? OUTPUTS : call.weights_stride) + lane, valid ? weight[0] : 0.0f);
-        const index_t index = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
-        call.indices[token * (DENSE ? OUTPUTS : call.indices_stride) + lane] = index;
-        keep(token, lane, index);
+        store_float(results.weights + token * results.weights_stride + lane, valid ? weight[0] : 0.0f);
+        results.indices[token * results.indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
+        keep(token, lane, valid ? static_cast<index_t>(expert[0]) : index_t(-1));
     }
 }
 
 // Route the tokens of the call, and pass each expert on: `keep(token, place, expert)`. Return whether this block has
-// routed any.
+// routed any. The other parameters are those of the kernel.
 template <typename Keep>
-__device__ __forceinline__ bool route_by_gate(const DecodeCall& call, Keep keep) {
+__device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight, const float* bias,
+                                              const float* logit_bias, const float* expert_scale, const int* num_valid,
+                                              weight_t* weights, index_t* indices, unsigned* counters, float* partials,
+                                              int num_valid_value, int64_t num_tokens, const MethodNumbers numbers,
+                                              int64_t x_stride, int64_t weight_stride, int64_t weights_stride,
+                                              int64_t indices_stride, Keep keep) {
+    if (DENSE) {
+        x_stride = weight_stride = HIDDEN;
+        weights_stride = indices_stride = OUTPUTS;
+    }
     const int tile = blockIdx.x % TILES, split = blockIdx.x / TILES % SPLITS, group = blockIdx.x / GROUP_BLOCKS;
     const int first_token = group * TOKENS, first_expert = tile * EXPERTS_PER_BLOCK;
-    const int count = min(static_cast<int>(call.num_tokens) - first_token, TOKENS);
-    const int64_t x_stride = DENSE ? HIDDEN : call.x_stride, weight_stride = DENSE ? HIDDEN : call.weight_stride;
-    float* group_partials = call.partials + static_cast<int64_t>(group) * SPLITS * TOKENS * COLUMNS;
+    const int count = min(static_cast<int>(num_tokens) - first_token, TOKENS);
+    float* group_partials = partials + static_cast<int64_t>(group) * SPLITS * TOKENS * COLUMNS;
 
     // Loads that routing needs start before the GEMM, so that they are there in time if this block routes.
-    const int fetched_valid = fetch_valid(call.num_valid, call.num_valid_value);
+    const int fetched_valid = fetch_valid(num_valid, num_valid_value);
     if (HAS_BIAS) {
 #pragma unroll
         for (int round = 0; round < quotient(NUM_EXPERTS, THREADS); ++round) {
             const int expert = round * THREADS + threadIdx.x;
-            if (expert < NUM_EXPERTS) copy_async4(&shared_bias[expert], call.bias + expert);
+            if (expert < NUM_EXPERTS) copy_async4(&shared_bias[expert], bias + expert);
         }
         copy_async_commit();
     }
-    gate_gemm(call.x + first_token * x_stride, call.weight, x_stride, weight_stride, first_expert, split, count,
-              shared_floats);
+    gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, split, count, shared_floats);
     if (HAS_BIAS) copy_async_wait<0>();
     __syncthreads();
     store_partials(group_partials + split * (TOKENS * COLUMNS), first_expert, count);
 
-    const int valid = static_cast<int>(clamp_valid(fetched_valid, call.num_tokens));
+    const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
+    const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
     const auto route_tokens = [&](int first, int tokens) {
-        gather_scores(group_partials, first, tokens, call.logit_bias, call.numbers);
+        gather_scores(group_partials, first, tokens, logit_bias, numbers);
         __syncthreads();
         for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
             const int token = first_token + first + t;
-            route(&shared_floats[t * 32 * PER_LANE], token, token < valid, call, keep);
+            route(&shared_floats[t * 32 * PER_LANE], token, token < valid, results, keep);
         }
     };
     if (SHARE == 0) {
-        if (!is_last_block(&call.counters[group], GROUP_BLOCKS)) return false;
+        if (!is_last_block(&counters[group], GROUP_BLOCKS)) return false;
         route_tokens(0, count);
         return true;
     }
     constexpr int STRIDE = SHARE > 0 ? SHARE : 1;
     const int shares = min((count + STRIDE - 1) / STRIDE, GROUP_BLOCKS);
-    unsigned* left = call.counters + 1;  // a flag for each share
+    unsigned* left = counters + 1;  // a flag for each share
     const bool has_share = blockIdx.x < shares;
-    const Arrival arrival = arrive_and_poll(&call.counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
+    const Arrival arrival = arrive_and_poll(&counters[0], GROUP_BLOCKS, has_share, left + blockIdx.x);
     if (arrival == LEFT) return false;
     const auto route_share = [&](int share) {
         for (int first = share * STRIDE; first < count; first += shares * STRIDE) {

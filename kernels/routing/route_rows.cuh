@@ -80,50 +80,39 @@ __device__ __forceinline__ void route_by_scores(const Row& row, const float* bia
     weigh_chosen(chosen.column, chosen.value, row, expert_scale, lane, valid, expert, weight);
 }
 
-// The parameters of a kernel.
-struct LogitsCall {
-    const logit_t* logits;
-    const float* bias;
-    const float* logit_bias;
-    const float* expert_scale;
-    const int* num_valid;
-    weight_t* weights;
-    index_t* indices;
-    int num_valid_value;
-    int64_t num_tokens;
-    const MethodNumbers& numbers;
-    int64_t logits_stride, weights_stride, indices_stride;
-};
-
-// Route the rows of a warp, counted over all blocks, and pass each expert on: `keep(token, place, expert)`.
-template <typename Keep>
-__device__ __forceinline__ void route_rows(const LogitsCall& call, int64_t warp_of_first, Keep keep) {
-    int64_t logits_stride = call.logits_stride, weights_stride = call.weights_stride;
-    int64_t indices_stride = call.indices_stride;
+// Route rows by the first `routing_warps()` warps of each block, and pass each expert on: `keep(token, place, expert)`.
+// The other parameters are those of the kernel.
+template <typename Warps, typename Keep>
+__device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const float* logit_bias,
+                                           const float* expert_scale, const int* num_valid, weight_t* weights,
+                                           index_t* indices, int num_valid_value, int64_t num_tokens,
+                                           const MethodNumbers numbers, int64_t logits_stride, int64_t weights_stride,
+                                           int64_t indices_stride, Warps routing_warps, Keep keep) {
     if (DENSE) {
         logits_stride = NUM_LOGITS;
         weights_stride = indices_stride = OUTPUTS;
     }
     const int lane = threadIdx.x % LANES;
-    const int64_t warp = warp_of_first + threadIdx.x / 32;
-    if (warp * ROWS_PER_WARP >= call.num_tokens) return;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * routing_warps() + threadIdx.x / 32;
+    if (warp * ROWS_PER_WARP >= num_tokens) return;
+    // Whole warps stay together: lanes of a row that does not exist go along, without reading it or with row 0 in its
+    // place.
     const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
-    const int64_t num_routed = valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
-    const bool exists = token < call.num_tokens, valid = token < num_routed;
+    const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
+    const bool exists = token < num_tokens, valid = token < num_routed;
     int64_t expert[1];
     float weight[1];
     if constexpr (INTERLEAVED) {
         typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
-        const Row row = {call.logits + (exists ? token * logits_stride : 0), call.logit_bias, call.numbers};
-        route_by_bounds<Layout>(row, call.bias, call.expert_scale, lane, valid, expert, weight);
+        const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
+        route_by_bounds<Layout>(row, bias, expert_scale, lane, valid, expert, weight);
     } else {
-        const Row row = {call.logits + token * logits_stride, call.logit_bias, call.numbers};
-        route_by_scores<LANES, PER_LANE>(row, call.bias, call.expert_scale, lane, exists, valid, expert, weight);
+        const Row row = {logits + token * logits_stride, logit_bias, numbers};
+        route_by_scores<LANES, PER_LANE>(row, bias, expert_scale, lane, exists, valid, expert, weight);
     }
     if (lane < OUTPUTS && exists) {
-        store_float(call.weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);
-        const index_t index = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
-        call.indices[token * indices_stride + lane] = index;
-        keep(token, lane, index);
+        store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);
+        indices[token * indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
+        keep(token, lane, valid ? static_cast<index_t>(expert[0]) : index_t(-1));
     }
 }
