@@ -150,6 +150,7 @@ LAYOUTS: Cases = [
         ("expert_layout", {"num_valid": value}, error, "num_valid", said)
         for value, error, said in (
             (7, ValueError, "0..6, got 7"),
+            (-(10**5000), ValueError, "at least 0, got an int of 16610 bits"),
             (-1, ValueError, "got -1"),
             (True, TypeError, "bool"),
             (2.0, TypeError, "float"),

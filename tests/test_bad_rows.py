@@ -51,6 +51,11 @@ ROWS_AND_TOKENS: Cases = [
     ("permute", {"x": [[0.0]]}, TypeError, "x", "list"),
     ("permute", {"x": None}, TypeError, "x", "None"),
     *[
+        ("permute", {"x": zeros(N, H, dtype=dtype)}, TypeError, "x", f"byte order .*: call x.astype\\('{dtype[1:]}'\\)")
+        for dtype in (">f4", ">i8", ">c16")
+    ],
+    ("permute", {"x": zeros(N, H, dtype=">U3")}, TypeError, "x", "dtype of numbers of 8 bits or more, got >U3"),
+    *[
         ("permute", {"x": zeros(N, H, dtype=dtype), "weights": zeros(N, K), "out": None}, TypeError, "x", said)
         for dtype, said in (
             (np.int32, "where weights are given, got int32"),

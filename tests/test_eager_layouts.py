@@ -177,6 +177,10 @@ REFUSED: dict[str, tuple[Callable[[ExpertLayout], Any], type[Exception], str]] =
     "an array too many": (
         lambda a: a._replace(row_experts=a.order), TypeError, "out.row_experts must be None where it is not returned",
     ),
+    "an array for another": (
+        lambda a: a._replace(row_experts=a.order, order=None), TypeError,
+        "out.row_experts must be None where it is not returned, got Tensor, and out.order must be given, got None",
+    ),
     "an array too few": (lambda a: a._replace(order=None), TypeError, "out.order must be an array"),
     "another size": (lambda a: a._replace(order=a.order[1:]), ValueError, r"out.order must have shape .* = \[6\]"),
     "another int": (lambda a: a._replace(top_k=3), ValueError, "out.top_k must be 2 or None, got 3"),

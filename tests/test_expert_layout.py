@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -176,6 +177,26 @@ def test_rows_beyond_what_int32_holds_are_beyond_the_capacity(
     assert found.capacity == capacity
     for name, array in right.items():
         np.testing.assert_array_equal(backend.numpy(getattr(found, name)), array, err_msg=name)
+
+
+@pytest.mark.backends("reference")
+@pytest.mark.parametrize("want", [("counts",), ("offsets", "positions")])
+def test_rows_that_nobody_asks_for_cost_nothing(want: tuple[str, ...]) -> None:
+    ids = uniform(64, 6, 60).astype(np.int32)
+    tracemalloc.start()
+    expert_layout(ids, 60, capacity=2**31 - 1, want=want)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
+
+
+@pytest.mark.backends("reference")
+def test_rows_without_a_pair_cost_their_bytes() -> None:
+    tracemalloc.start()
+    expert_layout(uniform(64, 6, 60).astype(np.int32), 60, capacity=2**22, want=("order", "block_experts"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * 4 * 2**22
 
 
 # -- Experts in question -----------------------------------------------------------------------------------------------

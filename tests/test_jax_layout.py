@@ -28,6 +28,7 @@ from tests import inputs
 from tests.jax_calls import METHOD, N, calls, same_bits
 from tests.jax_gradients import enable_x64
 from tests.jax_layouts import ARRAYS, EXPERTS, NAMES, TOP_K, cases, ids, planned, same_layout
+from tests.test_layout_docs import between
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -112,6 +113,30 @@ def test_written_arrays_are_refused_with_the_remedy() -> None:
         jax.jit(lambda load: expert_layout(ids(5), EXPERTS, load=load))(load)
     total = jax.jit(lambda indices, load: load + expert_layout(indices, EXPERTS).counts)(indices, load)
     np.testing.assert_array_equal(total, np.bincount(ids(5).clip(-1, EXPERTS).ravel() + 1, minlength=11)[1:-1])
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_the_remedy_for_a_load_gives_what_other_frameworks_count(row: int) -> None:
+    """By the page, whose formula the error has with the numbers of the call."""
+    indices, expert_map = ids(5), np.arange(EXPERTS, dtype=np.int32) // 2 - 1  # two experts of each number, one of none
+    question: dict[str, Any] = ({}, {"experts": (2, 3)}, {"expert_map": expert_map, "num_local": 2})[row]
+    load = np.arange(EXPERTS, dtype=np.int32)
+    names: dict[str, Any] = {
+        "jnp": jnp,
+        "load": jnp.asarray(load),
+        "layout": expert_layout(jnp.array(indices), EXPERTS, **question),
+    }
+    names |= {"first": 2, "count": 3, "num_local": 2, "expert_map": jnp.asarray(expert_map)}
+    names["counts"] = expert_layout(jnp.array(indices), EXPERTS).counts
+    cell = between("load").splitlines()[2 + row]
+    formula = re.findall("`(.*?)`", cell.split("|")[2])[0]
+    found = eval(formula, names)
+    expert_layout(indices, EXPERTS, load=load, **question)
+    np.testing.assert_array_equal(found, load)
+    said = formula.replace("first:first + count", "2:5").replace("num_local", "2").replace("jnp.", "")
+    for call in (expert_layout, jax.jit(expert_layout, static_argnums=1, static_argnames=("experts", "num_local"))):
+        with pytest.raises(ValueError, match=rf"(?m)^expert_layout: load .*compute {re.escape(said)}(, with|$)"):
+            call(jnp.array(indices), EXPERTS, load=names["load"], **question)
 
 
 def test_the_load_of_another_framework_is_written() -> None:
@@ -245,7 +270,9 @@ def test_ints_are_static_once_an_op_saw_an_array_of_jax() -> None:
     assert done.returncode == 0, done.stderr
     *refused, works = done.stdout.splitlines()
     for name, line in zip(("permute", "unpermute"), refused, strict=True):
-        assert re.match(rf"9 {name}: layout.num_tokens must be an int, got \w+Tracer: .* import cupy_router's", line)
+        assert re.match(
+            rf"9 {name}: layout.num_tokens must be an int, got \w+Tracer: import cupy_router.jax before .*$", line
+        )
     assert works == "5 [[2. 2. 2.]]"
 
 

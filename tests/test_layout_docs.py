@@ -155,5 +155,18 @@ def test_a_consumer_gets_the_arrays_of_its_own_rules(row: list[str], kind: str, 
             assert got.dtype == (np.int64 if name == "expert_first_token_offset" else np.int32), name
 
 
+@pytest.mark.backends("reference")
+def test_masked_rows_of_ids_that_are_no_experts_are_negative() -> None:
+    ids = ids_of("spread")
+    ids[::3, 0], ids[1::3, 1] = -1, E
+    (row,) = [row for row in ROWS if row[0].startswith("DeepGEMM masked")]
+    names = names_of(row[2], ids, False)
+    names["layout"] = eval(f"expert_layout(indices, E, {row[1].strip('`')})", names)
+    exec(row[2].strip("`"), names)
+    got = host(names["row"]).reshape(-1)
+    for pair, expert in enumerate(ids.reshape(-1)):
+        assert got[pair] == (ids.reshape(-1)[:pair] == expert).sum() if 0 <= expert < E else got[pair] < 0
+
+
 if __name__ == "__main__":  # writes the drawing
     PATH.write_text(TEXT.replace(between("drawing"), f"```text\n{drawing()}\n```"))

@@ -257,3 +257,28 @@ def test_a_forgotten_call_is_prepared_again(launches: Launches, described: list[
     described.clear()
     permute(X, LAYOUT, weights=WEIGHTS)
     assert described
+
+
+def test_a_thread_that_learns_does_not_disturb_one_that_asks() -> None:
+    """What matches is read once, and what does not is never put in its place."""
+    asked: list[int] = []
+
+    class Racing(_cached.Again):
+        @property
+        def match(self) -> Any:  # is gone when it is read again
+            asked.append(1)
+            return (lambda arrays: [16]) if len(asked) == 1 else None
+
+        @match.setter
+        def match(self, match: Any) -> None:
+            pass
+
+    assert Racing("options", False).pointers("options", False, []) == [16]
+
+    again = _cached.Again("options", False)
+    arrays = X, WEIGHTS, Y, OUT
+    again.learn(tensors.FRAMEWORK, arrays)
+    learned = again.match
+    assert learned is not None
+    again.learn(tensors.FRAMEWORK, arrays[:1])  # has no matcher
+    assert again.match is learned

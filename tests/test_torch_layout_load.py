@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cupy_router import expert_layout
+from cupy_router import expert_layout, permute, unpermute
 from tests import inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -80,6 +80,25 @@ def test_a_second_forward_pass_counts_again() -> None:
     for steps in range(1, 4):
         checkpoint(module, x, use_reentrant=False).sum().backward()
         assert module.load.sum() == steps * 15
+
+
+def test_a_load_among_the_arguments_of_a_checkpoint_is_refused_by_pytorch_or_counted_once() -> None:
+    """As docs/layout.md says: refused where it is not reentrant."""
+
+    def layer(x: Any, load: Any) -> Any:
+        layout = expert_layout(IDS, EXPERTS, load=load)
+        return unpermute(permute(x, layout).square(), layout)
+
+    for reentrant in (False, True):
+        x, load = tensor(len(IDS), 6).requires_grad_(), torch.zeros(EXPERTS, dtype=torch.int32)
+        loss = checkpoint(layer, x, load, use_reentrant=reentrant).sum()
+        counted = load.clone()
+        if reentrant:
+            loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        assert load.equal(counted)
 
 
 # -- In graphs ---------------------------------------------------------------------------------------------------------

@@ -132,11 +132,16 @@ BIAS, COUNTS = np.zeros(4, np.float32), np.zeros(4, np.int32)
         ((BIAS, COUNTS), {"rate": -0.5}, ValueError, r"rate must be at least 0 and finite in float32, got -0.5$"),
         ((BIAS, COUNTS), {"rate": float("nan")}, ValueError, r"rate must be at least 0 and finite in float32, got nan"),
         ((BIAS, COUNTS), {"rate": 1e39}, ValueError, r"rate must be at least 0 and finite in float32, got 1e\+39"),
-        ((BIAS, COUNTS), {"rate": 10**400}, ValueError, r"rate must be at least 0 and finite in float32, got 1000"),
+        ((BIAS, COUNTS), {"rate": 10**400}, ValueError, r"rate must be .* finite in float32, got an int of 1329 bits"),
+        ((BIAS, COUNTS), {"rate": -(10**5000)}, ValueError, r"rate must be .*, got an int of 16610 bits"),
+        ((BIAS, COUNTS), {"rate": np.float16("inf")}, ValueError, r"rate must be .* finite in float32, got inf"),
+        ((BIAS, COUNTS), {"center": np.array([1, 0])}, TypeError, r"center must be a bool, got ndarray$"),
+        ((BIAS, COUNTS), {"center": 1}, TypeError, r"center must be a bool, got int$"),
+        ((BIAS, COUNTS), {"center": None}, TypeError, r"center must be a bool, got NoneType$"),
         ((BIAS, COUNTS), {"rate": True}, TypeError, r"rate must be a float, got bool"),
         ((BIAS, COUNTS), {"rate": BIAS}, TypeError, r"rate must be a float, got ndarray"),
-        ((BIAS, COUNTS), {"out": COUNTS.copy()}, TypeError, r"out.updated must be float32, got "),
-        ((BIAS, COUNTS), {"out": np.zeros(5, np.float32)}, ValueError, r"out.updated must have shape "),
+        ((BIAS, COUNTS), {"out": COUNTS.copy()}, TypeError, r"out must be float32, got "),
+        ((BIAS, COUNTS), {"out": np.zeros(5, np.float32)}, ValueError, r"out must have shape "),
     ],
 )
 def test_bad_input(given: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -145,9 +150,16 @@ def test_bad_input(given: Any, options: Any, error: type[Exception], message: st
     assert not BIAS.any()
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_rate_may_be_an_int_or_numpys() -> None:
-    for rate in (1, np.float32(1), np.int64(1)):
+    for rate in (1, np.float32(1), np.float16(1), np.int64(1)):
         assert update_bias(BIAS, np.array([1, 0, 0, 0], np.int32), rate=rate).tolist() == [-1, 1, 1, 1]
+
+
+def test_centring_may_be_asked_for_by_a_bool_of_numpy() -> None:
+    bias, counts = case(60)
+    for center in (False, True):
+        assert_same_bits(update_bias(bias, counts, center=np.bool_(center)), update_bias(bias, counts, center=center))
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ def test_a_cuda_graph_of_pytorch_moves_the_bias_again(torch: Any) -> None:
 def test_pytorch_gives_no_gradient_and_refuses_to_write_into_what_requires_grad(torch: Any) -> None:
     bias, load = torch.zeros(4, requires_grad=True), torch.tensor([1, 0, 0, 0])
     assert not update_bias(bias, load).requires_grad
-    with pytest.raises(ValueError, match=r"^update_bias: out.updated must not require grad unless under torch.no_grad"):
+    with pytest.raises(ValueError, match=r"^update_bias: out must not require grad unless under torch.no_grad"):
         update_bias(bias, load, out=bias)
     assert not bias.detach().any()
     with torch.no_grad():

@@ -75,7 +75,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
             arrays.append(array)
         for position in op.written:
             if views[position] is not None:
-                name, instead = op.inputs[position].shown, op.inputs[position].instead
+                name, instead = op.inputs[position].shown, op.instead(options)
                 remedy = instead and f": {instead}"
                 raise ValueError(f"{name} cannot be written inside jax.jit, where arrays are immutable{remedy}")
         op.check_inputs(options, views)

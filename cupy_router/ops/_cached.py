@@ -74,14 +74,17 @@ class Again:
 
     def pointers(self, options: Any, eager: bool, arrays: Sequence[Any]) -> list[int] | None:
         """Return the addresses of the arrays if the call is the same; None if it may be another."""
-        if self.match is None or eager is not self._eager:
+        match = self.match  # once, because another thread may learn
+        if match is None or eager is not self._eager:
             return None
-        return self.match(arrays) if options is self._options or options == self._options else None
+        return match(arrays) if options is self._options or options == self._options else None
 
     def learn(self, framework: Framework, arrays: Sequence[Any]) -> None:
         """Recognise the call from now on, if these arrays have a matcher."""
         self.attempts -= 1
-        self.match = framework.matcher(arrays)
+        match = framework.matcher(arrays)
+        if match is not None:
+            self.match = match
 
 
 class CachedCall(NamedTuple):

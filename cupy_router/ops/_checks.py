@@ -36,6 +36,9 @@ def dtype(view: View, allowed: Sequence[str]) -> None:
 def moved(view: View) -> None:
     """Check the dtype of an array that is moved as bytes."""
     bits = item_bits(view.dtype)
+    if view.dtype[:2] in (">i", ">u", ">f", ">c"):
+        native = f"call {view.name}.astype({view.dtype[1:]!r})"
+        raise TypeError(f"{view.name} must have the byte order of the machine, got {view}: {native}")
     if bits == 0 or bits % 8:
         raise TypeError(f"{view.name} must have a dtype of numbers of 8 bits or more, got {view}")
 
@@ -92,10 +95,23 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     if number is None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if number < low or (high is not None and number > high):
-        raise ValueError(
-            f"{name} must be {f'in {low}..{high}' if high is not None else f'at least {low}'}, got {number}"
-        )
+        allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
+        raise ValueError(f"{name} must be {allowed}, got {brief(number)}")
     return number
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return a bool (also NumPy's)."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def brief(number: Any) -> str:
+    """Return a number as text. Python refuses to print ints of thousands of digits."""
+    if isinstance(number, int) and number.bit_length() > 128:
+        return f"an int of {number.bit_length()} bits"
+    return str(number)
 
 
 def strides(view: View) -> None:

@@ -27,7 +27,6 @@ class Input:
     axes: names of its axes. An axis has one size in a call, wherever it stands.
     dtypes: the allowed dtypes, or ANY.
     written: the op writes into it.
-    instead: remedy for an array that cannot be written.
     path: where the caller has it, such as "layout.order"; the name by default.
     """
 
@@ -38,7 +37,6 @@ class Input:
     required: bool = False
     written: bool = False
     path: str = ""
-    instead: str = ""
 
     @cached_property
     def shown(self) -> str:
@@ -59,10 +57,9 @@ def layer(
     required: bool = False,
     written: bool = False,
     path: str = "",
-    instead: str = "",
 ) -> Input:
     """Declare an input that all rows share."""
-    return Input(name, "layer", _split(axes), dtypes, required, written, path, instead)
+    return Input(name, "layer", _split(axes), dtypes, required, written, path)
 
 
 def row_or_one(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS) -> Input:

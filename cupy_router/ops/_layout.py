@@ -189,10 +189,9 @@ def _check_ints(label: str, layout: ExpertLayout) -> None:
     for name in NUMBERS:
         value = getattr(layout, name)
         if hasattr(value, "dtype") and not check.is_int(value):
-            raise TypeError(
-                f"{label}: layout.{name} must be an int, got {type(value).__name__}: before a layout is traced, call "
-                "an op with an array of the framework, or import cupy_router's package for it"
-            )
+            kind, package = type(value).__name__, type(value).__module__.partition(".")[0]
+            remedy = f": import cupy_router.{package} before a layout is traced" if kind.endswith("Tracer") else ""
+            raise TypeError(f"{label}: layout.{name} must be an int, got {kind}{remedy}")
 
 
 def shape_of(array: Any) -> Any:

@@ -103,6 +103,10 @@ class Op:
         """Return options for a call that is made for what it writes into its inputs alone."""
         return options
 
+    def instead(self, options: Any) -> str:
+        """Return the remedy for an input that the op writes into and that cannot be written."""
+        return ""
+
     def is_independent(self, options: Any) -> bool:
         """Return whether the rows of a call with these options are independent."""
         return self.rows_independent
@@ -276,7 +280,8 @@ class Op:
         wanted = [result.path for result in self.existing(options)]
         for path, array in found.items():
             if array is not None and path not in wanted and path not in self.numbers:
-                raise self._unwanted(path, array)
+                missing = [f"out.{path}" for path in wanted if found.get(path) is None]
+                raise self._unwanted(path, array, missing)
         return tuple(found.get(path) for path in wanted)
 
     def leaves(self, options: Any, out: Any) -> Sequence[Any]:
@@ -326,8 +331,9 @@ class Op:
                 if result not in existing:
                     raise self._unwanted(result.path, array)
 
-    def _unwanted(self, path: str, array: Any) -> TypeError:
-        return TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}")
+    def _unwanted(self, path: str, array: Any, missing: Sequence[str] = ()) -> TypeError:
+        others = f", and {', '.join(missing)} must be given, got None" if missing else ""
+        return TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}{others}")
 
     def as_options(self, options: Any) -> Any:
         """Return options, given as such, by the tuple of their fields, or by their only field."""
@@ -378,7 +384,7 @@ class Op:
                 check.count(view)
                 continue
             if declared.written:
-                check.writable(view, declared.instead)
+                check.writable(view, self.instead(options) if view.readonly else "")
             check.axes(view, declared.axes, sizes)
         self.check(options, Arrays(self.names, views))
 

@@ -57,7 +57,7 @@ class ExpertLayoutOp(Op):
     inputs = (
         row("indices", "num_tokens, top_k", IDS, required=True),
         layer("expert_map", "num_experts", ("int32",)),
-        layer("load", "num_experts", INTS, written=True, instead="compute load + layout.counts"),
+        layer("load", "num_experts", INTS, written=True),
         NUM_VALID,
     )
     results = layout_results(lambda options: options.want)
@@ -83,6 +83,15 @@ class ExpertLayoutOp(Op):
             options.num_experts, want=("counts",), experts=options.experts, num_local=options.num_local
         )
 
+    def instead(self, options: LayoutOptions) -> str:
+        if options.num_local is not None:  # several experts may have one count
+            here = f"(expert_map >= 0) & (expert_map < {options.num_local})"
+            return f"compute load + where({here}, counts, 0), with the counts of a call without expert_map"
+        if options.experts is not None:
+            first, count = options.experts
+            return f"in JAX compute load.at[{first}:{first + count}].add(layout.counts)"
+        return "compute load + layout.counts"
+
     def check(self, options: LayoutOptions, arrays: Arrays) -> None:
         num_tokens, top_k = arrays.indices.shape
         check_rows(options, options.num_counted, num_tokens, top_k)
@@ -95,13 +104,13 @@ class ExpertLayoutOp(Op):
         found = reference.expert_layout(
             arrays.indices, options.num_experts, alignment=options.alignment, capacity=options.capacity,
             experts=options.experts, expert_map=arrays.expert_map, num_local=options.num_local, num_valid=num_valid,
-            pad=options.pad,
+            pad=options.pad, want=tuple(result.name for result in self.existing(options)),
         )  # fmt: skip
         if arrays.load is not None:
             question = options.num_experts, options.experts, arrays.expert_map, options.num_local
             load = arrays.load
             load += reference.demand(arrays.indices[:num_valid], *question).astype(load.dtype)
-        return tuple(found[result.name] for result in self.existing(options))
+        return tuple(found.values())
 
     def is_single_kernel(self, options: LayoutOptions, arrays: Arrays) -> bool:
         return launch.is_single(options, arrays, gpu_of(arrays.indices.device))
@@ -149,9 +158,12 @@ def expert_layout(
         num_valid: number of valid rows of indices; the rows after them have no pairs. Either an int in 0..num_tokens,
             or a one-element int32 array on the device of the indices, which is clamped, and may change between replays
             of a CUDA graph.
-        load: [num_experts] int32 or int64, written: the number of pairs of each expert in question is added to it. Not
-            while PyTorch's autograd runs a backward pass: where activations are recomputed, pairs count once. Refused
-            for JAX, whose arrays are immutable, and inside torch.func.
+        load: [num_experts] int32 or int64, written: the number of pairs of each expert in question is added to it.
+            int32 wraps at 2**31, so count in int64 what is added up for long. Nothing is added while PyTorch's autograd
+            runs a backward pass: where activations are recomputed, pairs count once. Inside of
+            `torch.utils.checkpoint(..., use_reentrant=False)` the load has to be a buffer or in a closure: PyTorch
+            refuses arguments that were written into. Refused for JAX, whose arrays are immutable, and inside
+            torch.func.
         want: names of the arrays to compute, from those of :class:`ExpertLayout`. The others are None, and cost
             nothing. `ends` comes with `offsets`.
         pad: entry of `order` for rows without a pair, outside 0..num_tokens * top_k - 1.
@@ -209,6 +221,7 @@ def _checked_experts(experts: Any, num_experts: int) -> tuple[int, int]:
     count = check.integer("expert_layout: the count of experts", experts[1], 0)
     if first + count > num_experts:
         raise ValueError(
-            f"expert_layout: experts must end at most at num_experts = {num_experts}, got first {first}, count {count}"
+            f"expert_layout: experts must end at most at num_experts = {num_experts}, got first {first}, "
+            f"count {check.brief(count)}"
         )
     return first, count

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupy_router.arrays import ITEM_SIZES
+from cupy_router.ops import _checks as check
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import INTS, Arrays, Result, row
 from cupy_router.ops._op import Op
@@ -46,6 +48,7 @@ class UpdateBias(Op):
     )
     results = (Result("updated", "num_experts", "float32"),)
     returns = UpdatedBias
+    bare = True
     rows_independent = False
     vmap = "loop"
     single_kernel = True
@@ -71,8 +74,8 @@ def update_bias(
     """Move the bias of each expert by `rate`: up if it got fewer tokens than the mean, down if it got more.
 
     This is the rule of auxiliary-loss-free load balancing (Wang et al., arXiv 2408.15664, algorithm 1): bias + rate *
-    sign(mean of the counts - count). The sign is exact: the sum of the counts is compared with the number of experts
-    times the count, in 64-bit integers. An expert whose count is the mean keeps its bias.
+    sign(mean of the counts - count). The sum of the counts is compared with the number of experts times the count: the
+    sign is exact while both fit into 64-bit integers. An expert whose count is the mean keeps its bias.
 
     Args:
         bias: [num_experts] float32, as the routers take it.
@@ -105,13 +108,19 @@ def update_bias(
     """
     if type(rate) is not float or not 0 <= rate <= _MAX_RATE:
         rate = _checked_rate(rate)
+    if type(center) is not bool:
+        center = check.boolean("update_bias: center", center)
     into = None if out is None else UpdatedBias(out)
-    return run(OP, (rate, bool(center)), (bias, counts), into, stream).updated
+    return run(OP, (rate, center), (bias, counts), into, stream).updated
 
 
 def _checked_rate(rate: Any) -> float:
     if isinstance(rate, (bool, np.bool_)) or not isinstance(rate, (int, float, np.integer, np.floating)):
         raise TypeError(f"update_bias: rate must be a float, got {type(rate).__name__}")
-    if not 0 <= rate <= _MAX_RATE:
-        raise ValueError(f"update_bias: rate must be at least 0 and finite in float32, got {rate}")
-    return float(rate)
+    try:
+        number = float(rate)
+    except OverflowError:  # an int
+        number = math.inf
+    if not 0 <= number <= _MAX_RATE:
+        raise ValueError(f"update_bias: rate must be at least 0 and finite in float32, got {check.brief(rate)}")
+    return number

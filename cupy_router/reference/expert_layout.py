@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+
+ARRAYS = "counts", "offsets", "ends", "order", "positions", "block_experts", "row_experts"
 
 
 def expert_layout(
@@ -22,6 +25,7 @@ def expert_layout(
     num_local: int | None = None,
     num_valid: int | None = None,
     pad: int = -1,
+    want: tuple[str, ...] = ARRAYS,
 ) -> dict[str, Int32]:
     """Return the arrays of an :class:`ExpertLayout` by name.
 
@@ -35,6 +39,7 @@ def expert_layout(
         num_local: Number of the experts in question, with `expert_map`.
         num_valid: Number of rows of indices before the padding; None if there is no padding.
         pad: Entry of `order` for a row without a pair.
+        want: Names of the arrays to compute.
 
     >>> layout = expert_layout(np.array([[2, 0], [2, -1]]), 3, alignment=2)
     >>> {name: layout[name].tolist() for name in ("counts", "offsets", "ends", "order")}
@@ -63,18 +68,28 @@ def expert_layout(
     fits = rows < capacity
     pairs, rows, sorted_expert = pairs[fits], rows[fits], sorted_expert[fits]
 
-    order, row_experts = np.full(capacity, pad), np.full(capacity, -1)
-    order[rows], row_experts[rows] = pairs, sorted_expert
-    positions = np.full(num_pairs, -1)
-    positions[pairs] = rows
-    blocks = np.arange(0, capacity, alignment)
-    block_experts = np.searchsorted(offsets[1:], blocks, side="right")
-    block_experts[blocks >= offsets[-1]] = -1
-    found = {
-        "counts": counts, "offsets": offsets, "ends": ends, "order": order,
-        "positions": positions.reshape(num_tokens, top_k), "block_experts": block_experts, "row_experts": row_experts,
-    }  # fmt: skip
-    return {name: array.astype(np.int32) for name, array in found.items()}
+    arrays: dict[str, Callable[[], NDArray[Any]]] = {
+        "counts": lambda: counts,
+        "offsets": lambda: offsets,
+        "ends": lambda: ends,
+        "order": lambda: _placed(capacity, pad, rows, pairs),
+        "positions": lambda: _placed(num_pairs, -1, pairs, rows).reshape(num_tokens, top_k),
+        "block_experts": lambda: _placed(
+            capacity // alignment,
+            -1,
+            slice(offsets[-1] // alignment),
+            np.repeat(np.arange(num_counted), np.diff(offsets) // alignment),
+        ),
+        "row_experts": lambda: _placed(capacity, -1, rows, sorted_expert),
+    }
+    return {name: arrays[name]().astype(np.int32, copy=False) for name in want}
+
+
+def _placed(length: int, empty: int, places: Any, values: NDArray[Any]) -> Int32:
+    """Return an array of values at some places, empty elsewhere."""
+    array = np.full(length, empty, np.int32)
+    array[places] = values
+    return array
 
 
 def exact_capacity(num_pairs: int, num_experts: int, alignment: int) -> int:
