@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call like the last one of its op is recognised by PyTorch's own guards, and no other call is taken for it."""
+"""A call is not taken for an earlier one that differs in anything that its checks and its kernels depend on."""
 
 from __future__ import annotations
 
@@ -42,20 +42,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return found
 
 
-@pytest.fixture
-def described(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list with an entry for each call whose arrays are described one by one."""
-    found: list[int] = []
-    describe_all = tensors.PyTorch.describe_all
-
-    def counting(self: Any, arrays: Any, *more: Any) -> bool:
-        found.append(len(arrays))
-        return describe_all(self, arrays, *more)
-
-    monkeypatch.setattr(tensors.PyTorch, "describe_all", counting)
-    return found
-
-
 def aligned(*shape: int, dtype: Any = torch.float32) -> Any:
     """Return a tensor at a multiple of 16, as all memory on a GPU begins."""
     flat = torch.zeros(64 + int(np.prod(shape)), dtype=dtype)
@@ -73,35 +59,6 @@ X, WEIGHTS, Y, OUT = aligned(4, 8), aligned(4, 2), aligned(8, 8), aligned(8, 8)
 def repeat(call: Callable[[], Any], times: int = 3) -> None:
     for _ in range(times):
         call()
-
-
-def test_the_third_call_is_recognised_with_other_arrays(launches: Launches, described: list[int]) -> None:
-    repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
-    assert len(described) == 2
-    x, weights = aligned(4, 8), aligned(4, 2)
-    rows = permute(x, LAYOUT, weights=weights)
-    assert len(described) == 2
-    assert launches[-1] == {
-        "x": x.data_ptr(), "order": LAYOUT.order.data_ptr(), "positions": LAYOUT.positions.data_ptr(),
-        "weights": weights.data_ptr(), "rows": rows.data_ptr(),
-    }  # fmt: skip
-
-
-def test_calls_into_a_layout_are_recognised(launches: Launches, described: list[int]) -> None:
-    indices = aligned(4, 2, dtype=torch.int32)
-    first = expert_layout(indices, 5)
-    outs = [ExpertLayout(*[a if a is None or type(a) is int else aligned(*a.shape, dtype=a.dtype) for a in first])]
-    outs += [ExpertLayout(*[a if a is None or type(a) is int else aligned(*a.shape, dtype=a.dtype) for a in first])]
-    repeat(lambda: expert_layout(indices, 5, out=outs[0]))
-    described.clear()
-    assert expert_layout(indices, 5, out=outs[1], num_valid=3) is outs[1]
-    assert not described
-    for name in ("counts", "offsets", "ends", "order", "positions"):
-        assert launches[-1][name] == getattr(outs[1], name).data_ptr()
-    assert (launches[-1]["row_experts"], launches[-1]["number"]) == (0, 3)
-    assert outs[1].counts._version == 1
-    with pytest.raises(ValueError, match=r"^expert_layout: num_valid must be in 0\.\.4, got 5"):
-        expert_layout(indices, 5, out=outs[1], num_valid=5)
 
 
 def not_aligned(a: Any) -> Any:
@@ -122,11 +79,10 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     ("name", "argument"),
     [(name, argument) for name in OTHERS for argument in ("x", "weights", "out") if (name, argument) != ("NumPy", "x")],
 )
-def test_other_properties_are_seen(name: str, argument: str, launches: Launches, described: list[int]) -> None:
+def test_other_properties_are_seen(name: str, argument: str, launches: Launches) -> None:
     arguments = {"x": X, "weights": WEIGHTS, "out": OUT}
     other = OTHERS[name](arguments[argument])
     repeat(lambda: permute(layout=LAYOUT, **arguments))
-    described.clear()
     changed = arguments | {argument: other}
     if name == "another dtype" and argument in ("x", "out"):
         with pytest.raises(TypeError, match=r"^permute: out must be"):
@@ -135,7 +91,6 @@ def test_other_properties_are_seen(name: str, argument: str, launches: Launches,
         permute(layout=LAYOUT, **changed)
         address = other.ctypes.data if name == "NumPy" else other.data_ptr()
         assert launches[-1]["rows" if argument == "out" else argument] == address
-    assert described
     permute(layout=LAYOUT, **arguments)
     assert launches[-1]["x"] == X.data_ptr()
 
@@ -148,6 +103,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "freed": (lambda a: _freed(a.clone()), "must be a tensor with its own memory"),
     "meta": (lambda a: a.to("meta"), "must be a tensor on cpu or cuda"),
     "sparse": (lambda a: a.to_sparse(), "must be a dense tensor"),
+    "nested": (lambda a: torch.nested.nested_tensor([a, a]), "must be a dense tensor"),
 }
 
 
@@ -225,60 +181,7 @@ def test_ints_of_out_are_seen(launches: Launches) -> None:
     assert expert_layout(indices, 5, out=layout) is layout
 
 
-def test_inference_mode_is_learned_again(launches: Launches, described: list[int]) -> None:
-    for enabled in (False, True):
-        with torch.inference_mode(enabled):
-            repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
-            described.clear()
-            repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
-            assert not described
-
-
-def test_what_alternates_is_not_learned_for_ever(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    matcher = tensors.PyTorch.matcher
-    monkeypatch.setattr(tensors.PyTorch, "matcher", lambda self, arrays: made.append(1) or matcher(self, arrays))
-    for i in range(20):
-        with torch.inference_mode(bool(i % 2)):
-            permute(X, LAYOUT, weights=WEIGHTS)
-    assert len(made) == 4
-    assert len(launches) == 20
-
-
-def test_without_guards_of_pytorch(launches: Launches, described: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "_Guards", None)
-    repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
-    assert len(described) == len(launches) == 3
-
-
-def test_a_forgotten_call_is_prepared_again(launches: Launches, described: list[int]) -> None:
+def test_a_forgotten_call_is_prepared_again(launches: Launches) -> None:
     repeat(lambda: permute(X, LAYOUT, weights=WEIGHTS))
     _cached.forget()
-    described.clear()
     permute(X, LAYOUT, weights=WEIGHTS)
-    assert described
-
-
-def test_a_thread_that_learns_does_not_disturb_one_that_asks() -> None:
-    """What matches is read once, and what does not is never put in its place."""
-    asked: list[int] = []
-
-    class Racing(_cached.Again):
-        @property
-        def match(self) -> Any:  # is gone when it is read again
-            asked.append(1)
-            return (lambda arrays: [16]) if len(asked) == 1 else None
-
-        @match.setter
-        def match(self, match: Any) -> None:
-            pass
-
-    assert Racing("options", False).pointers("options", False, []) == [16]
-
-    again = _cached.Again("options", False)
-    arrays = X, WEIGHTS, Y, OUT
-    again.learn(tensors.FRAMEWORK, arrays)
-    learned = again.match
-    assert learned is not None
-    again.learn(tensors.FRAMEWORK, arrays[:1])  # has no matcher
-    assert again.match is learned

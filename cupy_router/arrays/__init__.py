@@ -36,7 +36,6 @@ def item_bits(dtype: str) -> int:
 _NUMBERS = re.compile(r"bool|(?:u?int|b?float|complex)(\d+)(?:_e\d+m\d+\w*)?")
 
 Output = tuple[tuple[int, ...], str]  # shape and dtype of a result
-Matcher = Callable[[Sequence[Any]], "list[int] | None"]  # from arrays like those of an earlier call to their addresses
 Allocator = Callable[[list[int]], tuple[Any, ...]]  # allocates the results of a call, appends their addresses
 
 NO_DEVICE = ("jax", 0)  # the device of a tracer, which has a shape and a dtype but no memory
@@ -116,13 +115,6 @@ class Framework:
             else:
                 return False
         return True
-
-    def matcher(self, arrays: Sequence[Any]) -> Matcher | None:
-        """Return a function that recognises arrays with the same properties faster than :meth:`describe_all`.
-
-        It returns their addresses, or None for other arrays, and sometimes for these. None: there is no faster way.
-        """
-        return None
 
     def view(self, name: str, array: Any, stream: int | None) -> View:
         """Return all properties of the array, for checks and for the reference."""

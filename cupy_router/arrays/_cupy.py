@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
+import numpy as np
 
 from cupy_router.arrays import MAX_SHARED_BYTES, Allocator, Framework, Output, View, places_in_block
-from cupy_router.arrays._numpy import NAMES, dtype_of
+from cupy_router.arrays._numpy import NAMES, dtype_of, is_float8
 
 ARRAY_TYPES = (cupy.ndarray,)
 
@@ -69,6 +70,9 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
     """Return an allocator that takes memory from CuPy's pool on a device, for CuPy's current stream."""
     get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
     layouts = [(shape, dtype_of(dtype)) for shape, dtype in outputs]
+    wanted = [dtype for _, dtype in layouts]
+    # CuPy views memory as float8, but makes no array of it.
+    layouts = [(shape, np.dtype(np.uint8) if is_float8(dtype) else dtype) for shape, dtype in layouts]
     offsets, total = places_in_block([math.prod(shape) * dtype.itemsize for shape, dtype in layouts])
     places = [(*layout, offset) for layout, offset in zip(layouts, offsets, strict=True)]
 
@@ -87,6 +91,11 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
         return arrays
 
     make = in_one_block if len(outputs) > 1 and total <= MAX_SHARED_BYTES else in_own_blocks
+    if any(map(is_float8, wanted)):
+        of_bytes = make
+
+        def make(pointers: list[int]) -> tuple[Any, ...]:
+            return tuple(array.view(dtype) for array, dtype in zip(of_bytes(pointers), wanted, strict=True))
 
     def allocate(pointers: list[int]) -> tuple[Any, ...]:
         if get_device() == index:

@@ -21,7 +21,7 @@ import numpy as np
 
 from cupy_router.arrays import NO_DEVICE, Allocator, Framework, Output, View, dense_strides, item_bits
 from cupy_router.arrays._dlpack import CUDA, consumer_stream
-from cupy_router.arrays._numpy import NAMES
+from cupy_router.arrays._numpy import NAMES, is_float8
 
 ARRAY_TYPES = (jax.Array,)
 TRACERS = (jax.core.Tracer,)
@@ -46,7 +46,7 @@ class JAX(Framework):
         try:
             device, exported = _device("an array", array), array
             if device[0] == "cuda":
-                if _is_float8(array.dtype):
+                if is_float8(array.dtype):
                     exported = jax.lax.bitcast_convert_type(array, np.uint8)
                 owners.append(exported.__dlpack__(stream=consumer_stream(stream)))
             pointer = _pointer(exported, device)
@@ -90,7 +90,7 @@ class JAX(Framework):
 
     def deliver(self, array: Any, like: Any) -> Any:
         with array.device:
-            if _is_float8(array.dtype):
+            if is_float8(array.dtype):
                 return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.uint8)), array.dtype)
             return jax.dlpack.from_dlpack(array)
 
@@ -161,11 +161,6 @@ def dtype_name(name: str, array: Any) -> str:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
         raise TypeError(f"{name} must be an array of numbers, got {array.dtype} {list(array.shape)}")
     return str(array.dtype)
-
-
-def _is_float8(dtype: Any) -> bool:
-    """Return whether this is a dtype of one byte that DLPack does not have."""
-    return bool(dtype.itemsize == 1 and dtype.kind in "fV")
 
 
 def _check_values(name: str, array: Any) -> None:

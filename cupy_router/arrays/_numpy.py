@@ -24,6 +24,11 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return DTYPES[name] if name in DTYPES else np.dtype(getattr(ml_dtypes, name, name))
 
 
+def is_float8(dtype: Any) -> bool:
+    """Return whether this is a dtype of one byte that DLPack of older versions does not have."""
+    return bool(dtype.itemsize == 1 and dtype.kind in "fV")
+
+
 def why_not(kind: type) -> str | None:
     """Return what an array has to be in place of one of this class; None if the class is accepted."""
     if issubclass(kind, np.ma.MaskedArray):

@@ -6,10 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
 from itertools import takewhile
-from operator import itemgetter, or_
-from types import NoneType
+from operator import itemgetter
 from typing import Any
 
 import ml_dtypes
@@ -22,15 +20,13 @@ from cupy_router.arrays import (
     MAX_SHARED_BYTES,
     Allocator,
     Framework,
-    Matcher,
     Output,
     View,
     places_in_block,
 )
 
 ARRAY_TYPES = (torch.Tensor,)
-_Tensor, _data_ptr = torch.Tensor, torch.Tensor.data_ptr
-_FEWEST = 2  # tensors that a matcher recognises faster than their properties are read
+_Tensor = torch.Tensor
 
 DTYPES = {name: getattr(torch, name) for name in ITEM_SIZES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -63,10 +59,6 @@ except RuntimeError:  # an old PyTorch, where it takes one tensor
 
 # Tensors that torch.split returns are views with one version in common. These have versions of their own.
 _split = torch.unsafe_split_with_sizes
-
-
-# Private in PyTorch, so it may disappear: what torch.compile checks the arguments of compiled code with.
-_Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -129,36 +121,6 @@ class PyTorch(Framework):
             return False
         return super().describe_all((array, *rest), stream, owners, pointers, facts)
 
-    def matcher(self, arrays: Sequence[Any]) -> Matcher | None:
-        count, places = len(arrays), [i for i, array in enumerate(arrays) if type(array) is _Tensor]
-        others = [i for i in range(count) if i not in places]
-        if _Guards is None or len(places) < _FEWEST or {type(arrays[i]) for i in others} - {NoneType, int}:
-            return None
-        tensors_of, others_of = _picker(places), _picker(others)
-        wanted, kinds, examples = others_of(arrays), tuple([type(arrays[i]) for i in others]), tensors_of(arrays)
-        # Compares types, dtypes, devices, sizes, strides, and what PyTorch dispatches on, such as lazy negation.
-        same = _Guards(
-            *examples,
-            dynamic_dims_sizes=[list(tensor.size()) for tensor in examples],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in examples],
-        ).check
-        # From the addresses of the tensors, and 0, to those of all arrays.
-        spread = _picker([places.index(i) if i in places else -1 for i in range(count) if type(arrays[i]) is not int])
-
-        def match(arrays: Sequence[Any]) -> list[int] | None:
-            if len(arrays) != count:
-                return None
-            tensors, given = tensors_of(arrays), others_of(arrays)
-            if not same(*tensors) or tuple(map(type, given)) != kinds or given != wanted:
-                return None
-            pointers = [*map(_data_ptr, tensors)]
-            if reduce(or_, pointers) & 15 or min(pointers) < _LOWEST_ADDRESS:
-                return None
-            pointers.append(0)
-            return [*spread(pointers)]
-
-        return match if match(arrays) else None
-
     def view(self, name: str, array: Any, stream: int | None) -> View:
         refuse_without_memory(name, array)
         kind, index = array.device.type, array.device.index
@@ -211,7 +173,7 @@ class PyTorch(Framework):
 
         def allocate(pointers: list[int]) -> tuple[Any, ...]:
             tensors = tuple(map(empty_like, templates))
-            pointers += map(_data_ptr, tensors)
+            pointers += [tensor.data_ptr() for tensor in tensors]
             return tensors
 
         return allocate

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from cupy_router import compiler, scratch
-from cupy_router.arrays import Allocator, Framework, Matcher, Output, View, dense_strides
+from cupy_router.arrays import Allocator, Output, View, dense_strides
 from cupy_router.arrays._numpy import host_memory
 from cupy_router.launcher import Launch
 from cupy_router.ops import _checks as check
@@ -60,33 +60,6 @@ class Work(Protocol):
         """
 
 
-class Again:
-    """Recognises the same call with other arrays, in a fraction of the time that the key of a cached call takes.
-
-    match: the matcher of the arrays; None: not learned.
-    attempts: how many more may be made, since what only matchers look at may alternate.
-    """
-
-    def __init__(self, options: Any, eager: bool) -> None:
-        self._options, self._eager = options, eager
-        self.match: Matcher | None = None
-        self.attempts = 4
-
-    def pointers(self, options: Any, eager: bool, arrays: Sequence[Any]) -> list[int] | None:
-        """Return the addresses of the arrays if the call is the same; None if it may be another."""
-        match = self.match  # once, because another thread may learn
-        if match is None or eager is not self._eager:
-            return None
-        return match(arrays) if options is self._options or options == self._options else None
-
-    def learn(self, framework: Framework, arrays: Sequence[Any]) -> None:
-        """Recognise the call from now on, if these arrays have a matcher."""
-        self.attempts -= 1
-        match = framework.matcher(arrays)
-        if match is not None:
-            self.match = match
-
-
 class CachedCall(NamedTuple):
     """A checked and prepared call."""
 
@@ -96,11 +69,10 @@ class CachedCall(NamedTuple):
     absent: tuple[int, ...]  # positions of the results that these options do not ask for
     guards: tuple[Callable[[Sequence[Any]], None], ...]  # called with all arrays before any is written
     pack: Callable[..., Any] | None  # from existing results to what the caller gets; None: that is `out` as it is
-    again: Again
 
 
 _MAX_CALLS = 4096
-calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at, and the last one of each op by its name
+calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at
 
 
 def keep(key: Hashable, call: CachedCall) -> CachedCall:
@@ -211,7 +183,7 @@ def work_for(
         else:
             with scratch.relaxed() if kind == "cuda" else nullcontext():  # the caller may be capturing the stream
                 work = work_of(op, options, arrays, views)
-        call = keep(key, CachedCall(0, no_allocation, work, (), (), None, Again(None, True)))
+        call = keep(key, CachedCall(0, no_allocation, work, (), (), None))
     return call.work
 
 

@@ -7,7 +7,7 @@ pass pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -118,30 +118,22 @@ def _run_on_device(
 ) -> Any:
     """Return what the caller gets; None if an array is a tracer."""
     arrays = inputs if out is None else (*inputs, *op.leaves(options, out))
-    call: Any = _cached.calls.get(op.name)
-    pointers: Any = None
-    if call is not None and call.again.match is not None:
-        pointers = call.again.pointers(options, eager, arrays)
-    if pointers is None:
-        last, pointers, key = call, [], [op.name, options, framework, eager]
+    pointers: list[int] = []
+    key: list[Hashable] = [op.name, options, framework, eager]
+    if not framework.describe_all(arrays, stream, owners, pointers, key):
+        if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of a new type
+            return None
+        pointers, key = [], key[:4]
         if not framework.describe_all(arrays, stream, owners, pointers, key):
-            if _checked(op, options, inputs, out, stream) is None:  # raises, unless an array is a tracer or of new type
-                return None
-            pointers, key = [], key[:4]
-            if not framework.describe_all(arrays, stream, owners, pointers, key):
-                return None
-        known = tuple(key)
-        call = _cached.calls.get(known)
-        if call is None:
-            made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
-            if made is None:
-                return None
-            call = _cached.keep(known, made)
-        if call is not last:
-            _cached.calls[op.name] = call
-        elif call.again.attempts:
-            call.again.learn(framework, arrays)
-    num_rows, allocate, work, absent, guards, pack, _ = call
+            return None
+    known = tuple(key)
+    call = _cached.calls.get(known)
+    if call is None:
+        made = _prepare(op, options, inputs, out, arrays, framework, stream, eager)
+        if made is None:
+            return None
+        call = _cached.keep(known, made)
+    num_rows, allocate, work, absent, guards, pack = call
     if number > num_rows:
         check.integer("num_valid", number, 0, num_rows)
     for guard in guards:
@@ -179,18 +171,17 @@ def _prepare(
     checked = _checked(op, options, inputs, out, stream)
     if checked is None:
         return None
-    given, options = options, op.as_options(options)
+    options = op.as_options(options)
     views, out_views, outputs = checked
     work = _cached.work_of(op, options, _cached.arrays_of(op, options, views, out_views, outputs), views)
     num_rows = views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     pack = op.packer(options, partial(_sizes, op, options, views))
-    again = _cached.Again(given, eager)
     existing, passed, written = op.existing(options), op.parameters(options), op.written_names(options, inputs)
     if out is None:
         allocate = (framework.allocator_apart if eager else framework.allocator)(outputs, inputs[0])
         names = [*op.names, *[result.name for result in existing]]
         absent = tuple(i for i, name in enumerate(passed) if name not in names)
-        return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack, again)
+        return CachedCall(num_rows, allocate, work, absent, _write_guards(written, arrays), pack)
     rest, leaves = iter(existing), [*enumerate(op.paths(op.returned(options)), len(inputs))]
     for place, path in leaves:
         if arrays[place] is not None and path not in op.numbers:
@@ -198,13 +189,13 @@ def _prepare(
     guards = _write_guards(written, arrays)
     missing = [path for place, path in leaves if path in op.numbers and arrays[place] is None]
     if not missing:
-        return CachedCall(num_rows, _cached.no_allocation, work, (), guards, None, again)
+        return CachedCall(num_rows, _cached.no_allocation, work, (), guards, None)
     results = iter(passed[len(inputs) :])
     pointers = [
         path if path in missing else next(results) for _, path in leaves if path in missing or path not in op.numbers
     ]
     work = work and _cached.Reordered(work, (*op.names, *pointers), passed, op.takes_number)
-    return CachedCall(num_rows, _cached.no_allocation, work, (), guards, pack, again)
+    return CachedCall(num_rows, _cached.no_allocation, work, (), guards, pack)
 
 
 def _sizes(op: Op, options: Any, views: Sequence[View | None]) -> dict[str, int]:

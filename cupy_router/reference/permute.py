@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .scoring import flush
+from ..method import FLOAT32_TINY
 
 
 @np.errstate(all="ignore")
@@ -32,7 +32,7 @@ def permute(x: NDArray[Any], order: NDArray[np.int32], top_k: int, weights: NDAr
     found = x[pairs // top_k]
     if weights is not None:
         factors = weights.reshape(-1)[pairs, None].astype(np.float32)
-        found = flush(flush(found.astype(np.float32)) * flush(factors)).astype(x.dtype)
+        found = _flush(_flush(found.astype(np.float32)) * _flush(factors)).astype(x.dtype)
     rows[used] = found
     return rows
 
@@ -48,3 +48,8 @@ def row_dots(a: NDArray[Any], b: NDArray[Any], positions: NDArray[np.int32]) -> 
     for i, slot in zip(tokens, slots, strict=True):
         dots[i, slot] = np.dot(a[i].astype(np.float64), b[positions[i, slot]].astype(np.float64))
     return dots
+
+
+def _flush(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the values with subnormals replaced by 0 of their sign, as it is kept in rows."""
+    return np.where(np.abs(values) < np.float32(FLOAT32_TINY), np.copysign(np.float32(0), values), values)
