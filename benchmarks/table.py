@@ -37,6 +37,8 @@ MAIN: list[dict[str, Any]] = [
     {"op": "hash_router", "E": 256, "k": 6, "source": "logits"},
 ]
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
+LAYOUTS = ("expert_layout", "fused_layout", "permute")
+BARRED = (*OPS, "dense_router", *LAYOUTS, "host_profile", "host_calls")
 NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
@@ -98,12 +100,14 @@ def _long_rows(files: Files) -> list[str]:
 
 def _call(row: Row) -> str:
     name = row.get("call") or row["part"]
-    return f"`{row['op']}` from {name}" if row["by"] == OURS and "call" in row else f"{row['by']}: {name}"
+    if row["by"] == OURS and "call" in row:
+        return f"`{row['op']}` from {name}" if "op" in row else name
+    return f"{row['by']}: {name}"
 
 
 def bars(files: Files) -> str:
     """Return the cells that have a bar, with the measured time; bold if it misses the bar."""
-    barred = [row for row in _rows(files, *OPS, "dense_router", "permute", "host_profile") if "bar_us" in row]
+    barred = [row for row in _rows(files, *BARRED) if "bar_us" in row]
     lines: dict[str, dict[int, Row]] = {}
     for row in select(barred, what="gpu"):
         name = results.label({name: value for name, value in row.items() if name not in ("what", "by", "n")})
@@ -119,7 +123,7 @@ def bars(files: Files) -> str:
         blocks.append(
             markdown_table(["on the host", "measured (bar), us"], [[_call(row), _against_bar(row)] for row in calls])
         )
-    return "\n\n".join([*blocks, sources(files, *OPS, "dense_router", "permute", "host_profile")]) if blocks else NONE
+    return "\n\n".join([*blocks, sources(files, *BARRED)]) if blocks else NONE
 
 
 def _against_bar(row: Row | None) -> str:
