@@ -15,7 +15,7 @@ import numpy as np
 from cupy_router.ops import permute as permute_op
 from cupy_router.ops import unpermute as unpermute_op
 from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
-from cupy_router.ops._rows import NO_OPTIONS, GradientOptions
+from cupy_router.ops._rows import GradientOptions, LayoutInts
 from cupy_router.ops._run import run
 from cupy_router.ops._unpermute_backward import OP as UNPERMUTE_BACKWARD
 from tests import compare, inputs
@@ -107,12 +107,12 @@ class Moved:
         return results
 
     def permute(self) -> np.ndarray:
-        return self.run(permute_op.OP, NO_OPTIONS, self.x, *self.layout, self.weights)[0]
+        return self.run(permute_op.OP, LayoutInts(), self.x, *self.layout, self.weights)[0]
 
     def unpermute(self, *, has_residual: bool = True) -> np.ndarray:
         residual, scale = (self.residual, self.scale) if has_residual else (None, None)
         layout = self.layout.positions, None
-        return self.run(unpermute_op.OP, NO_OPTIONS, self.y, *layout, self.weights, residual, scale)[0]
+        return self.run(unpermute_op.OP, LayoutInts(), self.y, *layout, self.weights, residual, scale)[0]
 
     def permute_backward(self, *want: str) -> list[np.ndarray]:
         given = self.y, self.layout.positions, self.weights, self.other_x

@@ -36,11 +36,23 @@ ROWS_AND_TOKENS: Cases = [
     *ARRAYS_OF_LAYOUTS,
     ("permute", {"layout": LAYOUT._replace(order=None)}, ValueError, "layout", "order, got None: name it in want="),
     *[
-        ("permute", {"layout": LAYOUT._replace(positions=array)}, ValueError, r"layout\.positions", said)
+        (op, {"layout": LAYOUT._replace(positions=array)}, ValueError, r"layout\.positions", said)
+        for op in ("permute", "unpermute")
         for array, said in (
             (LAYOUT.positions[:5], r"\[num_tokens, top_k\] = \[6, 2\], got \[5, 2\]"),
             (LAYOUT.positions[:, :1], r"got \[6, 1\]"),
             (LAYOUT.positions.reshape(-1), r"got \[12\]"),
+        )
+    ],
+    *[
+        (op, {"layout": LAYOUT._replace(**change)}, ValueError, name, said)
+        for op in ("permute", "unpermute")
+        for change, name, said in (
+            ({"order": LAYOUT.order[:4]}, r"layout\.order", r"\[capacity\] = \[24\], got \[4\]$"),
+            ({"order": ints(ROWS + 1)}, r"layout\.order", r"\[capacity\] = \[24\], got \[25\]$"),
+            ({"capacity": 20}, r"layout\.order", r"\[capacity\] = \[20\], got \[24\]$"),
+            ({"num_tokens": 7}, r"layout\.positions", r"= \[7, 2\], got \[6, 2\]$"),
+            ({"top_k": 3}, r"layout\.positions", r"= \[6, 3\], got \[6, 2\]$"),
         )
     ],
     ("permute", {"x": zeros(5, H)}, ValueError, "x", r"each of the 6 tokens of the layout, got float32 \[5, 8\]"),
@@ -64,8 +76,8 @@ ROWS_AND_TOKENS: Cases = [
             (ml_dtypes.float8_e4m3fn, "where weights are given, got float8_e4m3fn"),
         )
     ],
-    ("unpermute", {"y": zeros(ROWS - 1, H)}, ValueError, "y", r"24 rows of the layout, got float32 \[23, 8\]"),
-    ("unpermute", {"y": zeros(N, H)}, ValueError, "y", r"24 rows of the layout, got float32 \[6, 8\]"),
+    ("unpermute", {"y": zeros(ROWS - 1, H)}, ValueError, "y", r"24 rows of the layout, got shape \[23, 8\]"),
+    ("unpermute", {"y": zeros(N, H)}, ValueError, "y", r"24 rows of the layout, got shape \[6, 8\]"),
     (
         "unpermute",
         {"y": zeros(N, H), "layout": LAYOUT._replace(order=None)},

@@ -181,7 +181,7 @@ def test_traced_ints_are_refused(name: str) -> None:
 
 def test_layouts_that_do_not_fit_are_refused() -> None:
     layout, x = laid_out(), jnp.ones((6, 2))
-    with pytest.raises(ValueError, match=r"^permute: layout.order must have shape \[capacity\], got"):
+    with pytest.raises(ValueError, match=r"^permute: layout.order must have shape \[capacity\] = \[18\], got"):
         jax.jit(lambda x: permute(x, layout._replace(order=layout.order[None])))(x)
     with pytest.raises(ValueError, match=r"^permute: layout.positions must have shape .* = \[6, 3\], got"):
         jax.jit(lambda x: permute(x, layout._replace(positions=layout.positions[:5])))(x)

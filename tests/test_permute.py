@@ -281,7 +281,7 @@ def test_dtypes_below_a_byte_are_refused(name: str, framework: str, jax_on_the_c
 
 
 @pytest.mark.backends("reference")
-@pytest.mark.parametrize("dtype", ["O", "U3", "S2", "M8[s]", "m8[s]", [("a", "i4")], ">f4", ">i2"])
+@pytest.mark.parametrize("dtype", ["O", "U3", "S2", "M8[s]", "m8[s]", [("a", "i4")]])
 def test_what_are_no_numbers_is_refused(dtype: Any) -> None:
     layout = layout_of(Backend(), uniform(4, 2, 7), 7)
     with pytest.raises(TypeError, match=r"^permute: x must have a dtype of numbers of 8 bits or more, got \S"):

@@ -124,6 +124,20 @@ def test_wrong_arrays_are_refused_after_right_ones(name: str, argument: str, lau
     assert len(launches) == 3
 
 
+@pytest.mark.parametrize("wrong", [{"capacity": 9}, {"num_tokens": 5}, {"top_k": 1}])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_other_ints_of_a_layout_are_refused_after_right_ones(
+    wrong: dict[str, int], with_gradient: bool, launches: Launches
+) -> None:
+    x, y = X.clone().requires_grad_(with_gradient), Y.clone().requires_grad_(with_gradient)
+    for function, array in ((permute, x), (unpermute, y)):
+        repeat(lambda: function(array, LAYOUT))  # noqa: B023
+        for _ in range(3):
+            with pytest.raises(ValueError, match=rf"^{function.__name__}: layout\.(order|positions) must have shape "):
+                function(array, LAYOUT._replace(**wrong))
+    assert len(launches) == 6
+
+
 def test_a_tensor_turned_in_place_is_seen(launches: Launches) -> None:
     x, out = aligned(8, 8), aligned(8, 8)
     layout = LAYOUT._replace(positions=aligned(8, 1, dtype=torch.int32), num_tokens=8, top_k=1)

@@ -229,6 +229,18 @@ def test_errors_in_graphs() -> None:
     same(Graphs().of(lambda y: unpermute(y, bare))(y.detach()), unpermute(y.detach(), bare))
 
 
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("wrong", [{"capacity": 12}, {"num_tokens": 4}])
+def test_a_graph_refuses_a_layout_whose_ints_contradict_its_arrays(wrong: dict[str, int]) -> None:
+    layout = expert_layout(ids_of(5), MANY)._replace(**wrong)
+    for function, array in ((permute, tensor(5, 4)), (unpermute, tensor(15, 4))):
+        torch.compiler.reset()
+        graph = torch.compile(partial(function, layout=layout), backend="eager", fullgraph=True)
+        sentence = None if VERSION < (2, 7) else rf"{function.__name__}: layout\.(order|positions) must have shape "
+        with pytest.raises(Exception, match=sentence):
+            graph(array)
+
+
 def share(x: Any) -> int:
     """Return how many rows a layer has if its capacity is a share of the pairs, symbolic where sizes are."""
     return (x.shape[0] * 3 * 3 // 4 + 3) // 4 * 4

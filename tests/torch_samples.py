@@ -11,7 +11,7 @@ import torch
 from cupy_router import ExpertLayout, LayoutSpec, Router, RoutingMethod, activation_topk, expert_layout
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._op import Op
-from cupy_router.ops._rows import NO_OPTIONS, GradientOptions
+from cupy_router.ops._rows import GradientOptions, LayoutInts
 from cupy_router.ops.activation_topk_backward import BackwardOptions
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.ops.expert_layout import LayoutOptions
@@ -107,7 +107,7 @@ def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
     load = torch.arange(5, device=device)
     layout = expert_layout(ids, 5, alignment=2)
     order, positions, rows = layout.order, layout.positions, layout.capacity
-    none, everything = NO_OPTIONS.text, GradientOptions(("rows", "dots", "scaled", "residual_dots")).text
+    none, everything = LayoutInts().text, GradientOptions(("rows", "dots", "scaled", "residual_dots")).text
     x, y, scale = tensor(5, 7), tensor(rows, 7, seed=2), tensor(5, seed=4)
     weights, residual = tensor(5, 3, seed=1), tensor(5, 7, seed=3)
     return {

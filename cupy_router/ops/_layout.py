@@ -192,11 +192,3 @@ def _check_ints(label: str, layout: ExpertLayout) -> None:
             kind, package = type(value).__name__, type(value).__module__.partition(".")[0]
             remedy = f": import cupy_router.{package} before a layout is traced" if kind.endswith("Tracer") else ""
             raise TypeError(f"{label}: layout.{name} must be an int, got {kind}{remedy}")
-
-
-def shape_of(array: Any) -> Any:
-    """Return the shape of an argument, None if it is no array."""
-    try:  # torch.compile of PyTorch 2.4 does not trace `getattr` with a default
-        return array.shape
-    except AttributeError:
-        return None

@@ -79,6 +79,9 @@ class Op:
     def check(self, options: Any, arrays: Arrays) -> None:
         """Check rules beyond the declared dtypes and shapes, on views of the inputs."""
 
+    def check_traced(self, options: Any, arrays: Sequence[Any], label: str) -> None:
+        """Check what the text of the options lacks, on the inputs of a call that is traced. Sizes may be symbolic."""
+
     def kernel(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         """Choose the kernel, or several, for views of inputs and results on this GPU."""
         raise NotImplementedError  # every op defines it
@@ -280,8 +283,10 @@ class Op:
         wanted = [result.path for result in self.existing(options)]
         for path, array in found.items():
             if array is not None and path not in wanted and path not in self.numbers:
-                missing = [f"out.{path}" for path in wanted if found.get(path) is None]
-                raise self._unwanted(path, array, missing)
+                missing = ", ".join([f"out.{path}" for path in wanted if found.get(path) is None])
+                others = missing and f", and {missing} must be given, got None"
+                given = f"{type(array).__name__}{others}"
+                raise TypeError(f"out.{path} must be None where it is not returned, got {given}")
         return tuple(found.get(path) for path in wanted)
 
     def leaves(self, options: Any, out: Any) -> Sequence[Any]:
@@ -321,19 +326,11 @@ class Op:
                 raise ValueError(f"out.{path} must be {sizes[size]} or None, got {number!r}")
 
     def check_out(self, options: Any, outs: Sequence[Any]) -> None:
-        """Refuse arrays for results that these options do not ask for."""
+        """Refuse an `out` of fewer arrays than these options ask for."""
         existing = self.existing(options)
         if outs and len(outs) < len(existing):
             kind = self.returned(options)
             raise TypeError(f"out must be {kind.__name__}({', '.join(kind._fields)}), got {type(outs).__name__}")
-        if len(outs) > len(existing):
-            for result, array in zip(self.results, outs, strict=True):
-                if result not in existing:
-                    raise self._unwanted(result.path, array)
-
-    def _unwanted(self, path: str, array: Any, missing: Sequence[str] = ()) -> TypeError:
-        others = f", and {', '.join(missing)} must be given, got None" if missing else ""
-        return TypeError(f"out.{path} must be None where it is not returned, got {type(array).__name__}{others}")
 
     def as_options(self, options: Any) -> Any:
         """Return options, given as such, by the tuple of their fields, or by their only field."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cupy_router.ops import _move_rows as move_rows
 from cupy_router.ops._cached import Kernel
@@ -21,11 +22,27 @@ NO_SECOND_DERIVATIVE = "cupy_router: permute and unpermute have first derivative
 
 
 @dataclass(frozen=True)
-class NoOptions(Options):
-    """The op has none."""
+class LayoutInts(Options):
+    """Ints of the layout of a call, None if unknown. Its arrays are checked against them; graphs do not have them."""
+
+    num_tokens: Any = None
+    top_k: Any = None
+    capacity: Any = None
+
+    text = "{}"  # the same program for any layout
 
 
-NO_OPTIONS = NoOptions()
+def check_layout(label: str, ints: LayoutInts, order: Any, positions: Any) -> None:
+    """Refuse arrays of a layout, or views of them, whose shapes are not those that its ints say."""
+    if ints.num_tokens is not None:
+        _check_shape(label, "positions", "num_tokens, top_k", positions, (ints.num_tokens, ints.top_k))
+    if ints.capacity is not None:
+        _check_shape(label, "order", "capacity", order, (ints.capacity,))
+
+
+def _check_shape(label: str, name: str, axes: str, array: Any, shape: tuple[Any, ...]) -> None:
+    if array is not None and tuple(array.shape) != shape:
+        raise ValueError(f"{label}layout.{name} must have shape [{axes}] = {[*shape]}, got {[*array.shape]}")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from cupy_router.arrays import View
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import ANY, FLOATS, Arrays, Result, layer, row
-from cupy_router.ops._layout import as_layout, shape_of
+from cupy_router.ops._layout import as_layout
 from cupy_router.ops._op import Op
-from cupy_router.ops._rows import NO_OPTIONS, NoOptions
+from cupy_router.ops._rows import LayoutInts, check_layout
 from cupy_router.ops._run import run
 from cupy_router.reference import permute as reference
 from cupy_router.results import ExpertLayout
@@ -29,7 +29,7 @@ class Permute(Op):
     """The declaration of :func:`permute`."""
 
     name = "permute"
-    options = NoOptions
+    options = LayoutInts
     inputs = (
         row("x", "num_tokens, hidden", ANY, required=True),
         layer("order", "capacity", ("int32",), required=True, path="layout.order"),
@@ -46,23 +46,28 @@ class Permute(Op):
     gradient = "rows"
     single_kernel = True
 
-    def example(self) -> NoOptions:
-        return NoOptions()
+    def example(self) -> LayoutInts:
+        return LayoutInts()
 
-    def check_inputs(self, options: NoOptions, views: Sequence[View | None]) -> None:
+    def check_inputs(self, options: LayoutInts, views: Sequence[View | None]) -> None:
+        self.check_traced(options, views, "")
         x, _, positions, _ = views
         if x and positions and len(x.shape) == len(positions.shape) == 2 and x.shape[0] != positions.shape[0]:
             raise ValueError(f"x must have a row for each of the {positions.shape[0]} tokens of the layout, got {x}")
         super().check_inputs(options, views)
 
-    def check(self, options: NoOptions, arrays: Arrays) -> None:
+    def check_traced(self, options: LayoutInts, arrays: Sequence[Any], label: str) -> None:
+        _, order, positions, _ = arrays
+        check_layout(label, options, order, positions)
+
+    def check(self, options: LayoutInts, arrays: Arrays) -> None:
         if arrays.weights is not None and arrays.x.dtype not in FLOATS:
             raise TypeError(f"x must be {' or '.join(FLOATS)} where weights are given, got {arrays.x}")
 
-    def reference(self, options: NoOptions, arrays: Arrays, num_valid: int) -> tuple[Any]:
+    def reference(self, options: LayoutInts, arrays: Arrays, num_valid: int) -> tuple[Any]:
         return (reference.permute(arrays.x, arrays.order, arrays.positions.shape[1], arrays.weights),)
 
-    def kernel(self, options: NoOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def kernel(self, options: LayoutInts, arrays: Arrays, gpu: Gpu) -> Kernel:
         return _rows.permute_kernel(self, ("rows",), arrays, gpu)
 
 
@@ -101,13 +106,7 @@ def permute(x: Any, layout: ExpertLayout, *, weights: Any = None, out: Any = Non
            [5.]], dtype=float32)
     """
     layout = as_layout("permute", layout, "order", "positions")
-    if layout.num_tokens is not None:  # order counts the pairs of all tokens
-        wanted = layout.num_tokens, layout.top_k
-        shape = shape_of(layout.positions)
-        if shape is not None and shape != wanted and tuple(shape) != wanted:
-            raise ValueError(
-                f"permute: layout.positions must have shape [num_tokens, top_k] = {[*wanted]}, got {[*shape]}"
-            )
     inputs = (x, layout.order, layout.positions, weights)
+    ints = layout.num_tokens, layout.top_k, layout.capacity
     into = None if out is None else Rows(out)
-    return run(OP, NO_OPTIONS, inputs, into, stream).rows
+    return run(OP, ints, inputs, into, stream).rows

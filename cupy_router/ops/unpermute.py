@@ -10,9 +10,9 @@ from cupy_router.arrays import View
 from cupy_router.ops import _rows
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays, Result, layer, row
-from cupy_router.ops._layout import as_layout, shape_of
+from cupy_router.ops._layout import as_layout
 from cupy_router.ops._op import Op
-from cupy_router.ops._rows import NO_OPTIONS, NoOptions
+from cupy_router.ops._rows import LayoutInts, check_layout
 from cupy_router.ops._run import run
 from cupy_router.reference import unpermute as reference
 from cupy_router.results import ExpertLayout
@@ -33,7 +33,7 @@ class Unpermute(Op):
     """The declaration of :func:`unpermute`."""
 
     name = "unpermute"
-    options = NoOptions
+    options = LayoutInts
     inputs = (
         row("y", "capacity, hidden", required=True),
         layer("positions", "num_tokens, top_k", ("int32",), required=True, path="layout.positions"),
@@ -50,24 +50,31 @@ class Unpermute(Op):
     gradient = "rows"
     single_kernel = True
 
-    def example(self) -> NoOptions:
-        return NoOptions()
+    def example(self) -> LayoutInts:
+        return LayoutInts()
 
-    def check_inputs(self, options: NoOptions, views: Sequence[View | None]) -> None:
-        y, _, order, *_ = views
-        if y and order and len(y.shape) == 2 and len(order.shape) == 1 and y.shape[0] != order.shape[0]:
-            raise ValueError(f"y must have the {order.shape[0]} rows of the layout, got {y}")
+    def check_inputs(self, options: LayoutInts, views: Sequence[View | None]) -> None:
+        self.check_traced(options, views, "")
         super().check_inputs(options, views)
 
-    def check(self, options: NoOptions, arrays: Arrays) -> None:
+    def check_traced(self, options: LayoutInts, arrays: Sequence[Any], label: str) -> None:
+        y, positions, order, *_ = arrays
+        check_layout(label, options, order, positions)
+        rows = options.capacity
+        if rows is None and order is not None and len(order.shape) == 1:
+            rows = order.shape[0]
+        if y is not None and rows is not None and len(y.shape) == 2 and y.shape[0] != rows:
+            raise ValueError(f"{label}y must have the {rows} rows of the layout, got shape {[*y.shape]}")
+
+    def check(self, options: LayoutInts, arrays: Arrays) -> None:
         if arrays.residual_scale is not None and arrays.residual is None:
             raise ValueError("residual_scale needs a residual, got none")
 
-    def reference(self, options: NoOptions, arrays: Arrays, num_valid: int) -> tuple[Any]:
+    def reference(self, options: LayoutInts, arrays: Arrays, num_valid: int) -> tuple[Any]:
         given = arrays.y, arrays.positions, arrays.weights, arrays.residual, arrays.residual_scale
         return (reference.unpermute(*given),)
 
-    def kernel(self, options: NoOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def kernel(self, options: LayoutInts, arrays: Arrays, gpu: Gpu) -> Kernel:
         return _rows.unpermute_kernel(self, ("sums",), arrays, gpu)
 
 
@@ -120,10 +127,7 @@ def unpermute(
            [4.]], dtype=float32)
     """
     layout = as_layout("unpermute", layout, "positions")
-    if layout.order is None and layout.capacity is not None:
-        shape = shape_of(y)
-        if shape is not None and len(shape) == 2 and shape[0] != layout.capacity:
-            raise ValueError(f"unpermute: y must have the {layout.capacity} rows of the layout, got shape {[*shape]}")
     inputs = (y, layout.positions, layout.order, weights, residual, residual_scale)
+    ints = layout.num_tokens, layout.top_k, layout.capacity
     into = None if out is None else Sums(out)
-    return run(OP, NO_OPTIONS, inputs, into, stream).sums
+    return run(OP, ints, inputs, into, stream).sums

@@ -33,6 +33,7 @@ def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, nu
         if stream is None and _library.can_hold(op, inputs, outs):
             if outs or op.written:
                 _autograd.refuse_writing(op, options, inputs, outs)
+            op.check_traced(options, inputs, f"{op.label}: ")
             return _library.call(op, options, inputs, number, out, outs)
         if not _state.in_dynamo():
             raise ValueError(f"{op.label}: {REFUSED_IN_GRAPHS}")
