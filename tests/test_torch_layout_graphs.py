@@ -248,11 +248,12 @@ def share(x: Any) -> int:
 
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
-def test_a_capacity_made_of_sizes(how: str) -> None:
-    """It is no constant of the graph: of expert_layout, of routers and of a Router that is a node of its own."""
+def test_a_capacity_and_pad_made_of_sizes(how: str) -> None:
+    """They are no constants of the graph: of expert_layout, of routers and of a Router that is a node of its own."""
     spec = lambda x: LayoutSpec(4, share(x))  # noqa: E731
     for function in (
         lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x)),
+        lambda x, ids: expert_layout(ids, MANY, alignment=4, pad=ids.numel()),
         lambda x, ids: layer(x, GATE, spec(x)),
         lambda x, ids: OF_NUMPY(x, layout=spec(x)),
     ):
@@ -287,11 +288,12 @@ def test_traces_have_ops_and_no_constants() -> None:
     same(traced(tensor(5, 6, seed=3), GATE), function(tensor(5, 6, seed=3), GATE))
 
 
-def test_a_capacity_made_of_sizes_is_traced() -> None:
+def test_a_capacity_and_pad_made_of_sizes_are_traced() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def function(x: Any, gate: Any) -> Any:
-        return layer(x, gate, LayoutSpec(4, share(x)))[0]
+        ids = dense_router(x, gate, METHOD).indices
+        return layer(x, gate, LayoutSpec(4, share(x)))[0], expert_layout(ids, MANY, pad=ids.numel() + 1).order
 
     traced = make_fx(function, tracing_mode="symbolic")(tensor(5, 6), GATE)
     for n in (5, 30):
@@ -320,7 +322,7 @@ class Layer(torch.nn.Module):  # type: ignore[misc]
     def forward(self, x: Any) -> Any:
         result, layout = layer(x, self.gate, LayoutSpec(4, share(x)))
         ids = dense_router(x, self.gate, METHOD).indices
-        return result, layout, expert_layout(ids, MANY, alignment=4, load=self.load)
+        return result, layout, expert_layout(ids, MANY, alignment=4, pad=ids.numel(), load=self.load)
 
 
 LOADED = """

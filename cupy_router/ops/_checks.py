@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupy_router import _hooks
 from cupy_router.arrays import NO_DEVICE, Output, View, item_bits
 
 
@@ -98,6 +99,12 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name} must be {allowed}, got {brief(number)}")
     return number
+
+
+def integer_or_symbolic(name: str, value: Any, low: int, high: int) -> Any:
+    """Return an int within low..high, or one that stands for a size which traced code does not know."""
+    is_int = type(value) is int or type(value) in _hooks.symbolic_ints
+    return value if is_int and low <= value <= high else integer(name, value, low, high)
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cupy_router import _hooks
 from cupy_router.ops import _checks as check
 from cupy_router.ops._declared import Minimum, Result
 from cupy_router.ops._options import Options
@@ -64,9 +63,7 @@ def checked_spec(label: str, alignment: Any, capacity: Any, want: Any) -> tuple[
     if type(alignment) is not int or not 0 < alignment <= MAX_ROWS:
         alignment = check.integer(f"{label}: alignment", alignment, 1, MAX_ROWS)
     if capacity is not None:
-        is_int = type(capacity) is int or type(capacity) in _hooks.symbolic_ints
-        if not is_int or not 0 <= capacity <= MAX_ROWS:
-            capacity = check.integer(f"{label}: capacity", capacity, 0, MAX_ROWS)
+        capacity = check.integer_or_symbolic(f"{label}: capacity", capacity, 0, MAX_ROWS)
         if capacity % alignment:
             raise ValueError(f"{label}: capacity must be a multiple of the alignment {alignment}, got {capacity}")
     if want is not DEFAULT_WANT:

@@ -34,7 +34,7 @@ class Op:
     nested: named tuples by the field in which they stand; the paths of their results are "field.name".
     bare: whether the caller gets and gives the only result itself, not in a tuple.
     numbers: ints in what the caller gets: the name of a size by path.
-    symbolic: path of an int option that may be a size which a graph does not know. The graph has it beside the text.
+    symbolic: paths of int options that may be sizes which a graph does not know. The graph has them beside the text.
     rows_independent: whether a row of the results depends on the same row of the inputs alone, so that rows of several
         calls may be merged into one call, and one call may be cut into several. An op for which that depends on the
         options overrides `is_independent`.
@@ -55,7 +55,7 @@ class Op:
     variants: tuple[Any, ...] = ()
     nested: Mapping[str, Any] = MappingProxyType({})
     numbers: Mapping[str, str] = MappingProxyType({})
-    symbolic = ""
+    symbolic: tuple[str, ...] = ()
     bare = False
     rows_independent = True
     vmap = "merge"

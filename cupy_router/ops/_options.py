@@ -19,28 +19,30 @@ class Options:
     @property
     def text(self) -> str:
         """The options as JSON, which has the same meaning in every process. Graphs contain it."""
-        return self.text_without("")
+        return self.text_without(())
 
-    def text_without(self, path: str) -> str:
-        """Return the text with null in the place of one option, which may be one of options in these."""
+    def text_without(self, paths: tuple[str, ...]) -> str:
+        """Return the text with the defaults of some options, which may be those of options in these."""
         # Plain string operations, because torch.compile traces this.
         names = type(self).__match_args__  # type: ignore[attr-defined]  # those of the fields: subclasses are dataclasses
-        first, _, rest = path.partition(".")
         fields = []
         for name in names:
             value = getattr(self, name)
-            if name == first:
-                text = value.text_without(rest) if rest and value is not None else "null"
+            inner = tuple([path[len(name) + 1 :] for path in paths if path.startswith(name + ".")])
+            if name in paths:
+                text = as_json(getattr(type(self), name))
             else:
-                text = as_json(value)
+                text = value.text_without(inner) if inner and value is not None else as_json(value)
             fields.append(f'"{name}": {text}')
         return "{" + ", ".join(fields) + "}"
 
-    def at(self, path: str) -> Any:
-        """Return one option; None if it is one of options that are None."""
+    def changed(self, path: str) -> Any:
+        """Return one option; None if it is the default, or one of options that are None."""
         first, _, rest = path.partition(".")
         value = getattr(self, first)
-        return value.at(rest) if rest and value is not None else value
+        if rest:
+            return None if value is None else value.changed(rest)
+        return None if value == getattr(type(self), first) else value
 
     def replaced(self, path: str, value: Any) -> Any:
         """Return the same options but for one."""

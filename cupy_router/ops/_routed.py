@@ -50,7 +50,7 @@ class RoutedOp(Op):
     variants = (RoutingPlan,)
     nested = MappingProxyType({"layout": ExpertLayout})
     numbers = layout_numbers("layout.", _COLUMNS)
-    symbolic = "layout.capacity"
+    symbolic = ("layout.capacity",)
     gradient = "routing"
 
     def route(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:

@@ -63,7 +63,7 @@ class ExpertLayoutOp(Op):
     results = layout_results(lambda options: options.want)
     returns = ExpertLayout
     numbers = layout_numbers()
-    symbolic = "capacity"
+    symbolic = ("capacity", "pad")
     rows_independent = False
     vmap = "loop"
 
@@ -206,7 +206,7 @@ def expert_layout(
             raise ValueError(f"expert_layout: num_local must be None without an expert_map, got {num_local!r}")
         num_local = check.integer("expert_layout: num_local", num_local, 0, MAX_ROWS - 1)
     if type(pad) is not int or pad != -1:
-        pad = check.integer("expert_layout: pad", pad, -(2**31), 2**31 - 1)
+        pad = check.integer_or_symbolic("expert_layout: pad", pad, -(2**31), 2**31 - 1)
     if load is not None and any(passes() for passes in _hooks.in_backward):
         load = None  # the forward pass has counted these pairs
     number, num_valid = check.split_num_valid("expert_layout", num_valid)

@@ -42,8 +42,7 @@ def node(op: Op, kind: Any) -> str:
 def schema(op: Op, kind: Any, into: bool = False) -> str:
     """Return the schema of an op that returns a tuple of a kind, or of its twin that writes into the caller's."""
     text, *arguments = _arguments(op, [declared for declared in op.inputs if not declared.written])
-    size = [f"SymInt? {op.symbolic.rpartition('.')[2]}"] if has_size(op, kind) else []
-    arguments = [text, *size, *arguments]
+    arguments = [text, *[f"SymInt? {path.rpartition('.')[2]}" for path in sizes_in(op, kind)], *arguments]
     if into:
         letters = iter("abcdefghijklmnop")
         outs = [
@@ -60,16 +59,14 @@ def writing_schema(op: Op) -> str:
     return f"{op.name}_write({', '.join(_arguments(op, op.inputs))}) -> ()"
 
 
-def has_size(op: Op, kind: Any) -> bool:
-    """Return whether the node has an option beside the text, which may be a symbolic size."""
-    return bool(op.symbolic) and op.symbolic.partition(".")[0] in kind._fields
+def sizes_in(op: Op, kind: Any) -> list[str]:
+    """Return the paths of the options that the node has beside the text, because they may be symbolic."""
+    return [path for path in op.symbolic if "." not in path or path.partition(".")[0] in kind._fields]
 
 
-def texts(op: Op, kind: Any, options: Any) -> tuple[Any, ...]:
+def texts(op: Op, kind: Any, options: Any) -> list[Any]:
     """Return the options as a node has them."""
-    if has_size(op, kind):
-        return options.text_without(op.symbolic), options.at(op.symbolic)
-    return (options.text,)
+    return [options.text_without(op.symbolic), *[options.changed(path) for path in sizes_in(op, kind)]]
 
 
 def _arguments(op: Op, inputs: Sequence[Input]) -> list[str]:
@@ -151,11 +148,12 @@ def _read(op: Op, inputs: Sequence[Any]) -> Sequence[Any]:
 def _given(op: Op, kind: Any, text: str, arguments: Sequence[Any]) -> tuple[Any, tuple[Any, ...], int, Sequence[Any]]:
     """Return options, all inputs of an op, None for those that are written, num_valid as an int, and what follows."""
     options = op.options_of(text)
-    if has_size(op, kind):
-        size, *arguments = arguments
-        options = options if size is None else options.replaced(op.symbolic, size)
+    paths = sizes_in(op, kind)
+    for path, size in zip(paths, arguments, strict=False):
+        options = options if size is None else options.replaced(path, size)
     number = len(op.inputs) - len(op.written)
-    inputs, others = list(arguments[:number]), arguments[number:]
+    given = arguments[len(paths) :]
+    inputs, others = list(given[:number]), given[number:]
     for place in op.written:
         inputs.insert(place, None)
     return (options, tuple(inputs), others[0], others[1:]) if op.takes_number else (options, tuple(inputs), -1, others)
@@ -203,7 +201,7 @@ def _with_absent(op: Op, kind: Any, options: Any, found: Sequence[Any], like: An
 
 
 def _remember(op: Op, kind: Any, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    names = (*[None] * (1 + has_size(op, kind)), *_read(op, op.names), *[None] * op.takes_number)
+    names = (*[None] * (1 + len(sizes_in(op, kind))), *_read(op, op.names), *[None] * op.takes_number)
     results = output if isinstance(output, tuple) else (output,)
     _autograd.remember(ctx, op, op.options_of(inputs[0]), names, inputs, results)
 
@@ -223,7 +221,7 @@ def define(op: Op) -> None:
             register_gradient(name, partial(_autograd.no_second_derivative, op), None)
         else:
             register_without_gradient(name)
-        first = 1 + has_size(op, kind) + len(_read(op, op.names)) + op.takes_number
+        first = 1 + len(sizes_in(op, kind)) + len(_read(op, op.names)) + op.takes_number
         outs = {first + i: f"{op.label}: {op.out_name(result)}" for i, result in enumerate(op.results_in(kind))}
         register(schema(op, kind, into=True), partial(_implementation_into, op, kind), no_results, outs)
         register_without_gradient(f"{name}_out")  # calls are checked by `refuse_writing` before
