@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 import cupy_router
-from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, dense_router, hash_router, topk_select
+from cupy_router import (
+    Router,
+    RoutingMethod,
+    ScoreFunction,
+    activation_topk,
+    dense_router,
+    expert_layout,
+    hash_router,
+    permute,
+    topk_select,
+    unpermute,
+)
 from cupy_router.ops._method import MethodOptions
 from tests import inputs
 from tests.gradient_cases import KINDS, SMALL
@@ -224,8 +235,32 @@ def test_mixed_with_other_frameworks() -> None:
         dense_router(x, gate.astype(np.float64), METHOD)
     with pytest.raises(TypeError, match="dense_router: weight must be an array"):
         dense_router(x, "gate", METHOD)
-    results = dense_router(gate, x.detach().requires_grad_()[:1].expand(16, 8), METHOD)  # NumPy in, NumPy out
-    assert isinstance(results.weights, np.ndarray)
+
+
+def test_results_of_other_frameworks_lose_no_gradient() -> None:
+    """NumPy in, NumPy out: refused for arrays that require grad in grad mode, as PyTorch refuses their `.numpy()`."""
+    x, weight = inputs.normal((5, 8), seed=201), parameter(16, 8)
+    layout = expert_layout(inputs.rng(202).integers(0, 4, (5, 2)).astype(np.int32), 4)
+    pairs, residual = parameter(5, 2), parameter(5, 8)
+    calls: dict[str, Callable[[Any, Any], Any]] = {
+        "dense_router: x": lambda x, a: dense_router(x, a(weight), METHOD),
+        "activation_topk: logits": lambda x, a: activation_topk(np.tile(x, 2), METHOD, logit_bias=a(weight)[:, 0] + 0),
+        "hash_router: token_ids": lambda x, a: hash_router(
+            np.zeros(5, np.int32), np.arange(16, dtype=np.int32).reshape(4, 4), METHOD, x=x, weight=a(weight)
+        ),
+        "permute: x": lambda x, a: permute(x, layout, weights=a(pairs)),
+        "unpermute: y": lambda x, a: unpermute(np.tile(x, (2, 1)), layout, residual=a(residual)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            TypeError, match=f"^{name} must be a tensor where .* a gradient, got ndarray: pass a tensor"
+        ):
+            call(x, lambda array: array)
+        results = [call(x, torch.Tensor.detach)]
+        with torch.no_grad():
+            results.append(call(x, lambda array: array))
+        for result in results:
+            assert isinstance(result if isinstance(result, np.ndarray) else result.weights, np.ndarray)
 
 
 def test_autocast_does_not_round_gradients() -> None:

@@ -96,6 +96,16 @@ def test_vmap_equals_a_loop_of_calls(name: str, calls: list[str]) -> None:
         torch.testing.assert_close(result, torch.stack(parts), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_over_no_entries(name: str) -> None:
+    """It returns empty tensors of the shapes that an entry has."""
+    function, arrays, dims, _ = CALLS[name]
+    none = [a if dim is None else a.narrow(dim, 0, 0) for a, dim in zip(arrays, dims, strict=True)]
+    got = torch.func.vmap(lambda *given: tuple(function(*given)), in_dims=dims)(*none)
+    one = function(*(a if dim is None else a.select(dim, 0) for a, dim in zip(arrays, dims, strict=True)))
+    assert [(a.shape, a.dtype) for a in got] == [((0, *a.shape), a.dtype) for a in one]
+
+
 def test_vmap_in_vmap(calls: list[str]) -> None:
     many = LOGITS.expand(2, SIZE, N, 16) + torch.arange(2.0).reshape(2, 1, 1, 1)
     both = torch.func.vmap(torch.func.vmap(lambda a: tuple(activation_topk(a, METHOD))))

@@ -273,6 +273,11 @@ def test_vmap_over_layouts_is_a_loop() -> None:
     for i in range(2):
         for mapped, one in zip(got, there_and_back(many[i], x[i]), strict=True):
             assert mapped[i].equal(one)
+    none = x[:0].requires_grad_()
+    back, counts = torch.func.vmap(there_and_back)(many[:0], none)
+    assert (back.shape, counts.shape) == ((0, len(IDS), 4), (0, EXPERTS))
+    (gradient,) = torch.autograd.grad(back.sum(), none)
+    assert gradient.shape == none.shape
 
 
 def test_torch_func_writes_no_load() -> None:

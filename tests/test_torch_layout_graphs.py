@@ -248,8 +248,8 @@ def share(x: Any) -> int:
 
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
-def test_a_capacity_and_pad_made_of_sizes(how: str) -> None:
-    """They are no constants of the graph: of expert_layout, of routers and of a Router that is a node of its own."""
+def test_a_capacity_made_of_sizes(how: str) -> None:
+    """Neither it nor a pad is a constant of the graph: of expert_layout, routers, and a Router that is a node itself."""
     spec = lambda x: LayoutSpec(4, share(x))  # noqa: E731
     for function in (
         lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x)),
@@ -288,7 +288,7 @@ def test_traces_have_ops_and_no_constants() -> None:
     same(traced(tensor(5, 6, seed=3), GATE), function(tensor(5, 6, seed=3), GATE))
 
 
-def test_a_capacity_and_pad_made_of_sizes_are_traced() -> None:
+def test_a_capacity_made_of_sizes_is_traced() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def function(x: Any, gate: Any) -> Any:

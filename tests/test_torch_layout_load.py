@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cupy_router import expert_layout, permute, unpermute
+from cupy_router import ExpertLayout, expert_layout, permute, unpermute
 from tests import inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -187,3 +187,33 @@ def test_counts_are_known_to_autograd_in_graphs() -> None:
     assert load.equal(2 * counts)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+BAD_LOADS = {
+    "must be int32 or int64, got float32": lambda: torch.zeros(EXPERTS),
+    r"must have shape \[num_experts\]": lambda: torch.zeros(EXPERTS + 1, dtype=torch.int32),
+    "must be contiguous": lambda: torch.zeros(2 * EXPERTS, dtype=torch.int32)[::2],
+}
+
+
+@pytest.mark.parametrize("error", BAD_LOADS)
+def test_a_bad_load_is_refused_before_anything_is_written(error: str) -> None:
+    """While a graph is made, and also if the load is dropped from it."""
+    want = expert_layout(IDS, EXPERTS, want=("counts",))
+    out, load = want._replace(counts=-want.counts), BAD_LOADS[error]()
+    match = f"expert_layout: load {error}"
+    with pytest.raises(Exception, match=match):
+        compiled(lambda ids, out, load: expert_layout(ids, EXPERTS, want="counts", out=out, load=load)[0], "eager")(
+            IDS, out, load
+        )
+    with pytest.raises(Exception, match=match):
+        compiled(lambda ids: expert_layout(ids, EXPERTS, load=BAD_LOADS[error]()).counts, "aot_eager")(IDS)
+    with pytest.raises(Exception, match=match):
+        torch.fx.experimental.proxy_tensor.make_fx(
+            lambda ids, counts: (
+                expert_layout(
+                    ids, EXPERTS, want="counts", out=ExpertLayout(counts=counts), load=BAD_LOADS[error]()
+                ).counts
+            )
+        )(IDS, out.counts)
+    assert out.counts.equal(-want.counts)

@@ -112,9 +112,9 @@ def _of_rows(device: str) -> dict[str, list[tuple[Any, ...]]]:
     weights, residual = tensor(5, 3, seed=1), tensor(5, 7, seed=3)
     return {
         "expert_layout": [
-            (LayoutOptions(5).text, None, ids, None, count, -1),
-            (LayoutOptions(5, 4, None, ("row_experts",), (1, 3), None, 99).text, 12, ids.byte(), None, None, 2),
-            (LayoutOptions(5, want=("block_experts",), num_local=2).text, None, ids, sent, None, -1),
+            (LayoutOptions(5).text, None, None, ids, None, count, -1),
+            (LayoutOptions(5, 4, None, ("order", "row_experts"), (1, 3)).text, 12, 99, ids.byte(), None, None, 2),
+            (LayoutOptions(5, want=("block_experts",), num_local=2).text, None, None, ids, sent, None, -1),
         ],
         "expert_layout_write": [
             (LayoutOptions(5, want=("counts",)).text, ids, None, load, count, -1),

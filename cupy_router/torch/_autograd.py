@@ -55,11 +55,11 @@ RULES: dict[str, Rule] = {"routing": _routing_gradient, "rows": _rows_gradient}
 
 
 def wants_gradient(op: Op, inputs: tuple[Any, ...]) -> bool:
-    """Return whether results are tensors and one of their inputs requires grad. Every call in grad mode asks this."""
+    """Return whether an input requires grad that results depend on. Every call in grad mode asks this."""
     for position in op.differentiable:
         array = inputs[position]
         if array is not None and getattr(array, "requires_grad", False):
-            return isinstance(inputs[0], torch.Tensor)
+            return True
     return False
 
 
@@ -96,6 +96,11 @@ def refuse_written(op: Op, inputs: Sequence[Any]) -> None:
 
 def run_with_gradient(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call for which :func:`wants_gradient` is true, with a node of autograd."""
+    if not isinstance(inputs[0], torch.Tensor) and _is_smooth(op, inputs):
+        raise TypeError(
+            f"{op.label}: {op.inputs[0].shown} must be a tensor where {RULES[op.gradient].SMOOTH}, got "
+            f"{type(inputs[0]).__name__}: pass a tensor, or detach the arrays that require grad"
+        )
     if out is not None or not _is_smooth(op, inputs):  # `refuse_writing` has been asked
         return run(op, options, inputs, out, stream, number, eager=True)
     # Make the given stream current, because autograd runs the backward pass on the current stream of the forward pass.

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cupy_router.arrays import View
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _checks as check
 from cupy_router.ops._declared import Input
@@ -101,6 +102,8 @@ def call(op: Op, options: Any, inputs: Sequence[Any], number: Any, out: Any, out
     """Return the results of a call that becomes a node of the graph. `outs` are the arrays of `out`."""
     given = [torch.as_tensor(array) if isinstance(array, np.ndarray) else array for array in inputs]
     numbers = (number,) if op.takes_number else ()
+    if op.written and not torch.compiler.is_dynamo_compiling():  # there, the fake of the node that writes checks them
+        _check_written(op, options, given)
     results = _call(op, options, inputs, (*_read(op, given), *numbers), out, outs)
     if any(given[place] is not None for place in op.written):
         getattr(torch.ops.cupy_router, f"{op.name}_write")(op.writing_options(options).text, *given, *numbers)
@@ -123,6 +126,19 @@ def _call(op: Op, options: Any, inputs: Sequence[Any], arguments: Sequence[Any],
     results = results if len(declared) > 1 else (results,)
     found = [tensor for tensor, result in zip(results, declared, strict=True) if result in wanted]
     return op.pack(options, found, partial(sizes_of, op, options, inputs))
+
+
+def _check_written(op: Op, options: Any, inputs: Sequence[Any]) -> None:
+    """Check what an op writes into, before another node writes into `out`, and also if no node is left that writes."""
+    sizes = dict(op.sizes(options))
+    for declared, array in zip(op.inputs, inputs, strict=False):
+        if declared.written and array is not None:
+            dtype, place = tensors.name_of(array.dtype), (array.device.type, array.device.index or 0)
+            with check.named(op.label):
+                view = View(declared.shown, 0, tuple(array.shape), tuple(array.stride()), dtype, place, False, None)
+                check.dtype(view, declared.dtypes)
+                check.axes(view, declared.axes, sizes)
+                check.strides(view)
 
 
 def sizes_of(op: Op, options: Any, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -193,6 +209,11 @@ def _fake(op: Op, kind: Any, text: str, *arguments: Any) -> Any:
     return _with_absent(op, kind, options, found, inputs[0])
 
 
+def _fake_of_writing(op: Op, text: str, *arguments: Any) -> None:
+    """Check what is written, of which there are no results."""
+    _check_written(op, op.options_of(text), arguments)
+
+
 def _with_absent(op: Op, kind: Any, options: Any, found: Sequence[Any], like: Any) -> Any:
     """Return one tensor for each result of the tuple, an empty one if the result does not exist."""
     rest, wanted = iter(found), op.existing(options)
@@ -210,7 +231,7 @@ def define(op: Op) -> None:
     """Add an op and its twin to the library, once for each named tuple that it may return, and what it writes."""
     if op.written:
         written = {1 + place: f"{op.label}: {op.inputs[place].shown}" for place in op.written}
-        register(writing_schema(op), partial(_implementation_of_writing, op), no_results, written)
+        register(writing_schema(op), partial(_implementation_of_writing, op), partial(_fake_of_writing, op), written)
         register_without_gradient(f"{op.name}_write")
     for kind in (op.returns, *op.variants):
         name = node(op, kind)

@@ -58,6 +58,11 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
         # Contiguous, because calls refuse arrays whose last axis is not, and PyTorch may have put the mapped axis last.
         pairs = zip(inputs, in_dims[3:], strict=True)
         given = [a if dim is None else a.movedim(dim, 0).contiguous() for a, dim in pairs]
+        if info.batch_size == 0:  # for the shapes of the results: an entry of zeros, whose results are left out
+            given = [
+                torch.cat((a, a.new_zeros(1, *a.shape[1:]))) if b else a for a, b in zip(given, batched, strict=True)
+            ]
+            size = 1
         if op.mapping(options) == "refuse":
             raise ValueError(f"{op.label}: torch.func.vmap cannot map over it, call it for each entry instead")
         if op.mapping(options) == "merge" and number < 0 and _differ_in_rows(op, options, given, batched):
@@ -74,7 +79,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
                 for i in range(size)
             ]
             results = tuple(map(torch.stack, zip(*each, strict=True)))
-        return results, (0,) * len(results)
+        return tuple(result[: info.batch_size] for result in results), (0,) * len(results)
 
 
 def _with_rows(op: Op, given: Sequence[Any], batched: Sequence[bool]) -> set[str]:
