@@ -249,7 +249,7 @@ def share(x: Any) -> int:
 @pytest.mark.slow("seconds")
 @pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
 def test_a_capacity_made_of_sizes(how: str) -> None:
-    """Neither it nor a pad is a constant of the graph: of expert_layout, routers, and a Router that is a node itself."""
+    """Nor a pad. They are no constants of the graph: of expert_layout, routers, a Router that is a node of its own."""
     spec = lambda x: LayoutSpec(4, share(x))  # noqa: E731
     for function in (
         lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x)),
