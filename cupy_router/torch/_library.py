@@ -67,7 +67,9 @@ def sizes_in(op: Op, kind: Any) -> list[str]:
 
 def texts(op: Op, kind: Any, options: Any) -> list[Any]:
     """Return the options as a node has them."""
-    return [options.text_without(op.symbolic), *[options.changed(path) for path in sizes_in(op, kind)]]
+    paths = sizes_in(op, kind)
+    text = options.text_without(op.symbolic) if paths else options.text
+    return [text, *[options.changed(path) for path in paths]]
 
 
 def _arguments(op: Op, inputs: Sequence[Input]) -> list[str]:
