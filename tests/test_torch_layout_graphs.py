@@ -252,8 +252,7 @@ def test_a_capacity_made_of_sizes(how: str) -> None:
     """Nor a pad. They are no constants of the graph: of expert_layout, routers, a Router that is a node of its own."""
     spec = lambda x: LayoutSpec(4, share(x))  # noqa: E731
     for function in (
-        lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x)),
-        lambda x, ids: expert_layout(ids, MANY, alignment=4, pad=ids.numel()),
+        lambda x, ids: expert_layout(ids, MANY, alignment=4, capacity=share(x), pad=ids.numel()),
         lambda x, ids: layer(x, GATE, spec(x)),
         lambda x, ids: OF_NUMPY(x, layout=spec(x)),
     ):
