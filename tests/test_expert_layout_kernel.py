@@ -107,6 +107,7 @@ def poisoned(backend: Backend, shape: tuple[int, ...], gap: int, offset: int) ->
 # -- Every path --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize(
     ("k", "num_experts", "alignment"), [(8, 40, 1), (6, 60, 7), (1, 57, 4), (2, 1, 16), (22, 8, 1)]
@@ -135,6 +136,7 @@ def distributions(n: int, k: int, num_experts: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize("name", distributions(2, 2, 8))
 def test_distributions(backend: Backend, plan: str, name: str) -> None:
@@ -187,6 +189,7 @@ def test_an_expert_map_with_holes_that_sends_several_experts_to_one(
     assert_right(backend, ids, 61, expert_map=expert_map, num_local=0, load=load)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "int64"])
 def test_dtypes_strides_and_offsets(backend: Backend, plan: str, dtype: str) -> None:
@@ -199,6 +202,7 @@ def test_dtypes_strides_and_offsets(backend: Backend, plan: str, dtype: str) -> 
         assert_right(backend, ids, 256, offset=3)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("want", [("counts", "order"), ("ends", "positions"), ("offsets", "block_experts"), WANT[6:]])
 def test_only_what_is_wanted(backend: Backend, plan: str, want: tuple[str, ...]) -> None:
     assert_right(backend, ids_of(FEW if plan == "few" else 30, 6, 30), 30, want=want, alignment=4)
@@ -207,6 +211,7 @@ def test_only_what_is_wanted(backend: Backend, plan: str, want: tuple[str, ...])
 # -- Large sizes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize("num_experts", [1, 2, 8, 60, 128, 256, 257, 384, 1000, 1024, 4096, 40_000])
 @pytest.mark.parametrize("n", [64, 8192])
@@ -215,6 +220,7 @@ def test_numbers_of_experts(backend: Backend, n: int, num_experts: int) -> None:
     assert_right(backend, ids, num_experts, alignment=16, load="int32")
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize("alignment", [1, 7, 16, 64, 128, 160, 224, 1 << 20])
 @pytest.mark.parametrize("n", [3, 65, 1025])
@@ -223,6 +229,7 @@ def test_alignments(backend: Backend, n: int, alignment: int) -> None:
     assert_right(backend, ids, 9 if alignment > 1000 else 256, alignment=alignment)
 
 
+@pytest.mark.many_kernels
 @pytest.mark.acceptance("layout")
 @pytest.mark.parametrize("k", [1, 2, 6, 8, 22])
 @pytest.mark.parametrize("n", [1, 64, 65, 1025, 8192, 70_000])
