@@ -6,7 +6,17 @@
 constexpr int LAYOUT_COUNTER = 127;  // the last one, after those of the routing
 
 typedef FusedLayout<OUTPUTS, NUM_EXPERTS + NUM_SHARED> Layout;
-static_assert(sizeof(Layout::Memory) <= sizeof(shared_floats), "the layout takes the place of what routing has used");
+
+// Return memory for the layout: that of the routing, if it is large enough, as SHARED_FLOATS makes it.
+template <bool Fits>
+__device__ __forceinline__ Layout::Memory& layout_memory() {
+    if constexpr (Fits) {
+        return reinterpret_cast<Layout::Memory&>(shared_floats);
+    } else {
+        __shared__ Layout::Memory memory;
+        return memory;
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1) dense_router_decode_layout(
     const x_t* __restrict__ x, const gate_t* __restrict__ weight, const float* __restrict__ bias,
@@ -27,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1) dense_router_dec
                           layout.keep(static_cast<int>(token) * OUTPUTS + place, static_cast<int>(expert));
                       });
     if (SHARE == 0 && !routed) return;  // with shares all blocks arrive, since any may have routed that of another
-    layout.finish(reinterpret_cast<Layout::Memory&>(shared_floats), static_cast<int>(num_tokens) * OUTPUTS, indices,
-                  DENSE ? OUTPUTS : indices_stride, results, counters + LAYOUT_COUNTER,
-                  SHARE > 0 ? gridDim.x : gridDim.x / GROUP_BLOCKS);
+    layout.finish(layout_memory<sizeof(Layout::Memory) <= sizeof(shared_floats)>(),
+                  static_cast<int>(num_tokens) * OUTPUTS, indices, DENSE ? OUTPUTS : indices_stride, results,
+                  counters + LAYOUT_COUNTER, SHARE > 0 ? gridDim.x : gridDim.x / GROUP_BLOCKS);
 }

@@ -181,9 +181,12 @@ def test_growth_beyond_what_is_allowed_is_told() -> None:
 @pytest.mark.parametrize("kernel", sorted(path.stem for path in KERNELS.glob("*.cu")))
 def test_every_kernel_file_compiles_alone(kernel: str) -> None:
     """With the defaults of its macros, as an editor or a reader would try it."""
+    functions = set(re.findall(rf"\b({kernel}\w*)\(", (KERNELS / f"{kernel}.cu").read_text()))
+    assert functions
     for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
         for architecture in Specialisation(kernel, (), kernel).architectures:
-            assert nvrtc_.resources(compiler.expand(kernel), kernel, architecture).registers > 0
+            for function in functions:
+                assert nvrtc_.resources(compiler.expand(kernel), function, architecture).registers > 0
 
 
 @pytest.mark.parametrize("kernel", FROM_SM_80)

@@ -254,6 +254,7 @@ def test_the_layout_is_that_of_jaxlibs_header(tmp_path: Path) -> None:
     lines += ["static_assert(XLA_FFI_ExecutionStage_EXECUTE == 3 && XLA_FFI_AttrType_STRING == 4);"]
     names = {1: "PRED", 2: "S8", 3: "S16", 4: "S32", 5: "S64", 6: "U8", 7: "U16", 8: "U32", 9: "U64", 10: "F16"}
     names |= {11: "F32", 12: "F64", 15: "C64", 16: "BF16", 18: "C128", 19: "F8E5M2", 20: "F8E4M3FN"}
+    names |= {23: "F8E4M3B11FNUZ", 24: "F8E5M2FNUZ", 25: "F8E4M3FNUZ", 28: "F8E4M3", 29: "F8E3M4", 33: "F8E8M0FNU"}
     assert sorted(names) == sorted(_ffi.DTYPES)
     lines += [f"static_assert(XLA_FFI_DataType_{name} == {code});" for code, name in names.items()]
     source = tmp_path / "layout.cpp"

@@ -53,6 +53,9 @@ def _expert_layout() -> Iterator[Case]:
         for name in ALL:
             yield case(ids, 128, MISALIGNED, want=[name], alignment=8)
     yield case(uniform(64, 6, 40_000).astype(np.uint16), 40_000, DENSE)
+    for name in ALL:  # more experts than one launch takes
+        yield case(uniform(40, 4, 2000).astype(np.int32), 2000, MISALIGNED, want=[name], alignment=8)
+    yield case(uniform(2100, 8, 64).astype(np.int32), 64, STRIDED, alignment=4)  # more than a cluster of blocks takes
 
 
 def _layout(n: int, k: int, kind: str = "-1 sprinkled") -> dict[str, np.ndarray]:
