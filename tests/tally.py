@@ -153,7 +153,7 @@ class TwoLaunches:
         takes = ("ids", "load", "counts", "num_valid"), ("ids", "payload", "order", "copy", "num_valid")
         count = Kernel("tally", "tally_count", macros, options.num_experts, 1, fixed, takes=takes[0])
         order = Kernel("tally", "tally_order", macros, 1, 1, fixed | more, takes=takes[1])
-        self._launches = [launch_of(op, kernel, device) for kernel in (count, order)]
+        self._launches = [launch_of(op, options, kernel, device) for kernel in (count, order)]
         self.function = self._launches[0].function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:

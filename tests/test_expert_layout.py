@@ -140,6 +140,7 @@ def test_the_capacity_is_the_most_that_any_indices_need(experts: int, alignment:
         assert layout_capacity(n, k, experts, alignment) == need == oracle_layout.formula(n * k, experts, alignment)
 
 
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 @pytest.mark.parametrize("kind", ["uniform", "Zipf", "all pairs to one expert", "-1 sprinkled"])

@@ -54,6 +54,7 @@ def any_bytes(shape: tuple[int, int], name: str) -> np.ndarray:
 # -- Sizes, dtypes, memory ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -65,6 +66,7 @@ def test_every_hidden_size(backend: Backend, hidden: int, dtype: str, weighted: 
     to_rows(backend, inputs.normal((n, hidden), dtype), layout, weights)
 
 
+@pytest.mark.slow("seconds", every=3)
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("weights_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -201,6 +203,7 @@ def as_tensor(torch: Any, x: np.ndarray, name: str) -> Any:
     return torch.from_numpy(np.ascontiguousarray(x).view(np.uint8)).view(getattr(torch, name))
 
 
+@pytest.mark.slow("seconds", every=6)
 @pytest.mark.backends("reference")
 @pytest.mark.parametrize("name", BYTES)
 def test_torch_moves_any_dtype(name: str) -> None:
@@ -219,6 +222,7 @@ def test_torch_moves_any_dtype(name: str) -> None:
         assert out.view(torch.uint8).numpy().tobytes() == right.tobytes()
 
 
+@pytest.mark.slow("seconds", every=6)
 @pytest.mark.backends("reference")
 @pytest.mark.parametrize("name", BYTES)
 def test_jax_moves_any_dtype(name: str, jax_on_the_cpu: None) -> None:
