@@ -23,7 +23,7 @@ from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.moved_rows import Case, Moved, layout_of
 
-pytestmark = pytest.mark.needs_kernels
+pytestmark = [pytest.mark.needs_kernels, pytest.mark.many_kernels]
 
 
 def cases() -> Iterator[Case]:
