@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cupy
@@ -15,13 +15,13 @@ from benchmarks.harness import attempt, barred, gpu_row, main
 from benchmarks.one_size import OneSize
 from benchmarks.rows import Row
 from cupy_router import ExpertLayout, expert_layout
+from cupy_router.ops._layout import DEFAULT_WANT
 
 ALL_N = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 ALL_E = (8, 60, 64, 128, 160, 256, 257, 384, 512, 1000, 1024, 4096, 40_000)
 ALL_K = (1, 2, 4, 6, 8, 10, 16, 22)
 ALIGNMENTS = (1, 7, 16, 64, 128, 160, 224)
 SKEWS = ("uniform", "zipf", "one expert")
-DEFAULT_WANT = ("counts", "offsets", "order", "positions")
 PADDED_WANT = (*DEFAULT_WANT, "block_experts", "row_experts")
 
 
@@ -75,7 +75,7 @@ class Problem:
         from benchmarks import rivals
 
         indices = rivals.tensor(self.indices)
-        lay_out: Callable[[], Any] = lambda: rivals.expert_layout(indices, self.num_experts)  # noqa: E731
+        lay_out = partial(rivals.expert_layout, indices, self.num_experts)
         ours = self.call()
         for name, theirs in zip(DEFAULT_WANT, lay_out(), strict=True):
             if not (getattr(ours, name) == cupy.from_dlpack(theirs.int())).all():

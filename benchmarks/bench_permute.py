@@ -158,7 +158,7 @@ def sweep_rows() -> list[Row]:
 
 
 def call_rows() -> list[Row]:
-    """What a call takes on the host, from PyTorch and CuPy."""
+    """Measure the host time of calls from PyTorch and CuPy."""
     problem = Problem(64, 4096)
     calls: dict[tuple[str, str], Action] = {
         (OURS, "permute from cupy, out="): lambda: problem.call("permute"),

@@ -47,7 +47,7 @@ def read_entries(token_ids: Any, table: Any, logits: Any, out: Any, cell: Row) -
 
 
 def copy(num_bytes: int, cell: Row) -> Row:
-    """A copy that moves so many bytes, read and written together."""
+    """Measure a copy of half of `num_bytes`, which counts reads and writes together."""
     source = cupy.random.randint(0, 2**31 - 1, (num_bytes // 8,)).astype(cupy.int32)
     target = cupy.empty(source.shape, cupy.int32)
     kind = 3  # from device to device

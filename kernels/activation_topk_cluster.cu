@@ -2,7 +2,7 @@
 // activation_topk.cu and the layout of its experts in one launch, for few tokens: by a cluster of blocks (sm_90 and later).
 #include "routing/rows_and_layout.cuh"
 
-static_assert(HANDOVER != LAST_BLOCK, "all blocks are in one cluster");
+static_assert(LAYOUT_BY != LAST_BLOCK, "all blocks are in one cluster");
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(LAYOUT_THREADS, MIN_BLOCKS)
     activation_topk_cluster(const logit_t* __restrict__ logits, const float* __restrict__ bias,

@@ -13,12 +13,12 @@ import pytest
 from cupy_router import ExpertLayout, LayoutSpec, RoutingMethod, activation_topk, expert_layout, topk_select
 from cupy_router.arrays import FRAMEWORKS, MAX_SHARED_BYTES, places_in_block
 from cupy_router.arrays import _torch as tensors
-from cupy_router.ops import _cached, _run
+from cupy_router.ops import _run
 from cupy_router.ops import expert_layout as layouts
-from cupy_router.ops._op import Op
 from cupy_router.ops.activation_topk import OP as ROUTER
 from cupy_router.ops.registry import OPS
 from cupy_router.results import RoutingPlan, TopK
+from tests.cuda_path import Launches, record_launches
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -28,28 +28,10 @@ LOGITS = torch.arange(15.0).reshape(3, 5)
 ARRAYS = ExpertLayout._fields[:7]
 SMALL = (((5,), "int32"), ((6,), "int32"), ((64,), "int32"), ((3, 2), "int32"))
 
-Launches = list[dict[str, int]]
-
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Let calls take the way of CUDA tensors, to kernels that do nothing; return the arguments of all launches."""
-    found: Launches = []
-
-    class Nothing:
-        class function:
-            device = 0
-
-        def __init__(self, op: Op, options: Any) -> None:
-            self.names = (*op.parameters(options), *["number"] * op.takes_number)
-
-        def __call__(self, stream: int, varying: Any) -> None:
-            found.append(dict(zip(self.names, varying, strict=True)))
-
-    monkeypatch.setattr(tensors.PyTorch, "current_stream", lambda framework, array: 7)
-    monkeypatch.setattr(_cached, "work_of", lambda op, options, *given: Nothing(op, options))
-    monkeypatch.setattr(_cached, "calls", {})
-    return found
+    return record_launches(monkeypatch)
 
 
 def storages(arrays: Any) -> set[int]:

@@ -10,36 +10,17 @@ import numpy as np
 import pytest
 
 from cupy_router import ExpertLayout, expert_layout, permute, unpermute
-from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _cached, _run
-from cupy_router.ops._op import Op
 from cupy_router.ops.expert_layout import OP as LAYOUT_OP
 from cupy_router.ops.expert_layout import LayoutOptions
+from tests.cuda_path import Launches, record_launches
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-
-Launches = list[dict[str, int]]
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Let calls take the way of CUDA tensors, to kernels that do nothing; return the arguments of all launches."""
-    found: Launches = []
-
-    class Nothing:
-        class function:
-            device = 0
-
-        def __init__(self, op: Op, options: Any) -> None:
-            self.names = (*op.parameters(options), *["number"] * op.takes_number)
-
-        def __call__(self, stream: int, varying: Any) -> None:
-            found.append(dict(zip(self.names, varying, strict=True)))
-
-    monkeypatch.setattr(tensors.PyTorch, "current_stream", lambda framework, array: 7)
-    monkeypatch.setattr(_cached, "work_of", lambda op, options, *given: Nothing(op, options))
-    monkeypatch.setattr(_cached, "calls", {})
-    return found
+    return record_launches(monkeypatch)
 
 
 def aligned(*shape: int, dtype: Any = torch.float32) -> Any:

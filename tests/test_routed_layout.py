@@ -32,7 +32,7 @@ from tests.canvas import Canvas
 
 ALL = oracle_layout.NAMES
 ONE_BLOCK, LAST_BLOCK, CLUSTER, TWO = "one block", "last block", "cluster", "two launches"
-_HANDOVERS = (ONE_BLOCK, LAST_BLOCK, CLUSTER)
+_LAYOUT_BY = (ONE_BLOCK, LAST_BLOCK, CLUSTER)
 WITH_ROWS = ("weights", "indices", "positions")
 BFLOAT16 = "bfloat16"
 
@@ -178,8 +178,8 @@ def launches() -> Iterator[list[str]]:
     found: list[str] = []
 
     def spy(kernel: str, function: str, macros: Any, *rest: Any) -> Any:
-        handover = dict(macros).get("HANDOVER")
-        found.append(function if handover is None else _HANDOVERS[handover])
+        layout_by = dict(macros).get("LAYOUT_BY")
+        found.append(function if layout_by is None else _LAYOUT_BY[layout_by])
         return compile_(kernel, function, macros, *rest)
 
     compile_ = compiler.compile

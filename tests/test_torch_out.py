@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, activation_topk, topk_select
-from cupy_router.arrays import _torch as tensors
-from cupy_router.ops import _cached
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run
 from cupy_router.ops.registry import OPS
 from cupy_router.results import Routing
 from tests import inputs
+from tests.cuda_path import record_launches
 from tests.declared import arrays, positional
 from tests.tally import OP as TALLY
 from tests.tally import add_kernel_file, tally, torch_with_tally
@@ -40,18 +39,7 @@ def _tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def on_a_stream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Let calls take the way of CUDA tensors, to kernels that do nothing; return the number of launches."""
-    launches: list[int] = []
-
-    class Nothing:
-        class function:
-            device = 0
-
-        def __call__(self, stream: int, varying: Any) -> None:
-            launches.append(stream)
-
-    monkeypatch.setattr(tensors.PyTorch, "current_stream", lambda framework, array: 7)
-    monkeypatch.setattr(_cached, "work_of", lambda *given: Nothing())
-    monkeypatch.setattr(_cached, "calls", {})
+    launches = record_launches(monkeypatch)
     return lambda: len(launches)
 
 

@@ -166,7 +166,7 @@ _ALIGNMENT = 256
 
 
 def places_in_block(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return the offsets of arrays of so many bytes in one block of memory, and the size of the block."""
+    """Return the offset of each array in one block of memory, from their bytes, and the size of the block."""
     offsets, total = [], 0
     for num_bytes in sizes:
         offsets.append(total)

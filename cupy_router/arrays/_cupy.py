@@ -71,7 +71,7 @@ def allocator(outputs: Sequence[Output], index: int) -> Allocator:
     get_device, alloc, ndarray = cupy.cuda.runtime.getDevice, cupy.cuda.alloc, cupy.ndarray
     layouts = [(shape, dtype_of(dtype)) for shape, dtype in outputs]
     wanted = [dtype for _, dtype in layouts]
-    # CuPy views memory as float8, but makes no array of it.
+    # CuPy 14 views memory as float8, but refuses to make an array of it.
     layouts = [(shape, np.dtype(np.uint8) if is_float8(dtype) else dtype) for shape, dtype in layouts]
     offsets, total = places_in_block([math.prod(shape) * dtype.itemsize for shape, dtype in layouts])
     places = [(*layout, offset) for layout, offset in zip(layouts, offsets, strict=True)]

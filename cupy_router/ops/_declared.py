@@ -40,7 +40,7 @@ class Input:
 
     @cached_property
     def shown(self) -> str:
-        """What errors call it."""
+        """Name in errors."""
         return self.path or self.name
 
 

@@ -28,12 +28,12 @@ _COUNTER_BYTES = 4
 
 
 class Problem(NamedTuple):
-    """What is laid out."""
+    """Sizes of a layout."""
 
     num_pairs: int
     num_experts: int
     capacity: int
-    padding: int  # rows, at least so many
+    padding: int  # least number of rows without a pair
 
 
 def problem(options: Any, arrays: Arrays, gpu: Gpu) -> Problem | None:
@@ -49,11 +49,11 @@ def problem(options: Any, arrays: Arrays, gpu: Gpu) -> Problem | None:
 
 
 def macros_and_numbers(
-    found: Problem, options: Any, arrays: Arrays, gpu: Gpu, handover: int, threads: int
+    found: Problem, options: Any, arrays: Arrays, gpu: Gpu, layout_by: int, threads: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the constants of the layout, and its parameters."""
     spec, positions, columns = options.layout, arrays.positions, arrays.indices.shape[1]
-    by_pair = handover == ONE_BLOCK and found.num_pairs <= gpu.table.fused_layout.max_pairs_looked_at
+    by_pair = layout_by == ONE_BLOCK and found.num_pairs <= gpu.table.fused_layout.max_pairs_looked_at
     wanted = ("counts", "offsets", "ends", "order", "positions", "block_experts", "row_experts")
     macros = {f"LAYOUT_{name.upper()}": int(getattr(arrays, name) is not None) for name in wanted}
     macros |= {
@@ -63,7 +63,7 @@ def macros_and_numbers(
         "LAYOUT_THREADS": threads,
         "LAYOUT_PAIRS": found.num_pairs if by_pair else _rounded(found.num_pairs, threads),
         "LAYOUT_BY_PAIR": int(by_pair),
-        "HANDOVER": handover,
+        "LAYOUT_BY": layout_by,
     }
     stride = 0 if positions is None else positions.row_stride
     return macros, {"capacity": found.capacity, "positions_stride": stride}
@@ -89,22 +89,22 @@ def fused(
     arrays: Arrays,
     gpu: Gpu,
     name: str,
-    handover: int,
+    layout_by: int,
     more: dict[str, int] | None = None,
 ) -> Kernel | None:
     """Return the launch of kernels/<name>.cu, which does what `routed` does in the same shape, and lays out."""
-    num_ids = 0 if handover == LAST_BLOCK else 4 * _rounded(found.num_pairs, routed.block)
+    num_ids = 0 if layout_by == LAST_BLOCK else 4 * _rounded(found.num_pairs, routed.block)
     too_much_padding = found.padding > routed.grid * gpu.table.fused_layout.max_padding_rows
     if too_much_padding or shared_bytes(found.num_experts, routed.block) + num_ids > _SHARED_BYTES:
         return None
-    macros, numbers = macros_and_numbers(found, options, arrays, gpu, handover, routed.block)
+    macros, numbers = macros_and_numbers(found, options, arrays, gpu, layout_by, routed.block)
     fixed = routed.fixed | numbers | (more or {})
     return routed._replace(file=name, function=name, macros=routed.macros | macros, fixed=fixed)
 
 
 def counts(kernel: Kernel) -> bool:
     """Return whether the blocks of a kernel of :func:`fused` are counted as they arrive."""
-    return kernel.macros["HANDOVER"] == LAST_BLOCK
+    return kernel.macros["LAYOUT_BY"] == LAST_BLOCK
 
 
 def with_counter(op: Op, options: Any, kernel: Kernel, arrays: Arrays) -> Kernel | Work:

@@ -7,11 +7,10 @@ of its additions, follow from the arrays' columns, dtypes, strides and alignment
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cupy_router.arrays import View
+from cupy_router.arrays import View, item_bits
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays
@@ -158,9 +157,9 @@ def unpermute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
 
 
 def _team(gpu: Gpu, vectors: int, unroll: int, positions: View, sums: bool) -> _Team:
-    """Return how to divide rows of so many vectors. `sums`: a team has a whole row, of which it computes dot products.
+    """Return the threads that share a row of `vectors` 16-byte words. With `sums`, a team has whole rows to sum up.
 
-    Of the numbers of threads that are fast, that one is chosen with the fewest idle threads.
+    Of the tuned numbers of threads, the one that leaves the fewest idle is chosen.
     """
     sizes = gpu.table.move_rows.teams
     wanted = -(-vectors // unroll)  # threads, for a whole row at once
@@ -195,9 +194,9 @@ def _padding_rows(gpu: Gpu, capacity: int, num_pairs: int) -> int:
 
 
 def _read_once(gpu: Gpu, rows: View, num_pairs: int, most: int) -> bool:
-    """Return whether rows of pairs should leave the caches first: where they are at most so many times as large as L2.
+    """Return whether to mark rows of pairs for eviction as they are read: if their bytes are at most `most` times L2.
 
-    Then part of them may be in L2 already, and what is read from there makes room for the rest.
+    Part of such rows may be in L2 already. Evicting them after their only use leaves space for the others.
     """
     return min(num_pairs, rows.shape[0]) * rows.shape[1] * _item_bytes(rows) <= most * gpu.l2_bytes
 
@@ -206,9 +205,7 @@ def _read_once(gpu: Gpu, rows: View, num_pairs: int, most: int) -> bool:
 
 
 def _item_bytes(view: View) -> int:
-    """Return the bytes of an element, whose dtype may be any that a framework has, such as "bool" or "complex64"."""
-    bits = re.search(r"\d+", view.dtype)
-    return max(1, int(bits[0]) // 8) if bits else 1
+    return item_bits(view.dtype) // 8
 
 
 def _row_bytes(view: View | None) -> int:

@@ -112,15 +112,15 @@ class ActivationTopK(RoutedOp):
         tuned, num_tokens = gpu.table.fused_layout, arrays.logits.shape[0]
         routed = self.route(replace(options, layout=None), arrays, gpu)
         warps = -(-num_tokens * routed.macros["LANES"] // 32)
-        name, handover, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
+        name, layout_by, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
         if warps > tuned.max_block_warps or found.padding > tuned.max_block_padding_rows:
             if gpu.capability >= fused_layout.CLUSTER_FROM and warps <= tuned.max_cluster_warps:
-                name, handover, grid = f"{self.name}_cluster", fused_layout.CLUSTER, fused_layout.CLUSTER_BLOCKS
+                name, layout_by, grid = f"{self.name}_cluster", fused_layout.CLUSTER, fused_layout.CLUSTER_BLOCKS
             else:
-                handover, grid = fused_layout.LAST_BLOCK, -(-warps // tuned.last_block_warps)
+                layout_by, grid = fused_layout.LAST_BLOCK, -(-warps // tuned.last_block_warps)
         routed = routed._replace(grid=grid, block=tuned.threads)
         numbers = {"routing_warps": -(-warps // grid)}
-        return fused_layout.fused(options, routed, found, arrays, gpu, name, handover, numbers)
+        return fused_layout.fused(options, routed, found, arrays, gpu, name, layout_by, numbers)
 
 
 OP = ActivationTopK()

@@ -114,8 +114,8 @@ class DenseRouter(RoutedOp):
             return None
         routed, partials = _decode_kernel(options.method, num_tokens, arrays, gpu, with_layout=True)
         several = routed.macros["SHARE"] > 0 or num_tokens > routed.macros["TOKENS"]
-        handover = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
-        kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", handover)
+        layout_by = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
+        kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", layout_by)
         if kernel is None:
             return None
         kernel.macros["SHARED_FLOATS"] = fused_layout.shared_bytes(found.num_experts, routed.block) // 4

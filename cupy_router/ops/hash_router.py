@@ -164,8 +164,8 @@ class HashRouter(RoutedOp):
             threads = num_tokens * routed.macros["LANES"]
             block = next((block for block in tuned.table_blocks if threads <= block), tuned.threads)
             routed = routed._replace(grid=-(-threads // block), block=block)
-        handover = fused_layout.ONE_BLOCK if routed.grid == 1 else fused_layout.LAST_BLOCK
-        return fused_layout.fused(options, routed, found, arrays, gpu, f"{self.name}_layout", handover)
+        layout_by = fused_layout.ONE_BLOCK if routed.grid == 1 else fused_layout.LAST_BLOCK
+        return fused_layout.fused(options, routed, found, arrays, gpu, f"{self.name}_layout", layout_by)
 
 
 OP = HashRouter()

@@ -21,7 +21,7 @@ from cupy_router.ops.unpermute import NEEDS_ORDER
 
 SMOOTH = "the result has a gradient"
 
-# What a gradient reads besides the incoming one, by the input that it belongs to.
+# Arrays that the gradient with respect to each input reads, besides the incoming gradient.
 _PERMUTE_READS = {"x": ("positions", "weights"), "weights": ("positions", "x")}
 _UNPERMUTE_READS = {
     "y": ("order", "positions", "weights"),

@@ -130,10 +130,10 @@ class Layout(Family):
     block_pairs: int  # up to here one block lays out all pairs
     block_threads: Steps  # up to this many pairs, threads of this block
     largest_block: int  # threads, beyond these steps
-    padding_rows: int  # one more block for each so many rows of padding
-    cluster_share_pairs: int  # up to so many for each block, one cluster lays out all pairs
+    padding_rows: int  # one more block for each this many rows of padding
+    cluster_share_pairs: int  # up to this many per block, one cluster lays out all pairs
     share_threads: int  # of a block of a cluster
-    grid: tuple[tuple[int, int, int], ...]  # up to so many shares of so many pairs, in blocks of so many threads
+    grid: tuple[tuple[int, int, int], ...]  # (most shares, pairs of a share, threads of a block)
     steps: tuple[tuple[int, int], ...]  # beyond, in three launches: pairs of a share, threads; the first that fits
 
 
@@ -148,10 +148,10 @@ class MoveRows(Family):
     max_slots: int  # of a token, whose rows are in flight together
     spread_tokens: int  # permute with dot products: up to here, several teams share the slots of a token
     spread_slots: int  # of each of these teams
-    permute_read_once: int  # rows of y leave the caches first where they are at most so many times as large as L2
+    permute_read_once: int  # evict rows of y after their use if their bytes are at most this multiple of L2
     unpermute_read_once: int
     shared_order: int  # rows of a layout that each block of permute reads at once, not one by one as it needs them
-    much_padding: int  # if more than one row in so many is padding for certain, a warp has only one row to check
+    much_padding: int  # if more than 1 row in this many is padding in any case, a warp checks one row
     padding_rows: int  # otherwise
 
 

@@ -12,9 +12,9 @@
 
 // Which block lays out, and where it finds the experts: there is one block, which keeps them in shared memory; the last
 // block to arrive reads what all have written; the blocks of a cluster write into the shared memory of the first.
-enum Handover { ONE_BLOCK, LAST_BLOCK, CLUSTER };
+enum LayoutBy { ONE_BLOCK, LAST_BLOCK, CLUSTER };
 
-SPECIALISED Handover HANDOVER = ONE_BLOCK;
+SPECIALISED LayoutBy LAYOUT_BY = ONE_BLOCK;
 SPECIALISED int LAYOUT_THREADS = 256;     // of a block
 SPECIALISED int LAYOUT_PAIRS = 512;       // of the call, at most
 SPECIALISED bool LAYOUT_BY_PAIR = false;  // so few that threads look at each
@@ -24,11 +24,11 @@ struct FusedLayout {
     // Shared memory that is used after the routing only.
     typedef BlockLayout<LAYOUT_THREADS, LAYOUT_BY_PAIR ? 1 : Experts, LAYOUT_BY_PAIR ? 1 : LAYOUT_PAIRS> Memory;
 
-    int experts[HANDOVER == LAST_BLOCK ? 1 : LAYOUT_PAIRS];  // of pairs
+    int experts[LAYOUT_BY == LAST_BLOCK ? 1 : LAYOUT_PAIRS];  // of pairs
 
     // Every thread calls it before it routes.
     __device__ __forceinline__ void begin(const LayoutResults& results) {
-        if (HANDOVER == CLUSTER) cluster_arrive();
+        if (LAYOUT_BY == CLUSTER) cluster_arrive();
         if (LAYOUT_PREFILLED) {
             const unsigned thread = blockIdx.x * LAYOUT_THREADS + threadIdx.x;
             fill_rows(results, 0, thread, gridDim.x * LAYOUT_THREADS);
@@ -37,28 +37,28 @@ struct FusedLayout {
 
     // Every thread calls it before the first expert is kept.
     __device__ __forceinline__ void wait() {
-        if (HANDOVER == CLUSTER) cluster_wait();
+        if (LAYOUT_BY == CLUSTER) cluster_wait();
     }
 
     __device__ __forceinline__ void keep(int pair, int expert) {
-        if (HANDOVER == ONE_BLOCK) experts[pair] = expert;
-        if (HANDOVER == CLUSTER) *cluster_map(&experts[pair], 0) = expert;
+        if (LAYOUT_BY == ONE_BLOCK) experts[pair] = expert;
+        if (LAYOUT_BY == CLUSTER) *cluster_map(&experts[pair], 0) = expert;
     }
 
     // Lay out what the blocks have routed. Every thread of a block calls it when its block has; `arrivals` blocks do.
     template <typename Index>
     __device__ __forceinline__ void finish(Memory& memory, int num_pairs, const Index* indices, int64_t indices_stride,
                                            const LayoutResults& results, unsigned* counter, unsigned arrivals) {
-        if (HANDOVER == LAST_BLOCK) {
+        if (LAYOUT_BY == LAST_BLOCK) {
             if (!is_last_block(counter, arrivals)) return;
-        } else if (HANDOVER == CLUSTER) {
+        } else if (LAYOUT_BY == CLUSTER) {
             cluster_barrier();
             if (cluster_rank() > 0) return;
         } else {
             __syncthreads();
         }
         const auto expert_of_pair = [&](unsigned pair) {
-            if (HANDOVER != LAST_BLOCK) return experts[pair];
+            if (LAYOUT_BY != LAST_BLOCK) return experts[pair];
             return static_cast<int>(__ldcg(indices + pair / TopK * indices_stride + pair % TopK));
         };
         if constexpr (LAYOUT_BY_PAIR) {

@@ -18,9 +18,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("this PyTorch has no CUDA", allow_module_level=True)
 
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402  # imports PyTorch
 
-from tests.torch_layouts import (  # noqa: E402
+from tests.torch_layouts import (  # noqa: E402  # imports PyTorch
     ALL,
     EXPERTS,
     IDS,
@@ -30,7 +30,7 @@ from tests.torch_layouts import (  # noqa: E402
     plain_permute,
     plain_unpermute,
 )
-from tests.torch_samples import NODES, samples  # noqa: E402
+from tests.torch_samples import NODES, samples  # noqa: E402  # imports PyTorch
 
 METHOD = RoutingMethod(64, 6, "sigmoid", renormalize_eps=1e-20)
 ROWS = sorted(
