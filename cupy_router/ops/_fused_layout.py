@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cupy_router import compiler, scratch
 from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
 from cupy_router.ops._declared import Arrays
-from cupy_router.ops._layout import layout_sizes
+from cupy_router.ops._layout import ARRAYS, layout_sizes
 from cupy_router.ops._op import Op
 from cupy_router.tuning import Gpu
 
@@ -54,8 +54,7 @@ def macros_and_numbers(
     """Return the constants of the layout, and its parameters."""
     spec, positions, columns = options.layout, arrays.positions, arrays.indices.shape[1]
     by_pair = layout_by == ONE_BLOCK and found.num_pairs <= gpu.table.fused_layout.max_pairs_looked_at
-    wanted = ("counts", "offsets", "ends", "order", "positions", "block_experts", "row_experts")
-    macros = {f"LAYOUT_{name.upper()}": int(getattr(arrays, name) is not None) for name in wanted}
+    macros = {f"LAYOUT_{name.upper()}": int(getattr(arrays, name) is not None) for name in ARRAYS}
     macros |= {
         "LAYOUT_ALIGNMENT": spec.alignment,
         "LAYOUT_DENSE": int(positions is None or positions.row_stride == columns),

@@ -81,6 +81,9 @@ def _canonical(label: str, want: Any) -> tuple[str, ...]:
     return tuple([name for name in _ARRAYS if name in names])
 
 
+ARRAYS = tuple(_ARRAYS)
+
+
 def layout_results(
     want: Callable[[Any], tuple[str, ...]], prefix: str = "", top_k: str = "top_k"
 ) -> tuple[Result, ...]:
