@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cupy_router import permute
+from cupy_router import ExpertLayout, permute
 from tests import inputs
 from tests.backends import DTYPES, Backend
 from tests.inputs import FLOATS, rng
@@ -296,3 +296,12 @@ def test_what_are_no_numbers_is_refused(dtype: Any) -> None:
 def test_rows_of_zero_tokens_keep_their_dtype(backend: Backend, dtype: str) -> None:
     layout = layout_of(backend, np.empty((0, 2), np.int32), 4)
     assert backend.numpy(permute(backend.array(np.zeros((0, 3), DTYPES[dtype])), layout)).dtype == DTYPES[dtype]
+
+
+def test_zeros_keep_their_signs(backend: Backend) -> None:
+    """Also where a product is so small that it is flushed to 0."""
+    zero, x = backend.array(np.zeros(1, np.int32)), np.array([[-1.0, 1.0, -0.0, -1e-30]], np.float32)
+    layout = ExpertLayout(order=zero, positions=zero.reshape(1, 1), num_tokens=1, top_k=1, alignment=1, capacity=1)
+    for weight in np.array([0.0, -0.0, 1e-20], np.float32):
+        rows = backend.numpy(permute(backend.array(x), layout, weights=backend.array(np.full((1, 1), weight))))
+        np.testing.assert_array_equal(np.signbit(rows), np.signbit(x) ^ np.signbit(weight))
