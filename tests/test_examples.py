@@ -79,7 +79,7 @@ def test_the_bias_balances_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
 
     def noting(bias: Any, load: Any, **options: Any) -> Any:
-        loads.append(load.numpy().copy())
+        loads.append(load.cpu().numpy().copy())
         return update_bias(bias, load, **options)
 
     monkeypatch.setattr(module, "update_bias", noting)
@@ -138,9 +138,9 @@ def test_the_pytorch_layer_compiles_for_any_number_of_tokens(how: str, graphs: i
 def test_the_jax_layer_exports_for_any_number_of_tokens(plain: bool) -> None:
     jax = pytest.importorskip("jax", reason="jax is not installed")
     moe = importlib.import_module("examples.moe_jax").moe
-    parameters, (hidden, _) = tokens.parameters(), tokens.load()
+    parameters, hidden = jax.tree.map(jax.numpy.asarray, (tokens.parameters(), tokens.load()[0]))
     (num_tokens,) = jax.export.symbolic_shape("num_tokens")
-    arguments = jax.tree.map(jax.numpy.asarray, parameters), jax.ShapeDtypeStruct((num_tokens, 384), np.float32)
+    arguments = parameters, jax.ShapeDtypeStruct((num_tokens, 384), np.float32)
     names = ("dense_router", "permute", "unpermute")
     safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{name}") for name in names]
     exported = jax.export.export(jax.jit(lambda p, x: moe(p, x, plain)), disabled_checks=safe)(*arguments)

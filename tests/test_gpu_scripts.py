@@ -149,11 +149,12 @@ def test_summaries_are_read(text: str, errors: int | None) -> None:
 FAKE = """#!{python}
 import sys
 tool, planted = sys.argv[2], "--planted" in sys.argv
-errors = {errors_planted} if planted else {errors_ours}
+last = sys.argv[-2:] == ["--first", "2"]
+errors = {errors_planted} if planted else {errors_ours} * last
 print("calls made: 7")
 print(f"========= RACECHECK SUMMARY: {{errors}} hazards displayed" if tool == "racecheck" else
       f"========= ERROR SUMMARY: {{errors}} errors")
-sys.exit({status} if not planted else 1)
+sys.exit({status} * last if not planted else 1)
 """
 
 
@@ -180,9 +181,22 @@ def test_a_tool_must_find_its_fault_and_nothing_else(
 ) -> None:
     fake_sanitizer(tmp_path, **behaviour)
     monkeypatch.setenv("PATH", str(tmp_path))
-    row = sanitize.report(tool, every=0, timeout=30)
-    assert (row["tool"], row["calls"], row["ok"]) == (tool, 7, ok)
+    row = sanitize.report(tool, every=1, jobs=3, timeout=30)
+    assert (row["tool"], row["calls"], row["ok"]) == (tool, 3 * 7, ok)
     assert row["errors"] == behaviour.get("errors_ours", 0)
+
+
+def test_jobs_share_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def run_tool(command: list[str], timeout: float) -> dict[str, Any]:
+        step, first = int(command[-3]), int(command[-1])
+        made.extend(range(50)[first::step])
+        return {"errors": 0, "calls": 1, "exit": 0, "seconds": 0.0, "text": ""}
+
+    monkeypatch.setattr(sanitize, "run_tool", run_tool)
+    sanitize.run_jobs(["tool"], every=3, jobs=4, timeout=1)
+    assert sorted(made) == list(range(0, 50, 3))
 
 
 @pytest.mark.slow("process")

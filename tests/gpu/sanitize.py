@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant of every kernel under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
 
-    python -m tests.gpu.sanitize [--output FILE.json] [--tools memcheck racecheck] [--every N]
+    python -m tests.gpu.sanitize [--output FILE.json] [--tools memcheck racecheck] [--every N] [--jobs N]
 
-Each tool runs a process of its own that makes the calls of tests/gpu/variants.py, compares them with the reference and
-says how many there were. Arrays lie in CUDA memory of exactly their own size, each its own allocation, and of it only
+Each tool runs processes of its own, which share the calls of tests/gpu/variants.py, compare them with the reference and
+say how many there were. Arrays lie in CUDA memory of exactly their own size, each its own allocation, and of it only
 the elements are ever written: a pool would hide a read one element too far. Before that each tool has to find a planted
 fault, so that a tool that sees nothing is not mistaken for a clean result.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,22 @@ def errors_in(text: str) -> int | None:
     return sum(int(error or hazard) for error, hazard in found) if found else None
 
 
+def run_jobs(command: Sequence[str], every: int, jobs: int, timeout: float) -> dict[str, Any]:
+    """Share every Nth call among processes that run at once; return the sums of errors and calls, and the seconds."""
+    begin = time.monotonic()
+    commands = [[*command, "--calls", str(every * jobs), "--first", str(every * job)] for job in range(jobs)]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda each: run_tool(each, timeout), commands))
+    errors = [each["errors"] for each in done]
+    return {
+        "errors": None if None in errors else sum(errors),
+        "calls": sum(each["calls"] for each in done) if all(each["calls"] for each in done) else 0,
+        "exit": next((each["exit"] for each in done if each["exit"]), 0),
+        "seconds": round(time.monotonic() - begin, 1),
+        "text": "".join(each["text"][-6000:] for each in done if each["exit"] or each["errors"] != 0),
+    }
+
+
 def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
     """Run one process under a tool; return errors, calls and seconds."""
     begin = time.monotonic()
@@ -144,12 +162,12 @@ def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
     }
 
 
-def report(tool: str, every: int, timeout: float) -> dict[str, Any]:
+def report(tool: str, every: int, jobs: int, timeout: float) -> dict[str, Any]:
     """Run one tool: it must find its planted fault, then nothing in our kernels."""
     options, default = TOOLS[tool]
     command = [find_sanitizer(), "--tool", tool, *options, sys.executable, "-m", "tests.gpu.sanitize"]
     planted = run_tool([*command, "--planted", tool], timeout)
-    ours = run_tool([*command, "--calls", str(every or default)], timeout)
+    ours = run_jobs(command, every or default, jobs, timeout)
     clean = ours["errors"] == 0 and ours["exit"] == 0 and ours["calls"] > 0
     if not clean:
         print(ours["text"][-6000:])
@@ -164,20 +182,22 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--every", type=int, default=0, help="run every Nth case (default: 1 to 3, by the tool)")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) * 3 // 4), help="processes at once")
     parser.add_argument("--timeout", type=float, default=170.0, help="seconds for each process")
     parser.add_argument("--calls", type=int, metavar="N", help="only make every Nth call, here and now")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="with --calls: the number of the first")
     parser.add_argument("--planted", choices=TOOLS, help="only make the fault that this tool is for")
     chosen = parser.parse_args(given)
     if chosen.planted:
         make_fault(chosen.planted)
         return 0
     if chosen.calls:
-        print(f"{_MARK}{make_calls(ExactBackend(), cases()[:: chosen.calls])}")
+        print(f"{_MARK}{make_calls(ExactBackend(), cases()[chosen.first :: chosen.calls])}")
         return 0
     from benchmarks.harness import environment  # which needs CuPy
 
     # Once without a tool: all kernels are compiled then, and wrong results are seen before anything else.
-    warm = run_tool([sys.executable, "-m", "tests.gpu.sanitize", "--calls", "1"], chosen.timeout)
+    warm = run_jobs([sys.executable, "-m", "tests.gpu.sanitize"], 1, chosen.jobs, chosen.timeout)
     print(f"no tool: {warm['calls']} calls, exit {warm['exit']}, {warm['seconds']} s")
     if warm["exit"]:
         print(warm["text"][-6000:])
@@ -187,7 +207,7 @@ def main(given: Sequence[str] | None = None) -> int:
     about = {"compute_sanitizer": found[1] if found else version.strip()}
     content: dict[str, Any] = {"environment": environment() | about, "tools": []}
     for tool in chosen.tools:
-        row = report(tool, chosen.every, chosen.timeout)
+        row = report(tool, chosen.every, chosen.jobs, chosen.timeout)
         content["tools"].append(row)
         print("  ".join(f"{key}={value}" for key, value in row.items()))
         if chosen.output:  # what is known so far, should a later tool take too long
