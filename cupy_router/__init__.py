@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from cupy_router.ops.topk_select import topk_select
     from cupy_router.ops.unpermute import unpermute
     from cupy_router.ops.update_bias import update_bias
-    from cupy_router.results import ExpertLayout, Routing, RoutingPlan, TopK
+    from cupy_router.results import (
+        ExpertLayout,
+        Routing,
+        RoutingPlan,
+        RoutingPlanWithLogits,
+        RoutingWithLogits,
+        TopK,
+    )
     from cupy_router.router import Router
     from cupy_router.score_comparison import compare_score
     from cupy_router.score_function import ScoreFunction
@@ -42,6 +49,8 @@ __all__ = [
     "Routing",
     "RoutingMethod",
     "RoutingPlan",
+    "RoutingPlanWithLogits",
+    "RoutingWithLogits",
     "ScoreFunction",
     "TopK",
     "activation_topk",
@@ -62,6 +71,8 @@ _MODULES = {
     "ExpertLayout": "results",
     "Routing": "results",
     "RoutingPlan": "results",
+    "RoutingPlanWithLogits": "results",
+    "RoutingWithLogits": "results",
     "TopK": "results",
     "LayoutSpec": "ops._layout",
     "layout_capacity": "ops._layout",

@@ -59,6 +59,19 @@ class ExpertLayout(NamedTuple):
     capacity: Any = None
 
 
+class RoutingWithLogits(NamedTuple):
+    """Experts of each token, their weights, and the logits by which they were chosen.
+
+    weights, indices: As in :class:`Routing`.
+    logits: [num_tokens, num_experts] in the dtype that was asked for: products of the hidden states with the gate, plus
+        the logit bias, without scale and soft cap. Rows of padding are 0.
+    """
+
+    weights: Any
+    indices: Any
+    logits: Any
+
+
 class RoutingPlan(NamedTuple):
     """Experts of each token, their weights, and the layout of the experts' rows.
 
@@ -68,4 +81,17 @@ class RoutingPlan(NamedTuple):
 
     weights: Any
     indices: Any
+    layout: Any
+
+
+class RoutingPlanWithLogits(NamedTuple):
+    """Experts of each token, their weights, the logits by which they were chosen, and the layout of the experts' rows.
+
+    weights, indices, logits: As in :class:`RoutingWithLogits`.
+    layout: :class:`ExpertLayout` of the indices.
+    """
+
+    weights: Any
+    indices: Any
+    logits: Any
     layout: Any

@@ -88,6 +88,15 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
              count, -1)
         ],
+        "dense_router_logits": [
+            (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
+             count, -1)
+            for dtype in ("float32", "bfloat16")
+        ],
+        "dense_router_logits_layout": [
+            (DenseOptions(METHOD, None, spec, "float16").text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None,
+             None, None, 3)
+        ],
     }  # fmt: skip
     return {name: [_declared(op, kind, device)] for name, (op, kind) in NODES.items()} | by_hand | _of_rows(device)
 

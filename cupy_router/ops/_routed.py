@@ -13,22 +13,48 @@ from cupy_router import compiler
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import expert_layout
 from cupy_router.ops._cached import Kernel, Work, launch_of
-from cupy_router.ops._declared import Arrays, Minimum, Result
+from cupy_router.ops._declared import FLOATS, Arrays, Minimum, Result
 from cupy_router.ops._layout import check_rows, layout_numbers, layout_results, layout_sizes
 from cupy_router.ops._op import Op
-from cupy_router.results import ExpertLayout, Routing, RoutingPlan
+from cupy_router.results import ExpertLayout, Routing, RoutingPlan, RoutingPlanWithLogits, RoutingWithLogits
 from cupy_router.tuning import Gpu, gpu_of
 
 ROUTING = ("weights", "indices")
+LOGITS = "logits_out"  # the parameter of kernels for the logits that are returned
+VARIANTS_WITH_LOGITS = (RoutingPlan, RoutingWithLogits, RoutingPlanWithLogits)
 _COLUMNS = "top_k (+ shared)"
 _LAYOUT = layout_results(lambda options: () if options.layout is None else options.layout.want, "layout.", _COLUMNS)
 
 
-def routing_results(*differentiable: str) -> tuple[Result, ...]:
-    """Declare weights, which are differentiable with respect to these inputs, indices, and the layout of these."""
+def routing_results(*differentiable: str, logits: tuple[str, ...] = ()) -> tuple[Result, ...]:
+    """Declare weights, which are differentiable with respect to these inputs, indices, and the layout of these.
+
+    With `logits`, the inputs that logits are differentiable with respect to, the op also returns those if its options
+    have a `logits_dtype`. Its `variants` are then VARIANTS_WITH_LOGITS.
+    """
     axes = f"num_tokens, {_COLUMNS}"
     weights = Result("weights", axes, _weight_dtype, 0, differentiable=differentiable)
-    return weights, Result("indices", axes, _index_dtype, -1), *_LAYOUT
+    return weights, Result("indices", axes, _index_dtype, -1), *([_logits(logits)] if logits else []), *_LAYOUT
+
+
+def _logits(differentiable: tuple[str, ...]) -> Result:
+    return Result(
+        "logits",
+        "num_tokens, num_experts (+ shared)",
+        lambda options, dtypes: str(options.logits_dtype),
+        exists=lambda options: options.logits_dtype is not None,
+        differentiable=differentiable,
+        parameter=LOGITS,
+    )
+
+
+def as_logits_dtype(label: str, return_logits: bool, logits_dtype: str) -> str | None:
+    """Return the dtype of the logits that a call returns; None if it returns none."""
+    if not isinstance(return_logits, bool):
+        raise TypeError(f"{label}: return_logits must be a bool, got {return_logits!r}")
+    if logits_dtype not in FLOATS:
+        raise ValueError(f"{label}: logits_dtype must be {' or '.join(map(repr, FLOATS))}, got {logits_dtype!r}")
+    return logits_dtype if return_logits else None
 
 
 def _weight_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
@@ -40,25 +66,26 @@ def _index_dtype(options: Any, dtypes: Mapping[str, str]) -> str:
 
 
 class RoutedOp(Op):
-    """An op that routes. Its options have a `method` and a `layout`, a :class:`LayoutSpec` or None.
+    """An op that routes. Its options have a `method` and a `layout`, a :class:`LayoutSpec` or None; if it can return
+    logits, also a `logits_dtype`, None if it shall not.
 
     A subclass defines `route` and `route_reference` in place of `kernel` and `reference`. Both get options and arrays
     without a layout. It may define `fused`, too.
     """
 
     returns = Routing
-    variants = (RoutingPlan,)
+    variants: tuple[Any, ...] = (RoutingPlan,)
     nested = MappingProxyType({"layout": ExpertLayout})
     numbers = layout_numbers("layout.", _COLUMNS)
     symbolic = ("layout.capacity",)
     gradient = "routing"
 
     def route(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Choose the kernels for weights and indices."""
+        """Choose the kernels for weights, indices and logits."""
         raise NotImplementedError  # every op that routes defines it
 
-    def route_reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        """Return weights and indices as NumPy arrays."""
+    def route_reference(self, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        """Return weights, indices and, if the options ask for them, logits as NumPy arrays."""
         raise NotImplementedError  # every op that routes defines it
 
     def is_independent(self, options: Any) -> bool:

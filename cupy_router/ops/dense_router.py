@@ -31,7 +31,7 @@ from cupy_router.ops._method import (
     method_sizes,
 )
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import ROUTING, RoutedOp, routing_results
+from cupy_router.ops._routed import ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.tuning import Gpu
@@ -43,11 +43,12 @@ _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buf
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """The method, the path, "decode", "prefill" or None to choose by size, and the layout."""
+    """The method, the path, "decode", "prefill" or None to choose by size, the layout, and the dtype of the logits."""
 
     method: RoutingMethod
     path: str | None
     layout: LayoutSpec | None = None
+    logits_dtype: str | None = None
 
 
 class DenseRouter(RoutedOp):
@@ -63,7 +64,8 @@ class DenseRouter(RoutedOp):
         EXPERT_SCALE,
         NUM_VALID,
     )
-    results = routing_results("x", "weight", "logit_bias", "expert_scale")
+    results = routing_results("x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias"))
+    variants = VARIANTS_WITH_LOGITS
 
     def example(self) -> DenseOptions:
         return DenseOptions(RoutingMethod(8, 2), None)
@@ -87,9 +89,9 @@ class DenseRouter(RoutedOp):
                 f"got {num_tokens} tokens and {method}"
             )
 
-    def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        layer = arrays.named("bias", "logit_bias", "expert_scale")
-        return reference.dense_router(arrays.x, arrays.weight, options.method, **layer, num_valid=num_valid)
+    def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        given = arrays.named("bias", "logit_bias", "expert_scale") | {"logits_dtype": options.logits_dtype}
+        return reference.dense_router(arrays.x, arrays.weight, options.method, **given, num_valid=num_valid)
 
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
@@ -134,11 +136,13 @@ def dense_router(
     logit_bias: Any = None,
     expert_scale: Any = None,
     path: str | None = None,
+    return_logits: bool = False,
+    logits_dtype: str = "float32",
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
-) -> Any:  # Routing, or RoutingPlan with a layout
+) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
     """Multiply each token with the gate, score the logits, select top_k experts by score plus bias, return weights.
 
     Logits are accumulated and kept in float32 for all dtypes of x and weight. float32 inputs are multiplied without
@@ -154,6 +158,9 @@ def dense_router(
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
             second kernel, for any size. None chooses by size.
+        return_logits: whether to return the logits, too: of all experts, with logit_bias, before all other steps. They
+            cost no further launch.
+        logits_dtype: their dtype, "float32", "float16" or "bfloat16". Experts are chosen by those in float32.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -167,12 +174,14 @@ def dense_router(
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
         shared experts last. Arrays belong to the framework of x and are on its device.
-        With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
+        With `return_logits`, RoutingWithLogits of these two and logits [num_tokens, num_experts], with the method's
+        `shared_in_normalizer` [num_tokens, num_experts + num_shared_experts]; those of padding are 0.
+        With `layout`, RoutingPlan or RoutingPlanWithLogits, which have an :class:`ExpertLayout` as well.
 
     Raises:
         TypeError: an argument is no array, or its dtype is not allowed.
-        ValueError: ranks, shapes, strides, devices or num_valid are wrong, or the path is unknown or does not support
-            the size.
+        ValueError: ranks, shapes, strides, devices, num_valid or logits_dtype are wrong, or the path is unknown or does
+            not support the size.
         RuntimeError: CUDA arrays were given, but CuPy, NVRTC, a driver or a cuBLAS that the size needs is missing.
 
     >>> import numpy as np
@@ -180,6 +189,8 @@ def dense_router(
     >>> x, gate = np.array([[1.0, 2.0]], np.float32), np.array([[3, 0], [0, 1], [0, 2]], np.float32)
     >>> dense_router(x, gate, RoutingMethod(3, 2, "identity", renormalize=False))
     Routing(weights=array([[4., 3.]], dtype=float32), indices=array([[2, 0]], dtype=int32))
+    >>> dense_router(x, gate, RoutingMethod(3, 2), return_logits=True).logits
+    array([[3., 2., 4.]], dtype=float32)
     """
     if path is not None and path not in PATHS:
         raise ValueError(f"dense_router: path must be None, 'decode' or 'prefill', got {path!r}")
@@ -187,6 +198,9 @@ def dense_router(
     fields: tuple[Any, ...] = (resolve(method), path)
     if layout is not None:
         fields = (*fields, as_spec("dense_router", layout))
+    if return_logits is not False or logits_dtype != "float32":
+        wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
+        fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
     inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..method import RoutingMethod
 from .activation_topk import activation_topk
-from .scoring import gate_logits
+from .scoring import bias_logits, gate_logits
 
 
 @np.errstate(all="ignore")
@@ -22,8 +22,9 @@ def dense_router(
     *,
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
+    logits_dtype: str | None = None,
     num_valid: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> tuple[NDArray[Any], ...]:
     """Multiply the tokens with the gate in float64, round the logits once to float32 and route them.
 
     Args:
@@ -31,10 +32,12 @@ def dense_router(
         weight: The gate, [num_experts, hidden] in one of these dtypes. Further rows belong to shared experts.
         method: How to score, select and weight.
         bias, logit_bias, expert_scale: As for :func:`activation_topk`.
+        logits_dtype: Dtype of the logits to return; None: they are not returned.
         num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
-        weights and indices as for :func:`activation_topk`.
+        weights and indices as for :func:`activation_topk`. With `logits_dtype` also logits [num_tokens, num_experts]:
+        with the bias, without scale and cap, rounded again if the dtype is not float32; 0 in the padding.
 
     >>> x, gate = np.array([[1.0, 2.0]], np.float32), np.array([[3, 0], [0, 1], [0, 2]], np.float32)
     >>> dense_router(x, gate, RoutingMethod(3, 2, "identity", renormalize=False))
@@ -44,4 +47,8 @@ def dense_router(
     logits = np.zeros((num_tokens, len(weight)), np.float32)
     valid = num_tokens if num_valid is None else num_valid
     logits[:valid] = gate_logits(x[:valid], weight)
-    return activation_topk(logits, method, bias, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid)
+    routed = activation_topk(logits, method, bias, logit_bias=logit_bias, expert_scale=expert_scale, num_valid=valid)
+    if logits_dtype is None:
+        return routed
+    logits[:valid] = bias_logits(logits[:valid], logit_bias)
+    return *routed, logits.astype(logits_dtype)

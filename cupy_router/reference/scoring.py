@@ -50,12 +50,18 @@ def prepare_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Floa
     return cap_logits(scale_logits(logits, method, logit_bias), method)
 
 
+def bias_logits(logits: NDArray[Any], logit_bias: Float32 | None = None) -> Float32:
+    """Add the bias to the logits, if there is one."""
+    biased = flush(logits.astype(np.float32))
+    if logit_bias is not None:
+        num_shared = biased.shape[-1] - len(logit_bias)  # shared experts have no bias
+        biased = flush(biased + np.pad(flush(logit_bias), (0, num_shared)))
+    return biased
+
+
 def scale_logits(logits: NDArray[Any], method: RoutingMethod, logit_bias: Float32 | None = None) -> Float32:
     """Add the bias to the logits, then scale them."""
-    scaled = flush(logits.astype(np.float32))
-    if logit_bias is not None:
-        num_shared = scaled.shape[-1] - len(logit_bias)  # shared experts have no bias
-        scaled = flush(scaled + np.pad(flush(logit_bias), (0, num_shared)))
+    scaled = bias_logits(logits, logit_bias)
     if method.logit_scale != 1.0:
         scaled = flush(scaled * np.float32(method.logit_scale))
     return scaled

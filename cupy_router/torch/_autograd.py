@@ -16,6 +16,7 @@ import torch
 
 from cupy_router.arrays import _torch as tensors
 from cupy_router.arrays import framework_of, stream_handle
+from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
 from cupy_router.torch import _routing_gradient, _rows_gradient, _state
@@ -24,7 +25,7 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda ten
 
 
 class Rule(Protocol):
-    """The gradients of the ops that name it. Only the first result of an op has any."""
+    """The gradients of the ops that name it."""
 
     SMOOTH: str  # what has a gradient, for errors
 
@@ -36,14 +37,14 @@ class Rule(Protocol):
     ) -> None:
         """Save what `gradients` reads of a call, and mark the results that have no gradient.
 
-        given: the inputs by name, None if left out.
+        given: the inputs by name, None if left out, and NUMBER if the op has a num_valid.
         needed: the names of those that require grad.
         """
 
     def gradients(self, ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bool) -> Mapping[str, Any]:
         """Return the gradients with respect to the needed inputs, in their dtypes.
 
-        grads: those of the results; the first is not None.
+        grads: those of the results, at least one of which is not None.
         by_op: call ops through PyTorch's dispatcher, as graphs and batched gradients need it.
         """
 
@@ -134,7 +135,7 @@ class _Call(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is untype
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         # Only the op of torch.library refuses a second derivative, which may be asked for in grad mode. Also, only that
         # op takes the batched gradients that autograd makes for is_grads_batched.
-        by_op = torch.is_grad_enabled() or (grads[0] is not None and _is_batched(grads[0]))
+        by_op = torch.is_grad_enabled() or any(_is_batched(grad) for grad in grads if grad is not None)
         return backward(ctx, *grads, by_op=by_op)
 
 
@@ -159,7 +160,7 @@ def as_tensor(name: str, array: Any) -> Any:
 def remember(
     ctx: Any, op: Op, options: Any, names: tuple[str | None, ...], inputs: tuple[Any, ...], output: Any
 ) -> None:
-    """Save what :func:`backward` needs of a call. `names` has a name for each input, None if it is no array."""
+    """Save what :func:`backward` needs of a call. `names` has a name for each input, None if no rule wants it."""
     given = {name: array for name, array in zip(names, inputs, strict=True) if name is not None}
     ctx.set_materialize_grads(False)
     ctx.op, ctx.names = op, names
@@ -168,13 +169,13 @@ def remember(
 
 def remember_call(ctx: Any, op: Op, options: Any, *inputs: Any, output: Any) -> None:
     """Save the same of an eager call, whose inputs begin with num_valid as an int."""
-    remember(ctx, op, options, (None, None, None, *op.names), (op, options, *inputs), output)
+    remember(ctx, op, options, (None, None, NUMBER, *op.names), (op, options, *inputs), output)
 
 
 def backward(ctx: Any, *grads: Any, by_op: bool = True) -> tuple[Any, ...]:
     """Return the gradient with respect to each input of a call, None if it has none or none is needed."""
     found: Mapping[str, Any] = {}
-    if grads[0] is not None:
+    if any(grad is not None for grad in grads):
         found = RULES[ctx.op.gradient].gradients(ctx, grads, _needed(ctx), by_op)
     return tuple([found.get(name) for name in ctx.names])
 

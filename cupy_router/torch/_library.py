@@ -25,6 +25,7 @@ import torch
 from cupy_router.arrays import View
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _checks as check
+from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._declared import Input
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run, run_eagerly
@@ -224,7 +225,7 @@ def _with_absent(op: Op, kind: Any, options: Any, found: Sequence[Any], like: An
 
 
 def _remember(op: Op, kind: Any, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    names = (*[None] * (1 + len(sizes_in(op, kind))), *_read(op, op.names), *[None] * op.takes_number)
+    names = (*[None] * (1 + len(sizes_in(op, kind))), *_read(op, op.names), *[NUMBER] * op.takes_number)
     results = output if isinstance(output, tuple) else (output,)
     _autograd.remember(ctx, op, op.options_of(inputs[0]), names, inputs, results)
 

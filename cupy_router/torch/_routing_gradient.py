@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the weights of a routing.
+"""Gradients of the weights of a routing, and of its logits where it returns them.
 
-If the call took x and the gate, the backward pass computes the logits again.
+If the call took x and the gate, the backward pass computes the logits again, unless they were returned in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from cupy_router.arrays import _torch as tensors
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run
 from cupy_router.ops.activation_topk_backward import BackwardOptions, without_factors
@@ -34,20 +35,39 @@ def is_smooth(given: Mapping[str, Any]) -> bool:
 
 def remember(ctx: Any, op: Op, options: Any, given: Mapping[str, Any], needed: Collection[str], output: Any) -> None:
     """Save what :func:`gradients` needs of a call."""
-    weights, indices, *layout = output
+    weights, indices, *others = output
+    logits_dtype = getattr(options, "logits_dtype", None)  # not every router can return logits
+    returned = None if logits_dtype is None else others.pop(0)
     if options.method is None or not is_smooth(given):
-        ctx.mark_non_differentiable(weights, indices, *layout)
+        ctx.mark_non_differentiable(weights, indices, *others)
     else:
-        ctx.mark_non_differentiable(indices, *layout)
+        ctx.mark_non_differentiable(indices, *others)
     ctx.method, ctx.repeated = options.method, given.get("table") is not None
-    ctx.save_for_backward(indices, *(given.get(name) for name in _SAVED))
+    ctx.number, ctx.logits_place = given.get(NUMBER, -1), None if returned is None else 2
+    exact = returned if logits_dtype == "float32" and given.get("logits") is None else None
+    ctx.save_for_backward(indices, exact, given.get("num_valid"), *(given.get(name) for name in _SAVED))
 
 
 def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bool) -> dict[str, Any]:
     """Return the gradients with respect to the needed inputs, in their dtypes."""
-    indices, *saved = ctx.saved_tensors
+    indices, returned, num_valid, *saved = ctx.saved_tensors
     arrays = dict(zip(_SAVED, saved, strict=True))
-    return gradients_of(ctx.method, grads[0], indices, needed, arrays, repeated=ctx.repeated, by_op=by_op)
+    if returned is not None:  # with the bias
+        arrays |= {"logits": returned, "logit_bias": None}
+    grad_logits = None if ctx.logits_place is None else grads[ctx.logits_place]
+    if grad_logits is not None:
+        grad_logits = _without_padding(grad_logits.float(), ctx.number if num_valid is None else num_valid)
+    return gradients_of(
+        ctx.method, grads[0], indices, needed, arrays, grad_logits=grad_logits, repeated=ctx.repeated, by_op=by_op
+    )
+
+
+def _without_padding(grad_logits: Any, num_valid: Any) -> Any:
+    """Return a gradient of logits with zeros in the rows of padding, whose logits are constant."""
+    if not isinstance(num_valid, torch.Tensor) and num_valid < 0:
+        return grad_logits
+    rows = torch.arange(grad_logits.shape[0], device=grad_logits.device)
+    return torch.where((rows < num_valid)[:, None], grad_logits, 0.0)
 
 
 def gradients_of(
@@ -57,6 +77,7 @@ def gradients_of(
     needed: Collection[str],
     arrays: Mapping[str, Any],
     *,
+    grad_logits: Any = None,
     repeated: bool,
     by_op: bool,
 ) -> dict[str, Any]:
@@ -65,7 +86,9 @@ def gradients_of(
     GEMMs are in float32, with the precision that PyTorch is set to.
 
     Args:
+        grad_weights: the gradient of the weights, or None.
         arrays: logits or x and weight, logit_bias, expert_scale.
+        grad_logits: the gradient of the logits that were returned, in float32, or None.
         repeated: a row may name an expert twice.
         by_op: call the ops through PyTorch's dispatcher, as graphs and batched gradients need it.
     """
@@ -73,19 +96,23 @@ def gradients_of(
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
-        if logits is None:
+        if logits is None and grad_weights is not None:
             logits = gate_gemm(x, weight)
-        if not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed):
-            in_float32 = "logit_bias" in needed  # logits computed from x are float32 already
+        smooth = not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed)
+        if smooth and grad_weights is not None:
+            # Logits computed from x are float32 already.
+            in_float32 = "logit_bias" in needed or grad_logits is not None
             options = BackwardOptions(method, "float32" if in_float32 else None, repeated)
             given = (grad_weights.contiguous(), indices, logits, logit_bias, expert_scale)
             if by_op:
-                grad_logits = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
+                from_weights = torch.ops.cupy_router.activation_topk_backward(options.text, *given)
             else:
                 resolved = (tensors.resolved(given[0]), *given[1:])  # PyTorch's dispatcher does so for ops
-                (grad_logits,) = run(
+                (from_weights,) = run(
                     activation_topk_backward.OP, (method, options.dtype, repeated), resolved, None, None
                 )
+            grad_logits = from_weights if grad_logits is None else grad_logits + from_weights
+        if smooth:
             if "logits" in needed:
                 found["logits"] = grad_logits.to(logits.dtype)
             if "logit_bias" in needed:
@@ -93,7 +120,7 @@ def gradients_of(
             if x is not None:
                 which = "x" in needed, "weight" in needed
                 found["x"], found["weight"] = gate_gemm_gradients(x, weight, grad_logits, which)
-        if "expert_scale" in needed:
+        if "expert_scale" in needed and grad_weights is not None:
             found["expert_scale"] = _expert_scale_gradient(
                 method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op
             )
