@@ -15,18 +15,23 @@ from typing import Any
 import torch
 
 from cupy_router.method import RoutingMethod
+from cupy_router.torch._experts import register
+from cupy_router.torch._experts_swap import check_governed, replace_experts, restore_experts
 from cupy_router.torch._router_modules import describe_inline_router, describe_router
 from cupy_router.torch._router_spec import Unsupported
 from cupy_router.torch._swapped import InlineRouter, LogitsOnly, Router, Swapped, restore, restored_class, swap
 from cupy_router.torch._verify import verify
 
 
-def replace_routers(model: Any) -> int:
+def replace_routers(model: Any, *, experts: bool = False) -> int:
     """Swap the routers of a Hugging Face model for those of cupy_router, in place; `restore_routers` undoes it.
 
     Args:
         model: A module with mixture-of-experts blocks, such as a `PreTrainedModel` of the transformers package, on the
             CPU or on CUDA, in float32, float16 or bfloat16.
+        experts: Also run the experts by `expert_layout`, `permute`, grouped GEMMs of PyTorch and `unpermute`: set the
+            experts implementation of the model to "cupy_router". For models whose experts have such implementations
+            in transformers.
 
     Returns:
         Number of routers swapped by this call.
@@ -51,6 +56,9 @@ def replace_routers(model: Any) -> int:
     The routing method comes from the nearest configuration of the block, by `RoutingMethod.from_config`. Copies and
     pickles of the model stay swapped. Reading such a pickle needs cupy_router.
 
+    The implementation of the experts is named in the configuration of the model, which all of its layers share. It is
+    no part of what `save_pretrained` writes. `model.set_experts_implementation` changes it as usual.
+
     >>> import torch
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> from cupy_router.torch import replace_routers, restore_routers
@@ -62,6 +70,10 @@ def replace_routers(model: Any) -> int:
     >>> with torch.no_grad():
     ...     model(torch.tensor([[1, 2, 3]])).logits.shape
     torch.Size([1, 3, 100])
+    >>> replace_routers(model, experts=True)
+    0
+    >>> model.config._experts_implementation
+    'cupy_router'
     >>> restore_routers(model)
     2
     """
@@ -87,12 +99,14 @@ def replace_routers(model: Any) -> int:
     if not blocks:
         reason = _method(getattr(model, "config", None))
         skipped[type(model).__name__, reason if isinstance(reason, str) else "no child of it has experts"] = [""]
+    elif experts:
+        _replace_experts(model, skipped)
     _warn("replace_routers", skipped)
     return swapped
 
 
 def restore_routers(model: Any) -> int:
-    """Undo `replace_routers`: restore every router of the model.
+    """Undo `replace_routers`: restore every router of the model, and the implementation of its experts.
 
     Args:
         model: A module that was passed to `replace_routers`, or a part, a copy or a wrapper of it.
@@ -134,6 +148,7 @@ def restore_routers(model: Any) -> int:
         restored += not isinstance(module, LogitsOnly)
         for each in together:
             restore(each)
+    restore_experts(model)
     _warn("restore_routers", skipped)
     return restored
 
@@ -153,6 +168,25 @@ def _warn(function: str, skipped: dict[tuple[str, str], list[str]]) -> None:
 def _check(name: str, model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _replace_experts(model: Any, skipped: dict[tuple[str, str], list[str]]) -> None:
+    """Set the experts implementation of a model, and note what has to stay as it is."""
+    try:
+        registry = register()
+    except Unsupported as error:
+        skipped[type(model).__name__, str(error)] = [""]
+        return
+    found = []
+    for path, block, _ in _sparse_blocks(model):
+        for name, child in block.named_children():
+            if _are_experts(name, child):
+                try:
+                    check_governed(child, registry)
+                    found.append(child)
+                except Unsupported as error:
+                    skipped.setdefault((type(child).__name__, str(error)), []).append(f"{path}.{name}".lstrip("."))
+    replace_experts(model, found)
 
 
 # -- Find the modules --------------------------------------------------------------------------------------------------
