@@ -58,6 +58,27 @@ METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of
 COMPILE = 300_000.0  # a method's kernel
 FIRST_CALL = 60_000.0  # with kernels in the disk cache, CuPy imported and a CUDA context
 
+# A step of a model of transformers on an H200, as a ratio to its own code with grouped_mm: by model, mode and what was
+# swapped, then by tokens of a step.
+MODEL_STEPS = {
+    ("qwen3", "decode", "routers"): {1: 0.97, 16: 0.97},
+    ("qwen3", "decode", "routers and experts"): {1: 0.80, 16: 0.80},
+    ("qwen3", "compiled decode", "routers and experts"): {1: 0.75, 16: 0.90},
+    ("qwen3", "prefill", "routers and experts"): {4096: 0.80},
+    ("qwen3", "training", "routers and experts"): {4096: 0.86},
+    ("deepseek", "decode", "routers and experts"): {1: 0.80, 16: 0.80},
+    ("deepseek", "prefill", "routers and experts"): {4096: 0.78},
+    ("gpt-oss", "decode", "routers and experts"): {1: 0.90, 16: 0.95},
+    ("gpt-oss", "prefill", "routers and experts"): {4096: 0.97},
+    ("mixtral", "decode", "routers and experts"): {1: 0.90, 16: 0.95},
+    ("mixtral", "prefill", "routers and experts"): {4096: 0.90},
+    ("glm", "decode", "routers and experts"): {1: 0.90, 16: 0.95},
+    ("glm", "prefill", "routers and experts"): {4096: 0.76},
+}
+BATCHED_RATIO = 1.0  # with routers swapped and experts by batched_mm; the spread is added
+# A router of Qwen3 with logits: microseconds on the GPU by tokens, and on the host as a ratio to the model's own.
+MODEL_ROUTER, MODEL_ROUTER_HOST_RATIO = {1: 3.6, 64: 5.0, 4096: 10.5}, 0.35
+
 
 def bar_16_bit(rows: Iterable[Row]) -> None:
     """Set the bar of bfloat16 and float16 rows: the time of the same float32 row plus the larger of their spreads."""

@@ -128,7 +128,7 @@ def environment() -> dict[str, Any]:
     """Return the GPU, its clocks, versions, commit and date, which every file of results contains."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
-    packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "numpy")
+    packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "transformers", "numpy")
     return {
         "gpu": dict(zip(query.split(","), (field.strip() for field in smi.split(",")), strict=False)),
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),

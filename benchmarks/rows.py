@@ -3,13 +3,16 @@
 
 A file of results is {"environment": {...}, "rows": [...]}. A row describes a measurement and has its figures:
 
-    what        "gpu": time on the GPU. "host": time of a call on the host
+    what        "gpu": time on the GPU. "host": time of a call on the host. "step": time of a step of a model, until the
+                GPU is idle
     op, by      the op, and the implementation: "cupy_router", "floor" (memory traffic alone), or a rival
     n, E, k     rows (tokens), columns (experts), selected columns
     call, part  on the host: the library or the part of a call that was measured
     us          the median in microseconds; spread_us: see harness.py
     bar_us      required time, if there is one
-    ratio       time as a multiple of torch.relu in the same run
+    ratio       time as a multiple of torch.relu in the same run; of a step, of the model's own code in the same turns
+    pairs       the ratio of each turn. spread_ratio: their interquartile range
+    bar_ratio   required ratio, if there is one
     garbage     number of objects that 100 calls left to the cycle collector
 
 Further entries that distinguish rows: dtype, cache, source, data.
@@ -26,7 +29,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 OURS = "cupy_router"
 _WORDS = ("op", "what", "by", "call", "part")
-FIGURES = frozenset({"us", "spread_us", "bar_us", "ratio", "garbage"})
+FIGURES = frozenset({"us", "spread_us", "bar_us", "ratio", "spread_ratio", "bar_ratio", "pairs", "garbage"})
 
 Row = dict[str, Any]
 Key = tuple[tuple[str, Any], ...]
@@ -64,7 +67,8 @@ def label(row: Row) -> str:
 
 def met(row: Row) -> bool:
     """Return whether a row with a bar stays within it and leaves no garbage."""
-    return bool(row["us"] <= row["bar_us"]) and not row.get("garbage")
+    within = row["ratio"] <= row["bar_ratio"] if "bar_ratio" in row else row["us"] <= row["bar_us"]
+    return bool(within) and not row.get("garbage")
 
 
 def median_and_spread(rounds: list[list[float]]) -> tuple[float, float]:
@@ -80,7 +84,7 @@ def source(environment: dict[str, Any]) -> str:
     parts = [
         *([gpu["name"], f"driver {gpu.get('driver_version', 'unknown')}"] if gpu.get("name") else ["no GPU"]),
         f"NVRTC {environment.get('nvrtc', 'unknown')}",
-        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton")),
+        *(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton", "transformers")),
         f"commit {environment.get('commit', 'unknown')}",
         str(environment.get("date", "no date")),
     ]

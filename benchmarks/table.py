@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as results
+from benchmarks import steps
 from benchmarks.rows import OURS, Row, markdown_table, microseconds, select
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ MAIN: list[dict[str, Any]] = [
 ]
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
 LAYOUTS = ("expert_layout", "fused_layout", "permute")
-BARRED = (*OPS, "dense_router", *LAYOUTS, "host_profile", "host_calls")
+BARRED = (*OPS, "dense_router", *LAYOUTS, "transformers", "host_profile", "host_calls")
 NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
@@ -187,6 +188,12 @@ def cliffs(files: Files) -> str:
     return markdown_table(heads, shown) if shown else NONE
 
 
+def models(files: Files) -> str:
+    """Return the time of steps of whole models, by their own code and with what replace_routers swaps."""
+    table = steps.table(_rows(files, "transformers"))
+    return f"{table}\n\n{sources(files, 'transformers')}" if table else NONE
+
+
 def host(files: Files) -> str:
     """Return the time on the host of each part of a call: host_profile_before.json and host_profile.json."""
     before, after = (
@@ -213,6 +220,7 @@ def counters(files: Files) -> str:
 
 TABLES: dict[str, Callable[[Files], str]] = {
     "benchmarks": speed,
+    "models": models,
     "bars": bars,
     "cliffs": cliffs,
     "methods": methods,

@@ -18,6 +18,7 @@ REPLAY_MICROSECONDS = 1000  # a replay of about this length drowns what its ends
 ROUNDS, REPLAYS = 3, 12
 HOST_ROUNDS, HOST_BATCHES, HOST_CALLS = 5, 40, 20
 GARBAGE_CALLS = 100
+TURNS, STEPS = 12, 4
 
 Call = Callable[[int], Any]  # call number i, on the i-th set of inputs
 Action = Callable[[], Any]
@@ -144,6 +145,28 @@ def host_rounds(
                         function()
                     times.append((time.perf_counter_ns() - begin) / HOST_CALLS / 1000)
                 found[name].append(times)
+    finally:
+        gc.enable()
+    return found
+
+
+def step_turns(steps: Mapping[Name, Action], turns: int = TURNS, calls: int = STEPS) -> dict[Name, list[list[float]]]:
+    """Microseconds of each step in each turn, until the GPU is idle. The first call of a turn is not counted."""
+    synchronize = cupy.cuda.Device().synchronize
+    found: dict[Name, list[list[float]]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for name, step in steps.items():
+                times = []
+                for _ in range(1 + calls):
+                    synchronize()
+                    begin = time.perf_counter_ns()
+                    step()
+                    synchronize()
+                    times.append((time.perf_counter_ns() - begin) / 1000)
+                found[name].append(times[1:])
     finally:
         gc.enable()
     return found

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import compare, ncu, plot, rows, table
-from benchmarks.bars import bar_16_bit
+from benchmarks import compare, ncu, plot, rows, steps, table
+from benchmarks.bars import MODEL_STEPS, bar_16_bit
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, activation_topk, hash_router
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
@@ -122,6 +122,47 @@ def test_tables_hold_the_figures_and_their_source(tmp_path: Path) -> None:
     assert [lines[0], lines[-1], "between" in lines, "old" in lines] == ["before", "after", True, False]
     assert "| activation_topk E=256 k=6 dtype=float32 cache=warm | 2.00 (2.00) | **2.21** (2.15) |" in lines
     assert "| `activation_topk` from cupy | 14.0 (15.0) |" in lines
+
+
+STEP = {"what": "step", "model": "glm", "layers": 4, "mode": "decode", "n": 1, "experts": "grouped_mm"}
+TURNS = {  # the clock changes in the third turn, for all alike
+    steps.OWN: [[1000.0, 1010.0], [1000.0, 990.0], [2000.0, 2000.0]],
+    steps.ROUTERS: [[960.0, 960.0], [950.0, 950.0], [1900.0, 1900.0]],
+    steps.EXPERTS: [[900.0, 900.0], [850.0, 850.0], [1840.0, 1840.0]],
+}
+
+
+def test_steps_are_compared_with_the_own_code_of_the_same_turn() -> None:
+    own, routers, experts = steps.rows_of(TURNS, STEP)
+    assert own == STEP | {"by": "transformers", "us": 1005.0, "spread_us": 1005.0}
+    assert (routers["by"], routers["swapped"], routers["pairs"]) == (OURS, steps.ROUTERS, [0.955, 0.955, 0.95])
+    assert (experts["ratio"], experts["pairs"], experts["bar_ratio"]) == (0.896, [0.896, 0.854, 0.92], 0.9)
+    assert "bar_ratio" not in routers
+    assert rows.met(experts)
+    assert not rows.met(experts | {"ratio": 0.901})
+
+
+def test_routers_alone_may_not_make_batched_mm_slower() -> None:
+    turns = {steps.OWN: [[100.0, 100.0]] * 3, steps.ROUTERS: [[100.0, 100.0], [102.0, 102.0], [104.0, 104.0]]}
+    _, row = steps.rows_of(turns, STEP | {"experts": "batched_mm"})
+    assert (row["ratio"], row["spread_ratio"], row["bar_ratio"]) == (1.02, 0.04, 1.04)
+
+
+def test_models_have_a_line_for_each_step() -> None:
+    measured = steps.rows_of(TURNS, STEP)
+    measured[-1]["ratio"] = 0.91
+    lines = table.models({"transformers": {"environment": ENVIRONMENT, "rows": measured}}).splitlines()
+    assert lines[2:3] == ["| glm, 4 layers, decode, 1 token | 1.00 | 0.96, 0.95 | 0.90, **0.91** (0.90) |"]
+    assert lines[-1].startswith("Some GPU")
+
+
+def test_every_required_ratio_is_of_a_step_that_is_measured() -> None:
+    """The bars of bench_transformers.py name models, modes and numbers of tokens as it does."""
+    text = (ROOT / "benchmarks/bench_transformers.py").read_text() + (ROOT / "benchmarks/models.py").read_text()
+    for model, mode, swapped in MODEL_STEPS:
+        assert f'"{model}"' in text
+        assert f'rows("{mode}"' in text
+        assert swapped in (steps.ROUTERS, steps.EXPERTS)
 
 
 def test_cliffs_are_steps_between_neighbouring_sizes() -> None:

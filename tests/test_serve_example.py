@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example that serves a model of transformers, with a tiny one on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import frameworks
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+frameworks.transformers_with_models()
+
+from examples import serve_transformers  # noqa: E402
+from tests import moe_configs  # noqa: E402
+
+SETTINGS = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 64,
+}  # fmt: skip
+SHORT = ["--prompt", "8", "--tokens", "4", "--turns", "2", "--batch", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with moe_configs.seeded_on_one_thread():
+        yield
+
+
+def tiny() -> Any:
+    return serve_transformers.load("qwen3_moe", [f"{name}={value}" for name, value in SETTINGS.items()])
+
+
+@pytest.mark.slow("seconds")
+def test_it_prints_speed_and_where_the_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny().save_pretrained(tmp_path)
+    serve_transformers.main([str(tmp_path), *SHORT])
+    printed = capsys.readouterr().out
+    assert re.search(r"Qwen3MoeForCausalLM, .* billion parameters in torch.bfloat16 on .*: 2 routers swapped", printed)
+    for line in (
+        r"prompts, 2 x 8( +[\d,]+){2} +\d\.\d\d",
+        r"generated( +[\d,]+){2} +\d\.\d\d",
+        r"together( +\S+ / \S+){2}",
+    ):
+        assert re.search(f"^{line}$", printed, re.M), printed
+    assert re.search(r"^the first \d of 8 tokens are the same$", printed, re.M)
+
+
+@pytest.mark.slow("seconds")
+def test_times_by_kind_are_parts_of_the_step() -> None:
+    """Work of each kind takes time, also inside another kind, and nothing is counted twice."""
+    model = tiny()
+    experts = [
+        path
+        for path, module in model.named_modules()
+        if serve_transformers.kind_of(path, module) == "experts: the rest"
+    ]
+    assert experts == [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    step = serve_transformers.decode_step(model, torch.randint(64, (1, 8)))
+    times = serve_transformers.profile(model, step)
+    assert set(times) == {"router", "experts: GEMMs", "experts: the rest", "attention", "the rest"}
+    assert all(host > 0 for host, _ in times.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_kinds_are_found_by_name_and_class() -> None:
+    kinds = {
+        path: serve_transformers.kind_of(path, torch.nn.Identity()) for path in ("a.gate", "a.router", "a.experts")
+    }
+    assert kinds == {"a.gate": "router", "a.router": "router", "a.experts": "experts: the rest"}
+    assert serve_transformers.kind_of("a.gate_proj", torch.nn.Identity()) is None
+    assert serve_transformers.kind_of("a.self_attn", type("SomeAttention", (torch.nn.Module,), {})()) == "attention"
