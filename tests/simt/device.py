@@ -32,7 +32,7 @@ SANITIZERS = ("address", "thread")
 
 _INCLUDE = Path(__file__).with_name("include")
 _FLAGS = (
-    "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -w "
+    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -w "
     "-ffp-contract=off "  # as written; the GPU contracts to FMA where it likes, so floats are compared with a tolerance
     "-fdata-sections -Wl,-T,shared.ld "  # see _SHARED
     "-fno-strict-aliasing "  # kernels read float rows as uint4, which CUDA compilers allow
@@ -174,12 +174,13 @@ def build_library(source: str, function: str, sanitizer: str | None = None) -> P
         os.utime(library)
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.so"):  # of kernels that have been edited since
+    for old in (*folder.glob("*.so"), *folder.glob("*.gch")):  # of kernels that have been edited since
         with contextlib.suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
                 old.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        (Path(work) / "kernel.cpp").write_text(text)
+        header = _compiled_header(flags, sanitizer)
+        (Path(work) / "kernel.cpp").write_text(f'#include "{header}"\n{text}')
         (Path(work) / "shared.ld").write_text(_SHARED)
         command = [_compiler(), *flags, f"-fdebug-prefix-map={work}=.", "kernel.cpp", "-o", "kernel.so"]
         done = subprocess.run(command, cwd=work, env=_clean_environment(), capture_output=True, text=True)
@@ -187,6 +188,28 @@ def build_library(source: str, function: str, sanitizer: str | None = None) -> P
             raise CompileError(f"{' '.join(command)}\n{done.stderr.strip()}")
         os.replace(Path(work) / "kernel.so", library)
     return library
+
+
+def _compiled_header(flags: list[str], sanitizer: str | None) -> Path:
+    """A header that includes the runtime, beside what g++ makes of it: half of a kernel's compilation would be that.
+
+    A compiler that does not know such a file reads the header.
+    """
+    key = hashlib.sha256(repr((flags, _compiler_and_headers(), str(_INCLUDE))).encode()).hexdigest()[:32]
+    header = cache_folder() / f"runtime-{sanitizer or 'plain'}-{key}.h"
+    compiled = header.with_name(f"{header.name}.gch")
+    if compiled.exists():
+        os.utime(compiled)
+        return header
+    with tempfile.TemporaryDirectory(dir=header.parent) as work:
+        made = Path(work) / header.name
+        made.write_text(f'#include "{_INCLUDE / "cuda_cpu.h"}"\n')
+        kept = [flag for flag in flags if flag != "-shared" and not flag.startswith("-Wl,")]
+        command = [_compiler(), *kept, "-x", "c++-header", made.name, "-o", compiled.name]
+        subprocess.run(command, cwd=work, env=_clean_environment(), capture_output=True, check=True)
+        os.replace(made, header)
+        os.replace(Path(work) / compiled.name, compiled)
+    return header
 
 
 def cache_folder() -> Path:
@@ -197,13 +220,13 @@ def cache_folder() -> Path:
 
 
 def _cpu_source(source: str, function: str) -> str:
-    """The kernel's text between the runtime and an entry that knows the kernel's type and attributes."""
+    """The kernel's text behind that of the runtime, with an entry that knows the kernel's type and attributes."""
     found = re.search(rf'extern\s+"C"\s+__global__([^;{{}}"]*?)\b{function}\s*\(', re.sub(r"//[^\n]*", "", source))
     if found is None:
         raise CompileError(f'there is no extern "C" __global__ void {function}(...)')
     cluster = _arguments(found[1], "__cluster_dims__")
     launch = _LAUNCH.format(function=function, cluster=cluster, bounds=_arguments(found[1], "__launch_bounds__") or "0")
-    return f'#include "{_INCLUDE / "cuda_cpu.h"}"\nnamespace {{\n#line 1 "{function}.cu"\n{source}\n{launch}'
+    return f'namespace {{\n#line 1 "{function}.cu"\n{source}\n{launch}'
 
 
 def _arguments(declaration: str, attribute: str) -> str:
