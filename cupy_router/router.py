@@ -141,38 +141,44 @@ class Router:
         x: Any,
         token_ids: Any = None,
         *,
+        return_logits: bool = False,
         layout: LayoutSpec | None = None,
         num_valid: Any = None,
         out: Any = None,
         stream: Any = None,
-    ) -> Any:  # Routing, or RoutingPlan with a layout
+    ) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
         """Return the experts of each token and their weights.
 
         Args:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
             token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
-            layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`.
+            return_logits, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or for
+                :func:`cupy_router.hash_router` with a table. Logits are float32.
 
         Returns:
-            Routing with arrays of the framework of x, on its device; with `layout`, RoutingPlan.
+            Routing with arrays of the framework of x, on its device; with `return_logits` RoutingWithLogits, with
+            `layout` RoutingPlan, with both RoutingPlanWithLogits.
         """
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
-                return interceptor.run(self, layout, (x, token_ids, num_valid), out, stream, -1)
-        return self.route(x, token_ids, layout, num_valid, out, stream)
+                return interceptor.run(self, (layout, return_logits), (x, token_ids, num_valid), out, stream, -1)
+        return self.route(x, token_ids, layout, num_valid, out, stream, return_logits)
 
-    def route(self, x: Any, token_ids: Any, layout: Any, num_valid: Any, out: Any, stream: Any) -> Any:
+    def route(
+        self, x: Any, token_ids: Any, layout: Any, num_valid: Any, out: Any, stream: Any, return_logits: Any = False
+    ) -> Any:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
         if self.follows_inputs:
-            return self.beside(x).route(x, token_ids, layout, num_valid, out, stream)
+            return self.beside(x).route(x, token_ids, layout, num_valid, out, stream, return_logits)
         if self.table is None:
             return dense_router.dense_router(
                 x, self.weight, self.method, bias=self.bias, logit_bias=self.logit_bias,
-                expert_scale=self.expert_scale, layout=layout, num_valid=num_valid, out=out, stream=stream,
+                expert_scale=self.expert_scale, return_logits=return_logits, layout=layout, num_valid=num_valid,
+                out=out, stream=stream,
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.logit_bias, self.expert_scale,
-            layout, num_valid, out, stream,
+            layout, num_valid, out, stream, return_logits,
         )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,11 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (as_logits, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach()),
             (in_float32, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None),
         ],
-        "router_backward": [(gated.key, tensor(5, 8), routed.indices, tensor(5, 4))],
+        "router_logits": [(gated.key, parameter(5, 8), None, None, 3)],
+        "router_backward": [
+            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), None, None, -1),
+            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), tensor(5, 16), count, -1),
+        ],
     }
     spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))
     by_hand |= {
@@ -82,11 +86,27 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
         ],
         "hash_layer_layout": [
-            (MethodOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, count, -1)
+            (HashOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, count, -1)
         ],
         "dense_router_layout": [
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
              count, -1)
+        ],
+        "hash_router_logits": [
+            (HashOptions(METHOD, None, "float32").text, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1),
+             bias, None, None, 4)
+        ],
+        "hash_layer_logits": [
+            (HashOptions(METHOD, None, "float32").text, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None,
+             scale, count, -1)
+        ],
+        "hash_router_logits_layout": [
+            (HashOptions(METHOD, spec, "float32").text, None, ids, table, None, parameter(5, 8),
+             parameter(16, 8, seed=1), bias, None, None, 4)
+        ],
+        "hash_layer_logits_layout": [
+            (HashOptions(METHOD, spec, "float32").text, 8, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None,
+             None, count, -1)
         ],
         "dense_router_logits": [
             (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,

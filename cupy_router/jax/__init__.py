@@ -22,16 +22,17 @@ axes if their types have the sharding. The other arrays of a layer are gathered,
 Under automatic axes, where only the compiler knows the sharding, arrays are gathered before the call. A layout inside
 `jax.shard_map` is that of the device's tokens, and outside of it that of all tokens.
 
-Weights have first derivatives in reverse mode with respect to all float inputs that they depend on. Indices, and a bias
-that only selects, have none. Pass the scores of `topk_select` through `jax.lax.stop_gradient`. `permute` and
-`unpermute` have them with respect to x or y, weights, residual and its scale.
+Weights, and logits that are returned, have first derivatives in reverse mode with respect to all float inputs that they
+depend on. Indices, and a bias that only selects, have none. Pass the scores of `topk_select` through
+`jax.lax.stop_gradient`. `permute` and `unpermute` have them with respect to x or y, weights, residual and its scale.
 
 `jax.export` needs `disabled_checks` for the custom-call targets, which are named after the functions, such as
-`DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`. The target of a hash Router is
-"cupy_router.hash_layer". A gradient also needs "cupy_router.activation_topk_backward", and a gradient with respect to
-expert_scale "cupy_router.hash_router". `layout=` also needs "cupy_router.expert_layout", and gradients of permute and
-unpermute "cupy_router.permute_backward" and "cupy_router.unpermute_backward". A process that loads the program imports
-this package first, which also registers Router and the types of results. docs/frameworks.md has an example.
+`DisabledSafetyCheck.custom_call("cupy_router.activation_topk")`. The target of a hash Router, and of a `hash_router`
+that returns logits, is "cupy_router.hash_layer". A gradient also needs "cupy_router.activation_topk_backward", and a
+gradient with respect to expert_scale "cupy_router.hash_router". `layout=` also needs "cupy_router.expert_layout", and
+gradients of permute and unpermute "cupy_router.permute_backward" and "cupy_router.unpermute_backward". A process that
+loads the program imports this package first, which also registers Router and the types of results. docs/frameworks.md
+has an example.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from jax.interpreters import ad, mlir
 from cupy_router.arrays._numpy import dtype_of
 from cupy_router.jax import _call_text, _ffi, _lower_ptx, _mesh
 from cupy_router.jax._ffi_targets import Buffer, load, target
-from cupy_router.ops import expert_layout
+from cupy_router.ops import _hash_layer, expert_layout, hash_router
 from cupy_router.ops._op import Op
 from cupy_router.ops._routed import layout_options
 from cupy_router.ops.registry import OPS
@@ -46,8 +46,25 @@ def _outputs(op: Op, options: Any, shapes: Any, dtypes: Any, has_int64: bool) ->
 
 
 def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:
+    if name == hash_router.OP.name:
+        name, text, arrays = _as_hash_layer(name, text, arrays)
     like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]  # without sharding: lowering needs none
     return list(jax.ffi.ffi_call(target(name), like)(*arrays, **{_ffi.ATTRIBUTE: text}))
+
+
+def _as_hash_layer(name: str, text: str, arrays: tuple[Any, ...]) -> tuple[str, str, tuple[Any, ...]]:
+    """Return a call that returns logits as one of the hash layer, which does the same.
+
+    XLA may capture the handler of `hash_router` in a command buffer, but not a gate GEMM, which takes scratch memory.
+    """
+    op, layer = hash_router.OP, _hash_layer.OP
+    options, given, number = _call_text.decode(op, text)
+    if options.logits_dtype is None:
+        return name, text, arrays
+    by_name = {op.names[place]: array for place, array in zip(given, arrays, strict=True)}
+    places = tuple(place for place, name in enumerate(layer.names) if name in by_name)
+    inputs = tuple(by_name[layer.names[place]] for place in places)
+    return layer.name, _call_text.encode(options, places, number), inputs
 
 
 def _in_two(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> list[Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the weights of a routing, with respect to every float input that they depend on.
+"""Gradients of the weights and logits of a routing, with respect to every float input that they depend on.
 
 The backward pass is the op `activation_topk_backward`, followed by GEMMs of JAX. If the call took x and the gate, the
-backward pass computes the logits again.
+backward pass computes the logits again, unless they were returned in float32.
 """
 
 from __future__ import annotations
@@ -28,39 +28,71 @@ def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     """Return a call of an op that routes, with its gradient."""
     method: RoutingMethod | None = options.method
     names = [op.names[i] for i in given]
+    paths = [result.path for result in op.existing(options)]
+    place = paths.index("logits") if "logits" in paths else None
+    exact = place is not None and options.logits_dtype == "float32"
     routed = jax.custom_vjp(function_of(op, options, given, number))
 
     def forward(*arrays: Any) -> tuple[Any, Any]:
         results = routed(*arrays)
         by_name = dict(zip(names, arrays, strict=True))
-        return results, (results[1], {name: by_name.get(name) for name in _SAVED})
+        returned = results[place] if exact else None
+        return results, (results[1], returned, {name: by_name.get(name) for name in (*_SAVED, "num_valid")})
 
     def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
-        indices, arrays = saved
+        indices, returned, arrays = saved
         found = {}
         if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
-            found = _gradients(method, cotangents[0], indices, arrays, repeated="table" in names)
+            grad_returned = None
+            if place is not None:
+                grad_returned = _of_valid_rows(cotangents[place], arrays["num_valid"], number)
+            grads = cotangents[0], grad_returned
+            found = _gradients(method, *grads, indices, returned, arrays, repeated="table" in names)
         return tuple(map(found.get, names))  # None: no gradient, or 0
 
     routed.defvjp(forward, backward)
     return routed
 
 
+def _of_valid_rows(grad: Any, num_valid: Any, number: int) -> Any:
+    """Return a gradient of logits as float32, with 0 in padding, whose logits are constants."""
+    grad = grad.astype(jnp.float32)
+    if num_valid is None and number < 0:
+        return grad
+    valid = number if num_valid is None else num_valid.reshape(())
+    return jnp.where(jnp.arange(grad.shape[0])[:, None] < valid, grad, 0)
+
+
 def _gradients(
-    method: RoutingMethod, grad_weights: Any, indices: Any, arrays: dict[str, Any], repeated: bool
+    method: RoutingMethod,
+    grad_weights: Any,
+    grad_returned: Any,
+    indices: Any,
+    returned: Any,
+    arrays: dict[str, Any],
+    *,
+    repeated: bool,
 ) -> dict[str, Any]:
-    """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out."""
+    """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out.
+
+    returned: the logits that the call returned, with their bias, and grad_returned their gradient in float32, or None.
+    """
     with check.named(activation_topk_backward.OP.label):
         check_derivative(method)
     logits, x, weight, logit_bias, expert_scale = map(arrays.__getitem__, _SAVED)
     found: dict[str, Any] = {}
-    if logits is None:
+    bias = logit_bias
+    if returned is not None:
+        logits, bias = returned, None
+    elif logits is None:
         # With the forward pass's precision, not JAX's setting, so that scores are differentiated at the same logits.
         logits = _matmul(x, weight.T, jax.lax.Precision.HIGHEST)
     dtype = None if logit_bias is None else "float32"  # the sum over all tokens is rounded once
     given = {"grad_weights": grad_weights, "indices": indices, "logits": logits}
-    given |= {"logit_bias": logit_bias, "expert_scale": expert_scale}
+    given |= {"logit_bias": bias, "expert_scale": expert_scale}
     (grad_logits,) = call_of(activation_topk_backward.OP, BackwardOptions(method, dtype, repeated), given)
+    if grad_returned is not None:
+        grad_logits = grad_logits + grad_returned
     if x is None:
         found["logits"] = grad_logits.astype(logits.dtype)
     else:
@@ -69,7 +101,7 @@ def _gradients(
     if logit_bias is not None:
         found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
     if expert_scale is not None:
-        found["expert_scale"] = _expert_scale_gradient(method, grad_weights, indices, logits, logit_bias)
+        found["expert_scale"] = _expert_scale_gradient(method, grad_weights, indices, logits, bias)
     return found
 
 

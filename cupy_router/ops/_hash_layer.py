@@ -18,8 +18,8 @@ from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
-from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, MethodOptions, gate
-from cupy_router.ops._routed import ROUTING, RoutedOp, routing_results
+from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
+from cupy_router.ops._routed import ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.tuning import Gpu
@@ -30,7 +30,7 @@ class HashLayer(RoutedOp):
 
     name = "hash_layer"
     label = "Router"
-    options = MethodOptions
+    options = HashOptions
     inputs = (
         row("x", "num_tokens, hidden", required=True),
         row("token_ids", "num_tokens", INTS, required=True),
@@ -40,32 +40,34 @@ class HashLayer(RoutedOp):
         EXPERT_SCALE,
         NUM_VALID,
     )
-    results = routing_results("x", "weight", "logit_bias", "expert_scale")
+    results = routing_results("x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias"))
+    variants = VARIANTS_WITH_LOGITS
 
-    def example(self) -> MethodOptions:
-        return MethodOptions(RoutingMethod(8, 2))
+    def example(self) -> HashOptions:
+        return HashOptions(RoutingMethod(8, 2))
 
-    def sizes(self, options: MethodOptions) -> Mapping[str, int]:
-        return hash_router.OP.sizes(HashOptions(options.method))
+    def sizes(self, options: HashOptions) -> Mapping[str, int]:
+        return hash_router.OP.sizes(options)
 
-    def check(self, options: MethodOptions, arrays: Arrays) -> None:
+    def check(self, options: HashOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
-        hash_router.check_combination(options.method, _hashed(arrays))
+        hash_router.check_combination(options, _hashed(arrays))
 
-    def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        return hash_router.OP.route_reference(HashOptions(options.method), _hashed(arrays), num_valid)
+    def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        return hash_router.OP.route_reference(options, _hashed(arrays), num_valid)
 
-    def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
-        method = options.method
+    def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        method: Any = options.method  # a Router has one
         if _multiplies_all(method, arrays, gpu):
             return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
         kernel = hash_router.OP.route(HashOptions(method), _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *ROUTING)
         return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), arrays.x.device)
 
-    def fused(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+    def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         hashed = HashOptions(options.method, options.layout)
-        many = _multiplies_all(options.method, arrays, gpu)
+        method: Any = options.method
+        many = _multiplies_all(method, arrays, gpu)
         kernel = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
         takes = hash_router.OP.parameters(hashed)
         if kernel is None or not fused_layout.counts(kernel):
@@ -89,14 +91,18 @@ def hash_layer(
     num_valid: Any,
     out: Any,
     stream: Any,
-) -> Any:  # Routing, or RoutingPlan with a layout
+    return_logits: bool = False,
+) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
     """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, with uniform weights if `weight` is None.
 
     Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid("Router", num_valid)
     inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
-    fields = method if layout is None else (method, as_spec("Router", layout))
+    fields: Any = method
+    if layout is not None or return_logits is not False:
+        spec = None if layout is None else as_spec("Router", layout)
+        fields = (method, spec, as_logits_dtype("Router", return_logits, "float32"))
     return run(OP, fields, inputs, out, stream, number)
 
 

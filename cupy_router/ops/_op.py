@@ -309,12 +309,12 @@ class Op:
         return leaves
 
     def numbers_in(self, options: Any, out: Any) -> tuple[Any, ...]:
-        """Return the ints of an `out` that `flatten` accepts, None where the caller left one out."""
+        """Return the ints of an `out` that `flatten` accepts, None where the caller left one out; () without any."""
         if not self.numbers or type(out) in self.plain:
             return ()
         found = dict(zip(self.paths(type(out)), self.leaves(options, out), strict=True))
-        numbers = tuple([found.get(path) for path in self.numbers])
-        for path, number in zip(self.numbers, numbers, strict=True):
+        numbers = tuple([found[path] for path in self.numbers if path in found])  # all of them, or none
+        for path, number in zip(self.numbers, numbers, strict=False):
             if type(number) is not int and number is not None and not check.is_int(number):
                 raise TypeError(f"out.{path} must be an int or None, got {type(number).__name__}")
         return numbers

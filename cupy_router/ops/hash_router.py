@@ -27,7 +27,7 @@ from cupy_router.ops._method import (
     needs_whole_rows,
 )
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import RoutedOp, routing_results
+from cupy_router.ops._routed import VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.tuning import Gpu
@@ -40,10 +40,11 @@ _UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
 
 @dataclass(frozen=True)
 class HashOptions(Options):
-    """The method, or None: uniform weights; and the layout."""
+    """The method, or None: uniform weights; the layout; and the dtype of the logits."""
 
     method: RoutingMethod | None
     layout: LayoutSpec | None = None
+    logits_dtype: str | None = None
 
 
 class HashRouter(RoutedOp):
@@ -61,7 +62,10 @@ class HashRouter(RoutedOp):
         EXPERT_SCALE,
         NUM_VALID,
     )
-    results = routing_results("logits", "x", "weight", "logit_bias", "expert_scale")
+    results = routing_results(
+        "logits", "x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias")
+    )
+    variants = VARIANTS_WITH_LOGITS
     single_kernel = True
 
     def example(self) -> HashOptions:
@@ -75,13 +79,17 @@ class HashRouter(RoutedOp):
             return {"top_k (+ shared)": sizes["top_k"]}
         return super().result_sizes(options, sizes, minimum)
 
+    def is_single_kernel(self, options: HashOptions, arrays: Arrays) -> bool:
+        return options.logits_dtype is None and super().is_single_kernel(options, arrays)
+
     def check(self, options: HashOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
-        check_combination(options.method, arrays)
+        check_combination(options, arrays)
 
-    def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        named = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
-        return reference.hash_router(arrays.token_ids, arrays.table, options.method, **named, num_valid=num_valid)
+    def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        given = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
+        given |= {"logits_dtype": options.logits_dtype, "num_valid": num_valid}
+        return reference.hash_router(arrays.token_ids, arrays.table, options.method, **given)
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         method, token_ids, table = options.method, arrays.token_ids, arrays.table
@@ -181,11 +189,12 @@ def hash_router(
     weight: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
+    return_logits: bool = False,
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
     stream: Any = None,
-) -> Any:  # Routing, or RoutingPlan with a layout
+) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
     """Look up the experts of each token in `table[token_ids]`, and return them with weights.
 
     Without logits and x, the weights are uniform, 1 / top_k. Otherwise they are the scores of these experts,
@@ -203,6 +212,7 @@ def hash_router(
             logits.
         logit_bias: [num_experts] float32, added to the logits; only with logits or x.
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
+        return_logits: whether to return the logits, too; only with x. Then the whole product with the gate is computed.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices. It needs a method.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -216,7 +226,9 @@ def hash_router(
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in the order of the table, shared experts last. If a token id is outside the table, or
         a table entry is no expert, the whole row has indices -1 and weights 0.
-        With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
+        With `return_logits`, RoutingWithLogits of these two and float32 logits as :func:`dense_router` returns them: of
+        all experts and all tokens, also of those without experts; those of padding are 0.
+        With `layout`, RoutingPlan or RoutingPlanWithLogits, which have an :class:`ExpertLayout` as well.
 
     Raises:
         TypeError: an argument is no array, or its dtype is not allowed.
@@ -239,24 +251,28 @@ def hash_router(
            [0. , 0. ]], dtype=float32)
     """
     number, num_valid = check.split_num_valid("hash_router", num_valid)
-    fields: Any = (None,) if method is None else resolve(method)
-    if layout is not None:
-        if method is None:
-            raise ValueError("hash_router: layout needs a method, which says how many experts there are")
-        fields = (fields, as_spec("hash_router", layout))
+    resolved = None if method is None else resolve(method)
+    fields: Any = resolved or (None,)
+    if layout is not None and method is None:
+        raise ValueError("hash_router: layout needs a method, which says how many experts there are")
+    if layout is not None or return_logits is not False:
+        spec = None if layout is None else as_spec("hash_router", layout)
+        fields = (resolved, spec, as_logits_dtype("hash_router", return_logits, "float32"))
     inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
 
-def check_combination(method: RoutingMethod | None, arrays: Arrays) -> None:
+def check_combination(options: HashOptions, arrays: Arrays) -> None:
     """Refuse arguments of hash_router that cannot be combined."""
-    logits, x = arrays.logits, arrays.x
+    method, logits, x = options.method, arrays.logits, arrays.x
     if arrays.table.shape[1] < 1:
         raise ValueError(f"table must have at least one column, got {arrays.table}")
     if (x is None) != (arrays.weight is None):
         raise ValueError("x and weight go together, but only one of them was given")
     if logits is not None and x is not None:
         raise ValueError("logits and x are alternatives, but both were given")
+    if options.logits_dtype is not None and x is None:
+        raise ValueError("return_logits needs x and weight, whose products the logits are")
     if logits is None and x is None:
         for name in arrays.given("logit_bias", "expert_scale"):
             raise ValueError(f"{name} needs logits or x, without which weights are uniform")

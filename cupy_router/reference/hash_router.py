@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from ..method import RoutingMethod
 from .order import row_slices
-from .scoring import append_shared, append_shared_indices, empty_results, gate_logits, prepare_logits, route_weights
+from .scoring import (
+    append_shared,
+    append_shared_indices,
+    bias_logits,
+    empty_results,
+    gate_logits,
+    prepare_logits,
+    route_weights,
+)
 
 
 @np.errstate(all="ignore")
@@ -24,8 +32,9 @@ def hash_router(
     *,
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
+    logits_dtype: str | None = None,
     num_valid: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> tuple[NDArray[Any], ...]:
     """Look the experts of each token up in the table, in the table's order, and weight them by their score.
 
     Logits only determine the weights. Without logits the weights are uniform, 1 / top_k.
@@ -39,11 +48,13 @@ def hash_router(
         weight: The gate, [num_experts, hidden].
         logit_bias: [num_experts] float32 to add to the logits, or None.
         expert_scale: [num_experts] float32 factor of each expert's weight, or None.
+        logits_dtype: Dtype of the logits to return, those of x and ``weight``; None: they are not returned.
         num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
         weights and indices [num_tokens, top_k + shared experts], float32 and int32 or the method's dtypes. Padding has
-        weights 0 and indices -1, and so has a token whose id or one of whose experts does not exist.
+        weights 0 and indices -1, and so has a token whose id or one of whose experts does not exist. With
+        ``logits_dtype`` also logits [num_tokens, num_experts] of all experts, as :func:`dense_router` returns them.
 
     >>> table = np.array([[3, 0], [1, 2]], np.int32)
     >>> hash_router(np.array([1, 0, 7]), table)[1]
@@ -52,16 +63,25 @@ def hash_router(
            [-1, -1]], dtype=int32)
     """
     num_tokens, (vocab_size, top_k) = len(token_ids), table.shape
+    valid = num_tokens if num_valid is None else num_valid
     weights, indices = empty_results(num_tokens, top_k if method is None else method.num_columns, method)
 
     routable = (token_ids >= 0) & (token_ids < vocab_size)
-    routable[num_tokens if num_valid is None else num_valid :] = False
+    routable[valid:] = False
     tokens = np.nonzero(routable)[0]
     experts = table[token_ids[tokens]].astype(np.int64)
     num_experts = 2**31 if method is None else method.num_experts  # unknown: the range of int32
     exist = np.all((experts >= 0) & (experts < num_experts), axis=-1)
     tokens, experts = tokens[exist], experts[exist]
     indices[tokens] = experts if method is None else append_shared_indices(experts, method)
+
+    returned: tuple[NDArray[Any], ...] = ()
+    if logits_dtype is not None and x is not None and weight is not None:  # of tokens without experts, too
+        logits = np.zeros((num_tokens, len(weight)), np.float32)
+        logits[:valid] = gate_logits(x[:valid], weight)
+        biased = np.zeros_like(logits)
+        biased[:valid] = bias_logits(logits[:valid], logit_bias)
+        returned = (biased.astype(logits_dtype),)
 
     # Only tokens with experts remain from here on.
     if logits is not None:
@@ -75,4 +95,4 @@ def hash_router(
     for rows in row_slices(len(tokens), method.num_logits):
         prepared = prepare_logits(logits[rows], method, logit_bias)
         weights[tokens[rows]] = route_weights(prepared, experts[rows], method, expert_scale)
-    return weights, indices
+    return weights, indices, *returned

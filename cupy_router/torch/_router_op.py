@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One op of torch.library for Routers whose arrays are not tensors. It finds the Router by its key.
+"""Ops of torch.library for Routers whose arrays are not tensors. They find the Router by its key.
 
-A Router of tensors needs no such op: its tensors are inputs of the routing op in the graph. One graph then serves all
+A Router of tensors needs none: its tensors are inputs of the routing op in the graph. One graph then serves all
 layers of the same kind, and an exported program contains their arrays.
 """
 
@@ -15,12 +15,12 @@ import torch
 from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _hash_layer, _run, activation_topk_backward, dense_router, expert_layout
-from cupy_router.ops._routed import layout_options
-from cupy_router.results import Routing, RoutingPlan
+from cupy_router.ops._routed import as_logits_dtype, layout_options
+from cupy_router.results import Routing, RoutingWithLogits
 from cupy_router.router import Router
 from cupy_router.torch import _autograd, _library, _state
 from cupy_router.torch._library import no_results, register, register_gradient, register_without_gradient
-from cupy_router.torch._routing_gradient import gradients_of
+from cupy_router.torch._routing_gradient import gradients_of, without_padding
 
 
 def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
@@ -28,29 +28,33 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
     return _state.is_tracing() and not _is_of_tensors(router) and bool(router.key)  # in this order: graphs guard keys
 
 
-def run(router: Router, layout: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+def run(router: Router, wanted: tuple[Any, Any], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
+    layout, return_logits = wanted
     x, token_ids, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
-    options: Any = op.options(router.method, layout=layout, **({} if router.is_hash else {"path": None}))
+    path = {} if router.is_hash else {"path": None}
+    logits_dtype = as_logits_dtype("Router", return_logits, "float32")
+    options: Any = op.options(router.method, layout=layout, logits_dtype=logits_dtype, **path)
     outs = _library.flat(op, options, out)
     if stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
-        return _state.outside_of_graphs(router.route, x, token_ids, layout, num_valid, out, stream)
+        return _state.outside_of_graphs(router.route, x, token_ids, layout, num_valid, out, stream, return_logits)
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
+    kind: Any = RoutingWithLogits if return_logits else Routing
     if out is None:
-        routing = Routing(*torch.ops.cupy_router.router(router.key, x, token_ids, count, number))
+        routing = kind(*getattr(torch.ops.cupy_router, _NODES[kind])(router.key, x, token_ids, count, number))
     else:
         given = {**router.arrays(), "x": x}
         _autograd.refuse_writing(op, options, tuple([given.get(name) for name in op.names]), outs)
-        torch.ops.cupy_router.router_out(router.key, x, token_ids, count, number, *outs[:2])
-        routing = Routing(*outs[:2])
+        routing = kind(*outs[: len(kind._fields)])
+        getattr(torch.ops.cupy_router, f"{_NODES[kind]}_out")(router.key, x, token_ids, count, number, *routing)
     if layout is None:
         return routing if out is None else out
     into = None if out is None else out.layout
     laid_out = _run.run(expert_layout.OP, layout_options(options), (routing.indices, None, None, None), into, None)
-    return RoutingPlan(*routing, laid_out) if out is None else out
+    return op.returned(options)(*routing, laid_out) if out is None else out
 
 
 def _is_of_tensors(router: Router) -> bool:
@@ -71,30 +75,41 @@ def _router_of(key: str) -> Router:
     return found
 
 
-def _implementation(key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
-    return tuple(_router_of(key).route(x, token_ids, None, number if number >= 0 else num_valid, None, None))
+def _implementation(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
+    return tuple(_route(kind, key, x, token_ids, num_valid, number, None))
 
 
-def _implementation_into(
-    key: str, x: Any, token_ids: Any, num_valid: Any, number: int, weights: Any, indices: Any
-) -> None:
-    _router_of(key).route(x, token_ids, None, number if number >= 0 else num_valid, Routing(weights, indices), None)
+def _implementation_into(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int, *outs: Any) -> None:
+    _route(kind, key, x, token_ids, num_valid, number, kind(*outs))
 
 
-def _fake(key: str, x: Any, *others: Any) -> Any:
+def _route(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int, out: Any) -> Any:
+    count = number if number >= 0 else num_valid
+    return _router_of(key).route(x, token_ids, None, count, out, None, kind is RoutingWithLogits)
+
+
+def _fake(kind: Any, key: str, x: Any, *others: Any) -> Any:
     method = _router_of(key).method
-    shape = (x.shape[0], method.num_columns)
-    return tuple(x.new_empty(shape, dtype=tensors.dtype_of(n)) for n in (method.weight_dtype, method.index_dtype))
+    columns = {"weights": method.num_columns, "indices": method.num_columns, "logits": method.num_logits}
+    dtypes = {"weights": method.weight_dtype, "indices": method.index_dtype, "logits": "float32"}
+    return tuple(
+        x.new_empty((x.shape[0], columns[name]), dtype=tensors.dtype_of(dtypes[name])) for name in kind._fields
+    )
 
 
-def _backward(key: str, x: Any, indices: Any, grad_weights: Any) -> Any:
+def _backward(key: str, x: Any, indices: Any, grad_weights: Any, grad_logits: Any, num_valid: Any, number: int) -> Any:
     """Return the gradient with respect to the x of a Router, whose arrays may be of any framework."""
     layer = _router_of(key).beside(x)
     arrays = {
         name: _autograd.as_tensor(name, getattr(layer, name)) for name in ("weight", "logit_bias", "expert_scale")
     }
     arrays |= {"logits": None, "x": x}
-    found = gradients_of(layer.method, grad_weights, indices, ("x",), arrays, repeated=layer.is_hash, by_op=False)
+    if grad_logits is not None:
+        grad_logits = without_padding(grad_logits, number if num_valid is None else num_valid)
+    found = gradients_of(
+        layer.method, grad_weights, indices, ("x",), arrays, grad_logits=grad_logits, repeated=layer.is_hash,
+        by_op=False,
+    )  # fmt: skip
     return found["x"]
 
 
@@ -103,36 +118,42 @@ def _fake_backward(key: str, x: Any, *others: Any) -> Any:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, x, *_ = inputs
-    weights, indices = output
+    key, x, _, num_valid, number = inputs
+    weights, indices, *_ = output
     ctx.mark_non_differentiable(*((indices,) if _router_of(key).weight is not None else (weights, indices)))
     ctx.set_materialize_grads(False)
-    ctx.key = key
-    ctx.save_for_backward(x, indices)
+    ctx.key, ctx.number = key, number
+    ctx.save_for_backward(x, indices, num_valid)
 
 
-def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any, grad_logits: Any = None) -> tuple[Any, ...]:
     grad_x = None
-    if grad_weights is not None:
-        grad_x = torch.ops.cupy_router.router_backward(ctx.key, *ctx.saved_tensors, grad_weights.contiguous())
+    if grad_weights is not None or grad_logits is not None:
+        x, indices, num_valid = ctx.saved_tensors
+        grads = [None if grad is None else grad.contiguous() for grad in (grad_weights, grad_logits)]
+        grad_x = torch.ops.cupy_router.router_backward(ctx.key, x, indices, *grads, num_valid, ctx.number)
     return None, grad_x, None, None, None
 
 
+_NODES: dict[Any, str] = {Routing: "router", RoutingWithLogits: "router_logits"}
+_INPUTS = "str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value"
+
+for _kind, _node in _NODES.items():
+    _results = ", ".join(["Tensor"] * len(_kind._fields))
+    register(f"{_node}({_INPUTS}) -> ({_results})", partial(_implementation, _kind), partial(_fake, _kind))
+    _outs = [f"Tensor({letter}!) {name}" for letter, name in zip("abc", _kind._fields, strict=False)]
+    register(
+        f"{_node}_out({_INPUTS}, {', '.join(_outs)}) -> ()",
+        partial(_implementation_into, _kind),
+        no_results,
+        {5 + place: f"Router: out.{name}" for place, name in enumerate(_kind._fields)},
+    )
+    register_gradient(_node, _differentiate, _remember)
+    register_without_gradient(f"{_node}_out")
 register(
-    "router(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value) -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
+    "router_backward(str router, Tensor x, Tensor indices, Tensor? grad_weights, Tensor? grad_logits, "
+    "Tensor? num_valid, SymInt num_valid_value) -> Tensor",
+    _backward,
+    _fake_backward,
 )
-register(
-    "router_out(str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value, "
-    "Tensor(a!) weights, Tensor(b!) indices) -> ()",
-    _implementation_into,
-    no_results,
-    {5: "Router: out.weights", 6: "Router: out.indices"},
-)
-register(
-    "router_backward(str router, Tensor x, Tensor indices, Tensor grad_weights) -> Tensor", _backward, _fake_backward
-)
-register_gradient("router", _differentiate, _remember)
 register_gradient("router_backward", partial(_autograd.no_second_derivative, activation_topk_backward.OP), None)
-register_without_gradient("router_out")

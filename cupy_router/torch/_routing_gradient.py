@@ -56,13 +56,13 @@ def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bo
         arrays |= {"logits": returned, "logit_bias": None}
     grad_logits = None if ctx.logits_place is None else grads[ctx.logits_place]
     if grad_logits is not None:
-        grad_logits = _without_padding(grad_logits.float(), ctx.number if num_valid is None else num_valid)
+        grad_logits = without_padding(grad_logits.float(), ctx.number if num_valid is None else num_valid)
     return gradients_of(
         ctx.method, grads[0], indices, needed, arrays, grad_logits=grad_logits, repeated=ctx.repeated, by_op=by_op
     )
 
 
-def _without_padding(grad_logits: Any, num_valid: Any) -> Any:
+def without_padding(grad_logits: Any, num_valid: Any) -> Any:
     """Return a gradient of logits with zeros in the rows of padding, whose logits are constant."""
     if not isinstance(num_valid, torch.Tensor) and num_valid < 0:
         return grad_logits
