@@ -40,7 +40,7 @@ class Matrix(NamedTuple):
 
 
 class Product(Protocol):
-    """out[r, c] = sum over h of x[r, h] * weight[c, h], accumulated and kept in float32, `out` dense."""
+    """out[r, c] = sum over h of x[r, h] * weight[c, h], accumulated and kept in float32."""
 
     lock: Any  # held while a product and what reads it are enqueued: threads on one stream share its buffers
     row_bytes: int  # scratch memory for each row of x
@@ -52,9 +52,13 @@ class Product(Protocol):
         """Enqueue the product of `num_rows` rows of x."""
 
 
-def product(device: tuple[str, int], x: Matrix, weight: Matrix) -> Product:
-    """Return the product of matrices like x and a weight; on CUDA only where :func:`why_not` returns None."""
-    return CudaProduct(device, x, weight) if device[0] == "cuda" else HostProduct(x, weight)
+def product(device: tuple[str, int], x: Matrix, weight: Matrix, out_stride: int | None = None) -> Product:
+    """Return the product of matrices like x and a weight; on CUDA only where :func:`why_not` returns None.
+
+    out_stride: elements from one row of `out` to the next; None: it is dense.
+    """
+    kind = CudaProduct if device[0] == "cuda" else HostProduct
+    return kind(device, x, weight, out_stride)
 
 
 def why_not(device: tuple[str, int]) -> str | None:
@@ -84,8 +88,9 @@ def cublas_version() -> str:
 
 
 class CudaProduct:
-    def __init__(self, device: tuple[str, int], x: Matrix, weight: Matrix) -> None:
+    def __init__(self, device: tuple[str, int], x: Matrix, weight: Matrix, out_stride: int | None = None) -> None:
         self._device, self._num_outputs, self._hidden = device, weight.num_rows, x.num_columns
+        self._out_stride = weight.num_rows if out_stride is None else out_stride
         self._context = _context(device[1])
         self.lock = self._context.lock
         # cuBLAS needs one dtype for both operands, and rows that do not overlap.
@@ -121,7 +126,7 @@ class CudaProduct:
             context.library.cublasGemmEx(
                 context.handle, _TRANSPOSE, _NO_TRANSPOSE, self._num_outputs, num_rows, self._hidden,
                 context.one, weight, self._type, self._weight_stride, x, self._type, self._x_stride,
-                context.zero, out, _CUDA_TYPES["float32"], self._num_outputs, self._compute, _DEFAULT_ALGORITHM,
+                context.zero, out, _CUDA_TYPES["float32"], self._out_stride, self._compute, _DEFAULT_ALGORITHM,
             )
         )  # fmt: skip
 
@@ -217,8 +222,9 @@ class HostProduct:
     lock = _host_lock
     row_bytes = 0
 
-    def __init__(self, x: Matrix, weight: Matrix) -> None:
+    def __init__(self, device: tuple[str, int], x: Matrix, weight: Matrix, out_stride: int | None = None) -> None:
         self._x, self._weight = x, weight
+        self._out_stride = weight.num_rows if out_stride is None else out_stride
 
     def prepare(self, stream: int, weight: int) -> int:
         return weight
@@ -226,7 +232,7 @@ class HostProduct:
     def multiply(self, stream: int, x: int, weight: int, out: int, num_rows: int) -> None:
         num_outputs = self._weight.num_rows
         gate = _rows(weight, self._weight, num_outputs).astype(np.float32)
-        target = _rows(out, Matrix("float32", num_rows, num_outputs, num_outputs), num_rows)
+        target = _rows(out, Matrix("float32", num_rows, num_outputs, self._out_stride), num_rows)
         with np.errstate(all="ignore"):
             np.matmul(_rows(x, self._x, num_rows).astype(np.float32), gate.T, out=target)
 

@@ -5,6 +5,7 @@
 // for any size, not fast.
 #include "routing/choose_experts.cuh"
 #include "device/num_valid.cuh"
+#include "routing/logits_out.cuh"
 #include "routing/weigh.cuh"
 
 SPECIALISED int DTYPE = 0;
@@ -56,13 +57,15 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                          const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                          const int* __restrict__ num_valid, weight_t* __restrict__ weights,
-                         index_t* __restrict__ indices, int num_valid_value, long long num_tokens,
-                         const MethodNumbers numbers, long long logits_stride, long long weights_stride,
-                         long long indices_stride) {
+                         index_t* __restrict__ indices, int num_valid_value, logit_out_t* logits_out,
+                         long long num_tokens, const MethodNumbers numbers, long long logits_stride,
+                         long long weights_stride, long long indices_stride, long long logits_out_stride) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
         weight_t* weight = weights + r * weights_stride;
         index_t* index = indices + r * indices_stride;
+        return_logits<false>(logits + r * logits_stride, logit_bias, r < valid, logits_out + r * logits_out_stride,
+                             threadIdx.x, WIDE_THREADS);
         if (r >= valid) {
             for (int output = threadIdx.x; output < OUTPUTS; output += WIDE_THREADS) {
                 store_float(weight + output, 0.0f);

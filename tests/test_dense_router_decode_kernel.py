@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode kernel of dense_router alone, in tilings chosen by the test, against the reference.
 
-The logits that the kernel routed by are left in its scratch memory. They are compared with float64; weights and indices
-are compared with what activation_topk's reference makes of those very logits, so that no rounding can hide an error.
+The kernel also returns the logits that it routed by. They are compared with float64; weights and indices are compared
+with what activation_topk's reference makes of those very logits, so that no rounding can hide an error.
 """
 
 from __future__ import annotations
@@ -68,22 +68,18 @@ class Run:
 
     def __call__(self, num_valid: int = -1, device_num_valid: Any = None) -> tuple[np.ndarray, np.ndarray]:
         x, weight, bias = self.arrays
-        for array in self.outputs[:2]:
+        for array in self.outputs[:3]:
             array.fill(7)
         pointers = [
             0 if a is None else pointer(a) for a in (x, weight, bias, None, None, device_num_valid, *self.outputs)
         ]
         self.launch(device_num_valid is not None)(0, [*pointers, num_valid])
-        weights, indices, counters, _ = (self.backend.numpy(array) for array in self.outputs)
+        weights, indices, _, counters, _ = (self.backend.numpy(array) for array in self.outputs)
         assert not counters.any(), "the kernel leaves its counters as it found them"
         return weights, indices
 
     def logits(self) -> np.ndarray:
-        """Return the logits, which the kernel leaves after the partial sums, at the place of the first part."""
-        macros, experts = self.plan.macros, self.method.num_experts
-        columns = -(-experts // macros["EXPERTS_PER_BLOCK"]) * macros["EXPERTS_PER_BLOCK"]
-        partials = self.backend.numpy(self.outputs[3]).reshape(2, -1, macros["SPLITS"], macros["TOKENS"], columns)
-        return partials[1, :, 0].reshape(-1, columns)[: len(self.x), :experts].copy()
+        return self.backend.numpy(self.outputs[2]).copy()
 
 
 def pointer(array: Any) -> int:
@@ -104,18 +100,20 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
                                            zip(views, (device_x, device_weight), strict=True))  # fmt: skip
     plan = decode.launch_for(
         gpu_of(views[0].device), method, case.dtype, weight_dtype, len(x), case.hidden,
-        aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias, tiling=case.tiling,
+        aligned=aligned, dense=case.pad == 0, given=["bias"] * case.has_bias,
+        logits_dtype="float32", tiling=case.tiling,
     )  # fmt: skip
     k = case.top_k
-    fixed = decode.fixed_arguments(method, len(x), views[0].row_stride, views[1].row_stride, k, k)
+    fixed = decode.fixed_arguments(method, len(x), views[0].row_stride, views[1].row_stride, k, k, case.num_experts)
     xp = backend.xp
     outputs = [
         xp.empty((len(x), k), np.float32), xp.empty((len(x), k), np.int32),
-        xp.zeros(plan.counters, np.uint32), xp.full(2 * plan.partials, np.nan, np.float32),
+        xp.full((len(x), case.num_experts), 7, np.float32),
+        xp.zeros(plan.counters, np.uint32), xp.full(plan.partials, np.nan, np.float32),
     ]  # fmt: skip
 
     def launch(counted: bool) -> Launch:
-        macros = plan.macros | {"KEEP_LOGITS": 1, "HAS_NUM_VALID": int(counted)}
+        macros = plan.macros | {"HAS_NUM_VALID": int(counted)}
         function = compiler.compile(decode.FILE, decode.FUNCTION, macros, views[0].device)
         return Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
 
@@ -132,7 +130,9 @@ def assert_right(run: Run, valid: int | None = None, device_num_valid: Any = Non
     macros = run.plan.macros
     layers = macros["WARPS"] * macros["EXPERTS_PER_WARP"] // macros["EXPERTS_PER_BLOCK"]
     steps = -(-x.shape[1] // (16 * macros["SPLITS"] * layers)) if macros["TENSOR_CORES"] else 0
-    errors, bound = np.abs(logits - x @ weight.T), FMA_BOUND + STEP_BOUND * steps
+    exact = x @ weight.T
+    exact[len(x) if valid is None else valid :] = 0
+    errors, bound = np.abs(logits - exact), FMA_BOUND + STEP_BOUND * steps
     assert (errors <= bound * norms + oracle.TINY).all(), f"{np.max(errors / norms)} of the norm after {steps} steps"
     want = activation_topk(logits, run.method, run.bias, num_valid=len(x) if valid is None else valid)
     np.testing.assert_array_equal(indices, want[1])
@@ -218,7 +218,7 @@ def test_nan_and_infinity_do_not_spread(backend: Backend, dtype: str) -> None:
 
 def test_a_stale_flag_is_reset(backend: Backend) -> None:
     run = prepare(backend, Case(tiling=Tiling(8, 4, 16, 16, 4, 1)))
-    run.outputs[2][3] = 1
+    run.outputs[3][3] = 1
     assert_right(run)
 
 

@@ -7,6 +7,7 @@ Chunks also let a kernel for few tokens serve any number of tokens. All are call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from cupy_router import compiler, gemm, scratch
@@ -15,7 +16,7 @@ from cupy_router.launcher import Launch
 from cupy_router.ops._cached import Work, dense_view
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._op import Op
-from cupy_router.ops._routed import ROUTING
+from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 
@@ -32,8 +33,9 @@ class Chunks:
         self.device = first.device
         self.num_tokens = first.shape[0]
         self.rows = min(rows, self.num_tokens)
-        self._names = (*op.names, *ROUTING)
-        by_row = arrays.given(*(name for name in op.names if name in op.by_row), *ROUTING)
+        results = arrays.given(*op.result_names)
+        self.names = (*op.names, *results)
+        by_row = arrays.given(*(name for name in op.names if name in op.by_row), *results)
         views: dict[str, View] = arrays.named(*by_row)
         self._steps = {name: view.row_stride * ITEM_SIZES[view.dtype] for name, view in views.items()}
         self._num_chunks = -(-self.num_tokens // self.rows)
@@ -46,7 +48,7 @@ class Chunks:
         *pointers, number = map(int, varying)
         previous = self._use(self.device[1])
         try:
-            self.enqueue(stream, dict(zip(self._names, pointers, strict=True)), number)
+            self.enqueue(stream, dict(zip(self.names, pointers, strict=True)), number)
         finally:
             if previous is not None:
                 self._use(previous)
@@ -83,13 +85,19 @@ class GateChunks(Chunks):
 
     op: the op that is called.
     target: the op on the logits. It gets the arrays of `op` by name, and the chunk's "logits"; the others are left out.
-    make: returns the kernels of `target` for a view of the logits.
+        If logits are returned, the address of those of the chunk comes last.
+    make: returns the kernels of `target` for a view of the logits. Float32 logits without a bias are multiplied into
+        the result, and then it gets the view of that.
     """
 
     def __init__(self, op: Op, arrays: Arrays, gpu: Gpu, target: Op, make: Callable[[View], Work]) -> None:
         weight: View = arrays.weight
         num_outputs = weight.shape[0]
-        self._product = gemm.product(weight.device, _matrix(arrays.x), _matrix(weight))
+        self._returned: View | None = getattr(arrays, LOGITS, None)
+        in_place = self._returned is not None and arrays.logit_bias is None and _can_be_product(self._returned)
+        self._target = self._returned if in_place else None
+        stride = None if self._target is None else self._target.row_stride
+        self._product = gemm.product(weight.device, _matrix(arrays.x), _matrix(weight), stride)
         rows = max(1, min(budget(gpu) // (4 * num_outputs + self._product.row_bytes), 2**31 - 1))
         super().__init__(op, arrays, rows)
         self._row_bytes, self._num_outputs = 4 * num_outputs, num_outputs
@@ -103,18 +111,31 @@ class GateChunks(Chunks):
             super().enqueue(stream, arrays | {"weight": gate}, number)
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        logits = scratch.buffer(self.device, stream, "logits", rows * self._row_bytes)
+        if self._target is None:
+            logits = scratch.buffer(self.device, stream, "logits", rows * self._row_bytes)
+        else:
+            logits = arrays[LOGITS]
         self._product.multiply(stream, arrays["x"], arrays["weight"], logits, rows)
         arrays["logits"] = logits
-        self._work(rows)(stream, [*(arrays.get(name, 0) for name in self._taken), number])
+        varying = [*(arrays.get(name, 0) for name in self._taken), number]
+        self._work(rows)(stream, varying if self._returned is None else [*varying, arrays[LOGITS]])
 
     def _work(self, rows: int) -> Work:
         """Return the kernels on the logits of a chunk. There are at most two sizes, because the last may be smaller."""
         found = self._works.get(rows)
         if found is None:
-            logits = dense_view("logits", 0, (rows, self._num_outputs), "float32", self.device)
+            shape = (rows, self._num_outputs)
+            if self._target is None:
+                logits = dense_view("logits", 0, shape, "float32", self.device)
+            else:
+                logits = replace(self._target, shape=shape)
             found = self._works[rows] = self._make(logits)
         return found
+
+
+def _can_be_product(logits: View) -> bool:
+    """Return whether the gate GEMM can write into an array: in float32, rows that do not overlap."""
+    return logits.dtype == "float32" and logits.shape[1] <= logits.row_stride < 2**31
 
 
 def _matrix(view: View) -> gemm.Matrix:

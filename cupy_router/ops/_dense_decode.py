@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Macros, grid and block of kernels/dense_router_decode.cu for a shape on a GPU.
 
-The kernel's parameters are VARYING, which are INPUTS, the results (weights, indices), the scratch memory (counters,
-partials) and `num_valid_value`, and then those of :func:`fixed_arguments`.
+The kernel's parameters are VARYING, which are INPUTS, the results (weights, indices, and logits_out or null), the
+scratch memory (counters, partials) and `num_valid_value`, and then those of :func:`fixed_arguments`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._method import method_arguments, method_macros
+from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
 INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
-ARRAYS = (*INPUTS, "weights", "indices")
+ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
-VARYING = (*ARRAYS, *SCRATCH, "num_valid_value")
+VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
 
@@ -73,6 +75,7 @@ def launch_for(
     aligned: bool,
     dense: bool,
     given: Collection[str] = (),
+    logits_dtype: str | None = None,
     tiling: Tiling | None = None,
     with_layout: bool = False,
 ) -> DecodeLaunch:
@@ -80,8 +83,9 @@ def launch_for(
 
     Args:
         aligned: rows of x and weight are aligned to 16 bytes, and hidden is a multiple of 8.
-        dense: rows of x, weight and the results have no gaps between them.
+        dense: rows of x, weight, weights and indices have no gaps between them.
         given: the names of bias, logit_bias, expert_scale and num_valid that are passed.
+        logits_dtype: dtype of the logits that are returned; None: they are not.
         tiling: replaces the one that `choose` returns.
         with_layout: the launch lays out, too.
     """
@@ -102,6 +106,8 @@ def launch_for(
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
     }
+    if logits_dtype is not None:
+        macros["LOGITS_OUT"] = row_lanes.DTYPE_CODES[logits_dtype]
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_logits)
     blocks = groups * tiles * tiling.parts
     partials = blocks * tiling.tokens * tiling.experts_per_block
@@ -109,7 +115,13 @@ def launch_for(
 
 
 def fixed_arguments(
-    method: RoutingMethod, num_tokens: int, x_stride: int, weight_stride: int, weights_stride: int, indices_stride: int
+    method: RoutingMethod,
+    num_tokens: int,
+    x_stride: int,
+    weight_stride: int,
+    weights_stride: int,
+    indices_stride: int,
+    logits_stride: int = 0,
 ) -> dict[str, int | float]:
     """Return the last parameters of the kernel, in its order."""
     return {
@@ -119,6 +131,7 @@ def fixed_arguments(
         "weight_stride": weight_stride,
         "weights_stride": weights_stride,
         "indices_stride": indices_stride,
+        "logits_out_stride": logits_stride,
     }
 
 

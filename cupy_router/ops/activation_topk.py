@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel
+from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -25,7 +24,7 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
-from cupy_router.ops._routed import RoutedOp, routing_results
+from cupy_router.ops._routed import LOGITS, ROUTING, RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.tuning import Gpu
@@ -64,7 +63,25 @@ class ActivationTopK(RoutedOp):
         return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
 
     def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
-        """Choose the kernel for the shape, strides and alignment of the logits."""
+        kernel = self._chosen(options, arrays, gpu)
+        return kernel._replace(fixed={LOGITS: 0} | kernel.fixed | {f"{LOGITS}_stride": 0})
+
+    def with_logits(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        """Return the launch on logits of a gate GEMM that also fills `arrays.logits_out`, whose address comes last.
+
+        If the logits are those of this array, they are there already, and only rows of padding are written.
+        """
+        kernel, returned = self._chosen(options, arrays, gpu), arrays.logits_out
+        macros = {
+            "LOGITS_OUT": row_lanes.DTYPE_CODES[returned.dtype],
+            "LOGITS_IN_PLACE": int(arrays.logits.name == returned.name),
+        }
+        stride = {f"{LOGITS}_stride": returned.row_stride}
+        kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
+        return launch_with((*self.names, *ROUTING, NUMBER, LOGITS), kernel, returned.device)
+
+    def _chosen(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        """Choose the kernel for the shape, strides and alignment of the logits, without parameters for logits_out."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
         macros = method_macros(method, arrays.given("bias", "logit_bias", "expert_scale"))
@@ -110,7 +127,7 @@ class ActivationTopK(RoutedOp):
         if found is None or not row_lanes.fits_method(options.method):
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.logits.shape[0]
-        routed = self.route(replace(options, layout=None), arrays, gpu)
+        routed = self._chosen(options, arrays, gpu)
         warps = -(-num_tokens * routed.macros["LANES"] // 32)
         name, layout_by, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
         if warps > tuned.max_block_warps or found.padding > tuned.max_block_padding_rows:

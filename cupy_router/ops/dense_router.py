@@ -31,7 +31,7 @@ from cupy_router.ops._method import (
     method_sizes,
 )
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
+from cupy_router.ops._routed import LOGITS, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.tuning import Gpu
@@ -39,6 +39,7 @@ from cupy_router.tuning import Gpu
 PATHS = ("decode", "prefill")
 
 _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buffer of scratch memory
+_FIRST = len(decode.ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class DenseRouter(RoutedOp):
         if path == "decode" and not fits:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
         if fits and _decodes(path, num_tokens, gpu):
-            return _Decode(*_decode_kernel(method, num_tokens, arrays, gpu), device)
+            return _Decode(*_decode_kernel(method, num_tokens, arrays, gpu), device, self.parameters(options))
         obstacle = gemm.why_not(device)
         if obstacle is None:
             return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, method, arrays, gpu))
@@ -209,12 +210,12 @@ def dense_router(
 
 
 def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
-    """Return the launch of `activation_topk` on the logits of a chunk."""
-    op, names = activation_topk.OP, ("bias", "logit_bias", "expert_scale", "num_valid", "weights", "indices")
-    given = arrays.named(*names)
-    options = MethodOptions(method)
-    kernel = op.route(options, Arrays(("logits", *given), (logits, *given.values())), gpu)
-    return launch_of(op, options, kernel, logits.device)
+    """Return the launch of `activation_topk` on the logits of a chunk, of which it also makes those to return."""
+    options, given = MethodOptions(method), arrays.replaced(logits=logits)
+    if arrays.logits_out is not None:
+        return activation_topk.OP.with_logits(options, given, gpu)
+    kernel = activation_topk.OP.route(options, given, gpu)
+    return launch_of(activation_topk.OP, options, kernel, logits.device)
 
 
 def _fits_decode(method: RoutingMethod, gpu: Gpu) -> bool:
@@ -235,29 +236,34 @@ def _decode_kernel(
     hidden = x.shape[1]
     both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
     strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
+    logits = arrays.logits_out
     launch = decode.launch_for(
         gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
-        with_layout=with_layout,
+        logits_dtype=None if logits is None else logits.dtype, with_layout=with_layout,
     )  # fmt: skip
-    fixed = decode.fixed_arguments(method, num_tokens, *strides)
+    fixed = decode.fixed_arguments(method, num_tokens, *strides, 0 if logits is None else logits.row_stride)
     kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
     return kernel, launch.partials
 
 
 class _Decode:
-    """A kernel for few tokens, with scratch memory of the stream on which it is called."""
+    """A kernel for few tokens, with scratch memory of the stream on which it is called.
 
-    def __init__(
-        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str] = decode.ARRAYS
-    ) -> None:
-        self._launch = launch_with((*arrays, *decode.SCRATCH, NUMBER), kernel, device)
+    arrays: names of the arrays that a call passes, decode.ARRAYS first. Without logits_out among them, it is null.
+    """
+
+    def __init__(self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str]) -> None:
+        taken = [LOGITS, *[name for name in arrays[_FIRST:] if name != LOGITS], *decode.SCRATCH]
+        self._launch = launch_with((*arrays[:_FIRST], *taken, NUMBER), kernel, device)
+        self._left_out = () if LOGITS in arrays else (0,)
         self._device, self._scratch_bytes = device, _COUNTER_BYTES + 4 * partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         counters = scratch.buffer(self._device, stream, "decode", self._scratch_bytes)
-        self._launch(stream, (*varying[:-1], counters, counters + _COUNTER_BYTES, varying[-1]))
+        arrays = (*varying[:_FIRST], *self._left_out, *varying[_FIRST:-1])
+        self._launch(stream, (*arrays, counters, counters + _COUNTER_BYTES, varying[-1]))
 
 
 class _DecodeChunks(Chunks):
@@ -266,8 +272,9 @@ class _DecodeChunks(Chunks):
     def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
         super().__init__(OP, arrays, decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        self._by_rows = {rows: _Decode(*_decode_kernel(method, rows, arrays, gpu), self.device) for rows in sizes}
+        kernels = {rows: _decode_kernel(method, rows, arrays, gpu) for rows in sizes}
+        self._by_rows = {rows: _Decode(*kernel, self.device, self.names) for rows, kernel in kernels.items()}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        self._by_rows[rows](stream, [*(arrays[name] for name in (*OP.names, *ROUTING)), number])
+        self._by_rows[rows](stream, [*(arrays[name] for name in self.names), number])

@@ -12,6 +12,7 @@
 #include "device/async_copy.cuh"
 #include "gate/gate_gemm.cuh"
 #include "routing/groups.cuh"
+#include "routing/logits_out.cuh"
 #include "device/last_block.cuh"
 #include "device/num_valid.cuh"
 #include "routing/softmax_statistics.cuh"
@@ -19,9 +20,8 @@
 #include "routing/weigh.cuh"
 
 SPECIALISED int SHARE = 0;
-SPECIALISED bool DENSE = false;        // rows of x, gate and results follow each other
-SPECIALISED int SHARED_FLOATS = 0;     // at least, for what a kernel does after routing
-SPECIALISED bool KEEP_LOGITS = false;  // for tests: leave the logits in place of the first split's sums
+SPECIALISED bool DENSE = false;     // rows of x, gate, weights and indices follow each other
+SPECIALISED int SHARED_FLOATS = 0;  // at least, for what a kernel does after routing
 
 static_assert(OUTPUTS <= 32, "a lane holds a column of the results");
 
@@ -69,10 +69,11 @@ __device__ constexpr int longest_word() {
     return 1;
 }
 
-// Compute the logits of tokens first .. first + count - 1 from their partial sums, in a fixed order; leave their
-// scores, or prepared logits, in shared memory.
-__device__ __forceinline__ void gather_scores(float* partials, int first, int count, const float* logit_bias,
-                                              const MethodNumbers numbers) {
+// Compute the logits of tokens first .. first + count - 1 of a group from their partial sums, in a fixed order; leave
+// their scores, or prepared logits, in shared memory. `keep_logit(token, expert, logit)` gets each with its bias.
+template <typename KeepLogit>
+__device__ __forceinline__ void gather_scores(const float* partials, int first, int count, const float* logit_bias,
+                                              const MethodNumbers numbers, KeepLogit keep_logit) {
     constexpr int N = longest_word();
     constexpr int WORDS = COLUMNS / N;
     static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
@@ -81,7 +82,7 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
         const unsigned i = round * THREADS + threadIdx.x;
         const int token = i / WORDS, expert = i % WORDS * N;
         if (token >= count) break;
-        float* source = partials + (first + token) * COLUMNS + expert;
+        const float* source = partials + (first + token) * COLUMNS + expert;
         Floats<N> parts[SPLITS];
 #pragma unroll
         for (int s = 0; s < SPLITS; ++s) {
@@ -92,11 +93,13 @@ __device__ __forceinline__ void gather_scores(float* partials, int first, int co
             float logit = parts[0].value[j];
 #pragma unroll
             for (int s = 1; s < SPLITS; ++s) logit += parts[s].value[j];
-            if (KEEP_LOGITS) source[gridDim.x / GROUP_BLOCKS * (SPLITS * TOKENS * COLUMNS) + j] = logit;
             if (expert + j >= 32 * PER_LANE) continue;
             const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
             const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
-            logit = prepare(logit, HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f, numbers);
+            const float its_bias = HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f;
+            if (RETURNS_LOGITS && expert + j < GATE_ROWS)
+                keep_logit(first + token, expert + j, biased(logit, its_bias));
+            logit = prepare(logit, its_bias, numbers);
             shared_floats[token * (32 * PER_LANE) + expert + j] =
                 KEEPS_SCORES ? score_of(logit, SoftmaxStatistics()) : logit;
         }
@@ -153,10 +156,11 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
 template <typename Keep>
 __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight, const float* bias,
                                               const float* logit_bias, const float* expert_scale, const int* num_valid,
-                                              weight_t* weights, index_t* indices, unsigned* counters, float* partials,
-                                              int num_valid_value, int64_t num_tokens, const MethodNumbers numbers,
-                                              int64_t x_stride, int64_t weight_stride, int64_t weights_stride,
-                                              int64_t indices_stride, Keep keep) {
+                                              weight_t* weights, index_t* indices, logit_out_t* logits_out,
+                                              unsigned* counters, float* partials, int num_valid_value,
+                                              int64_t num_tokens, const MethodNumbers numbers, int64_t x_stride,
+                                              int64_t weight_stride, int64_t weights_stride, int64_t indices_stride,
+                                              int64_t logits_out_stride, Keep keep) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -183,8 +187,12 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
 
     const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
     const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
+    const auto keep_logit = [&](int token, int expert, float logit) {
+        token += first_token;
+        store_float(logits_out + token * logits_out_stride + expert, token < valid ? logit : 0.0f);
+    };
     const auto route_tokens = [&](int first, int tokens) {
-        gather_scores(group_partials, first, tokens, logit_bias, numbers);
+        gather_scores(group_partials, first, tokens, logit_bias, numbers, keep_logit);
         __syncthreads();
         for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
             const int token = first_token + first + t;

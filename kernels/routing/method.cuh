@@ -21,8 +21,12 @@ typedef Scalar<RESULT_DTYPE>::type weight_t;
 typedef Integer<INDEX_INT64 ? 8 : 4>::type index_t;
 
 // The first steps of a logit, each rounded by itself as in the reference.
+__device__ __forceinline__ float biased(float logit, float logit_bias) {
+    return HAS_LOGIT_BIAS ? __fadd_rn(logit, logit_bias) : logit;
+}
+
 __device__ __forceinline__ float scaled(float logit, float logit_bias, const MethodNumbers numbers) {
-    if (HAS_LOGIT_BIAS) logit = __fadd_rn(logit, logit_bias);
+    logit = biased(logit, logit_bias);
     if (LOGIT_SCALED) logit = __fmul_rn(logit, numbers.logit_scale);
     return logit;
 }
