@@ -56,25 +56,23 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "op"),
+    "outputs",
     [
-        (("logits", "weights", "indices"), "activation_topk"),
-        (("indices", "weights", "logits"), "activation_topk"),
-        (("weights", "indices"), "dense_router"),
-        (("indices", "weights"), "dense_router"),
+        ("logits", "weights", "indices"),
+        ("indices", "weights", "logits"),
+        ("weights", "indices"),
+        ("indices", "weights"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_results_are_recognised_by_their_shapes(
-    outputs: tuple[str, ...], op: str, dtype: str, calls: list[str]
-) -> None:
+def test_results_are_recognised_by_their_shapes(outputs: tuple[str, ...], dtype: str, calls: list[str]) -> None:
     block = Block(Gate(*outputs)).to(getattr(torch, dtype))
     x = torch.randn(50, 64).to(getattr(torch, dtype))
     with torch.no_grad():
         theirs = dict(zip(outputs, block.anything(x), strict=True))
         assert replace_routers(block) == 1
         ours = dict(zip(outputs, block.anything(x), strict=True))
-    assert calls == [op]
+    assert calls == ["dense_router"]
     for output in outputs:
         assert (ours[output].dtype, ours[output].shape) == (theirs[output].dtype, theirs[output].shape)
     if dtype == "float32":
@@ -94,7 +92,7 @@ def test_the_first_argument_may_have_any_name(calls: list[str]) -> None:
         theirs = block.anything(tokens=x)
         assert replace_routers(block) == 1
         assert torch.equal(block.anything(tokens=x)[2], theirs[2])
-    assert calls == ["activation_topk"]
+    assert calls == ["dense_router"]
 
 
 class Inline(Block):
@@ -194,7 +192,7 @@ def test_other_numbers_of_dimensions_run_the_code_of_the_model(calls: list[str])
     assert all(torch.equal(our, their) for our, their in zip(block.anything(x), theirs, strict=True))
     assert calls == []
     block.anything(x[0])
-    assert calls == ["activation_topk"]
+    assert calls == ["dense_router"]
 
 
 class InTraining(Gate):
@@ -213,7 +211,7 @@ def test_a_router_that_differs_in_training_runs_the_code_of_the_model_there(call
     assert all(torch.equal(our, their) for our, their in zip(block.anything(x), theirs, strict=True))
     assert calls == []
     torch.testing.assert_close(block.eval().anything(x / 0.5)[1], theirs[1])
-    assert calls == ["activation_topk"]
+    assert calls == ["dense_router"]
 
 
 class Ignoring(Gate):
@@ -229,7 +227,7 @@ def test_an_argument_that_the_router_ignores(calls: list[str]) -> None:
     assert replace_routers(block) == 1
     for ours in (block.anything(x, bias), block.anything(x), block.anything(x, e_score_correction_bias=bias)):
         assert torch.equal(ours[2], theirs[2])
-    assert calls == ["activation_topk"] * 3
+    assert calls == ["dense_router"] * 3
 
 
 class Probabilities(Gate):
@@ -245,7 +243,7 @@ def test_probabilities_in_place_of_logits(calls: list[str]) -> None:
     theirs = block.anything(x)
     assert replace_routers(block) == 1
     torch.testing.assert_close(block.anything(x), theirs)
-    assert calls == ["activation_topk"]
+    assert calls == ["dense_router"]
 
 
 class OnGpuOnly(Gate):

@@ -84,7 +84,7 @@ def test_parametrizations(order: str, name: str, calls: list[str]) -> None:
         calls.clear()
         got = logits_of(model)
         torch.testing.assert_close(got, expected.setdefault(changed, got), rtol=1e-4, atol=1e-5)
-        assert calls == ["activation_topk"] * 2 * swapped
+        assert calls == ["dense_router"] * 2 * swapped
         assert isinstance(gate, Router) == swapped
         assert isinstance(gate, original)
         assert type(gate).__name__ == ("Parametrized" if changed and "u" not in done else "") + original.__name__
@@ -98,7 +98,7 @@ def test_copies_and_pickles_of_parametrized_routers(calls: list[str]) -> None:
     PARAMETRIZATIONS["registered"](model.model.layers[0].mlp.gate)
     other = copy.deepcopy(model)
     assert torch.equal(logits_of(other), logits_of(model))
-    assert calls == ["activation_topk"] * 4
+    assert calls == ["dense_router"] * 4
     assert restore_routers(other) == 2
     assert isinstance(model.model.layers[0].mlp.gate, Router)
     with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state"):
@@ -171,7 +171,7 @@ def test_fully_shard(first: str, sharded: Any, calls: list[str]) -> None:
             for module in (*gates, model):
                 sharded(module)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
-    assert calls == ["activation_topk"] * 2
+    assert calls == ["dense_router"] * 2
     assert restore_routers(model) == 2
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2
@@ -254,7 +254,7 @@ def test_a_class_that_others_derive_stays(how: str, above: str, calls: list[str]
         assert restore_routers(model) == 1
     assert isinstance(gate, mine)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
-    assert calls == ["activation_topk"] * 3
+    assert calls == ["dense_router"] * 3
     if above:
         remove(gate)
     gate.__class__ = swapped  # as the docstring says
@@ -277,7 +277,7 @@ def test_a_class_that_others_derived_before(how: str, below: str, calls: list[st
     assert replace_routers(model) == 2
     assert isinstance(gate, mine)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
-    assert calls == ["activation_topk"] * 2
+    assert calls == ["dense_router"] * 2
     assert restore_routers(model) == 2
     assert type(gate) is mine
     assert torch.equal(logits_of(model), expected)
@@ -338,7 +338,7 @@ def test_a_bound_forward_that_is_put_back(asked: str, calls: list[str]) -> None:
     if asked == "after":
         gate.forward = wrap(gate)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
-    assert calls == ["activation_topk"] * 2
+    assert calls == ["dense_router"] * 2
     assert restore_routers(model) == 2
     assert "forward" not in vars(gate)
     assert torch.equal(logits_of(model), expected)

@@ -23,7 +23,9 @@ def gate_gemm(x: Any, weight: Any) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             return gate_gemm(x, weight)
     if _HAS_MIXED_GEMM and x.is_cuda and x.dtype == weight.dtype != torch.float32 and not in_torch_func():
-        return _MixedGemm.apply(x, weight)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _MixedGemm.apply(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return torch.nn.functional.linear(x.float(), weight.float())
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cupy_router.arrays._torch import name_of
 from cupy_router.method import RoutingMethod
+from cupy_router.results import RoutingWithLogits
 
 INLINE = "route_tokens_to_experts"  # method of sparse blocks that route without a router module
 SORTED = ("order", "rows", "gates", "sizes", "logits")  # results of routers that sort the pairs by expert
@@ -25,6 +27,21 @@ class ResultTypes(NamedTuple):
     dtypes: tuple[Any, ...]  # dtype of each result
 
 
+class Plan(NamedTuple):
+    """What a swapped router does with hidden states of one dtype and a gate of one dtype.
+
+    method: With the module's dtypes of weights and indices.
+    dtypes: Those of the module's results.
+    options: Those of `dense_router`, as the tuple of their fields.
+    places: Places of the module's results among those of `dense_router`; None if they are computed from these.
+    """
+
+    method: RoutingMethod
+    dtypes: tuple[Any, ...]
+    options: tuple[Any, ...]
+    places: tuple[int, ...] | None
+
+
 @dataclass(frozen=True)
 class RouterSpec:
     """Description of a router module, as plain data that copies and pickles of the module include."""
@@ -39,11 +56,38 @@ class RouterSpec:
     results: Mapping[tuple[Any, Any], ResultTypes] = field(default_factory=dict, repr=False)  # by dtypes of x and gate
     tensors: Mapping[str, str] = field(default_factory=dict)  # role of a tensor -> its path
     noise: tuple[str, ...] = ()  # attributes with the amount of noise in training
+    plans: Mapping[tuple[Any, Any], Plan] = field(init=False, repr=False)  # by dtypes of x and gate
+    layer: tuple[str | int | None, ...] = field(init=False, repr=False)  # sources of bias, logit_bias, expert_scale
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plans", {dtypes: _plan(self, *found) for dtypes, found in self.results.items()})
+        object.__setattr__(self, "layer", tuple([self._source(role) for role in ("bias", "logit_bias", "expert_scale")]))
+
+    def _source(self, role: str) -> str | int | None:
+        """Return the path of a tensor in the module, or its place among the arguments; None if there is none."""
+        places = [place for place, (argument, _) in enumerate(self.arguments) if argument == role]
+        return places[0] if places else self.tensors.get(role)
+
+
+def _plan(spec: RouterSpec, method: RoutingMethod, dtypes: tuple[Any, ...]) -> Plan:
+    """Let the kernel write the module's results, in their dtypes, where these are results of `dense_router`."""
+    outputs, fields = spec.outputs, RoutingWithLogits._fields
+    computed = method.logit_scale != 1.0 or method.logit_softcap is not None  # the module's logits from those of the op
+    logits_dtype = None
+    if "logits" in outputs and not computed:
+        logits_dtype = name_of(dtypes[outputs.index("logits")])
+    elif {"logits", "probabilities"} & set(outputs):
+        logits_dtype = "float32"
+    more = "total_scale" in spec.tensors or method.num_shared_experts or (computed and "logits" in outputs)
+    places = None if more or not set(outputs) <= set(fields) else tuple([fields.index(name) for name in outputs])
+    return Plan(method, dtypes, (method, None, None, logits_dtype), places)
 
 
 def by_role(spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by role, with None for those left out."""
-    return {
-        role: args[place] if place < len(args) else kwargs.get(name)
-        for place, (role, name) in enumerate(spec.arguments)
-    }
+    return {role: argument(spec, place, args, kwargs) for place, (role, _) in enumerate(spec.arguments)}
+
+
+def argument(spec: RouterSpec, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return one argument of a call, None if it was left out."""
+    return args[place] if place < len(args) else kwargs.get(spec.arguments[place][1])

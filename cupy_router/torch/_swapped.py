@@ -6,18 +6,19 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from cupy_router.ops.activation_topk import activation_topk
-from cupy_router.ops.dense_router import dense_router
-from cupy_router.ops.hash_router import hash_router
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import activation_topk, dense_router, hash_router
+from cupy_router.ops._run import run
 from cupy_router.torch._derived_class import with_base, written_class
 from cupy_router.torch._gate_gemm import gate_gemm
 from cupy_router.torch._logits import prepare_logits
-from cupy_router.torch._router_spec import FLAT, INLINE, SORTED, ResultTypes, RouterSpec, Unsupported, by_role
+from cupy_router.torch._router_spec import FLAT, INLINE, SORTED, Plan, RouterSpec, Unsupported, argument, by_role
 
 
 def swap(module: Any, kind: type, spec: RouterSpec) -> None:
@@ -95,7 +96,7 @@ def subclass(kind: Any, original: Any) -> type:
         spec = getattr(self, "_cupy_router", None)
         if spec is None:  # routers were restored, and somebody has kept this method, maybe calls it from that of self
             return getattr(original, kind._method)(self, *args, **kwargs)
-        return kind._route(self, original, spec, *args, **kwargs)
+        return kind._route(self, original, spec, args, kwargs)
 
     named = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     members = {**named, kind._method: call, "kind": kind, "original": original}
@@ -130,46 +131,45 @@ class Swapped:
 class Router(Swapped):
     """Router module."""
 
-    def _route(self, original: Any, spec: RouterSpec, *args: Any, **kwargs: Any) -> Any:
-        given = by_role(spec, args, kwargs)
-        weight = attrgetter(spec.gate)(self)
-        results = _proved(self, spec, given["x"], (given["x"].dtype, weight.dtype))
-        if results is None:
+    def _route(self, original: Any, spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight = argument(spec, 0, args, kwargs), _tensor_at(self, spec.gate)
+        plan = _plan(self, spec, x, (x.dtype, weight.dtype))
+        if plan is None:
             return original.forward(self, *args, **kwargs)
-        given |= {role: attrgetter(path)(self) for role, path in spec.tensors.items()}
-        x = given["x"].reshape(-1, given["x"].shape[-1])
-        if "input_scale" in given:
-            x = self.norm(x) * given["input_scale"] * self.scalar_root_size  # type: ignore[attr-defined]  # of models with a norm
-        bias, logit_bias, expert_scale = (_flat(given.get(role)) for role in ("bias", "logit_bias", "expert_scale"))
-        layer = {"logit_bias": logit_bias, "expert_scale": expert_scale}
-        logits = None
-        if "table" in given:
-            logits, token_ids = gate_gemm(x, weight), given["token_ids"].reshape(-1)
-            weights, indices = hash_router(token_ids, given["table"], results.method, logits=logits, **layer)
-        elif {"logits", "probabilities"} & set(spec.outputs):
+        if x.ndim != 2:
+            x = x.reshape(-1, x.shape[-1])
+        if "input_scale" in spec.tensors:  # of models with a norm
+            x = self.norm(x) * _tensor_at(self, spec.tensors["input_scale"]) * self.scalar_root_size  # type: ignore[attr-defined]
+        if not x.is_contiguous() and x.stride(1) != 1:
+            x = x.contiguous()
+        layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
+        if "table" in spec.tensors:
+            token_ids, table = argument(spec, 1, args, kwargs), _tensor_at(self, spec.tensors["table"])
             logits = gate_gemm(x, weight)
-            weights, indices = activation_topk(logits, results.method, bias=bias, **layer)
+            given = (token_ids.reshape(-1), table, logits, None, None, *layer[1:], None)
+            routing = *run(hash_router.OP, plan.method, given, None, None), logits.to(plan.dtypes[0])
         else:
-            weights, indices = dense_router(x.contiguous(), weight, results.method, bias=bias, **layer)
-        if "total_scale" in given:
-            weights = weights * given["total_scale"].float()
-        if logits is not None and logit_bias is not None:
-            logits = logits + logit_bias
+            routing = run(dense_router.OP, plan.options, (x, weight, *layer, None), None, None)
+        if plan.places is not None:
+            return tuple([routing[place] for place in plan.places])
+        if "total_scale" in spec.tensors:
+            total_scale = _tensor_at(self, spec.tensors["total_scale"])
+            routing = routing._replace(weights=routing.weights * total_scale.float())
         if spec.outputs == SORTED:
-            order, rows, gates, sizes, logits = _sorted(results, logits, weights, indices)
+            order, rows, gates, sizes, logits = _sorted(plan, *routing)
             return order, rows, gates, sizes.tolist(), logits  # in this frame, so that a graph breaks no more than once
-        return _returned(spec, results, logits, weights, indices)
+        return _returned(spec, plan, *routing)
 
 
 class LogitsOnly(Swapped):
     """Gate of a block that routes itself; keeps the logits in float32."""
 
-    def _route(self, original: Any, spec: RouterSpec, hidden_states: Any) -> Any:
-        weight = attrgetter(spec.gate)(self)
-        if _proved(self, spec, hidden_states, (hidden_states.dtype, weight.dtype)) is None:
-            return original.forward(self, hidden_states)
-        logits = gate_gemm(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)
-        return logits if spec.outputs == FLAT else logits.reshape(*hidden_states.shape[:-1], -1)
+    def _route(self, original: Any, spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight = argument(spec, 0, args, kwargs), _tensor_at(self, spec.gate)
+        if _plan(self, spec, x, (x.dtype, weight.dtype)) is None:
+            return original.forward(self, *args, **kwargs)
+        logits = gate_gemm(x.reshape(-1, x.shape[-1]), weight)
+        return logits if spec.outputs == FLAT else logits.reshape(*x.shape[:-1], -1)
 
 
 class InlineRouter(Swapped):
@@ -177,54 +177,67 @@ class InlineRouter(Swapped):
 
     _method = INLINE
 
-    def _route(self, original: Any, spec: RouterSpec, *args: Any, **kwargs: Any) -> Any:
+    def _route(self, original: Any, spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits = by_role(spec, args, kwargs)["logits"]
-        dtype = attrgetter(spec.gate)(self).dtype
-        results = _proved(self, spec, logits, (dtype, dtype))
-        if results is None:
+        dtype = _tensor_at(self, spec.gate).dtype
+        plan = _plan(self, spec, logits, (dtype, dtype))
+        if plan is None:
             return getattr(original, INLINE)(self, *args, **kwargs)
-        logits = logits.reshape(-1, logits.shape[-1])
-        tensors = {role: _flat(attrgetter(path)(self)) for role, path in spec.tensors.items()}
-        return _returned(spec, results, logits, *activation_topk(logits, results.method, **tensors))
+        layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
+        given = (logits.reshape(-1, logits.shape[-1]), *layer, None)
+        return _returned(spec, plan, *run(activation_topk.OP, plan.method, given, None, None), logits)
 
 
-def _proved(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) -> ResultTypes | None:
-    """Return the types of the results, or None if nothing was proved of such a call: then the model's code runs."""
+def _plan(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) -> Plan | None:
+    """Return what to do in a call, or None if nothing was proved of such a call: then the model's code runs."""
     if operand.ndim not in spec.ranks:
         return None
     if module.training and (not spec.in_training or any(getattr(module, name, None) for name in spec.noise)):
         return None
-    return spec.results.get(dtypes)
+    return spec.plans.get(dtypes)
 
 
-def _flat(tensor: Any) -> Any:
-    return None if tensor is None else tensor.reshape(-1).float()
+def _tensor_at(module: Any, path: str) -> Any:
+    """Return a tensor of a module. Where it is a parameter, its module's `__getattr__` would take longer."""
+    found = module._parameters.get(path)
+    return attrgetter(path)(module) if found is None else found
 
 
-def _sorted(results: ResultTypes, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
+def _vector(module: Any, spec: RouterSpec, source: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a tensor with an entry for each expert, in float32, of the module or of the call."""
+    tensor = _tensor_at(module, source) if isinstance(source, str) else argument(spec, source, args, kwargs)
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
+
+
+def _sorted(plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, ...]:
     """Return the pairs sorted by expert, with the number of each expert's pairs as a tensor, and logits."""
-    method, experts = results.method, indices.reshape(-1)
+    method, experts = plan.method, indices.reshape(-1)
     order = experts.sort(stable=True).indices
     sizes = experts.new_zeros(method.num_experts).scatter_add_(0, experts, torch.ones_like(experts))
-    return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(results.dtypes[-1])
+    return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(plan.dtypes[-1])
 
 
-def _returned(spec: RouterSpec, results: ResultTypes, logits: Any, weights: Any, indices: Any) -> tuple[Any, ...]:
-    """Return the results in the form of the original module."""
-    method = spec.method
-    makers = {
-        "weights": lambda: weights[:, : method.top_k],
-        "shared": lambda: weights[:, method.top_k :],
-        "indices": lambda: indices[:, : method.top_k],
-        "logits": lambda: _visible_logits(logits, method),
-        "probabilities": lambda: torch.softmax(_visible_logits(logits, method), dim=-1),
-        "scores": lambda: torch.zeros_like(logits, dtype=weights.dtype).scatter_(1, indices, weights),
-    }
-    return tuple(
-        makers[output]().to(dtype).contiguous() for output, dtype in zip(spec.outputs, results.dtypes, strict=True)
-    )
+def _returned(spec: RouterSpec, plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, ...]:
+    """Return the results of a module that are computed from those of `dense_router`."""
+    found = [_MAKERS[output](plan.method, weights, indices, logits) for output in spec.outputs]
+    return tuple([result.to(dtype).contiguous() for result, dtype in zip(found, plan.dtypes, strict=True)])
 
 
-def _visible_logits(logits: Any, method: Any) -> Any:
+def _visible_logits(method: RoutingMethod, logits: Any) -> Any:
     """Return the logits as routers do: scaled and capped, without those of shared experts."""
     return prepare_logits(logits, method)[:, : method.num_experts]
+
+
+# From the method and the results of `dense_router` to a result of a module.
+_MAKERS: dict[str, Callable[[RoutingMethod, Any, Any, Any], Any]] = {
+    "weights": lambda method, weights, indices, logits: weights[:, : method.top_k],
+    "shared": lambda method, weights, indices, logits: weights[:, method.top_k :],
+    "indices": lambda method, weights, indices, logits: indices[:, : method.top_k],
+    "logits": lambda method, weights, indices, logits: _visible_logits(method, logits),
+    "probabilities": lambda method, weights, indices, logits: torch.softmax(_visible_logits(method, logits), dim=-1),
+    "scores": lambda method, weights, indices, logits: weights.new_zeros(logits.shape).scatter_(1, indices, weights),
+}
