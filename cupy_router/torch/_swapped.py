@@ -15,6 +15,7 @@ import torch
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import activation_topk, dense_router, hash_router
 from cupy_router.ops._run import run
+from cupy_router.results import RoutingWithLogits
 from cupy_router.torch._derived_class import with_base, written_class
 from cupy_router.torch._gate_gemm import gate_gemm
 from cupy_router.torch._logits import prepare_logits
@@ -147,7 +148,8 @@ class Router(Swapped):
             token_ids, table = argument(spec, 1, args, kwargs), _tensor_at(self, spec.tensors["table"])
             logits = gate_gemm(x, weight)
             given = (token_ids.reshape(-1), table, logits, None, None, *layer[1:], None)
-            routing = *run(hash_router.OP, plan.method, given, None, None), logits.to(plan.dtypes[0])
+            weights, indices = run(hash_router.OP, plan.method, given, None, None)
+            routing = RoutingWithLogits(weights, indices, logits.to(plan.dtypes[0]))
         else:
             routing = run(dense_router.OP, plan.options, (x, weight, *layer, None), None, None)
         if plan.places is not None:
@@ -185,7 +187,8 @@ class InlineRouter(Swapped):
             return getattr(original, INLINE)(self, *args, **kwargs)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         given = (logits.reshape(-1, logits.shape[-1]), *layer, None)
-        return _returned(spec, plan, *run(activation_topk.OP, plan.method, given, None, None), logits)
+        weights, indices = run(activation_topk.OP, plan.method, given, None, None)
+        return _returned(spec, plan, weights, indices, logits)
 
 
 def _plan(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) -> Plan | None:
@@ -198,8 +201,10 @@ def _plan(module: Any, spec: RouterSpec, operand: Any, dtypes: tuple[Any, Any]) 
 
 
 def _tensor_at(module: Any, path: str) -> Any:
-    """Return a tensor of a module. Where it is a parameter, its module's `__getattr__` would take longer."""
+    """Return a tensor of a module. `torch.nn.Module.__getattr__` would take longer to find the same."""
     found = module._parameters.get(path)
+    if found is None:
+        found = module._buffers.get(path)
     return attrgetter(path)(module) if found is None else found
 
 
@@ -221,7 +226,7 @@ def _sorted(plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, .
     return order, order // method.top_k, weights.reshape(-1)[order], sizes, logits.to(plan.dtypes[-1])
 
 
-def _returned(spec: RouterSpec, plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, ...]:
+def _returned(spec: RouterSpec, plan: Plan, weights: Any, indices: Any, logits: Any = None) -> tuple[Any, ...]:
     """Return the results of a module that are computed from those of `dense_router`."""
     found = [_MAKERS[output](plan.method, weights, indices, logits) for output in spec.outputs]
     return tuple([result.to(dtype).contiguous() for result, dtype in zip(found, plan.dtypes, strict=True)])
