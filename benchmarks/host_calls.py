@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host time of an eager call of every op, beside torch.relu of the same run: `python -m benchmarks.host_calls`.
 
-Calls take turns. Bars are multiples of torch.relu, for calls from PyTorch with `out=` and without.
+Calls take turns. Bars are multiples of torch.relu, for calls from PyTorch with `out=` and without. Routers of models of
+transformers are compared with those that they are swapped for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import cupy
 
-from benchmarks.bars import HOST_RATIO
+from benchmarks.bars import HOST_RATIO, MODEL_ROUTER_HOST_RATIO
 from benchmarks.harness import attempt, barred, host_rows, inputs, main
 from benchmarks.rows import OURS, Row
 from cupy_router import (
@@ -94,8 +95,27 @@ def _barred(row: Row, relu: float) -> Row:
     return barred(row, None if ratio is None else round(ratio * relu, 3))
 
 
+def router_rows(name: str) -> list[Row]:
+    """Time the router of a model for one token, by the model's code and swapped."""
+    import torch
+
+    from benchmarks import models
+    from cupy_router.torch._swapped import Router
+
+    own = models.build(name, layers=1)
+    path, ours = next((path, module) for path, module in models.twin(own).named_modules() if isinstance(module, Router))
+    x = torch.randn(1, ours.weight.shape[1], device="cuda", dtype=torch.bfloat16)
+    calls = {"transformers": own.get_submodule(path), OURS: ours}
+    actions = {(by, type(ours).__name__): torch.no_grad()(partial(module, x)) for by, module in calls.items()}
+    theirs, row = host_rows(actions, {"n": 1, "H": x.shape[1]})
+    row["ratio"] = round(row["us"] / theirs["us"], 2)
+    return [theirs, barred(row, round(MODEL_ROUTER_HOST_RATIO * theirs["us"], 3))]
+
+
 def measure(quick: bool) -> list[Row]:
     found = rows_of("torch", of_torch, True)
+    for name in ("qwen3", "deepseek", "gpt-oss", "mixtral"):
+        found += attempt(name, partial(router_rows, name)) or []
     if not quick:
         found += attempt("cupy", lambda: rows_of("cupy", lambda array: array, True)) or []
         found += attempt("jax", lambda: rows_of("jax", of_jax, False)) or []
