@@ -22,6 +22,7 @@ from cupy_router.torch._swapped import Router  # noqa: E402
 from tests import moe_configs, moe_values  # noqa: E402
 from tests.cuda_path import Launches  # noqa: E402
 
+HASH = "DeepseekV4ForCausalLM"  # its first layer
 NAMES = ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "GptOssForCausalLM", "MixtralForCausalLM"]
 FLOATS = ["float32", "float16", "bfloat16"]
 
@@ -54,6 +55,11 @@ def router_of(name: str, dtype: str = "float32") -> Any:
     return router
 
 
+def others(router: Any) -> tuple[Any, ...]:
+    """Return what the forward of a router takes besides hidden states."""
+    return (torch.arange(5),) if "table" in router._cupy_router.tensors else ()
+
+
 def hidden_states(shape: tuple[int, ...] = (5, 64), dtype: str = "float32") -> Any:
     return torch.randn(shape).to(getattr(torch, dtype))
 
@@ -77,15 +83,15 @@ READ = {"__get__", "data_ptr", "is_neg", "stride", "get_device", "is_contiguous"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, HASH])
 def test_results_are_those_that_the_kernel_writes(name: str, dtype: str, record: Callable[[], Launches]) -> None:
     router, x = router_of(name, dtype), hidden_states(dtype=dtype)
-    launches = record()
+    given, launches = (x, *others(router)), record()
     with torch.no_grad():
-        router(x)
+        router(*given)
         launches.clear()
         with Functions() as called:
-            logits, weights, indices = router(x)
+            logits, weights, indices = router(*given)
     (launch,) = launches
     assert launch["x"] == x.data_ptr()
     assert launch["weight"] == router.weight.data_ptr()
@@ -178,7 +184,7 @@ def test_a_bias_of_16_bits() -> None:
 # -- Compiled ----------------------------------------------------------------------------------------------------------
 
 
-def compiled_ops(module: Any, x: Any) -> list[str]:
+def compiled_ops(module: Any, *args: Any) -> list[str]:
     """Return the ops in the graph of a module that torch.compile passes to its backend."""
     graphs: list[list[str]] = []
 
@@ -188,7 +194,7 @@ def compiled_ops(module: Any, x: Any) -> list[str]:
         return graph.forward
 
     torch.compiler.reset()
-    torch.compile(module, backend=aot_autograd(fw_compiler=compiler), fullgraph=True, dynamic=False)(x)
+    torch.compile(module, backend=aot_autograd(fw_compiler=compiler), fullgraph=True, dynamic=False)(*args)
     torch.compiler.reset()
     (ops,) = graphs
     return ops
@@ -197,11 +203,17 @@ def compiled_ops(module: Any, x: Any) -> list[str]:
 @pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, HASH])
 def test_one_op_in_a_graph(name: str, dtype: str, grad: bool) -> None:
     router, x = router_of(name, dtype), hidden_states(dtype=dtype)
     with torch.set_grad_enabled(grad):
-        ops = [op for op in compiled_ops(router, x) if op != "aten.detach.default"]
-        assert ops == ["cupy_router.dense_router_logits.default"]
-        sequences = compiled_ops(router, x[None]) if name == "DeepseekV3ForCausalLM" else []
-        assert [op for op in sequences if "detach" not in op] == (sequences and ["aten.view.default", *ops])
+        ops = compiled_ops(router, x, *others(router))
+    op = "hash_router" if name == HASH else "dense_router"
+    assert [op for op in ops if op != "aten.detach.default"] == [f"cupy_router.{op}_logits.default"]
+
+
+@pytest.mark.slow("seconds", every=4)
+def test_hidden_states_of_sequences_in_a_graph() -> None:
+    router, x = router_of("DeepseekV3ForCausalLM"), hidden_states((2, 5, 64))
+    with torch.no_grad():
+        assert compiled_ops(router, x) == ["aten.view.default", "cupy_router.dense_router_logits.default"]

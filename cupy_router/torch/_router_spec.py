@@ -32,8 +32,8 @@ class Plan(NamedTuple):
 
     method: With the module's dtypes of weights and indices.
     dtypes: Those of the module's results.
-    options: Those of `dense_router`, as the tuple of their fields.
-    places: Places of the module's results among those of `dense_router`; None if they are computed from these.
+    options: Those of `dense_router`, or of `hash_router` if there is a table, as the tuple of their fields.
+    places: Places of the module's results among those of the op; None if they are computed from these.
     """
 
     method: RoutingMethod
@@ -71,7 +71,7 @@ class RouterSpec:
 
 
 def _plan(spec: RouterSpec, method: RoutingMethod, dtypes: tuple[Any, ...]) -> Plan:
-    """Let the kernel write the module's results, in their dtypes, where these are results of `dense_router`."""
+    """Let the kernel write the module's results, in their dtypes, where these are results of the op."""
     outputs, fields = spec.outputs, RoutingWithLogits._fields
     computed = method.logit_scale != 1.0 or method.logit_softcap is not None  # the module's logits from those of the op
     logits_dtype = None
@@ -81,7 +81,8 @@ def _plan(spec: RouterSpec, method: RoutingMethod, dtypes: tuple[Any, ...]) -> P
         logits_dtype = "float32"
     more = "total_scale" in spec.tensors or method.num_shared_experts or (computed and "logits" in outputs)
     places = None if more or not set(outputs) <= set(fields) else tuple([fields.index(name) for name in outputs])
-    return Plan(method, dtypes, (method, None, None, logits_dtype), places)
+    options = (method, None, logits_dtype) if "table" in spec.tensors else (method, None, None, logits_dtype)
+    return Plan(method, dtypes, options, places)
 
 
 def by_role(spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

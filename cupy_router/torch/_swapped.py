@@ -15,7 +15,6 @@ import torch
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import activation_topk, dense_router, hash_router
 from cupy_router.ops._run import run
-from cupy_router.results import RoutingWithLogits
 from cupy_router.torch._derived_class import with_base, written_class
 from cupy_router.torch._gate_gemm import gate_gemm
 from cupy_router.torch._logits import prepare_logits
@@ -146,10 +145,11 @@ class Router(Swapped):
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         if "table" in spec.tensors:
             token_ids, table = argument(spec, 1, args, kwargs), _tensor_at(self, spec.tensors["table"])
-            logits = gate_gemm(x, weight)
-            given = (token_ids.reshape(-1), table, logits, None, None, *layer[1:], None)
-            weights, indices = run(hash_router.OP, plan.method, given, None, None)
-            routing = RoutingWithLogits(weights, indices, logits.to(plan.dtypes[0]))
+            if token_ids.ndim != 1:
+                token_ids = token_ids.reshape(-1)
+            routing = run(
+                hash_router.OP, plan.options, (token_ids, table, None, x, weight, *layer[1:], None), None, None
+            )
         else:
             routing = run(dense_router.OP, plan.options, (x, weight, *layer, None), None, None)
         if plan.places is not None:
@@ -227,7 +227,7 @@ def _sorted(plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, .
 
 
 def _returned(spec: RouterSpec, plan: Plan, weights: Any, indices: Any, logits: Any = None) -> tuple[Any, ...]:
-    """Return the results of a module that are computed from those of `dense_router`."""
+    """Return the results of a module that are computed from those of the op."""
     found = [_MAKERS[output](plan.method, weights, indices, logits) for output in spec.outputs]
     return tuple([result.to(dtype).contiguous() for result, dtype in zip(found, plan.dtypes, strict=True)])
 
