@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,11 @@ FORMS: dict[str, dict[str, bool]] = {
     "with a norm": {"has_post_expert_norm": True},
     "biased, with a norm": {"has_bias": True, "has_post_expert_norm": True},
 }
+
+
+def known(options: dict[str, bool]) -> bool:
+    """Return whether this release of transformers has the options of a form."""
+    return options.keys() <= inspect.signature(moe.use_experts_implementation).parameters.keys()
 
 
 def experts(form: str, device: str = "cpu", dtype: Any = torch.float32, interface: Any = None, seed: int = 0) -> Any:
