@@ -11,6 +11,8 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
+from cupy_router.torch import _experts
+
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 24, 4, 64, 48
 FORMS: dict[str, dict[str, bool]] = {
     "gated": {},
@@ -113,4 +115,4 @@ def grouped_mm_with_garbage(rows: Any, weight: Any, ends: Any) -> Any:
     return _Garbage.apply(_grouped_mm(_Garbage.apply(rows, ends), weight, ends), ends)
 
 
-_grouped_mm = moe._grouped_mm
+_grouped_mm = _experts._grouped_mm

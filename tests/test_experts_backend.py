@@ -20,7 +20,7 @@ from tests import frameworks
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = frameworks.transformers_with_models()
 
-from transformers.integrations import finegrained_fp8, moe  # noqa: E402
+from transformers.integrations import finegrained_fp8  # noqa: E402
 
 from cupy_router.torch import _experts, replace_routers, restore_routers  # noqa: E402
 from tests import moe_configs, moe_experts  # noqa: E402
@@ -64,7 +64,7 @@ def test_experts_that_are_elsewhere(form: str, monkeypatch: pytest.MonkeyPatch) 
     module._is_expert_parallel = True
     want = run(module, "grouped_mm", given)
     assert not want["weights"][given[1] == moe_experts.EXPERTS].any()
-    monkeypatch.setattr(moe, "_grouped_mm", moe_experts.grouped_mm_with_garbage)
+    monkeypatch.setattr(_experts, "_grouped_mm", moe_experts.grouped_mm_with_garbage)
     assert_close(run(module, "cupy_router", given), want, EXACT)
     last = run(module, "cupy_router", [array[-1:] for array in given])
     assert not any(value.any() for value in last.values())

@@ -11,14 +11,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers.integrations import moe  # noqa: E402
-
 from cupy_router.torch import _experts, replace_routers  # noqa: E402
 from tests import moe_configs, moe_experts  # noqa: E402
 from tests.moe_experts import assert_close, experts, inputs, run  # noqa: E402
 
 NUM_TOKENS = [1, 2, 16, 300]
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}  # of the largest value
+# Of the largest value. Gradients with respect to weights are dot products whose terms cancel.
+TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2e-6}
 FORMS = [form for form, options in moe_experts.FORMS.items() if moe_experts.known(options)]
 
 
@@ -50,7 +49,7 @@ def test_experts_that_are_elsewhere(form: str, num_tokens: int, monkeypatch: pyt
     if hasattr(module, "_is_expert_parallel"):
         module._is_expert_parallel = True
     want = run(module, "grouped_mm", given)
-    monkeypatch.setattr(moe, "_grouped_mm", moe_experts.grouped_mm_with_garbage)
+    monkeypatch.setattr(_experts, "_grouped_mm", moe_experts.grouped_mm_with_garbage)
     assert_close(run(module, "cupy_router", given), want, TOLERANCE[dtype])
     with torch.inference_mode():
         assert_close({"": module(*given)}, {"": want["output"]}, TOLERANCE[dtype])
