@@ -49,6 +49,30 @@ def test_forms(form: str, num_tokens: int) -> None:
         assert_close({"output": module(*given)}, {"output": want["output"]}, EXACT)
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token_by_gathered_weights(form: str, dtype: Any, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is for GPUs, but gives the same on a CPU."""
+    module, given = experts(form, dtype=dtype), inputs(1, dtype=dtype)
+    given[2] = given[2].to(weights)
+    asked = []
+    monkeypatch.setattr(_experts, "_gathers", lambda *call: asked.append(call) or True)
+    monkeypatch.setattr(_experts, "expert_layout", None)
+    module.config._experts_implementation = "cupy_router"
+    for knows_of_others in (True, False):
+        if not knows_of_others:
+            del module._is_expert_parallel
+            given[1][0, 0], given[2][0, 0] = moe_experts.EXPERTS, 0
+        with torch.no_grad():
+            found = module(*given)
+        module._is_expert_parallel = not knows_of_others
+        want = run(module, "grouped_mm", given)["output"]
+        module.config._experts_implementation = "cupy_router"
+        assert_close({"": found}, {"": want}, EXACT if dtype == torch.float32 == weights else ROUNDED)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 def test_bfloat16(form: str, weights: Any) -> None:

@@ -75,6 +75,13 @@ _MAX_CALLS = 4096
 calls: dict[Hashable, CachedCall] = {}  # by all that the checks looked at
 
 
+def found(key: Hashable) -> CachedCall | None:
+    """Return the cached call of a key, None if there is none or kernel files have changed."""
+    if compiler.WATCHING and compiler.changed():
+        forget()
+    return calls.get(key)
+
+
 def keep(key: Hashable, call: CachedCall) -> CachedCall:
     """Add a call to the cache."""
     if len(calls) >= _MAX_CALLS:
@@ -167,9 +174,7 @@ def work_for(
     The key contains everything that they depend on. If it is new, `describe` returns the options and the views of
     inputs and existing results. Only the alignment of their pointers is used.
     """
-    if compiler.WATCHING and compiler.changed():
-        forget()
-    call = calls.get(key)
+    call = found(key)
     if call is None:
         options, views, out_views = describe()
         op.check_inputs(options, views)

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from cupy_router import compiler
 from cupy_router.arrays import Output, View
 from cupy_router.arrays._torch import FRAMEWORK
 from cupy_router.ops import _cached
@@ -37,14 +36,12 @@ def layout_and_rows(x: Any, indices: Any, num_experts: int, want: tuple[str, ...
     stream = FRAMEWORK.current_stream(x)
     if stream is None:
         return None
-    if compiler.WATCHING and compiler.changed():
-        _cached.forget()
     pointers: list[int] = []
     key: list[Hashable] = [_NAME, num_experts, want]
     if not FRAMEWORK.describe_all((indices, x), stream, [], pointers, key):
         return None
     known = tuple(key)
-    call = _cached.calls.get(known)
+    call = _cached.found(known)
     if call is None:
         call = _cached.keep(known, _prepared(x, indices, num_experts, want, stream))
     results = call.allocate(pointers)

@@ -84,7 +84,7 @@ def test_the_host_never_waits_and_a_graph_can_be_captured(num_tokens: int) -> No
         for array, other in zip(given, others, strict=True):
             array.copy_(other[:num_tokens])
         graph.replay()
-        assert torch.equal(found, module(*given))
+        assert_close({"": found}, {"": module(*given)}, TOLERANCE[torch.bfloat16] if num_tokens == 1 else 0.0)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
