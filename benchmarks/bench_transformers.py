@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.async_compile import maybe_warm_pool
 
 from benchmarks import models, steps, timing
 from benchmarks import rows as results
@@ -31,17 +32,17 @@ from cupy_router import compiler
 from examples.serve_transformers import comparison, profile
 
 LENGTH = 4096  # of a prefill and of a training step
-TRAINED_LAYERS, QUICK_LAYERS = 4, 2
+TRAINED_LAYERS = 4
 QUICK = 4, 2  # turns, and steps of each
 SWAPS: dict[str, dict[str, Any]] = {ROUTERS: {}, EXPERTS: {"experts": True}}  # options of replace_routers
 
 
 class Model:
-    """The variants of one model; with `look`, its rows are not measured but profiles of its steps printed."""
+    """The variants of one model. With `look`, profiles of its steps are printed and no rows measured."""
 
     def __init__(self, name: str, layers: int | None, quick: bool, look: bool) -> None:
         self.name, self.quick, self.look = name, quick, look
-        self.variants = {OWN: models.build(name, QUICK_LAYERS if quick else layers)}
+        self.variants = {OWN: models.build(name, layers)}
         for swapped, options in SWAPS.items():
             copied = attempt(f"{name}, {swapped}", partial(models.twin, self.variants[OWN], **options))
             self.variants |= {} if copied is None else {swapped: copied}
@@ -67,10 +68,12 @@ class Model:
 
 def _ready(make: Callable[[Any], Step], model: Any) -> Step:
     """Return a step that is compiled and warm."""
+    begin = time.perf_counter()
     step = make(model)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
+    print(f"warm after {time.perf_counter() - begin:.1f} s", flush=True)
     return step
 
 
@@ -126,7 +129,7 @@ def router(model: Model) -> Iterator[Row]:
 
 
 MODES: dict[str, Callable[[Model], Iterator[Row]]] = {
-    "decode": decode, "prefill": prefill, "compiled": compiled, "batched": batched, "router": router, "train": train,
+    "router": router, "decode": decode, "prefill": prefill, "compiled": compiled, "batched": batched, "train": train,
 }  # fmt: skip
 OF_EVERY_MODEL = ("decode", "prefill")  # all others are measured with the widths of Qwen3
 
@@ -147,18 +150,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=models.WIDTHS, default=list(models.WIDTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--output", type=Path, help="write the rows into this folder")
-    parser.add_argument("--quick", action="store_true", help="two layers, few turns")
+    parser.add_argument("--layers", type=int, help="of each model; default: as many as a bar is for")
+    parser.add_argument("--quick", action="store_true", help="few turns; experts by batched_mm are not compiled")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time of each step goes; measure nothing"
     )
     options = parser.parse_args()
     compiler.WATCHING = False  # as in harness.main
     torch._dynamo.config.recompile_limit = 64  # variants and batches share their code
+    maybe_warm_pool()  # of processes that compile
     timing.warm_up()
     rows: list[Row] = []
     begin = time.perf_counter()
     for name, layers, modes in sections(options.models, options.modes):
-        model = Model(name, layers, options.quick, options.profile) if modes else None
+        model = Model(name, options.layers or layers, options.quick, options.profile) if modes else None
         for mode in modes:
             new = attempt(f"{name} {mode}", partial(lambda mode, model: list(MODES[mode](model)), mode, model)) or []
             for row in new:
