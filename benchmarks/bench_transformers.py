@@ -14,6 +14,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from cupy_router import compiler
 from examples.serve_transformers import comparison, profile
 
 LENGTH = 4096  # of a prefill and of a training step
-TRAINED_LAYERS = 4
+FEW_LAYERS = 4
+BATCHES = 1, 16
 QUICK = 4, 2  # turns, and steps of each
 SWAPS: dict[str, dict[str, Any]] = {ROUTERS: {}, EXPERTS: {"experts": True}}  # options of replace_routers
 
@@ -65,6 +67,16 @@ class Model:
             return []
         return steps.rows_of(timing.step_turns(made, *(QUICK if self.quick else ())), cell)
 
+    @contextmanager
+    def experts_by(self, implementation: str) -> Iterator[None]:
+        """Run experts by another implementation of transformers, except where they are ours."""
+        chosen = [self.variants[name] for name in (OWN, ROUTERS)]
+        for variant in chosen:
+            variant.set_experts_implementation(implementation)
+        yield
+        for variant in chosen:
+            variant.set_experts_implementation("grouped_mm")
+
 
 def _ready(make: Callable[[Any], Step], model: Any) -> Step:
     """Return a step that is compiled and warm."""
@@ -81,25 +93,23 @@ def _ready(make: Callable[[Any], Step], model: Any) -> Step:
 
 
 def decode(model: Model) -> Iterator[Row]:
-    for batch in (1, 16):
+    for batch in BATCHES:
         yield from model.rows("decode", partial(models.decode, batch=batch), batch)
 
 
-def compiled(model: Model) -> Iterator[Row]:
-    for batch in (1, 16):
-        yield from model.rows("compiled decode", partial(models.compiled, batch=batch), batch, (EXPERTS,))
-
-
 def batched(model: Model) -> Iterator[Row]:
-    """Decode with experts by batched_mm, which swapped routers have to leave as fast as they were."""
-    for variant in (OWN, ROUTERS):
-        model.variants[variant].set_experts_implementation("batched_mm")
-    for batch in (1, 16):
-        yield from model.rows("decode", partial(models.decode, batch=batch), batch, (ROUTERS,))
-        if not model.quick:
-            yield from model.rows("compiled decode", partial(models.compiled, batch=batch), batch, (ROUTERS,))
-    for variant in (OWN, ROUTERS):
-        model.variants[variant].set_experts_implementation("grouped_mm")
+    """Experts by batched_mm, which swapped routers have to leave as fast as they were."""
+    with model.experts_by("batched_mm"):
+        for batch in BATCHES:
+            yield from model.rows("decode", partial(models.decode, batch=batch), batch, (ROUTERS,))
+
+
+def compiled(model: Model) -> Iterator[Row]:
+    """Compiling takes most of the time, so experts by batched_mm run with one batch alone."""
+    for batch in BATCHES:
+        yield from model.rows("compiled decode", partial(models.compiled, batch=batch), batch, (EXPERTS,))
+    with model.experts_by("batched_mm"):
+        yield from model.rows("compiled decode", partial(models.compiled, batch=batch), batch, (ROUTERS,))
 
 
 def prefill(model: Model) -> Iterator[Row]:
@@ -129,29 +139,31 @@ def router(model: Model) -> Iterator[Row]:
 
 
 MODES: dict[str, Callable[[Model], Iterator[Row]]] = {
-    "router": router, "decode": decode, "prefill": prefill, "compiled": compiled, "batched": batched, "train": train,
+    "router": router, "decode": decode, "prefill": prefill, "batched": batched, "train": train, "compiled": compiled,
 }  # fmt: skip
-OF_EVERY_MODEL = ("decode", "prefill")  # all others are measured with the widths of Qwen3
+OF_EVERY_MODEL = ("decode", "prefill")  # the others are for the widths of Qwen3
+OF_FEW_LAYERS = ("train", "compiled")  # one needs the memory, and one the time, of a smaller model
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
 
 
 def sections(names: Sequence[str], modes: Sequence[str]) -> Iterator[tuple[str, int | None, list[str]]]:
-    """Return each model with its number of layers and its modes; training needs the memory of a smaller one."""
-    for name in names:
-        chosen = [mode for mode in MODES if mode in modes and (mode in OF_EVERY_MODEL or name == "qwen3")]
-        yield name, None, [mode for mode in chosen if mode != "train"]
-        yield name, TRAINED_LAYERS, [mode for mode in chosen if mode == "train"]
+    """Yield each model with a number of layers, None for the usual one, and its modes."""
+    for layers in (None, FEW_LAYERS):
+        for name in names:
+            chosen = [mode for mode in MODES if mode in modes and (mode in OF_EVERY_MODEL or name == "qwen3")]
+            if chosen := [mode for mode in chosen if (mode in OF_FEW_LAYERS) == (layers is not None)]:
+                yield name, layers, chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=models.WIDTHS, default=list(models.WIDTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--output", type=Path, help="write the rows into this folder")
     parser.add_argument("--layers", type=int, help="of each model; default: as many as a bar is for")
-    parser.add_argument("--quick", action="store_true", help="few turns; experts by batched_mm are not compiled")
+    parser.add_argument("--output", type=Path, help="write the rows into this folder")
+    parser.add_argument("--quick", action="store_true", help="few turns")
     parser.add_argument(
         "--profile", action="store_true", help="print where the time of each step goes; measure nothing"
     )
@@ -160,19 +172,20 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # variants and batches share their code
     maybe_warm_pool()  # of processes that compile
     timing.warm_up()
-    rows: list[Row] = []
+    facts, rows = environment(), list[Row]()
     begin = time.perf_counter()
     for name, layers, modes in sections(options.models, options.modes):
-        model = Model(name, options.layers or layers, options.quick, options.profile) if modes else None
+        model = Model(name, options.layers or layers, options.quick, options.profile)
+        print(f"{name}: made after {time.perf_counter() - begin:.0f} s", flush=True)
         for mode in modes:
-            new = attempt(f"{name} {mode}", partial(lambda mode, model: list(MODES[mode](model)), mode, model)) or []
-            for row in new:
+            measured = MODES[mode](model)
+            while row := attempt(f"{name} {mode}", partial(next, measured, None)):
+                rows.append(row)
                 figures = (f"{figure}={row[figure]}" for figure in ("us", "spread_us", "ratio") if figure in row)
-                print(results.label(row), *figures)
-            print(f"{name} {mode}: second {time.perf_counter() - begin:.0f}", flush=True)
-            rows += new
-            if options.output is not None:
-                results.save(options.output / "transformers.json", environment(), rows)
+                print(results.label(row), *figures, flush=True)
+                if options.output is not None:
+                    results.save(options.output / "transformers.json", facts, rows)
+            print(f"{name}: {mode} after {time.perf_counter() - begin:.0f} s", flush=True)
         del model
         torch.compiler.reset()
         gc.collect()

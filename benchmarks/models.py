@@ -92,6 +92,7 @@ def compiled(model: Any, batch: int) -> Step:
 
 
 def _decode(model: Any, forward: Any, batch: int, cache: Any) -> Step:
+    model.eval()
     prompt, token = tokens(batch, PROMPT), tokens(batch, 1)
     with torch.no_grad():
         model(prompt, past_key_values=cache, logits_to_keep=1)
@@ -105,6 +106,7 @@ def _decode(model: Any, forward: Any, batch: int, cache: Any) -> Step:
 
 def prefill(model: Any, length: int) -> Step:
     """Return a step that reads a prompt into a new cache."""
+    model.eval()
     prompt = tokens(1, length)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ REPLAY_MICROSECONDS = 1000  # a replay of about this length drowns what its ends
 ROUNDS, REPLAYS = 3, 12
 HOST_ROUNDS, HOST_BATCHES, HOST_CALLS = 5, 40, 20
 GARBAGE_CALLS = 100
-TURNS, STEPS = 12, 4
+TURNS, STEPS = 12, 3
 
 Call = Callable[[int], Any]  # call number i, on the i-th set of inputs
 Action = Callable[[], Any]

@@ -104,10 +104,16 @@ def profile(model: Any, step: Callable[[], Any], steps: int = 3) -> Times:
             with torch.profiler.record_function(REST):
                 step()
             synchronize()
-    on_host = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    on_gpu = [event for event in profiler.events() if event.device_type != torch.autograd.DeviceType.CPU]
+    return {kind: (host / steps, gpu / steps) for kind, (host, gpu) in by_kind(profiler.events()).items()}
+
+
+def by_kind(events: Sequence[Any]) -> Times:
+    """Sum the events of a profile: those on the GPU belong to the innermost kind in which they were launched."""
+    cpu = torch.autograd.DeviceType.CPU
+    on_host = [event for event in events if event.device_type == cpu]
+    on_gpu = [event for event in events if event.device_type != cpu and not event.is_user_annotation]
     host, gpu = (dict.fromkeys((ROUTER, GEMMS, EXPERTS, ATTENTION, REST), 0.0) for _ in range(2))
-    spans: list[tuple[float, float, str, int]] = []  # begin, end, kind, number of the enclosing span
+    spans: list[tuple[float, float, str, int]] = []  # begin, end, kind, number of the span around it or -1
 
     def innermost(moment: float) -> int:
         number = bisect.bisect_right(spans, moment, key=lambda span: span[0]) - 1
@@ -115,21 +121,21 @@ def profile(model: Any, step: Callable[[], Any], steps: int = 3) -> Times:
             number = spans[number][3]
         return number
 
-    for event in sorted(on_host, key=lambda event: event.time_range.start):
-        begin, end, kind = event.time_range.start, event.time_range.end, event.name
-        outer = innermost(begin)
-        if kind in GEMM_OPS and outer >= 0 and spans[outer][2] == EXPERTS:
-            kind = GEMMS
+    for event in sorted(on_host, key=lambda event: (event.time_range.start, -event.time_range.end)):
+        begin, end, outer = event.time_range.start, event.time_range.end, innermost(event.time_range.start)
+        is_gemm = event.name in GEMM_OPS and outer >= 0 and spans[outer][2] == EXPERTS
+        kind = GEMMS if is_gemm else event.name
         if kind in host:
-            host[kind] += end - begin
+            host[kind] += (end - begin) / 1000
             if outer >= 0:
-                host[spans[outer][2]] -= end - begin
+                host[spans[outer][2]] -= (end - begin) / 1000
             spans.append((begin, end, kind, outer))
-    launches = {event.id: event.time_range.start for event in on_host}
+    launches = {event.id: event.time_range.start for event in on_host if event.name.startswith("cu")}
     for event in on_gpu:
-        if event.id in launches and not event.is_user_annotation:
-            gpu[spans[innermost(launches[event.id])][2]] += event.time_range.elapsed_us()
-    return {kind: (host[kind] / steps / 1000, gpu[kind] / steps / 1000) for kind in host}
+        number = innermost(launches[event.id]) if event.id in launches else -1
+        if number >= 0:
+            gpu[spans[number][2]] += event.time_range.elapsed_us() / 1000
+    return {kind: (host[kind], gpu[kind]) for kind in host}
 
 
 def comparison(found: dict[str, Times]) -> str:

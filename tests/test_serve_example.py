@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,38 @@ def test_times_by_kind_are_parts_of_the_step() -> None:
     assert set(times) == {"router", "experts: GEMMs", "experts: the rest", "attention", "the rest"}
     assert all(host > 0 for host, _ in times.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def event(name: str, begin: float, end: float, number: int = 0, on_gpu: bool = False) -> Any:
+    """An event as in a profile of PyTorch, with times in microseconds."""
+    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    interval = SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin)
+    annotation = on_gpu and name in ("attention", "the rest")
+    return SimpleNamespace(name=name, id=number, device_type=device, time_range=interval, is_user_annotation=annotation)
+
+
+def test_kernels_belong_to_the_innermost_kind_that_launched_them() -> None:
+    """Whenever they run: a GPU is behind its host."""
+    events = [
+        event("the rest", 0, 10_000),
+        event("attention", 1000, 3000),
+        event("aten::bmm", 1000, 2000),  # GEMMs of attention are attention
+        event("cudaLaunchKernel", 1500, 1600, 1),
+        event("experts: the rest", 4000, 8000),
+        event("aten::linear", 5000, 7000),
+        event("aten::bmm", 5500, 6500),  # inside the one before
+        event("cuLaunchKernelEx", 6000, 6100, 2),
+        event("cudaLaunchKernel", 7500, 7600, 3),
+        event("cudaLaunchKernel", 9000, 9100, 4),
+        event("aten::linear", 9000, 9200, 5),  # ids of ops are others than those of launches
+        *(event(f"kernel {number}", 20_000, 20_000 + 1000 * number, number, True) for number in (1, 2, 3, 4)),
+        event("unknown launch", 20_000, 29_000, 5, True),
+        event("attention", 20_000, 21_000, 1, True),  # a range on the GPU, not a kernel
+    ]
+    found = serve_transformers.by_kind(events)
+    assert found.pop("router") == (0, 0)
+    want = {"attention": (2, 1), "experts: GEMMs": (2, 2), "experts: the rest": (2, 3), "the rest": (4, 4)}
+    assert {kind: tuple(map(round, times)) for kind, times in found.items()} == want
 
 
 def test_kinds_are_found_by_name_and_class() -> None:
