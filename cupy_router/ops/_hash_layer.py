@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from cupy_router import gemm
-from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import hash_router
 from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
-from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
@@ -57,17 +53,15 @@ class HashLayer(RoutedOp):
         return hash_router.OP.route_reference(options, _hashed(arrays), num_valid)
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
-        method: Any = options.method  # a Router has one
-        if _multiplies_all(method, arrays, gpu):
-            return GateChunks(self, arrays, gpu, hash_router.OP, partial(_on_logits, method, arrays, gpu))
-        kernel = hash_router.OP.route(HashOptions(method), _hashed(arrays), gpu)
+        if _multiplies_all(options, arrays, gpu):
+            return hash_router.by_gate_gemm(self, options, arrays, gpu)
+        kernel = hash_router.OP.on_arrays(options, _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *ROUTING)
         return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), arrays.x.device)
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         hashed = HashOptions(options.method, options.layout)
-        method: Any = options.method
-        many = _multiplies_all(method, arrays, gpu)
+        many = _multiplies_all(options, arrays, gpu)
         kernel = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
         takes = hash_router.OP.parameters(hashed)
         if kernel is None or not fused_layout.counts(kernel):
@@ -106,24 +100,19 @@ def hash_layer(
     return run(OP, fields, inputs, out, stream, number)
 
 
-def _multiplies_all(method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> bool:
-    """Return whether the gate GEMM is less work than the dot products that are needed."""
+def _multiplies_all(options: HashOptions, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether all logits are needed, or the gate GEMM is less work than the dot products that are."""
+    method: Any = options.method  # a Router has one
+    if options.logits_dtype is not None:
+        return True
     most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
     few = arrays.token_ids.shape[0] * method.top_k <= most
     return arrays.weight is not None and not few and gemm.why_not(arrays.x.device) is None
 
 
-def _hashed(arrays: Arrays, logits: Any = None) -> Arrays:
-    """Return the arrays of a hash layer as arguments of `hash_router`, with these logits or with x and the gate."""
+def _hashed(arrays: Arrays) -> Arrays:
+    """Return the arrays of a hash layer as arguments of `hash_router`."""
     found = {name: getattr(arrays, name, None) for name in (*hash_router.OP.names, *hash_router.OP.result_names)}
-    found["logits"] = logits
-    if arrays.weight is None or logits is not None:
-        found["x"] = found["weight"] = None
+    if arrays.weight is None:
+        found["x"] = None
     return Arrays(tuple(found), tuple(found.values()))
-
-
-def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
-    """Return what looks experts up and weighs them by the logits of a chunk."""
-    hashed = _hashed(arrays, logits).replaced(token_ids=replace(arrays.token_ids, shape=logits.shape[:1]))
-    options = HashOptions(method)
-    return launch_of(hash_router.OP, options, hash_router.OP.route(options, hashed, gpu), logits.device)

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from cupy_router import gemm
+from cupy_router.arrays import View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel
+from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
+from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -27,7 +31,7 @@ from cupy_router.ops._method import (
     needs_whole_rows,
 )
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
+from cupy_router.ops._routed import LOGITS, ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.tuning import Gpu
@@ -91,7 +95,32 @@ class HashRouter(RoutedOp):
         given |= {"logits_dtype": options.logits_dtype, "num_valid": num_valid}
         return reference.hash_router(arrays.token_ids, arrays.table, options.method, **given)
 
-    def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
+        if options.logits_dtype is not None:
+            return by_gate_gemm(self, options, arrays, gpu)
+        return self.on_arrays(options, arrays, gpu)
+
+    def on_arrays(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        """Choose the kernel that computes weights from what the call got: nothing, logits, or x and the gate."""
+        kernel = self._chosen(options, arrays, gpu)
+        return kernel._replace(fixed={LOGITS: 0} | kernel.fixed | {f"{LOGITS}_stride": 0})
+
+    def with_logits(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        """Return the launch on logits of a gate GEMM that also fills `arrays.logits_out`, whose address comes last.
+
+        If the logits are those of this array, they are there already, and only rows of padding are written.
+        """
+        kernel, returned = self._chosen(options, arrays, gpu), arrays.logits_out
+        macros = {
+            "LOGITS_OUT": row_lanes.DTYPE_CODES[returned.dtype],
+            "LOGITS_IN_PLACE": int(arrays.logits.name == returned.name),
+        }
+        stride = {f"{LOGITS}_stride": returned.row_stride}
+        kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
+        return launch_with((*self.names, *ROUTING, NUMBER, LOGITS), kernel, returned.device)
+
+    def _chosen(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        """Choose the kernel for the source of the weights, without parameters for logits_out."""
         method, token_ids, table = options.method, arrays.token_ids, arrays.table
         logits, x, weight = arrays.logits, arrays.x, arrays.weight
         out_strides = arrays.weights.row_stride, arrays.indices.row_stride
@@ -164,10 +193,10 @@ class HashRouter(RoutedOp):
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | None:
         found = fused_layout.problem(options, arrays, gpu)
-        if found is None:
+        if found is None or options.logits_dtype is not None:
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.token_ids.shape[0]
-        routed = self.route(replace(options, layout=None), arrays, gpu)
+        routed = self._chosen(options, arrays, gpu)
         if arrays.x is None:
             threads = num_tokens * routed.macros["LANES"]
             block = next((block for block in tuned.table_blocks if threads <= block), tuned.threads)
@@ -280,3 +309,25 @@ def check_combination(options: HashOptions, arrays: Arrays) -> None:
             raise ValueError("a method with shared_in_normalizer needs logits or x, from which shared experts weigh")
     elif method is None:
         raise ValueError("logits or x need a method, which says how to score them")
+
+
+# -- Logits of all experts ---------------------------------------------------------------------------------------------
+
+
+def by_gate_gemm(op: RoutedOp, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
+    """Return the gate GEMM of a call of `op`, followed by `hash_router` on its logits."""
+    obstacle = gemm.why_not(arrays.x.device)
+    if obstacle is not None:
+        raise RuntimeError(f"return_logits of a hash layer needs cuBLAS: {obstacle}")
+    return GateChunks(op, arrays, gpu, OP, partial(_on_logits, options.method, arrays, gpu))
+
+
+def _on_logits(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
+    """Return what looks experts up and weighs them by the logits of a chunk, of which it also makes those to return."""
+    given = {name: getattr(arrays, name, None) for name in (*OP.names, *OP.result_names)}
+    given |= {"logits": logits, "x": None, "weight": None}
+    given["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
+    options, hashed = HashOptions(method), Arrays(tuple(given), tuple(given.values()))
+    if hashed.logits_out is not None:
+        return OP.with_logits(options, hashed, gpu)
+    return launch_of(OP, options, OP.on_arrays(options, hashed, gpu), logits.device)
