@@ -95,8 +95,19 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
             lambda x, weight, **more: dense_router(x, weight, METHOD, path="prefill", **more),
             "x", "weight", "num_valid",
         ),
+        "dense_router with logits": call(
+            lambda x, weight, **more: dense_router(x, weight, METHOD, return_logits=True, **more), "x", "weight", *LAYER
+        ),
+        "hash_router with logits, padded": call(
+            lambda token_ids, table, **more: hash_router(token_ids, table, METHOD, return_logits=True, **more),
+            "token_ids", "table", "x", "weight", "logit_bias", "num_valid",
+        ),
         "a dense Router": call(_router, "x", "weight", "bias"),
         "a hash Router, padded": call(_hash_layer, "x", "token_ids", "table", "weight", "num_valid"),
+        "a hash Router with logits": call(
+            lambda *arrays, **named: _hash_layer(*arrays, **named, return_logits=True),
+            "x", "token_ids", "table", "weight",
+        ),
     }  # fmt: skip
 
 

@@ -41,7 +41,11 @@ from cupy_router.jax import _lower_ptx, _ptx  # noqa: E402
 ARCHITECTURE = "compute_90"
 
 # What has memory of its own: products of gates, and lists of many winners.
-HANDLED = [name for name in NAMES if name.startswith(("dense_router", "a ")) or name == "topk_select with starts"]
+HANDLED = [
+    name
+    for name in NAMES
+    if name.startswith(("dense_router", "a ")) or "with logits" in name or name == "topk_select with starts"
+]
 
 
 @pytest.fixture

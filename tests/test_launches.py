@@ -172,7 +172,7 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
 IDS, TABLE = Array(0x100, (33,), "int64"), Array(0x200, (1000, 6), "int32", row_stride=9)
 HASH_ARGUMENTS = {
     "token_ids": 0x100, "table": 0x200, "logits": 0, "x": 0, "weight": 0, "logit_bias": 0, "expert_scale": 0,
-    "num_valid": 0, "num_valid_value": -1,
+    "num_valid": 0, "num_valid_value": -1, "logits_out": 0, "logits_out_stride": 0,
     "num_tokens": 33, "vocab_size": 1000, "hidden": 0, "table_stride": 9, "logits_stride": 0, "x_stride": 0,
     "weight_stride": 0, "weights_stride": 6, "indices_stride": 6, **NUMBERS,
 }  # fmt: skip

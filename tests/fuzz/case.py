@@ -83,6 +83,8 @@ class Case:
         if self.op in layout_case.OPS:
             return layout_case.results(self.op, self.arrays, self.options)
         own: layout_case.Results = [(self.shape, dtype) for dtype in self.dtypes]
+        if self.returns_logits:
+            own.append(((self.shape[0], len(self.arrays["weight"])), DTYPES[self.logits_dtype]))
         if "layout" not in self.options:
             return own
         shapes = layout_case.sizes(*self.shape, self.num_counted, self.options["layout"])
@@ -99,8 +101,20 @@ class Case:
         """The named tuple of the results, or a plain tuple."""
         if self.op in layout_case.OPS or "layout" in self.options:
             return lambda *arrays: arrays
+        if self.returns_logits:
+            return cupy_router.RoutingWithLogits
         selected = TopK if self.options.get("return_values", True) else Columns
         return {"topk_select": selected, BACKWARD: LogitsGradient}.get(self.op, cupy_router.Routing)
+
+    @property
+    def returns_logits(self) -> bool:
+        """Whether the call returns logits."""
+        return self.options.get("return_logits", False)
+
+    @property
+    def logits_dtype(self) -> str:
+        """Dtype of the logits that the call returns."""
+        return self.options.get("logits_dtype", "float32")
 
     @property
     def num_valid(self) -> int:
@@ -197,7 +211,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     if case.op in layout_case.OPS:
         return layout_case.wanted(case.op, arrays, case.options, case.num_valid)
     if "layout" in case.options:
-        own = wanted(without_layout(case))
+        own = wanted(without(case, "layout"))
         ids = {"indices": own[1]}
         options = {**case.options["layout"], "num_experts": case.num_counted}
         return (*own, *layout_case.wanted("expert_layout", ids, options, len(own[1])))
@@ -211,6 +225,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     if case.op == "activation_topk":
         assert method is not None
         return activation_topk.activation_topk(arrays["logits"], method, bias, **more)
+    more["logits_dtype"] = case.logits_dtype if case.returns_logits else None
     if case.op == "dense_router":
         assert method is not None
         return dense_router.dense_router(arrays["x"], arrays["weight"], method, bias, **more)
@@ -226,7 +241,11 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         return
     if "layout" in case.options:
         layout_case.check_layout(got[1], case.num_counted, case.options["layout"], got[2:])
-        check(without_layout(case), got[:2])
+        check(without(case, "layout"), got[:2])
+        return
+    if case.returns_logits:  # products are exact, but for the signs of zeros and NaN
+        np.testing.assert_array_equal(got[2].astype(np.float32), wanted(case)[2].astype(np.float32))
+        check(without(case, "return_logits", "logits_dtype"), got[:2])
         return
     if case.op == BACKWARD:
         assert case.method is not None
@@ -266,8 +285,8 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
 
 
-def without_layout(case: Case) -> Case:
-    return replace(case, options={name: option for name, option in case.options.items() if name != "layout"})
+def without(case: Case, *names: str) -> Case:
+    return replace(case, options={name: option for name, option in case.options.items() if name not in names})
 
 
 def has_steps(case: Case) -> bool:

@@ -23,6 +23,7 @@ COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 
 WIDE_COLUMNS = (1025, 1500, 2000)
 AS_OF_ROWS = (0, 1000, 5000)  # few rows, some and many
 TOP_K = (1, 2, 3, 6, 8, 10, 16, 31, 32)
+ROWS = (1, 3, 8, 17, 40, 64)  # of calls whose kernel depends on their number
 
 Layouts = dict[str, tuple[int, int]]
 
@@ -48,6 +49,7 @@ class Setting:
     divisor: str = ""  # what else the sum of scores goes through: "eps", "min" or nothing
     steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
     plan: str = ""  # of topk_select for long rows, with options of any kind
+    logits_dtype: str = ""  # of logits that are returned
 
     def method(self, **changes: Any) -> RoutingMethod:
         return RoutingMethod(
@@ -75,6 +77,7 @@ class Setting:
         parts += [f"{name}:{value}" for name, value in self.steps]
         parts += [*([self.divisor] if self.divisor else []), *(["dense"] if self.dense else [])]
         parts += [self.plan.replace(" ", "_")] if self.plan else []
+        parts += [f"logits:{self.logits_dtype}"] if self.logits_dtype else []
         return "-".join(
             [
                 *parts,
@@ -181,21 +184,25 @@ def _hash_router(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS))
     common["k"] = rng.choice((common["k"], min(40, common["columns"])))
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
+    returned = {"logits_dtype": "float32", "rows": rng.choice(ROWS)} if "x" in source and rng.random() < 0.5 else {}
+    dense = rng.random() < 0.5 or returned.get("rows") == 1
     return Setting(
         "hash_router", **common, given=frozenset(source) | _counted(rng), ids=(rng.choice(INTS), rng.choice(INTS)),
-        dense=rng.random() < 0.5,
-        **(_gate(rng, common["aligned"]) if "x" in source else {}),
+        dense=dense, **returned, **(_gate(rng, common["aligned"]) if "x" in source else {}),
     )  # fmt: skip
 
 
 def _dense_router(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS))
-    rows = rng.choice((1, 3, 8, 17, 40, 64))
+    rows, logits_dtype = rng.choice(ROWS), rng.choice(("", "", *FLOATS))
     given = _bias(rng)
     if rng.random() < 0.4:
         given |= _steps(rng, common, "bias" in given)
     dense = rows == 1 or rng.random() < 0.5  # a single row is dense
-    return Setting("dense_router", **common, given=given, rows=rows, dense=dense, **_gate(rng, common["aligned"]))
+    return Setting(
+        "dense_router", **common, given=given, rows=rows, dense=dense, logits_dtype=logits_dtype,
+        **_gate(rng, common["aligned"]),
+    )  # fmt: skip
 
 
 def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
@@ -262,6 +269,8 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     layouts: Layouts = {}
     draw(_factors(setting, setting.rows, arrays, layouts))
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
+    if setting.logits_dtype:
+        options |= {"return_logits": True, "logits_dtype": setting.logits_dtype}
     method = draw(_methods(setting))
     padding = draw(_padding[setting.dense])
     return Case("dense_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))
@@ -270,6 +279,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
 @st.composite
 def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     rows, layout = draw(_rows(setting, setting.columns, max_rows))
+    rows = rows if setting.rows < 0 else setting.rows
     vocab_size = draw(st.integers(1, 50))
     limits = {"int32": [-(2**31), 2**31 - 1], "int64": [-(2**63), 2**63 - 1, 2**32, -(2**32)]}
     bad_ids = st.sampled_from([-1, vocab_size, *limits[setting.ids[0]]])
@@ -286,6 +296,8 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     elif "x" in setting.given:
         draw(_factors(setting, rows, arrays, layouts))
     options = draw(_num_valid(setting, arrays, rows))
+    if setting.logits_dtype:
+        options["return_logits"] = True
     method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None
     padding = draw(_padding[setting.dense])
     return Case("hash_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))

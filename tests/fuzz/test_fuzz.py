@@ -229,6 +229,10 @@ PLANTED = {
     "topk_select": Case("topk_select", {"scores": LOGITS}, None, {"k": 2}),
     "activation_topk": Case("activation_topk", {"logits": LOGITS}, RoutingMethod(4, 2)),
     "dense_router": Case("dense_router", {"x": LOGITS, "weight": np.eye(4, dtype=np.float32)}, RoutingMethod(4, 2)),
+    "dense_router with logits": Case(
+        "dense_router", {"x": LOGITS, "weight": np.eye(4, dtype=np.float32)}, RoutingMethod(4, 2),
+        {"return_logits": True},
+    ),
     "hash_router": Case(
         "hash_router",
         {"token_ids": np.array([0, 1]), "table": np.array([[1, 2], [3, 0]]), "logits": LOGITS},
@@ -238,13 +242,13 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("case", PLANTED.values(), ids=PLANTED)
-@pytest.mark.parametrize("result", [0, 1])
-def test_a_wrong_result_is_found(case: Case, result: int) -> None:
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_wrong_result_is_found(case: Case, row: int) -> None:
     good = case_module.wanted(case)
     check(case, good)
-    for row in range(2):
-        bad = good[0].copy(), good[1].copy()
-        bad[result][row] = bad[result][row, ::-1] if result else bad[result][row] * np.float32(1.00001)
+    for place, array in enumerate(good):
+        bad = tuple(other.copy() for other in good)
+        bad[place][row] = array[row, ::-1] if array.dtype.kind == "i" else array[row] * np.float32(1.00001)
         with pytest.raises(AssertionError):
             check(case, bad)
 
