@@ -56,6 +56,10 @@ try:
 except RuntimeError:  # an old PyTorch, where it takes one tensor
     _increment_versions = _increment_each
 
+# Takes half the time of torch.empty_like, because it skips PyTorch's dispatcher; for the current device. Private in
+# PyTorch, so it may disappear.
+_empty_cuda: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # -1: PyTorch has no CUDA
 
 # Tensors that torch.split returns are views with one version in common. These have versions of their own.
 _split = torch.unsafe_split_with_sizes
@@ -176,7 +180,19 @@ class PyTorch(Framework):
             pointers += [tensor.data_ptr() for tensor in tensors]
             return tensors
 
-        return allocate
+        if _empty_cuda is None or not like.is_cuda:
+            return allocate
+        index, empty_cuda = like.get_device(), _empty_cuda
+        outlines = [(shape, torch.empty(shape, device="meta").stride(), dtype_of(name)) for shape, name in outputs]
+
+        def allocate_here(pointers: list[int]) -> tuple[Any, ...]:
+            if _current_device() != index:
+                return allocate(pointers)
+            tensors = tuple([empty_cuda(*outline) for outline in outlines])
+            pointers += [tensor.data_ptr() for tensor in tensors]
+            return tensors
+
+        return allocate_here
 
     def on_stream(self, stream: int, like: Any) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device))

@@ -139,6 +139,20 @@ def test_inference_mode_and_tensors_that_require_grad(torch: Any, name: str) -> 
     case.check(*map(gpu.numpy, case(arrays)))
 
 
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "enable_grad"])
+def test_results_are_what_pytorch_allocates(torch: Any, mode: str) -> None:
+    with getattr(torch, mode)():
+        for rows in (0, 3):
+            got = activation_topk(torch.ones(rows, 16, device="cuda"), SMALL).weights
+            want = torch.empty(rows, 4, device="cuda")
+            facts = [(a.shape, a.stride(), a.dtype, a.device, a.is_inference(), a.is_leaf) for a in (got, want)]
+            assert facts[0] == facts[1]
+            assert not got.requires_grad
+            before = -1 if mode == "inference_mode" else got._version
+            assert got.add_(1) is got
+            assert mode == "inference_mode" or got._version == before + 1
+
+
 def test_a_compiled_call_on_a_side_stream_does_not_wait(torch: Any) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lambda a: tuple(activation_topk(a + 0.0, METHOD)), fullgraph=True)
