@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,33 @@ def test_calls_for_graphs_are_cached_apart(launches: Launches) -> None:
     apart = _run.run_eagerly(layouts.OP, fields, inputs)
     again = _run.run(layouts.OP, fields, inputs, None, None)
     assert [len(storages(layout[:5])) for layout in (shared, apart, again)] == [1, 5, 1]
+
+
+@pytest.mark.parametrize(("current", "expected"), [(0, "empty_strided"), (1, "empty_like")])
+def test_results_on_the_current_gpu_skip_the_dispatcher(
+    current: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a tensor that pretends to be on the first GPU, with the function's twin for the CPU."""
+    called: list[str] = []
+    of_the_cpu, empty_like = torch._C._dynamo.guards._empty_strided_cpu, torch.empty_like
+
+    def empty_strided(*outline: Any) -> Any:
+        called.append("empty_strided")
+        return of_the_cpu(*outline)
+
+    def likewise(*like: Any) -> Any:
+        called.append("empty_like")
+        return empty_like(*like)
+
+    monkeypatch.setattr(tensors, "_empty_cuda", empty_strided)
+    monkeypatch.setattr(tensors, "_current_device", lambda: current)
+    monkeypatch.setattr(torch, "empty_like", likewise)
+    like = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, get_device=lambda: 0)
+    outputs = (((3, 2), "float32"), ((2, 4), "bfloat16"), ((5,), "int64"))
+    pointers: list[int] = []
+    results = tensors.FRAMEWORK.allocator(outputs, like)(pointers)
+    assert called == [expected] * 3
+    assert pointers == [result.data_ptr() for result in results]
+    for result, (shape, name) in zip(results, outputs, strict=True):
+        want = torch.empty(shape, dtype=tensors.dtype_of(name))
+        assert (result.shape, result.stride(), result.dtype) == (want.shape, want.stride(), want.dtype)
