@@ -271,6 +271,14 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("router::results_have_the_framework_of_x"),
         NOT_THERE,
     ),
+    "experts of transformers": (
+        Cell("`replace_routers(experts=True)`", ("experts_backend::forms", "experts_backend::a_step_of_a_model",
+                                                 "experts_backend::experts_that_are_elsewhere",
+                                                 "gpu/experts_backend_gpu::forms",
+                                                 "gpu/experts_backend_gpu::generate",
+                                                 "gpu/experts_backend_gpu::compiled")),
+        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from transformers.integrations import moe
 from cupy_router.torch import _experts
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 24, 4, 64, 48
-FORMS: dict[str, dict[str, bool]] = {
+_FORMS: dict[str, dict[str, bool]] = {
     "gated": {},
     "ungated": {"has_gate": False},
     "transposed": {"is_transposed": True},
@@ -24,11 +24,8 @@ FORMS: dict[str, dict[str, bool]] = {
     "with a norm": {"has_post_expert_norm": True},
     "biased, with a norm": {"has_bias": True, "has_post_expert_norm": True},
 }
-
-
-def known(options: dict[str, bool]) -> bool:
-    """Return whether this release of transformers has the options of a form."""
-    return options.keys() <= inspect.signature(moe.use_experts_implementation).parameters.keys()
+_KNOWN = inspect.signature(moe.use_experts_implementation).parameters.keys()  # options, of this release of transformers
+FORMS = {form: options for form, options in _FORMS.items() if options.keys() <= _KNOWN}
 
 
 def experts(form: str, device: str = "cpu", dtype: Any = torch.float32, interface: Any = None, seed: int = 0) -> Any:

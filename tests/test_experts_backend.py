@@ -303,6 +303,18 @@ def test_experts_without_implementations() -> None:
     assert len(caught) == 1
 
 
+def test_experts_of_a_router_that_stays() -> None:
+    model = moe_configs.build(transformers.PhimoeForCausalLM)
+    want = model(TOKENS).logits
+    with pytest.warns(UserWarning, match="left Phimoe.* as it is: phimoe: no RoutingMethod expresses") as caught:
+        assert replace_routers(model, experts=True) == 0
+    assert len(caught) == 1
+    assert model.config._experts_implementation == "cupy_router"
+    assert_close({"": model(TOKENS).logits}, {"": want}, 1e-5)
+    assert restore_routers(model) == 0
+    assert model.config._experts_implementation == "grouped_mm"
+
+
 def test_weights_in_an_order_of_their_own() -> None:
     model = small()
     model.config._experts_implementation_internal = "deepgemm_megamoe"
@@ -315,6 +327,8 @@ def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", SimpleNamespace())
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.0.0")
-    with pytest.warns(UserWarning, match="MixtralForCausalLM as it is: experts=True needs .* than 5.0.0$"):
+    with pytest.warns(
+        UserWarning, match="MixtralForCausalLM as it is: experts=True needs transformers 5.3 or later, this is 5.0.0$"
+    ):
         assert replace_routers(model, experts=True) == 2
     assert model.config._experts_implementation == "grouped_mm"

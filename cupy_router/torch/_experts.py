@@ -46,7 +46,7 @@ def register() -> Any:
     known = ("ALL_EXPERTS_FUNCTIONS", "grouped_mm_experts_forward", "_grouped_mm", "_can_use_grouped_mm")
     if not all(hasattr(found, name) for name in known):
         version = getattr(sys.modules.get("transformers"), "__version__", "")
-        raise Unsupported(f"experts=True needs a later release of transformers{version and f' than {version}'}")
+        raise Unsupported(f"experts=True needs transformers 5.3 or later{version and f', this is {version}'}")
     _transformers = found
     found.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)  # type: ignore[union-attr]
     return found.ALL_EXPERTS_FUNCTIONS  # type: ignore[union-attr]

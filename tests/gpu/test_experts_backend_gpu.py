@@ -13,12 +13,11 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from cupy_router.torch import _experts, replace_routers  # noqa: E402
 from tests import moe_configs, moe_experts  # noqa: E402
-from tests.moe_experts import assert_close, experts, inputs, run  # noqa: E402
+from tests.moe_experts import FORMS, assert_close, experts, inputs, run  # noqa: E402
 
 NUM_TOKENS = [1, 2, 16, 300]
 # Of the largest value. Gradients with respect to weights are dot products whose terms cancel.
 TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2e-6}
-FORMS = [form for form, options in moe_experts.FORMS.items() if moe_experts.known(options)]
 
 
 @pytest.fixture(autouse=True)
