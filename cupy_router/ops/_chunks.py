@@ -13,7 +13,8 @@ from functools import cached_property
 from cupy_router import compiler, gemm, scratch
 from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.launcher import Launch
-from cupy_router.ops._cached import Work, dense_view
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import NUMBER, Kernel, Work, dense_view, launch_with
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._op import Op
 from cupy_router.ops._routed import LOGITS, ROUTING
@@ -131,6 +132,21 @@ class GateChunks(Chunks):
                 logits = replace(self._target, shape=shape)
             found = self._works[rows] = self._make(logits)
         return found
+
+
+def launch_with_logits(op: Op, kernel: Kernel, arrays: Arrays) -> Work:
+    """Return the launch of a target of :class:`GateChunks` that also fills `arrays.logits_out`, whose address is last.
+
+    If the logits of the chunk are in this array, only rows of padding are written.
+    """
+    returned: View = arrays.logits_out
+    macros = {
+        "LOGITS_OUT": row_lanes.DTYPE_CODES[returned.dtype],
+        "LOGITS_IN_PLACE": int(arrays.logits.name == returned.name),
+    }
+    stride = {f"{LOGITS}_stride": returned.row_stride}
+    kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
+    return launch_with((*op.names, *ROUTING, NUMBER, LOGITS), kernel, returned.device)
 
 
 def _can_be_product(logits: View) -> bool:

@@ -15,8 +15,8 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
-from cupy_router.ops._chunks import GateChunks
+from cupy_router.ops._cached import Kernel, Work, launch_of
+from cupy_router.ops._chunks import GateChunks, launch_with_logits
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -31,7 +31,7 @@ from cupy_router.ops._method import (
     needs_whole_rows,
 )
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import LOGITS, ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
+from cupy_router.ops._routed import LOGITS, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import hash_router as reference
 from cupy_router.tuning import Gpu
@@ -106,18 +106,8 @@ class HashRouter(RoutedOp):
         return kernel._replace(fixed={LOGITS: 0} | kernel.fixed | {f"{LOGITS}_stride": 0})
 
     def with_logits(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
-        """Return the launch on logits of a gate GEMM that also fills `arrays.logits_out`, whose address comes last.
-
-        If the logits are those of this array, they are there already, and only rows of padding are written.
-        """
-        kernel, returned = self._chosen(options, arrays, gpu), arrays.logits_out
-        macros = {
-            "LOGITS_OUT": row_lanes.DTYPE_CODES[returned.dtype],
-            "LOGITS_IN_PLACE": int(arrays.logits.name == returned.name),
-        }
-        stride = {f"{LOGITS}_stride": returned.row_stride}
-        kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
-        return launch_with((*self.names, *ROUTING, NUMBER, LOGITS), kernel, returned.device)
+        """Return the launch on the logits of a gate GEMM that also returns them."""
+        return launch_with_logits(self, self._chosen(options, arrays, gpu), arrays)
 
     def _chosen(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         """Choose the kernel for the source of the weights, without parameters for logits_out."""
