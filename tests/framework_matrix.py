@@ -155,6 +155,15 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("torch_opcheck::opcheck", "gpu/torch_gpu::opcheck"),
         NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
     ),
+    "logits of routers, with their gradients": (
+        yes("torch_logits::eager_results_are_those_of_the_host",
+            "torch_logits::gradients_of_weights_and_logits_add_up", "torch_logits::compiled_routers"),
+        yes("jax_logits::traced_results_are_those_of_the_host", "jax_logits::gradients_of_weights_and_logits_add_up",
+            "jax_logits::sharded_rows"),
+        Cell("without", ("return_logits::logits_are_the_products_without_scale_and_cap",)),
+        Cell("without", ("return_logits::logits_are_the_products_without_scale_and_cap",)),
+        Cell("untested"),
+    ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",
             "torch_compiled_gradients::compiled_calls_have_the_same_gradients",

@@ -97,6 +97,16 @@ def test_what_is_wrong_is_refused_while_traced() -> None:
         jax.jit(lambda a: call(a, return_logits=True, out=call(call.arrays(), return_logits=True)))(arrays)
 
 
+def test_no_handler_that_xla_may_capture_multiplies_by_the_gate() -> None:
+    """A captured handler must not take scratch memory; that of hash_router is captured."""
+    call = Call("hash_router")
+    for more, target in ((WITH_LOGITS, "hash_layer"), ({}, "hash_router")):
+        text = jax.jit(lambda arrays, more=more: call(arrays, **more)).lower(on_jax(call)).as_text()
+        assert [line for line in text.splitlines() if "custom_call @cupy_router" in line]
+        assert f"custom_call @cupy_router.{target}(" in text
+        assert text.count("custom_call @cupy_router") == 1
+
+
 # -- Mapped, sharded, exported -----------------------------------------------------------------------------------------
 
 
@@ -170,6 +180,30 @@ def test_sharded_rows() -> None:
         [sys.executable, "-c", SHARDED], cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
+
+
+@pytest.mark.slow("seconds", every=5)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_router decode"])  # for a few tokens only
+def test_exported_gradients_for_any_number_of_tokens(kind: str) -> None:
+    pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
+    call = Call(kind)
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    smooth, fixed = split(call)
+
+    def shapes(arrays: dict[str, Any]) -> dict[str, Any]:
+        rows = {name: tokens if name in ("x", "token_ids") else len(array) for name, array in arrays.items()}
+        return {name: jax.ShapeDtypeStruct((rows[name], *a.shape[1:]), a.dtype) for name, a in arrays.items()}
+
+    def squares(smooth: dict[str, Any], fixed: dict[str, Any]) -> Any:
+        routing = call({**smooth, **fixed}, return_logits=True)
+        return (routing.logits**2).sum() + (routing.weights**2).sum()
+
+    targets = ["hash_layer" if call.is_hash else "dense_router", "activation_topk_backward"]
+    safe = [jax.export.DisabledSafetyCheck.custom_call(f"cupy_router.{target}") for target in targets]
+    exported = jax.export.export(jax.jit(jax.grad(squares)), disabled_checks=safe)(shapes(smooth), shapes(fixed))
+    program = jax.export.deserialize(exported.serialize())
+    for name, want in jax.grad(squares)(smooth, fixed).items():
+        np.testing.assert_allclose(program.call(smooth, fixed)[name], want, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
 # -- Gradients ---------------------------------------------------------------------------------------------------------
