@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, hash layers from x and weight; all counts
-of tokens beside PyTorch and the floor: GPU time"""
+"""dense_router, bfloat16: decode warm and cold, prefill beside cuBLAS alone, with logits in two dtypes, hash layers
+from x and weight; all counts of tokens beside PyTorch and the floor: GPU time"""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import cupy
 from benchmarks import bars, floor, harness
 from benchmarks.one_size import OneSize
 from benchmarks.rows import OURS, Row
-from cupy_router import Routing, RoutingMethod, dense_router, gemm, hash_router, presets
+from cupy_router import Routing, RoutingMethod, RoutingWithLogits, dense_router, gemm, hash_router, presets
 
 HIDDEN = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
+LOGITS_PRESET, LOGITS_HIDDEN = "qwen3-moe", 2048
 VOCAB_SIZE = 129_280
 DECODE_TOKENS, HASH_TOKENS, PREFILL_TOKENS = (1, 4, 16, 64), (1, 16, 64), 8192
 ALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192, 32768)
@@ -92,6 +93,28 @@ def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     yield harness.barred(whole, round(bars.PREFILL_RATIO * alone["us"], 3))
 
 
+def logits_rows() -> Iterator[Row]:
+    """A router whose logits are wanted too, beside the same without."""
+    method, hidden = presets()[LOGITS_PRESET], LOGITS_HIDDEN
+    experts = method.num_experts
+    weight = normal(experts, hidden, scale=hidden**-0.5)
+    for n, bar in bars.MODEL_ROUTER.items():
+        x, out = normal(n, hidden), results(n, method)
+        shape: dict[str, Any] = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
+
+        def call(i: int, x: Any = x, out: Any = out) -> Any:
+            return dense_router(x, weight, method, out=out)
+
+        yield timed(call, "any", logits="none", **shape)
+        for dtype in ("float32", "bfloat16"):
+            into = RoutingWithLogits(*out, cupy.empty((n, experts), dtype))
+
+            def with_logits(i: int, x: Any = x, into: Any = into, dtype: str = dtype) -> Any:
+                return dense_router(x, weight, method, return_logits=True, logits_dtype=dtype, out=into)
+
+            yield harness.barred(timed(with_logits, "any", logits=dtype, **shape), bar)
+
+
 def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts, k = method.num_experts, method.top_k
     table = cupy.random.randint(0, experts, (VOCAB_SIZE, k)).astype(cupy.int32)
@@ -149,7 +172,7 @@ def rival(name: str, method: RoutingMethod, x: Any, weight: Any, bias: Any, out:
 def measure(quick: bool) -> list[Row]:
     shapes = [(presets()[preset], hidden) for preset, hidden in HIDDEN.items()]
     parts = (decode_rows, hash_rows, prefill_rows) + (() if quick else (sweep_rows,))
-    return [row for shape in shapes for part in parts for row in part(*shape)]
+    return [row for shape in shapes for part in parts for row in part(*shape)] + list(logits_rows())
 
 
 def one_size(n: int, num_experts: int, top_k: int, hidden: int, dtype: str) -> list[Row]:

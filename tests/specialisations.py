@@ -21,6 +21,7 @@ import numpy as np
 
 from cupy_router import (
     ExpertLayout,
+    LayoutSpec,
     RoutingMethod,
     activation_topk,
     compiler,
@@ -157,6 +158,7 @@ def _presets() -> None:
             x = _matrix(16, HIDDEN, dtype)
             hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight)
             dense_router(x, weight, method, bias=bias, path="decode")
+            dense_router(x, weight, method, bias=bias, path="decode", return_logits=True)
         hash_router(np.zeros(65536, np.int64), table)
 
 
@@ -169,6 +171,13 @@ def _besides() -> None:
     # So many tokens that the gate product comes in slices, each with its own count of valid rows.
     x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
     dense_router(x, gate, "deepseek-v4-flash", bias=np.zeros(256, np.float32), num_valid=np.zeros(1, np.int32))
+    # A logit bias, or another dtype: logits that the product does not leave finished.
+    for preset in ("gpt-oss", "gpt-oss-120b"):
+        method = presets()[preset]
+        layer = {"logit_bias": np.zeros(method.num_experts, np.float32), "return_logits": True}
+        for n, layout in ((1, None), (16, None), (16, LayoutSpec()), (4096, None)):
+            x, gate = _matrix(n, 2880, "bfloat16"), _matrix(method.num_experts, 2880, "bfloat16")
+            dense_router(x, gate, method, **layer, layout=layout, logits_dtype="bfloat16")
 
 
 def _corners() -> None:
@@ -183,6 +192,11 @@ def _corners() -> None:
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 32, "softmax"))
     activation_topk(_matrix(4, 2000, "float32"), RoutingMethod(2000, 40, "softmax"))
+    x, weight = _matrix(4, HIDDEN, "float32"), _matrix(2000, HIDDEN, "float32")
+    dense_router(x, weight, RoutingMethod(2000, 40), return_logits=True, logits_dtype="float16")
+    x, weight = _matrix(64, HIDDEN, "float16"), _matrix(1000, HIDDEN, "float16")
+    spec = LayoutSpec(16, want=NAMES)
+    dense_router(x, weight, RoutingMethod(1000, 32, "softmax"), return_logits=True, num_valid=3, layout=spec)
     activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, logit_scale=0.5, logit_softcap=30.0))
     shared = RoutingMethod(256, 6, "sigmoid", num_shared_experts=2, shared_in_normalizer=True, weight_dtype="bfloat16")
     activation_topk(_matrix(4096, 258, "bfloat16"), shared, expert_scale=np.zeros(256, np.float32))
@@ -256,7 +270,9 @@ def _benchmarks() -> None:
         harness.graph_microseconds = _graph_microseconds  # type: ignore[attr-defined]  # a module's function
         harness.attempt = lambda what, function: None  # type: ignore[attr-defined]  # rivals
         for path in sorted(BENCHMARKS.glob("bench_*.py")):
-            importlib.import_module(f"benchmarks.{path.stem}").measure(True)
+            module = importlib.import_module(f"benchmarks.{path.stem}")
+            if hasattr(module, "measure"):  # the others measure whole models
+                module.measure(True)
 
 
 @contextmanager
