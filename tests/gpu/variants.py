@@ -208,6 +208,14 @@ def _dense_router() -> Iterator[Case]:
     yield Case("dense_router", {"x": x, "weight": weight}, RoutingMethod(256, 8), {"num_valid": 5})
     counted = {"x": x, "weight": weight, "num_valid": np.full((1,), 7, np.int32)}
     yield Case("dense_router", counted, RoutingMethod(256, 8))
+    # Logits, as the kernel or the product writes them, and as the pass that routes finishes them.
+    method, padded = RoutingMethod(72, 6, "softmax", score_after_topk=True), ({}, {"num_valid": 3})
+    for i, (rows, dtype) in enumerate(((1, "float32"), (5, "bfloat16"), (40, "float16"), (64, "float32"))):
+        for n in (rows, 100 + rows):
+            arrays = {"x": _products((n, 264), "bfloat16"), "weight": _products((72, 264), "bfloat16")}
+            arrays |= {"logit_bias": _bias(72)} if i % 2 else {}
+            options = {"return_logits": True, "logits_dtype": dtype} | padded[n > 3 and i > 1]
+            yield Case("dense_router", arrays, method, options, {}, n % 3 - 1)
 
 
 def _backward() -> Iterator[Case]:
