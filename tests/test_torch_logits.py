@@ -13,6 +13,7 @@ from tests import compare, inputs
 from tests.logit_calls import KINDS, LAYER, Call
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+import cupy_router.torch  # noqa: E402, F401  # a test may begin with a traced call
 
 EVERY = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("dense_router ")])
 WITH_LOGITS = {"return_logits": True}
