@@ -157,6 +157,7 @@ def _presets() -> None:
                     _backward(n, method, dtype)
             x = _matrix(16, HIDDEN, dtype)
             hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight)
+            hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight, return_logits=True)
             dense_router(x, weight, method, bias=bias, path="decode")
             dense_router(x, weight, method, bias=bias, path="decode", return_logits=True)
         hash_router(np.zeros(65536, np.int64), table)
@@ -171,6 +172,9 @@ def _besides() -> None:
     # So many tokens that the gate product comes in slices, each with its own count of valid rows.
     x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
     dense_router(x, gate, "deepseek-v4-flash", bias=np.zeros(256, np.float32), num_valid=np.zeros(1, np.int32))
+    table, bias = np.zeros((1000, 6), np.int64), np.zeros(256, np.float32)
+    given = {"x": x[:4096], "weight": gate, "logit_bias": bias, "return_logits": True}
+    hash_router(np.zeros(4096, np.int32), table, "deepseek-v4-flash", num_valid=np.zeros(1, np.int32), **given)
     # A logit bias, or another dtype: logits that the product does not leave finished.
     for preset in ("gpt-oss", "gpt-oss-120b"):
         method = presets()[preset]

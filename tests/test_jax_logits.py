@@ -49,6 +49,7 @@ def options_of(kind: str, logits_dtype: str) -> dict[str, Any]:
 # -- Traced calls ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=2)
 @pytest.mark.parametrize("num_valid", [None, 4, np.array(4, np.int32)], ids=["all rows", "number", "array"])
 @EVERY
 def test_traced_results_are_those_of_the_host(kind: str, num_valid: Any) -> None:
@@ -110,6 +111,7 @@ def test_no_handler_that_xla_may_capture_multiplies_by_the_gate() -> None:
 # -- Mapped, sharded, exported -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("seconds", every=7)
 @pytest.mark.parametrize("shared", [True, False], ids=["one gate", "gates"])
 @pytest.mark.parametrize("num_valid", [None, 4, np.array([9, 0, 5], np.int32)], ids=["all rows", "number", "arrays"])
 @EVERY
@@ -182,7 +184,7 @@ def test_sharded_rows() -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 
 
-@pytest.mark.slow("seconds", every=5)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_router decode"])  # for a few tokens only
 def test_exported_gradients_for_any_number_of_tokens(kind: str) -> None:
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed, in which JAX writes programs")
@@ -251,7 +253,7 @@ def split(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     return smooth, {name: array for name, array in arrays.items() if name not in smooth}
 
 
-@pytest.mark.slow("seconds", every=5)
+@pytest.mark.slow("seconds", every=18)
 @pytest.mark.parametrize("num_valid", [None, 4], ids=["all rows", "padded"])
 @pytest.mark.parametrize(("weights", "logits"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("name", ["logit scale and soft cap", "shared in the normaliser", "softmax after top-k"])
@@ -279,6 +281,7 @@ def test_tokens_without_experts_have_gradients_of_their_logits(kind: str) -> Non
     assert not np.asarray(jax.grad(loss(call, logits=0.0))(smooth, fixed)["x"])[bad].any()
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("num_valid", [0, 4, np.array([4], np.int32)], ids=str)
 @EVERY
 def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
@@ -291,6 +294,7 @@ def test_padding_has_no_gradient(kind: str, num_valid: Any) -> None:
     assert by_x[:valid].any(axis=1).all()
 
 
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("logits_dtype", ["float16", "bfloat16"])
 def test_gradients_of_16_bit_logits(logits_dtype: str) -> None:
     call = Call("dense_router", dtype=logits_dtype)
@@ -303,6 +307,7 @@ def test_gradients_of_16_bit_logits(logits_dtype: str) -> None:
         np.testing.assert_allclose(got.astype(np.float32), want[key].astype(np.float32), rtol=0.02, atol=0.02 * most)
 
 
+@pytest.mark.slow("seconds")
 def test_gradients_under_vmap() -> None:
     call = Call("dense_router")
     smooth, fixed = split(call)
@@ -315,6 +320,7 @@ def test_gradients_under_vmap() -> None:
             np.testing.assert_allclose(got[name][place], right, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow("seconds")
 def test_a_router_as_an_argument_learns_from_its_logits() -> None:
     x, gate = jnp.array(inputs.normal((6, 8))), jnp.array(inputs.normal((16, 8), seed=1))
     found = jax.jit(jax.grad(lambda router, x: (router(x, return_logits=True).logits ** 2).sum()))(

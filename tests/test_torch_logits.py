@@ -47,7 +47,7 @@ def test_eager_results_are_those_of_the_host(kind: str) -> None:
         same(got, want)
 
 
-@pytest.mark.slow("seconds", every=2)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("of", ["tensors", "arrays"])
 @pytest.mark.parametrize("kind", ["Router", "hash Router"])
 def test_compiled_routers(kind: str, of: str) -> None:
@@ -73,7 +73,7 @@ def test_compiled_routers(kind: str, of: str) -> None:
         assert (plan.layout.counts == right.layout.counts).all()
 
 
-@pytest.mark.slow("seconds", every=2)
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("of", ["tensors", "arrays"])
 @pytest.mark.parametrize("kind", ["Router", "hash Router"])
 def test_compiled_routers_fill_out(kind: str, of: str) -> None:
@@ -133,7 +133,7 @@ def test_gradients_of_weights_and_logits_add_up(kind: str, num_valid: Any, compi
         )
 
 
-@pytest.mark.slow("seconds", every=2)
+@pytest.mark.slow("seconds", every=4)
 @pytest.mark.parametrize("num_valid", [None, 4])
 @pytest.mark.parametrize("kind", ["Router", "hash Router"])
 def test_gradients_of_a_compiled_router_of_arrays(kind: str, num_valid: int | None) -> None:
@@ -169,7 +169,7 @@ def test_vmap(kind: str) -> None:
         same(RoutingWithLogits(*(array[place] for array in got)), want)
 
 
-@pytest.mark.slow("seconds", every=2)
+@pytest.mark.slow("seconds", every=4)
 @EVERY
 def test_exported_programs(kind: str) -> None:
     call = Call(kind, given=LAYER)

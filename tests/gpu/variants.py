@@ -191,6 +191,12 @@ def _hash_router() -> Iterator[Case]:
             yield case(FEW_ROWS, 6, "int64", "int32", RoutingMethod(64, 6, score), x=x, weight=weight)
             odd = case(FEW_ROWS, 12, "int32", "int64", RoutingMethod(64, 12, score), x=x, weight=weight)
             yield replace(odd, layouts={"x": MISALIGNED, "weight": MISALIGNED})
+    # Logits of all experts, which the product writes, or the kernel with their bias, and zeros in padding.
+    x, weight = _products((FEW_ROWS, 264), "bfloat16"), _products((64, 264), "bfloat16")
+    for k, layer in ((6, {}), (40, {}), (6, {"logit_bias": _bias(64)})):
+        returning = case(FEW_ROWS, k, "int32", "int32", RoutingMethod(64, k), x=x, weight=weight, **layer)
+        for options in ({}, {"num_valid": 2}):
+            yield replace(returning, options={"return_logits": True, **options})
 
 
 def _dense_router() -> Iterator[Case]:
