@@ -160,6 +160,7 @@ def _presets() -> None:
             hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight, return_logits=True)
             dense_router(x, weight, method, bias=bias, path="decode")
             dense_router(x, weight, method, bias=bias, path="decode", return_logits=True)
+            hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight, return_logits=True)
         hash_router(np.zeros(65536, np.int64), table)
 
 
@@ -217,6 +218,8 @@ def _corners() -> None:
     hash_router(ids, table, softmax, logits=_matrix(4096, 256, "float32"))
     weight = _matrix(256, HIDDEN, "float32", misaligned=True)
     hash_router(ids[:4], table, softmax, x=_matrix(4, HIDDEN, "bfloat16"), weight=weight)
+    layer = {"logit_bias": np.zeros(256, np.float32), "return_logits": True}
+    hash_router(ids, table, softmax, x=_matrix(4096, HIDDEN, "bfloat16"), weight=weight, **layer)
 
 
 def _layouts() -> None:
