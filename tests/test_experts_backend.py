@@ -126,6 +126,7 @@ def test_autocast(hidden: Any, parameters: Any) -> None:
         assert_close({"": ours["output"]}, {"": theirs["output"]}, EXACT)
 
 
+@pytest.mark.slow("seconds", every=8)
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_for_any_number_of_tokens(form: str) -> None:
     module = experts(form)
@@ -188,6 +189,7 @@ def test_generate() -> None:
     assert model.config._experts_implementation == "cupy_router"
 
 
+@pytest.mark.slow("seconds")
 def test_a_compiled_model_is_one_graph() -> None:
     model = small("Qwen3Moe")
     want = model(TOKENS).logits
