@@ -212,12 +212,12 @@ def test_exported_gradients_for_any_number_of_tokens(kind: str) -> None:
 
 
 def loss(call: Call, weights: float = 1.0, logits: float = 1.0, **more: Any) -> Any:
-    """Return a loss of weights and logits, each with its factor."""
+    """Return a loss of weights and logits, each with its factor. Its gradient is not 0 where logits are."""
 
     def function(smooth: dict[str, Any], fixed: dict[str, Any]) -> Any:
         routing = call({**smooth, **fixed}, **{**WITH_LOGITS, **more})
         return (routing.weights.astype(jnp.float32) * upstream(routing.weights) * weights).sum() + (
-            routing.logits.astype(jnp.float32) ** 2 * upstream(routing.logits) * logits
+            (routing.logits.astype(jnp.float32) + 1) ** 2 * upstream(routing.logits) * logits
         ).sum()
 
     return function
@@ -240,7 +240,7 @@ def wanted(call: Call, indices: np.ndarray, weights: float, logits: float, num_v
         found = twin(product[routed], jnp.asarray(indices[routed]), call.method, **layer)
         full = product if bias is None else product + jnp.pad(bias, (0, product.shape[1] - bias.shape[0]))
         up = inputs.normal(indices.shape, seed=720)[routed], inputs.normal(full.shape, seed=720)[:n]
-        return (found * up[0] * weights).sum() + (full[:n] ** 2 * up[1] * logits).sum()
+        return (found * up[0] * weights).sum() + ((full[:n] + 1) ** 2 * up[1] * logits).sum()
 
     with enable_x64():
         wide = {name: jnp.asarray(hosts[name].astype(np.float64)) for name in smooth}

@@ -96,8 +96,9 @@ def test_compiled_routers_fill_out(kind: str, of: str) -> None:
 
 
 def loss(routing: Any) -> Any:
+    """Return a loss whose gradient is not 0 where logits are."""
     weights, logits = (torch.linspace(-1, 1, a.numel()).reshape(a.shape) for a in (routing.weights, routing.logits))
-    return (routing.weights * weights).sum() + (routing.logits**2 * logits).sum()
+    return (routing.weights * weights).sum() + ((routing.logits + 1) ** 2 * logits).sum()
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow("seconds"))])
