@@ -32,6 +32,7 @@ jnp = jax.numpy
 if jax.__version_info__ < (0, 8):
     pytest.skip("calls inside jax.jit need JAX 0.8 or later", allow_module_level=True)
 
+pytestmark = pytest.mark.backends("reference")  # tests/gpu/test_jax_logits_gpu.py is for a GPU
 EVERY = pytest.mark.parametrize("kind", KINDS)
 ROOT = Path(cupy_router.__file__).parents[1]
 WITH_LOGITS = {"return_logits": True}
