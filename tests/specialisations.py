@@ -157,10 +157,10 @@ def _presets() -> None:
                     _backward(n, method, dtype)
             x = _matrix(16, HIDDEN, dtype)
             hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight)
-            hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight, return_logits=True)
+            for rows in (x, _matrix(4096, HIDDEN, dtype)):
+                hash_router(np.zeros(len(rows), np.int32), table, method, x=rows, weight=weight, return_logits=True)
             dense_router(x, weight, method, bias=bias, path="decode")
             dense_router(x, weight, method, bias=bias, path="decode", return_logits=True)
-            hash_router(np.zeros(16, np.int32), table, method, x=x, weight=weight, return_logits=True)
         hash_router(np.zeros(65536, np.int64), table)
 
 

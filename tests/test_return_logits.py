@@ -20,13 +20,15 @@ from cupy_router import (
     RoutingWithLogits,
     dense_router,
     expert_layout,
+    gemm,
     hash_router,
 )
-from cupy_router.ops import _chunks
+from cupy_router.ops import _cached, _chunks
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.canvas import Canvas
 from tests.logit_calls import KINDS, Call
+from tests.recorder import recording
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 METHOD = RoutingMethod(16, 4)
@@ -160,6 +162,17 @@ def test_tokens_without_experts_have_logits(kind: str, backend: Backend) -> None
     assert logits[bad].any(axis=1).all()
 
 
+@pytest.mark.parametrize("n", [1, 64, 65])
+@pytest.mark.parametrize("kind", ["hash_router", "hash Router"])
+def test_a_hash_layer_takes_a_product_and_a_launch(kind: str, n: int) -> None:
+    """The product is a launch for few tokens, and a library's for more."""
+    call = Call(kind, "sigmoid, bias on logits", n)
+    with recording() as recorder:
+        call(call.arrays(), return_logits=True)
+    few = ["dense_router_decode"] if n <= 64 else []
+    assert [launch.function for launch in recorder.launches] == [*few, "hash_router"]
+
+
 # -- Chunks, layouts, out ----------------------------------------------------------------------------------------------
 
 
@@ -176,6 +189,18 @@ def test_chunks_of_tokens(
     count = backend.array(num_valid) if isinstance(num_valid, np.ndarray) else num_valid
     valid = None if num_valid is None else 90
     check(backend, call, call(arrays, return_logits=True, num_valid=count), call(arrays, num_valid=count), valid)
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("kind", ["dense_router", "hash_router", "hash Router"])
+def test_without_cublas(kind: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, large = Call(kind, "bfloat16 weights", 130, hidden=40), Call(kind, LARGE[0], 130, hidden=40)
+    arrays, many = uploaded(backend, call), uploaded(backend, large)
+    monkeypatch.setattr(gemm, "why_not", lambda device: "it is not installed")
+    _cached.forget()
+    check(backend, call, call(arrays, return_logits=True), call(arrays))
+    with pytest.raises(RuntimeError, match="need cuBLAS: it is not installed"):
+        large(many, return_logits=True)
 
 
 @pytest.mark.parametrize("num_valid", [None, 5])

@@ -13,6 +13,7 @@ from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import hash_router
 from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
+from cupy_router.ops._hash_gate import by_gate_gemm
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
 from cupy_router.ops._routed import ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
@@ -54,7 +55,7 @@ class HashLayer(RoutedOp):
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
         if _multiplies_all(options, arrays, gpu):
-            return hash_router.by_gate_gemm(self, options, arrays, gpu)
+            return by_gate_gemm(self, hash_router.OP, options, arrays, gpu)
         kernel = hash_router.OP.on_arrays(options, _hashed(arrays), gpu)
         takes = (*hash_router.OP.names, *ROUTING)
         return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), arrays.x.device)

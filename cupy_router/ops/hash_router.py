@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from cupy_router import gemm
-from cupy_router.arrays import View
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._cached import Kernel, Work, launch_of
-from cupy_router.ops._chunks import GateChunks, launch_with_logits
+from cupy_router.ops._cached import Kernel, Work
+from cupy_router.ops._chunks import launch_with_logits
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
+from cupy_router.ops._hash_gate import by_gate_gemm
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     EXPERT_SCALE,
@@ -97,7 +95,7 @@ class HashRouter(RoutedOp):
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         if options.logits_dtype is not None:
-            return by_gate_gemm(self, options, arrays, gpu)
+            return by_gate_gemm(self, self, options, arrays, gpu)
         return self.on_arrays(options, arrays, gpu)
 
     def on_arrays(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
@@ -299,25 +297,3 @@ def check_combination(options: HashOptions, arrays: Arrays) -> None:
             raise ValueError("a method with shared_in_normalizer needs logits or x, from which shared experts weigh")
     elif method is None:
         raise ValueError("logits or x need a method, which says how to score them")
-
-
-# -- Logits of all experts ---------------------------------------------------------------------------------------------
-
-
-def by_gate_gemm(op: RoutedOp, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
-    """Return the gate GEMM of a call of `op`, followed by `hash_router` on its logits."""
-    obstacle = gemm.why_not(arrays.x.device)
-    if obstacle is not None:
-        raise RuntimeError(f"return_logits of a hash layer needs cuBLAS: {obstacle}")
-    return GateChunks(op, arrays, gpu, OP, partial(_on_logits, options.method, arrays, gpu))
-
-
-def _on_logits(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
-    """Return what looks experts up and weighs them by the logits of a chunk, of which it also makes those to return."""
-    given = {name: getattr(arrays, name, None) for name in (*OP.names, *OP.result_names)}
-    given |= {"logits": logits, "x": None, "weight": None}
-    given["token_ids"] = replace(arrays.token_ids, shape=logits.shape[:1])
-    options, hashed = HashOptions(method), Arrays(tuple(given), tuple(given.values()))
-    if hashed.logits_out is not None:
-        return OP.with_logits(options, hashed, gpu)
-    return launch_of(OP, options, OP.on_arrays(options, hashed, gpu), logits.device)
