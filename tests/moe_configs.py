@@ -49,7 +49,9 @@ SIZES: dict[str, Any] = {
 }
 # What single configurations need besides: other sizes, and layers that have experts.
 _SPARSE = ["sparse", "sparse"]
+_HYBRID = ["linear_attention", "full_attention"]  # models that generate need a layer with a cache of positions
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BailingHybridConfig": {"layer_types": _HYBRID},
     "BeamConfig": {"mlp_layer_types": _SPARSE},
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": _SPARSE},
@@ -70,10 +72,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "mlp_layer_types": _SPARSE},
     "Glm4vMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "GraniteMoeHybridConfig": {"layer_types": _HYBRID},
     "HYV4VLTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         "mlp_layer_types": _SPARSE,
     },
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "KimiLinearConfig": {"layer_types": _HYBRID},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "LongcatFlashConfig": {"head_dim": 8, "zero_expert_num": 8, "n_routed_experts": 16},
     "MiMoV2FlashConfig": {"head_dim": 24, "num_attention_heads": 16},
@@ -82,7 +87,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
         **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 1),
     },
+    "Qwen3NextConfig": {"layer_types": _HYBRID},
+    "Qwen3_5MoeTextConfig": {"layer_types": _HYBRID},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 32},
+    "Qwen4ExpTextConfig": {
+        "layer_types": _HYBRID,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "Step3p7TextConfig": {"mlp_layer_types": _SPARSE, "share_expert_dim": 32, "sliding_window": 16},
     "VitPoseBackboneConfig": {"num_experts": 6, "part_features": 16},
     "ZayaConfig": {"num_experts_per_tok": 1},

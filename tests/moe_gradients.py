@@ -23,18 +23,19 @@ def gradients_twice(family: str, device: str = "cpu", dtype: Any = torch.float32
     with torch.no_grad():
         fill(model, routers)
         cast(model, routers, device, dtype)
-    given, ours = inputs_of(model, device, dtype), None
-    for restored in (False, True):
-        if restored:
-            restore_routers(model)
-        model.zero_grad(set_to_none=True)
-        output = model(**given)
-        output = output["logits"] if "logits" in output else output["last_hidden_state"]
-        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(device)
-        (output.float() * upstream).sum().backward()
-        found = {name: parameter.grad for name, parameter in model.named_parameters()}
-        ours = ours or found
-    return found, ours
+    ours = gradients(model, device, dtype)
+    restore_routers(model)
+    return gradients(model, device, dtype), ours
+
+
+def gradients(model: Any, device: str = "cpu", dtype: Any = torch.float32) -> dict[str, Any]:
+    """Return the gradients of all parameters of a small model, for random inputs and upstream values."""
+    model.zero_grad(set_to_none=True)
+    output = model(**inputs_of(model, device, dtype))
+    output = output["logits"] if "logits" in output else output["last_hidden_state"]
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(device)
+    (output.float() * upstream).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:

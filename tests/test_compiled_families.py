@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile of swapped models: no family has a graph break more than with its own routers."""
+"""torch.compile of swapped models: no family has a graph break more than by its own code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ transformers = frameworks.transformers_with_models()
 
 from cupy_router.torch import replace_routers, restore_routers  # noqa: E402
 from cupy_router.torch._swapped import InlineRouter, Router  # noqa: E402
-from tests import moe_configs  # noqa: E402
+from tests import moe_configs, moe_families  # noqa: E402
 from tests.moe_gradients import with_our_routers  # noqa: E402
 from tests.moe_values import inputs_of  # noqa: E402
 
@@ -70,6 +70,22 @@ def test_graphs(family: str) -> None:
     assert restore_routers(model) > 0
     theirs = [number_of_graphs(*call) for call in calls.values()]
     assert all(our <= their for our, their in zip(ours, theirs, strict=True)), (ours, theirs, list(calls))
+
+
+@pytest.mark.slow("seconds")
+@pytest.mark.parametrize("family", [name for name in moe_configs.families() if moe_families.registered(name)])
+def test_graphs_of_experts(family: str) -> None:
+    """Experts are one graph, as by grouped_mm of transformers, with the same results as without a compiler."""
+    for model in moe_families.models(family):
+        moe_families.swap(model)
+        calls = {type(module): (module, *given) for module, given in moe_families.calls_of_experts(model)}
+        assert calls
+        for call in calls.values():
+            assert number_of_graphs(*call) == 1
+            module, args, kwargs = call
+            with torch.no_grad():
+                got = torch.compile(module, backend="aot_eager", fullgraph=True)(*args, **kwargs)
+                torch.testing.assert_close(got, module(*args, **kwargs), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow("seconds")
