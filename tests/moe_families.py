@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from cupy_router.torch import _replace, replace_routers, restore_routers
+from cupy_router.torch import _experts, _replace, replace_routers, restore_routers
 from cupy_router.torch._swapped import InlineRouter, Router
 from tests.moe_configs import build, families, has_experts, model_classes, seeded_on_one_thread, sources
 from tests.moe_gradients import gradients
@@ -62,7 +62,7 @@ def experts_of(model: Any) -> dict[str, Any]:
     }
 
 
-def models(family: str, dtype: Any = torch.float32) -> Iterator[Any]:
+def models(family: str, dtype: Any = torch.float32, device: str = "cpu") -> Iterator[Any]:
     """Yield small models with random weights that have every experts class of a family among them."""
     seen: set[str] = set()
     for model_class in model_classes(family):
@@ -80,7 +80,7 @@ def models(family: str, dtype: Any = torch.float32) -> Iterator[Any]:
         routers = [module for module in model.modules() if isinstance(module, Router | InlineRouter)]
         with torch.no_grad():
             fill(model, routers)
-            cast(model, routers, "cpu", dtype)
+            cast(model, routers, device, dtype)
         restore_routers(model)
         yield model
     assert seen or not registered(family), f"no model of {family} can be built"
@@ -147,7 +147,8 @@ def calls_of_experts(model: Any) -> list[tuple[Any, Any]]:
         )
         for module in experts_of(model).values()
     ]
-    run(model, inputs_of(model, "cpu", next(model.parameters()).dtype))
+    parameter = next(model.parameters())
+    run(model, inputs_of(model, parameter.device.type, parameter.dtype))
     for hook in hooks:
         hook.remove()
     return found
@@ -155,6 +156,7 @@ def calls_of_experts(model: Any) -> list[tuple[Any, Any]]:
 
 def rounding_errors(module: Any, args: Any, kwargs: Any) -> dict[str, float]:
     """Return the error of an experts module in 16 bits by each implementation, relative to its own code in float32."""
+    _experts.register()
     wide = copy.deepcopy(module).float()
     wide.config._experts_implementation_internal = "eager"
     exact = wide(*(a.float() if a.is_floating_point() else a for a in args), **kwargs)
