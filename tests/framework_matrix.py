@@ -162,7 +162,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
             "jax_logits::sharded_rows"),
         Cell("without", ("return_logits::logits_are_the_products_without_scale_and_cap",)),
         Cell("without", ("return_logits::logits_are_the_products_without_scale_and_cap",)),
-        Cell("untested"),
+        Cell("without", ("dlpack_frameworks::results_have_the_closest_type",)),
     ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",

@@ -73,6 +73,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, np.ndarray]]] = {
     "hash_router": (lambda ids, table, logits: hash_router(ids, table, METHOD, logits=logits),
                     {"ids": IDS, "table": TABLE, "logits": LOGITS}),
     "dense_router": (lambda x, weight: dense_router(x, weight, METHOD), {"x": X, "weight": WEIGHT}),
+    "dense_router with logits": (lambda x, weight: dense_router(x, weight, METHOD, return_logits=True),
+                                 {"x": X, "weight": WEIGHT}),
+    "hash_router with logits": (lambda ids, table, **gate: hash_router(ids, table, METHOD, return_logits=True, **gate),
+                                {"ids": IDS, "table": TABLE, "x": X, "weight": WEIGHT}),
 }  # fmt: skip
 
 
