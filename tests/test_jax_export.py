@@ -21,6 +21,7 @@ from cupy_router import (
     ScoreFunction,
     activation_topk,
     expert_layout,
+    hash_router,
     permute,
     topk_select,
     unpermute,
@@ -58,6 +59,10 @@ def programs() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "of a Router": (lambda router, x: router(x), (dense, x)),
         "of a hash Router": (lambda router, x, ids: router(x, ids), (hashed, x, ids)),
         "of a hash Router alone": (lambda r, x, ids: r(x, ids), (Router(METHOD, table=arrays["table"]), x, ids)),
+        "of a hash layer to logits": (
+            lambda x, ids, table, gate: hash_router(ids, table, METHOD, x=x, weight=gate, return_logits=True),
+            (x, ids, arrays["table"], arrays["weight"]),
+        ),
         "to Routers": (lambda routers: jax.tree.map(lambda a: a + 1, routers), ([dense, hashed],)),
         "to a layout": (lambda a: expert_layout(a, EXPERTS, alignment=4), (indices,)),
         "of a layout": (lambda x, layout: unpermute(permute(x, layout), layout), (x, layout)),
@@ -200,8 +205,9 @@ def test_the_documents_name_the_calls() -> None:
     """Those of gradients are checked where they are exported, in test_jax_transforms."""
     rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", section(), re.M))
     assert "the name of the function" in rows["one of the functions"]
-    names = {"a Router": "of a Router", "a Router with a table": "of a hash Router"}
-    for row, name in names.items():
+    hash_layers = "a Router with a table, `hash_router` with `return_logits`"
+    names = ("a Router", "of a Router"), (hash_layers, "of a hash Router"), (hash_layers, "of a hash layer to logits")
+    for row, name in names:
         function, arguments = programs()[name]
         written(function, *arguments, ops=re.findall(r"`(\w+)`", rows[row]))
     function, arguments = programs()["to a plan"]

@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from tests.torch_samples import NODES, into_samples, samples  # noqa: E402
 
 WRITING = {f"{op.name}_write" for op, _ in NODES.values() if op.written}
-BY_HAND = {"router", "router_backward"}  # a Router of arrays that are no tensors
+BY_HAND = {"router", "router_logits", "router_backward"}  # a Router of arrays that are no tensors
 
 
 def test_every_op_has_a_sample() -> None:
     assert samples().keys() == NODES.keys() | BY_HAND | WRITING
-    assert into_samples().keys() == {f"{name}_out" for name in NODES.keys() | {"router"}}
+    assert into_samples().keys() == {f"{name}_out" for name in NODES.keys() | {"router", "router_logits"}}
 
 
 @pytest.mark.slow("seconds")
