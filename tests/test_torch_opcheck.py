@@ -27,7 +27,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.slow("seconds")
-@pytest.mark.parametrize("name", sorted(NODES.keys() | {"router"}))
+@pytest.mark.parametrize("name", sorted(NODES.keys() | {"router", "router_logits"}))
 def test_opcheck_of_out(name: str) -> None:
     for given in into_samples()[f"{name}_out"]:
         results = torch.library.opcheck(getattr(torch.ops.cupy_router, f"{name}_out").default, given)
