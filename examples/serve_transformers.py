@@ -33,13 +33,30 @@ Times = dict[str, tuple[float, float]]  # kind of work -> milliseconds on the ho
 
 
 def load(model: str, settings: Sequence[str]) -> Any:
-    """Return the model of a folder, or one of a type with random weights; settings: name=value of its configuration."""
+    """Return the model of a folder, or one of a type with random weights; settings: name=value of its configuration.
+
+    Raises:
+        ValueError: There is no such folder or type, or a setting has another form.
+    """
     if Path(model).is_dir():
+        if settings:
+            raise ValueError(f"{settings[0]} is for a model with random weights, and {model} is a folder")
         return transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(DEVICE).eval()
-    values = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in settings)}
+    if model not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"{model} is neither a folder nor a model type of transformers")
+    values = dict(map(value_of, settings))
     config = transformers.AutoConfig.for_model(model, **values)
     with torch.device(DEVICE):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def value_of(setting: str) -> tuple[str, Any]:
+    """Return name and value of a setting."""
+    name, _, value = setting.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise ValueError(f"{setting} is not a name and a value as in JSON, such as num_hidden_layers=4") from None
 
 
 def synchronize() -> None:
@@ -161,7 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5, help="number of measurements, of which medians are printed")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    model = load(options.model, options.settings)
+    try:
+        model = load(options.model, options.settings)
+    except ValueError as error:
+        parser.error(str(error))
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     prompt = torch.randint(model.config.get_text_config().vocab_size, (options.batch, options.prompt), device=DEVICE)
     step = decode_step(model, prompt)

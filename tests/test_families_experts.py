@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,11 @@ def test_every_folder_with_experts_is_in_the_document() -> None:
     assert runs == set(FAMILIES)
     assert {line.split("`")[1] for line in lines} == {f for f in moe_configs.families() if moe_configs.has_experts(f)}
     assert moe_families.summary(sum(line.endswith("| runs |") for line in lines), len(lines)) in document()
+
+
+@pytest.mark.skipif(not PINNED, reason="the tables in the document are about transformers 5.23")
+def test_experts_run_where_routers_stay() -> None:
+    text = DOCUMENT.read_text()
+    stay = set(re.findall(r"^\| `(\w+)` \| `\w+` \| .* \| left: ", text, re.M))
+    (sentence,) = re.findall(r"where the router stays as it is \((.*?)\)", text)
+    assert re.findall(r"`(\w+)`", sentence) == sorted(stay & set(FAMILIES))

@@ -23,6 +23,7 @@ SETTINGS = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 64,
 }  # fmt: skip
+HERE = str(Path(__file__).parent)
 SHORT = ["--prompt", "8", "--tokens", "4", "--turns", "2", "--batch", "2"]
 
 
@@ -66,6 +67,21 @@ def test_times_by_kind_are_parts_of_the_step() -> None:
     assert set(times) == {"router", "experts: GEMMs", "experts: the rest", "attention", "the rest"}
     assert all(host > 0 for host, _ in times.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_model"], "no_such_model is neither a folder nor a model type of transformers"),
+        (["mixtral", "vocab_size"], "vocab_size is not a name and a value as in JSON"),
+        (["mixtral", "hidden_act=silu"], "hidden_act=silu is not a name and a value as in JSON"),
+        ([HERE, "vocab_size=64"], f"vocab_size=64 is for a model with random weights, and {HERE} is a folder"),
+    ],
+)
+def test_other_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve_transformers.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def event(name: str, begin: float, end: float, number: int = 0, on_gpu: bool = False) -> Any:
