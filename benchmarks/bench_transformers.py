@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=models.WIDTHS, default=list(models.WIDTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--layers", type=int, help="of each model; default: as many as a bar is for")
+    parser.add_argument("--layers", type=int, help=f"of each model; default: {FEW_LAYERS} to 8")
     parser.add_argument("--output", type=Path, help="write the rows into this folder")
     parser.add_argument("--quick", action="store_true", help="few turns")
     parser.add_argument(
@@ -170,11 +170,12 @@ def main() -> None:
     options = parser.parse_args()
     compiler.WATCHING = False  # as in harness.main
     torch._dynamo.config.recompile_limit = 64  # variants and batches share their code
-    maybe_warm_pool()  # of processes that compile
     timing.warm_up()
     facts, rows = environment(), list[Row]()
     begin = time.perf_counter()
     for name, layers, modes in sections(options.models, options.modes):
+        if "compiled" in modes:
+            maybe_warm_pool()  # of processes that compile; not earlier, since they would disturb the host
         model = Model(name, options.layers or layers, options.quick, options.profile)
         print(f"{name}: made after {time.perf_counter() - begin:.0f} s", flush=True)
         for mode in modes:
