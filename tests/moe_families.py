@@ -193,7 +193,7 @@ def examine(family: str) -> list[Row]:
     for model in models(family):
         found = {type(module).__name__: module for module in experts_of(model).values()}
         left = swap(model)
-        reasons = {name: NOT_GOVERNED[name] for name in left}
+        reasons = {name: NOT_GOVERNED.get(name, reason) for name, reason in left.items()}
         rows |= {name: Row(family, name, form_of(module), reasons.get(name, "")) for name, module in found.items()}
         for name, module in found.items():
             if name in left:
