@@ -30,7 +30,7 @@ from benchmarks.models import Step
 from benchmarks.rows import OURS, Row
 from benchmarks.steps import EXPERTS, OWN, ROUTERS
 from cupy_router import compiler
-from examples.serve_transformers import comparison, profile
+from examples.time_by_kind import comparison, profile
 
 LENGTH = 4096  # of a prefill and of a training step
 FEW_LAYERS = 4

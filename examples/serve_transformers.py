@@ -10,12 +10,10 @@ Prints where the time of a decoded token goes, too: on the host, and on the GPU 
 from __future__ import annotations
 
 import argparse
-import bisect
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,10 @@ import torch
 import transformers
 
 from cupy_router.torch import replace_routers, restore_routers
+from examples.time_by_kind import comparison, profile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN, OURS = "own code", "cupy_router"
-ROUTER, GEMMS, EXPERTS, ATTENTION, REST = "router", "experts: GEMMs", "experts: the rest", "attention", "the rest"
-GEMM_OPS = {"aten::_grouped_mm", "aten::bmm", "aten::linear", "transformers::grouped_mm_fallback"}
-
-Times = dict[str, tuple[float, float]]  # kind of work -> milliseconds on the host and on the GPU
 
 
 def load(model: str, settings: Sequence[str]) -> Any:
@@ -67,102 +62,29 @@ def synchronize() -> None:
 # -- Tokens per second -------------------------------------------------------------------------------------------------
 
 
-def generate(model: Any, prompt: Any, number: int) -> tuple[Any, float]:
-    """Return the most likely tokens after a prompt, and the seconds that they took."""
+class FirstToken:
+    """A criterion that never stops a text, but notes when its first token was there."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self, tokens: Any, scores: Any, **options: Any) -> Any:
+        if not self.time:
+            synchronize()
+            self.time = time.perf_counter()
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+
+def generate(model: Any, prompt: Any, number: int) -> tuple[Any, float, float]:
+    """Return the most likely tokens after a prompt, and how many are read and generated per second."""
+    first = FirstToken()
+    options = {"do_sample": False, "min_new_tokens": number, "max_new_tokens": number, "stopping_criteria": [first]}
     synchronize()
     begin = time.perf_counter()
-    tokens = model.generate(prompt, do_sample=False, min_new_tokens=number, max_new_tokens=number)
+    tokens = model.generate(prompt, **options)[:, prompt.shape[1] :]
     synchronize()
-    return tokens[:, prompt.shape[1] :], time.perf_counter() - begin
-
-
-def speeds(model: Any, prompt: Any, number: int) -> tuple[Any, float, float]:
-    """Return generated tokens, and how many per second are read and generated."""
-    _, first = generate(model, prompt, 1)
-    tokens, seconds = generate(model, prompt, number)
-    return tokens, prompt.numel() / first, (tokens.numel() - len(prompt)) / (seconds - first)
-
-
-# -- Where the time goes -----------------------------------------------------------------------------------------------
-
-
-def kind_of(path: str, module: Any) -> str | None:
-    """Return the kind of work of a module, by its name or class."""
-    kinds = {"gate": ROUTER, "router": ROUTER, "experts": EXPERTS}
-    attends = type(module).__name__.endswith(("Attention", "DeltaNet"))
-    return kinds.get(path.rpartition(".")[2], ATTENTION if attends else None)
-
-
-@contextmanager
-def marked(model: Any) -> Iterator[None]:
-    """Mark the work of each module that has a kind in profiles."""
-    handles, ranges = [], []
-
-    def enter(kind: str) -> None:
-        ranges.append(torch.profiler.record_function(kind))
-        ranges[-1].__enter__()
-
-    for path, module in model.named_modules():
-        if kind := kind_of(path, module):
-            handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: enter(kind)))
-            handles.append(module.register_forward_hook(lambda *_: ranges.pop().__exit__(None, None, None)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def profile(model: Any, step: Callable[[], Any], steps: int = 3) -> Times:
-    """Return the time of a step by kind of work. The profiler makes the host slower."""
-    step()
-    with marked(model), torch.profiler.profile(acc_events=True) as profiler:
-        for _ in range(steps):
-            with torch.profiler.record_function(REST):
-                step()
-            synchronize()
-    return {kind: (host / steps, gpu / steps) for kind, (host, gpu) in by_kind(profiler.events()).items()}
-
-
-def by_kind(events: Sequence[Any]) -> Times:
-    """Sum the events of a profile: those on the GPU belong to the innermost kind in which they were launched."""
-    cpu = torch.autograd.DeviceType.CPU
-    on_host = [event for event in events if event.device_type == cpu]
-    on_gpu = [event for event in events if event.device_type != cpu and not event.is_user_annotation]
-    host, gpu = (dict.fromkeys((ROUTER, GEMMS, EXPERTS, ATTENTION, REST), 0.0) for _ in range(2))
-    spans: list[tuple[float, float, str, int]] = []  # begin, end, kind, number of the span around it or -1
-
-    def innermost(moment: float) -> int:
-        number = bisect.bisect_right(spans, moment, key=lambda span: span[0]) - 1
-        while number >= 0 and spans[number][1] < moment:
-            number = spans[number][3]
-        return number
-
-    for event in sorted(on_host, key=lambda event: (event.time_range.start, -event.time_range.end)):
-        begin, end, outer = event.time_range.start, event.time_range.end, innermost(event.time_range.start)
-        is_gemm = event.name in GEMM_OPS and outer >= 0 and spans[outer][2] == EXPERTS
-        kind = GEMMS if is_gemm else event.name
-        if kind in host:
-            host[kind] += (end - begin) / 1000
-            if outer >= 0:
-                host[spans[outer][2]] -= (end - begin) / 1000
-            spans.append((begin, end, kind, outer))
-    launches = {event.id: event.time_range.start for event in on_host if event.name.startswith("cu")}
-    for event in on_gpu:
-        number = innermost(launches[event.id]) if event.id in launches else -1
-        if number >= 0:
-            gpu[spans[number][2]] += event.time_range.elapsed_us() / 1000
-    return {kind: (host[kind], gpu[kind]) for kind in host}
-
-
-def comparison(found: dict[str, Times]) -> str:
-    """Return times of several variants as a table, with a line for each kind of work."""
-    lines = [["milliseconds on host / GPU", *found]]
-    for kind in (ROUTER, GEMMS, EXPERTS, ATTENTION, REST):
-        lines.append([kind, *("{:.3f} / {:.3f}".format(*times[kind]) for times in found.values())])
-    totals = [[sum(each) for each in zip(*times.values(), strict=True)] for times in found.values()]
-    lines.append(["together", *("{:.3f} / {:.3f}".format(*total) for total in totals)])
-    return "\n".join(f"{line[0]:28}" + "".join(f"{text:>22}" for text in line[1:]) for line in lines)
+    end = time.perf_counter()
+    return tokens, prompt.numel() / (first.time - begin), (tokens.numel() - len(tokens)) / (end - first.time)
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
@@ -190,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in (OWN, OURS):
             if name == OURS:
                 swapped = replace_routers(model, experts=True)
-            tokens[name], *speed = speeds(model, prompt, options.tokens)
+            tokens[name], *speed = generate(model, prompt, options.tokens)
             if turn:
                 read[name].append(speed[0])
                 written[name].append(speed[1])

@@ -16,7 +16,7 @@ from tests import frameworks
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 frameworks.transformers_with_models()
 
-from examples import serve_transformers  # noqa: E402
+from examples import serve_transformers, time_by_kind  # noqa: E402
 from tests import moe_configs  # noqa: E402
 
 SETTINGS = {
@@ -57,13 +57,11 @@ def test_times_by_kind_are_parts_of_the_step() -> None:
     """Work of each kind takes time, also inside another kind, and nothing is counted twice."""
     model = tiny()
     experts = [
-        path
-        for path, module in model.named_modules()
-        if serve_transformers.kind_of(path, module) == "experts: the rest"
+        path for path, module in model.named_modules() if time_by_kind.kind_of(path, module) == "experts: the rest"
     ]
     assert experts == [f"model.layers.{number}.mlp.experts" for number in range(2)]
     step = serve_transformers.decode_step(model, torch.randint(64, (1, 8)))
-    times = serve_transformers.profile(model, step)
+    times = time_by_kind.profile(model, step)
     assert set(times) == {"router", "experts: GEMMs", "experts: the rest", "attention", "the rest"}
     assert all(host > 0 for host, _ in times.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -110,16 +108,14 @@ def test_kernels_belong_to_the_innermost_kind_that_launched_them() -> None:
         event("unknown launch", 20_000, 29_000, 5, True),
         event("attention", 20_000, 21_000, 1, True),  # a range on the GPU, not a kernel
     ]
-    found = serve_transformers.by_kind(events)
+    found = time_by_kind.by_kind(events)
     assert found.pop("router") == (0, 0)
     want = {"attention": (2, 1), "experts: GEMMs": (2, 2), "experts: the rest": (2, 3), "the rest": (4, 4)}
     assert {kind: tuple(map(round, times)) for kind, times in found.items()} == want
 
 
 def test_kinds_are_found_by_name_and_class() -> None:
-    kinds = {
-        path: serve_transformers.kind_of(path, torch.nn.Identity()) for path in ("a.gate", "a.router", "a.experts")
-    }
+    kinds = {path: time_by_kind.kind_of(path, torch.nn.Identity()) for path in ("a.gate", "a.router", "a.experts")}
     assert kinds == {"a.gate": "router", "a.router": "router", "a.experts": "experts: the rest"}
-    assert serve_transformers.kind_of("a.gate_proj", torch.nn.Identity()) is None
-    assert serve_transformers.kind_of("a.self_attn", type("SomeAttention", (torch.nn.Module,), {})()) == "attention"
+    assert time_by_kind.kind_of("a.gate_proj", torch.nn.Identity()) is None
+    assert time_by_kind.kind_of("a.self_attn", type("SomeAttention", (torch.nn.Module,), {})()) == "attention"
