@@ -33,7 +33,7 @@ from cupy_router import compiler
 from examples.time_by_kind import comparison, profile
 
 LENGTH = 4096  # of a prefill and of a training step
-FEW_LAYERS = 4
+TRAINED_LAYERS = 4
 BATCHES = 1, 16
 QUICK = 4, 2  # turns, and steps of each
 SWAPS: dict[str, dict[str, Any]] = {ROUTERS: {}, EXPERTS: {"experts": True}}  # options of replace_routers
@@ -142,7 +142,7 @@ MODES: dict[str, Callable[[Model], Iterator[Row]]] = {
     "router": router, "decode": decode, "prefill": prefill, "batched": batched, "train": train, "compiled": compiled,
 }  # fmt: skip
 OF_EVERY_MODEL = ("decode", "prefill")  # the others are for the widths of Qwen3
-OF_FEW_LAYERS = ("train", "compiled")  # one needs the memory, and one the time, of a smaller model
+OF_FEW_LAYERS = ("train",)  # gradients take the memory of a smaller model
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ OF_FEW_LAYERS = ("train", "compiled")  # one needs the memory, and one the time,
 
 def sections(names: Sequence[str], modes: Sequence[str]) -> Iterator[tuple[str, int | None, list[str]]]:
     """Yield each model with a number of layers, None for the usual one, and its modes."""
-    for layers in (None, FEW_LAYERS):
+    for layers in (None, TRAINED_LAYERS):
         for name in names:
             chosen = [mode for mode in MODES if mode in modes and (mode in OF_EVERY_MODEL or name == "qwen3")]
             if chosen := [mode for mode in chosen if (mode in OF_FEW_LAYERS) == (layers is not None)]:
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=models.WIDTHS, default=list(models.WIDTHS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--layers", type=int, help=f"of each model; default: {FEW_LAYERS} to 8")
+    parser.add_argument("--layers", type=int, help=f"of each model; default: {TRAINED_LAYERS} to 8")
     parser.add_argument("--output", type=Path, help="write the rows into this folder")
     parser.add_argument("--quick", action="store_true", help="few turns")
     parser.add_argument(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,10 +92,22 @@ def compiled(model: Any, batch: int) -> Step:
     return _decode(model, forward, batch, cache)
 
 
+@contextmanager
+def _read_by_grouped_mm(model: Any) -> Iterator[None]:
+    """Read a prompt as `generate` does: batched_mm would copy the weights of an expert for each of its tokens."""
+    chosen = model.config._experts_implementation
+    if chosen != "batched_mm":
+        yield
+        return
+    model.set_experts_implementation("grouped_mm")
+    yield
+    model.set_experts_implementation(chosen)
+
+
 def _decode(model: Any, forward: Any, batch: int, cache: Any) -> Step:
     model.eval()
     prompt, token = tokens(batch, PROMPT), tokens(batch, 1)
-    with torch.no_grad():
+    with torch.no_grad(), _read_by_grouped_mm(model):
         model(prompt, past_key_values=cache, logits_to_keep=1)
 
     @torch.no_grad()
