@@ -284,10 +284,10 @@ def test_results_on_the_current_gpu_skip_the_dispatcher(
     monkeypatch.setattr(tensors, "_current_device", lambda: current)
     monkeypatch.setattr(torch, "empty_like", likewise)
     like = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, get_device=lambda: 0)
-    outputs = (((3, 2), "float32"), ((2, 4), "bfloat16"), ((5,), "int64"))
+    outputs = (((3, 2), "float32"), ((2, 4), "bfloat16"), ((0, 4), "int64"), ((5,), "int32"))
     pointers: list[int] = []
     results = tensors.FRAMEWORK.allocator(outputs, like)(pointers)
-    assert called == [expected] * 3
+    assert called == [expected] * 4
     assert pointers == [result.data_ptr() for result in results]
     for result, (shape, name) in zip(results, outputs, strict=True):
         want = torch.empty(shape, dtype=tensors.dtype_of(name))

@@ -39,7 +39,7 @@ def _quiet() -> Iterator[None]:
 # -- One module --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, num_tokens: int) -> None:
     module, given = experts(form), inputs(num_tokens)

@@ -81,6 +81,8 @@ def _template(output: Output, like: torch.Tensor) -> torch.Tensor:
     It has no memory, because the CUDA graphs of torch.compile refuse tensors in their pool that are not outputs.
     """
     shape, name = output
+    if 0 in shape:  # it would have strides of 0
+        return torch.empty(shape, dtype=dtype_of(name), device=like.device)
     template = torch.empty(1, dtype=dtype_of(name), device=like.device).expand(shape)
     template.untyped_storage().resize_(0)
     return template
@@ -212,8 +214,13 @@ class PyTorch(Framework):
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         if values.dtype.type.__module__ == "numpy":
-            return torch.from_numpy(values)
-        return torch.from_numpy(values.view(f"i{values.itemsize}")).view(dtype_of(str(values.dtype)))
+            tensor = torch.from_numpy(values)
+        else:
+            tensor = torch.from_numpy(values.view(f"i{values.itemsize}")).view(dtype_of(str(values.dtype)))
+        if values.size:
+            return tensor
+        # Strides of empty NumPy arrays are 0, which some functions of PyTorch refuse.
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
