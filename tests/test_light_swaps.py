@@ -110,6 +110,18 @@ def test_rows_that_lie_apart_are_not_copied(record: Callable[[], Launches]) -> N
     assert [launch["x"] == x.data_ptr() for launch in launches] == [True, False]
 
 
+@pytest.mark.parametrize("name", [*NAMES, HASH])
+def test_other_layouts_of_inputs_and_tensors(name: str) -> None:
+    router, x, given = router_of(name), hidden_states(), []
+    want = router(x, *others(router))
+    for tensor in (router.weight, *(getattr(router, path) for path in router._cupy_router.tensors.values())):
+        tensor.data = torch.stack((tensor.data, tensor.data), dim=-1)[..., 0]
+    for argument in others(router):
+        given += [torch.stack((argument, argument), dim=-1)[None, :, 0]]
+    for result, expected in zip(router(torch.stack((x, x), dim=-1)[..., 0], *given), want, strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_a_gradient_has_one_node() -> None:
     router, x = router_of("DeepseekV3ForCausalLM"), hidden_states()
     logits, weights, _ = router(x)

@@ -140,13 +140,13 @@ class Router(Swapped):
             x = x.reshape(-1, x.shape[-1])
         if "input_scale" in spec.tensors:  # of models with a norm
             x = self.norm(x) * _tensor_at(self, spec.tensors["input_scale"]) * self.scalar_root_size  # type: ignore[attr-defined]
-        if not x.is_contiguous() and x.stride(1) != 1:
-            x = x.contiguous()
+        x, weight = _dense(x), _dense(weight)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         if "table" in spec.tensors:
-            token_ids, table = argument(spec, 1, args, kwargs), _tensor_at(self, spec.tensors["table"])
+            token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:
                 token_ids = token_ids.reshape(-1)
+            token_ids = _dense(token_ids)
             routing = run(
                 hash_router.OP, plan.options, (token_ids, table, None, x, weight, *layer[1:], None), None, None
             )
@@ -208,6 +208,11 @@ def _tensor_at(module: Any, path: str) -> Any:
     return attrgetter(path)(module) if found is None else found
 
 
+def _dense(tensor: Any) -> Any:
+    """Return a tensor whose last axis is contiguous, as ops take it."""
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _vector(module: Any, spec: RouterSpec, source: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return a tensor with an entry for each expert, in float32, of the module or of the call."""
     tensor = _tensor_at(module, source) if isinstance(source, str) else argument(spec, source, args, kwargs)
@@ -215,7 +220,7 @@ def _vector(module: Any, spec: RouterSpec, source: str | int, args: tuple[Any, .
         return None
     if tensor.dtype != torch.float32:
         tensor = tensor.float()
-    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
+    return _dense(tensor if tensor.ndim == 1 else tensor.reshape(-1))
 
 
 def _sorted(plan: Plan, weights: Any, indices: Any, logits: Any) -> tuple[Any, ...]:
