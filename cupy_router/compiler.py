@@ -37,6 +37,7 @@ class Backend(Protocol):
     """A kind of device that compiles and launches: CUDA by CuPy, or kernels executed on the CPU in the tests."""
 
     compiled: bool  # by the last `build`; False: it found the machine code in a cache
+    switches: bool  # there are several devices; False: it is enough to call `use` once in a thread
 
     def build(self, source: str, function: str, device: int) -> int:
         """Compile the text and return a handle of the function; CompileError with file and line if that fails."""
@@ -88,7 +89,7 @@ class CudaBackend:
         self._modules: dict[int, Any] = {}
         self._log = _CompilerLog()
         self._thread = threading.local()
-        self._devices: int = cupy.cuda.runtime.getDeviceCount()
+        self.switches = cupy.cuda.runtime.getDeviceCount() > 1
         self.launch = cupy.cuda.driver.launchKernel
 
     @thread_locale.kept()
@@ -125,7 +126,7 @@ class CudaBackend:
             self._modules[handle].max_dynamic_shared_size_bytes = num_bytes
 
     def use(self, device: int) -> int | None:
-        if self._devices == 1 and hasattr(self._thread, "ready"):
+        if not self.switches and hasattr(self._thread, "ready"):
             return None
         runtime = self._cupy.cuda.runtime
         current: int = runtime.getDevice()

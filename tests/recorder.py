@@ -43,6 +43,7 @@ class Recorder:
     """A `Backend` of cupy_router.compiler. `patience` is how long a launch waits before it reads its arguments."""
 
     compiled = True
+    switches = True
 
     def __init__(self, patience: float = 0.0) -> None:
         self.patience = patience

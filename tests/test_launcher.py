@@ -77,7 +77,8 @@ extern "C" __global__ void mixed(int n, const Numbers numbers, long long last, N
 """
     names = ("n", "scale", "bias", "last", "scale", "bias")
     signature = Signature("mixed", names, "iffqff", (1, 2, 1, 2))
-    Launch(function(recorder, signature, source), 1, 32, names, {})(0, (7, 1.5, 2.5, -9, 3.5, 4.5))
+    ours = Launch(function(recorder, signature, source), 1, 32, names, {})  # its buffer is read below
+    ours(0, (7, 1.5, 2.5, -9, 3.5, 4.5))
     (seen,) = recorder.launches
     assert seen.arguments == {"n": 7, "last": -9, "scale": 3.5, "bias": 4.5}
     n, numbers, last, more = seen.addresses
@@ -88,6 +89,20 @@ extern "C" __global__ void mixed(int n, const Numbers numbers, long long last, N
 def test_the_grid_may_be_as_large_as_the_driver_takes(recorder: Recorder) -> None:
     launch(recorder, grid=2**31 - 1, block=1024)(0, VALUES[:3])
     assert (recorder.launches[0].grid[0], recorder.launches[0].block[0]) == (2**31 - 1, 1024)
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [SIGNATURE.names[:5], SIGNATURE.names[4::-1], ("other", "y", "large", "x"), ("y", "x"), ("small",), ("other",), ()],
+    ids=" ".join,
+)
+def test_values_may_be_passed_in_another_order_and_left_out(recorder: Recorder, passed: tuple[str, ...]) -> None:
+    given = dict(zip(SIGNATURE.names, VALUES, strict=True))
+    ours = Launch(function(recorder), 1, 32, SIGNATURE.names[:5], {"last": VALUES[5]}, passed=passed)
+    for _ in range(2):
+        ours(0, [given.get(name, -1) for name in passed])
+    expected = {name: value if name in (*passed, "last") else 0 for name, value in given.items()}
+    assert [seen.arguments for seen in recorder.launches] == [expected] * 2
 
 
 def test_ints_are_taken_as_floats_and_numpy_ints_as_ints(recorder: Recorder) -> None:
@@ -139,6 +154,11 @@ def test_values_must_fit_their_parameters(recorder: Recorder, position: int, val
     assert recorder.launches == []
     good(0, VALUES)  # the buffer is as good as before
     assert recorder.launches[0].arguments == dict(zip(SIGNATURE.names, VALUES, strict=True))
+
+
+def test_fixed_values_must_fit_their_parameters(recorder: Recorder) -> None:
+    with pytest.raises(TypeError, match=r"^mixed\(x, small, large, ratio, y, last\): "):
+        Launch(function(recorder), 1, 32, SIGNATURE.names[:5], {"last": 2**31})
 
 
 @pytest.mark.parametrize("values", [(), VALUES[:2], VALUES[:4]], ids=["none", "one too few", "one too many"])
@@ -230,14 +250,34 @@ def test_eight_threads_never_mix_their_arguments() -> None:
     assert len({seen.addresses for seen in recorder.launches}) == threads
 
 
-def test_kernels_with_the_same_types_share_a_buffer_and_not_their_values(recorder: Recorder) -> None:
+def test_launches_with_the_same_types_do_not_share_their_values(recorder: Recorder) -> None:
     first, second = launch(recorder), launch(recorder, grid=9)
     first(1, (1, 2, 3))
     second(2, (4, 5, 6))
     first(3, (7, 8, 9))
     assert [list(seen.arguments.values())[:3] for seen in recorder.launches] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert [seen.grid[0] for seen in recorder.launches] == [7, 9, 7]
-    assert len({seen.addresses for seen in recorder.launches}) == 1
+
+
+def test_the_only_device_is_made_current_once_in_each_thread(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new thread has no CUDA context before."""
+    asked: list[int] = []
+    recorder.switches = False
+    monkeypatch.setattr(recorder, "use", lambda device: asked.append(threading.get_ident()))
+    ours = launch(recorder)
+
+    def work() -> None:
+        for _ in range(3):
+            ours(0, VALUES[:3])
+
+    worker = threading.Thread(target=work)
+    work()
+    worker.start()
+    worker.join()
+    assert len(recorder.launches) == 6
+    assert len(asked) == len(set(asked)) == 2
 
 
 # -- What the launcher believes of the driver --------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import takewhile
-from operator import itemgetter
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +23,7 @@ from cupy_router.arrays import (
     View,
     places_in_block,
 )
+from cupy_router.launcher import picker
 
 ARRAY_TYPES = (torch.Tensor,)
 _Tensor = torch.Tensor
@@ -63,16 +63,6 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 
 # Tensors that torch.split returns are views with one version in common. These have versions of their own.
 _split = torch.unsafe_split_with_sizes
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Return a function that returns the entries at these places."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    if not places:
-        return lambda entries: ()
-    (place,) = places
-    return lambda entries: (entries[place],)
 
 
 def _template(output: Output, like: torch.Tensor) -> torch.Tensor:
@@ -201,7 +191,7 @@ class PyTorch(Framework):
         return context
 
     def write_guard(self, names: Mapping[int, str], arrays: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
-        pick = _picker([*names])
+        pick = picker([*names])
         smooth = [place for place in names if arrays[place].is_floating_point() or arrays[place].is_complex()]
 
         def begin(arrays: Sequence[Any]) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from cupy_router import compiler, scratch
 from cupy_router.arrays import Allocator, Output, View, dense_strides
 from cupy_router.arrays._numpy import host_memory
-from cupy_router.launcher import Launch
+from cupy_router.launcher import Launch, picker
 from cupy_router.ops import _checks as check
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._op import Op
@@ -132,19 +131,19 @@ def launch_of(op: Op, options: Any, kernel: Kernel, device: tuple[str, int]) -> 
     """Compile a kernel, and return its launch, which takes the arrays of a call with these options."""
     names = op.parameters(options)
     takes = names if kernel.takes is None else kernel.takes
-    launch = launch_with(takes if not op.takes_number else (*takes, NUMBER), kernel, device)
-    if takes == names:
-        return launch
     unknown = set(takes) - {*names, *kernel.nulls}
     if unknown:
         raise TypeError(f"op {op.name} has no arrays {sorted(unknown)} for {kernel.function}")
-    return Reordered(launch, names, takes, op.takes_number)
+    number = (NUMBER,) if op.takes_number else ()
+    return launch_with((*takes, *number), kernel, device, (*names, *number))
 
 
-def launch_with(varying: tuple[str, ...], kernel: Kernel, device: tuple[str, int]) -> Launch:
-    """Compile a kernel, and return its launch, which takes the values of these parameters."""
+def launch_with(
+    varying: tuple[str, ...], kernel: Kernel, device: tuple[str, int], passed: tuple[str, ...] | None = None
+) -> Launch:
+    """Compile a kernel, and return its launch, which takes the values of these parameters, or of those in `passed`."""
     function = compiler.compile(kernel.file, kernel.function, kernel.macros, device, kernel.headers)
-    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes)
+    return Launch(function, kernel.grid, kernel.block, varying, kernel.fixed, kernel.shared_bytes, passed)
 
 
 class Reordered:
@@ -155,7 +154,7 @@ class Reordered:
         places = [names.index(name) if name in names else null for name in takes]
         places += [len(names)] if takes_number else []
         self._has_nulls = null in places
-        self._pick = itemgetter(*places) if len(places) > 1 else lambda varying: (varying[places[0]],)
+        self._pick = picker(places)
         self._launch = launch
         self.function = launch.function
 

@@ -97,6 +97,7 @@ class SimtBackend:
     """
 
     compiled = True  # or found among the libraries of earlier runs, which nobody asks for here
+    switches = False
 
     def __init__(
         self, schedule: str = "run_ahead", seed: int = 0, sanitizer: str | None = None, time_limit: float = 60.0
