@@ -48,14 +48,12 @@ def _nothing() -> None:
     pass
 
 
-def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Return a function that returns the entries at these places."""
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that returns the entries at these places of a sequence."""
     if len(places) > 1:
         return itemgetter(*places)
-    if not places:
-        return lambda entries: ()
-    (place,) = places
-    return lambda entries: (entries[place],)
+    begin = places[0] if places else 0
+    return itemgetter(slice(begin, begin + len(places)))
 
 
 class Launch:

@@ -110,7 +110,7 @@ def test_any_dtype_is_moved_as_bytes(backend: Backend, dtype: str, hidden: int) 
 
         x, device = view(flat), view(backend.upload(flat))
         given = device, *map(backend.array, layout), None
-        rows = backend.numpy(run(permute_op.OP, LayoutInts(), given, None, None).rows)
+        rows = backend.numpy(run(permute_op.OP, LayoutInts(), given, None, None))
         want = np.zeros(rows.shape, kind)
         used = (layout.order >= 0) & (layout.order < layout.positions.size)
         want[used] = x[layout.order[used] // case.top_k]
@@ -188,9 +188,9 @@ def test_rows_that_lie_beyond_32_bits(backend: Backend) -> None:
     into = backend.xp.zeros((capacity, hidden), np.uint16)
     rows = into.view(DTYPES["bfloat16"])
     given = backend.array(x), backend.array(order), backend.array(positions), None
-    run(permute_op.OP, LayoutInts(), given, permute_op.Rows(rows), None)
+    run(permute_op.OP, LayoutInts(), given, rows, None)
     np.testing.assert_array_equal(backend.numpy(into[-1:]), x.view(np.uint16))
-    sums = run(unpermute_op.OP, LayoutInts(), (rows, backend.array(positions), None, None, None, None), None, None).sums
+    sums = run(unpermute_op.OP, LayoutInts(), (rows, backend.array(positions), None, None, None, None), None, None)
     np.testing.assert_array_equal(backend.numpy(sums), x)
 
 
@@ -201,7 +201,7 @@ def test_strides_beyond_32_bits(backend: Backend) -> None:
     x[...] = backend.upload(host)
     order = np.array([1, 0], np.int32)
     given = x, backend.array(order), backend.array(order[:, None].copy()), None
-    rows = run(permute_op.OP, LayoutInts(), given, None, None).rows
+    rows = run(permute_op.OP, LayoutInts(), given, None, None)
     np.testing.assert_array_equal(backend.numpy(rows), host[::-1])
 
 

@@ -172,13 +172,13 @@ def layout_capacity(num_tokens: int, top_k: int, num_experts: int, alignment: in
     return int(exact_capacity(num_tokens * top_k, num_experts, alignment))
 
 
-def as_layout(label: str, layout: Any, *needed: str) -> ExpertLayout:
-    """Return an argument `layout`, which must have the needed arrays."""
+def as_layout(label: str, layout: Any, needs_order: bool = False) -> ExpertLayout:
+    """Return an argument `layout`, which must have positions, and order if it is needed."""
     if type(layout) is not ExpertLayout:
         raise TypeError(f"{label}: layout must be an ExpertLayout, got {type(layout).__name__}")
-    for name in needed:
-        if getattr(layout, name) is None:
-            raise ValueError(f"{label}: layout must have {name}, got None: name it in want= of expert_layout")
+    if layout.positions is None or (needs_order and layout.order is None):
+        missing = "order" if needs_order and layout.order is None else "positions"
+        raise ValueError(f"{label}: layout must have {missing}, got None: name it in want= of expert_layout")
     if type(layout.num_tokens) is not int:
         _check_ints(label, layout)
     return layout

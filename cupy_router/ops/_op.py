@@ -29,7 +29,7 @@ class Op:
     label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
-    returns: the named tuple that the caller gets. Its fields are results; one that does not exist is None there.
+    returns: the named tuple that the caller gets, unless it is `bare`. Its fields are results; one that does not exist is None there.
     variants: further named tuples. The caller gets the one whose fields are exactly those that exist, if there is one.
     nested: named tuples by the field in which they stand; the paths of their results are "field.name".
     bare: whether the caller gets and gives the only result itself, not in a tuple.
@@ -238,6 +238,8 @@ class Op:
 
         `sizes` returns those of `sizes_of`. It is called if the caller gets ints.
         """
+        if self.bare:
+            return _itself
         kind = self.returned(options)
         existing = self.existing(options)
         found = [result.path for result in existing]
@@ -276,6 +278,8 @@ class Op:
 
     def flatten(self, options: Any, out: Any) -> tuple[Any, ...]:
         """Return the existing results of an `out` of the caller's; TypeError if it has not the right form."""
+        if self.bare:
+            return (out,)
         if type(out) in self.plain:
             return out  # type: ignore[no-any-return]  # the usual form; `check_out` counts them
         kind = self.returned(options)
@@ -294,6 +298,8 @@ class Op:
 
         TypeError if it is no such tuple. Which of the arrays have to be there is left to :meth:`flatten`.
         """
+        if self.bare:
+            return (out,)
         kind = type(out)
         if kind in self.flat:
             return out  # type: ignore[no-any-return]
@@ -388,6 +394,10 @@ class Op:
     def options_of(self, text: str) -> Any:
         """Return the options from their text, as a graph contains it."""
         return options_of(self.options, text)
+
+
+def _itself(result: Any) -> Any:
+    return result
 
 
 def _checked(path: str, kind: Any, out: Any) -> Any:

@@ -105,8 +105,7 @@ def permute(x: Any, layout: ExpertLayout, *, weights: Any = None, out: Any = Non
            [1.],
            [5.]], dtype=float32)
     """
-    layout = as_layout("permute", layout, "order", "positions")
+    layout = as_layout("permute", layout, needs_order=True)
     inputs = (x, layout.order, layout.positions, weights)
     ints = layout.num_tokens, layout.top_k, layout.capacity
-    into = None if out is None else Rows(out)
-    return run(OP, ints, inputs, into, stream).rows
+    return run(OP, ints, inputs, out, stream)

@@ -126,8 +126,7 @@ def unpermute(
     array([[2.],
            [4.]], dtype=float32)
     """
-    layout = as_layout("unpermute", layout, "positions")
+    layout = as_layout("unpermute", layout)
     inputs = (y, layout.positions, layout.order, weights, residual, residual_scale)
     ints = layout.num_tokens, layout.top_k, layout.capacity
-    into = None if out is None else Sums(out)
-    return run(OP, ints, inputs, into, stream).sums
+    return run(OP, ints, inputs, out, stream)

@@ -110,8 +110,7 @@ def update_bias(
         rate = _checked_rate(rate)
     if type(center) is not bool:
         center = check.boolean("update_bias: center", center)
-    into = None if out is None else UpdatedBias(out)
-    return run(OP, (rate, center), (bias, counts), into, stream).updated
+    return run(OP, (rate, center), (bias, counts), out, stream)
 
 
 def _checked_rate(rate: Any) -> float:
