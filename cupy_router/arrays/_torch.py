@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import takewhile
+from operator import itemgetter
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +24,6 @@ from cupy_router.arrays import (
     View,
     places_in_block,
 )
-from cupy_router.launcher import picker
 
 ARRAY_TYPES = (torch.Tensor,)
 _Tensor = torch.Tensor
@@ -65,6 +65,11 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 _split = torch.unsafe_split_with_sizes
 
 
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that returns the entries at these places of a sequence."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
 def _template(output: Output, like: torch.Tensor) -> torch.Tensor:
     """Return a tensor to pass to torch.empty_like.
 
@@ -101,7 +106,7 @@ class PyTorch(Framework):
                     facts.append(None)
                     continue
                 kind = type(array)
-                if kind is _Tensor or FRAMEWORKS.get(kind) is self:
+                if kind is _Tensor or (kind is not int and FRAMEWORKS.get(kind) is self):
                     pointer = array.data_ptr()
                     if array.is_neg() or (pointer < _LOWEST_ADDRESS and not _has_memory(array)):  # takes 0.1 us
                         return False
@@ -191,7 +196,7 @@ class PyTorch(Framework):
         return context
 
     def write_guard(self, names: Mapping[int, str], arrays: Sequence[Any]) -> Callable[[Sequence[Any]], None]:
-        pick = picker([*names])
+        pick = _picker([*names])
         smooth = [place for place in names if arrays[place].is_floating_point() or arrays[place].is_complex()]
 
         def begin(arrays: Sequence[Any]) -> None:

@@ -238,14 +238,12 @@ class Op:
 
         `sizes` returns those of `sizes_of`. It is called if the caller gets ints.
         """
-        if self.bare:
-            return _itself
         kind = self.returned(options)
         existing = self.existing(options)
         found = [result.path for result in existing]
         paths = self.paths(kind)
         if tuple(found) == kind._fields:
-            return kind  # type: ignore[no-any-return]  # a named tuple
+            return (lambda result: result) if self.bare else kind  # type: ignore[no-any-return]  # a named tuple
         known = sizes() if self.numbers else {}
         others = [known.get(self.numbers.get(path, "")) for path in paths]  # ints, and None for what does not exist
         places = [found.index(path) if path in found else len(found) + i for i, path in enumerate(paths)]
@@ -298,11 +296,9 @@ class Op:
 
         TypeError if it is no such tuple. Which of the arrays have to be there is left to :meth:`flatten`.
         """
-        if self.bare:
-            return (out,)
         kind = type(out)
-        if kind in self.flat:
-            return out  # type: ignore[no-any-return]
+        if self.bare or kind in self.flat:
+            return (out,) if self.bare else out  # type: ignore[no-any-return]
         if kind not in (self.returns, *self.variants):
             _checked("out", self.returned(options), out)
         leaves: list[Any] = []
@@ -394,10 +390,6 @@ class Op:
     def options_of(self, text: str) -> Any:
         """Return the options from their text, as a graph contains it."""
         return options_of(self.options, text)
-
-
-def _itself(result: Any) -> Any:
-    return result
 
 
 def _checked(path: str, kind: Any, out: Any) -> Any:

@@ -23,7 +23,7 @@ def wants(op: Op, inputs: tuple[Any, ...]) -> bool:
     """Return whether a call is traced, inside torch.func, in forward mode, or wants a gradient."""
     if is_special():
         return isinstance(inputs[0], torch.Tensor) or _state.in_dynamo()
-    return bool(op.differentiable) and _is_grad_enabled() and wants_gradient(op, inputs)
+    return _is_grad_enabled() and wants_gradient(op, inputs)
 
 
 def run(op: Op, options: Any, inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
