@@ -29,7 +29,7 @@ class Op:
     label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
-    returns: the named tuple that the caller gets, unless it is `bare`. Its fields are results; one that does not exist is None there.
+    returns: the named tuple that the caller gets unless `bare`. Its fields are results; one that does not exist is None.
     variants: further named tuples. The caller gets the one whose fields are exactly those that exist, if there is one.
     nested: named tuples by the field in which they stand; the paths of their results are "field.name".
     bare: whether the caller gets and gives the only result itself, not in a tuple.
