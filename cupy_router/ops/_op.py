@@ -29,7 +29,7 @@ class Op:
     label: prefix of its errors; the name by default.
     options: the dataclass of its options.
     inputs, results: in the order of the kernel's parameters. The first input is never left out; a `NUM_VALID` is last.
-    returns: the named tuple that the caller gets unless `bare`. Its fields are results; one that does not exist is None.
+    returns: the named tuple the caller gets unless `bare`. Its fields are results; one that does not exist is None.
     variants: further named tuples. The caller gets the one whose fields are exactly those that exist, if there is one.
     nested: named tuples by the field in which they stand; the paths of their results are "field.name".
     bare: whether the caller gets and gives the only result itself, not in a tuple.
@@ -243,7 +243,7 @@ class Op:
         found = [result.path for result in existing]
         paths = self.paths(kind)
         if tuple(found) == kind._fields:
-            return (lambda result: result) if self.bare else kind  # type: ignore[no-any-return]  # a named tuple
+            return (lambda result: result) if self.bare else kind  # a named tuple
         known = sizes() if self.numbers else {}
         others = [known.get(self.numbers.get(path, "")) for path in paths]  # ints, and None for what does not exist
         places = [found.index(path) if path in found else len(found) + i for i, path in enumerate(paths)]
@@ -298,7 +298,7 @@ class Op:
         """
         kind = type(out)
         if self.bare or kind in self.flat:
-            return (out,) if self.bare else out  # type: ignore[no-any-return]
+            return (out,) if self.bare else out
         if kind not in (self.returns, *self.variants):
             _checked("out", self.returned(options), out)
         leaves: list[Any] = []
