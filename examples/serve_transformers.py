@@ -55,6 +55,17 @@ def value_of(setting: str) -> tuple[str, Any]:
         raise ValueError(f"{setting} is not a name and a value as in JSON, such as num_hidden_layers=4") from None
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Return a function that reads a number from an argument."""
+
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {text}")
+        return int(text)
+
+    return number
+
+
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -95,10 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, or a model type of transformers")
     parser.add_argument("settings", nargs="*", help="of the configuration of a type, such as num_hidden_layers=4")
-    parser.add_argument("--batch", type=int, default=1, help="number of prompts")
-    parser.add_argument("--prompt", type=int, default=512, help="length of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="number of tokens to generate for each prompt")
-    parser.add_argument("--turns", type=int, default=5, help="number of measurements, of which medians are printed")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="number of prompts")
+    parser.add_argument("--prompt", type=at_least(1), default=512, help="length of a prompt")
+    parser.add_argument("--tokens", type=at_least(2), default=64, help="number of tokens to generate for each prompt")
+    parser.add_argument("--turns", type=at_least(1), default=5, help="measurements, whose medians are printed")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:

@@ -73,6 +73,11 @@ def test_times_by_kind_are_parts_of_the_step() -> None:
         (["no_such_model"], "no_such_model is neither a folder nor a model type of transformers"),
         (["mixtral", "vocab_size"], "vocab_size is not a name and a value as in JSON"),
         (["mixtral", "hidden_act=silu"], "hidden_act=silu is not a name and a value as in JSON"),
+        (["mixtral", "--batch", "0"], "--batch: must be at least 1, got 0"),
+        (["mixtral", "--prompt", "0"], "--prompt: must be at least 1, got 0"),
+        (["mixtral", "--tokens", "1"], "--tokens: must be at least 2, got 1"),
+        (["mixtral", "--turns", "0"], "--turns: must be at least 1, got 0"),
+        (["mixtral", "--turns", "x"], "--turns: invalid number value: 'x'"),
         ([HERE, "vocab_size=64"], f"vocab_size=64 is for a model with random weights, and {HERE} is a folder"),
     ],
 )
