@@ -60,11 +60,12 @@ class ExpertLayout(NamedTuple):
 
 
 class RoutingWithLogits(NamedTuple):
-    """Experts of each token, their weights, and the logits by which they were chosen.
+    """Experts of each token, their weights, and the logits of all experts.
 
     weights, indices: As in :class:`Routing`.
     logits: [num_tokens, num_experts] in the dtype that was asked for: products of the hidden states with the gate, plus
-        the logit bias, without scale and soft cap. Rows of padding are 0.
+        the logit bias, without scale and soft cap. Rows of padding are 0. With the method's `shared_in_normalizer`
+        there are num_shared_experts more columns.
     """
 
     weights: Any
@@ -85,7 +86,7 @@ class RoutingPlan(NamedTuple):
 
 
 class RoutingPlanWithLogits(NamedTuple):
-    """Experts of each token, their weights, the logits by which they were chosen, and the layout of the experts' rows.
+    """Experts of each token, their weights, the logits of all experts, and the layout of the experts' rows.
 
     weights, indices, logits: As in :class:`RoutingWithLogits`.
     layout: :class:`ExpertLayout` of the indices.

@@ -379,6 +379,13 @@ def test_models_without_experts() -> None:
         assert replace_routers(torch.nn.Linear(2, 2)) == 0
 
 
+@pytest.mark.parametrize("wrong", ["eager", 1, None])
+def test_experts_is_a_bool(wrong: Any) -> None:
+    """It is not the name of an implementation."""
+    with pytest.raises(TypeError, match=f"^replace_routers: experts must be a bool, got {wrong!r}$"):
+        replace_routers(torch.nn.Linear(2, 2), experts=wrong)
+
+
 @pytest.mark.parametrize("function", [replace_routers, restore_routers])
 @pytest.mark.parametrize("wrong", [None, {}, torch.nn.Linear, torch.zeros(2)])
 def test_not_a_module(function: Any, wrong: Any) -> None:

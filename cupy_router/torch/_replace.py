@@ -37,7 +37,7 @@ def replace_routers(model: Any, *, experts: bool = False) -> int:
         Number of routers swapped by this call.
 
     Raises:
-        TypeError: ``model`` is not a `torch.nn.Module`.
+        TypeError: ``model`` is not a `torch.nn.Module`, or ``experts`` is not a bool.
 
     Warns:
         UserWarning: Once for each kind of router or block that was left unchanged, with its name and the reason.
@@ -78,6 +78,8 @@ def replace_routers(model: Any, *, experts: bool = False) -> int:
     2
     """
     _check("replace_routers", model)
+    if not isinstance(experts, bool):
+        raise TypeError(f"replace_routers: experts must be a bool, got {experts!r}")
     methods: dict[int, tuple[Any, RoutingMethod | str]] = {}  # keeping the configuration alive keeps its id unique
     skipped: dict[tuple[str, str], list[str]] = {}
     swapped = blocks = 0
