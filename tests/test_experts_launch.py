@@ -74,7 +74,7 @@ def test_what_is_wrong_is_named(as_on_a_gpu: None) -> None:
 
 @pytest.mark.backends("simt")
 @pytest.mark.parametrize("want", WANT)
-@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 40])
 def test_values(num_tokens: int, want: tuple[str, ...], backend: Any, as_on_a_gpu: None) -> None:
     x, ids = arrays(num_tokens)
     rows, layout = layout_and_rows(x, ids, EXPERTS, want)
