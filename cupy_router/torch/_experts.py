@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 
-from cupy_router.ops.expert_layout import expert_layout
+from cupy_router.ops._rows import LayoutInts
+from cupy_router.ops.expert_layout import OP as LAYOUT
+from cupy_router.ops.expert_layout import LayoutOptions, expert_layout
+from cupy_router.ops.permute import OP as PERMUTE
 from cupy_router.ops.permute import permute
+from cupy_router.ops.unpermute import OP as UNPERMUTE
 from cupy_router.ops.unpermute import unpermute
+from cupy_router.results import ExpertLayout
 from cupy_router.torch import _state
 from cupy_router.torch._experts_launch import layout_and_rows
+from cupy_router.torch._library import prepare
 from cupy_router.torch._router_spec import Unsupported
 
 NAME = "cupy_router"
@@ -71,9 +77,13 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
     is_eager = not (_state.is_special() or torch.is_grad_enabled())
     if is_eager and _gathers(self, parts, hidden_states, top_k_index):
         return _by_gathered_weights(self, parts, hidden_states, top_k_index, top_k_weights)
-    want = _WANT if biases is None and norm is None else _WANT_EXPERTS
+    want = _wanted(biases, norm)
     given = hidden_states.contiguous(), top_k_index.contiguous(), second.shape[0], want
-    rows, layout = (is_eager and layout_and_rows(*given)) or _layout_and_rows(*given)
+    nodes = _nodes.get((second.shape[0], want)) if torch.compiler.is_dynamo_compiling() else None
+    if nodes is not None:
+        rows, layout = nodes.layout_and_rows(*given[:2])
+    else:
+        rows, layout = (is_eager and layout_and_rows(*given)) or _layout_and_rows(*given)
     # Pairs of experts that are elsewhere have no row. Then the last rows have no pair, and hold garbage after a GEMM,
     # as their gradients do. Older releases of transformers do not say whether there are such pairs.
     some_are_elsewhere = want is not _WANT and getattr(self, "_is_expert_parallel", True)
@@ -90,6 +100,8 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
         y = norm(y)
     if y.dtype != hidden_states.dtype:
         y = y.to(torch.promote_types(y.dtype, hidden_states.dtype))  # the sum is rounded once, to the dtype of y
+    if nodes is not None:
+        return nodes.unpermute(y, layout, top_k_weights.contiguous()).to(hidden_states.dtype)
     return unpermute(y, layout, top_k_weights.contiguous()).to(hidden_states.dtype)
 
 
@@ -99,6 +111,36 @@ def _parts(experts: Any) -> Parts:
     biases = (getattr(experts, f"{name}_bias"), experts.down_proj_bias) if experts.has_bias else None
     norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
     return getattr(experts, name), experts.down_proj, biases, norm
+
+
+class _Nodes:
+    """The three ops in graphs. Their functions add the same nodes, but more guards, which every call checks."""
+
+    _permute, _unpermute = prepare(PERMUTE, LayoutInts()), prepare(UNPERMUTE, LayoutInts())
+
+    def __init__(self, num_experts: int, want: tuple[str, ...]) -> None:
+        self._layout = prepare(LAYOUT, LayoutOptions(num_experts, want=want))
+
+    def layout_and_rows(self, x: Any, indices: Any) -> tuple[Any, ExpertLayout]:
+        layout = ExpertLayout(*self._layout(None, None, indices, None, None, -1))
+        return self._permute(x, layout.order, layout.positions, None), layout
+
+    def unpermute(self, y: Any, layout: ExpertLayout, weights: Any) -> Any:
+        return self._unpermute(y, layout.positions, layout.order, weights, None, None)
+
+
+_nodes: dict[tuple[int, tuple[str, ...]], _Nodes] = {}
+
+
+def prepare_nodes(experts: Any) -> None:
+    """Prepare what torch.compile finds in a module. Without it, graphs are the same, but their guards take longer."""
+    _, second, biases, norm = _parts(experts)
+    key = second.shape[0], _wanted(biases, norm)
+    _nodes.setdefault(key, _Nodes(*key))
+
+
+def _wanted(biases: Any, norm: Any) -> tuple[str, ...]:
+    return _WANT if biases is None and norm is None else _WANT_EXPERTS
 
 
 # -- Rows in order of experts ------------------------------------------------------------------------------------------

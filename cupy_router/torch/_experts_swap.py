@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cupy_router.torch._experts import NAME, register
+from cupy_router.torch._experts import NAME, prepare_nodes, register
 from cupy_router.torch._router_spec import Unsupported
 
 _FIXED = "deepgemm_megamoe"  # it has its own order of the weights, so transformers refuses to leave it
@@ -53,6 +53,8 @@ def replace_experts(model: Any, experts: Iterable[Any]) -> None:
 
     generate() looks at the implementation of the model.
     """
+    for module in experts:
+        prepare_nodes(module)
     earlier: dict[int, Earlier] = {}  # by configuration: modules share them
     for module in [*experts, *_models(model, set(experts))]:
         config = module.config

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,24 @@ LIBRARY = torch.library.Library("cupy_router", "DEF")
 def node(op: Op, kind: Any) -> str:
     """Return the name in graphs of an op that returns a named tuple of this kind."""
     return "_".join([op.name, *[name for name in kind._fields if name not in op.returns._fields]])
+
+
+class Prepared(NamedTuple):
+    """A call of a node, prepared outside of graphs, so that torch.compile has little to trace and few guards."""
+
+    node: str
+    text: str  # of the options
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return the tensors of the node. arguments: of its schema, without the text."""
+        return getattr(torch.ops.cupy_router, self.node)(self.text, *arguments)
+
+
+def prepare(op: Op, options: Any) -> Prepared:
+    """Return the call of the node of these options."""
+    options = op.as_options(options)
+    kind = op.returned(options)
+    return Prepared(node(op, kind), texts(op, kind, options)[0])
 
 
 def schema(op: Op, kind: Any, into: bool = False) -> str:

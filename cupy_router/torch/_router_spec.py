@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from cupy_router.arrays._torch import name_of
 from cupy_router.method import RoutingMethod
+from cupy_router.ops import dense_router, hash_router
 from cupy_router.results import RoutingWithLogits
+from cupy_router.torch._library import Prepared, prepare
 
 INLINE = "route_tokens_to_experts"  # method of sparse blocks that route without a router module
 SORTED = ("order", "rows", "gates", "sizes", "logits")  # results of routers that sort the pairs by expert
@@ -34,12 +36,14 @@ class Plan(NamedTuple):
     dtypes: Those of the module's results.
     options: Those of `dense_router`, or of `hash_router` if there is a table, as the tuple of their fields.
     places: Places of the module's results among those of the op; None if they are computed from these.
+    node: The same call in graphs.
     """
 
     method: RoutingMethod
     dtypes: tuple[Any, ...]
     options: tuple[Any, ...]
     places: tuple[int, ...] | None
+    node: Prepared
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,9 @@ def _plan(spec: RouterSpec, method: RoutingMethod, dtypes: tuple[Any, ...]) -> P
         logits_dtype = "float32"
     more = "total_scale" in spec.tensors or method.num_shared_experts or (computed and "logits" in outputs)
     places = None if more or not set(outputs) <= set(fields) else tuple([fields.index(name) for name in outputs])
-    options = (method, None, logits_dtype) if "table" in spec.tensors else (method, None, None, logits_dtype)
-    return Plan(method, dtypes, options, places)
+    is_hash = "table" in spec.tensors
+    options = (method, None, logits_dtype) if is_hash else (method, None, None, logits_dtype)
+    return Plan(method, dtypes, options, places, prepare(hash_router.OP if is_hash else dense_router.OP, options))
 
 
 def by_role(spec: RouterSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -142,25 +142,27 @@ class Router(Swapped):
             x = self.norm(x) * _tensor_at(self, spec.tensors["input_scale"]) * self.scalar_root_size  # type: ignore[attr-defined]
         x, weight = _dense(x), _dense(weight)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
+        op: Any = dense_router.OP
+        inputs = x, weight, *layer, None
         if "table" in spec.tensors:
             token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:
                 token_ids = token_ids.reshape(-1)
-            token_ids = _dense(token_ids)
-            routing = run(
-                hash_router.OP, plan.options, (token_ids, table, None, x, weight, *layer[1:], None), None, None
-            )
+            op, inputs = hash_router.OP, (_dense(token_ids), table, None, x, weight, *layer[1:], None)
+        if torch.compiler.is_dynamo_compiling():
+            results = plan.node(*inputs, -1)
         else:
-            routing = run(dense_router.OP, plan.options, (x, weight, *layer, None), None, None)
+            results = run(op, plan.options, inputs, None, None)
         if plan.places is not None:
-            return tuple([routing[place] for place in plan.places])
+            return tuple([results[place] for place in plan.places])
+        weights, *others = results
         if "total_scale" in spec.tensors:
             total_scale = _tensor_at(self, spec.tensors["total_scale"])
-            routing = routing._replace(weights=routing.weights * total_scale.float())
+            weights = weights * total_scale.float()
         if spec.outputs == SORTED:
-            order, rows, gates, sizes, logits = _sorted(plan, *routing)
+            order, rows, gates, sizes, logits = _sorted(plan, weights, *others)
             return order, rows, gates, sizes.tolist(), logits  # in this frame, so that a graph breaks no more than once
-        return _returned(spec, plan, *routing)
+        return _returned(spec, plan, weights, *others)
 
 
 class LogitsOnly(Swapped):
