@@ -173,18 +173,13 @@ def _check(name: str, model: Any) -> None:
 
 
 def _replace_experts(model: Any, skipped: dict[tuple[str, str], list[str]]) -> None:
-    """Set the experts implementation of a model, and note what has to stay as it is."""
-    try:
-        registry = register()
-    except Unsupported as error:
-        skipped[type(model).__name__, str(error)] = [""]
-        return
+    """Set the experts implementation of a model, and note which experts have to stay as they are."""
     found = []
     for path, block, _ in _sparse_blocks(model):
         for name, child in block.named_children():
             if _are_experts(name, child):
                 try:
-                    check_governed(child, registry)
+                    check_governed(child, register())
                     found.append(child)
                 except Unsupported as error:
                     skipped.setdefault((type(child).__name__, str(error)), []).append(f"{path}.{name}".lstrip("."))
