@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interceptor of calls for PyTorch: it adds a call to a graph, applies torch.func, or makes it differentiable.
 
-Other eager calls do not go through PyTorch's dispatcher; `wants` takes 0.2 us of them.
+Other eager calls do not go through PyTorch's dispatcher; `wants` takes 0.5 us of them.
 """
 
 from __future__ import annotations
