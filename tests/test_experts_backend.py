@@ -126,7 +126,7 @@ def test_autocast(hidden: Any, parameters: Any) -> None:
         assert_close({"": ours["output"]}, {"": theirs["output"]}, EXACT)
 
 
-@pytest.mark.slow("seconds", every=8)
+@pytest.mark.slow("seconds")
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_for_any_number_of_tokens(form: str) -> None:
     module = experts(form)
@@ -162,6 +162,7 @@ def step(model: Any) -> dict[str, Any]:
     return {"logits": logits.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
+@pytest.mark.slow("seconds", every=5)
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe", "DeepseekV3"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_step_of_a_model(name: str, checkpointed: bool) -> None:

@@ -254,7 +254,7 @@ def split(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     return smooth, {name: array for name, array in arrays.items() if name not in smooth}
 
 
-@pytest.mark.slow("seconds", every=18)
+@pytest.mark.slow("seconds", every=36)
 @pytest.mark.parametrize("num_valid", [None, 4], ids=["all rows", "padded"])
 @pytest.mark.parametrize(("weights", "logits"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("name", ["logit scale and soft cap", "shared in the normaliser", "softmax after top-k"])
