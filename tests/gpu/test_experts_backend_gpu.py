@@ -16,8 +16,8 @@ from tests import moe_configs, moe_experts  # noqa: E402
 from tests.moe_experts import FORMS, assert_close, experts, inputs, run  # noqa: E402
 
 NUM_TOKENS = [1, 2, 16, 300]
-# Of the largest value. Gradients with respect to weights are dot products whose terms cancel.
-TOLERANCE = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 2e-6}
+MANY = 16  # with fewer, the largest gradient may be a dot product that cancels, small beside the rounding of 16 bits
+TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 3e-3, torch.float32: 2e-6}  # of the largest value
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,8 @@ def _seeded_on_cuda() -> Iterator[None]:
 def test_forms(form: str, num_tokens: int, dtype: Any) -> None:
     module, given = experts(form, "cuda", dtype), inputs(num_tokens, "cuda", dtype)
     want = run(module, "grouped_mm", given)
-    assert_close(run(module, "cupy_router", given), want, TOLERANCE[dtype])
+    if dtype == torch.float32 or num_tokens >= MANY:
+        assert_close(run(module, "cupy_router", given), want, TOLERANCE[dtype])
     with torch.inference_mode():
         assert_close({"": module(*given)}, {"": want["output"]}, TOLERANCE[dtype])
 
@@ -43,7 +44,7 @@ def test_forms(form: str, num_tokens: int, dtype: Any) -> None:
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_that_are_elsewhere(form: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = torch.bfloat16
+    dtype = torch.bfloat16 if num_tokens >= MANY else torch.float32
     module, given = experts(form, "cuda", dtype), inputs(num_tokens, "cuda", dtype, elsewhere=True)
     if hasattr(module, "_is_expert_parallel"):
         module._is_expert_parallel = True
