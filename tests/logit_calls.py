@@ -27,7 +27,7 @@ def exact(*shape: int, seed: int, dtype: str = "float32") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a kind with a method of tests.methods, for so many tokens."""
+    """A call of one of KINDS: with a method of tests.methods, and some number of tokens."""
 
     kind: str
     name: str = "logit scale and soft cap"

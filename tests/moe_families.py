@@ -171,7 +171,7 @@ def rounding_errors(module: Any, args: Any, kwargs: Any) -> dict[str, float]:
 
 
 class Row(NamedTuple):
-    """What was found of one experts class."""
+    """How experts of one class run by our implementation."""
 
     family: str
     experts: str
