@@ -30,7 +30,7 @@ class ResultTypes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a swapped router does with hidden states of one dtype and a gate of one dtype.
+    """The call of a swapped router, for one dtype of the hidden states and one of the gate.
 
     method: With the module's dtypes of weights and indices.
     dtypes: Those of the module's results.

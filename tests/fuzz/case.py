@@ -108,7 +108,7 @@ class Case:
 
     @property
     def returns_logits(self) -> bool:
-        """Whether the call returns logits."""
+        """Return whether the call returns logits."""
         return self.options.get("return_logits", False)
 
     @property
