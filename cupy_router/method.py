@@ -8,22 +8,19 @@ import math
 import operator
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache
-from numbers import Real
 from typing import Any, ClassVar
 
 from cupy_router import _hooks, huggingface_configs
+from cupy_router.method_fields import INDEX_DTYPES, boolean, check_index_dtype, integer, one_of, real
 from cupy_router.score_function import ScoreFunction, score_of_key
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
 MAX_EXPERTS = 2**31 - 1  # indices are int32
-FLOAT32_TINY = 2.0**-126  # smallest normal float32; kernels flush smaller values to 0
-FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 BIAS_TARGETS = ("score", "logits")
 GROUP_SCORES = ("max", "top2")
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
-INDEX_DTYPES = ("int32", "int64")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,7 +55,9 @@ class RoutingMethod:
             and shared experts is then sigmoid(logit) divided by the sum of these, times ``scale``. Needs sigmoid scores
             and ``renormalize``.
         weight_dtype: Dtype of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        index_dtype: Dtype of the indices: ``"int32"`` or ``"int64"``.
+        index_dtype: Dtype of the indices: ``"int32"``, ``"int64"``, ``"int16"``, ``"uint16"`` or ``"uint8"``. An
+            unsigned one has its highest value where the others have -1, so no expert, shared ones included, may have
+            this id.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -103,36 +102,36 @@ class RoutingMethod:
 
     # torch.compile traces this where a traced function makes a method: plain Python that writes nothing but `self`.
     def __post_init__(self) -> None:
-        num_experts = _integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
-        top_k = _integer("top_k", self.top_k, 1, num_experts, f"num_experts = {num_experts}")
+        num_experts = integer("num_experts", self.num_experts, 1, MAX_EXPERTS, "2**31 - 1")
+        top_k = integer("top_k", self.top_k, 1, num_experts, f"num_experts = {num_experts}")
         checked: dict[str, Any] = {
             "num_experts": num_experts,
             "top_k": top_k,
-            "score": self.score if isinstance(self.score, ScoreFunction) else _one_of("score", self.score, SCORES),
-            "logit_scale": _real("logit_scale", self.logit_scale),
-            "bias_on": _one_of("bias_on", self.bias_on, BIAS_TARGETS),
-            "num_groups": _integer("num_groups", self.num_groups, 1, num_experts, f"num_experts = {num_experts}"),
-            "group_score": _one_of("group_score", self.group_score, GROUP_SCORES),
-            "renormalize_eps": _real("renormalize_eps", self.renormalize_eps, nonnegative=True),
-            "scale": _real("scale", self.scale),
-            "num_shared_experts": _integer(
+            "score": self.score if isinstance(self.score, ScoreFunction) else one_of("score", self.score, SCORES),
+            "logit_scale": real("logit_scale", self.logit_scale),
+            "bias_on": one_of("bias_on", self.bias_on, BIAS_TARGETS),
+            "num_groups": integer("num_groups", self.num_groups, 1, num_experts, f"num_experts = {num_experts}"),
+            "group_score": one_of("group_score", self.group_score, GROUP_SCORES),
+            "renormalize_eps": real("renormalize_eps", self.renormalize_eps, nonnegative=True),
+            "scale": real("scale", self.scale),
+            "num_shared_experts": integer(
                 "num_shared_experts", self.num_shared_experts, 0, MAX_EXPERTS - num_experts, "2**31 - 1 - num_experts"
             ),
-            "shared_weight": _real("shared_weight", self.shared_weight),
-            "weight_dtype": _one_of("weight_dtype", self.weight_dtype, WEIGHT_DTYPES),
-            "index_dtype": _one_of("index_dtype", self.index_dtype, INDEX_DTYPES),
+            "shared_weight": real("shared_weight", self.shared_weight),
+            "weight_dtype": one_of("weight_dtype", self.weight_dtype, WEIGHT_DTYPES),
+            "index_dtype": one_of("index_dtype", self.index_dtype, tuple(INDEX_DTYPES)),
         }
         for name in ("score_after_topk", "renormalize", "shared_in_normalizer"):
-            checked[name] = _boolean(name, getattr(self, name))
+            checked[name] = boolean(name, getattr(self, name))
         num_groups = checked["num_groups"]
-        top_groups = _integer("top_groups", self.top_groups, 1, num_groups, f"num_groups = {num_groups}")
+        top_groups = integer("top_groups", self.top_groups, 1, num_groups, f"num_groups = {num_groups}")
         checked["top_groups"] = top_groups
         if self.logit_softcap is not None:
-            checked["logit_softcap"] = _real("logit_softcap", self.logit_softcap, nonnegative=True)
+            checked["logit_softcap"] = real("logit_softcap", self.logit_softcap, nonnegative=True)
             if checked["logit_softcap"] == 0.0:
                 raise ValueError("RoutingMethod: logit_softcap is 0, but must be more than 0, or None")
         if self.renormalize_min is not None:
-            checked["renormalize_min"] = _real("renormalize_min", self.renormalize_min, nonnegative=True)
+            checked["renormalize_min"] = real("renormalize_min", self.renormalize_min, nonnegative=True)
         if num_experts % num_groups:
             raise ValueError(
                 f"RoutingMethod: num_groups is {num_groups}, but must divide num_experts = {num_experts} evenly"
@@ -150,6 +149,7 @@ class RoutingMethod:
             )
         if checked["shared_in_normalizer"]:
             _check_shared_in_normalizer(checked)
+        check_index_dtype(checked["index_dtype"], num_experts + checked["num_shared_experts"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._keep_text()
@@ -235,55 +235,6 @@ def _check_shared_in_normalizer(checked: dict[str, Any]) -> None:
         )
     if checked["num_shared_experts"] == 0:
         raise ValueError("RoutingMethod: shared_in_normalizer needs num_shared_experts of 1 or more, got 0")
-
-
-def _integer(name: str, value: Any, lowest: int, highest: int, limit: str) -> int:
-    try:
-        # Older releases of NumPy take their bool for an index.
-        if isinstance(value, bool) or (not isinstance(value, int) and type(value).__name__ == "bool"):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be an int") from None
-    if not lowest <= number <= highest:
-        raise ValueError(f"RoutingMethod: {name} is {number}, but must be from {lowest} to {limit}")
-    return number
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    listed = ", ".join(map(repr, allowed)) + (" or a ScoreFunction" if name == "score" else "")
-    if not isinstance(value, str):
-        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be one of {listed}")
-    if value not in allowed:
-        raise ValueError(f"RoutingMethod: {name} is {value!r}, but must be one of {listed}")
-    return str(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be True or False")
-    return value
-
-
-def _real(name: str, value: Any, *, nonnegative: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"RoutingMethod: {name} is {value!r}, but must be a number")
-    (value,) = {value}  # makes a constant of a symbolic number of torch.compile
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    # Kernels compute in float32 and flush subnormals to 0, so any other number would mean another method there. They
-    # also divide by the non-negative ones, so the inverse has to be representable too.
-    highest = 1.0 / FLOAT32_TINY if nonnegative else FLOAT32_MAX
-    representable = number == 0.0 or FLOAT32_TINY <= abs(number) <= highest  # False for NaN
-    if not representable or (nonnegative and number < 0.0):
-        allowed = "a non-negative number" if nonnegative else "a number"
-        inverse = ", as is its inverse" if nonnegative else ""
-        raise ValueError(
-            f"RoutingMethod: {name} is {value!r}, but must be {allowed} that is 0 or normal in float32{inverse}"
-        )
-    return number + 0.0  # -0.0 becomes 0.0
 
 
 def as_json(value: Any) -> str:

@@ -11,7 +11,7 @@ class Routing(NamedTuple):
 
     weights: [num_tokens, top_k (+ shared experts)] float32, or the method's weight_dtype.
     indices: Expert ids, of the same shape, int32 or the method's index_dtype. A row without a result (padding, bad
-        token id) has -1 here and weights 0.
+        token id) has -1 here, or the highest value of an unsigned dtype, and weights 0.
     """
 
     weights: Any

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cupy_router import compiler
-from cupy_router.method import FLOAT32_TINY, RoutingMethod
+from cupy_router.method import RoutingMethod
+from cupy_router.method_fields import FLOAT32_TINY
 from cupy_router.ops.activation_topk import activation_topk
 from cupy_router.reference.scoring import custom_score, flush
 from cupy_router.score_function import ScoreFunction

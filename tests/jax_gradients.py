@@ -102,7 +102,8 @@ class Case(Inputs):
         import jax
         import jax.numpy as jnp
 
-        rows = np.flatnonzero(indices[:, 0] >= 0)
+        first = indices[:, 0].astype(np.int64)  # not an expert where a row has none
+        rows = np.flatnonzero((first >= 0) & (first < self.method.num_experts))
 
         def loss(wide: Mapping[str, Any]) -> Any:
             logits = wide["logits"] if "logits" in wide else wide["x"] @ wide["weight"].T

@@ -65,6 +65,10 @@ METHODS: dict[str, RoutingMethod] = {
         group_score="top2", renormalize_eps=1e-6, scale=2.0, num_shared_experts=1, shared_weight=0.25,
         weight_dtype="bfloat16", index_dtype="int64",
     ),
+    "uint8 indices": M(64, 6, index_dtype="uint8", num_shared_experts=2),
+    "int16 indices": M(300, 8, "sigmoid", index_dtype="int16"),
+    "uint16 indices, in groups": M(512, 8, "softmax", num_groups=8, top_groups=4, index_dtype="uint16"),
+    "uint8 indices by a block": M(64, 40, "sigmoid", index_dtype="uint8"),
 }  # fmt: skip
 
 

@@ -232,10 +232,10 @@ def results(weights: np.ndarray, experts: np.ndarray, method: RoutingMethod) -> 
 
 
 def pad(routing: Routing, num_valid: int | None) -> Routing:
-    """Weight 0 and index -1 from row num_valid on."""
+    """Weight 0 and index -1 from row num_valid on; the highest value of an unsigned dtype stands for -1."""
     if num_valid is not None:
         routing.weights[num_valid:] = 0
-        routing.indices[num_valid:] = -1
+        routing.indices[num_valid:] = np.array(-1).astype(routing.indices.dtype)
     return routing
 
 

@@ -105,7 +105,7 @@ def test_every_variant_is_called() -> None:
     for steps in ({"GROUP_TOP2": 1}, {"SCORE_AFTER_TOPK": 1}, {"SHARED_LOGITS": 1}, {"HAS_LOGIT_BIAS": 1}):
         assert called("activation_topk", **steps)
         assert called("dense_router_decode", **steps)
-    for steps in ({"RESULT_DTYPE": 1}, {"RESULT_DTYPE": 2}, {"INDEX_INT64": 1}, {"LOGIT_CAPPED": 1}, {"SCORE": 4}):
+    for steps in ({"RESULT_DTYPE": 1}, {"RESULT_DTYPE": 2}, {"INDEX_BYTES": 8}, {"LOGIT_CAPPED": 1}, {"SCORE": 4}):
         assert called("activation_topk", **steps)
     for steps in ({"GROUP_TOP2": 1}, {"SHARED_LOGITS": 1}, {"RESULT_DTYPE": 2}):
         assert called("activation_topk_wide", **steps)

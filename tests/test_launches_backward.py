@@ -33,7 +33,7 @@ def test_activation_topk_backward(recorder: Recorder, columns: int) -> None:
     launch = only(recorder)
     macros = {
         "NUM_EXPERTS": columns, "TOP_K": 6, "SCORE": 3, "RENORMALIZE": 1, "DTYPE": 2, "GRADIENT_DTYPE": 0,
-        "HAS_LOGIT_BIAS": 1, "HAS_EXPERT_SCALE": 1, "LOGIT_CAPPED": 1, "INDEX_INT64": 1, "REPEATED": 1,
+        "HAS_LOGIT_BIAS": 1, "HAS_EXPERT_SCALE": 1, "LOGIT_CAPPED": 1, "INDEX_BYTES": 8, "REPEATED": 1,
     }  # fmt: skip
     if columns == 384:
         assert_kernel(launch, "activation_topk_backward", "activation_topk_backward", **macros, ALIGNED=1)
@@ -63,7 +63,7 @@ def test_a_gradient_of_many_rows(recorder: Recorder) -> None:
         assert (arguments["grad_weights"], arguments["grad_logits"]) == (pointer, 0x9000)
         assert arguments["grad_logits_stride"] == 260
     assert_kernel(recorder.launches[-1], "activation_topk_backward", "activation_topk_backward", RESULT_DTYPE=2)
-    assert not recorder.launches[-1].macros["INDEX_INT64"], "it is the indices' own dtype that counts"
+    assert recorder.launches[-1].macros["INDEX_BYTES"] == 4, "it is the indices' own dtype that counts"
     assert len(recorder.sources) == 1
 
 

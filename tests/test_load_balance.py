@@ -147,7 +147,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits": torch.zeros(5, 7)}, ValueError, r"logits must have shape \[.*\] = \[5, 8\], got"),
     ({"method": RoutingMethod(4, 2)}, ValueError, r"logits must have shape \[.*\] = \[5, 4\], got"),
     ({"indices": None}, TypeError, "indices must be a PyTorch tensor, got NoneType"),
-    ({"indices": torch.zeros(5, 2)}, TypeError, "indices must be int32 or int64, got float32"),
+    ({"indices": torch.zeros(5, 2)}, TypeError, "indices must be uint8 or .* or int64, got float32"),
     ({"indices": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
     ({"indices": torch.zeros(5, 3, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
     ({"indices": torch.zeros(5, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\], got int32 \[5\]"),

@@ -180,6 +180,24 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "shared_in_normalizer needs renormalize_eps = 0.0, got 1e-20",
     ),
     ({"weight_dtype": "float64"}, ValueError, "weight_dtype is 'float64', but must be one of 'float32', 'float16', 'b"),
+    (
+        {"num_experts": 255, "num_shared_experts": 1, "index_dtype": "uint8"},
+        ValueError,
+        "index_dtype is 'uint8', which holds the ids of at most 255 experts, but num_experts + num_shared_experts "
+        "is 256: use 'int16'",
+    ),
+    (
+        {"num_experts": 2**16, "index_dtype": "uint16"},
+        ValueError,
+        "index_dtype is 'uint16', which holds the ids of at most 65535 experts, but num_experts + num_shared_experts "
+        "is 65536: use 'int32'",
+    ),
+    (
+        {"num_experts": 2**15 + 1, "index_dtype": "int16"},
+        ValueError,
+        "index_dtype is 'int16', which holds the ids of at most 32768 experts, but num_experts + num_shared_experts "
+        "is 32769: use 'int32'",
+    ),
     ({"index_dtype": np.int64}, TypeError, "index_dtype is <class 'numpy.int64'>, but must be one of 'int32', 'int64'"),
 ]
 

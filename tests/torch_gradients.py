@@ -91,7 +91,8 @@ class Case(Inputs):
 
         wide = {name: array.detach().double().requires_grad_() for name, array in self.smooth.items()}
         logits = wide["logits"] if "logits" in wide else wide["x"] @ wide["weight"].t()
-        rows = (indices[:, 0] >= 0).nonzero()[:, 0]
+        first = indices[:, 0].long()  # not an expert where a row has none: -1, or the highest value of the dtype
+        rows = ((first >= 0) & (first < self.method.num_experts)).nonzero()[:, 0]
         layer = {name: wide.get(name) for name in ("logit_bias", "expert_scale")}
         weights = twin(logits[rows], indices[rows], self.method, **layer)
         loss = (weights * self.upstream[rows].double()).sum()

@@ -121,14 +121,16 @@ def _expert_scale_gradient(method: RoutingMethod, grad_weights: Any, indices: An
     The unscaled weights come from `hash_router`, with the indices as its table.
     """
     num_tokens, experts = indices.shape[0], indices[:, : method.top_k]
+    if experts.dtype.itemsize < 4:
+        experts = experts.astype(jnp.int32)
     given = {"token_ids": jnp.arange(num_tokens, dtype=jnp.int32), "table": experts, "logits": logits}
     given |= {} if logit_bias is None else {"logit_bias": logit_bias}
     op, options = hash_router.OP, HashOptions(without_factors(method))
     places = tuple(op.names.index(name) for name in given)
     plain, _ = routing(op, options, places, -1)(*given.values())
     products = grad_weights[:, : method.top_k].astype(jnp.float32) * plain[:, : method.top_k]
-    # Rows without experts have weights 0, so it does not matter that index -1 is the last expert. A scatter without
-    # repeated places, followed by a sum, is bitwise repeatable.
+    # Rows without experts have weights 0, and it does not matter that -1 is the last expert. JAX leaves out ids beyond.
+    # A scatter without repeated places, followed by a sum, is bitwise repeatable.
     rows = jnp.arange(num_tokens)[:, None]
     dense = jnp.zeros((num_tokens, method.num_experts), jnp.float32)
     return dense.at[rows, experts].add(products).sum(0)

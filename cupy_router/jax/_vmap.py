@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cupy_router.jax import _call_text, _mesh, _primitive
 from cupy_router.ops._op import Op
@@ -100,7 +101,7 @@ def _calls_at_once(op: Op, options: Any, given: tuple[int, ...], number: int, in
             results = [
                 jnp.where(
                     padding.reshape(*padding.shape, *[1] * (result.ndim - 2)),
-                    jnp.array(declared.fill, result.dtype),
+                    np.array(declared.fill).astype(result.dtype),
                     result,
                 )
                 for result, declared in zip(results, op.existing(options), strict=True)

@@ -43,6 +43,8 @@ def problem(options: Any, arrays: Arrays, gpu: Gpu) -> Problem | None:
     num_experts = method.num_experts + method.num_shared_experts
     if not 0 < num_tokens <= gpu.table.fused_layout.max_tokens or num_experts > _MAX_EXPERTS:
         return None
+    if arrays.indices.dtype.startswith("u"):  # the kernels look for -1
+        return None
     num_pairs = num_tokens * columns
     capacity = layout_sizes(spec, num_experts, num_tokens, columns)["capacity"]
     return Problem(num_pairs, num_experts, capacity, max(0, capacity - num_pairs))

@@ -107,9 +107,14 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
         "NUM_SHARED": method.num_shared_experts,
         "SHARED_LOGITS": int(method.shared_in_normalizer),
         "RESULT_DTYPE": row_lanes.DTYPE_CODES[method.weight_dtype],
-        "INDEX_INT64": int(method.index_dtype == "int64"),
+        **(id_macros("INDEX", method.index_dtype) if method.index_dtype != "int32" else {}),
     }
     return macros | {name: value for name, value in options.items() if value}  # the kernels default them to 0
+
+
+def id_macros(name: str, dtype: str) -> dict[str, int]:
+    """Return the macros for a dtype of expert ids."""
+    return {f"{name}_BYTES": ITEM_SIZES[dtype], f"{name}_UNSIGNED": int(dtype.startswith("u"))}
 
 
 def method_arguments(method: RoutingMethod | None) -> dict[str, float]:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
-from cupy_router.ops._declared import INTS, Arrays, Result, row
+from cupy_router.ops._declared import IDS, Arrays, Result, row
 from cupy_router.ops._method import (
     EXPERT_SCALE,
     LOGIT_BIAS,
     headers,
+    id_macros,
     method_arguments,
     method_macros,
     method_sizes,
@@ -35,7 +36,9 @@ _WIDE_BLOCK = 256
 _MAX_REPEATED = 8192  # weights of a token if experts may repeat; a float of shared memory each
 # Macros of a method that its gradient does not use: steps that only select, and the dtype of its indices, because the
 # given indices have their own.
-_NOT_COMPILED = ("HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_INT64")
+_NOT_COMPILED = (
+    "HAS_BIAS", "SELECT_ON_LOGITS", "NUM_GROUPS", "TOP_GROUPS", "GROUP_TOP2", "INDEX_BYTES", "INDEX_UNSIGNED",
+)  # fmt: skip
 
 
 class LogitsGradient(NamedTuple):
@@ -68,7 +71,7 @@ class ActivationTopKBackward(Op):
     options = BackwardOptions
     inputs = (
         row("grad_weights", "num_tokens, top_k (+ shared)", required=True),
-        row("indices", "num_tokens, top_k (+ shared)", INTS, required=True),
+        row("indices", "num_tokens, top_k (+ shared)", IDS, required=True),
         row("logits", "num_tokens, num_experts (+ shared)", required=True),
         LOGIT_BIAS,
         EXPERT_SCALE,
@@ -104,7 +107,7 @@ class ActivationTopKBackward(Op):
         macros |= {
             "DTYPE": row_lanes.DTYPE_CODES[logits.dtype],
             "GRADIENT_DTYPE": row_lanes.DTYPE_CODES[gradient.dtype],
-            **({"INDEX_INT64": 1} if indices.dtype == "int64" else {}),
+            **id_macros("INDEX", indices.dtype),
             **({"REPEATED": 1} if repeated else {}),
         }
         num_tokens, num_scored = logits.shape[0], num_scored_columns(method)
@@ -164,8 +167,8 @@ def activation_topk_backward(
 
     Args:
         grad_weights: [num_tokens, top_k + num_shared_experts], of the method's weight_dtype.
-        indices: the same shape, int32 or int64, from `activation_topk` or `hash_router`. If one of the first top_k
-            indices of a row is no expert (-1: padding), the row of the result is 0.
+        indices: the same shape, of any dtype that a method's indices may have, from `activation_topk` or `hash_router`.
+            If one of the first top_k indices of a row is no expert (-1: padding), the row of the result is 0.
         logits: [num_tokens, num_experts] float32, float16 or bfloat16, or with num_shared_experts more columns, as in
             the forward pass.
         method, logit_bias, expert_scale: as in the forward pass.

@@ -70,8 +70,8 @@ def activation_topk_backward(
     Args:
         grad_weights: [num_tokens, top_k + shared experts], in the method's ``weight_dtype``. Columns of shared experts
             with a fixed weight are ignored.
-        indices: Experts from the forward pass, of the same shape, int32 or int64. A token with an expert that does not
-            exist (-1 in padding) gets gradient 0.
+        indices: Experts from the forward pass, of the same shape. A token with an expert that does not exist (-1 in
+            padding) gets gradient 0.
         logits: [num_tokens, num_experts] float32, float16 or bfloat16. Further columns belong to shared experts.
         method: As in the forward pass.
         logit_bias, expert_scale: As in the forward pass.

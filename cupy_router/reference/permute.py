@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..method import FLOAT32_TINY
+from ..method_fields import FLOAT32_TINY
 
 
 @np.errstate(all="ignore")

@@ -13,7 +13,8 @@ import ml_dtypes  # noqa: F401  # gives NumPy the dtype "bfloat16"
 import numpy as np
 from numpy.typing import NDArray
 
-from ..method import FLOAT32_TINY, RoutingMethod
+from ..method import RoutingMethod
+from ..method_fields import FLOAT32_TINY
 from ..score_function import ScoreFunction
 from .order import row_slices
 
@@ -123,10 +124,10 @@ def route_weights(
 
 
 def empty_results(num_tokens: int, num_columns: int, method: RoutingMethod | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return weights 0 and indices -1 in the method's dtypes."""
+    """Return weights 0 and indices -1, or the highest value of unsigned ones, in the method's dtypes."""
     weight_dtype, index_dtype = (method.weight_dtype, method.index_dtype) if method else ("float32", "int32")
     shape = (num_tokens, num_columns)
-    return np.zeros(shape, np.dtype(weight_dtype)), np.full(shape, -1, np.dtype(index_dtype))
+    return np.zeros(shape, np.dtype(weight_dtype)), np.full(shape, -1).astype(index_dtype)
 
 
 def append_shared(weights: Float32, method: RoutingMethod) -> Float32:

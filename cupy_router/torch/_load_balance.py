@@ -9,10 +9,11 @@ import torch
 
 from cupy_router.arrays import View
 from cupy_router.arrays import _torch as tensors
-from cupy_router.method import FLOAT32_TINY, RoutingMethod, resolve
+from cupy_router.method import RoutingMethod, resolve
+from cupy_router.method_fields import FLOAT32_TINY
 from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk
-from cupy_router.ops._declared import INTS
+from cupy_router.ops._declared import IDS
 from cupy_router.ops._method import MethodOptions
 from cupy_router.torch._logits import prepare_logits
 
@@ -42,7 +43,7 @@ def load_balance(
         logits: [num_tokens, num_experts] float32, float16 or bfloat16 tensor, as for
             :func:`cupy_router.activation_topk`. With `dense_router`, which does not return its logits, compute
             `torch.nn.functional.linear(x.float(), weight.float())`. Columns of shared experts are ignored.
-        indices: [num_tokens, top_k + num_shared_experts] int32 or int64 tensor from the routing, with or without the
+        indices: [num_tokens, top_k + num_shared_experts] integer tensor from the routing, with or without the
             columns of shared experts, which are ignored. A row in which one of the first top_k indices is not an expert
             (-1 in padding) is ignored, whatever its logits are.
         method: As for the routing. Its softmax is over all experts here, even with `score_after_topk`.
@@ -100,8 +101,9 @@ def _check(method: RoutingMethod, logits: Any, indices: Any, logit_bias: Any) ->
     """Check everything but the values, which would wait for the GPU."""
     rows, experts = _view("logits", logits), _view("indices", indices)
     bias = None if logit_bias is None else _view("logit_bias", logit_bias)
-    activation_topk.OP.check_inputs(MethodOptions(method), [rows, None, bias, None, None])
-    check.dtype(experts, INTS)
+    given = {"logits": rows, "logit_bias": bias}
+    activation_topk.OP.check_inputs(MethodOptions(method), [given.get(name) for name in activation_topk.OP.names])
+    check.dtype(experts, IDS)
     columns = "top_k" if experts.shape[1:] == (method.top_k,) else "top_k + num_shared_experts"
     sizes = {"top_k": method.top_k, "top_k + num_shared_experts": method.num_columns, "num_tokens": rows.shape[0]}
     check.axes(experts, ("num_tokens", columns), sizes)

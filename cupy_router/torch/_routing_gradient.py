@@ -142,7 +142,7 @@ def _expert_scale_gradient(
     The unscaled weights come from `hash_router`, with the indices as its table.
     """
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
-    experts = indices[:, : method.top_k]
+    experts = indices[:, : method.top_k].long()
     given = (rows, experts, logits, None, None, logit_bias, None, None)
     options = HashOptions(without_factors(method))
     if by_op:
@@ -153,6 +153,6 @@ def _expert_scale_gradient(
     products = grad_weights.narrow(1, 0, method.top_k).float() * plain
     # Rows without experts have weights 0. A scatter without repeated places, followed by a sum, is bitwise repeatable.
     dense = products.new_zeros((len(indices), method.num_experts))
-    places = experts.clamp(min=0).long()
+    places = experts.clamp(0, method.num_experts - 1)
     dense = dense.scatter_add(1, places, products) if repeated else dense.scatter(1, places, products)
     return dense.sum(0)

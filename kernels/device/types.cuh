@@ -46,15 +46,27 @@ struct Scalar<2> {
     typedef BFloat16 type;
 };
 
-// The signed integer of that many bytes.
-template <int BYTES>
+// The integer of that many bytes.
+template <int BYTES, bool UNSIGNED = false>
 struct Integer;
 template <>
-struct Integer<4> {
+struct Integer<1, true> {
+    typedef unsigned char type;
+};
+template <>
+struct Integer<2, false> {
+    typedef short type;
+};
+template <>
+struct Integer<2, true> {
+    typedef unsigned short type;
+};
+template <>
+struct Integer<4, false> {
     typedef int type;
 };
 template <>
-struct Integer<8> {
+struct Integer<8, false> {
     typedef long long type;
 };
 

@@ -14,23 +14,7 @@ SPECIALISED int TOP_K = 8;              // ids of a token
 SPECIALISED bool HAS_MAP = false;       // a map renumbers the experts in question; else they follow each other
 SPECIALISED bool DENSE_INDICES = true;  // rows of ids follow each other
 
-template <int BYTES, bool UNSIGNED>
-struct Id {
-    typedef typename Integer<BYTES>::type type;
-};
-template <>
-struct Id<1, true> {
-    typedef unsigned char type;
-};
-template <>
-struct Id<2, false> {
-    typedef short type;
-};
-template <>
-struct Id<2, true> {
-    typedef unsigned short type;
-};
-typedef Id<ID_BYTES, ID_UNSIGNED>::type id_t;
+typedef Integer<ID_BYTES, ID_UNSIGNED>::type id_t;
 
 __device__ __forceinline__ void add_one(int* sum) { atomicAdd(sum, 1); }
 

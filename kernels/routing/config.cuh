@@ -34,8 +34,9 @@ SPECIALISED bool RENORMALIZE = true;
 SPECIALISED bool HAS_EPS = false;  // renormalize_eps is not 0
 SPECIALISED bool HAS_MIN = false;  // there is a renormalize_min
 SPECIALISED bool HAS_EXPERT_SCALE = false;
-SPECIALISED int RESULT_DTYPE = 0;      // of the weights
-SPECIALISED bool INDEX_INT64 = false;  // indices are int64; else int32
+SPECIALISED int RESULT_DTYPE = 0;         // of the weights
+SPECIALISED int INDEX_BYTES = 4;          // of the indices
+SPECIALISED bool INDEX_UNSIGNED = false;  // their highest value stands for -1
 
 // -- Numbers ----------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ constexpr bool WEIGHS_LOGITS =
     SHARED_LOGITS || SCORE_AFTER_TOPK;  // weights are computed from logits rather than scores
 
 typedef Scalar<RESULT_DTYPE>::type weight_t;
-typedef Integer<INDEX_INT64 ? 8 : 4>::type index_t;
+typedef Integer<INDEX_BYTES, INDEX_UNSIGNED>::type index_t;
 
 // The first steps of a logit, each rounded by itself as in the reference.
 __device__ __forceinline__ float biased(float logit, float logit_bias) {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
+from cupy_router.method_fields import INDEX_DTYPES
 from tests.fuzz.arrays import biases, bits, floats, integers, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
@@ -165,11 +166,18 @@ def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozense
             steps["shared_in_normalizer"] = common["renormalize"] = True
             common["divisor"] = ""
     if rng.random() < 0.5:
-        steps["weight_dtype"], steps["index_dtype"] = rng.choice(FLOATS), rng.choice(INTS)
+        steps["weight_dtype"], steps["index_dtype"] = (
+            rng.choice(FLOATS),
+            rng.choice(_index_dtypes(common["columns"] + 3)),
+        )
     if rng.random() < 0.3:
         steps["logit_scale"] = rng.choice((0.5, -2.0))
     common["steps"] = tuple(sorted(steps.items()))
     return frozenset(name for name in ("logit_bias", "expert_scale") if rng.random() < 0.4)
+
+
+def _index_dtypes(num_ids: int) -> list[str]:
+    return [dtype for dtype, most in INDEX_DTYPES.items() if num_ids <= most]
 
 
 def _bias(rng: random.Random) -> frozenset[str]:

@@ -230,7 +230,7 @@ def _backward() -> Iterator[Case]:
         logits = inputs.distinct(FEW_ROWS, method.num_logits, FLOATS[i % 3] if method.num_experts < 200 else "float32")
         layer = methods.layer_of(method, i)
         chosen = oracle.route(logits, method, **vars(layer)).indices
-        chosen[3] = -1
+        chosen[3] = np.array(-1).astype(chosen.dtype)
         upstream = inputs.normal(chosen.shape, method.weight_dtype, seed=4)
         arrays = {"grad_weights": upstream, "indices": chosen, "logits": logits}
         arrays |= replace(layer, bias=None).arguments(np.copy)

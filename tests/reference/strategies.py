@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from cupy_router.method import SCORES, RoutingMethod
+from cupy_router.method_fields import INDEX_DTYPES
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
@@ -69,7 +70,7 @@ def methods(draw: st.DrawFn, num_experts: int, max_top_k: int = 7) -> RoutingMet
             "num_shared_experts": draw(st.integers(0, 2)),
             "shared_weight": 0.5,
             "weight_dtype": draw(st.sampled_from(sorted(DTYPES))),
-            "index_dtype": draw(st.sampled_from(["int32", "int64"])),
+            "index_dtype": draw(st.sampled_from([d for d, most in INDEX_DTYPES.items() if num_experts + 2 <= most])),
             **draw(st.sampled_from(CHOICES)),
         }
         if fields["num_shared_experts"] and draw(st.booleans()):
