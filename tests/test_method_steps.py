@@ -14,6 +14,7 @@ from cupy_router import Router, RoutingMethod, ScoreFunction, activation_topk, d
 from cupy_router.compiler import CompileError
 from tests import compare, inputs
 from tests.backends import Backend
+from tests.fuzz.case import call
 from tests.methods import METHODS, M, layer_of
 
 
@@ -39,6 +40,19 @@ def test_activation_topk(backend: Backend, name: str) -> None:
         logits = logits - 5
     layer = layer_of(method, kind)
     got = activation_topk(backend.array(logits), method, **layer.arguments(backend.array))
+    compare.assert_right(host(backend, got), logits, method, layer)
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.num_experts < 1000])
+def test_rows_that_share_a_warp(backend: Backend, name: str) -> None:
+    method = METHODS[name]
+    kind = list(METHODS).index(name)
+    if backend.name == "simt" and kind % 3 and method.bias_on == "score":
+        pytest.skip("g++ takes seconds for each kernel: every third is enough here")
+    logits = inputs.distinct(9, method.num_logits) - 5 * (name == "groups of negative scores")
+    layer = layer_of(method, kind)
+    got = call("activation_topk", 5000, logits=backend.array(logits), method=method, **layer.arguments(backend.array))
     compare.assert_right(host(backend, got), logits, method, layer)
 
 

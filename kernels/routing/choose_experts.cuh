@@ -176,7 +176,7 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
         if (wanted && (ENOUGH || key > Interleaved::MASK)) {
             const float logit = row[candidate.column];
             const float value = selection_value(logit, statistics);
-            candidate.value = WEIGHS_LOGITS ? logit : value;
+            candidate.value = WEIGHS_LOGITS ? logit : SELECT_ON_LOGITS ? score_of(logit, statistics) : value;
             candidate.key = sum_order_key(HAS_BIAS ? __fadd_rn(value, bias[candidate.column]) : value);
         }
         return candidate;
