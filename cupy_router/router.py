@@ -31,7 +31,8 @@ class Router:
         method: A :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
         weight: The gate, [num_experts, hidden] float32, float16 or bfloat16. A hash router without it gives uniform
             weights.
-        bias: [num_experts] float32, added for the selection only. Not allowed with a table.
+        bias: [num_experts] float32, added for the selection only; or [num_biases, num_experts], of which `bias_index`
+            names one for each token of a call. Not allowed with a table.
         logit_bias: [num_experts] float32, added to the logits. Needs ``weight``.
         expert_scale: [num_experts] float32, factor of each expert's weight. Needs ``weight``.
         table: [vocab_size, top_k] int32 or int64, the experts of each token id. Makes this a hash router.
@@ -141,6 +142,7 @@ class Router:
         x: Any,
         token_ids: Any = None,
         *,
+        bias_index: Any = None,
         return_logits: bool = False,
         layout: LayoutSpec | None = None,
         num_valid: Any = None,
@@ -152,6 +154,7 @@ class Router:
         Args:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
             token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
+            bias_index: [num_tokens] int32, the bias of each token. Required if there are several biases.
             return_logits, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or for
                 :func:`cupy_router.hash_router` with a table. Logits are float32.
 
@@ -161,18 +164,27 @@ class Router:
         """
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
-                return interceptor.run(self, (layout, return_logits), (x, token_ids, num_valid), out, stream, -1)
-        return self.route(x, token_ids, layout, num_valid, out, stream, return_logits)
+                inputs = (x, token_ids, bias_index, num_valid)
+                return interceptor.run(self, (layout, return_logits), inputs, out, stream, -1)
+        return self.route(x, token_ids, bias_index, layout, num_valid, out, stream, return_logits)
 
     def route(
-        self, x: Any, token_ids: Any, layout: Any, num_valid: Any, out: Any, stream: Any, return_logits: Any = False
+        self,
+        x: Any,
+        token_ids: Any,
+        bias_index: Any,
+        layout: Any,
+        num_valid: Any,
+        out: Any,
+        stream: Any,
+        return_logits: Any = False,
     ) -> Any:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
         if self.follows_inputs:
-            return self.beside(x).route(x, token_ids, layout, num_valid, out, stream, return_logits)
+            return self.beside(x).route(x, token_ids, bias_index, layout, num_valid, out, stream, return_logits)
         if self.table is None:
             return dense_router.dense_router(
-                x, self.weight, self.method, bias=self.bias, logit_bias=self.logit_bias,
+                x, self.weight, self.method, bias=self.bias, bias_index=bias_index, logit_bias=self.logit_bias,
                 expert_scale=self.expert_scale, return_logits=return_logits, layout=layout, num_valid=num_valid,
                 out=out, stream=stream,
             )  # fmt: skip

@@ -5,6 +5,7 @@
 // for any size, not fast.
 #include "routing/choose_experts.cuh"
 #include "device/num_valid.cuh"
+#include "routing/biases.cuh"
 #include "routing/logits_out.cuh"
 #include "routing/weigh.cuh"
 
@@ -55,25 +56,27 @@ __device__ __forceinline__ void find_best_groups(const WideRow& row) {
 
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
-                         const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
-                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
-                         index_t* __restrict__ indices, int num_valid_value, logit_out_t* logits_out,
-                         long long num_tokens, const MethodNumbers numbers, long long logits_stride,
-                         long long weights_stride, long long indices_stride, long long logits_out_stride) {
+                         const int* __restrict__ bias_index, const float* __restrict__ logit_bias,
+                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
+                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
+                         logit_out_t* logits_out, long long num_tokens, const MethodNumbers numbers,
+                         long long logits_stride, long long weights_stride, long long indices_stride,
+                         long long logits_out_stride) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
         weight_t* weight = weights + r * weights_stride;
         index_t* index = indices + r * indices_stride;
         return_logits<false>(logits + r * logits_stride, logit_bias, r < valid, logits_out + r * logits_out_stride,
                              threadIdx.x, WIDE_THREADS);
-        if (r >= valid) {
+        const BiasRow its_bias = bias_of_token(bias, bias_index, r);
+        if (r >= valid || !its_bias.exists) {
             for (int output = threadIdx.x; output < OUTPUTS; output += WIDE_THREADS) {
                 store_float(weight + output, 0.0f);
                 index[output] = -1;
             }
             continue;
         }
-        WideRow row = {{logits + r * logits_stride, logit_bias, numbers}, bias, {0.0f, 0.0f}};
+        WideRow row = {{logits + r * logits_stride, logit_bias, numbers}, its_bias.bias, {0.0f, 0.0f}};
         if (WHOLE_ROW_SOFTMAX) {
             float highest = -__uint_as_float(INFINITY_BITS), sum = 0.0f;
             for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += WIDE_THREADS) highest = fmaxf(highest, row.row[e]);

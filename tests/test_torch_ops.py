@@ -174,12 +174,15 @@ def test_fake_tensors_have_the_right_shapes_and_dtypes(dtype: Any) -> None:
     for name, calls in samples().items():
         for given in calls:
             inner = [array.detach() if isinstance(array, torch.Tensor) else array for array in given]
-            if not name.endswith("_backward"):  # weights have one dtype
-                inner = [
-                    a.to(dtype) if isinstance(a, torch.Tensor) and a.ndim == 2 and a.is_floating_point() else a
-                    for a in inner
-                ]
             op = getattr(torch.ops.cupy_router, name)
+            if not name.endswith("_backward"):  # weights have one dtype, and so has a bias
+                names = [argument.name for argument in op.default._schema.arguments]
+                inner = [
+                    a.to(dtype)
+                    if isinstance(a, torch.Tensor) and a.ndim == 2 and a.is_floating_point() and argument != "bias"
+                    else a
+                    for argument, a in zip(names, inner, strict=True)
+                ]
             want = op(*inner)
             with FakeTensorMode() as mode:
                 got = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inner))

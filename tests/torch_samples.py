@@ -48,15 +48,17 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     padded = routed.indices.clone()
     padded[3:] = -1
     gated, hashed = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
-    _KEPT.extend((gated, hashed))
+    biased, which = Router(METHOD, weight=tensor(16, 8, seed=1), bias=tensor(2, 16, seed=2)), ids.int() % 2
+    _KEPT.extend((gated, hashed, biased))
     by_hand: dict[str, list[tuple[Any, ...]]] = {
         "topk_select": [
             (TopKOptions(3).text, tensor(5, 16), ids.int(), None, None),
             (TopKOptions(3, "column", False, 2).text, tensor(5, 16), None, None, pages),
         ],
         "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), bias, scale, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, 3),
+            (method, parameter(5, 16), tensor(16, seed=1), None, bias, scale, count, -1),
+            (method, parameter(5, 16), tensor(2, 16, seed=1), which, bias, scale, count, -1),
+            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, None, 3),
         ],
         "hash_router": [
             (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
@@ -64,13 +66,17 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (HashOptions(None).text, ids, table, None, None, None, None, None, None, -1),
         ],
         "hash_layer": [(method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), bias, scale, count, -1)],
-        "dense_router": [(dense, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale, count, -1)],
-        "router": [(gated.key, parameter(5, 8), None, count, -1), (hashed.key, parameter(5, 8), ids, None, -1)],
+        "dense_router": [(dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, count, -1)],
+        "router": [
+            (gated.key, parameter(5, 8), None, None, count, -1),
+            (biased.key, parameter(5, 8), None, which, count, -1),
+            (hashed.key, parameter(5, 8), ids, None, None, -1),
+        ],
         "activation_topk_backward": [
             (as_logits, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach()),
             (in_float32, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None),
         ],
-        "router_logits": [(gated.key, parameter(5, 8), None, None, 3)],
+        "router_logits": [(gated.key, parameter(5, 8), None, None, None, 3)],
         "router_backward": [
             (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), None, None, -1),
             (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), tensor(5, 16), count, -1),
@@ -79,8 +85,8 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))
     by_hand |= {
         "activation_topk_layout": [
-            (MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, bias, scale, count, -1),
-            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, -1),
+            (MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, None, bias, scale, count, -1),
+            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, -1),
         ],
         "hash_router_layout": [
             (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
@@ -89,8 +95,8 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (HashOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, count, -1)
         ],
         "dense_router_layout": [
-            (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
-             count, -1)
+            (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias,
+             scale, count, -1)
         ],
         "hash_router_logits": [
             (HashOptions(METHOD, None, "float32").text, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1),
@@ -109,13 +115,13 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
              None, count, -1)
         ],
         "dense_router_logits": [
-            (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, bias, scale,
-             count, -1)
+            (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, None,
+             bias, scale, count, -1)
             for dtype in ("float32", "bfloat16")
         ],
         "dense_router_logits_layout": [
-            (DenseOptions(METHOD, None, spec, "float16").text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None,
-             None, None, 3)
+            (DenseOptions(METHOD, None, spec, "float16").text, 8, parameter(5, 8), parameter(16, 8, seed=1),
+             tensor(2, 16, seed=2), which, None, None, None, 3)
         ],
     }  # fmt: skip
     return {name: [_declared(op, kind, device)] for name, (op, kind) in NODES.items()} | by_hand | _of_rows(device)

@@ -28,6 +28,7 @@ class Input:
     dtypes: the allowed dtypes, or ANY.
     written: the op writes into it.
     path: where the caller has it, such as "layout.order"; the name by default.
+    leading: name of an axis that it may have before the others.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Input:
     required: bool = False
     written: bool = False
     path: str = ""
+    leading: str = ""
+
+    def axes_of(self, rank: int) -> tuple[str, ...]:
+        """Return the names of the axes of an array of this rank."""
+        return (self.leading, *self.axes) if self.leading and rank == len(self.axes) + 1 else self.axes
 
     @cached_property
     def shown(self) -> str:
@@ -57,9 +63,10 @@ def layer(
     required: bool = False,
     written: bool = False,
     path: str = "",
+    leading: str = "",
 ) -> Input:
     """Declare an input that all rows share."""
-    return Input(name, "layer", _split(axes), dtypes, required, written, path)
+    return Input(name, "layer", _split(axes), dtypes, required, written, path, leading)
 
 
 def row_or_one(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS) -> Input:

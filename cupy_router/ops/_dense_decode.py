@@ -7,8 +7,9 @@ scratch memory (counters, partials) and `num_valid_value`, and then those of :fu
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cupy_router.method import RoutingMethod
@@ -19,13 +20,14 @@ from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
-INPUTS = ("x", "weight", "bias", "logit_bias", "expert_scale", "num_valid")
+INPUTS = ("x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "num_valid")
 ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
 
+_BIAS_FLOATS = 2048  # in shared memory; several biases of more stay where they are
 _SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
 
 
@@ -57,11 +59,12 @@ class Tiling:
     def tiles(self, num_experts: int) -> int:
         return -(-num_experts // self.experts_per_block)
 
-    def shared_bytes(self, num_experts: int) -> int:
+    def shared_bytes(self, num_experts: int, num_biases: int = 1) -> int:
         layers = self.warps * self.experts_per_warp // self.experts_per_block
         row = 128 * -(-num_experts // 128)
         routed = self.share or self.tokens
-        return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + row)
+        biases = num_biases * row if num_biases * row <= _BIAS_FLOATS else 0
+        return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + biases)
 
 
 def launch_for(
@@ -76,6 +79,7 @@ def launch_for(
     dense: bool,
     given: Collection[str] = (),
     logits_dtype: str | None = None,
+    biases: Mapping[str, int] = MappingProxyType({}),
     tiling: Tiling | None = None,
     with_layout: bool = False,
 ) -> DecodeLaunch:
@@ -86,12 +90,16 @@ def launch_for(
         dense: rows of x, weight, weights and indices have no gaps between them.
         given: the names of bias, logit_bias, expert_scale and num_valid that are passed.
         logits_dtype: dtype of the logits that are returned; None: they are not.
+        biases: the macros of several biases.
         tiling: replaces the one that `choose` returns.
         with_layout: the launch lays out, too.
     """
     if tiling is None:
-        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, with_layout)
-    macros = method_macros(method, given) | {
+        num_biases = biases.get("NUM_BIASES", 1)
+        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, with_layout, num_biases)
+    macros = {
+        **method_macros(method, given),
+        **biases,
         "HIDDEN": hidden,
         "DTYPE": row_lanes.DTYPE_CODES[x_dtype],
         "WEIGHT_DTYPE": row_lanes.DTYPE_CODES[weight_dtype],
@@ -148,6 +156,7 @@ def choose(
     x_dtype: str,
     weight_dtype: str,
     with_layout: bool = False,
+    num_biases: int = 1,
 ) -> Tiling:
     """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
     if not tensor_cores(x_dtype, weight_dtype):
@@ -162,7 +171,7 @@ def choose(
     for experts_per_warp, warps in tile.shapes_few_steps if steps <= tile.few_steps else tile.shapes_many_steps:
         share = int(tokens >= (gpu.table.fused_layout if with_layout else table).min_shared_tokens)
         tiling = Tiling(tokens, parts, experts, experts_per_warp, warps, share)
-        if tiling.shared_bytes(num_experts) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
+        if tiling.shared_bytes(num_experts, num_biases) <= _SHARED_BYTES and warps * 32 * 4 >= num_experts:
             return tiling
     # Too many experts for this number of tokens: several groups of tokens read the gate, each with its own last block.
     return Tiling(8, parts, 16, 16, 8)

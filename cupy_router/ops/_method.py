@@ -12,7 +12,7 @@ from cupy_router.arrays import ITEM_SIZES, View
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _row_lanes as row_lanes
-from cupy_router.ops._declared import INTS, Arrays, Input
+from cupy_router.ops._declared import INTS, Arrays, Input, row
 from cupy_router.ops._declared import layer as layer_input
 from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._options import Options
@@ -32,7 +32,8 @@ class MethodOptions(Options):
 
 # -- The declaration of inputs and results -----------------------------------------------------------------------------
 
-BIAS = layer_input("bias", "num_experts", ("float32",))
+BIAS = layer_input("bias", "num_experts", ("float32",), leading="num_biases")
+BIAS_INDEX = row("bias_index", "num_tokens", ("int32",))
 LOGIT_BIAS = layer_input("logit_bias", "num_experts", ("float32",))
 EXPERT_SCALE = layer_input("expert_scale", "num_experts", ("float32",))
 TABLE = layer_input("table", "vocab_size, top_k", INTS, required=True)
@@ -59,7 +60,7 @@ def check_layer(method: RoutingMethod, views: Mapping[str, View]) -> None:
         view = views.get(declared.name)
         if view is not None:
             check.dtype(view, declared.dtypes)
-            check.axes(view, declared.axes, known)
+            check.axes(view, declared.axes_of(len(view.shape)), known)
     check_bias(method, views.get("bias"))
 
 
@@ -67,6 +68,18 @@ def check_bias(method: RoutingMethod, bias: Any) -> None:
     """Refuse a bias if the method cannot use it."""
     if bias is not None and method.score_after_topk and method.bias_on == "score":
         raise ValueError("bias has no scores to go to where score_after_topk is set, unless bias_on is 'logits'")
+
+
+def check_bias_index(bias: View | None, bias_index: View | None) -> None:
+    """Refuse several biases without the bias of each token, and the reverse."""
+    several = bias is not None and len(bias.shape) == 2
+    if bias is not None and several and bias_index is None:
+        remedy = ": call bias.reshape(-1)" if bias.shape[0] == 1 else ""
+        raise ValueError(f"bias [num_biases, num_experts] needs a bias_index [num_tokens], got {bias}{remedy}")
+    if bias_index is not None and not several:
+        raise ValueError(f"bias_index needs a bias [num_biases, num_experts], got {bias or 'none'}")
+    if bias is not None and bias.shape[0] < 1:
+        raise ValueError(f"bias must have at least one row, got {bias}")
 
 
 def needs_whole_rows(method: RoutingMethod) -> bool:
@@ -115,6 +128,13 @@ def method_macros(method: RoutingMethod, given: Collection[str] = ()) -> dict[st
 def id_macros(name: str, dtype: str) -> dict[str, int]:
     """Return the macros for a dtype of expert ids."""
     return {f"{name}_BYTES": ITEM_SIZES[dtype], f"{name}_UNSIGNED": int(dtype.startswith("u"))}
+
+
+def bias_macros(arrays: Arrays) -> dict[str, int]:
+    """Return the macros for the biases of a call, if there are several."""
+    if arrays.bias_index is None:
+        return {}
+    return {"NUM_BIASES": arrays.bias.shape[0], "BIAS_STRIDE": arrays.bias.row_stride}
 
 
 def method_arguments(method: RoutingMethod | None) -> dict[str, float]:

@@ -384,7 +384,7 @@ class Op:
                 continue
             if declared.written:
                 check.writable(view, self.instead(options) if view.readonly else "")
-            check.axes(view, declared.axes, sizes)
+            check.axes(view, declared.axes_of(len(view.shape)), sizes)
         self.check(options, Arrays(self.names, views))
 
     def options_of(self, text: str) -> Any:

@@ -15,10 +15,13 @@ from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
+    BIAS_INDEX,
     EXPERT_SCALE,
     LOGIT_BIAS,
     MethodOptions,
+    bias_macros,
     check_bias,
+    check_bias_index,
     headers,
     method_arguments,
     method_macros,
@@ -42,6 +45,7 @@ class ActivationTopK(RoutedOp):
     inputs = (
         row("logits", "num_tokens, num_experts (+ shared)", required=True),
         BIAS,
+        BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
         NUM_VALID,
@@ -58,9 +62,10 @@ class ActivationTopK(RoutedOp):
     def check(self, options: MethodOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
         check_bias(options.method, arrays.bias)
+        check_bias_index(arrays.bias, arrays.bias_index)
 
     def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        layer = arrays.named("logit_bias", "expert_scale")
+        layer = arrays.named("bias_index", "logit_bias", "expert_scale")
         return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
 
     def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
@@ -78,6 +83,7 @@ class ActivationTopK(RoutedOp):
         macros = method_macros(method, arrays.given("bias", "logit_bias", "expert_scale"))
         strides = logits.row_stride, arrays.weights.row_stride, arrays.indices.row_stride
         dense = strides == (method.num_logits, method.num_columns, method.num_columns)
+        macros |= bias_macros(arrays)
         macros |= {"DTYPE": row_lanes.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
         fixed = {
             "num_tokens": num_tokens,
@@ -107,7 +113,10 @@ class ActivationTopK(RoutedOp):
             "ALIGNED": int(row_lanes.aligned(logits.pointer, logits.row_stride, logits.dtype, columns)),
             "BIAS_ALIGNED": int(
                 bool(biases)
-                and all(row_lanes.aligned(view.pointer, num_experts, view.dtype, columns) for view in biases)
+                and all(
+                    row_lanes.aligned(view.pointer, macros.get("BIAS_STRIDE", num_experts), view.dtype, columns)
+                    for view in biases
+                )
             ),
         }
         grid, block = row_lanes.grid_and_block(gpu, num_tokens, lanes, bool(interleaved))
@@ -139,6 +148,7 @@ def activation_topk(
     method: RoutingMethod | str,
     *,
     bias: Any = None,
+    bias_index: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
     layout: LayoutSpec | None = None,
@@ -152,7 +162,10 @@ def activation_topk(
         logits: [num_tokens, num_experts] float32, float16 or bfloat16; with the method's `shared_in_normalizer`
             [num_tokens, num_experts + num_shared_experts].
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`).
+        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`). With
+            `bias_index` [num_biases, num_experts], several of which each token has one.
+        bias_index: [num_tokens] int32, the bias of each token, such as a second one of image tokens. A row whose index
+            is not in 0..num_biases - 1 gets indices -1 and weights 0.
         logit_bias: [num_experts] float32, added to the logits before all other steps.
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
@@ -185,7 +198,7 @@ def activation_topk(
     (array([[1, 3]], dtype=int32), array([[0.5, 0.5]], dtype=float32))
     """
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
-    inputs = (logits, bias, logit_bias, expert_scale, num_valid)
+    inputs = (logits, bias, bias_index, logit_bias, expert_scale, num_valid)
     fields = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
     return run(OP, fields, inputs, out, stream, number)
 

@@ -22,10 +22,13 @@ from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
+    BIAS_INDEX,
     EXPERT_SCALE,
     LOGIT_BIAS,
     MethodOptions,
+    bias_macros,
     check_bias,
+    check_bias_index,
     gate,
     headers,
     method_sizes,
@@ -61,6 +64,7 @@ class DenseRouter(RoutedOp):
         row("x", "num_tokens, hidden", required=True),
         gate(required=True),
         BIAS,
+        BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
         NUM_VALID,
@@ -83,6 +87,7 @@ class DenseRouter(RoutedOp):
         if hidden < 1:
             raise ValueError(f"x must have at least one column, got {arrays.x}")
         check_bias(method, arrays.bias)
+        check_bias_index(arrays.bias, arrays.bias_index)
         if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
                 f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
@@ -91,7 +96,9 @@ class DenseRouter(RoutedOp):
             )
 
     def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        given = arrays.named("bias", "logit_bias", "expert_scale") | {"logits_dtype": options.logits_dtype}
+        given = arrays.named("bias", "bias_index", "logit_bias", "expert_scale") | {
+            "logits_dtype": options.logits_dtype
+        }
         return reference.dense_router(arrays.x, arrays.weight, options.method, **given, num_valid=num_valid)
 
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
@@ -134,6 +141,7 @@ def dense_router(
     method: RoutingMethod | str,
     *,
     bias: Any = None,
+    bias_index: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
     path: str | None = None,
@@ -154,7 +162,10 @@ def dense_router(
         weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; its dtype may differ from that of x. With
             the method's `shared_in_normalizer` it has num_shared_experts more rows.
         method: a :class:`RoutingMethod`, or the name of a preset such as "deepseek-v4-flash".
-        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`).
+        bias: [num_experts] float32, added for the selection only: to the scores, or to the logits (`bias_on`). With
+            `bias_index` [num_biases, num_experts], several of which each token has one.
+        bias_index: [num_tokens] int32, the bias of each token, such as a second one of image tokens. A row whose index
+            is not in 0..num_biases - 1 gets indices -1 and weights 0.
         logit_bias: [num_experts] float32, the bias of the linear layer, added to the logits before all other steps.
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
@@ -202,7 +213,7 @@ def dense_router(
     if return_logits is not False or logits_dtype != "float32":
         wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
         fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
-    inputs = (x, weight, bias, logit_bias, expert_scale, num_valid)
+    inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
 
@@ -240,7 +251,7 @@ def _decode_kernel(
     launch = decode.launch_for(
         gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
-        logits_dtype=None if logits is None else logits.dtype, with_layout=with_layout,
+        logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
     )  # fmt: skip
     fixed = decode.fixed_arguments(method, num_tokens, *strides, 0 if logits is None else logits.row_stride)
     kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))

@@ -20,6 +20,7 @@ def activation_topk(
     method: RoutingMethod,
     bias: NDArray[np.float32] | None = None,
     *,
+    bias_index: NDArray[np.int32] | None = None,
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
     num_valid: int | None = None,
@@ -32,14 +33,15 @@ def activation_topk(
     Args:
         logits: [num_tokens, num_experts] float32, float16 or bfloat16. Further columns belong to shared experts.
         method: How to score, select and weight.
-        bias: [num_experts] float32, or None.
+        bias: [num_experts] float32, or None. With `bias_index`, [num_biases, num_experts].
+        bias_index: [num_tokens] int32, the bias of each token.
         logit_bias: [num_experts] float32 to add to the logits, or None.
         expert_scale: [num_experts] float32 factor of each expert's weight, or None.
         num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
         weights and indices [num_tokens, top_k + shared experts], in the method's dtypes, ordered by selection value as
-        in ``order.py``. Padding has weights 0 and indices -1.
+        in ``order.py``. Padding has weights 0 and indices -1, and so has a token whose bias does not exist.
 
     >>> logits = np.array([[2.0, 1.0, 1.0, 0.0]], np.float32)
     >>> activation_topk(logits, RoutingMethod(4, 2, "identity"), bias=np.array([0, 0, 0, 9], np.float32))
@@ -49,11 +51,27 @@ def activation_topk(
     weights, indices = empty_results(num_tokens, method.num_columns, method)
     for rows in row_slices(num_tokens if num_valid is None else num_valid, num_logits):
         prepared = prepare_logits(logits[rows], method, logit_bias)
-        selection = selection_values(prepared[:, : method.num_experts], method, bias)
+        biases, exist = biases_of_rows(bias, None if bias_index is None else bias_index[rows])
+        selection = selection_values(prepared[:, : method.num_experts], method, biases)
         chosen = top_indices(selection, method.top_k, eligible_experts(selection, method))
-        indices[rows] = append_shared_indices(chosen, method)
-        weights[rows] = route_weights(prepared, chosen, method, expert_scale)
+        indices[rows] = np.where(exist, append_shared_indices(chosen, method), -1)
+        weights[rows] = np.where(exist, route_weights(prepared, chosen, method, expert_scale), 0)
     return weights, indices
+
+
+def biases_of_rows(
+    bias: NDArray[np.float32] | None, bias_index: NDArray[np.int32] | None
+) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_]]:
+    """Return the bias of all rows or of each row, and whether it exists, [num_rows or 1, 1].
+
+    >>> biases_of_rows(np.array([[1.0], [2.0]], np.float32), np.array([1, 2]))[0]
+    array([[2.],
+           [1.]], dtype=float32)
+    """
+    if bias is None or bias_index is None:
+        return bias, np.ones((1, 1), np.bool_)
+    exist = (bias_index >= 0) & (bias_index < len(bias))
+    return bias[np.where(exist, bias_index, 0)], exist[:, None]
 
 
 def selection_values(

@@ -31,7 +31,7 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
 def run(router: Router, wanted: tuple[Any, Any], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
     layout, return_logits = wanted
-    x, token_ids, num_valid = inputs
+    x, token_ids, bias_index, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
     path = {} if router.is_hash else {"path": None}
     logits_dtype = as_logits_dtype("Router", return_logits, "float32")
@@ -40,16 +40,19 @@ def run(router: Router, wanted: tuple[Any, Any], inputs: tuple[Any, ...], out: A
     if stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
-        return _state.outside_of_graphs(router.route, x, token_ids, layout, num_valid, out, stream, return_logits)
+        return _state.outside_of_graphs(
+            router.route, x, token_ids, bias_index, layout, num_valid, out, stream, return_logits
+        )
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     kind: Any = RoutingWithLogits if return_logits else Routing
+    arguments = (router.key, x, token_ids, bias_index, count, number)
     if out is None:
-        routing = kind(*getattr(torch.ops.cupy_router, _NODES[kind])(router.key, x, token_ids, count, number))
+        routing = kind(*getattr(torch.ops.cupy_router, _NODES[kind])(*arguments))
     else:
         given = {**router.arrays(), "x": x}
         _autograd.refuse_writing(op, options, tuple([given.get(name) for name in op.names]), outs)
         routing = kind(*outs[: len(kind._fields)])
-        getattr(torch.ops.cupy_router, f"{_NODES[kind]}_out")(router.key, x, token_ids, count, number, *routing)
+        getattr(torch.ops.cupy_router, f"{_NODES[kind]}_out")(*arguments, *routing)
     if layout is None:
         return routing if out is None else out
     into = None if out is None else out.layout
@@ -75,17 +78,19 @@ def _router_of(key: str) -> Router:
     return found
 
 
-def _implementation(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int) -> Any:
-    return tuple(_route(kind, key, x, token_ids, num_valid, number, None))
+def _implementation(kind: Any, key: str, *inputs: Any) -> Any:
+    return tuple(_route(kind, key, *inputs, None))
 
 
-def _implementation_into(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int, *outs: Any) -> None:
-    _route(kind, key, x, token_ids, num_valid, number, kind(*outs))
+def _implementation_into(
+    kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int, *outs: Any
+) -> None:
+    _route(kind, key, x, token_ids, bias_index, num_valid, number, kind(*outs))
 
 
-def _route(kind: Any, key: str, x: Any, token_ids: Any, num_valid: Any, number: int, out: Any) -> Any:
+def _route(kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int, out: Any) -> Any:
     count = number if number >= 0 else num_valid
-    return _router_of(key).route(x, token_ids, None, count, out, None, kind is RoutingWithLogits)
+    return _router_of(key).route(x, token_ids, bias_index, None, count, out, None, kind is RoutingWithLogits)
 
 
 def _fake(kind: Any, key: str, x: Any, *others: Any) -> Any:
@@ -118,7 +123,7 @@ def _fake_backward(key: str, x: Any, *others: Any) -> Any:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, x, _, num_valid, number = inputs
+    key, x, _, _, num_valid, number = inputs
     weights, indices, *_ = output
     ctx.mark_non_differentiable(*((indices,) if _router_of(key).weight is not None else (weights, indices)))
     ctx.set_materialize_grads(False)
@@ -132,11 +137,11 @@ def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any, grad_logits: 
         x, indices, num_valid = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in (grad_weights, grad_logits)]
         grad_x = torch.ops.cupy_router.router_backward(ctx.key, x, indices, *grads, num_valid, ctx.number)
-    return None, grad_x, None, None, None
+    return None, grad_x, None, None, None, None
 
 
 _NODES: dict[Any, str] = {Routing: "router", RoutingWithLogits: "router_logits"}
-_INPUTS = "str router, Tensor x, Tensor? token_ids, Tensor? num_valid, SymInt num_valid_value"
+_INPUTS = "str router, Tensor x, Tensor? token_ids, Tensor? bias_index, Tensor? num_valid, SymInt num_valid_value"
 
 for _kind, _node in _NODES.items():
     _results = ", ".join(["Tensor"] * len(_kind._fields))
@@ -146,7 +151,7 @@ for _kind, _node in _NODES.items():
         f"{_node}_out({_INPUTS}, {', '.join(_outs)}) -> ()",
         partial(_implementation_into, _kind),
         no_results,
-        {5 + place: f"Router: out.{name}" for place, name in enumerate(_kind._fields)},
+        {6 + place: f"Router: out.{name}" for place, name in enumerate(_kind._fields)},
     )
     register_gradient(_node, _differentiate, _remember)
     register_without_gradient(f"{_node}_out")

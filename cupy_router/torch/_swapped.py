@@ -143,7 +143,7 @@ class Router(Swapped):
         x, weight = _dense(x), _dense(weight)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         op: Any = dense_router.OP
-        inputs = x, weight, *layer, None
+        inputs = x, weight, layer[0], None, *layer[1:], None
         if "table" in spec.tensors:
             token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:

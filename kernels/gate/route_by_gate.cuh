@@ -15,6 +15,7 @@
 #include "routing/logits_out.cuh"
 #include "device/last_block.cuh"
 #include "device/num_valid.cuh"
+#include "routing/biases.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"
@@ -39,7 +40,11 @@ constexpr bool KEEPS_SCORES =
 constexpr int REDUCTION_FLOATS = WARP_SPLITS * TOKENS * ROW;
 constexpr int SCORE_FLOATS = ROUTED * 32 * PER_LANE;
 __shared__ __align__(16) float shared_floats[max_int(max_int(REDUCTION_FLOATS, SCORE_FLOATS), SHARED_FLOATS)];
-__shared__ float shared_bias[32 * PER_LANE];
+// Biases are in shared memory before a token needs one of them, unless they are too many.
+constexpr int BIAS_ROW = 32 * PER_LANE;
+constexpr bool BIASES_IN_SHARED = BIASES * BIAS_ROW <= 2048;
+__shared__ float shared_bias[BIASES_IN_SHARED ? BIASES * BIAS_ROW : 1];
+__shared__ int shared_bias_index[NUM_BIASES > 0 ? TOKENS : 1];
 
 // Add the sums of the warp splits and store them as the partial sums of this split.
 __device__ __forceinline__ void store_partials(float* partials, int first_expert, int num_tokens) {
@@ -116,8 +121,8 @@ struct Results {
 
 // Route one token by a warp, from its scores or logits in shared memory.
 template <typename Keep>
-__device__ __forceinline__ void route(const float* scores, int64_t token, bool valid, const Results& results,
-                                      Keep keep) {
+__device__ __forceinline__ void route(const float* scores, const float* bias, int64_t token, bool valid,
+                                      const Results& results, Keep keep) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
     float values[PER_LANE];
 #pragma unroll
@@ -135,7 +140,8 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
         const float value = KEEPS_SCORES       ? values[j]
                             : SELECT_ON_LOGITS ? __fadd_rn(values[j], 0.0f)
                                                : score_of(values[j], statistics);
-        keys[j] = sum_order_key(HAS_BIAS ? value + shared_bias[first + j] : value);
+        const bool has_bias = HAS_BIAS && (BIASES_IN_SHARED || first + j < NUM_EXPERTS);
+        keys[j] = sum_order_key(has_bias ? value + bias[first + j] : value);
         if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
     }
     if (NUM_GROUPS > 0) keep_best_groups<32>(keys, lane);
@@ -155,12 +161,12 @@ __device__ __forceinline__ void route(const float* scores, int64_t token, bool v
 // routed any. The other parameters are those of the kernel.
 template <typename Keep>
 __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight, const float* bias,
-                                              const float* logit_bias, const float* expert_scale, const int* num_valid,
-                                              weight_t* weights, index_t* indices, logit_out_t* logits_out,
-                                              unsigned* counters, float* partials, int num_valid_value,
-                                              int64_t num_tokens, const MethodNumbers numbers, int64_t x_stride,
-                                              int64_t weight_stride, int64_t weights_stride, int64_t indices_stride,
-                                              int64_t logits_out_stride, Keep keep) {
+                                              const int* bias_index, const float* logit_bias, const float* expert_scale,
+                                              const int* num_valid, weight_t* weights, index_t* indices,
+                                              logit_out_t* logits_out, unsigned* counters, float* partials,
+                                              int num_valid_value, int64_t num_tokens, const MethodNumbers numbers,
+                                              int64_t x_stride, int64_t weight_stride, int64_t weights_stride,
+                                              int64_t indices_stride, int64_t logits_out_stride, Keep keep) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -172,14 +178,22 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
 
     // Loads that routing needs start before the GEMM, so that they are there in time if this block routes.
     const int fetched_valid = fetch_valid(num_valid, num_valid_value);
-    if (HAS_BIAS) {
+    if (HAS_BIAS && BIASES_IN_SHARED) {
 #pragma unroll
-        for (int round = 0; round < quotient(NUM_EXPERTS, THREADS); ++round) {
-            const int expert = round * THREADS + threadIdx.x;
-            if (expert < NUM_EXPERTS) copy_async4(&shared_bias[expert], bias + expert);
+        for (int i = 0; i < BIASES; ++i) {
+#pragma unroll
+            for (int round = 0; round < quotient(NUM_EXPERTS, THREADS); ++round) {
+                const int expert = round * THREADS + threadIdx.x;
+                if (expert < NUM_EXPERTS)
+                    copy_async4(&shared_bias[i * BIAS_ROW + expert], bias + i * BIAS_STRIDE + expert);
+            }
         }
-        copy_async_commit();
     }
+    if (NUM_BIASES > 0) {
+        for (int t = threadIdx.x; t < count; t += THREADS)
+            copy_async4(&shared_bias_index[t], bias_index + first_token + t);
+    }
+    if (HAS_BIAS) copy_async_commit();
     gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, split, count, shared_floats);
     if (HAS_BIAS) copy_async_wait<0>();
     __syncthreads();
@@ -195,8 +209,11 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
         gather_scores(group_partials, first, tokens, logit_bias, numbers, keep_logit);
         __syncthreads();
         for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
-            const int token = first_token + first + t;
-            route(&shared_floats[t * 32 * PER_LANE], token, token < valid, results, keep);
+            const int token = first_token + first + t, index = NUM_BIASES > 0 ? shared_bias_index[first + t] : 0;
+            const BiasRow its_bias =
+                BIASES_IN_SHARED ? bias_row(shared_bias, index, BIAS_ROW) : bias_row(bias, index, BIAS_STRIDE);
+            route(&shared_floats[t * 32 * PER_LANE], its_bias.bias, token, token < valid && its_bias.exists, results,
+                  keep);
         }
     };
     if (SHARE == 0) {

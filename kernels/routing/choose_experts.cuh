@@ -206,11 +206,16 @@ __device__ __forceinline__ void choose_again(unsigned unsure, const LogitRow<T>&
         if (!any_of_turn<Lanes>(unsure, turn)) continue;
         const int64_t address = __shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(row.logits), turn * Lanes);
         const LogitRow<T> its_row = {reinterpret_cast<const T*>(address), row.logit_bias, row.numbers};
+        const float* its_bias = bias;
+        if (NUM_BIASES > 0) {
+            its_bias =
+                reinterpret_cast<const float*>(__shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(bias), turn * Lanes));
+        }
         float logits[COLUMNS], logit_biases[COLUMNS], biases[COLUMNS];
         load_columns<T, COLUMNS, WHOLE, false>(its_row.logits, lane * COLUMNS, NUM_EXPERTS, logits);
         if (HAS_LOGIT_BIAS)
             load_columns<float, COLUMNS, WHOLE, false>(row.logit_bias, lane * COLUMNS, NUM_EXPERTS, logit_biases);
-        if (HAS_BIAS) load_columns<float, COLUMNS, WHOLE, false>(bias, lane * COLUMNS, NUM_EXPERTS, biases);
+        if (HAS_BIAS) load_columns<float, COLUMNS, WHOLE, false>(its_bias, lane * COLUMNS, NUM_EXPERTS, biases);
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j)
             logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);

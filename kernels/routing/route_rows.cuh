@@ -8,6 +8,7 @@
 
 #include "routing/choose_experts.cuh"
 #include "device/num_valid.cuh"
+#include "routing/biases.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "routing/weigh.cuh"
 
@@ -83,9 +84,9 @@ __device__ __forceinline__ void route_by_scores(const Row& row, const float* bia
 // Route rows by the first `routing_warps()` warps of each block, and pass each expert on: `keep(token, place, expert)`.
 // The other parameters are those of the kernel.
 template <typename Warps, typename Keep>
-__device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const float* logit_bias,
-                                           const float* expert_scale, const int* num_valid, weight_t* weights,
-                                           index_t* indices, int num_valid_value, int64_t num_tokens,
+__device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const int* bias_index,
+                                           const float* logit_bias, const float* expert_scale, const int* num_valid,
+                                           weight_t* weights, index_t* indices, int num_valid_value, int64_t num_tokens,
                                            const MethodNumbers numbers, int64_t logits_stride, int64_t weights_stride,
                                            int64_t indices_stride, Warps routing_warps, Keep keep) {
     if (DENSE) {
@@ -99,16 +100,18 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     // place.
     const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
-    const bool exists = token < num_tokens, valid = token < num_routed;
+    const bool exists = token < num_tokens;
+    const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
+    const bool valid = token < num_routed && its_bias.exists;
     int64_t expert[1];
     float weight[1];
     if constexpr (INTERLEAVED) {
         typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
         const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
-        route_by_bounds<Layout>(row, bias, expert_scale, lane, valid, expert, weight);
+        route_by_bounds<Layout>(row, its_bias.bias, expert_scale, lane, valid, expert, weight);
     } else {
         const Row row = {logits + token * logits_stride, logit_bias, numbers};
-        route_by_scores<LANES, PER_LANE>(row, bias, expert_scale, lane, exists, valid, expert, weight);
+        route_by_scores<LANES, PER_LANE>(row, its_bias.bias, expert_scale, lane, exists, valid, expert, weight);
     }
     if (lane < OUTPUTS && exists) {
         store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);

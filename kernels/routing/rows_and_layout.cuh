@@ -7,11 +7,11 @@
 
 // Route the rows, by the first `routing_warps` warps of each block, and lay them out by all warps of one. The parameters
 // are those of the kernel.
-__device__ __forceinline__ void route_and_lay_out(const logit_t* logits, const float* bias, const float* logit_bias,
-                                                  const float* expert_scale, const int* num_valid, weight_t* weights,
-                                                  index_t* indices, int num_valid_value, int64_t num_tokens,
-                                                  const MethodNumbers numbers, int64_t logits_stride,
-                                                  int64_t weights_stride, int64_t indices_stride,
+__device__ __forceinline__ void route_and_lay_out(const logit_t* logits, const float* bias, const int* bias_index,
+                                                  const float* logit_bias, const float* expert_scale,
+                                                  const int* num_valid, weight_t* weights, index_t* indices,
+                                                  int num_valid_value, int64_t num_tokens, const MethodNumbers numbers,
+                                                  int64_t logits_stride, int64_t weights_stride, int64_t indices_stride,
                                                   const LayoutResults& results, unsigned* counter, int routing_warps) {
     typedef FusedLayout<OUTPUTS, NUM_EXPERTS + NUM_SHARED> Layout;
     __shared__ Layout layout;
@@ -20,8 +20,8 @@ __device__ __forceinline__ void route_and_lay_out(const logit_t* logits, const f
     int pair = -1, own_expert = -1;
     if (threadIdx.x < 32 * routing_warps) {
         route_rows(
-            logits, bias, logit_bias, expert_scale, num_valid, weights, indices, num_valid_value, num_tokens, numbers,
-            logits_stride, weights_stride, indices_stride, [&] { return routing_warps; },
+            logits, bias, bias_index, logit_bias, expert_scale, num_valid, weights, indices, num_valid_value,
+            num_tokens, numbers, logits_stride, weights_stride, indices_stride, [&] { return routing_warps; },
             [&](int64_t token, int place, index_t expert) {
                 pair = static_cast<int>(token) * OUTPUTS + place;
                 own_expert = static_cast<int>(expert);
