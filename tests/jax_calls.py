@@ -26,7 +26,7 @@ class Call(NamedTuple):
         return self.function(**arrays)
 
 
-SHARED = ("weight", "bias", "logit_bias", "expert_scale", "table", "num_valid")
+SHARED = ("weight", "bias", "biases", "logit_bias", "expert_scale", "table", "num_valid")
 
 
 def _arrays(*names: str, dtype: str = "float32", n: int = N) -> dict[str, np.ndarray]:
@@ -43,6 +43,8 @@ def _arrays(*names: str, dtype: str = "float32", n: int = N) -> dict[str, np.nda
         "table": np.stack([inputs.rng(206, row).permutation(32)[:4] for row in range(VOCABULARY)]).astype(np.int32),
         "weight": (inputs.rng(207).integers(-8, 9, (32, HIDDEN)) / 16).astype(DTYPES[dtype]),
         "bias": inputs.normal((32,), seed=208, scale=0.1),
+        "biases": inputs.normal((3, 32), seed=211),
+        "bias_index": inputs.rng(212).integers(-1, 4, n).astype(np.int32),
         "logit_bias": inputs.normal((32,), seed=209, scale=0.1),
         "expert_scale": np.exp(inputs.normal((32,), seed=210)),
         "num_valid": np.array(n // 2, np.int32),
@@ -78,6 +80,10 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
         "activation_topk, padded": call(
             lambda logits, **more: activation_topk(logits, METHOD, **more), "logits", "bias", "num_valid"
         ),
+        "activation_topk of biases, padded": call(
+            lambda logits, biases, **more: activation_topk(logits, METHOD, bias=biases, **more),
+            "logits", "biases", "bias_index", "num_valid",
+        ),
         "hash_router alone": call(lambda token_ids, table: hash_router(token_ids, table), "token_ids", "table"),
         "hash_router of logits": call(
             lambda token_ids, table, **more: hash_router(token_ids, table, METHOD, **more),
@@ -91,6 +97,10 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
         "dense_router decode": call(
             lambda x, weight, **more: dense_router(x, weight, METHOD, path="decode", **more), "x", "weight", "bias"
         ),
+        "dense_router of biases": call(
+            lambda x, weight, biases, **more: dense_router(x, weight, METHOD, bias=biases, **more),
+            "x", "weight", "biases", "bias_index",
+        ),
         "dense_router prefill, padded": call(
             lambda x, weight, **more: dense_router(x, weight, METHOD, path="prefill", **more),
             "x", "weight", "num_valid",
@@ -103,6 +113,10 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
             "token_ids", "table", "x", "weight", "logit_bias", "num_valid",
         ),
         "a dense Router": call(_router, "x", "weight", "bias"),
+        "a dense Router of biases": call(
+            lambda x, weight, biases, **more: Router(METHOD, weight=weight, bias=biases)(x, **more),
+            "x", "weight", "biases", "bias_index",
+        ),
         "a hash Router, padded": call(_hash_layer, "x", "token_ids", "table", "weight", "num_valid"),
         "a hash Router with logits": call(
             lambda *arrays, **named: _hash_layer(*arrays, **named, return_logits=True),

@@ -53,6 +53,16 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
     "layers of their own": (
         lambda a, b: activation_topk(a, METHOD, bias=b, expert_scale=b.exp()), (LOGITS[0], BIASES), (None, 0), SIZE
     ),
+    "a bias of each row": (
+        lambda a, i: activation_topk(a, METHOD, bias=BIASES, bias_index=i), (LOGITS, IDS.clamp(max=3)), (0, 0), 1
+    ),
+    "rows of all, each with a bias": (
+        lambda a, i: activation_topk(a, METHOD, bias=BIASES, bias_index=i), (LOGITS[0], IDS.clamp(max=3)), (None, 0), 1
+    ),
+    "biases of their own": (
+        lambda a, b, i: activation_topk(a, METHOD, bias=b, bias_index=i),
+        (LOGITS, torch.stack((BIASES, -BIASES, 2 * BIASES)), IDS[0].clamp(max=3)), (0, 0, None), SIZE,
+    ),
     "num_valid": (lambda a: activation_topk(a, METHOD, num_valid=2), (LOGITS,), (0,), SIZE),
     "num_valid of each": (lambda a, n: activation_topk(a, METHOD, num_valid=n), (LOGITS, COUNTS), (0, 0), SIZE),
     "dense_router": (lambda x, w: dense_router(x, w, METHOD, path="decode"), (X, GATES[0]), (0, None), 1),
@@ -64,6 +74,9 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
     "rows of all": (lambda ids, a: hash_router(ids, TABLE, METHOD, logits=a), (IDS, LOGITS[0]), (0, None), 1),
     "hash_router alone": (lambda ids: hash_router(ids, TABLE), (IDS,), (0,), 1),
     "a Router": (lambda x: ROUTER(x), (X,), (0,), 1),
+    "a Router of biases": (
+        lambda x, i: Router(METHOD, weight=GATES[0], bias=BIASES)(x, bias_index=i), (X, IDS.clamp(max=3)), (0, 0), 1
+    ),
     "a Router with a table": (lambda x, ids: HASH_ROUTER(x, ids), (X, IDS), (0, 0), 1),
 }  # fmt: skip
 

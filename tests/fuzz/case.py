@@ -220,7 +220,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
         given.pop("return_values", None)
         return topk_select.topk_select(**given)[-len(case.kind._fields) :]
     bias = arrays.get("bias")
-    more: dict[str, Any] = {name: arrays.get(name) for name in ("logit_bias", "expert_scale")}
+    more: dict[str, Any] = {name: arrays.get(name) for name in ("bias_index", "logit_bias", "expert_scale")}
     more["num_valid"] = case.num_valid
     if case.op == "activation_topk":
         assert method is not None
@@ -229,6 +229,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     if case.op == "dense_router":
         assert method is not None
         return dense_router.dense_router(arrays["x"], arrays["weight"], method, bias, **more)
+    del more["bias_index"]
     more |= {name: arrays.get(name) for name in ("logits", "x", "weight")}
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more)
 
@@ -273,7 +274,13 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
         return
     if case.op in ("activation_topk", "dense_router"):
-        compare.assert_routes(ours, reference, logits(case)[:valid], method, arrays.get("bias"))
+        bias, index = arrays.get("bias"), arrays.get("bias_index")
+        good = np.ones(valid, bool) if index is None else (index[:valid] >= 0) & (index[:valid] < len(bias))
+        for array, right in zip(ours, reference, strict=True):
+            compare.assert_same_bits(array[~good], right[~good])
+        ours, reference = (oracle.Routing(*(array[good] for array in pair)) for pair in (ours, reference))
+        its_bias = bias if index is None else bias[index[:valid][good]]
+        compare.assert_routes(ours, reference, logits(case)[:valid][good], method, its_bias)
         return
     np.testing.assert_array_equal(ours.indices, reference.indices)
     if method is None or not {"logits", "x"} & arrays.keys():

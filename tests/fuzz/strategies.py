@@ -181,7 +181,7 @@ def _index_dtypes(num_ids: int) -> list[str]:
 
 
 def _bias(rng: random.Random) -> frozenset[str]:
-    return frozenset({"bias"} if rng.random() < 0.6 else ()) | _counted(rng)
+    return frozenset(rng.choice(((), (), ("bias",), ("bias",), ("bias", "bias_index")))) | _counted(rng)
 
 
 def _counted(rng: random.Random) -> frozenset[str]:
@@ -348,16 +348,22 @@ def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.
 def _layer_and_num_valid(
     draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], layouts: Layouts
 ) -> dict[str, int]:
+    rows = len(next(iter(arrays.values())))
     for name in ("bias", "logit_bias"):
         if name in setting.given:
             arrays[name] = draw(floats((setting.columns,), "float32", biases))
             layouts[name] = (0, 0 if setting.aligned else 1)
+    if "bias_index" in setting.given:
+        arrays["bias"] = draw(floats((3, setting.columns), "float32", biases))
+        layouts["bias"] = (-setting.columns % 8, 0) if setting.aligned else (1, 1)
+        bad = st.sampled_from([-1, 3, 2**31 - 1, -(2**31)])
+        arrays["bias_index"] = draw(integers(rows, "int32", st.integers(0, 2), bad))
     if "expert_scale" in setting.given:  # infinite ones would tell 0 from the smallest weights
         few = st.sampled_from([0.0, 1.0, -1.5, 0.25, 8.0, 1e4])
         arrays["expert_scale"] = np.resize(
             np.array(draw(st.lists(few, min_size=1, max_size=9)), np.float32), setting.columns
         )
-    return draw(_num_valid(setting, arrays, len(next(iter(arrays.values())))))
+    return draw(_num_valid(setting, arrays, rows))
 
 
 @st.composite
