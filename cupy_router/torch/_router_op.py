@@ -78,8 +78,8 @@ def _router_of(key: str) -> Router:
     return found
 
 
-def _implementation(kind: Any, key: str, *inputs: Any) -> Any:
-    return tuple(_route(kind, key, *inputs, None))
+def _implementation(kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int) -> Any:
+    return tuple(_route(kind, key, x, token_ids, bias_index, num_valid, number, None))
 
 
 def _implementation_into(

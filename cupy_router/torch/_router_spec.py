@@ -61,10 +61,10 @@ class RouterSpec:
     tensors: Mapping[str, str] = field(default_factory=dict)  # role of a tensor -> its path
     noise: tuple[str, ...] = ()  # attributes with the amount of noise in training
     plans: Mapping[tuple[Any, Any], Plan] = field(init=False, repr=False)  # by dtypes of x and gate
-    layer: tuple[str | int | None, ...] = field(init=False, repr=False)  # sources of bias, logit_bias and expert_scale
+    layer: tuple[str | int | None, ...] = field(init=False, repr=False)  # sources of the arrays of a layer
 
     def __post_init__(self) -> None:
-        layer = tuple([self._source(role) for role in ("bias", "logit_bias", "expert_scale")])
+        layer = tuple([self._source(role) for role in ("bias", "bias_index", "logit_bias", "expert_scale")])
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "plans", {dtypes: _plan(self, *found) for dtypes, found in self.results.items()})
 

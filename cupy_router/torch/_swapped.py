@@ -143,12 +143,12 @@ class Router(Swapped):
         x, weight = _dense(x), _dense(weight)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         op: Any = dense_router.OP
-        inputs = x, weight, layer[0], None, *layer[1:], None
+        inputs = x, weight, *layer, None
         if "table" in spec.tensors:
             token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:
                 token_ids = token_ids.reshape(-1)
-            op, inputs = hash_router.OP, (_dense(token_ids), table, None, x, weight, *layer[1:], None)
+            op, inputs = hash_router.OP, (_dense(token_ids), table, None, x, weight, *layer[2:], None)
         if torch.compiler.is_dynamo_compiling():
             results = plan.node(*inputs, -1)
         else:

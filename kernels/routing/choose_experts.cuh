@@ -3,6 +3,7 @@
 // share a warp, by score bounds and then the exact scores of the best only.
 #pragma once
 
+#include "routing/biases.cuh"
 #include "routing/score_bound.cuh"
 #include "select/row_interleaved.cuh"
 #include "routing/groups.cuh"

@@ -24,8 +24,6 @@ SPECIALISED bool SCORE_AFTER_TOPK = false;  // logits are selected, and only the
 
 // Selection.
 SPECIALISED bool HAS_BIAS = false;
-SPECIALISED int NUM_BIASES = 0;                 // biases, of which a token has one; 0: one bias for all tokens
-SPECIALISED int64_t BIAS_STRIDE = NUM_EXPERTS;  // floats from one bias to the next
 SPECIALISED bool SELECT_ON_LOGITS = false;
 SPECIALISED int NUM_GROUPS = 0;       // 0: all experts can be chosen
 SPECIALISED int TOP_GROUPS = 1;       // groups that experts can be chosen from
