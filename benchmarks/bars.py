@@ -13,7 +13,7 @@ ACTIVATION_TOPK = {
     384: {1: 2.25, 16: 2.3, 64: 2.35, 1024: 2.6, 8192: 7.5, 65536: 52.0},
 }
 ACTIVATION_TOPK_BACKWARD = {256: {64: 2.2, 8192: 5.0}, 384: {64: 2.2, 8192: 6.0}}  # warm
-HASH_ROUTER_LOGITS = {1: 1.5, 16: 1.5, 64: 1.6, 1024: 1.8, 8192: 2.6}  # warm, with 256 experts and with 384
+HASH_ROUTER_LOGITS = {1: 1.5, 16: 1.5, 64: 1.6, 1024: 1.8, 8192: 2.2}  # warm, with 256 experts and with 384
 TOPK_SELECT = {(256, 8): {64: 2.2, 8192: 7.0, 65536: 42.0}, (384, 6): {64: 2.2, 8192: 7.5}}  # cold
 TOPK_SELECT_LONG = {  # num_rows, num_columns, k; cold
     (1, 32_768, 512): 9.5, (8, 32_768, 512): 10.5, (64, 32_768, 512): 13.0, (1, 131_072, 2048): 16.0,

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from cupy_router import Routing, RoutingMethod, hash_router
+from cupy_router import Routing, RoutingMethod, hash_router, tuning
+from cupy_router.ops import _cached
 from cupy_router.reference.hash_router import hash_router as reference
+from cupy_router.tuning import DEFAULT
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
@@ -165,6 +169,36 @@ def test_a_sum_of_zero_gives_weights_zero(backend: Backend) -> None:
     logits = np.full((5, 64), -400, np.float32)
     got = look_up(backend, token_ids(5), tables(64, 6), RoutingMethod(64, 6), logits=logits)
     np.testing.assert_array_equal(got.weights, np.zeros((5, 6)))
+
+
+HELD = {
+    "plain": RoutingMethod(100, 6, scale=1.5),
+    "softmax of the row": RoutingMethod(100, 3, "softmax"),
+    "shared experts": RoutingMethod(70, 5, "sigmoid", num_shared_experts=2, shared_in_normalizer=True),
+    "wide": RoutingMethod(300, 20, "identity", score_after_topk=True),
+}
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("name", HELD)
+@ITEM("strided rows", "misaligned base")
+def test_a_row_is_the_same_among_few_tokens_and_many(backend: Backend, name: str, dtype: str) -> None:
+    """Among few, a warp reads all logits of its token."""
+    method, n = HELD[name], 37
+    ids, table = token_ids(n), tables(method.num_experts, method.top_k)
+    ids[[0, 9, 36]] = -1, VOCABULARY, 2**31 - 1
+    table[ids[5], -1], table[ids[6], 0] = method.num_experts, -1
+    logits = inputs.normal((n, method.num_logits)).astype(DTYPES[dtype])
+    logits[3, ::3], logits[4, ::2] = np.nan, np.inf
+    given = {"method": method, "logits": logits, "row_pad": 3, "offset": 1, "valid_rows": 35, "num_valid": 35}
+    few = look_up(backend, ids, table, **given)
+    tuned = DEFAULT.table
+    no_tokens = replace(tuned, hash_router=replace(tuned.hash_router, max_tokens_held=0))
+    with mock.patch.object(tuning.gpu, "nearest", return_value=no_tokens):
+        _cached.forget()
+        many = look_up(backend, ids, table, **given)
+    _cached.forget()
+    compare.assert_same_bits(few.weights, many.weights)
 
 
 # -- X and weight ------------------------------------------------------------------------------------------------------

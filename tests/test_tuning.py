@@ -110,8 +110,9 @@ def test_a_table_keeps_within_the_limits_of_the_kernels(capability: tuple[int, i
         assert [most for most, _ in steps] == sorted({most for most, _ in steps})
         assert all(block % 32 == 0 and block <= 256 for _, block in (*steps, (0, table.rows.largest_block)))
     assert all(_row_lanes.MAX_LANES % lanes == 0 and most <= lanes for most, lanes in table.rows.lanes_by_results)
-    assert table.hash_router.block % 32 == 0
-    assert table.hash_router.block <= 256
+    for block in (table.hash_router.block, table.hash_router.held_block):
+        assert block % 32 == 0
+        assert block <= 256
     assert table.decode.max_tokens <= _dense_decode.MAX_TOKENS
     assert [tile.max_tokens for tile in table.decode.tiles][-1] == _dense_decode.MAX_TOKENS
 

@@ -17,11 +17,12 @@ _MAX_PRODUCTS = 8192  # per token; a float of shared memory each
 _UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
 
 
-def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu) -> Kernel:
+def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shared_block: bool = False) -> Kernel:
     """Choose the kernel for the source of the weights, without parameters for logits_out.
 
     method: None for uniform weights.
     arrays: those of `hash_router` by name.
+    shared_block: as many tokens as possible should share a block.
     """
     token_ids, table = arrays.token_ids, arrays.table
     logits, x, weight = arrays.logits, arrays.x, arrays.weight
@@ -78,17 +79,25 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu) -> Kern
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
         return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
-    lanes = row_lanes.MAX_LANES
-    if method is None or logits is None or not needs_whole_rows(method):
+    lanes, tuned_table = row_lanes.MAX_LANES, gpu.table.hash_router
+    holds_row = (
+        not shared_block
+        and method is not None
+        and logits is not None
+        and num_tokens <= gpu.scaled(tuned_table.max_tokens_held)
+        and method.num_logits <= tuned_table.max_logits_held
+        and method.num_columns <= lanes
+    )
+    if not holds_row and (method is None or logits is None or not needs_whole_rows(method)):
         while lanes // 2 >= (top_k if method is None else method.num_columns):
             lanes //= 2
     columns = (top_k, top_k if method is None else method.num_columns)
     dense = (table.row_stride, *out_strides) == (columns[0], columns[1], columns[1])
-    macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes}
+    macros |= {"SOURCE": _UNIFORM if logits is None else _LOGITS, "LANES": lanes, "HOLDS_ROW": int(holds_row)}
     if method is not None and logits is not None:
         macros["DTYPE"] = row_lanes.DTYPE_CODES[logits.dtype]
         dense = dense and logits.row_stride == method.num_logits
     macros["DENSE"] = int(dense)
-    block = gpu.table.hash_router.block
+    block = tuned_table.held_block if holds_row else tuned_table.block
     grid = -(-num_tokens * lanes // block)
     return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))

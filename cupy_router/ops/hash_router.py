@@ -102,7 +102,7 @@ class HashRouter(RoutedOp):
         if found is None or options.logits_dtype is not None:
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.token_ids.shape[0]
-        routed = table_kernel(options.method, arrays, gpu)
+        routed = table_kernel(options.method, arrays, gpu, shared_block=True)
         if arrays.x is None:
             threads = num_tokens * routed.macros["LANES"]
             block = next((block for block in tuned.table_blocks if threads <= block), tuned.threads)

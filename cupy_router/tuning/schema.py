@@ -102,6 +102,9 @@ class HashRouter(Family):
     """hash_router with logits or uniform weights."""
 
     block: int  # threads
+    max_tokens_held: int  # up to here a warp reads all logits of its token
+    max_logits_held: int  # and up to this many logits of a token
+    held_block: int  # threads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,9 @@ TABLE = Table(
     hash_router=HashRouter(
         measured_by="python -m benchmarks.bench_hash_router",
         block=128,
+        max_tokens_held=1024,
+        max_logits_held=512,
+        held_block=128,
     ),
     hash_products=HashProducts(
         measured_by="python -m benchmarks.bench_dense_router",

@@ -52,12 +52,26 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
+// Return an offset or an address, computed here: the compiler would wait until it is used. It forgets that an address is
+// one of global memory, so read by __ldg.
+template <typename T>
+__device__ __forceinline__ T computed_now(T value) {
+    static_assert(sizeof(T) == 8, "a register of 64 bits");
+    asm volatile("" : "+l"(value));
+    return value;
+}
+
 // Return the bits of a float that arithmetic made. The only NaN that the hardware makes is 0x7fffffff.
 __device__ __forceinline__ unsigned canonical_bits(float sum) { return __float_as_uint(sum); }
 
 #else
 
 #include <cmath>
+
+template <typename T>
+inline T computed_now(T value) {
+    return value;
+}
 
 inline unsigned canonical_bits(float sum) { return sum != sum ? 0x7fffffffu : __float_as_uint(sum); }
 

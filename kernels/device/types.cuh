@@ -32,6 +32,14 @@ __device__ __forceinline__ float to_float(BFloat16 value) {
     return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
 
+// Read an element as float, by the read-only path.
+__device__ __forceinline__ float ldg_float(const float* source) { return __ldg(source); }
+
+template <typename T>
+__device__ __forceinline__ float ldg_float(const T* source) {
+    return to_float(T{__ldg(&source->bits)});
+}
+
 // The type of a dtype code: 0 float32, 1 float16, 2 bfloat16.
 template <int CODE>
 struct Scalar {

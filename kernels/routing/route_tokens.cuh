@@ -2,7 +2,8 @@
 // From token ids to the experts that a table has for them, with uniform weights or weights from the scores of a gate.
 //
 // SOURCE UNIFORM or LOGITS: LANES threads serve a token, a lane per place (lane, lane + LANES, ... for wider tables).
-// Token id, table row and logits are three dependent loads, so speed comes from many small tokens in flight.
+// Token id, table row and logits are three dependent loads, so speed comes from many small tokens in flight. HOLDS_ROW,
+// for few tokens: a warp reads all logits of its token before it knows which it needs, and two dependent loads are left.
 // SOURCE PRODUCTS: a block serves a token. Its warps compute the dot products of x with only those rows of the gate
 // that are needed: the rows of the experts of the token, or all rows for a softmax over the whole row. PARTS > 0: PARTS
 // warps share each dot product (split-K), with the loads of UNROLL vectors of both operands in flight; nothing waits
@@ -21,8 +22,9 @@ SPECIALISED int TABLE_BYTES = 4;
 SPECIALISED int DTYPE = 0;             // of the logits, or of x
 SPECIALISED int WEIGHT_DTYPE = DTYPE;  // of the gate
 SPECIALISED int LANES = 8;
-SPECIALISED int WARPS = 8;       // of a block, for products
-SPECIALISED bool DENSE = false;  // rows of table, logits and results follow each other
+SPECIALISED int WARPS = 8;           // of a block, for products
+SPECIALISED bool HOLDS_ROW = false;  // a warp reads all logits of its token
+SPECIALISED bool DENSE = false;      // rows of table, logits and results follow each other
 SPECIALISED int PARTS = 0;
 SPECIALISED int UNROLL = 4;
 SPECIALISED int HIDDEN = 4096;    // if PARTS > 0
@@ -51,7 +53,9 @@ struct Call {
     int64_t vocab_size, hidden, table_stride, logits_stride, x_stride, weight_stride, weights_stride, indices_stride;
 };
 
-__device__ __forceinline__ bool exists(int64_t id, int64_t count) { return id >= 0 && id < count; }
+__device__ __forceinline__ bool exists(int64_t id, int64_t count) {
+    return static_cast<unsigned long long>(id) < static_cast<unsigned long long>(count);
+}
 
 __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* logits, const float* logit_bias,
                                                                 const MethodNumbers numbers, int lane) {
@@ -69,13 +73,44 @@ __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* 
     return row;
 }
 
+// The logits of a token in the registers of its warp.
+template <bool Exists>
+struct HeldRow {
+    static constexpr bool EXISTS = Exists;
+    static constexpr int COUNT = Exists ? static_cast<int>((NUM_LOGITS + 31) / 32) : 1;
+
+    float logit[COUNT];  // of column 32 * i + lane
+
+    __device__ __forceinline__ void load(const scalar_t* logits, int lane) {
+        if (!Exists) return;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            logit[i] = NUM_LOGITS % 32 == 0 || 32 * i + lane < NUM_LOGITS ? ldg_float(logits + 32 * i + lane) : 0.0f;
+    }
+
+    // Return the logit of a column; anything for one that does not exist.
+    __device__ __forceinline__ float at(int column) const {
+        float found[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) found[i] = __shfl_sync(FULL_WARP, logit[i], column & 31);
+#pragma unroll
+        for (int step = 1; step < COUNT; step *= 2) {
+#pragma unroll
+            for (int i = 0; i + step < COUNT; i += 2 * step)
+                found[i] = (column >> 5 & step) != 0 ? found[i + step] : found[i];
+        }
+        return found[0];
+    }
+};
+
 // Tokens that share warps, with uniform weights or given logits.
 template <int Lanes, typename Keep>
 __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
     static_assert(SOURCE != LOGITS || !WHOLE_ROW_SOFTMAX || Lanes == 32,
                   "a bad token's whole warp skips its statistics");
     constexpr int TOKENS_PER_WARP = 32 / Lanes;
-    constexpr int PLACES = (OUTPUTS + Lanes - 1) / Lanes;  // of each lane
+    constexpr int PLACES = (OUTPUTS + Lanes - 1) / Lanes;               // of each lane
+    constexpr int SUMMED = min_int(power_of_two_from(OUTPUTS), Lanes);  // lanes that can have results
     const int64_t table_stride = DENSE ? TOP_K : call.table_stride;
     const int64_t logits_stride = DENSE ? NUM_LOGITS : call.logits_stride;
     const int64_t weights_stride = DENSE ? OUTPUTS : call.weights_stride;
@@ -84,31 +119,41 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (warp * TOKENS_PER_WARP >= call.num_tokens) return;  // whole warps, since lanes vote and sum
     const int64_t row = warp * TOKENS_PER_WARP + threadIdx.x % 32 / Lanes;
+    const bool row_exists = TOKENS_PER_WARP == 1 || row < call.num_tokens;
 
+    // The token id is read for padding too, so that the load waits for nothing. Addresses of the next loads are computed
+    // meanwhile.
+    const token_id_t id = call.token_ids[row_exists ? row : 0];
+    const scalar_t* row_logits = SOURCE == LOGITS ? computed_now(call.logits + row * logits_stride) : nullptr;
+    const expert_t* lane_entries = computed_now(call.table + lane);
+    HeldRow<HOLDS_ROW && SOURCE == LOGITS> held;
+    held.load(row_logits, lane);
     const int64_t valid = valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
-    const int64_t token_id = row < valid ? static_cast<int64_t>(call.token_ids[row]) : -1;
-    const scalar_t* row_logits = SOURCE == LOGITS ? call.logits + row * logits_stride : nullptr;
-    bool bad = !exists(token_id, call.vocab_size);
-    const expert_t* entries = call.table + (bad ? 0 : token_id) * table_stride;
-
+    bool bad = (row >= valid) | !exists(id, call.vocab_size);
+    expert_t entries[PLACES];
+#pragma unroll 8
+    for (int p = 0; p < PLACES; ++p) {
+        entries[p] = 0;
+        if (!bad && p * Lanes + lane < TOP_K) entries[p] = __ldg(lane_entries + id * table_stride + p * Lanes);
+    }
+    // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
+    float values[PLACES];
     int64_t experts[PLACES];
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
         const int place = p * Lanes + lane;
-        experts[p] = bad || place >= TOP_K ? 0 : static_cast<int64_t>(entries[place]);
-    }
-    // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
-    float values[PLACES];
-#pragma unroll 8
-    for (int p = 0; p < PLACES; ++p) {
-        const int place = p * Lanes + lane;
-        const bool good = exists(experts[p], EXPERT_IDS) && !bad;
+        const bool good = exists(entries[p], EXPERT_IDS) & !bad;
         bad |= !good;
-        experts[p] = expert_of(place, experts[p]);
+        experts[p] = expert_of(place, entries[p]);
         values[p] = 0.0f;
-        if (SOURCE == LOGITS && good && place < WEIGHED) {
-            values[p] = prepare(to_float(row_logits[experts[p]]), call.logit_bias, experts[p], call.numbers);
+        if (SOURCE != LOGITS) continue;
+        float logit = 0.0f;
+        if (held.EXISTS) {
+            logit = held.at(static_cast<int>(experts[p]));
+        } else if (good && place < WEIGHED) {
+            logit = ldg_float(row_logits + experts[p]);
         }
+        if (good && place < WEIGHED) values[p] = prepare(logit, call.logit_bias, experts[p], call.numbers);
     }
     bad = lanes_ballot<Lanes>(bad) != 0;
 
@@ -119,12 +164,12 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
         for (int p = 0; p < PLACES; ++p) {
             if (!WEIGHS_LOGITS) values[p] = score_of(values[p], statistics);
         }
-        weigh<LaneTeam<Lanes>>(values, experts, lane, Lanes, !bad, call.expert_scale, call.numbers);
+        weigh<LaneTeam<SUMMED>>(values, experts, lane, Lanes, !bad, call.expert_scale, call.numbers);
     }
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
         const int place = p * Lanes + lane;
-        if (row >= call.num_tokens || place >= OUTPUTS) continue;
+        if (!row_exists || place >= OUTPUTS) continue;
         float weight = values[p];
         if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : call.numbers.shared_weight;
         store_float(call.weights + row * weights_stride + place, bad ? 0.0f : weight);
