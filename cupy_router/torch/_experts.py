@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cupy_router.ops._rows import LayoutInts
 from cupy_router.ops.expert_layout import OP as LAYOUT
@@ -75,9 +76,11 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
         return _transformers.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     parts = first, second, biases, norm = _parts(self)
     is_eager = not (_state.is_special() or torch.is_grad_enabled())
-    if is_eager and _gathers(self, parts, hidden_states, top_k_index):
-        return _by_gathered_weights(self, parts, hidden_states, top_k_index, top_k_weights)
-    want = _wanted(biases, norm)
+    picks = _picks(self, hidden_states, top_k_index, second.shape[0])
+    gathers = is_eager and _gathers(self, parts, hidden_states, top_k_index)
+    if gathers or (picks and hidden_states.shape[0] == 1):
+        return _of_one_token(self, parts, hidden_states, top_k_index, top_k_weights)
+    want = _WANT_EXPERTS if picks else _wanted(biases, norm)
     given = hidden_states.contiguous(), top_k_index.contiguous(), second.shape[0], want
     nodes = _nodes.get((second.shape[0], want)) if torch.compiler.is_dynamo_compiling() else None
     if nodes is not None:
@@ -86,12 +89,12 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weigh
         rows, layout = (is_eager and layout_and_rows(*given)) or _layout_and_rows(*given)
     # Pairs of experts that are elsewhere have no row. Then the last rows have no pair, and hold garbage after a GEMM,
     # as their gradients do. Older releases of transformers do not say whether there are such pairs.
-    some_are_elsewhere = want is not _WANT and getattr(self, "_is_expert_parallel", True)
-    y = _grouped_mm(rows, first if self.is_transposed else first.transpose(-2, -1), layout.ends)
+    some_are_elsewhere = not (biases is None and norm is None) and getattr(self, "_is_expert_parallel", True)
+    y = _product(rows, first, self.is_transposed, layout, picks)
     if biases is not None:
         y.add_(_of_rows(biases[0], layout.row_experts, some_are_elsewhere))
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
-    y = _grouped_mm(y, second if self.is_transposed else second.transpose(-2, -1), layout.ends)
+    y = _product(y, second, self.is_transposed, layout, picks)
     if biases is not None:
         y.add_(_of_rows(biases[1], layout.row_experts, some_are_elsewhere))
     if norm is not None:
@@ -135,8 +138,9 @@ _nodes: dict[tuple[int, tuple[str, ...]], _Nodes] = {}
 def prepare_nodes(experts: Any) -> None:
     """Prepare what torch.compile finds in a module. Without it, graphs are the same, but their guards take longer."""
     _, second, biases, norm = _parts(experts)
-    key = second.shape[0], _wanted(biases, norm)
-    _nodes.setdefault(key, _Nodes(*key))
+    for want in {_wanted(biases, norm), _WANT_EXPERTS}:
+        key = second.shape[0], want
+        _nodes.setdefault(key, _Nodes(*key))
 
 
 def _wanted(biases: Any, norm: Any) -> tuple[str, ...]:
@@ -149,6 +153,13 @@ def _wanted(biases: Any, norm: Any) -> tuple[str, ...]:
 def _layout_and_rows(x: Any, indices: Any, num_experts: int, want: tuple[str, ...]) -> tuple[Any, Any]:
     layout = expert_layout(indices, num_experts, want=want)
     return permute(x, layout), layout
+
+
+def _product(rows: Any, weights: Any, is_transposed: bool, layout: ExpertLayout, picks: bool) -> Any:
+    """Return each row times its expert's weights, in their dtype. weights: [num_experts, out, in], or transposed."""
+    if picks:
+        return _each_times(rows.to(weights.dtype), weights, layout.row_experts, is_transposed)
+    return _grouped_mm(rows, weights if is_transposed else weights.transpose(-2, -1), layout.ends)
 
 
 def _grouped_mm(rows: Any, weight: Any, ends: Any) -> Any:
@@ -169,11 +180,28 @@ def _of_rows(bias: Any, row_experts: Any, some_are_elsewhere: bool) -> Any:
     return bias[row_experts]
 
 
-# -- One token ---------------------------------------------------------------------------------------------------------
+# -- Few pairs ---------------------------------------------------------------------------------------------------------
+
+
+def _picks(experts: Any, x: Any, indices: Any, num_experts: int) -> bool:
+    """Return whether a graph without gradients has so few pairs that reading the weights of each is the fastest.
+
+    Inductor compiles such a product to one kernel that copies no weights. A grouped GEMM takes up to twice as long, as
+    its tiles have many more rows than an expert has tokens. Other backends do copy the weights of each pair.
+    """
+    if torch.is_grad_enabled() or not torch.compiler.is_dynamo_compiling() or not _picks_on(x.device):
+        return False
+    if getattr(experts, "_is_expert_parallel", False):
+        return False
+    return statically_known_true(x.shape[0] * indices.shape[1] <= num_experts)  # type: ignore[no-any-return]
+
+
+def _picks_on(device: Any) -> bool:
+    return device.type == "cuda"  # type: ignore[no-any-return]
 
 
 def _gathers(experts: Any, parts: Parts, x: Any, indices: Any) -> bool:
-    """Return whether an eager call without gradients is faster by products with copies of the weights.
+    """Return whether an eager call with one token is faster by products with copies of the weights.
 
     The host launches fewer kernels then. A captured graph needs no host, and its kernels take longer.
     """
@@ -184,27 +212,50 @@ def _gathers(experts: Any, parts: Parts, x: Any, indices: Any) -> bool:
     return num_bytes <= GATHERED_BYTES and not torch.cuda.is_current_stream_capturing()
 
 
-def _by_gathered_weights(experts: Any, parts: Parts, x: Any, indices: Any, weights: Any) -> Any:
-    """Return the same as :func:`experts_forward` for one token."""
+def _of_one_token(experts: Any, parts: Parts, x: Any, indices: Any, weights: Any) -> Any:
+    """Return the same as :func:`experts_forward` for one token, without a layout."""
     first, second, biases, norm = parts
     chosen = indices[0]
     if not hasattr(experts, "_is_expert_parallel"):  # then it may be; weights of experts that are elsewhere are 0
         chosen = chosen.clamp(max=second.shape[0] - 1)
-    y = _each_times(x.to(first.dtype).expand(len(chosen), -1), first[chosen], experts.is_transposed)
+    y = _each_times(x.to(first.dtype).expand(len(chosen), -1), first, chosen, experts.is_transposed)
     if biases is not None:
         y.add_(biases[0][chosen])
     y = experts._apply_gate(y) if getattr(experts, "has_gate", True) else experts.act_fn(y)
-    y = _each_times(y.to(second.dtype), second[chosen], experts.is_transposed)
+    y = _each_times(y.to(second.dtype), second, chosen, experts.is_transposed)
     if biases is not None:
         y.add_(biases[1][chosen])
     if norm is not None:
         y = norm(y)
-    y = weights @ y if weights.dtype == y.dtype else (weights.T * y).sum(dim=0, keepdim=True)
+    if weights.dtype == y.dtype and not torch.compiler.is_dynamo_compiling():
+        y = weights @ y
+    else:
+        y = (weights.T.float() * y).sum(dim=0, keepdim=True)
     return y.to(x.dtype)
 
 
-def _each_times(rows: Any, weights: Any, is_transposed: bool) -> Any:
-    """Return each row times a weight of its own, [num_rows, out, in] or transposed."""
+def _each_times(rows: Any, weights: Any, chosen: Any, is_transposed: bool) -> Any:
+    """Return each row times its expert's weights: [num_experts, out, in], or transposed. chosen: expert of each row."""
+    if torch.compiler.is_dynamo_compiling():
+        return _sum_of_products(rows, weights[chosen], is_transposed).to(weights.dtype)
     if is_transposed:
-        return torch.bmm(rows.unsqueeze(1), weights).squeeze(1)
-    return torch.bmm(weights, rows.unsqueeze(2)).squeeze(2)
+        return torch.bmm(rows.unsqueeze(1), weights[chosen]).squeeze(1)
+    return torch.bmm(weights[chosen], rows.unsqueeze(2)).squeeze(2)
+
+
+def _sum_of_products(rows: Any, weights: Any, is_transposed: bool) -> Any:
+    """Return products in float32, in a form that Inductor makes one fast kernel of."""
+    rows = rows.as_strided(rows.shape, rows.stride())  # Inductor computes the rows once, not within each product
+    if is_transposed:
+        return (weights.float() * rows.unsqueeze(2).float()).sum(1)
+    products = weights.float() * rows.unsqueeze(1).float()
+    return products.unflatten(2, (_num_parts(rows.shape[1]), -1)).sum(2).sum(2)
+
+
+def _num_parts(length: int) -> int:
+    """Return the number of parts of a sum, each nearly as long as a power of two, since Inductor's blocks are as long.
+
+    Inductor fuses the sum of up to three parts; of more, it would write products to memory.
+    """
+    numbers = [number for number in (1, 2, 3) if length % number == 0]
+    return max(numbers, key=lambda number: (length // number / 2 ** (length // number - 1).bit_length(), -number))
