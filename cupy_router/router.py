@@ -15,6 +15,7 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.ops._declared import FLOATS
+from cupy_router.ops._given import ROUTE
 from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._run import Interceptor
@@ -142,6 +143,8 @@ class Router:
         x: Any,
         token_ids: Any = None,
         *,
+        indices: Any = None,
+        unset: str = ROUTE,
         bias_index: Any = None,
         return_logits: bool = False,
         layout: LayoutSpec | None = None,
@@ -154,6 +157,8 @@ class Router:
         Args:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
             token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
+            indices, unset: The experts of each token, in place of a selection, and what becomes of a row of -1: as for
+                :func:`cupy_router.dense_router`.
             bias_index: [num_tokens] int32, the bias of each token. Required if there are several biases.
             return_logits, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or for
                 :func:`cupy_router.hash_router` with a table. Logits are float32.
@@ -162,31 +167,26 @@ class Router:
             Routing with arrays of the framework of x, on its device; with `return_logits` RoutingWithLogits, with
             `layout` RoutingPlan, with both RoutingPlanWithLogits.
         """
+        inputs, wanted = (x, token_ids, bias_index, indices, num_valid), (layout, return_logits, unset)
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
-                inputs = (x, token_ids, bias_index, num_valid)
-                return interceptor.run(self, (layout, return_logits), inputs, out, stream, -1)
-        return self.route(x, token_ids, bias_index, layout, num_valid, out, stream, return_logits)
+                return interceptor.run(self, wanted, inputs, out, stream, -1)
+        return self.route(inputs, wanted, out, stream)
 
-    def route(
-        self,
-        x: Any,
-        token_ids: Any,
-        bias_index: Any,
-        layout: Any,
-        num_valid: Any,
-        out: Any,
-        stream: Any,
-        return_logits: Any = False,
-    ) -> Any:
-        """Return the results of a call that no interceptor takes as a whole; its op still goes through them."""
+    def route(self, inputs: tuple[Any, ...], wanted: tuple[Any, ...], out: Any, stream: Any) -> Any:
+        """Return the results of a call that no interceptor takes as a whole; its op still goes through them.
+
+        inputs: x, token_ids, bias_index, indices and num_valid; wanted: layout, return_logits and unset.
+        """
+        x, token_ids, bias_index, indices, num_valid = inputs
+        layout, return_logits, unset = wanted
         if self.follows_inputs:
-            return self.beside(x).route(x, token_ids, bias_index, layout, num_valid, out, stream, return_logits)
+            return self.beside(x).route(inputs, wanted, out, stream)
         if self.table is None:
             return dense_router.dense_router(
                 x, self.weight, self.method, bias=self.bias, bias_index=bias_index, logit_bias=self.logit_bias,
-                expert_scale=self.expert_scale, return_logits=return_logits, layout=layout, num_valid=num_valid,
-                out=out, stream=stream,
+                expert_scale=self.expert_scale, indices=indices, unset=unset, return_logits=return_logits,
+                layout=layout, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.logit_bias, self.expert_scale,

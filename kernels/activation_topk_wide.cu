@@ -6,6 +6,7 @@
 #include "routing/choose_experts.cuh"
 #include "device/num_valid.cuh"
 #include "routing/biases.cuh"
+#include "routing/given_experts.cuh"
 #include "routing/logits_out.cuh"
 #include "routing/weigh.cuh"
 
@@ -57,10 +58,11 @@ __device__ __forceinline__ void find_best_groups(const WideRow& row) {
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                          const int* __restrict__ bias_index, const float* __restrict__ logit_bias,
-                         const float* __restrict__ expert_scale, const int* __restrict__ num_valid,
-                         weight_t* __restrict__ weights, index_t* __restrict__ indices, int num_valid_value,
-                         logit_out_t* logits_out, long long num_tokens, const MethodNumbers numbers,
-                         long long logits_stride, long long weights_stride, long long indices_stride,
+                         const float* __restrict__ expert_scale, const given_t* __restrict__ given_experts,
+                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
+                         index_t* __restrict__ indices, int num_valid_value, logit_out_t* logits_out,
+                         long long num_tokens, const MethodNumbers numbers, long long logits_stride,
+                         long long weights_stride, long long indices_stride, long long given_stride,
                          long long logits_out_stride) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
@@ -69,7 +71,17 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
         return_logits<false>(logits + r * logits_stride, logit_bias, r < valid, logits_out + r * logits_out_stride,
                              threadIdx.x, WIDE_THREADS);
         const BiasRow its_bias = bias_of_token(bias, bias_index, r);
-        if (r >= valid || !its_bias.exists) {
+        bool is_set = UNSET_EMPTY, exists = true;
+        for (int place = threadIdx.x; HAS_GIVEN && place < TOP_K; place += WIDE_THREADS) {
+            const int id = given_id(given_experts + r * given_stride + place);
+            is_set |= id != UNSET;
+            exists &= id >= 0;
+        }
+        if (HAS_GIVEN) {
+            is_set = __syncthreads_or(is_set);
+            exists = !__syncthreads_or(!exists);
+        }
+        if (r >= valid || !(HAS_GIVEN && is_set ? exists : its_bias.exists)) {
             for (int output = threadIdx.x; output < OUTPUTS; output += WIDE_THREADS) {
                 store_float(weight + output, 0.0f);
                 index[output] = -1;
@@ -87,10 +99,11 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             }
             row.statistics.inverse_sum = 1.0f / BlockTeam::sum(sum);
         }
-        if (NUM_GROUPS > 0) find_best_groups(row);
+        const bool selects = !(HAS_GIVEN && is_set);
+        if (NUM_GROUPS > 0 && selects) find_best_groups(row);
 
         unsigned long long last = ~0ull;
-        for (int round = 0; round < TOP_K; ++round) {
+        for (int round = 0; selects && round < TOP_K; ++round) {
             unsigned long long best = 0;
             for (unsigned e = threadIdx.x; e < NUM_EXPERTS; e += WIDE_THREADS) {
                 if (NUM_GROUPS > 0 && !group_kept[e / GROUP_SIZE]) continue;
@@ -101,6 +114,9 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             if (threadIdx.x == round % WIDE_THREADS)
                 index[round] = column_of(last);  // this thread reads it again below
         }
+
+        for (int place = threadIdx.x; !selects && place < TOP_K; place += WIDE_THREADS)
+            index[place] = static_cast<index_t>(given_experts[r * given_stride + place]);
 
         int64_t experts[PLACES];
         float values[PLACES];

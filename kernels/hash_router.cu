@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Experts by a table of token ids, with uniform weights or weights from the scores of a gate.
-#include "routing/logits_out.cuh"
 #include "routing/route_tokens.cuh"
 
 constexpr int MOST_THREADS = SOURCE == PRODUCTS ? 32 * WARPS : 256;
@@ -12,8 +11,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, LEAST_BLOCKS)
                 const float* __restrict__ logit_bias, const float* __restrict__ expert_scale,
                 const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
                 int num_valid_value, logit_out_t* logits_out, long long num_tokens,
-                const __grid_constant__ MethodNumbers numbers, long long vocab_size, long long hidden,
-                long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
+                const __grid_constant__ MethodNumbers numbers, long long vocab_size, long long table_stride,
+                long long hidden, long long logits_stride, long long x_stride, long long weight_stride,
                 long long weights_stride, long long indices_stride, long long logits_out_stride) {
     const Call call = {token_ids,     table,      logits,          x,
                        weight,        logit_bias, expert_scale,    num_valid,
@@ -22,11 +21,5 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, LEAST_BLOCKS)
                        logits_stride, x_stride,   weight_stride,   weights_stride,
                        indices_stride};
     route_tokens(call, [](int64_t, int, index_t) {});
-    if (RETURNS_LOGITS) {
-        const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LANES;
-        if (token >= num_tokens) return;
-        const bool valid = token < valid_rows(num_valid, num_valid_value, num_tokens);
-        return_logits<false>(logits + token * logits_stride, logit_bias, valid, logits_out + token * logits_out_stride,
-                             threadIdx.x % LANES, LANES);
-    }
+    return_logits_of(call, logits_out, logits_out_stride);
 }

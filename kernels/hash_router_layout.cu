@@ -12,8 +12,8 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1)
                        int* __restrict__ offsets, int* __restrict__ ends, int* __restrict__ order,
                        int* __restrict__ positions, int* __restrict__ block_experts, int* __restrict__ row_experts,
                        int num_valid_value, unsigned* counter, long long num_tokens,
-                       const __grid_constant__ MethodNumbers numbers, long long vocab_size, long long hidden,
-                       long long table_stride, long long logits_stride, long long x_stride, long long weight_stride,
+                       const __grid_constant__ MethodNumbers numbers, long long vocab_size, long long table_stride,
+                       long long hidden, long long logits_stride, long long x_stride, long long weight_stride,
                        long long weights_stride, long long indices_stride, int capacity, long long positions_stride) {
     const Call call = {token_ids,     table,      logits,          x,
                        weight,        logit_bias, expert_scale,    num_valid,

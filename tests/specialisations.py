@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def specialisations() -> list[Specialisation]:
 
 def in_order_of_use() -> list[Specialisation]:
     """As the ops ask for them, which does not depend on what macros are called."""
-    used = _largest(_presets, _benchmarks, _besides)
+    used = _largest(_presets, _benchmarks, _besides, _given)
     found = [Specialisation(*key, *sizes, False, newest) for key, (sizes, newest) in used.items()]
     corners = _largest(_corners, _layouts).items()
     return found + [Specialisation(*key, *sizes, True, newest) for key, (sizes, newest) in corners if key not in used]
@@ -183,6 +184,24 @@ def _besides() -> None:
         for n, layout in ((1, None), (16, None), (16, LayoutSpec()), (4096, None)):
             x, gate = _matrix(n, 2880, "bfloat16"), _matrix(method.num_experts, 2880, "bfloat16")
             dense_router(x, gate, method, **layer, layout=layout, logits_dtype="bfloat16")
+
+
+def _given() -> None:
+    """Experts as rollouts record them, replayed: for few tokens and many, whose rows of -1 are routed or empty."""
+    method = presets()["deepseek-v4-flash"]
+    bias = np.zeros(256, np.float32)
+    for n, unset in product((16, 8192), ("route", "empty")):
+        replayed: dict[str, Any] = {"indices": np.zeros((n, 6), np.int16), "unset": unset, "bias": bias}
+        for dtype in ("float32", "bfloat16"):
+            activation_topk(_matrix(n, 256, dtype), method, **replayed)
+            dense_router(_matrix(n, HIDDEN, dtype), _matrix(256, HIDDEN, dtype), method, **replayed)
+    replayed = {"indices": np.zeros((16, 6), np.uint8), "unset": "empty", "layout": LayoutSpec()}
+    x, weight = _matrix(16, HIDDEN, "bfloat16"), _matrix(256, HIDDEN, "bfloat16")
+    activation_topk(_matrix(16, 256, "bfloat16"), method, **replayed)
+    dense_router(x, weight, method, **replayed)
+    softmax = RoutingMethod(256, 8, "softmax")
+    for unset in ("route", "empty"):
+        dense_router(x, weight, softmax, indices=np.zeros((16, 8), np.int32), unset=unset, return_logits=True)
 
 
 def _corners() -> None:

@@ -173,3 +173,36 @@ def test_an_example_is_short() -> None:
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         assert len(lines) <= 75, path.name
     assert tokens.METHOD.score == "sqrtsoftplus"
+
+
+def test_a_replay_is_near_its_rollout() -> None:
+    """Without replay, some tokens have other experts, and the probabilities of their actions are others."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    reports = importlib.import_module("examples.replay").train(2)
+    assert all(0 < report.mismatch < 0.1 for report in reports)
+    assert max(report.without_replay for report in reports) > 0.2
+
+
+def test_the_loss_of_a_replay_is_that_of_the_recorded_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a plain router in place of ours, which gathers its scores at the recorded experts."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    module = importlib.import_module("examples.replay")
+
+    def plain_router(x: Any, gate: Any, method: Any, *, indices: Any, unset: str) -> Routing:
+        scores = torch.nn.functional.softplus(x @ gate.T).sqrt().gather(1, indices.long())
+        return Routing(scores / scores.sum(dim=1, keepdim=True), indices)
+
+    torch.manual_seed(0)
+    policy, x = module.Policy(), torch.from_numpy(tokens.load()[0][:64])
+    rollout, rewards = module.roll_out(policy, x), torch.arange(64.0) % 3
+
+    def step() -> tuple[Any, Any]:
+        logits = policy(x, replay=rollout.experts)
+        loss = module.loss_of(module.log_probabilities_of(logits, rollout.actions), rollout, rewards)
+        return loss, torch.autograd.grad(loss, [policy.gate, policy.up])
+
+    (loss, gradients), _ = step(), monkeypatch.setattr(module, "dense_router", plain_router)
+    want, right = step()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for got, gradient in zip(gradients, right, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)

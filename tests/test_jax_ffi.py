@@ -79,7 +79,7 @@ def test_a_launch_on_xlas_stream_and_device_with_xlas_buffers(recorder: Any) -> 
 
 def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
     scale, count, out = np.ones(16, np.float32), np.array(3, np.int32), results(6, 4)
-    handler("activation_topk")(XLA().frame([LOGITS, scale, count], out, call(METHOD, 0, 3, 4)))
+    handler("activation_topk")(XLA().frame([LOGITS, scale, count], out, call(METHOD, 0, 4, 6)))
     said = recorder.launches[0].arguments
     assert [said[name] for name in ("expert_scale", "num_valid")] == addresses(scale, count)
     assert [said[name] for name in ("bias", "logit_bias", "num_valid_value")] == [0, 0, -1]

@@ -161,7 +161,8 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
         assert_kernel(launch, "activation_topk_wide", "activation_topk_wide", **method_macros)
         assert (launch.grid, launch.block) == ((33, 1, 1), (256, 1, 1))
     assert launch.arguments == {
-        "logits": 0x1000, "bias": 0x2000, "bias_index": 0, "logit_bias": 0, "expert_scale": 0, "num_valid": 0x3004,
+        "logits": 0x1000, "bias": 0x2000, "bias_index": 0, "logit_bias": 0, "expert_scale": 0,
+        "given_experts": 0, "given_stride": 0, "num_valid": 0x3004,
         "weights": result.weights.pointer, "indices": result.indices.pointer,
         "num_valid_value": -1, "num_tokens": 33, "logits_stride": -5000, "weights_stride": 6, "indices_stride": 6,
         "logits_out": 0, "logits_out_stride": 0,
@@ -241,7 +242,7 @@ def test_dense_router_of_few_tokens() -> None:
     counters, partials = launch.arguments["counters"], launch.arguments["partials"]
     assert launch.arguments == {
         "x": x.ctypes.data, "weight": weight.ctypes.data, "bias": bias.ctypes.data, "bias_index": 0, "logit_bias": 0,
-        "expert_scale": 0, "num_valid": 0,
+        "expert_scale": 0, "given_experts": 0, "given_stride": 0, "num_valid": 0,
         "weights": weights.ctypes.data, "indices": indices.ctypes.data, "logits_out": 0, "logits_out_stride": 0,
         "counters": counters, "partials": partials, "num_valid_value": 3,
         "num_tokens": 4, "x_stride": 600, "weight_stride": 512, "weights_stride": 6,

@@ -47,6 +47,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     bias, scale = parameter(16, seed=2), parameter(16, seed=3)
     padded = routed.indices.clone()
     padded[3:] = -1
+    replayed, emptied = padded.to(torch.int16), MethodOptions(METHOD, unset="empty").text
     gated, hashed = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
     biased, which = Router(METHOD, weight=tensor(16, 8, seed=1), bias=tensor(2, 16, seed=2)), ids.int() % 2
     _KEPT.extend((gated, hashed, biased))
@@ -56,9 +57,10 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (TopKOptions(3, "column", False, 2).text, tensor(5, 16), None, None, pages),
         ],
         "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), None, bias, scale, count, -1),
-            (method, parameter(5, 16), tensor(2, 16, seed=1), which, bias, scale, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, None, 3),
+            (method, parameter(5, 16), tensor(16, seed=1), None, bias, scale, None, count, -1),
+            (method, parameter(5, 16), tensor(2, 16, seed=1), which, bias, scale, replayed, count, -1),
+            (emptied, parameter(5, 16), None, None, bias, scale, replayed, count, -1),
+            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, None, None, 3),
         ],
         "hash_router": [
             (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
@@ -66,17 +68,21 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (HashOptions(None).text, ids, table, None, None, None, None, None, None, -1),
         ],
         "hash_layer": [(method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), bias, scale, count, -1)],
-        "dense_router": [(dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, count, -1)],
+        "dense_router": [
+            (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, count, -1)
+            for ids_given in (None, replayed)
+        ],
         "router": [
-            (gated.key, parameter(5, 8), None, None, count, -1),
-            (biased.key, parameter(5, 8), None, which, count, -1),
-            (hashed.key, parameter(5, 8), ids, None, None, -1),
+            (gated.key, parameter(5, 8), None, None, None, "route", count, -1),
+            (gated.key, parameter(5, 8), None, None, replayed, "empty", count, -1),
+            (biased.key, parameter(5, 8), None, which, replayed, "route", count, -1),
+            (hashed.key, parameter(5, 8), ids, None, None, "route", None, -1),
         ],
         "activation_topk_backward": [
             (as_logits, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach()),
             (in_float32, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None),
         ],
-        "router_logits": [(gated.key, parameter(5, 8), None, None, None, 3)],
+        "router_logits": [(gated.key, parameter(5, 8), None, None, None, "route", None, 3)],
         "router_backward": [
             (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), None, None, -1),
             (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), tensor(5, 16), count, -1),
@@ -85,8 +91,11 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))
     by_hand |= {
         "activation_topk_layout": [
-            (MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, None, bias, scale, count, -1),
-            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, -1),
+            (
+                MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, None, bias, scale, None, count,
+                -1,
+            ),
+            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, None, -1),
         ],
         "hash_router_layout": [
             (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
@@ -96,7 +105,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "dense_router_layout": [
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias,
-             scale, count, -1)
+             scale, None, count, -1)
         ],
         "hash_router_logits": [
             (HashOptions(METHOD, None, "float32").text, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1),
@@ -116,12 +125,12 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "dense_router_logits": [
             (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, None,
-             bias, scale, count, -1)
+             bias, scale, None, count, -1)
             for dtype in ("float32", "bfloat16")
         ],
         "dense_router_logits_layout": [
             (DenseOptions(METHOD, None, spec, "float16").text, 8, parameter(5, 8), parameter(16, 8, seed=1),
-             tensor(2, 16, seed=2), which, None, None, None, 3)
+             tensor(2, 16, seed=2), which, None, None, None, None, 3)
         ],
     }  # fmt: skip
     return {name: [_declared(op, kind, device)] for name, (op, kind) in NODES.items()} | by_hand | _of_rows(device)

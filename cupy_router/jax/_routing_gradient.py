@@ -20,6 +20,8 @@ from cupy_router.ops._op import Op
 from cupy_router.ops.activation_topk_backward import BackwardOptions, check_derivative, without_factors
 from cupy_router.ops.hash_router import HashOptions
 
+MAY_REPEAT = frozenset(("table", "given_experts"))  # inputs with experts, of which a row may have one twice
+
 # Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
@@ -47,7 +49,7 @@ def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
             if place is not None:
                 grad_returned = _of_valid_rows(cotangents[place], arrays["num_valid"], number)
             grads = cotangents[0], grad_returned
-            found = _gradients(method, *grads, indices, returned, arrays, repeated="table" in names)
+            found = _gradients(method, *grads, indices, returned, arrays, repeated=not MAY_REPEAT.isdisjoint(names))
         return tuple(map(found.get, names))  # None: no gradient, or 0
 
     routed.defvjp(forward, backward)

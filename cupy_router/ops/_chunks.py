@@ -146,7 +146,9 @@ def launch_with_logits(op: Op, kernel: Kernel, arrays: Arrays) -> Work:
     }
     stride = {f"{LOGITS}_stride": returned.row_stride}
     kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
-    return launch_with((*op.names, *ROUTING, NUMBER, LOGITS), kernel, returned.device)
+    takes = (*op.names, *ROUTING) if kernel.takes is None else kernel.takes
+    passed = (*op.names, *ROUTING, NUMBER, LOGITS)
+    return launch_with((*takes, NUMBER, LOGITS), kernel, returned.device, passed)
 
 
 def _can_be_product(logits: View) -> bool:

@@ -20,7 +20,7 @@ from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
-INPUTS = ("x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "num_valid")
+INPUTS = ("x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "given_experts", "num_valid")
 ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
@@ -129,6 +129,7 @@ def fixed_arguments(
     weight_stride: int,
     weights_stride: int,
     indices_stride: int,
+    given_stride: int = 0,
     logits_stride: int = 0,
 ) -> dict[str, int | float]:
     """Return the last parameters of the kernel, in its order."""
@@ -139,6 +140,7 @@ def fixed_arguments(
         "weight_stride": weight_stride,
         "weights_stride": weights_stride,
         "indices_stride": indices_stride,
+        "given_stride": given_stride,
         "logits_out_stride": logits_stride,
     }
 

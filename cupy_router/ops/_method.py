@@ -24,10 +24,11 @@ _UNIFORM = RoutingMethod(1, 1)
 
 @dataclass(frozen=True)
 class MethodOptions(Options):
-    """The options of a router that has only a method, and of its layout."""
+    """The options of a router that has only a method: that, its layout, and what becomes of a given row of -1."""
 
     method: RoutingMethod
     layout: LayoutSpec | None = None
+    unset: str = "route"
 
 
 # -- The declaration of inputs and results -----------------------------------------------------------------------------

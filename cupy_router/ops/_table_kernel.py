@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constants and launch shape of kernels/hash_router.cu."""
+"""Constants and launch shapes of kernels/hash_router.cu, and of kernels/given_experts.cu."""
 
 from __future__ import annotations
 
+from cupy_router.arrays import ITEM_SIZES
 from cupy_router.launcher import MAX_GRID
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import Arrays
-from cupy_router.ops._method import headers, method_arguments, method_macros, needs_whole_rows
+from cupy_router.ops._method import headers, id_macros, method_arguments, method_macros, needs_whole_rows
 from cupy_router.tuning import Gpu
 
 _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # source of the weights
@@ -21,16 +22,20 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
     """Choose the kernel for the source of the weights, without parameters for logits_out.
 
     method: None for uniform weights.
-    arrays: those of `hash_router` by name.
+    arrays: those of `hash_router` by name. Without token ids, the table has a row for each token.
     shared_block: as many tokens as possible should share a block.
     """
     token_ids, table = arrays.token_ids, arrays.table
     logits, x, weight = arrays.logits, arrays.x, arrays.weight
     out_strides = arrays.weights.row_stride, arrays.indices.row_stride
-    num_tokens, (vocab_size, top_k) = token_ids.shape[0], table.shape
-    macros = {
-        "TOKEN_ID_BYTES": 4 if token_ids.dtype == "int32" else 8,
-        "TABLE_BYTES": 4 if table.dtype == "int32" else 8,
+    num_tokens, top_k = arrays.weights.shape[0], table.shape[1] if method is None else method.top_k
+    if token_ids is None:
+        name, of_table = "given_experts", {"given_stride": table.row_stride}
+        macros = {"BY_TOKEN_ID": 0, "TOKEN_ID_BYTES": 8, **id_macros("TABLE", table.dtype)}
+    else:
+        name, of_table = "hash_router", {"vocab_size": table.shape[0], "table_stride": table.row_stride}
+        macros = {"TOKEN_ID_BYTES": ITEM_SIZES[token_ids.dtype], "TABLE_BYTES": ITEM_SIZES[table.dtype]}
+    macros |= {
         "TOP_K": top_k,
         "NUM_EXPERTS": _UNKNOWN_EXPERTS if method is None else method.num_experts,
         "HAS_NUM_VALID": int(arrays.num_valid is not None),
@@ -38,9 +43,8 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
     fixed: dict[str, int | float] = {
         "num_tokens": num_tokens,
         **method_arguments(method),  # next to other early arguments, because constants are loaded by cache line
-        "vocab_size": vocab_size,
+        **of_table,
         "hidden": 0 if x is None else x.shape[1],
-        "table_stride": table.row_stride,
         "logits_stride": 0 if logits is None else logits.row_stride,
         "x_stride": 0 if x is None else x.row_stride,
         "weight_stride": 0 if weight is None else weight.row_stride,
@@ -78,7 +82,7 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
             macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
-        return Kernel("hash_router", "hash_router", macros, grid, 32 * warps, fixed, headers(method))
+        return Kernel(name, name, macros, grid, 32 * warps, fixed, headers(method))
     lanes, tuned_table = row_lanes.MAX_LANES, gpu.table.hash_router
     holds_row = (
         not shared_block
@@ -100,4 +104,4 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
     macros["DENSE"] = int(dense)
     block = tuned_table.held_block if holds_row else tuned_table.block
     grid = -(-num_tokens * lanes // block)
-    return Kernel("hash_router", "hash_router", macros, grid, block, fixed, headers(method))
+    return Kernel(name, name, macros, grid, block, fixed, headers(method))

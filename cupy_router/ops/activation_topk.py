@@ -12,6 +12,16 @@ from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._chunks import launch_with_logits
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
+from cupy_router.ops._given import (
+    GIVEN,
+    ROUTE,
+    as_unset,
+    check_given,
+    given_kernel,
+    given_macros,
+    selects,
+    without_logits,
+)
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
@@ -28,7 +38,7 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
-from cupy_router.ops._routed import LOGITS, RoutedOp, routing_results
+from cupy_router.ops._routed import RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk as reference
 from cupy_router.tuning import Gpu
@@ -48,6 +58,7 @@ class ActivationTopK(RoutedOp):
         BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
+        GIVEN,
         NUM_VALID,
     )
     results = routing_results("logits", "logit_bias", "expert_scale")
@@ -63,14 +74,14 @@ class ActivationTopK(RoutedOp):
         super().check(options, arrays)
         check_bias(options.method, arrays.bias)
         check_bias_index(arrays.bias, arrays.bias_index)
+        check_given(options, arrays)
 
     def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
-        layer = arrays.named("bias_index", "logit_bias", "expert_scale")
-        return reference.activation_topk(arrays.logits, options.method, arrays.bias, **layer, num_valid=num_valid)
+        more = arrays.named("bias_index", "logit_bias", "expert_scale", "given_experts") | {"unset": options.unset}
+        return reference.activation_topk(arrays.logits, options.method, arrays.bias, **more, num_valid=num_valid)
 
     def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
-        kernel = self._chosen(options, arrays, gpu)
-        return kernel._replace(fixed={LOGITS: 0} | kernel.fixed | {f"{LOGITS}_stride": 0})
+        return without_logits(self._chosen(options, arrays, gpu))
 
     def with_logits(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Work:
         """Return the launch on the logits of a gate GEMM that also returns them."""
@@ -78,6 +89,12 @@ class ActivationTopK(RoutedOp):
 
     def _chosen(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         """Choose the kernel for the shape, strides and alignment of the logits, without parameters for logits_out."""
+        if not selects(options, arrays.given_experts):
+            return given_kernel(options, arrays, gpu)
+        return self._selecting(options, arrays, gpu)
+
+    def _selecting(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        """Choose the kernel that selects experts unless they are given."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
         macros = method_macros(method, arrays.given("bias", "logit_bias", "expert_scale"))
@@ -85,12 +102,14 @@ class ActivationTopK(RoutedOp):
         dense = strides == (method.num_logits, method.num_columns, method.num_columns)
         macros |= bias_macros(arrays)
         macros |= {"DTYPE": row_lanes.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
+        macros |= given_macros(options, arrays.given_experts)
         fixed = {
             "num_tokens": num_tokens,
             **method_arguments(method),
             "logits_stride": strides[0],
             "weights_stride": strides[1],
             "indices_stride": strides[2],
+            "given_stride": 0 if arrays.given_experts is None else arrays.given_experts.row_stride,
         }
         if not row_lanes.fits_method(method):
             if method.top_groups < method.num_groups > _MAX_WIDE_GROUPS:
@@ -127,7 +146,7 @@ class ActivationTopK(RoutedOp):
         if found is None or not row_lanes.fits_method(options.method):
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.logits.shape[0]
-        routed = self._chosen(options, arrays, gpu)
+        routed = self._selecting(options, arrays, gpu)
         warps = -(-num_tokens * routed.macros["LANES"] // 32)
         name, layout_by, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
         if warps > tuned.max_block_warps or found.padding > tuned.max_block_padding_rows:
@@ -151,6 +170,8 @@ def activation_topk(
     bias_index: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
+    indices: Any = None,
+    unset: str = ROUTE,
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
@@ -168,6 +189,11 @@ def activation_topk(
             is not in 0..num_biases - 1 gets indices -1 and weights 0.
         logit_bias: [num_experts] float32, added to the logits before all other steps.
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
+        indices: [num_tokens, top_k], or with the columns of shared experts, which are not read, of any dtype that a
+            routing has: the experts of each token, in place of a selection, so that biases and groups do not matter. A
+            row with an id that is no expert gets indices -1 and weights 0.
+        unset: what becomes of a row of `indices` that is -1 throughout: with "route", it is routed as usual, with
+            "empty" it gets indices -1 and weights 0. Unsigned dtypes have no such row.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -180,7 +206,7 @@ def activation_topk(
     Returns:
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
-        shared experts last. Arrays belong to the logits' framework and are on their device.
+        or as given, shared experts last. Arrays belong to the logits' framework and are on their device.
         With `layout`, RoutingPlan of these two and an :class:`ExpertLayout`.
 
     Raises:
@@ -196,10 +222,15 @@ def activation_topk(
     >>> weights, indices = activation_topk(logits, RoutingMethod(4, 2, "softmax"))
     >>> indices, weights
     (array([[1, 3]], dtype=int32), array([[0.5, 0.5]], dtype=float32))
+    >>> activation_topk(logits, RoutingMethod(4, 2, "softmax"), indices=np.array([[2, 1]])).weights  # replayed
+    array([[0.2689414, 0.7310586]], dtype=float32)
     """
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
-    inputs = (logits, bias, bias_index, logit_bias, expert_scale, num_valid)
-    fields = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
+    inputs = (logits, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
+    fields: Any = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
+    if unset != ROUTE:
+        spec = None if layout is None else fields[1]
+        fields = (resolve(method), spec, as_unset("activation_topk", unset))
     return run(OP, fields, inputs, out, stream, number)
 
 

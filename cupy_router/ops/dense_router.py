@@ -19,6 +19,16 @@ from cupy_router.ops import activation_topk
 from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
 from cupy_router.ops._chunks import Chunks, GateChunks
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
+from cupy_router.ops._given import (
+    GIVEN,
+    ROUTE,
+    as_unset,
+    check_given,
+    given_kernel,
+    given_macros,
+    selects,
+    without_logits,
+)
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
@@ -32,6 +42,7 @@ from cupy_router.ops._method import (
     gate,
     headers,
     method_sizes,
+    needs_whole_rows,
 )
 from cupy_router.ops._options import Options
 from cupy_router.ops._routed import LOGITS, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
@@ -47,12 +58,14 @@ _FIRST = len(decode.ARRAYS)
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """The method, the path, "decode", "prefill" or None to choose by size, the layout, and the dtype of the logits."""
+    """The method, the path, "decode", "prefill" or None to choose by size, the layout, the dtype of the logits, and the
+    fate of a given row of -1."""
 
     method: RoutingMethod
     path: str | None
     layout: LayoutSpec | None = None
     logits_dtype: str | None = None
+    unset: str = ROUTE
 
 
 class DenseRouter(RoutedOp):
@@ -67,6 +80,7 @@ class DenseRouter(RoutedOp):
         BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
+        GIVEN,
         NUM_VALID,
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias"))
@@ -88,6 +102,7 @@ class DenseRouter(RoutedOp):
             raise ValueError(f"x must have at least one column, got {arrays.x}")
         check_bias(method, arrays.bias)
         check_bias_index(arrays.bias, arrays.bias_index)
+        check_given(options, arrays)
         if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
                 f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
@@ -96,10 +111,9 @@ class DenseRouter(RoutedOp):
             )
 
     def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        given = arrays.named("bias", "bias_index", "logit_bias", "expert_scale") | {
-            "logits_dtype": options.logits_dtype
-        }
-        return reference.dense_router(arrays.x, arrays.weight, options.method, **given, num_valid=num_valid)
+        more = arrays.named("bias", "bias_index", "logit_bias", "expert_scale", "given_experts")
+        more |= {"unset": options.unset, "logits_dtype": options.logits_dtype}
+        return reference.dense_router(arrays.x, arrays.weight, options.method, **more, num_valid=num_valid)
 
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
@@ -107,22 +121,24 @@ class DenseRouter(RoutedOp):
         fits = _fits_decode(method, gpu)
         if path == "decode" and not fits:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
+        if _multiplies_given_only(options, arrays, gpu):
+            return launch_of(self, options, without_logits(given_kernel(options, arrays, gpu)), device)
         if fits and _decodes(path, num_tokens, gpu):
-            return _Decode(*_decode_kernel(method, num_tokens, arrays, gpu), device, self.parameters(options))
+            return _Decode(*_decode_kernel(options, num_tokens, arrays, gpu), device, self.parameters(options))
         obstacle = gemm.why_not(device)
         if obstacle is None:
-            return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, method, arrays, gpu))
+            return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, options, arrays, gpu))
         if not fits:
             limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
             raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-        return _DecodeChunks(method, arrays, gpu)
+        return _DecodeChunks(options, arrays, gpu)
 
     def fused(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work | None:
         num_tokens = arrays.x.shape[0]
         found = fused_layout.problem(options, arrays, gpu)
         if found is None or not _fits_decode(options.method, gpu) or not _decodes(options.path, num_tokens, gpu):
             return None
-        routed, partials = _decode_kernel(options.method, num_tokens, arrays, gpu, with_layout=True)
+        routed, partials = _decode_kernel(options, num_tokens, arrays, gpu, with_layout=True)
         several = routed.macros["SHARE"] > 0 or num_tokens > routed.macros["TOKENS"]
         layout_by = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
         kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", layout_by)
@@ -144,6 +160,8 @@ def dense_router(
     bias_index: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
+    indices: Any = None,
+    unset: str = ROUTE,
     path: str | None = None,
     return_logits: bool = False,
     logits_dtype: str = "float32",
@@ -168,6 +186,9 @@ def dense_router(
             is not in 0..num_biases - 1 gets indices -1 and weights 0.
         logit_bias: [num_experts] float32, the bias of the linear layer, added to the logits before all other steps.
         expert_scale: [num_experts] float32, a factor of the weight of each expert, after all other steps.
+        indices, unset: the experts of each token, in place of a selection, and what becomes of a row of -1: as for
+            :func:`activation_topk`. With few tokens and `unset="empty"`, only their dot products are computed, unless
+            all logits are needed, for a softmax or to be returned.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
             second kernel, for any size. None chooses by size.
         return_logits: whether to return the logits, too: of all experts, with logit_bias, before all other steps. They
@@ -185,7 +206,7 @@ def dense_router(
     Returns:
         Routing of weights and indices [num_tokens, top_k + num_shared_experts], float32 and int32 unless the method has
         other dtypes. Experts are in order of descending score + bias, equal values by ascending index, NaN below -inf,
-        shared experts last. Arrays belong to the framework of x and are on its device.
+        or as given, shared experts last. Arrays belong to the framework of x and are on its device.
         With `return_logits`, RoutingWithLogits of these two and logits [num_tokens, num_experts], with the method's
         `shared_in_normalizer` [num_tokens, num_experts + num_shared_experts]; those of padding are 0.
         With `layout`, RoutingPlan or RoutingPlanWithLogits, which have an :class:`ExpertLayout` as well.
@@ -213,20 +234,33 @@ def dense_router(
     if return_logits is not False or logits_dtype != "float32":
         wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
         fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
-    inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
+    if unset != ROUTE:
+        fields = (*fields, *(None, None)[len(fields) - 2 :], as_unset("dense_router", unset))
+    inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
 
 # -- Launches ----------------------------------------------------------------------------------------------------------
 
 
-def _on_logits(method: RoutingMethod, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
+def _on_logits(dense: DenseOptions, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return the launch of `activation_topk` on the logits of a chunk, of which it also makes those to return."""
-    options, given = MethodOptions(method), arrays.replaced(logits=logits)
+    options, given = MethodOptions(dense.method, unset=dense.unset), arrays.replaced(logits=logits, x=None, weight=None)
     if arrays.logits_out is not None:
         return activation_topk.OP.with_logits(options, given, gpu)
     kernel = activation_topk.OP.route(options, given, gpu)
     return launch_of(activation_topk.OP, options, kernel, logits.device)
+
+
+def _multiplies_given_only(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether only the dot products of given experts are needed, and less work than the gate GEMM."""
+    method = options.method
+    if selects(options, arrays.given_experts) or options.path == "prefill" or options.logits_dtype is not None:
+        return False
+    if needs_whole_rows(method) or method.shared_in_normalizer or method.num_columns > row_lanes.MAX_LANES:
+        return False
+    few = arrays.x.shape[0] * method.top_k <= gpu.table.hash_layer.max_gates_read * method.num_experts
+    return options.path == "decode" or few or gemm.why_not(arrays.x.device) is not None
 
 
 def _fits_decode(method: RoutingMethod, gpu: Gpu) -> bool:
@@ -240,10 +274,10 @@ def _decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
 
 
 def _decode_kernel(
-    method: RoutingMethod, num_tokens: int, arrays: Arrays, gpu: Gpu, *, with_layout: bool = False
+    options: DenseOptions, num_tokens: int, arrays: Arrays, gpu: Gpu, *, with_layout: bool = False
 ) -> tuple[Kernel, int]:
     """Return the kernel for few tokens, and the number of its partial sums; `with_layout`: a layout will follow."""
-    x, weight = arrays.x, arrays.weight
+    method, x, weight, given = options.method, arrays.x, arrays.weight, arrays.given_experts
     hidden = x.shape[1]
     both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
     strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
@@ -253,8 +287,10 @@ def _decode_kernel(
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
         logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
     )  # fmt: skip
-    fixed = decode.fixed_arguments(method, num_tokens, *strides, 0 if logits is None else logits.row_stride)
-    kernel = Kernel(decode.FILE, decode.FUNCTION, launch.macros, launch.grid, launch.block, fixed, headers(method))
+    more = [0 if view is None else view.row_stride for view in (given, logits)]
+    fixed = decode.fixed_arguments(method, num_tokens, *strides, *more)
+    macros = launch.macros | given_macros(options, given)
+    kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
     return kernel, launch.partials
 
 
@@ -280,10 +316,10 @@ class _Decode:
 class _DecodeChunks(Chunks):
     """The fused kernel for any number of tokens, used if there is no cuBLAS."""
 
-    def __init__(self, method: RoutingMethod, arrays: Arrays, gpu: Gpu) -> None:
+    def __init__(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> None:
         super().__init__(OP, arrays, decode.MAX_TOKENS)
         sizes = {self.rows, self.num_tokens % self.rows or self.rows}
-        kernels = {rows: _decode_kernel(method, rows, arrays, gpu) for rows in sizes}
+        kernels = {rows: _decode_kernel(options, rows, arrays, gpu) for rows in sizes}
         self._by_rows = {rows: _Decode(*kernel, self.device, self.names) for rows, kernel in kernels.items()}
         self.function = self._by_rows[self.rows].function
 

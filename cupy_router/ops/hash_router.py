@@ -32,11 +32,12 @@ from cupy_router.tuning import Gpu
 
 @dataclass(frozen=True)
 class HashOptions(Options):
-    """The method, or None: uniform weights; the layout; and the dtype of the logits."""
+    """The method, or None: uniform weights; the layout; the dtype of the logits; and the fate of a given row of -1."""
 
     method: RoutingMethod | None
     layout: LayoutSpec | None = None
     logits_dtype: str | None = None
+    unset: str = "route"
 
 
 class HashRouter(RoutedOp):

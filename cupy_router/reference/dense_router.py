@@ -23,6 +23,8 @@ def dense_router(
     bias_index: NDArray[np.int32] | None = None,
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
+    given_experts: NDArray[Any] | None = None,
+    unset: str = "route",
     logits_dtype: str | None = None,
     num_valid: int | None = None,
 ) -> tuple[NDArray[Any], ...]:
@@ -32,7 +34,7 @@ def dense_router(
         x: [num_tokens, hidden] float32, float16 or bfloat16.
         weight: The gate, [num_experts, hidden] in one of these dtypes. Further rows belong to shared experts.
         method: How to score, select and weight.
-        bias, bias_index, logit_bias, expert_scale: As for :func:`activation_topk`.
+        bias, bias_index, logit_bias, expert_scale, given_experts, unset: As for :func:`activation_topk`.
         logits_dtype: Dtype of the logits to return; None: they are not returned.
         num_valid: Number of rows before the padding; None if there is no padding.
 
@@ -49,7 +51,8 @@ def dense_router(
     valid = num_tokens if num_valid is None else num_valid
     logits[:valid] = gate_logits(x[:valid], weight)
     layer: Any = {"bias_index": bias_index, "logit_bias": logit_bias, "expert_scale": expert_scale}
-    routed = activation_topk(logits, method, bias, **layer, num_valid=valid)
+    given: Any = {"given_experts": given_experts, "unset": unset}
+    routed = activation_topk(logits, method, bias, **layer, **given, num_valid=valid)
     if logits_dtype is None:
         return routed
     logits[:valid] = bias_logits(logits[:valid], logit_bias)

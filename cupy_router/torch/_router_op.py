@@ -15,6 +15,7 @@ import torch
 from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _hash_layer, _run, activation_topk_backward, dense_router, expert_layout
+from cupy_router.ops._given import as_unset
 from cupy_router.ops._routed import as_logits_dtype, layout_options
 from cupy_router.results import Routing, RoutingWithLogits
 from cupy_router.router import Router
@@ -28,24 +29,22 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
     return _state.is_tracing() and not _is_of_tensors(router) and bool(router.key)  # in this order: graphs guard keys
 
 
-def run(router: Router, wanted: tuple[Any, Any], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
+def run(router: Router, wanted: tuple[Any, ...], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
-    layout, return_logits = wanted
-    x, token_ids, bias_index, num_valid = inputs
+    layout, return_logits, unset = wanted
+    x, *arrays, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
-    path = {} if router.is_hash else {"path": None}
-    logits_dtype = as_logits_dtype("Router", return_logits, "float32")
-    options: Any = op.options(router.method, layout=layout, logits_dtype=logits_dtype, **path)
+    more: dict[str, Any] = {} if router.is_hash else {"path": None}
+    more |= {"logits_dtype": as_logits_dtype("Router", return_logits, "float32"), "unset": as_unset("Router", unset)}
+    options: Any = op.options(router.method, layout=layout, **more)
     outs = _library.flat(op, options, out)
     if stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
-        return _state.outside_of_graphs(
-            router.route, x, token_ids, bias_index, layout, num_valid, out, stream, return_logits
-        )
+        return _state.outside_of_graphs(router.route, inputs, wanted, out, stream)
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     kind: Any = RoutingWithLogits if return_logits else Routing
-    arguments = (router.key, x, token_ids, bias_index, count, number)
+    arguments = (router.key, x, *arrays, unset, count, number)
     if out is None:
         routing = kind(*getattr(torch.ops.cupy_router, _NODES[kind])(*arguments))
     else:
@@ -78,19 +77,18 @@ def _router_of(key: str) -> Router:
     return found
 
 
-def _implementation(kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int) -> Any:
-    return tuple(_route(kind, key, x, token_ids, bias_index, num_valid, number, None))
+def _implementation(kind: Any, key: str, *inputs: Any) -> Any:
+    return tuple(_route(kind, key, *inputs, None))
 
 
-def _implementation_into(
-    kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int, *outs: Any
-) -> None:
-    _route(kind, key, x, token_ids, bias_index, num_valid, number, kind(*outs))
+def _implementation_into(kind: Any, key: str, *inputs: Any) -> None:
+    _route(kind, key, *inputs[:_NUM_INPUTS], kind(*inputs[_NUM_INPUTS:]))
 
 
-def _route(kind: Any, key: str, x: Any, token_ids: Any, bias_index: Any, num_valid: Any, number: int, out: Any) -> Any:
-    count = number if number >= 0 else num_valid
-    return _router_of(key).route(x, token_ids, bias_index, None, count, out, None, kind is RoutingWithLogits)
+def _route(kind: Any, key: str, *inputs: Any) -> Any:
+    *arrays, unset, num_valid, number, out = inputs
+    wanted = None, kind is RoutingWithLogits, unset
+    return _router_of(key).route((*arrays, number if number >= 0 else num_valid), wanted, out, None)
 
 
 def _fake(kind: Any, key: str, x: Any, *others: Any) -> Any:
@@ -112,8 +110,7 @@ def _backward(key: str, x: Any, indices: Any, grad_weights: Any, grad_logits: An
     if grad_logits is not None:
         grad_logits = without_padding(grad_logits, number if num_valid is None else num_valid)
     found = gradients_of(
-        layer.method, grad_weights, indices, ("x",), arrays, grad_logits=grad_logits, repeated=layer.is_hash,
-        by_op=False,
+        layer.method, grad_weights, indices, ("x",), arrays, grad_logits=grad_logits, repeated=True, by_op=False,
     )  # fmt: skip
     return found["x"]
 
@@ -123,7 +120,7 @@ def _fake_backward(key: str, x: Any, *others: Any) -> Any:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, x, _, _, num_valid, number = inputs
+    key, x, *_, num_valid, number = inputs
     weights, indices, *_ = output
     ctx.mark_non_differentiable(*((indices,) if _router_of(key).weight is not None else (weights, indices)))
     ctx.set_materialize_grads(False)
@@ -137,11 +134,15 @@ def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any, grad_logits: 
         x, indices, num_valid = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in (grad_weights, grad_logits)]
         grad_x = torch.ops.cupy_router.router_backward(ctx.key, x, indices, *grads, num_valid, ctx.number)
-    return None, grad_x, None, None, None, None
+    return None, grad_x, *[None] * (_NUM_INPUTS - 1)
 
 
 _NODES: dict[Any, str] = {Routing: "router", RoutingWithLogits: "router_logits"}
-_INPUTS = "str router, Tensor x, Tensor? token_ids, Tensor? bias_index, Tensor? num_valid, SymInt num_valid_value"
+_INPUTS = (
+    "str router, Tensor x, Tensor? token_ids, Tensor? bias_index, Tensor? given_experts, str unset, Tensor? num_valid, "
+    "SymInt num_valid_value"
+)
+_NUM_INPUTS = _INPUTS.count(",")  # besides the router
 
 for _kind, _node in _NODES.items():
     _results = ", ".join(["Tensor"] * len(_kind._fields))
@@ -151,7 +152,7 @@ for _kind, _node in _NODES.items():
         f"{_node}_out({_INPUTS}, {', '.join(_outs)}) -> ()",
         partial(_implementation_into, _kind),
         no_results,
-        {6 + place: f"Router: out.{name}" for place, name in enumerate(_kind._fields)},
+        {1 + _NUM_INPUTS + place: f"Router: out.{name}" for place, name in enumerate(_kind._fields)},
     )
     register_gradient(_node, _differentiate, _remember)
     register_without_gradient(f"{_node}_out")

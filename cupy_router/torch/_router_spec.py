@@ -64,7 +64,9 @@ class RouterSpec:
     layer: tuple[str | int | None, ...] = field(init=False, repr=False)  # sources of the arrays of a layer
 
     def __post_init__(self) -> None:
-        layer = tuple([self._source(role) for role in ("bias", "bias_index", "logit_bias", "expert_scale")])
+        layer = tuple(
+            [self._source(role) for role in ("bias", "bias_index", "logit_bias", "expert_scale", "given_experts")]
+        )
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "plans", {dtypes: _plan(self, *found) for dtypes, found in self.results.items()})
 

@@ -24,6 +24,8 @@ from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
 
 SMOOTH = "weights have a gradient"
 
+MAY_REPEAT = ("table", "given_experts")  # inputs with experts, of which a row may have one twice
+
 # Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
 
@@ -42,7 +44,8 @@ def remember(ctx: Any, op: Op, options: Any, given: Mapping[str, Any], needed: C
         ctx.mark_non_differentiable(weights, indices, *others)
     else:
         ctx.mark_non_differentiable(indices, *others)
-    ctx.method, ctx.repeated = options.method, given.get("table") is not None
+    ctx.method = options.method
+    ctx.repeated = any(given.get(name) is not None for name in MAY_REPEAT)
     ctx.number, ctx.logits_place = given.get(NUMBER, -1), None if returned is None else 2
     exact = returned if logits_dtype == "float32" and given.get("logits") is None else None
     ctx.save_for_backward(indices, exact, given.get("num_valid"), *(given.get(name) for name in _SAVED))

@@ -16,6 +16,7 @@
 #include "device/last_block.cuh"
 #include "device/num_valid.cuh"
 #include "routing/biases.cuh"
+#include "routing/given_experts.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"
@@ -119,11 +120,13 @@ struct Results {
     MethodNumbers numbers;
 };
 
-// Route one token by a warp, from its scores or logits in shared memory.
+// Route one token by a warp, from its scores or logits in shared memory. `id`: the given expert of this lane's place.
 template <typename Keep>
-__device__ __forceinline__ void route(const float* scores, const float* bias, int64_t token, bool valid,
+__device__ __forceinline__ void route(const float* scores, const BiasRow& its_bias, int id, int64_t token, bool valid,
                                       const Results& results, Keep keep) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
+    const GivenExpert given = given_expert<32>(id, lane);
+    valid = valid && (given.is_set ? given.exists : its_bias.exists);
     float values[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; j += 4) {
@@ -134,20 +137,23 @@ __device__ __forceinline__ void route(const float* scores, const float* bias, in
         }
     }
     const SoftmaxStatistics statistics = softmax_statistics<32>(values);
-    unsigned keys[PER_LANE];
+    int chosen = given.id;
+    if (!given.is_set) {  // for the whole warp
+        unsigned keys[PER_LANE];
 #pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const float value = KEEPS_SCORES       ? values[j]
-                            : SELECT_ON_LOGITS ? __fadd_rn(values[j], 0.0f)
-                                               : score_of(values[j], statistics);
-        const bool has_bias = HAS_BIAS && (BIASES_IN_SHARED || first + j < NUM_EXPERTS);
-        keys[j] = sum_order_key(has_bias ? value + bias[first + j] : value);
-        if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+        for (int j = 0; j < PER_LANE; ++j) {
+            const float value = KEEPS_SCORES       ? values[j]
+                                : SELECT_ON_LOGITS ? __fadd_rn(values[j], 0.0f)
+                                                   : score_of(values[j], statistics);
+            const bool has_bias = HAS_BIAS && (BIASES_IN_SHARED || first + j < NUM_EXPERTS);
+            keys[j] = sum_order_key(has_bias ? value + its_bias.bias[first + j] : value);
+            if (first + j >= NUM_EXPERTS) keys[j] = NO_KEY;
+        }
+        if (NUM_GROUPS > 0) keep_best_groups<32>(keys, lane);
+        chosen = select_topk<TOP_K, 32>(keys, lane).column;
     }
-    if (NUM_GROUPS > 0) keep_best_groups<32>(keys, lane);
-    const Winner winner = select_topk<TOP_K, 32>(keys, lane);
-    const int64_t expert[1] = {expert_of(lane, winner.column)};
-    float weight[1] = {lane < WEIGHED ? scores[expert[0]] : 0.0f};
+    const int64_t expert[1] = {expert_of(lane, chosen)};
+    float weight[1] = {lane < WEIGHED && (!HAS_GIVEN || valid) ? scores[expert[0]] : 0.0f};
     if (!KEEPS_SCORES && !WEIGHS_LOGITS) weight[0] = score_of(weight[0], statistics);
     weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, results.expert_scale, results.numbers);
     if (lane < OUTPUTS) {
@@ -162,11 +168,12 @@ __device__ __forceinline__ void route(const float* scores, const float* bias, in
 template <typename Keep>
 __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight, const float* bias,
                                               const int* bias_index, const float* logit_bias, const float* expert_scale,
-                                              const int* num_valid, weight_t* weights, index_t* indices,
-                                              logit_out_t* logits_out, unsigned* counters, float* partials,
-                                              int num_valid_value, int64_t num_tokens, const MethodNumbers numbers,
-                                              int64_t x_stride, int64_t weight_stride, int64_t weights_stride,
-                                              int64_t indices_stride, int64_t logits_out_stride, Keep keep) {
+                                              const given_t* given_experts, const int* num_valid, weight_t* weights,
+                                              index_t* indices, logit_out_t* logits_out, unsigned* counters,
+                                              float* partials, int num_valid_value, int64_t num_tokens,
+                                              const MethodNumbers numbers, int64_t x_stride, int64_t weight_stride,
+                                              int64_t weights_stride, int64_t indices_stride, int64_t given_stride,
+                                              int64_t logits_out_stride, Keep keep) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -205,15 +212,20 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
         token += first_token;
         store_float(logits_out + token * logits_out_stride + expert, token < valid ? logit : 0.0f);
     };
+    const auto given_id_of = [&](int token) {
+        return given_id(given_experts + (first_token + token) * given_stride, threadIdx.x % 32, token < count);
+    };
     const auto route_tokens = [&](int first, int tokens) {
+        const int warp = threadIdx.x / 32;
+        int id = given_id_of(first + warp);  // in flight while scores are gathered
         gather_scores(group_partials, first, tokens, logit_bias, numbers, keep_logit);
         __syncthreads();
-        for (int t = threadIdx.x / 32; t < tokens; t += WARPS) {
+        for (int t = warp; t < tokens; t += WARPS) {
             const int token = first_token + first + t, index = NUM_BIASES > 0 ? shared_bias_index[first + t] : 0;
             const BiasRow its_bias =
                 BIASES_IN_SHARED ? bias_row(shared_bias, index, BIAS_ROW) : bias_row(bias, index, BIAS_STRIDE);
-            route(&shared_floats[t * 32 * PER_LANE], its_bias.bias, token, token < valid && its_bias.exists, results,
-                  keep);
+            if (t > warp) id = given_id_of(first + t);
+            route(&shared_floats[t * 32 * PER_LANE], its_bias, id, token, token < valid, results, keep);
         }
     };
     if (SHARE == 0) {

@@ -9,6 +9,7 @@
 #include "routing/choose_experts.cuh"
 #include "device/num_valid.cuh"
 #include "routing/biases.cuh"
+#include "routing/given_experts.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "routing/weigh.cuh"
 
@@ -28,29 +29,45 @@ static_assert(LANES * PER_LANE >= NUM_EXPERTS, "the lanes hold the row");
 constexpr int WINNER_LANES = power_of_two_from(OUTPUTS);
 constexpr int ROWS_PER_WARP = 32 / LANES;
 
-// Turn the choice of the row's lanes into the expert and the weight of this lane.
-__device__ __forceinline__ void weigh_chosen(int column, float value, const Row& row, const float* expert_scale,
-                                             int lane, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
+// A row of the call and the lanes that share it.
+struct Task {
+    int lane;
+    bool valid;         // the row has experts
+    bool selects;       // they are selected
+    GivenExpert given;  // else they are these
+    const float* expert_scale;
+};
+
+// Turn the choice of the row's lanes, unless experts are given, into the expert and the weight of this lane.
+__device__ __forceinline__ void weigh_chosen(int column, float value, const Row& row,
+                                             const SoftmaxStatistics& statistics, const Task& task,
+                                             int64_t (&expert)[1], float (&weight)[1]) {
+    const int lane = task.lane;
+    if (HAS_GIVEN && task.valid && !task.selects && lane < TOP_K) {
+        column = task.given.id;
+        value = row[column];
+        if (!WEIGHS_LOGITS) value = score_of(value, statistics);
+    }
     expert[0] = expert_of(lane, column);
     weight[0] = value;
-    if (SHARED_LOGITS && valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = row[expert[0]];
-    weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, valid, expert_scale, row.numbers);
+    if (SHARED_LOGITS && task.valid && lane >= TOP_K && lane < OUTPUTS) weight[0] = row[expert[0]];
+    weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, task.valid, task.expert_scale, row.numbers);
 }
 
 // Route by bounds of the scores, then by the exact scores of the best.
 template <typename Layout>
-__device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const float* expert_scale, int lane,
-                                                bool valid, int64_t (&expert)[1], float (&weight)[1]) {
-    InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> choice(row, bias, lane, valid);
-    const bool in_order = choice.in_order(lane), complete = choice.complete();
-    bool settled = !__any_sync(FULL_WARP, valid && !(in_order && complete));
+__device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const Task& task,
+                                                int64_t (&expert)[1], float (&weight)[1]) {
+    InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> choice(row, bias, task.lane, task.selects);
+    const bool in_order = choice.in_order(task.lane), complete = choice.complete();
+    bool settled = !__any_sync(FULL_WARP, task.selects && !(in_order && complete));
 #pragma unroll 1
     while (true) {  // weights are computed before the choice is known to be right, which it nearly always is
-        weigh_chosen(choice.own.column, choice.own.value, row, expert_scale, lane, valid, expert, weight);
+        weigh_chosen(choice.own.column, choice.own.value, row, choice.statistics, task, expert, weight);
         if (!UNLIKELY(!settled)) break;
-        choice.sort(lane);
+        choice.sort(task.lane);
         const bool now_complete = choice.complete();
-        const unsigned unsure = __ballot_sync(FULL_WARP, valid && !now_complete);
+        const unsigned unsure = __ballot_sync(FULL_WARP, task.selects && !now_complete);
         choose_again<Layout::Lanes>(unsure, row, bias, choice.statistics, choice.own);
         settled = true;
     }
@@ -58,10 +75,10 @@ __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bia
 
 // Route by the exact scores of all experts. Padding is read too, so that loads need not wait for num_valid.
 template <int Lanes, int PerLane>
-__device__ __forceinline__ void route_by_scores(const Row& row, const float* bias, const float* expert_scale, int lane,
-                                                bool exists, bool valid, int64_t (&expert)[1], float (&weight)[1]) {
+__device__ __forceinline__ void route_by_scores(const Row& row, const float* bias, const Task& task, bool exists,
+                                                int64_t (&expert)[1], float (&weight)[1]) {
     constexpr bool WHOLE = Lanes * PerLane == NUM_EXPERTS;
-    const int first = lane * PerLane;
+    const int first = task.lane * PerLane;
     float biases[PerLane], logit_biases[PerLane], values[PerLane];
     if (HAS_BIAS) load_columns<float, PerLane, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(bias, first, NUM_EXPERTS, biases);
     if (HAS_LOGIT_BIAS)
@@ -77,18 +94,20 @@ __device__ __forceinline__ void route_by_scores(const Row& row, const float* bia
     for (int j = 0; j < PerLane; ++j)
         values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
     const SoftmaxStatistics statistics = softmax_statistics<Lanes>(values);
-    const Chosen chosen = choose_exactly<Lanes>(values, biases, statistics, row, lane, valid);
-    weigh_chosen(chosen.column, chosen.value, row, expert_scale, lane, valid, expert, weight);
+    const Chosen chosen = choose_exactly<Lanes>(values, biases, statistics, row, task.lane, task.selects);
+    weigh_chosen(chosen.column, chosen.value, row, statistics, task, expert, weight);
 }
 
 // Route rows by the first `routing_warps()` warps of each block, and pass each expert on: `keep(token, place, expert)`.
 // The other parameters are those of the kernel.
 template <typename Warps, typename Keep>
 __device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const int* bias_index,
-                                           const float* logit_bias, const float* expert_scale, const int* num_valid,
-                                           weight_t* weights, index_t* indices, int num_valid_value, int64_t num_tokens,
+                                           const float* logit_bias, const float* expert_scale,
+                                           const given_t* given_experts, const int* num_valid, weight_t* weights,
+                                           index_t* indices, int num_valid_value, int64_t num_tokens,
                                            const MethodNumbers numbers, int64_t logits_stride, int64_t weights_stride,
-                                           int64_t indices_stride, Warps routing_warps, Keep keep) {
+                                           int64_t indices_stride, int64_t given_stride, Warps routing_warps,
+                                           Keep keep) {
     if (DENSE) {
         logits_stride = NUM_LOGITS;
         weights_stride = indices_stride = OUTPUTS;
@@ -102,16 +121,22 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
     const bool exists = token < num_tokens;
     const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
-    const bool valid = token < num_routed && its_bias.exists;
+    const int id = given_id(given_experts + token * given_stride, lane, exists);
+    const GivenExpert given = given_expert<LANES>(id, lane);
+    const bool valid = token < num_routed && (given.is_set ? given.exists : its_bias.exists);
+    const Task task = {lane, valid, valid && !given.is_set, given, expert_scale};
     int64_t expert[1];
     float weight[1];
-    if constexpr (INTERLEAVED) {
+    if (HAS_GIVEN && !WHOLE_ROW_SOFTMAX && !__any_sync(FULL_WARP, task.selects)) {
+        const Row row = {logits + token * logits_stride, logit_bias, numbers};
+        weigh_chosen(0, 0.0f, row, SoftmaxStatistics(), task, expert, weight);
+    } else if constexpr (INTERLEAVED) {
         typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
         const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
-        route_by_bounds<Layout>(row, its_bias.bias, expert_scale, lane, valid, expert, weight);
+        route_by_bounds<Layout>(row, its_bias.bias, task, expert, weight);
     } else {
         const Row row = {logits + token * logits_stride, logit_bias, numbers};
-        route_by_scores<LANES, PER_LANE>(row, its_bias.bias, expert_scale, lane, exists, valid, expert, weight);
+        route_by_scores<LANES, PER_LANE>(row, its_bias.bias, task, exists, expert, weight);
     }
     if (lane < OUTPUTS && exists) {
         store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);

@@ -12,13 +12,16 @@
 
 #include "device/vector8.cuh"
 #include "device/num_valid.cuh"
+#include "routing/logits_out.cuh"
 #include "routing/weigh.cuh"
 
 enum Source { UNIFORM, LOGITS, PRODUCTS };  // of the weights
 
 SPECIALISED Source SOURCE = LOGITS;
+SPECIALISED bool BY_TOKEN_ID = true;  // else the table has a row for each token
 SPECIALISED int TOKEN_ID_BYTES = 4;
 SPECIALISED int TABLE_BYTES = 4;
+SPECIALISED bool TABLE_UNSIGNED = false;
 SPECIALISED int DTYPE = 0;             // of the logits, or of x
 SPECIALISED int WEIGHT_DTYPE = DTYPE;  // of the gate
 SPECIALISED int LANES = 8;
@@ -31,7 +34,7 @@ SPECIALISED int HIDDEN = 4096;    // if PARTS > 0
 SPECIALISED bool ALIGNED = true;  // rows of x and gate start at 16-byte words, and hidden is a multiple of 8
 
 typedef Integer<TOKEN_ID_BYTES>::type token_id_t;
-typedef Integer<TABLE_BYTES>::type expert_t;
+typedef Integer<TABLE_BYTES, TABLE_UNSIGNED>::type expert_t;
 typedef Scalar<DTYPE>::type scalar_t;
 typedef Scalar<WEIGHT_DTYPE>::type gate_t;
 
@@ -55,6 +58,11 @@ struct Call {
 
 __device__ __forceinline__ bool exists(int64_t id, int64_t count) {
     return static_cast<unsigned long long>(id) < static_cast<unsigned long long>(count);
+}
+
+// Return the row of the table that a token of the call has.
+__device__ __forceinline__ token_id_t table_row(const Call& call, int64_t token) {
+    return BY_TOKEN_ID ? call.token_ids[token] : static_cast<token_id_t>(token);
 }
 
 __device__ __forceinline__ SoftmaxStatistics softmax_statistics(const scalar_t* logits, const float* logit_bias,
@@ -123,7 +131,7 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
 
     // The token id is read for padding too, so that the load waits for nothing. Addresses of the next loads are computed
     // meanwhile.
-    const token_id_t id = call.token_ids[row_exists ? row : 0];
+    const token_id_t id = table_row(call, row_exists ? row : 0);
     const scalar_t* row_logits = SOURCE == LOGITS ? computed_now(call.logits + row * logits_stride) : nullptr;
     const expert_t* lane_entries = computed_now(call.table + lane);
     HeldRow<HOLDS_ROW && SOURCE == LOGITS> held;
@@ -134,7 +142,8 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
         entries[p] = 0;
-        if (!bad && p * Lanes + lane < TOP_K) entries[p] = __ldg(lane_entries + id * table_stride + p * Lanes);
+        if ((!bad || !BY_TOKEN_ID) && p * Lanes + lane < TOP_K)
+            entries[p] = __ldg(lane_entries + id * table_stride + p * Lanes);
     }
     // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
     float values[PLACES];
@@ -192,7 +201,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call, Kee
 
     const int64_t row = blockIdx.x;
     // For padding too, so that neither load waits.
-    const int64_t token_id = static_cast<int64_t>(call.token_ids[row]);
+    const int64_t token_id = table_row(call, row);
     const bool is_valid = row < valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
     const int first = part * 256 + lane * 8;
     const scalar_t* own_x = call.x + row * call.x_stride + first;
@@ -202,7 +211,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call, Kee
     for (int i = 0; i < UNROLL; ++i) a[i] = load_vector8<ALIGNED>(own_x + i * STEP, left(i * STEP));
 
     const bool token_exists = is_valid && exists(token_id, call.vocab_size);
-    const bool has_entry = token_exists && lane < TOP_K;
+    const bool has_entry = (token_exists || !BY_TOKEN_ID) && lane < TOP_K;
     const expert_t entry = has_entry ? call.table[token_id * call.table_stride + lane] : expert_t(0);
     const bool bad = __any_sync(FULL_WARP, !token_exists || !exists(entry, EXPERT_IDS));
     const int expert = static_cast<int>(entry);
@@ -274,7 +283,7 @@ __device__ __forceinline__ void route_by_products(const Call& call, Keep keep) {
     for (int64_t row = blockIdx.x; row < call.num_tokens; row += gridDim.x) {
         weight_t* row_weights = call.weights + row * call.weights_stride;
         index_t* row_indices = call.indices + row * call.indices_stride;
-        const int64_t token_id = row < valid ? static_cast<int64_t>(call.token_ids[row]) : -1;
+        const int64_t token_id = row < valid ? table_row(call, row) : -1;
         const bool token_exists = exists(token_id, call.vocab_size);
         const expert_t* entries = call.table + (token_exists ? token_id : 0) * call.table_stride;
         bool bad = !token_exists;
@@ -348,4 +357,14 @@ __device__ __forceinline__ void route_tokens(const Call& call, Keep keep) {
     } else {
         route_by_products<WARPS>(call, keep);
     }
+}
+
+// Return the logits of the call, by the lanes of each token.
+__device__ __forceinline__ void return_logits_of(const Call& call, logit_out_t* logits_out, int64_t logits_out_stride) {
+    if (!RETURNS_LOGITS) return;
+    const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LANES;
+    if (token >= call.num_tokens) return;
+    const bool valid = token < valid_rows(call.num_valid, call.num_valid_value, call.num_tokens);
+    return_logits<false>(call.logits + token * call.logits_stride, call.logit_bias, valid,
+                         logits_out + token * logits_out_stride, threadIdx.x % LANES, LANES);
 }
