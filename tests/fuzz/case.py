@@ -222,6 +222,8 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     bias = arrays.get("bias")
     more: dict[str, Any] = {name: arrays.get(name) for name in ("bias_index", "logit_bias", "expert_scale")}
     more["num_valid"] = case.num_valid
+    if case.op != "hash_router":
+        more |= {"given_experts": arrays.get("indices"), "unset": case.options.get("unset", "route")}
     if case.op == "activation_topk":
         assert method is not None
         return activation_topk.activation_topk(arrays["logits"], method, bias, **more)
@@ -269,26 +271,48 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
     if has_steps(case):
         assert method is not None
         np.testing.assert_array_equal(ours.indices, reference.indices)
-        good = reference.indices[:, 0] >= 0
+        first = reference.indices[:, 0].astype(np.int64)
+        good = (first >= 0) & (first < method.num_experts)
         assert_steps_close(ours.weights[good], reference.weights[good], reference.indices[good], case, good)
         compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
         return
     if case.op in ("activation_topk", "dense_router"):
         bias, index = arrays.get("bias"), arrays.get("bias_index")
         good = np.ones(valid, bool) if index is None else (index[:valid] >= 0) & (index[:valid] < len(bias))
+        given = given_rows(case)[:valid]
+        assert_looked_up(
+            case, *(oracle.Routing(*(array[given] for array in pair)) for pair in (ours, reference)), given
+        )
+        ours, reference = (oracle.Routing(*(array[~given] for array in pair)) for pair in (ours, reference))
+        good = good[~given]
         for array, right in zip(ours, reference, strict=True):
             compare.assert_same_bits(array[~good], right[~good])
         ours, reference = (oracle.Routing(*(array[good] for array in pair)) for pair in (ours, reference))
-        its_bias = bias if index is None else bias[index[:valid][good]]
-        compare.assert_routes(ours, reference, logits(case)[:valid][good], method, its_bias)
+        its_bias = bias if index is None else bias[index[:valid][~given][good]]
+        compare.assert_routes(ours, reference, logits(case)[:valid][~given][good], method, its_bias)
         return
+    assert_looked_up(case, ours, reference, np.ones(valid, bool))
+
+
+def given_rows(case: Case) -> np.ndarray:
+    """Return which rows of a call without num_valid select nothing, because their experts are given."""
+    ids = case.arrays.get("indices")
+    if ids is None:
+        return np.zeros(case.shape[0], bool)
+    unset = (ids.astype(np.int64) == -1).all(axis=-1)
+    return np.asarray(~unset | (case.options["unset"] == "empty"), bool)
+
+
+def assert_looked_up(case: Case, ours: oracle.Routing, reference: oracle.Routing, rows: np.ndarray) -> None:
+    """Assert that these rows have the experts of a table, or those given, with their weights."""
+    method = case.method
     np.testing.assert_array_equal(ours.indices, reference.indices)
-    if method is None or not {"logits", "x"} & arrays.keys():
+    if method is None or not {"logits", "x"} & case.arrays.keys():
         compare.assert_same_bits(ours.weights, reference.weights)
         return
     good = reference.indices[:, 0] >= 0
     compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
-    rtol = compare.tolerance(logits(case)[:valid][good], reference.indices[good], method)
+    rtol = compare.tolerance(logits(case)[: len(rows)][rows][good], reference.indices[good], method)
     compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
 from cupy_router.method_fields import INDEX_DTYPES
+from tests.backends import DTYPES
 from tests.fuzz.arrays import biases, bits, floats, integers, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
@@ -20,6 +21,7 @@ from tests.topk_calls import PLANS
 
 FLOATS = ("float32", "float16", "bfloat16")
 INTS = ("int32", "int64")
+IDS = ("uint8", "int16", "uint16", "int32", "int64")
 COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 384, 512, 576, 896, 1000, 1023, 1024)
 WIDE_COLUMNS = (1025, 1500, 2000)
 AS_OF_ROWS = (0, 1000, 5000)  # few rows, some and many
@@ -51,6 +53,7 @@ class Setting:
     steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
     plan: str = ""  # of topk_select for long rows, with options of any kind
     logits_dtype: str = ""  # of logits that are returned
+    replay: tuple[str, str] = ("", "route")  # dtype of given experts, and what becomes of rows of -1
 
     def method(self, **changes: Any) -> RoutingMethod:
         return RoutingMethod(
@@ -79,6 +82,7 @@ class Setting:
         parts += [*([self.divisor] if self.divisor else []), *(["dense"] if self.dense else [])]
         parts += [self.plan.replace(" ", "_")] if self.plan else []
         parts += [f"logits:{self.logits_dtype}"] if self.logits_dtype else []
+        parts += [f"replay:{'/'.join(self.replay)}"] if self.replay[0] else []
         return "-".join(
             [
                 *parts,
@@ -138,7 +142,8 @@ def _activation_topk(rng: random.Random) -> Setting:
     given = _bias(rng)
     if rng.random() < 0.5:
         given |= _steps(rng, common, "bias" in given)
-    setting = Setting("activation_topk", **common, given=given, as_of_rows=0 if wide else rng.choice(AS_OF_ROWS))
+    as_of_rows = 0 if wide else rng.choice(AS_OF_ROWS)
+    setting = Setting("activation_topk", **common, given=given, as_of_rows=as_of_rows, replay=_replay(rng))
     return _perhaps_dense(rng, setting)
 
 
@@ -184,6 +189,10 @@ def _bias(rng: random.Random) -> frozenset[str]:
     return frozenset(rng.choice(((), (), ("bias",), ("bias",), ("bias", "bias_index")))) | _counted(rng)
 
 
+def _replay(rng: random.Random) -> tuple[str, str]:
+    return rng.choice(("", "", *IDS)), rng.choice(("route", "empty"))
+
+
 def _counted(rng: random.Random) -> frozenset[str]:
     return frozenset({"num_valid"} if rng.random() < 0.4 else ())
 
@@ -208,7 +217,7 @@ def _dense_router(rng: random.Random) -> Setting:
         given |= _steps(rng, common, "bias" in given)
     dense = rows == 1 or rng.random() < 0.5  # a single row is dense
     return Setting(
-        "dense_router", **common, given=given, rows=rows, dense=dense, logits_dtype=logits_dtype,
+        "dense_router", **common, given=given, rows=rows, dense=dense, logits_dtype=logits_dtype, replay=_replay(rng),
         **_gate(rng, common["aligned"]),
     )  # fmt: skip
 
@@ -347,7 +356,7 @@ def _factors(draw: st.DrawFn, setting: Setting, rows: int, arrays: dict[str, np.
 @st.composite
 def _layer_and_num_valid(
     draw: st.DrawFn, setting: Setting, arrays: dict[str, np.ndarray], layouts: Layouts
-) -> dict[str, int]:
+) -> dict[str, Any]:
     rows = len(next(iter(arrays.values())))
     for name in ("bias", "logit_bias"):
         if name in setting.given:
@@ -363,7 +372,20 @@ def _layer_and_num_valid(
         arrays["expert_scale"] = np.resize(
             np.array(draw(st.lists(few, min_size=1, max_size=9)), np.float32), setting.columns
         )
-    return draw(_num_valid(setting, arrays, rows))
+    options: dict[str, Any] = {}
+    dtype, unset = setting.replay
+    if dtype:
+        shape, limits = (rows, setting.k), np.iinfo(DTYPES[dtype])
+        bad = st.sampled_from(
+            [i for i in (-1, setting.columns, limits.min, limits.max) if limits.min <= i <= limits.max]
+        )
+        good = st.integers(0, min(setting.columns - 1, limits.max))
+        arrays["indices"] = draw(integers(rows * setting.k, dtype, good, bad)).reshape(shape)
+        if limits.min < 0:
+            arrays["indices"][draw(st.integers(0, 3)) :: draw(st.integers(1, 4))] = -1
+        layouts["indices"] = (0, 0) if setting.dense else (draw(st.integers(0, 3)), draw(st.integers(0, 1)))
+        options["unset"] = unset
+    return options | draw(_num_valid(setting, arrays, rows))
 
 
 @st.composite
