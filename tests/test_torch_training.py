@@ -140,3 +140,16 @@ def test_gradients_of_the_gate_gemm(dtype: str) -> None:
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert _gate_gemm.gate_gemm_gradients(x, weight, grad, (False, False)) == (None, None)
+
+
+def test_bfloat16_parts_add_up_to_a_gradient() -> None:
+    """So the products of the parts, each exact in float32, add up to the product of the gradient."""
+    grad = torch.randn(64, 24) * 2.0 ** torch.randint(-60, 60, (64, 24))
+    grad[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    parts = _gate_gemm.in_bfloat16_parts(grad)
+    assert (parts.dtype, parts.shape) == (torch.bfloat16, (64, 72))
+    total = parts.double().reshape(64, 3, 24).sum(1)
+    torch.testing.assert_close(total, grad.double(), rtol=2.0**-24, atol=0, equal_nan=True)
+    weight = torch.randn(24, 16).bfloat16()
+    got = parts[1:].double() @ weight.repeat(3, 1).double()
+    torch.testing.assert_close(got, grad[1:].double() @ weight.double(), rtol=1e-6, atol=1e-6 * float(got.abs().max()))

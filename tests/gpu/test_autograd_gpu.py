@@ -196,3 +196,19 @@ def test_torch_func(torch: Any, dtype: str) -> None:
         for ours, theirs in zip(found, want, strict=True):
             torch.testing.assert_close(ours[i], theirs, rtol=2e-2 if dtype == "bfloat16" else 2e-3, atol=1e-4)
         assert routed[1][i].equal(dense_router(each, weight, METHOD).indices)
+
+
+@pytest.mark.parametrize("unset", ["route", "empty"])
+@pytest.mark.parametrize("n", [1000, 2048])
+def test_gradients_of_many_replayed_tokens(torch: Any, n: int, unset: str) -> None:
+    """From some size on, tensor cores multiply the bfloat16 parts of a gradient, as exactly as float32 GEMMs do."""
+    x, weight = given(torch, n, "bfloat16")
+    ids = torch.stack([torch.randperm(256)[:6] for _ in range(n)]).to(torch.int16).cuda()
+    got = gradient(torch, x, weight, indices=ids, unset=unset)
+    wide = [array.detach().double().requires_grad_() for array in (x, weight)]
+    weights = twin(wide[0] @ wide[1].t(), ids.long(), METHOD)
+    want = torch.autograd.grad(weights.square().sum(), wide)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2.0**-8, atol=1e-5 * float(b.abs().max()))
+    again = gradient(torch, x, weight, indices=ids, unset=unset)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
