@@ -29,6 +29,12 @@ COLD_MORE = {256: 1.3, 384: 2.0}
 HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
 PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 
+# Given experts. More than hash_router with the same logits; more than the same call without, if rows may be routed; few
+# tokens with 256 experts, hidden 4096 and k 8; ratios of 8192 tokens to the call without, and to two float32 GEMMs.
+GIVEN_MORE, GIVEN_OR_ROUTED_MORE = 0.1, 0.2
+GIVEN_DECODE = {1: 2.4, 64: 3.0}
+GIVEN_PREFILL_RATIO, GIVEN_GRADIENT_RATIO = 0.92, 0.5
+
 # expert_layout with 256 experts, k 6 and 8, on an H200; as ratios: other numbers of experts, alignment 128 with
 # block_experts and row_experts (their bytes are added at 3 TB/s), skewed experts to uniform ones of the same run.
 EXPERT_LAYOUT = {1: 1.6, 16: 2.0, 64: 2.3, 1024: 4.2, 8192: 6.5, 65536: 11.0}

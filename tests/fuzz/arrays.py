@@ -73,3 +73,15 @@ def integers(draw: st.DrawFn, count: int, dtype: str, good: Any, bad: Any = None
     if bad is not None and draw(st.booleans()):
         drawn = np.where(rng.random(count) < 0.1, np.array(draw(bad), DTYPES[dtype]), drawn)
     return np.asarray(drawn, DTYPES[dtype])
+
+
+@st.composite
+def recorded(draw: st.DrawFn, shape: tuple[int, int], dtype: str, num_experts: int) -> np.ndarray:
+    """Draw ids of experts, some of which are none; in a signed dtype also rows of -1."""
+    limits = np.iinfo(DTYPES[dtype])
+    bad = [i for i in (-1, num_experts, limits.min, limits.max) if limits.min <= i <= limits.max]
+    good = st.integers(0, min(num_experts - 1, limits.max))
+    ids: np.ndarray = draw(integers(shape[0] * shape[1], dtype, good, st.sampled_from(bad))).reshape(shape)
+    if limits.min < 0:
+        ids[draw(st.integers(0, 3)) :: draw(st.integers(1, 4))] = -1
+    return ids

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
 from cupy_router.method_fields import INDEX_DTYPES
-from tests.backends import DTYPES
-from tests.fuzz.arrays import biases, bits, floats, integers, small_integers
+from tests.fuzz.arrays import biases, bits, floats, integers, recorded, small_integers
 from tests.fuzz.case import Case
 from tests.simt.device import SCHEDULES
 from tests.topk_calls import PLANS
@@ -375,14 +374,7 @@ def _layer_and_num_valid(
     options: dict[str, Any] = {}
     dtype, unset = setting.replay
     if dtype:
-        shape, limits = (rows, setting.k), np.iinfo(DTYPES[dtype])
-        bad = st.sampled_from(
-            [i for i in (-1, setting.columns, limits.min, limits.max) if limits.min <= i <= limits.max]
-        )
-        good = st.integers(0, min(setting.columns - 1, limits.max))
-        arrays["indices"] = draw(integers(rows * setting.k, dtype, good, bad)).reshape(shape)
-        if limits.min < 0:
-            arrays["indices"][draw(st.integers(0, 3)) :: draw(st.integers(1, 4))] = -1
+        arrays["indices"] = draw(recorded((rows, setting.k), dtype, setting.columns))
         layouts["indices"] = (0, 0) if setting.dense else (draw(st.integers(0, 3)), draw(st.integers(0, 1)))
         options["unset"] = unset
     return options | draw(_num_valid(setting, arrays, rows))

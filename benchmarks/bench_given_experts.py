@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Given experts: activation_topk and dense_router with recorded indices, and without; the gradient of many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import cupy
+import numpy as np
+
+from benchmarks import bars
+from benchmarks.harness import attempt, barred, gpu_row, inputs, main
+from benchmarks.one_size import FLOATS, OneSize
+from benchmarks.rows import Row
+from cupy_router import Routing, RoutingMethod, activation_topk, dense_router, hash_router
+
+ALL_N = (1, 4, 16, 64, 256, 1024, 4096, 8192, 16384)
+GATE_N = (1, 16, 64, 128, 256, 512, 8192)
+HIDDEN, MANY = 4096, 8192
+SHARES = (0.0, 0.5, 1.0)  # of rows that are -1, where these are routed
+
+
+class Problem:
+    """One size of activation_topk, or with `hidden` of dense_router."""
+
+    def __init__(self, n: int, num_experts: int = 256, k: int = 8, dtype: str = "float32", hidden: int = 0) -> None:
+        self.method = RoutingMethod(num_experts, k, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5)
+        self.cell: Row = {"op": "dense_router" if hidden else "activation_topk", "E": num_experts, "k": k, "n": n}
+        self.cell |= {"dtype": dtype, "cache": "warm"} | ({"H": hidden} if hidden else {})
+        self.bias = cupy.random.standard_normal(num_experts, dtype=cupy.float32)
+        # What another model would choose: any experts, all different.
+        self.ids = np.random.default_rng(n).random((n, num_experts)).argsort(axis=1)[:, :k].astype(np.int16)
+        self.recorded = cupy.asarray(self.ids)
+        self.out = Routing(cupy.empty((n, k), cupy.float32), cupy.empty((n, k), cupy.int32))
+        if hidden:
+            x, weight = (inputs((rows, hidden), dtype, cold=False)[0] for rows in (n, num_experts))
+            self.route: Any = partial(dense_router, x, weight, self.method, bias=self.bias, out=self.out)
+        else:
+            (self.logits,) = inputs((n, num_experts), dtype, cold=False)
+            self.route = partial(activation_topk, self.logits, self.method, bias=self.bias, out=self.out)
+
+    def selected(self) -> Row:
+        return gpu_row(lambda i: self.route(), self.cell | {"indices": "none"})
+
+    def empty(self) -> Row:
+        return gpu_row(lambda i: self.route(indices=self.recorded, unset="empty"), self.cell | {"indices": "empty"})
+
+    def routed(self, share: float) -> Row:
+        """Return the time where this share of the rows is -1 and routed."""
+        ids = self.ids.copy()
+        ids[np.random.default_rng(0).random(len(ids)) < share] = -1
+        recorded = cupy.asarray(ids)
+        return gpu_row(lambda i: self.route(indices=recorded), self.cell | {"indices": f"route {share:.0%}"})
+
+    def looked_up(self) -> Row:
+        """Return the time of hash_router with the same logits, whose table has a row for each token."""
+        rows, table = cupy.asarray(np.arange(len(self.ids), dtype=np.int32)), cupy.asarray(self.ids.astype(np.int32))
+        call = partial(hash_router, rows, table, self.method, logits=self.logits, out=self.out)
+        return gpu_row(lambda i: call(), self.cell | {"indices": "by hash_router"})
+
+
+def logits_rows(problem: Problem) -> Iterator[Row]:
+    selected, looked_up = problem.selected(), problem.looked_up()
+    yield from (selected, looked_up)
+    yield barred(problem.empty(), round(looked_up["us"] + bars.GIVEN_MORE, 3))
+    for share in SHARES:
+        yield barred(problem.routed(share), round(selected["us"] + bars.GIVEN_OR_ROUTED_MORE, 3))
+
+
+def gate_rows(problem: Problem) -> Iterator[Row]:
+    selected, n = problem.selected(), problem.cell["n"]
+    yield selected
+    ratio = bars.GIVEN_PREFILL_RATIO if n == MANY else None
+    yield barred(problem.empty(), round(ratio * selected["us"], 3) if ratio else bars.GIVEN_DECODE.get(n))
+    for share in SHARES:
+        yield barred(problem.routed(share), round(selected["us"] + bars.GIVEN_OR_ROUTED_MORE, 3))
+
+
+def gradient_rows() -> list[Row]:
+    """A backward pass of dense_router by PyTorch, of many tokens, beside the two float32 GEMMs that it was."""
+    found = attempt("gradients by PyTorch", _gradient_rows)
+    return found or []
+
+
+def _gradient_rows() -> list[Row]:
+    import torch
+
+    method = RoutingMethod(256, 8, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5)
+    cell: Row = {"op": "dense_router gradient", "E": 256, "k": 8, "n": MANY, "dtype": "bfloat16", "cache": "warm"}
+    x, weight = (torch.randn(rows, HIDDEN, device="cuda").bfloat16().requires_grad_() for rows in (MANY, 256))
+    ids = torch.rand(MANY, 256, device="cuda").argsort(dim=1)[:, :8].to(torch.int16)
+    upstream = torch.randn(MANY, 8, device="cuda")
+    rows = []
+    for indices, given in (("none", {}), ("empty", {"indices": ids, "unset": "empty"})):
+        weights = dense_router(x, weight, method, **given).weights
+
+        def back(i: int, weights: Any = weights) -> Any:
+            return torch.autograd.grad(weights, [x, weight], upstream, retain_graph=True)
+
+        rows.append(gpu_row(back, cell | {"indices": indices}, torch=True))
+    grad_logits = torch.randn(MANY, 256, device="cuda")
+
+    def in_float32(i: int) -> Any:
+        with torch.no_grad():
+            grad_x = (grad_logits @ weight.float()).bfloat16()
+            return grad_x, (grad_logits.t() @ x.float()).bfloat16()
+
+    products = gpu_row(in_float32, cell, "two float32 GEMMs", torch=True)
+    rows[1] = barred(rows[1], round(bars.GIVEN_GRADIENT_RATIO * products["us"], 3))
+    return [*rows, products]
+
+
+def measure(quick: bool) -> list[Row]:
+    rows = [row for n in ((1, 64, 1024, 8192) if quick else ALL_N) for row in logits_rows(Problem(n))]
+    counts = (1, 64, MANY) if quick else GATE_N
+    rows += [row for n in counts for row in gate_rows(Problem(n, dtype="bfloat16", hidden=HIDDEN))]
+    return rows + gradient_rows()
+
+
+def one_size(n: int, num_experts: int, top_k: int, dtype: str, hidden: int) -> list[Row]:
+    problem = Problem(n, num_experts, top_k, dtype, hidden)
+    return list(gate_rows(problem) if hidden else logits_rows(problem))
+
+
+ONE_SIZE = OneSize({"n": 64, "num_experts": 256, "top_k": 8, "dtype": FLOATS, "hidden": 0}, one_size)
+
+if __name__ == "__main__":
+    main("given_experts", measure, ONE_SIZE)
