@@ -18,6 +18,7 @@ from benchmarks.bars import (
     LONG_BFLOAT16,
     LONG_BFLOAT16_RATIO,
     TOPK_SELECT,
+    TOPK_SELECT_16_BITS,
     TOPK_SELECT_LONG,
 )
 from benchmarks.harness import (
@@ -44,27 +45,32 @@ class Problem:
     """One size, with its inputs."""
 
     def __init__(
-        self, num_columns: int, k: int, n: int, dtype: str = "float32", *, cold: bool = True, data: str | None = None
-    ) -> None:
+        self, num_columns: int, k: int, n: int, dtype: str = "float32", *, cold: bool = True, data: str | None = None,
+        order: str = "value", values: bool = True,
+    ) -> None:  # fmt: skip
         self.cell: Row = {"op": "topk_select", "E": num_columns, "k": k, "n": n, "dtype": dtype}
         self.cell |= {"cache": "cold" if cold else "warm"}
         self.k = k
+        self.options = {"order": order, "return_values": values}
+        if (order, values) != ("value", True):
+            self.cell |= {"order": order, "values": values}
         if data is None:
             self.scores = inputs((n, num_columns), dtype, cold=cold)
         else:
             self.cell["data"] = data
             scores = HARD[data](inputs((n, num_columns), dtype, cold=False)[0])
             self.scores = cold_inputs(scores.copy, scores.nbytes) if cold else [scores]
-        self.out = TopK(cupy.empty((n, k), self.scores[0].dtype), cupy.empty((n, k), cupy.int32))
+        self.out = TopK(cupy.empty((n, k), self.scores[0].dtype) if values else None, cupy.empty((n, k), cupy.int32))
 
     def call(self, i: int = 0) -> TopK:
-        return topk_select(self.scores[i % len(self.scores)], self.k, out=self.out)
+        return topk_select(self.scores[i % len(self.scores)], self.k, out=self.out, **self.options)
 
     def ours(self) -> Row:
         return gpu_row(self.call, self.cell, rotation=len(self.scores))
 
     def floor(self) -> Row:
-        return floor.read_rows(self.scores, self.out, self.cell)
+        values, indices = self.out
+        return floor.read_rows(self.scores, (indices if values is None else values, indices), self.cell)
 
     def rivals(self, names: Sequence[str]) -> list[Row]:
         rows = (attempt(f"{name} {self.cell}", partial(self._rival, name)) for name in names)
@@ -90,10 +96,12 @@ class Problem:
                 return torch.topk(x, k)
 
         values, indices = select(scores[0])[:2]
-        if self.cell["E"] <= ALL_E[-1]:
+        if self.cell["E"] <= ALL_E[-1] and self.cell["dtype"] == "float32":
             check_same_choice(self.call().indices, indices)
-        elif not bool((self.call().values == cupy.from_dlpack(values)).all()):
-            raise ValueError("finds other values")  # columns may differ: of so many scores some are equal
+        else:  # columns may differ: of so many scores some are equal
+            found = scores[0].gather(1, rivals.tensor(self.call().indices).long())
+            if not bool((found.sort(descending=True).values == values).all()):
+                raise ValueError("finds other values")
         count = len(scores)
         return gpu_row(lambda i: select(scores[i % count]), self.cell, name, rotation=count, torch=True)
 
@@ -126,6 +134,11 @@ def barred_rows() -> list[Row]:
         for n, bar in bars.items():
             problem = Problem(num_columns, k, n)
             rows += [barred(problem.ours(), bar), problem.floor(), *problem.rivals(("Triton", "torch.topk"))]
+    for (num_columns, k), bars in TOPK_SELECT_16_BITS.items():
+        for n, bar in bars.items():
+            problem = Problem(num_columns, k, n, "bfloat16", order="any", values=False)
+            rows += [barred(problem.ours(), bar), problem.floor(), *problem.rivals(["torch.topk"])]
+            rows.append(Problem(num_columns, k, n, "bfloat16", order="column", values=False).ours())
     return rows
 
 

@@ -88,7 +88,7 @@ def speed(files: Files) -> str:
 
 def _long_rows(files: Files) -> list[str]:
     """Return the table of topk_select on rows that are too long for a warp, with a line for each shape."""
-    rows = select(_rows(files, "topk_select"), what="gpu", dtype="float32", cache="cold", data=None)
+    rows = select(_rows(files, "topk_select"), what="gpu", dtype="float32", cache="cold", data=None, order=None)
     shapes = dict.fromkeys((row["n"], row["E"], row["k"]) for row in rows if row["E"] > NARROW)
     times = {(row["n"], row["E"], row["k"], row["by"]): microseconds(row["us"]) for row in rows}
     kinds = [by for by in BY if any((*shape, by) in times for shape in shapes)]

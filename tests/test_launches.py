@@ -126,10 +126,10 @@ def test_topk_select(recorder: Recorder, fake: Fake) -> None:
     assert_rows_share_warps(launch, 7)
     assert (launch.shared_bytes, launch.stream) == (0, 77)
     assert launch.arguments == {
-        "scores": 0x10000000000, "lengths": 0x2004, "starts": 0x3008,
+        "scores": 0x10000000000, "lengths": 0x2004, "starts": 0x3008, "index_map": 0,
         "values": result.values.pointer, "indices": result.indices.pointer,
-        "num_rows": 7, "num_columns": 256, "k": 8,
-        "scores_stride": 2**33, "values_stride": 8, "indices_stride": 8,
+        "num_rows": 7, "num_columns": 256, "k": 8, "page_size": 1,
+        "scores_stride": 2**33, "values_stride": 8, "indices_stride": 8, "map_stride": 0,
     }  # fmt: skip
     assert (result.values.shape, result.values.dtype) == ((7, 8), "float16")
     assert (result.indices.shape, result.indices.dtype) == ((7, 8), "int32")

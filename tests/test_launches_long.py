@@ -42,13 +42,19 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("rows_of_map", [1, 3])
-def test_topk_select_with_options(recorder: Recorder, rows_of_map: int) -> None:
+@pytest.mark.parametrize("k", [6, 40])
+def test_topk_select_with_options(recorder: Recorder, rows_of_map: int, k: int) -> None:
     pages = Array(0x700, (rows_of_map, 20), "int32", row_stride=30)
-    result = topk_select(Array(0x400, (3, 70)), 6, order="column", return_values=False, index_map=pages, page_size=4)
+    result = topk_select(Array(0x400, (3, 70)), k, order="column", return_values=False, index_map=pages, page_size=4)
     assert result.values is None
     launch = only(recorder)
-    assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)
-    wanted = {"index_map": 0x700, "values": 0, "indices": HEAP, "sorted": 0, "page_size": 4, "indices_stride": 6}
+    if k > 32:
+        assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=0, FITS=1)
+        assert launch.arguments["sorted"] == 0
+    else:
+        assert_kernel(launch, "topk_select", "topk_select", BY_COLUMN=1, HAS_VALUES=0, HAS_MAP=1, ROW_PER_BLOCK=1)
+        assert (launch.grid, launch.block) == ((3, 1, 1), (32, 1, 1))
+    wanted = {"index_map": 0x700, "values": 0, "indices": HEAP, "page_size": 4, "indices_stride": k}
     assert launch.arguments.items() >= (wanted | {"map_stride": 0 if rows_of_map == 1 else 30}).items()
 
 

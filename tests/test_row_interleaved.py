@@ -4,6 +4,7 @@ which a look at the keys alone is wrong; the results must be those of a warp for
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,12 +16,12 @@ from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk import interleaved_lanes
 from cupy_router.reference.activation_topk import activation_topk as route
 from cupy_router.reference.topk_select import topk_select as reference
-from cupy_router.tuning import DEFAULT
+from cupy_router.tuning import DEFAULT, assume
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.fuzz.case import call
 
-SOME, MANY = 1000, 5000  # as of so many rows
+FEW, SOME, MANY = 100, 1000, 5000  # as of so many rows
 
 
 def one_row_a_warp(**given: Any) -> Any:
@@ -68,15 +69,44 @@ def hard_rows(columns: int, top_k: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @pytest.mark.parametrize(("columns", "k"), [(256, 6), (384, 7), (200, 8), (256, 32)])
-@pytest.mark.parametrize("as_of_rows", [SOME, MANY])
-def test_topk_select(backend: Backend, dtype: str, columns: int, k: int, as_of_rows: int) -> None:
+@pytest.mark.parametrize(("as_of_rows", "capability"), [(SOME, (9, 0)), (MANY, (9, 0)), (MANY, (8, 0))])
+def test_topk_select(
+    backend: Backend, dtype: str, columns: int, k: int, as_of_rows: int, capability: tuple[int, int]
+) -> None:
     scores = hard_rows(columns, k).astype(DTYPES[dtype])
     limits: list[dict[str, Any]] = [{}, {"lengths": (np.arange(len(scores)) * 5 % (columns + 3)).astype(np.int32)}]
     for given in limits:
         on_device = {name: backend.array(array) for name, array in given.items()}
-        result = call("topk_select", as_of_rows, scores=backend.array(scores), k=k, **on_device)
+        with assume(replace(DEFAULT, capability=capability)):
+            result = call("topk_select", as_of_rows, scores=backend.array(scores), k=k, **on_device)
         want = reference(scores, k, given.get("lengths"))
         np.testing.assert_array_equal(backend.numpy(result.indices), want[1])
+        compare.assert_same_bits(backend.numpy(result.values), want[0])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "by column": {"order": "column"},
+    "any": {"order": "any", "return_values": False},
+    "by column, pages": {"order": "column", "return_values": False, "page_size": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("columns", "k"), [(256, 6), (200, 13)])
+@pytest.mark.parametrize("as_of_rows", [FEW, SOME, MANY])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_topk_select(backend: Backend, dtype: str, columns: int, k: int, as_of_rows: int, name: str) -> None:
+    scores, options = hard_rows(columns, k, seed=5).astype(DTYPES[dtype]), OPTIONS[name]
+    given = {"lengths": (np.arange(len(scores)) * 11 % (columns + 3)).astype(np.int32)}
+    if "page_size" in options:
+        pages = inputs.rng(44).permutation(len(scores) * -(-columns // 8)).astype(np.int32)
+        given["index_map"] = pages.reshape(len(scores), -1)
+    on_device = {array: backend.array(given[array]) for array in given}
+    result = call("topk_select", as_of_rows, scores=backend.array(scores), k=k, **on_device, **options)
+    order, page_size = options["order"], options.get("page_size", 1)
+    want = reference(scores, k, given["lengths"], order=order, page_size=page_size, index_map=given.get("index_map"))
+    np.testing.assert_array_equal(backend.numpy(result.indices), want[1])
+    if options.get("return_values", True):
         compare.assert_same_bits(backend.numpy(result.values), want[0])
 
 

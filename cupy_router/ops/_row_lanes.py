@@ -61,7 +61,9 @@ def few(gpu: Gpu, num_rows: int) -> bool:
     return num_rows <= gpu.scaled(gpu.table.rows.few_rows)
 
 
-def interleaved_lanes(gpu: Gpu, num_rows: int, num_columns: int, needed: int, scored: bool) -> int:
+def interleaved_lanes(
+    gpu: Gpu, num_rows: int, num_columns: int, needed: int, scored: bool, sixteen_bits: bool = False
+) -> int:
     """Return the lanes over which to interleave a row; 0 if a lane should hold adjacent columns.
 
     For few rows, the longest chain of instructions decides the time, so each row has a warp. For many rows, the total
@@ -70,11 +72,14 @@ def interleaved_lanes(gpu: Gpu, num_rows: int, num_columns: int, needed: int, sc
     Args:
         needed: number of lanes that hold the results.
         scored: columns are scored before they are compared.
+        sixteen_bits: columns are compared as they are, two at once.
     """
     rows = gpu.table.rows
     if few(gpu, num_rows):
         very_few = not scored and num_rows <= gpu.scaled(rows.very_few_rows)
         adjacent = rows.adjacent_columns_very_few if very_few else rows.adjacent_columns_few
+        if sixteen_bits:
+            adjacent = rows.adjacent_columns_16_bits
         return MAX_LANES if num_columns > adjacent and needed < MAX_LANES else 0
     if num_columns <= rows.adjacent_columns_many or needed > MAX_LANES:
         return 0

@@ -89,47 +89,55 @@ class TopKSelect(Op):
         return results if options.return_values else results[1:]
 
     def is_single_kernel(self, options: TopKOptions, arrays: Arrays) -> bool:
-        plain = options.order != "column" and options.return_values and arrays.index_map is None
-        return plain and row_lanes.fits(arrays.scores.shape[1], options.k)
+        return row_lanes.fits(arrays.scores.shape[1], options.k)
 
     def kernel(self, options: TopKOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        """Choose the kernel: for short rows without options, one row per warp; otherwise the kernel for long rows."""
+        """Choose the kernel: for short rows, a warp or a part of one for each; otherwise the kernel for long rows."""
         if not self.is_single_kernel(options, arrays):
             return LongTopK(options, arrays, gpu)
         k, scores = options.k, arrays.scores
         num_rows, num_columns = scores.shape
-        lengths, starts = arrays.lengths, arrays.starts
-        strides = scores.row_stride, arrays.values.row_stride, arrays.indices.row_stride
+        lengths, starts, index_map = arrays.lengths, arrays.starts, arrays.index_map
+        indices_stride = arrays.indices.row_stride
+        values_stride = indices_stride if arrays.values is None else arrays.values.row_stride
         macros = {"DTYPE": row_lanes.DTYPE_CODES[scores.dtype]}
         fixed: dict[str, int | float] = {
             "num_rows": num_rows,
             "num_columns": num_columns,
             "k": k,
+            "page_size": options.page_size,
             "scores_stride": scores.row_stride,
-            "values_stride": arrays.values.row_stride,
-            "indices_stride": arrays.indices.row_stride,
+            "values_stride": values_stride,
+            "indices_stride": indices_stride,
+            "map_stride": 0 if index_map is None or index_map.shape[0] == 1 else index_map.row_stride,
         }
         lanes, columns = row_lanes.lanes_and_columns(num_columns, k)
-        interleaved = row_lanes.interleaved_lanes(gpu, num_rows, num_columns, k, False)
+        sixteen_bits = row_lanes.SIZES[scores.dtype] == 2
+        interleaved = row_lanes.interleaved_lanes(gpu, num_rows, num_columns, k, False, sixteen_bits)
         if interleaved:
             lanes, columns = interleaved, row_lanes.interleaved_columns(num_columns, interleaved)
         whole = lengths is None and starts is None and lanes * columns == num_columns
+        grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
         macros |= {
             "TOP_K": k,
             "INTERLEAVED": int(bool(interleaved)),
+            "BY_THRESHOLD": int(0 < interleaved < row_lanes.MAX_LANES and sixteen_bits and gpu.capability >= (9, 0)),
             "LANES": lanes,
             "PER_LANE": columns,
             "WHOLE_ROWS": int(whole),
             "ENDS_AT": 1 if whole or lengths is not None or starts is not None else min(num_columns & -num_columns, 8),
-            "DENSE": int(strides == (num_columns, k, k)),
+            "DENSE": int((scores.row_stride, values_stride, indices_stride) == (num_columns, k, k)),
+            "ROW_PER_BLOCK": int(lanes == block == row_lanes.MAX_LANES),
             "HAS_LENGTHS": int(lengths is not None),
             "HAS_STARTS": int(starts is not None),
+            "HAS_VALUES": int(options.return_values),
+            "HAS_MAP": int(index_map is not None),
+            "BY_COLUMN": int(options.order == "column"),
             "ALIGNED": int(
                 starts is None and row_lanes.aligned(scores.pointer, scores.row_stride, scores.dtype, columns)
             ),
         }
-        grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
-        takes = ("scores", "lengths", "starts", "values", "indices")
+        takes = ("scores", "lengths", "starts", "index_map", "values", "indices")
         return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
 
 

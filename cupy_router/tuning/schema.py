@@ -31,6 +31,7 @@ class Rows(Family):
     very_few_rows: int
     adjacent_columns_very_few: int  # very few rows of plain scores: adjacent up to here, else interleaved over a warp
     adjacent_columns_few: int  # the same for few rows, and for very few whose columns are scored as well
+    adjacent_columns_16_bits: int  # the same for few and very few rows of 16-bit scores that are compared as they are
     adjacent_columns_many: int  # many rows: adjacent up to here, else interleaved over the fewest lanes that suffice
     lanes_by_results: Steps  # of an interleaved row among many: up to this many results, lanes; a warp beyond
     max_columns_per_lane: int  # of an interleaved row among many; a wider row gets more lanes

@@ -31,6 +31,7 @@ TABLE = Table(
         very_few_rows=256,
         adjacent_columns_very_few=224,
         adjacent_columns_few=128,
+        adjacent_columns_16_bits=96,
         adjacent_columns_many=32,
         lanes_by_results=((8, 8), (15, 16)),
         max_columns_per_lane=48,

@@ -52,6 +52,22 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
+// Add 1 to the count if a > b, in two instructions; the compiler finds three.
+__device__ __forceinline__ void count_greater(unsigned a, unsigned b, int& count) {
+    asm("{\n.reg .pred greater;\nsetp.gt.u32 greater, %1, %2;\n@greater add.s32 %0, %0, 1;\n}"
+        : "+r"(count)
+        : "r"(a), "r"(b));
+}
+
+// Write to shared memory if `yes`, without a branch.
+__device__ __forceinline__ void store_shared_if(bool yes, unsigned short* target, unsigned value) {
+    asm volatile("{\n.reg .pred yes;\nsetp.ne.s32 yes, %0, 0;\n@yes st.shared.u16 [%1], %2;\n}"
+                 :
+                 : "r"(static_cast<int>(yes)), "r"(static_cast<unsigned>(__cvta_generic_to_shared(target))),
+                   "h"(static_cast<unsigned short>(value))
+                 : "memory");
+}
+
 // Return an offset or an address, computed here: the compiler would wait until it is used. It forgets that an address is
 // one of global memory, so read by __ldg.
 template <typename T>
@@ -67,6 +83,12 @@ __device__ __forceinline__ unsigned canonical_bits(float sum) { return __float_a
 #else
 
 #include <cmath>
+
+inline void count_greater(unsigned a, unsigned b, int& count) { count += a > b; }
+
+inline void store_shared_if(bool yes, unsigned short* target, unsigned value) {
+    if (yes) *target = static_cast<unsigned short>(value);
+}
 
 template <typename T>
 inline T computed_now(T value) {
