@@ -248,6 +248,11 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         yes("expert_layout::sizes", "permute::every_hidden_size", "unpermute::every_hidden_size"),
         yes("permute::any_other_framework_moves_any_dtype"),
     ),
+    "experts on several ranks": (
+        Cell("`ExpertParallel`", ("expert_parallel::ranks_do_what_one_process_does",
+                                  "expert_parallel::one_rank_communicates_nothing")),
+        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+    ),
     "gradients of `permute` and `unpermute`": (
         yes("torch_layout::gradients_are_those_of_gather_and_sum",
             "torch_layout::only_what_is_needed_is_computed_and_saved", "torch_layout::a_second_derivative_is_refused",

@@ -21,7 +21,7 @@ weight, logit_bias and expert_scale, if these require grad. Indices, and a bias 
 of load-balancing losses.
 
 :class:`Gate` is a router as a module, with parameters and buffers of its own. `replace_routers` replaces the routers of
-a Hugging Face model.
+a Hugging Face model. :class:`ExpertParallel` spreads the experts of a layer over the ranks of torch.distributed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,20 @@ import torch
 from cupy_router import _hooks, router
 from cupy_router.ops import _run
 from cupy_router.torch import _intercept, _router_op, _state
+from cupy_router.torch._expert_parallel import ExpertParallel
 from cupy_router.torch._gate import Gate, deepseek_state_dict
 from cupy_router.torch._load_balance import LoadBalance, load_balance
 from cupy_router.torch._replace import replace_routers, restore_routers
 
-__all__ = ["Gate", "LoadBalance", "deepseek_state_dict", "load_balance", "replace_routers", "restore_routers"]
+__all__ = [
+    "ExpertParallel",
+    "Gate",
+    "LoadBalance",
+    "deepseek_state_dict",
+    "load_balance",
+    "replace_routers",
+    "restore_routers",
+]
 
 _run.interceptors.insert(0, _intercept)  # asked first: torch.compile traces it, and need not trace others
 router.interceptors.append(_router_op)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks compute in the tests of ExpertParallel, and one process in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from cupy_router import expert_layout, permute, unpermute
+from cupy_router.torch import ExpertParallel
+
+HIDDEN = 12
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+class Problem(NamedTuple):
+    """Tokens of each rank, and their experts."""
+
+    num_tokens: tuple[int, ...]  # of each rank, as many as there are ranks
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    index_dtype: torch.dtype = torch.int32
+
+    def arrays(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Return the arrays of all ranks together: x, weights, indices, matrices of the experts, gradients."""
+        generator, n = torch.Generator().manual_seed(seed), sum(self.num_tokens)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        indices = normal(n, self.num_experts).argsort(dim=1)[:, : self.top_k].to(self.index_dtype)
+        if n > 4:
+            indices[1, 0] = indices[1, -1]  # an expert twice
+            indices[3, -1] = self.num_experts  # no expert
+        return {
+            "x": normal(n, HIDDEN).to(self.dtype),
+            "weights": normal(n, self.top_k).to(self.weight_dtype),
+            "indices": indices,
+            "matrices": normal(self.num_experts, HIDDEN, HIDDEN) / HIDDEN**0.5,
+            "grad": normal(n, HIDDEN).to(self.dtype),
+        }
+
+
+def experts(rows: torch.Tensor, ends: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return what experts return for their rows, each row by itself, and NaN for rows without a pair."""
+    if not len(matrices):
+        return torch.full_like(rows, torch.nan)  # depends on nothing, so it does not require grad
+    expert = torch.searchsorted(ends, torch.arange(len(rows)), right=True)
+    chosen = matrices[expert.clamp(max=len(matrices) - 1)]
+    y = (rows.float()[:, :, None] * chosen).sum(dim=1).tanh().to(rows.dtype)
+    return torch.where((expert < len(matrices))[:, None], y, torch.nan)
+
+
+def of_one_process(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
+    """Return the sums and gradients of all tokens and experts."""
+    arrays = problem.arrays(seed)
+    x, weights, matrices = (arrays[name].requires_grad_() for name in ("x", "weights", "matrices"))
+    layout = expert_layout(arrays["indices"], problem.num_experts)
+    out = unpermute(experts(permute(x, layout), layout.ends, matrices), layout, weights)
+    out.backward(arrays["grad"])
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "matrices": matrices.grad}
+
+
+def of_ranks(parallel: ExpertParallel, problem: Problem, seed: int) -> dict[str, torch.Tensor]:
+    """Return the same, computed by all ranks: this one's tokens and experts."""
+    arrays, (first, count) = problem.arrays(seed), parallel.experts
+    own = tokens_of(problem, dist.get_rank())
+    x, weights = (arrays[name][own].requires_grad_() for name in ("x", "weights"))
+    matrices = arrays["matrices"][first : first + count].requires_grad_()
+    rows, layout, ticket = parallel.dispatch(x, weights, arrays["indices"][own])
+    assert rows.shape == (layout.capacity, HIDDEN)
+    assert rows.dtype == x.dtype
+    out = parallel.combine(experts(rows, layout.ends, matrices), ticket)
+    assert out.shape == x.shape
+    out.backward(arrays["grad"][own])
+    gradient = matrices.grad if count else torch.zeros_like(matrices)
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "matrices": gradient}
+
+
+def tokens_of(problem: Problem, rank: int) -> slice:
+    """Return the tokens of a rank."""
+    ends = [0, *accumulate(problem.num_tokens)]
+    return slice(ends[rank], ends[rank + 1])
+
+
+def check(parallel: ExpertParallel, problem: Problem, exact: bool, seed: int = 0) -> None:
+    """Compare the ranks with one process: bitwise or within rounding."""
+    wanted, got = of_one_process(problem, seed), of_ranks(parallel, problem, seed)
+    first, count = parallel.experts
+    for name, array in got.items():
+        part = slice(first, first + count) if name == "matrices" else tokens_of(problem, dist.get_rank())
+        want = wanted[name][part]
+        if exact:
+            assert torch.equal(array, want), f"{name}: {array} is not {want}"
+        else:
+            tolerance = TOLERANCE[problem.dtype]
+            torch.testing.assert_close(array, want, rtol=tolerance, atol=tolerance, msg=f"{name}: {{}}".format)
+
+
+def refused(call: Callable[[], Any], kind: type[Exception]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
