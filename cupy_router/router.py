@@ -33,7 +33,8 @@ class Router:
         weight: The gate, [num_experts, hidden] float32, float16 or bfloat16. A hash router without it gives uniform
             weights.
         bias: [num_experts] float32, added for the selection only; or [num_biases, num_experts], of which `bias_index`
-            names one for each token of a call. Not allowed with a table.
+            names one for each token of a call. Beside a table only several are allowed: tokens with an index above 0
+            leave the table, as in :func:`cupy_router.hash_router`.
         logit_bias: [num_experts] float32, added to the logits. Needs ``weight``.
         expert_scale: [num_experts] float32, factor of each expert's weight. Needs ``weight``.
         table: [vocab_size, top_k] int32 or int64, the experts of each token id. Makes this a hash router.
@@ -112,10 +113,13 @@ class Router:
             raise TypeError("Router: weight must be an array, got None")
         if self.weight is None and (self.logit_bias is not None or self.expert_scale is not None):
             raise ValueError("Router: logit_bias and expert_scale need a weight, without which weights are uniform")
-        if self.table is not None and self.bias is not None:
+        if self.table is not None and self.bias is not None and len(getattr(self.bias, "shape", ())) != 2:
             raise ValueError(
-                "Router: bias and table do not go together: a table alone decides which experts are chosen"
+                "Router: bias and table do not go together: a table alone decides which experts are chosen, but for "
+                "tokens with another one of several biases [num_biases, num_experts]"
             )
+        if self.bias is not None and self.weight is None:
+            raise ValueError("Router: bias needs a weight, by whose scores experts are chosen")
 
     def _validate(self) -> None:
         """Check the arrays."""
@@ -189,8 +193,8 @@ class Router:
                 layout=layout, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         return _hash_layer.hash_layer(
-            self.method, x, token_ids, self.table, self.weight, self.logit_bias, self.expert_scale,
-            layout, num_valid, out, stream, return_logits,
+            self.method, x, token_ids, self.table, self.weight, self.bias, bias_index, self.logit_bias,
+            self.expert_scale, layout, num_valid, out, stream, return_logits,
         )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ extern "C" __global__ void __launch_bounds__(256, MIN_BLOCKS)
                     const int* __restrict__ bias_index, const float* __restrict__ logit_bias,
                     const float* __restrict__ expert_scale, const given_t* __restrict__ given_experts,
                     const int* __restrict__ num_valid, weight_t* __restrict__ weights, index_t* __restrict__ indices,
-                    int num_valid_value, logit_out_t* logits_out, long long num_tokens, const MethodNumbers numbers,
-                    long long logits_stride, long long weights_stride, long long indices_stride, long long given_stride,
+                    int num_valid_value, logit_out_t* logits_out, const given_token_t* __restrict__ token_ids,
+                    long long num_tokens, const MethodNumbers numbers, long long logits_stride,
+                    long long weights_stride, long long indices_stride, long long given_stride,
                     long long logits_out_stride) {
     route_rows(
         logits, bias, bias_index, logit_bias, expert_scale, given_experts, num_valid, weights, indices, num_valid_value,
-        num_tokens, numbers, logits_stride, weights_stride, indices_stride, given_stride,
+        token_ids, num_tokens, numbers, logits_stride, weights_stride, indices_stride, given_stride,
         [] { return blockDim.x / 32; }, [](int64_t, int, index_t) {});
     if (RETURNS_LOGITS) {
         const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LANES;

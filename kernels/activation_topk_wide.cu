@@ -61,9 +61,9 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
                          const float* __restrict__ expert_scale, const given_t* __restrict__ given_experts,
                          const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                          index_t* __restrict__ indices, int num_valid_value, logit_out_t* logits_out,
-                         long long num_tokens, const MethodNumbers numbers, long long logits_stride,
-                         long long weights_stride, long long indices_stride, long long given_stride,
-                         long long logits_out_stride) {
+                         const given_token_t* __restrict__ token_ids, long long num_tokens, const MethodNumbers numbers,
+                         long long logits_stride, long long weights_stride, long long indices_stride,
+                         long long given_stride, long long logits_out_stride) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
         weight_t* weight = weights + r * weights_stride;
@@ -71,14 +71,15 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
         return_logits<false>(logits + r * logits_stride, logit_bias, r < valid, logits_out + r * logits_out_stride,
                              threadIdx.x, WIDE_THREADS);
         const BiasRow its_bias = bias_of_token(bias, bias_index, r);
-        bool is_set = UNSET_EMPTY, exists = true;
-        for (int place = threadIdx.x; HAS_GIVEN && place < TOP_K; place += WIDE_THREADS) {
-            const int id = given_id(given_experts + r * given_stride + place);
+        const given_t* given = HAS_GIVEN ? given_row(given_experts, given_stride, token_ids, r) : nullptr;
+        bool is_set = UNSET_EMPTY, exists = given != nullptr;
+        for (int place = threadIdx.x; given != nullptr && place < TOP_K; place += WIDE_THREADS) {
+            const int id = given_id(given + place);
             is_set |= id != UNSET;
             exists &= id >= 0;
         }
         if (HAS_GIVEN) {
-            is_set = __syncthreads_or(is_set);
+            is_set = BY_TOKEN_ID ? its_bias.is_first : __syncthreads_or(is_set);
             exists = !__syncthreads_or(!exists);
         }
         if (r >= valid || !(HAS_GIVEN && is_set ? exists : its_bias.exists)) {
@@ -116,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
         }
 
         for (int place = threadIdx.x; !selects && place < TOP_K; place += WIDE_THREADS)
-            index[place] = static_cast<index_t>(given_experts[r * given_stride + place]);
+            index[place] = static_cast<index_t>(given[place]);
 
         int64_t experts[PLACES];
         float values[PLACES];

@@ -8,10 +8,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
                         const float* __restrict__ expert_scale, const given_t* __restrict__ given_experts,
                         const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                         index_t* __restrict__ indices, logit_out_t* __restrict__ logits_out, unsigned* counters,
-                        float* partials, int num_valid_value, long long num_tokens, const MethodNumbers numbers,
-                        long long x_stride, long long weight_stride, long long weights_stride, long long indices_stride,
-                        long long given_stride, long long logits_out_stride) {
+                        float* partials, int num_valid_value, const given_token_t* __restrict__ token_ids,
+                        long long num_tokens, const MethodNumbers numbers, long long x_stride, long long weight_stride,
+                        long long weights_stride, long long indices_stride, long long given_stride,
+                        long long logits_out_stride) {
     route_by_gate(x, weight, bias, bias_index, logit_bias, expert_scale, given_experts, num_valid, weights, indices,
-                  logits_out, counters, partials, num_valid_value, num_tokens, numbers, x_stride, weight_stride,
-                  weights_stride, indices_stride, given_stride, logits_out_stride, [](int64_t, int, index_t) {});
+                  logits_out, counters, partials, num_valid_value, token_ids, num_tokens, numbers, x_stride,
+                  weight_stride, weights_stride, indices_stride, given_stride, logits_out_stride,
+                  [](int64_t, int, index_t) {});
 }

@@ -25,16 +25,16 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS, 1) dense_router_dec
     index_t* __restrict__ indices, logit_out_t* __restrict__ logits_out, int* __restrict__ counts,
     int* __restrict__ offsets, int* __restrict__ ends, int* __restrict__ order, int* __restrict__ positions,
     int* __restrict__ block_experts, int* __restrict__ row_experts, unsigned* counters, float* partials,
-    int num_valid_value, long long num_tokens, const MethodNumbers numbers, long long x_stride, long long weight_stride,
-    long long weights_stride, long long indices_stride, long long given_stride, long long logits_out_stride,
-    int capacity, long long positions_stride) {
+    int num_valid_value, const given_token_t* __restrict__ token_ids, long long num_tokens, const MethodNumbers numbers,
+    long long x_stride, long long weight_stride, long long weights_stride, long long indices_stride,
+    long long given_stride, long long logits_out_stride, int capacity, long long positions_stride) {
     const LayoutResults results = {counts,        offsets,     ends,     order, positions,
                                    block_experts, row_experts, capacity, -1,    positions_stride};
     __shared__ Layout layout;
     layout.begin(results);
     const bool routed = route_by_gate(
         x, weight, bias, bias_index, logit_bias, expert_scale, given_experts, num_valid, weights, indices, logits_out,
-        counters, partials, num_valid_value, num_tokens, numbers, x_stride, weight_stride, weights_stride,
+        counters, partials, num_valid_value, token_ids, num_tokens, numbers, x_stride, weight_stride, weights_stride,
         indices_stride, given_stride, logits_out_stride, [&](int64_t token, int place, index_t expert) {
             layout.keep(static_cast<int>(token) * OUTPUTS + place, static_cast<int>(expert));
         });

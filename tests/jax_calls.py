@@ -93,6 +93,14 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
             lambda token_ids, table, **more: hash_router(token_ids, table, METHOD, **more),
             "token_ids", "table", "x", "weight", "num_valid",
         ),
+        "hash_router of logits and biases": call(
+            lambda token_ids, table, biases, **more: hash_router(token_ids, table, METHOD, bias=biases, **more),
+            "token_ids", "table", "logits", "biases", "bias_index", "logit_bias",
+        ),
+        "hash_router of x and biases, padded": call(
+            lambda token_ids, table, biases, **more: hash_router(token_ids, table, METHOD, bias=biases, **more),
+            "token_ids", "table", "x", "weight", "biases", "bias_index", "num_valid",
+        ),
         "dense_router": call(lambda x, weight, **more: dense_router(x, weight, METHOD, **more), "x", "weight", *LAYER),
         "dense_router decode": call(
             lambda x, weight, **more: dense_router(x, weight, METHOD, path="decode", **more), "x", "weight", "bias"
@@ -118,6 +126,12 @@ def calls(dtype: str = "float32", n: int = N) -> dict[str, Call]:
             "x", "weight", "biases", "bias_index",
         ),
         "a hash Router, padded": call(_hash_layer, "x", "token_ids", "table", "weight", "num_valid"),
+        "a hash Router of biases": call(
+            lambda x, token_ids, table, weight, biases, **more: Router(METHOD, weight=weight, table=table, bias=biases)(
+                x, token_ids, **more
+            ),
+            "x", "token_ids", "table", "weight", "biases", "bias_index",
+        ),
         "a hash Router with logits": call(
             lambda *arrays, **named: _hash_layer(*arrays, **named, return_logits=True),
             "x", "token_ids", "table", "weight",

@@ -44,7 +44,10 @@ ARCHITECTURE = "compute_90"
 HANDLED = [
     name
     for name in NAMES
-    if name.startswith(("dense_router", "a ")) or "with logits" in name or name == "topk_select with starts"
+    if name.startswith(("dense_router", "a "))
+    or "with logits" in name
+    or name == "topk_select with starts"
+    or (name.startswith("hash_router") and "biases" in name)
 ]
 
 

@@ -234,6 +234,12 @@ def test_results_have_the_framework_of_x() -> None:
         ({"weight": gate(), "table": table()[:, :3]}, ValueError, r"Router: table must have shape .* = \[50, 4\]"),
         ({"weight": gate(), "table": BIAS}, TypeError, "Router: table must be int32 or int64, got float32"),
         ({"weight": gate(), "table": table(), "bias": BIAS}, ValueError, "Router: bias and table do not go together"),
+        ({"table": table(), "bias": BIAS[None]}, ValueError, "Router: bias needs a weight"),
+        (
+            {"weight": gate(), "table": table(), "bias": BIAS[None, :5]},
+            ValueError,
+            r"Router: bias must have shape \[num_biases, num_experts\] = ",
+        ),
     ],
 )
 def test_refused_router_arguments(backend: Backend, arrays: dict[str, Any], error: type, words: str) -> None:

@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import LayoutSpec, Router, Routing, RoutingMethod, activation_topk, dense_router, expert_layout
-from cupy_router.ops import _chunks
+from cupy_router import LayoutSpec, Router, Routing, RoutingMethod, activation_topk, dense_router, expert_layout, gemm
+from cupy_router.ops import _cached, _chunks
 from tests import compare
 from tests.backends import Backend
-from tests.bias_calls import KINDS, NAMES, WIDE, Call
+from tests.bias_calls import HASHED, KINDS, NAMES, WIDE, Call
 from tests.canvas import Canvas
 from tests.fuzz.case import call as routed
 from tests.methods import Layer
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
+CHUNKED = ("dense_router prefill", "hash_router of x", "hash Router")
 
 
 def uploaded(backend: Backend, call: Call, row_pad: int = 0, offset: int = 0) -> dict[str, Any]:
-    flat = ("bias_index", "logit_bias", "expert_scale")
+    flat = ("bias_index", "logit_bias", "expert_scale", "token_ids")
     return {
         name: backend.array(array) if name in flat else backend.array(array, row_pad, offset)
         for name, array in call.arrays().items()
@@ -33,8 +34,12 @@ def check(backend: Backend, call: Call, result: Any, num_valid: int | None = Non
     weights, indices = backend.numpy(result.weights), backend.numpy(result.indices)
     arrays, exist = call.arrays(), call.exist
     exist[call.n if num_valid is None else num_valid :] = False
-    layer = Layer(arrays["bias"][arrays["bias_index"][exist]], arrays.get("logit_bias"), arrays.get("expert_scale"))
-    compare.assert_right((weights[exist], indices[exist]), call.logits()[exist], call.method, layer)
+    for by_table in (False, True) if call.is_hash else (False,):
+        rows = exist & ((arrays["bias_index"] == 0) == by_table) if call.is_hash else exist
+        bias = arrays["bias"][arrays["bias_index"][rows]]
+        layer = Layer(bias, arrays.get("logit_bias"), arrays.get("expert_scale"))
+        table = arrays["table"][arrays["token_ids"][rows]] if by_table else None
+        compare.assert_right((weights[rows], indices[rows]), call.logits()[rows], call.method, layer, table)
     assert (indices[~exist] == -1).all()
     assert not weights[~exist].astype(np.float32).any()
 
@@ -53,8 +58,9 @@ def test_every_token_has_its_own_bias(kind: str, name: str, backend: Backend) ->
 
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("name", WIDE)
-def test_rows_of_a_block(name: str, backend: Backend) -> None:
-    call = Call("activation_topk", name, 7)
+@pytest.mark.parametrize("kind", ["activation_topk", "hash_router of logits"])
+def test_rows_of_a_block(kind: str, name: str, backend: Backend) -> None:
+    call = Call(kind, name, 9)
     check(backend, call, call(uploaded(backend, call)))
 
 
@@ -68,9 +74,11 @@ def test_numbers_of_tokens(kind: str, n: int, backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", ["8 groups, best 4, top 2", "bfloat16 weights", "everything"])
 @pytest.mark.parametrize("as_of_rows", [1000, 5000])
-def test_rows_that_share_a_warp(as_of_rows: int, name: str, backend: Backend) -> None:
-    call = Call("activation_topk", name, 21)
-    check(backend, call, routed("activation_topk", as_of_rows, method=call.method, **uploaded(backend, call)))
+@pytest.mark.parametrize("kind", ["activation_topk", "hash_router of logits"])
+def test_rows_that_share_a_warp(kind: str, as_of_rows: int, name: str, backend: Backend) -> None:
+    call = Call(kind, name, 21)
+    op = kind.partition(" ")[0]
+    check(backend, call, routed(op, as_of_rows, method=call.method, **uploaded(backend, call)))
 
 
 @pytest.mark.parametrize("num_biases", [1, 2, 40])
@@ -100,7 +108,7 @@ def test_biases_in_reverse_and_one_for_all(kind: str, backend: Backend) -> None:
         compare.assert_same_bits(backend.numpy(a), backend.numpy(b))
 
 
-@EVERY
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HASHED])
 def test_rows_are_those_of_a_call_with_one_bias(kind: str, backend: Backend) -> None:
     call = Call(kind, "bfloat16 weights")
     arrays = uploaded(backend, call)
@@ -161,10 +169,24 @@ def test_a_layout_is_that_of_the_indices(kind: str, n: int, backend: Backend) ->
 
 
 @pytest.mark.needs_kernels
-def test_chunks_of_tokens(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call("dense_router prefill", "bfloat16 weights", 130)
+@pytest.mark.parametrize("kind", CHUNKED)
+def test_chunks_of_tokens(kind: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(kind, "bfloat16 weights", 130)
     monkeypatch.setattr(_chunks, "budget", lambda gpu: 32 * 4 * call.method.num_logits)
-    check(backend, call, call(uploaded(backend, call)))
+    for returned in (False, True):
+        check(backend, call, call(uploaded(backend, call), return_logits=returned))
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("kind", ["Router", "hash_router of x", "hash Router"])
+def test_without_cublas(kind: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, large = Call(kind, "bfloat16 weights", 130), Call(kind, WIDE[0], 5)
+    monkeypatch.setattr(gemm, "why_not", lambda device: "it is not installed")
+    _cached.forget()
+    for returned in (False, True):
+        check(backend, call, call(uploaded(backend, call), return_logits=returned))
+    with pytest.raises(RuntimeError, match="need cuBLAS: it is not installed"):
+        large(uploaded(backend, large))
 
 
 @EVERY
@@ -180,7 +202,7 @@ def test_out_is_filled_and_returned(kind: str, backend: Backend) -> None:
         assert canvas.is_clean()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "activation_topk"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("activation_topk", "hash_router of logits")])
 def test_a_token_without_a_bias_has_logits(kind: str, backend: Backend) -> None:
     call = Call(kind, "bfloat16 weights")
     result = call(uploaded(backend, call), return_logits=True)

@@ -72,8 +72,16 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], int
     ),
     "hash_router": (lambda ids, a: hash_router(ids, TABLE, METHOD, logits=a), (IDS, LOGITS), (0, 0), 1),
     "rows of all": (lambda ids, a: hash_router(ids, TABLE, METHOD, logits=a), (IDS, LOGITS[0]), (0, None), 1),
+    "hash_router of biases": (
+        lambda ids, a, i: hash_router(ids, TABLE, METHOD, logits=a, bias=BIASES, bias_index=i),
+        (IDS, LOGITS, IDS.clamp(max=3)), (0, 0, 0), 1,
+    ),
     "hash_router alone": (lambda ids: hash_router(ids, TABLE), (IDS,), (0,), 1),
     "a Router": (lambda x: ROUTER(x), (X,), (0,), 1),
+    "a Router of biases with a table": (
+        lambda x, ids, i: Router(METHOD, weight=GATES[0], bias=BIASES, table=TABLE)(x, ids, bias_index=i),
+        (X, IDS, IDS.clamp(max=3)), (0, 0, 0), 1,
+    ),
     "a Router of biases": (
         lambda x, i: Router(METHOD, weight=GATES[0], bias=BIASES)(x, bias_index=i), (X, IDS.clamp(max=3)), (0, 0), 1
     ),

@@ -49,7 +49,8 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     padded[3:] = -1
     replayed, emptied = padded.to(torch.int16), MethodOptions(METHOD, unset="empty").text
     gated, hashed = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
-    biased, which = Router(METHOD, weight=tensor(16, 8, seed=1), bias=tensor(2, 16, seed=2)), ids.int() % 2
+    biases, which = tensor(2, 16, seed=2), ids.int() % 2
+    biased = Router(METHOD, weight=tensor(16, 8, seed=1), bias=biases)
     _KEPT.extend((gated, hashed, biased))
     by_hand: dict[str, list[tuple[Any, ...]]] = {
         "topk_select": [
@@ -63,11 +64,15 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, None, None, 3),
         ],
         "hash_router": [
-            (method, ids, table, parameter(5, 16), None, None, bias, scale, None, 4),
-            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), bias, None, None, -1),
-            (HashOptions(None).text, ids, table, None, None, None, None, None, None, -1),
+            (method, ids, table, parameter(5, 16), None, None, None, None, bias, scale, None, 4),
+            (method, ids, table, parameter(5, 16), None, None, biases, which, bias, scale, None, 4),
+            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, None, None, -1),
+            (HashOptions(None).text, ids, table, None, None, None, None, None, None, None, None, -1),
         ],
-        "hash_layer": [(method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), bias, scale, count, -1)],
+        "hash_layer": [
+            (method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None, None, bias, scale, count, -1),
+            (method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), biases, which, bias, scale, count, -1),
+        ],
         "dense_router": [
             (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, count, -1)
             for ids_given in (None, replayed)
@@ -98,10 +103,12 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, None, -1),
         ],
         "hash_router_layout": [
-            (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, bias, scale, None, 4)
+            (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, None, None, bias,
+             scale, None, 4)
         ],
         "hash_layer_layout": [
-            (HashOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, count, -1)
+            (HashOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, None, None,
+             count, -1)
         ],
         "dense_router_layout": [
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias,
@@ -109,19 +116,19 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "hash_router_logits": [
             (HashOptions(METHOD, None, "float32").text, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1),
-             bias, None, None, 4)
+             None, None, bias, None, None, 4)
         ],
         "hash_layer_logits": [
-            (HashOptions(METHOD, None, "float32").text, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None,
-             scale, count, -1)
+            (HashOptions(METHOD, None, "float32").text, parameter(5, 8), ids, table, parameter(16, 8, seed=1), biases,
+             which, None, scale, count, -1)
         ],
         "hash_router_logits_layout": [
             (HashOptions(METHOD, spec, "float32").text, None, ids, table, None, parameter(5, 8),
-             parameter(16, 8, seed=1), bias, None, None, 4)
+             parameter(16, 8, seed=1), None, None, bias, None, None, 4)
         ],
         "hash_layer_logits_layout": [
             (HashOptions(METHOD, spec, "float32").text, 8, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None,
-             None, count, -1)
+             None, None, None, count, -1)
         ],
         "dense_router_logits": [
             (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, None,

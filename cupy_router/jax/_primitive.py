@@ -53,15 +53,16 @@ def _by_handler(*arrays: Any, name: str, text: str, avals: tuple[Any, ...]) -> l
 
 
 def _as_hash_layer(name: str, text: str, arrays: tuple[Any, ...]) -> tuple[str, str, tuple[Any, ...]]:
-    """Return a call that returns logits as one of the hash layer, which does the same.
+    """Return a call that multiplies with the whole gate as one of the hash layer, which does the same.
 
     XLA may capture the handler of `hash_router` in a command buffer, but not a gate GEMM, which takes scratch memory.
     """
     op, layer = hash_router.OP, _hash_layer.OP
     options, given, number = _call_text.decode(op, text)
-    if options.logits_dtype is None:
+    names = [op.names[place] for place in given]
+    if options.logits_dtype is None and not {"x", "bias"} <= {*names}:
         return name, text, arrays
-    by_name = {op.names[place]: array for place, array in zip(given, arrays, strict=True)}
+    by_name = dict(zip(names, arrays, strict=True))
     places = tuple(place for place, name in enumerate(layer.names) if name in by_name)
     inputs = tuple(by_name[layer.names[place]] for place in places)
     return layer.name, _call_text.encode(options, places, number), inputs

@@ -139,16 +139,22 @@ def launch_with_logits(op: Op, kernel: Kernel, arrays: Arrays) -> Work:
 
     If the logits of the chunk are in this array, only rows of padding are written.
     """
-    returned: View = arrays.logits_out
+    takes = (*op.names, *ROUTING) if kernel.takes is None else kernel.takes
+    passed = (*op.names, *ROUTING, NUMBER, LOGITS)
+    return launch_with((*takes, NUMBER, LOGITS), with_logits(kernel, arrays), arrays.indices.device, passed)
+
+
+def with_logits(kernel: Kernel, arrays: Arrays) -> Kernel:
+    """Return a kernel that also fills `arrays.logits_out`, if that is not None."""
+    returned: View | None = arrays.logits_out
+    if returned is None:
+        return kernel._replace(fixed=kernel.fixed | {f"{LOGITS}_stride": 0})
     macros = {
         "LOGITS_OUT": row_lanes.DTYPE_CODES[returned.dtype],
         "LOGITS_IN_PLACE": int(arrays.logits.name == returned.name),
     }
     stride = {f"{LOGITS}_stride": returned.row_stride}
-    kernel = kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
-    takes = (*op.names, *ROUTING) if kernel.takes is None else kernel.takes
-    passed = (*op.names, *ROUTING, NUMBER, LOGITS)
-    return launch_with((*takes, NUMBER, LOGITS), kernel, returned.device, passed)
+    return kernel._replace(macros=kernel.macros | macros, fixed=kernel.fixed | stride)
 
 
 def _can_be_product(logits: View) -> bool:

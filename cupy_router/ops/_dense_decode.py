@@ -134,6 +134,7 @@ def fixed_arguments(
 ) -> dict[str, int | float]:
     """Return the last parameters of the kernel, in its order."""
     return {
+        "token_ids": 0,
         "num_tokens": num_tokens,
         **method_arguments(method),
         "x_stride": x_stride,

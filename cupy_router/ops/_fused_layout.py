@@ -100,7 +100,8 @@ def fused(
         return None
     macros, numbers = macros_and_numbers(found, options, arrays, gpu, layout_by, routed.block)
     fixed = routed.fixed | numbers | (more or {})
-    return routed._replace(file=name, function=name, macros=routed.macros | macros, fixed=fixed)
+    takes = None if routed.takes is None else (*routed.takes, *ARRAYS)
+    return routed._replace(file=name, function=name, macros=routed.macros | macros, fixed=fixed, takes=takes)
 
 
 def counts(kernel: Kernel) -> bool:
@@ -125,7 +126,9 @@ class _LastBlock:
 
     def __init__(self, op: Op, options: Any, kernel: Kernel, device: tuple[str, int]) -> None:
         self._device = device
-        self._launch = launch_with((*op.parameters(options), NUMBER, _COUNTER), kernel, device)
+        passed = (*op.parameters(options), NUMBER, _COUNTER)
+        varying = passed if kernel.takes is None else (*kernel.takes, NUMBER, _COUNTER)
+        self._launch = launch_with(varying, kernel, device, passed)
         self.function: compiler.Function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupy_router.arrays import ITEM_SIZES
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import IDS, Arrays, row
 from cupy_router.ops._method import id_macros
@@ -14,6 +15,7 @@ from cupy_router.tuning import Gpu
 
 GIVEN = row("given_experts", "num_tokens, top_k or top_k + shared", IDS, path="indices")
 ROUTE, EMPTY = "route", "empty"
+TOKEN_IDS = "token_ids"  # the parameter of kernels that select
 
 
 def as_unset(label: str, unset: Any) -> str:
@@ -36,11 +38,18 @@ def selects(options: Any, given: Any) -> bool:
     return given is None or (options.unset == ROUTE and not given.dtype.startswith("u"))
 
 
-def given_macros(options: Any, given: Any) -> dict[str, int]:
-    """Return the macros of a kernel that selects experts where none are given."""
+def given_macros(options: Any, arrays: Arrays) -> dict[str, int]:
+    """Return the macros of a kernel that selects experts where none are given.
+
+    arrays: with `token_ids`, the given experts are a table of those of tokens with bias 0.
+    """
+    given, token_ids = arrays.given_experts, getattr(arrays, TOKEN_IDS, None)
     if given is None:
         return {}
-    return {**id_macros("GIVEN", given.dtype), "UNSET_EMPTY": int(not selects(options, given))}
+    macros = id_macros("GIVEN", given.dtype)
+    if token_ids is not None:
+        return {**macros, "GIVEN_ID_BYTES": ITEM_SIZES[token_ids.dtype], "GIVEN_ROWS": given.shape[0]}
+    return {**macros, "UNSET_EMPTY": int(not selects(options, given))}
 
 
 def given_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:

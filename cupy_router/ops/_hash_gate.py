@@ -11,9 +11,10 @@ from typing import Any
 from cupy_router import gemm
 from cupy_router.arrays import View
 from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops import _hash_biased as biased
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops import dense_router
-from cupy_router.ops._cached import Reordered, Work, launch_of
+from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._routed import LOGITS, ROUTING, RoutedOp
@@ -25,7 +26,10 @@ def by_gate_gemm(op: RoutedOp, target: Any, options: Any, arrays: Arrays, gpu: G
     """Return the kernels of a call of `op`; `target` is `hash_router`, which weighs by logits."""
     few = arrays.x.shape[0] <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
     fits = row_lanes.fits_method(options.method) and gpu.capability >= (8, 0)
-    if options.logits_dtype is not None and ((few and fits) or gemm.why_not(arrays.x.device) is not None):
+    fused = (few and fits) or gemm.why_not(arrays.x.device) is not None
+    if fused and arrays.bias is not None:
+        return biased.on_hidden_states(op, options, arrays, gpu)
+    if fused and options.logits_dtype is not None:
         return _LogitsThenTable(op, target, options, arrays, gpu)
     return GateChunks(op, arrays, gpu, target, partial(_on_logits, target, _plain(options), arrays, gpu))
 
@@ -35,7 +39,8 @@ def _on_logits(target: Any, options: Any, arrays: Arrays, gpu: Gpu, logits: View
     hashed = _hashed(target, arrays, logits).replaced(token_ids=replace(arrays.token_ids, shape=logits.shape[:1]))
     if hashed.logits_out is not None:
         return target.with_logits(options, hashed, gpu)  # type: ignore[no-any-return]
-    return launch_of(target, options, target.on_arrays(options, hashed, gpu), logits.device)
+    routed = target.on_arrays(options, hashed, gpu)
+    return launch_of(target, options, routed, logits.device) if isinstance(routed, Kernel) else routed
 
 
 def _plain(options: Any) -> Any:

@@ -15,8 +15,8 @@ from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
 from cupy_router.ops._hash_gate import by_gate_gemm
 from cupy_router.ops._layout import LayoutSpec, as_spec
-from cupy_router.ops._method import EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
-from cupy_router.ops._routed import ROUTING, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
+from cupy_router.ops._method import BIAS, BIAS_INDEX, EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
+from cupy_router.ops._routed import VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.tuning import Gpu
@@ -33,6 +33,8 @@ class HashLayer(RoutedOp):
         row("token_ids", "num_tokens", INTS, required=True),
         TABLE,
         gate(required=False),
+        BIAS,
+        BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
         NUM_VALID,
@@ -56,19 +58,17 @@ class HashLayer(RoutedOp):
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
         if _multiplies_all(options, arrays, gpu):
             return by_gate_gemm(self, hash_router.OP, options, arrays, gpu)
-        kernel = hash_router.OP.on_arrays(options, _hashed(arrays), gpu)
-        takes = (*hash_router.OP.names, *ROUTING)
-        return launch_of(self, options, kernel._replace(takes=takes, nulls=("logits",)), arrays.x.device)
+        kernel = hash_router.OP.by_table(options, _hashed(arrays), gpu)
+        return launch_of(self, options, kernel._replace(nulls=("logits",)), arrays.x.device)
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         hashed = HashOptions(options.method, options.layout)
         many = _multiplies_all(options, arrays, gpu)
         kernel = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
-        takes = hash_router.OP.parameters(hashed)
         if kernel is None or not fused_layout.counts(kernel):
-            return kernel and kernel._replace(takes=takes, nulls=("logits",))
+            return kernel and kernel._replace(nulls=("logits",))
         work = fused_layout.counted(hash_router.OP, hashed, kernel, arrays)
-        return Reordered(work, self.parameters(options), takes, self.takes_number)
+        return Reordered(work, self.parameters(options), hash_router.OP.parameters(hashed), self.takes_number)
 
 
 OP = HashLayer()
@@ -80,6 +80,8 @@ def hash_layer(
     token_ids: Any,
     table: Any,
     weight: Any,
+    bias: Any,
+    bias_index: Any,
     logit_bias: Any,
     expert_scale: Any,
     layout: LayoutSpec | None,
@@ -88,12 +90,12 @@ def hash_layer(
     stream: Any,
     return_logits: bool = False,
 ) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
-    """Return `hash_router(token_ids, table, method, x=x, weight=weight)`, with uniform weights if `weight` is None.
+    """Return `hash_router(token_ids, table, method, x=x, weight=weight, ...)`, uniform weights if `weight` is None.
 
     Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid("Router", num_valid)
-    inputs = (x, token_ids, table, weight, logit_bias, expert_scale, num_valid)
+    inputs = (x, token_ids, table, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
     fields: Any = method
     if layout is not None or return_logits is not False:
         spec = None if layout is None else as_spec("Router", layout)
@@ -104,7 +106,7 @@ def hash_layer(
 def _multiplies_all(options: HashOptions, arrays: Arrays, gpu: Gpu) -> bool:
     """Return whether all logits are needed, or the gate GEMM is less work than the dot products that are."""
     method: Any = options.method  # a Router has one
-    if options.logits_dtype is not None:
+    if options.logits_dtype is not None or arrays.bias is not None:
         return True
     most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
     few = arrays.token_ids.shape[0] * method.top_k <= most

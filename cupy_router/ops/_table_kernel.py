@@ -16,6 +16,9 @@ _UNIFORM, _LOGITS, _PRODUCTS = 0, 1, 2  # source of the weights
 
 _MAX_PRODUCTS = 8192  # per token; a float of shared memory each
 _UNKNOWN_EXPERTS = 0  # as many as int32 indices can name
+_TAKES = (
+    "token_ids", "table", "logits", "x", "weight", "logit_bias", "expert_scale", "num_valid", "weights", "indices",
+)  # fmt: skip
 
 
 def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shared_block: bool = False) -> Kernel:
@@ -82,7 +85,7 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
             macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
-        return Kernel(name, name, macros, grid, 32 * warps, fixed, headers(method))
+        return Kernel(name, name, macros, grid, 32 * warps, fixed, headers(method), takes=_TAKES)
     lanes, tuned_table = row_lanes.MAX_LANES, gpu.table.hash_router
     holds_row = (
         not shared_block
@@ -104,4 +107,4 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
     macros["DENSE"] = int(dense)
     block = tuned_table.held_block if holds_row else tuned_table.block
     grid = -(-num_tokens * lanes // block)
-    return Kernel(name, name, macros, grid, block, fixed, headers(method))
+    return Kernel(name, name, macros, grid, block, fixed, headers(method), takes=_TAKES)

@@ -15,6 +15,7 @@ from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._given import (
     GIVEN,
     ROUTE,
+    TOKEN_IDS,
     as_unset,
     check_given,
     given_kernel,
@@ -91,9 +92,9 @@ class ActivationTopK(RoutedOp):
         """Choose the kernel for the shape, strides and alignment of the logits, without parameters for logits_out."""
         if not selects(options, arrays.given_experts):
             return given_kernel(options, arrays, gpu)
-        return self._selecting(options, arrays, gpu)
+        return self.selecting(options, arrays, gpu)
 
-    def _selecting(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def selecting(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         """Choose the kernel that selects experts unless they are given."""
         method, logits = options.method, arrays.logits
         num_tokens, num_experts = logits.shape[0], method.num_experts
@@ -102,8 +103,9 @@ class ActivationTopK(RoutedOp):
         dense = strides == (method.num_logits, method.num_columns, method.num_columns)
         macros |= bias_macros(arrays)
         macros |= {"DTYPE": row_lanes.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
-        macros |= given_macros(options, arrays.given_experts)
+        macros |= given_macros(options, arrays)
         fixed = {
+            TOKEN_IDS: 0,
             "num_tokens": num_tokens,
             **method_arguments(method),
             "logits_stride": strides[0],
@@ -146,7 +148,7 @@ class ActivationTopK(RoutedOp):
         if found is None or not row_lanes.fits_method(options.method):
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.logits.shape[0]
-        routed = self._selecting(options, arrays, gpu)
+        routed = self.selecting(options, arrays, gpu)
         warps = -(-num_tokens * routed.macros["LANES"] // 32)
         name, layout_by, grid = f"{self.name}_layout", fused_layout.ONE_BLOCK, 1
         if warps > tuned.max_block_warps or found.padding > tuned.max_block_padding_rows:
@@ -224,6 +226,12 @@ def activation_topk(
     (array([[1, 3]], dtype=int32), array([[0.5, 0.5]], dtype=float32))
     >>> activation_topk(logits, RoutingMethod(4, 2, "softmax"), indices=np.array([[2, 1]])).weights  # replayed
     array([[0.2689414, 0.7310586]], dtype=float32)
+
+    With one bias for text and one for images, a token of an image:
+
+    >>> biases, is_image = np.array([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]], np.float32), np.array([1], np.int32)
+    >>> activation_topk(logits, RoutingMethod(4, 2, "softmax"), bias=biases, bias_index=is_image).indices
+    array([[0, 1]], dtype=int32)
     """
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
     inputs = (logits, bias, bias_index, logit_bias, expert_scale, indices, num_valid)

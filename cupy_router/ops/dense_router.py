@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from cupy_router.ops._declared import NUM_VALID, Arrays, row
 from cupy_router.ops._given import (
     GIVEN,
     ROUTE,
+    TOKEN_IDS,
     as_unset,
     check_given,
     given_kernel,
@@ -29,6 +30,7 @@ from cupy_router.ops._given import (
     selects,
     without_logits,
 )
+from cupy_router.ops._layout import ARRAYS as LAYOUT_ARRAYS
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
@@ -44,6 +46,7 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
+from cupy_router.ops._op import Op
 from cupy_router.ops._options import Options
 from cupy_router.ops._routed import LOGITS, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
@@ -53,7 +56,6 @@ from cupy_router.tuning import Gpu
 PATHS = ("decode", "prefill")
 
 _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buffer of scratch memory
-_FIRST = len(decode.ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,9 @@ class DenseRouter(RoutedOp):
             return launch_of(self, options, without_logits(given_kernel(options, arrays, gpu)), device)
         if fits and _decodes(path, num_tokens, gpu):
             return _Decode(*_decode_kernel(options, num_tokens, arrays, gpu), device, self.parameters(options))
-        obstacle = gemm.why_not(device)
-        if obstacle is None:
+        if gemm.why_not(device) is None:
             return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, options, arrays, gpu))
-        if not fits:
-            limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
-            raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-        return _DecodeChunks(options, arrays, gpu)
+        return fused_chunks(self, options, arrays, gpu)
 
     def fused(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work | None:
         num_tokens = arrays.x.shape[0]
@@ -289,7 +287,7 @@ def _decode_kernel(
     )  # fmt: skip
     more = [0 if view is None else view.row_stride for view in (given, logits)]
     fixed = decode.fixed_arguments(method, num_tokens, *strides, *more)
-    macros = launch.macros | given_macros(options, given)
+    macros = launch.macros | given_macros(options, arrays)
     kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
     return kernel, launch.partials
 
@@ -297,30 +295,60 @@ def _decode_kernel(
 class _Decode:
     """A kernel for few tokens, with scratch memory of the stream on which it is called.
 
-    arrays: names of the arrays that a call passes, decode.ARRAYS first. Without logits_out among them, it is null.
+    arrays: the parameters for the arrays that a call passes. Others are null.
     """
 
     def __init__(self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str]) -> None:
-        taken = [LOGITS, *[name for name in arrays[_FIRST:] if name != LOGITS], *decode.SCRATCH]
-        self._launch = launch_with((*arrays[:_FIRST], *taken, NUMBER), kernel, device)
-        self._left_out = () if LOGITS in arrays else (0,)
+        layout = [name for name in arrays if name in LAYOUT_ARRAYS]
+        varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER)
+        if TOKEN_IDS in arrays:
+            varying, kernel = (*varying, TOKEN_IDS), by_token_id(kernel)
+        self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER))
         self._device, self._scratch_bytes = device, _COUNTER_BYTES + 4 * partials
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         counters = scratch.buffer(self._device, stream, "decode", self._scratch_bytes)
-        arrays = (*varying[:_FIRST], *self._left_out, *varying[_FIRST:-1])
-        self._launch(stream, (*arrays, counters, counters + _COUNTER_BYTES, varying[-1]))
+        self._launch(stream, (*varying[:-1], counters, counters + _COUNTER_BYTES, varying[-1]))
+
+
+def by_token_id(kernel: Kernel) -> Kernel:
+    """Return a kernel that takes token ids in each call."""
+    return kernel._replace(fixed={name: value for name, value in kernel.fixed.items() if name != TOKEN_IDS})
+
+
+def fused_chunks(
+    op: Op,
+    options: DenseOptions,
+    arrays: Arrays,
+    gpu: Gpu,
+    parameters: Callable[[Sequence[str]], Sequence[str]] = tuple,
+) -> Work:
+    """Return the fused kernel for any number of tokens, used if there is no cuBLAS.
+
+    op: the op that is called.
+    parameters: returns the parameters of the kernel for the names of its arrays.
+    """
+    if not _fits_decode(options.method, gpu):
+        limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
+        obstacle = gemm.why_not(arrays.x.device)
+        raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
+    return _DecodeChunks(op, options, arrays, gpu, parameters)
 
 
 class _DecodeChunks(Chunks):
-    """The fused kernel for any number of tokens, used if there is no cuBLAS."""
-
-    def __init__(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> None:
-        super().__init__(OP, arrays, decode.MAX_TOKENS)
-        sizes = {self.rows, self.num_tokens % self.rows or self.rows}
+    def __init__(
+        self,
+        op: Op,
+        options: DenseOptions,
+        arrays: Arrays,
+        gpu: Gpu,
+        parameters: Callable[[Sequence[str]], Sequence[str]],
+    ) -> None:
+        super().__init__(op, arrays, decode.MAX_TOKENS)
+        sizes, names = {self.rows, self.num_tokens % self.rows or self.rows}, parameters(self.names)
         kernels = {rows: _decode_kernel(options, rows, arrays, gpu) for rows in sizes}
-        self._by_rows = {rows: _Decode(*kernel, self.device, self.names) for rows, kernel in kernels.items()}
+        self._by_rows = {rows: _Decode(*kernel, self.device, names) for rows, kernel in kernels.items()}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:

@@ -10,15 +10,20 @@ from typing import Any
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
+from cupy_router.ops import _hash_biased as biased
 from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._chunks import launch_with_logits
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._hash_gate import by_gate_gemm
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
+    BIAS,
+    BIAS_INDEX,
     EXPERT_SCALE,
     LOGIT_BIAS,
     TABLE,
+    check_bias,
+    check_bias_index,
     gate,
     method_sizes,
 )
@@ -51,6 +56,8 @@ class HashRouter(RoutedOp):
         row("logits", "num_tokens, num_experts (+ shared)"),
         row("x", "num_tokens, hidden"),
         gate(required=False),
+        BIAS,
+        BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
         NUM_VALID,
@@ -73,34 +80,42 @@ class HashRouter(RoutedOp):
         return super().result_sizes(options, sizes, minimum)
 
     def is_single_kernel(self, options: HashOptions, arrays: Arrays) -> bool:
-        return options.logits_dtype is None and super().is_single_kernel(options, arrays)
+        return options.logits_dtype is None and arrays.bias is None and super().is_single_kernel(options, arrays)
 
     def check(self, options: HashOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
         check_combination(options, arrays)
 
     def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
-        given = arrays.named("logits", "x", "weight", "logit_bias", "expert_scale")
+        given = arrays.named("logits", "x", "weight", "bias", "bias_index", "logit_bias", "expert_scale")
         given |= {"logits_dtype": options.logits_dtype, "num_valid": num_valid}
         return reference.hash_router(arrays.token_ids, arrays.table, options.method, **given)
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        if options.logits_dtype is not None:
+        if options.logits_dtype is not None or (arrays.bias is not None and arrays.x is not None):
             return by_gate_gemm(self, self, options, arrays, gpu)
         return self.on_arrays(options, arrays, gpu)
 
-    def on_arrays(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+    def on_arrays(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
         """Choose the kernel that computes weights from what the call got: nothing, logits, or x and the gate."""
+        if arrays.bias is not None:
+            return biased.on_logits(self, options, arrays, gpu)
+        return self.by_table(options, arrays, gpu)
+
+    def by_table(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
+        """Choose the kernel where all experts are those of the table."""
         kernel = table_kernel(options.method, arrays, gpu)
         return kernel._replace(fixed={LOGITS: 0} | kernel.fixed | {f"{LOGITS}_stride": 0})
 
     def with_logits(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
         """Return the launch on the logits of a gate GEMM that also returns them."""
+        if arrays.bias is not None:
+            return biased.on_logits(self, options, arrays, gpu)
         return launch_with_logits(self, table_kernel(options.method, arrays, gpu), arrays)
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | None:
         found = fused_layout.problem(options, arrays, gpu)
-        if found is None or options.logits_dtype is not None:
+        if found is None or options.logits_dtype is not None or arrays.bias is not None:
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.token_ids.shape[0]
         routed = table_kernel(options.method, arrays, gpu, shared_block=True)
@@ -123,6 +138,8 @@ def hash_router(
     logits: Any = None,
     x: Any = None,
     weight: Any = None,
+    bias: Any = None,
+    bias_index: Any = None,
     logit_bias: Any = None,
     expert_scale: Any = None,
     return_logits: bool = False,
@@ -134,7 +151,8 @@ def hash_router(
     """Look up the experts of each token in `table[token_ids]`, and return them with weights.
 
     Without logits and x, the weights are uniform, 1 / top_k. Otherwise they are the scores of these experts,
-    renormalised and scaled. With x and weight, only the necessary dot products are computed.
+    renormalised and scaled. With x and weight, only the necessary dot products are computed. Tokens may be exempt from
+    the table, such as those of images: see `bias`.
 
     Args:
         token_ids: [num_tokens] int32 or int64.
@@ -146,6 +164,10 @@ def hash_router(
         x: [num_tokens, hidden] float32, float16 or bfloat16, instead of logits.
         weight: [num_experts, hidden] float32, float16 or bfloat16, the gate; with x. It has one row per column of
             logits.
+        bias: [num_biases, num_experts] float32; only with logits or x, and with `bias_index`. A token with an index
+            above 0 leaves the table: it has the top_k experts by score plus this row, as in :func:`activation_topk`.
+            Row 0 is unused.
+        bias_index: [num_tokens] int32. A row whose index is not in 0..num_biases - 1 gets indices -1 and weights 0.
         logit_bias: [num_experts] float32, added to the logits; only with logits or x.
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
         return_logits: whether to return the logits, too; only with x. Then the whole product with the gate is computed.
@@ -174,7 +196,7 @@ def hash_router(
     The first layers of DeepSeek-V4 are hash layers.
 
     >>> import numpy as np
-    >>> from cupy_router import hash_router
+    >>> from cupy_router import RoutingMethod, hash_router
     >>> table = np.array([[2, 0], [1, 3]], np.int32)
     >>> weights, indices = hash_router(np.array([1, 0, 7], np.int32), table)
     >>> indices
@@ -185,6 +207,16 @@ def hash_router(
     array([[0.5, 0.5],
            [0.5, 0.5],
            [0. , 0. ]], dtype=float32)
+
+    The second token is of an image, and has the best experts by score plus bias:
+
+    >>> logits, biases = np.array([[0.0, 1.0, 2.0, 3.0]] * 3, np.float32), np.zeros((2, 4), np.float32)
+    >>> is_image = np.array([0, 1, 0], np.int32)
+    >>> given = {"logits": logits, "bias": biases, "bias_index": is_image}
+    >>> hash_router(np.array([1, 0, 7], np.int32), table, RoutingMethod(4, 2), **given).indices
+    array([[ 1,  3],
+           [ 3,  2],
+           [-1, -1]], dtype=int32)
     """
     number, num_valid = check.split_num_valid("hash_router", num_valid)
     resolved = None if method is None else resolve(method)
@@ -194,7 +226,7 @@ def hash_router(
     if layout is not None or return_logits is not False:
         spec = None if layout is None else as_spec("hash_router", layout)
         fields = (resolved, spec, as_logits_dtype("hash_router", return_logits, "float32"))
-    inputs = (token_ids, table, logits, x, weight, logit_bias, expert_scale, num_valid)
+    inputs = (token_ids, table, logits, x, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
 
@@ -209,10 +241,15 @@ def check_combination(options: HashOptions, arrays: Arrays) -> None:
         raise ValueError("logits and x are alternatives, but both were given")
     if options.logits_dtype is not None and x is None:
         raise ValueError("return_logits needs x and weight, whose products the logits are")
+    if arrays.bias is not None and len(arrays.bias.shape) == 1:
+        raise ValueError(f"bias must have shape [num_biases, num_experts] beside a table, got {arrays.bias}")
+    check_bias_index(arrays.bias, arrays.bias_index)
     if logits is None and x is None:
-        for name in arrays.given("logit_bias", "expert_scale"):
+        for name in arrays.given("bias", "logit_bias", "expert_scale"):
             raise ValueError(f"{name} needs logits or x, without which weights are uniform")
         if method is not None and method.shared_in_normalizer:
             raise ValueError("a method with shared_in_normalizer needs logits or x, from which shared experts weigh")
     elif method is None:
         raise ValueError("logits or x need a method, which says how to score them")
+    else:
+        check_bias(method, arrays.bias)

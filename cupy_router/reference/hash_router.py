@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..method import RoutingMethod
+from .activation_topk import activation_topk
 from .order import row_slices
 from .scoring import (
     append_shared,
@@ -30,6 +31,8 @@ def hash_router(
     x: NDArray[Any] | None = None,
     weight: NDArray[Any] | None = None,
     *,
+    bias: NDArray[np.float32] | None = None,
+    bias_index: NDArray[np.int32] | None = None,
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
     logits_dtype: str | None = None,
@@ -46,6 +49,9 @@ def hash_router(
         logits: [num_tokens, num_experts] float32, float16 or bfloat16.
         x: [num_tokens, hidden] in one of these dtypes, together with ``weight`` instead of ``logits``.
         weight: The gate, [num_experts, hidden].
+        bias: [num_biases, num_experts] float32, or None. Tokens with another one than the first have the best experts
+            by their score plus bias, not those of the table.
+        bias_index: [num_tokens] int32, the bias of each token.
         logit_bias: [num_experts] float32 to add to the logits, or None.
         expert_scale: [num_experts] float32 factor of each expert's weight, or None.
         logits_dtype: Dtype of the logits to return, those of x and ``weight``; None: they are not returned.
@@ -53,7 +59,7 @@ def hash_router(
 
     Returns:
         weights and indices [num_tokens, top_k + shared experts], float32 and int32 or the method's dtypes. Padding has
-        weights 0 and indices -1, and so has a token whose id or one of whose experts does not exist. With
+        weights 0 and indices -1, and so has a token whose id, bias or one of whose experts does not exist. With
         ``logits_dtype`` also logits [num_tokens, num_experts] of all experts, as :func:`dense_router` returns them.
 
     >>> table = np.array([[3, 0], [1, 2]], np.int32)
@@ -68,6 +74,8 @@ def hash_router(
 
     routable = (token_ids >= 0) & (token_ids < vocab_size)
     routable[valid:] = False
+    if bias_index is not None:
+        routable &= bias_index == 0
     tokens = np.nonzero(routable)[0]
     experts = table[token_ids[tokens]].astype(np.int64)
     num_experts = 2**31 if method is None else method.num_experts  # unknown: the range of int32
@@ -83,7 +91,16 @@ def hash_router(
         biased[:valid] = bias_logits(logits[:valid], logit_bias)
         returned = (biased.astype(logits_dtype),)
 
-    # Only tokens with experts remain from here on.
+    if method is not None and bias_index is not None:
+        others = np.nonzero(bias_index[:valid])[0]
+        if logits is not None:
+            their_logits = logits[others]
+        elif x is not None and weight is not None:
+            their_logits = gate_logits(x[others], weight)
+        layer: Any = {"bias_index": bias_index[others], "logit_bias": logit_bias, "expert_scale": expert_scale}
+        weights[others], indices[others] = activation_topk(their_logits, method, bias, **layer)
+
+    # Only tokens with experts of the table remain from here on.
     if logits is not None:
         logits = logits[tokens]
     elif x is not None and weight is not None:

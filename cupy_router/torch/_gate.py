@@ -198,7 +198,9 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                 expert_scale=scale, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         ids = flat_ids(token_ids, axes)
-        return hash_layer(self.method, rows, ids, table, weight, logit_bias, scale, None, num_valid, out, stream)
+        return hash_layer(
+            self.method, rows, ids, table, weight, None, None, logit_bias, scale, None, num_valid, out, stream
+        )
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
 

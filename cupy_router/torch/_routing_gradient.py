@@ -146,7 +146,7 @@ def _expert_scale_gradient(
     """
     rows = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
     experts = indices[:, : method.top_k].long()
-    given = (rows, experts, logits, None, None, logit_bias, None, None)
+    given = (rows, experts, logits, None, None, None, None, logit_bias, None, None)
     options = HashOptions(without_factors(method))
     if by_op:
         plain, _ = torch.ops.cupy_router.hash_router(options.text, *given, -1)

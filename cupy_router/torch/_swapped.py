@@ -148,7 +148,7 @@ class Router(Swapped):
             token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:
                 token_ids = token_ids.reshape(-1)
-            op, inputs = hash_router.OP, (_dense(token_ids), table, None, x, weight, *layer[2:4], None)
+            op, inputs = hash_router.OP, (_dense(token_ids), table, None, x, weight, None, None, *layer[2:4], None)
         if torch.compiler.is_dynamo_compiling():
             results = plan.node(*inputs, -1)
         else:

@@ -125,7 +125,7 @@ template <typename Keep>
 __device__ __forceinline__ void route(const float* scores, const BiasRow& its_bias, int id, int64_t token, bool valid,
                                       const Results& results, Keep keep) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
-    const GivenExpert given = given_expert<32>(id, lane);
+    const GivenExpert given = given_expert<32>(id, its_bias, lane);
     valid = valid && (given.is_set ? given.exists : its_bias.exists);
     float values[PER_LANE];
 #pragma unroll
@@ -170,10 +170,10 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
                                               const int* bias_index, const float* logit_bias, const float* expert_scale,
                                               const given_t* given_experts, const int* num_valid, weight_t* weights,
                                               index_t* indices, logit_out_t* logits_out, unsigned* counters,
-                                              float* partials, int num_valid_value, int64_t num_tokens,
-                                              const MethodNumbers numbers, int64_t x_stride, int64_t weight_stride,
-                                              int64_t weights_stride, int64_t indices_stride, int64_t given_stride,
-                                              int64_t logits_out_stride, Keep keep) {
+                                              float* partials, int num_valid_value, const given_token_t* token_ids,
+                                              int64_t num_tokens, const MethodNumbers numbers, int64_t x_stride,
+                                              int64_t weight_stride, int64_t weights_stride, int64_t indices_stride,
+                                              int64_t given_stride, int64_t logits_out_stride, Keep keep) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -213,7 +213,7 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
         store_float(logits_out + token * logits_out_stride + expert, token < valid ? logit : 0.0f);
     };
     const auto given_id_of = [&](int token) {
-        return given_id(given_experts + (first_token + token) * given_stride, threadIdx.x % 32, token < count);
+        return given_id(given_experts, given_stride, token_ids, first_token + token, threadIdx.x % 32, token < count);
     };
     const auto route_tokens = [&](int first, int tokens) {
         const int warp = threadIdx.x / 32;

@@ -13,18 +13,19 @@ constexpr bool FEW_BIASES = int64_t(BIASES) * NUM_EXPERTS <= 2048;  // to be fet
 
 struct BiasRow {
     const float* bias;
-    bool exists;  // the index is in range; else this is row 0
+    bool exists;    // the index is in range; else this is row 0
+    bool is_first;  // it is 0
 };
 
 __device__ __forceinline__ BiasRow bias_row(const float* bias, int index, int64_t stride) {
-    if (NUM_BIASES == 0) return {bias, true};
+    if (NUM_BIASES == 0) return {bias, true, true};
     const bool exists = index >= 0 && index < NUM_BIASES;
-    return {bias + (exists ? index : 0) * stride, exists};
+    return {bias + (exists ? index : 0) * stride, exists, index == 0};
 }
 
 // Return the bias of a token by lanes of a warp, which fetch all biases while the index is on its way.
 __device__ __forceinline__ BiasRow bias_of_token(const float* bias, const int* bias_index, int64_t token) {
-    if (NUM_BIASES == 0) return {bias, true};
+    if (NUM_BIASES == 0) return {bias, true, true};
     if (FEW_BIASES) {
         constexpr int LINES = (NUM_EXPERTS + 31) / 32;
         for (int line = threadIdx.x % 32; line < BIASES * LINES; line += 32) {

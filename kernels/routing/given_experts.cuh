@@ -3,15 +3,19 @@
 #pragma once
 
 #include "device/warp.cuh"
+#include "routing/biases.cuh"
 #include "routing/method.cuh"
 
 SPECIALISED int GIVEN_BYTES = 0;  // of an id; 0: none are given
 SPECIALISED bool GIVEN_UNSIGNED = false;
 SPECIALISED bool UNSET_EMPTY = false;  // a row of -1 has no experts; else they are selected
+SPECIALISED int GIVEN_ID_BYTES = 0;    // of token ids, by which tokens with bias 0 find theirs; 0: each has its own row
+SPECIALISED int64_t GIVEN_ROWS = 0;    // token ids are below this
 
-constexpr bool HAS_GIVEN = GIVEN_BYTES > 0;
+constexpr bool HAS_GIVEN = GIVEN_BYTES > 0, BY_TOKEN_ID = GIVEN_ID_BYTES > 0;
 
 typedef Integer<HAS_GIVEN ? GIVEN_BYTES : 4, GIVEN_UNSIGNED>::type given_t;
+typedef Integer<BY_TOKEN_ID ? GIVEN_ID_BYTES : 4>::type given_token_t;
 
 constexpr int UNSET = -1, NO_EXPERT = -2;
 
@@ -29,15 +33,27 @@ __device__ __forceinline__ int given_id(const given_t* place) {
     return static_cast<int64_t>(id) == -1 ? UNSET : NO_EXPERT;
 }
 
+// Return the ids of a token, null if its token id has none.
+__device__ __forceinline__ const given_t* given_row(const given_t* experts, int64_t stride,
+                                                    const given_token_t* token_ids, int64_t token) {
+    if (!BY_TOKEN_ID) return experts + token * stride;
+    const int64_t id = __ldg(token_ids + token);
+    return id >= 0 && id < GIVEN_ROWS ? experts + id * stride : nullptr;
+}
+
 // Return the id of a lane's place, UNSET if it has none.
-__device__ __forceinline__ int given_id(const given_t* ids, int lane, bool exists) {
-    return HAS_GIVEN && exists && lane < TOP_K ? given_id(ids + lane) : UNSET;
+__device__ __forceinline__ int given_id(const given_t* experts, int64_t stride, const given_token_t* token_ids,
+                                        int64_t token, int lane, bool exists) {
+    if (!HAS_GIVEN || !exists || lane >= TOP_K) return UNSET;
+    const given_t* row = given_row(experts, stride, token_ids, token);
+    return BY_TOKEN_ID && row == nullptr ? UNSET : given_id(row + lane);
 }
 
 // Complete it for the lanes that share a token.
 template <int Lanes>
-__device__ __forceinline__ GivenExpert given_expert(int id, int lane) {
+__device__ __forceinline__ GivenExpert given_expert(int id, const BiasRow& its_bias, int lane) {
     if (!HAS_GIVEN) return {id, false, true};
-    const bool is_set = UNSET_EMPTY || lanes_ballot<Lanes>(id != UNSET) != 0;
+    bool is_set = BY_TOKEN_ID ? its_bias.is_first : UNSET_EMPTY;
+    if (!BY_TOKEN_ID && !UNSET_EMPTY) is_set = lanes_ballot<Lanes>(id != UNSET) != 0;
     return {id, is_set, lanes_ballot<Lanes>(lane < TOP_K && id < 0) == 0};
 }

@@ -104,10 +104,10 @@ template <typename Warps, typename Keep>
 __device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const int* bias_index,
                                            const float* logit_bias, const float* expert_scale,
                                            const given_t* given_experts, const int* num_valid, weight_t* weights,
-                                           index_t* indices, int num_valid_value, int64_t num_tokens,
-                                           const MethodNumbers numbers, int64_t logits_stride, int64_t weights_stride,
-                                           int64_t indices_stride, int64_t given_stride, Warps routing_warps,
-                                           Keep keep) {
+                                           index_t* indices, int num_valid_value, const given_token_t* token_ids,
+                                           int64_t num_tokens, const MethodNumbers numbers, int64_t logits_stride,
+                                           int64_t weights_stride, int64_t indices_stride, int64_t given_stride,
+                                           Warps routing_warps, Keep keep) {
     if (DENSE) {
         logits_stride = NUM_LOGITS;
         weights_stride = indices_stride = OUTPUTS;
@@ -121,8 +121,8 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
     const bool exists = token < num_tokens;
     const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
-    const int id = given_id(given_experts + token * given_stride, lane, exists);
-    const GivenExpert given = given_expert<LANES>(id, lane);
+    const int id = given_id(given_experts, given_stride, token_ids, token, lane, exists);
+    const GivenExpert given = given_expert<LANES>(id, its_bias, lane);
     const bool valid = token < num_routed && (given.is_set ? given.exists : its_bias.exists);
     const Task task = {lane, valid, valid && !given.is_set, given, expert_scale};
     int64_t expert[1];

@@ -231,8 +231,7 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     if case.op == "dense_router":
         assert method is not None
         return dense_router.dense_router(arrays["x"], arrays["weight"], method, bias, **more)
-    del more["bias_index"]
-    more |= {name: arrays.get(name) for name in ("logits", "x", "weight")}
+    more |= {name: arrays.get(name) for name in ("logits", "x", "weight", "bias")}
     return hash_router.hash_router(arrays["token_ids"], arrays["table"], method, **more)
 
 
@@ -276,22 +275,19 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         assert_steps_close(ours.weights[good], reference.weights[good], reference.indices[good], case, good)
         compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
         return
-    if case.op in ("activation_topk", "dense_router"):
-        bias, index = arrays.get("bias"), arrays.get("bias_index")
-        good = np.ones(valid, bool) if index is None else (index[:valid] >= 0) & (index[:valid] < len(bias))
-        given = given_rows(case)[:valid]
-        assert_looked_up(
-            case, *(oracle.Routing(*(array[given] for array in pair)) for pair in (ours, reference)), given
-        )
-        ours, reference = (oracle.Routing(*(array[~given] for array in pair)) for pair in (ours, reference))
-        good = good[~given]
-        for array, right in zip(ours, reference, strict=True):
-            compare.assert_same_bits(array[~good], right[~good])
-        ours, reference = (oracle.Routing(*(array[good] for array in pair)) for pair in (ours, reference))
-        its_bias = bias if index is None else bias[index[:valid][~given][good]]
-        compare.assert_routes(ours, reference, logits(case)[:valid][~given][good], method, its_bias)
-        return
-    assert_looked_up(case, ours, reference, np.ones(valid, bool))
+    bias, index = arrays.get("bias"), arrays.get("bias_index")
+    by_table = case.op == "hash_router"
+    selected = ~given_rows(case)[:valid]
+    if bias is not None and index is not None:
+        index = index[:valid]
+        selected &= (index >= by_table) & (index < len(bias))
+        bias = bias[index[selected]]
+    elif by_table:
+        selected[:] = False
+    parts = [[oracle.Routing(*(a[rows] for a in pair)) for pair in (ours, reference)] for rows in (selected, ~selected)]
+    if selected.any():
+        compare.assert_routes(*parts[0], logits(case)[:valid][selected], method, bias)
+    assert_looked_up(case, *parts[1], ~selected)
 
 
 def given_rows(case: Case) -> np.ndarray:
@@ -304,7 +300,7 @@ def given_rows(case: Case) -> np.ndarray:
 
 
 def assert_looked_up(case: Case, ours: oracle.Routing, reference: oracle.Routing, rows: np.ndarray) -> None:
-    """Assert that these rows have the experts of a table, or those given, with their weights."""
+    """Assert that these rows have the experts of a table, or those given, with their weights; or none."""
     method = case.method
     np.testing.assert_array_equal(ours.indices, reference.indices)
     if method is None or not {"logits", "x"} & case.arrays.keys():

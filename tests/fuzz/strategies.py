@@ -200,10 +200,16 @@ def _hash_router(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS))
     common["k"] = rng.choice((common["k"], min(40, common["columns"])))
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
-    returned = {"logits_dtype": "float32", "rows": rng.choice(ROWS)} if "x" in source and rng.random() < 0.5 else {}
+    returned: dict[str, Any] = (
+        {"logits_dtype": "float32", "rows": rng.choice(ROWS)} if "x" in source and rng.random() < 0.5 else {}
+    )
+    biased = source and common["k"] <= 32 and rng.random() < 0.4
+    if biased and "x" in source:
+        returned.setdefault("rows", rng.choice(ROWS))
     dense = rng.random() < 0.5 or returned.get("rows") == 1
+    given = frozenset(source) | (_counted(rng) | {"bias", "bias_index"} if biased else _counted(rng))
     return Setting(
-        "hash_router", **common, given=frozenset(source) | _counted(rng), ids=(rng.choice(INTS), rng.choice(INTS)),
+        "hash_router", **common, given=given, ids=(rng.choice(INTS), rng.choice(INTS)),
         dense=dense, **returned, **(_gate(rng, common["aligned"]) if "x" in source else {}),
     )  # fmt: skip
 
@@ -296,7 +302,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
 def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     rows, layout = draw(_rows(setting, setting.columns, max_rows))
     rows = rows if setting.rows < 0 else setting.rows
-    vocab_size = draw(st.integers(1, 50))
+    vocab_size = 13 if "bias" in setting.given else draw(st.integers(1, 50))
     limits = {"int32": [-(2**31), 2**31 - 1], "int64": [-(2**63), 2**63 - 1, 2**32, -(2**32)]}
     bad_ids = st.sampled_from([-1, vocab_size, *limits[setting.ids[0]]])
     bad_experts = st.sampled_from([-1, setting.columns, *limits[setting.ids[1]]])
@@ -311,7 +317,7 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
         arrays["logits"], layouts["logits"] = draw(floats((rows, setting.columns), setting.dtype)), layout
     elif "x" in setting.given:
         draw(_factors(setting, rows, arrays, layouts))
-    options = draw(_num_valid(setting, arrays, rows))
+    options = draw(_layer_and_num_valid(setting, arrays, layouts))
     if setting.logits_dtype:
         options["return_logits"] = True
     method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hash layer with several biases: `activation_topk` or `dense_router` to which the table gives the experts of the
+tokens with bias 0. All others have the best experts by their bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cupy_router.ops import activation_topk, dense_router
+from cupy_router.ops._cached import NUMBER, Work, launch_with
+from cupy_router.ops._chunks import with_logits
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._given import TOKEN_IDS
+from cupy_router.ops._method import MethodOptions
+from cupy_router.ops._op import Op
+from cupy_router.ops._routed import LOGITS, ROUTING
+from cupy_router.ops.dense_router import DenseOptions
+from cupy_router.tuning import Gpu
+
+
+def on_logits(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
+    """Return the launch on logits; if they are returned as well, the address of the result is last."""
+    kernel = with_logits(activation_topk.OP.selecting(MethodOptions(options.method), _given(arrays), gpu), arrays)
+    varying = (*activation_topk.OP.names, *ROUTING, NUMBER, LOGITS, TOKEN_IDS)
+    returned = () if arrays.logits_out is None else (LOGITS,)
+    passed = (*_parameters(op.names), *ROUTING, NUMBER, *returned)
+    return launch_with(varying, dense_router.by_token_id(kernel), arrays.indices.device, passed)
+
+
+def on_hidden_states(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
+    """Return the fused launch of few tokens, or one for each chunk of them where there is no cuBLAS."""
+    dense = DenseOptions(options.method, None, None, options.logits_dtype)
+    return dense_router.fused_chunks(op, dense, _given(arrays), gpu, _parameters)
+
+
+def _given(arrays: Arrays) -> Arrays:
+    return arrays.replaced(given_experts=arrays.table)
+
+
+def _parameters(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the parameters of kernels for these arrays of a call."""
+    return tuple(["given_experts" if name == "table" else name for name in names])
