@@ -24,6 +24,8 @@ TENSORS = {
     "moe.router.expert_bias": "bias",
     "expert_bias": "bias",
     "router_bias": "bias",
+    "bias_vl": "image_bias",  # of DeepSeek-V4.1 and V4-Flash-Vision: the bias of the tokens of images
+    "e_score_correction_bias_vl": "image_bias",
     "bias": "logit_bias",  # in DeepSeek's own checkpoints it is the bias that only selects
     "logit_bias": "logit_bias",  # of cupy_router.torch.Gate
     "per_expert_scale": "expert_scale",
@@ -45,6 +47,7 @@ class Keys(NamedTuple):
     logit_bias: str | None = None
     expert_scale: str | None = None
     table: str | None = None
+    image_bias: str | None = None
 
 
 def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys:
@@ -71,7 +74,8 @@ def router_keys(keys: Iterable[str], prefix: str, method: RoutingMethod) -> Keys
     router = _folder_above(gate) if _is_nested(gate) else gate
     found = {"weight": f"{gate}weight"}
     own = (gate, router)
-    for role, folders in {"bias": _folders(gate), "logit_bias": own, "expert_scale": own, "table": own}.items():
+    roles = {"bias": _folders(gate), **dict.fromkeys(("logit_bias", "expert_scale", "table", "image_bias"), own)}
+    for role, folders in roles.items():
         names = [name for name in TENSORS if TENSORS[name] == role and name != "bias"]
         key = next((folder + name for folder in folders for name in names if folder + name in known), None)
         if key is not None:

@@ -217,6 +217,9 @@ class Router:
         other tensor below the prefix with the name of a router's bias, scale or table. All arrays but the gate and the
         table are converted to float32.
 
+        With a `bias_vl` or `e_score_correction_bias_vl`, as in DeepSeek-V4.1 and V4-Flash-Vision, `bias` has two rows:
+        tokens of images have a `bias_index` of 1. In a hash layer, row 0 is unused.
+
         Raises:
             TypeError, ValueError: A key is missing, unknown or ambiguous, or its array has the wrong shape or dtype.
                 The message names it.
@@ -277,6 +280,14 @@ class Router:
         arrays = {name: state[key] for name, key in found.items()}
         for name in arrays.keys() - {"weight", "table"}:
             arrays[name] = _as_float32(named.get(found[name], found[name]), arrays[name], method.num_experts)
+        if "image_bias" in arrays:
+            of_images = named.get(found["image_bias"], found["image_bias"]), arrays.pop("image_bias")
+            of_text = of_images  # unused in a hash layer
+            if "bias" in arrays:
+                of_text = named.get(found["bias"], found["bias"]), arrays["bias"]
+            elif "table" not in arrays:
+                raise ValueError(f"{of_images[0]} is the bias of image tokens, but there is none of the others")
+            arrays["bias"] = _stacked(method.num_experts, of_text, of_images)
         try:
             return cls(method, **arrays)
         except (TypeError, ValueError) as error:
@@ -339,6 +350,16 @@ def _as_float32(key: str, array: Any, num_experts: int) -> Any:
     if view.dtype == "float32":
         return array
     return array.astype(np.float32) if hasattr(array, "astype") else array.float()  # PyTorch has no astype
+
+
+def _stacked(num_experts: int, *biases: tuple[str, Any]) -> Any:
+    """Return biases, given with their keys, as the rows of one array."""
+    framework = framework_of(*biases[0])
+    for key, array in biases:
+        check.axes(_view(key, array), ("num_experts",), {"num_experts": num_experts})
+        if framework_of(key, array) is not framework:
+            raise TypeError(f"{key} must be an array of the kind of {biases[0][0]}, got {type(array).__name__}")
+    return framework.stack([framework.plain(key, array) for key, array in biases])
 
 
 def _to_gpu(index: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupy_router import Router, Routing, RoutingMethod, dense_router, huggingface
+from cupy_router import Router, Routing, RoutingMethod, dense_router, hash_router, huggingface
 from tests import compare, frameworks, inputs
 from tests.backends import DTYPES
 from tests.test_router import BIAS, EXPERTS, METHOD, K, assert_same, gate, table, tokens
@@ -131,6 +131,51 @@ def test_state_dicts_of_any_framework_and_dtype(name: str, dtype: str) -> None:
 def test_a_bias_with_a_leading_axis() -> None:
     state = {"mlp.gate.weight": gate(), "mlp.moe_statics.e_score_correction_bias": BIAS[None]}
     np.testing.assert_array_equal(Router.from_state_dict(state, "", METHOD).bias, BIAS)
+
+
+# The names of DeepSeek-V4.1 and V4-Flash-Vision, and of those who rename them for Hugging Face.
+OF_IMAGES = {"layers.3.ffn.gate.": ("bias", "bias_vl")}
+OF_IMAGES["model.layers.3.mlp.gate."] = "e_score_correction_bias", "e_score_correction_bias_vl"
+
+
+@pytest.mark.parametrize("kind", ["dense", "hash", "hash, with the bias of text"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("gate_path", OF_IMAGES)
+def test_a_bias_of_images(gate_path: str, name: str, dtype: str, kind: str) -> None:
+    """It is row 1; a hash layer may have no other."""
+    framework = frameworks.ON_CPU[name]()
+    of_text, of_images = (np.roll(BIAS, turn).astype(DTYPES[dtype]) for turn in (0, 3))
+    names = [gate_path + bias for bias in OF_IMAGES[gate_path]]
+    state = {gate_path + "weight": gate(), names[1]: of_images, names[0]: of_text}
+    if kind.startswith("hash"):
+        state[gate_path + "tid2eid"] = table()
+    if kind == "hash":
+        del state[names[0]]
+    state = {key: framework.array(array) for key, array in state.items()}
+    router = Router.from_state_dict(state, gate_path.partition(".3")[0] + ".3", METHOD)
+    bias = np.stack([of_text, of_images]).astype(np.float32)
+    compare.assert_same_bits(framework.numpy(router.bias)[1], bias[1])
+    is_image, ids = np.array([0, 1, 1, 0, 1], np.int32), np.arange(5, dtype=np.int32)
+    got = router(framework.array(tokens(5)), framework.array(ids), bias_index=framework.array(is_image))
+    if kind == "dense":
+        want = dense_router(tokens(5), gate(), METHOD, bias=bias, bias_index=is_image)
+    else:
+        given = {"x": tokens(5), "weight": gate(), "bias": bias, "bias_index": is_image}
+        want = hash_router(ids, table(), METHOD, **given)
+    assert_same(Routing(*map(framework.numpy, got)), want)
+
+
+def test_a_bias_of_images_alone_is_refused() -> None:
+    state = {"a.gate.weight": gate(), "a.gate.bias_vl": BIAS}
+    with pytest.raises(ValueError, match=r"a\.gate\.bias_vl is the bias of image tokens, but there is none of the"):
+        Router.from_state_dict(state, "a", METHOD)
+    with pytest.raises(
+        ValueError, match=r"a\.gate\.bias_vl must have shape \[num_experts\] = \[24\], got float32 \[3\]"
+    ):
+        Router.from_state_dict({**state, "a.gate.bias": BIAS, "a.gate.bias_vl": BIAS[:3]}, "a", METHOD)
+    with pytest.raises(ValueError, match=r"a\.gate\.bias must have shape \[num_experts\] = \[24\], got float32 \[3\]"):
+        Router.from_state_dict({**state, "a.gate.bias": BIAS[:3]}, "a", METHOD)
 
 
 @pytest.mark.parametrize(

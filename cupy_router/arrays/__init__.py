@@ -128,6 +128,10 @@ class Framework:
         """Return the array itself, or the one that it holds if it only stands for an array."""
         return array
 
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        """Return arrays of one shape as the rows of one array."""
+        raise TypeError(f"arrays of {type(arrays[0]).__name__} cannot be stacked: pass them as one array")
+
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         """Return a function that allocates uninitialised arrays on the device of `like`. They may share memory."""
         raise NotImplementedError

@@ -59,6 +59,9 @@ class CuPy(Framework):
             host=None,
         )
 
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return cupy.stack(arrays)
+
     def allocator(self, outputs: Sequence[Output], like: Any) -> Allocator:
         return allocator(outputs, like.data.device_id)
 

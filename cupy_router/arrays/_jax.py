@@ -94,6 +94,9 @@ class JAX(Framework):
                 return jax.lax.bitcast_convert_type(jax.dlpack.from_dlpack(array.view(np.uint8)), array.dtype)
             return jax.dlpack.from_dlpack(array)
 
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return jax.numpy.stack(arrays)
+
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         """Return a JAX array, committed to the device if `like` is, as JAX does for its results."""
         _check_width(str(values.dtype))

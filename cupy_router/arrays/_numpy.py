@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -59,6 +59,9 @@ class NumPy(Framework):
             readonly=not array.flags.writeable,
             host=array,
         )
+
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return np.stack(arrays)
 
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         return values

@@ -207,6 +207,9 @@ class PyTorch(Framework):
 
         return begin
 
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return torch.stack(tuple(arrays))
+
     def from_host(self, values: np.ndarray[Any, Any], like: Any) -> Any:
         if values.dtype.type.__module__ == "numpy":
             tensor = torch.from_numpy(values)

@@ -108,7 +108,7 @@ def _tensors(module: Any, spec: RouterSpec, recurse: bool = True) -> dict[str, s
         role = TENSORS.get(path)
         if path == spec.gate:
             continue
-        if role is None or (role == "input_scale" and not hasattr(module, "scalar_root_size")):
+        if role in (None, "image_bias") or (role == "input_scale" and not hasattr(module, "scalar_root_size")):
             raise Unsupported(f"{type(module).__name__} has a tensor {path}, whose meaning is not known")
         if role in found or tensor.numel() != sizes.get(role, tensor.numel()):
             raise Unsupported(
