@@ -37,6 +37,9 @@ GIVEN_MORE, GIVEN_OR_ROUTED_MORE = 0.1, 0.2
 GIVEN_DECODE = {1: 2.4, 64: 3.0}
 GIVEN_PREFILL_RATIO, GIVEN_GRADIENT_RATIO = 0.92, 0.5
 
+# Two biases, to the same call with one: more up to this number of tokens, and as a ratio of more tokens.
+SECOND_BIAS_MORE, SECOND_BIAS_FEW, SECOND_BIAS_RATIO = 0.1, 1024, 1.03
+
 # expert_layout with 256 experts, k 6 and 8, on an H200; as ratios: other numbers of experts, alignment 128 with
 # block_experts and row_experts (their bytes are added at 3 TB/s), skewed experts to uniform ones of the same run.
 EXPERT_LAYOUT = {1: 1.6, 16: 2.0, 64: 2.3, 1024: 4.2, 8192: 6.5, 65536: 11.0}

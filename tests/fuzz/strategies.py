@@ -200,17 +200,13 @@ def _hash_router(rng: random.Random) -> Setting:
     common = _common(rng, rng.choice(COLUMNS))
     common["k"] = rng.choice((common["k"], min(40, common["columns"])))
     source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
-    returned: dict[str, Any] = (
-        {"logits_dtype": "float32", "rows": rng.choice(ROWS)} if "x" in source and rng.random() < 0.5 else {}
-    )
-    biased = source and common["k"] <= 32 and rng.random() < 0.4
-    if biased and "x" in source:
-        returned.setdefault("rows", rng.choice(ROWS))
-    dense = rng.random() < 0.5 or returned.get("rows") == 1
-    given = frozenset(source) | (_counted(rng) | {"bias", "bias_index"} if biased else _counted(rng))
+    gate, biased = "x" in source, bool(source) and common["k"] <= 32 and rng.random() < 0.4
+    returned = {"logits_dtype": "float32"} if gate and rng.random() < 0.5 else {}
+    rows = rng.choice(ROWS) if gate and (biased or returned) else -1
+    given = {*source, *_counted(rng), *(("bias", "bias_index") if biased else ())}
     return Setting(
-        "hash_router", **common, given=given, ids=(rng.choice(INTS), rng.choice(INTS)),
-        dense=dense, **returned, **(_gate(rng, common["aligned"]) if "x" in source else {}),
+        "hash_router", **common, given=frozenset(given), ids=(rng.choice(INTS), rng.choice(INTS)), rows=rows,
+        dense=rng.random() < 0.5 or rows == 1, **returned, **(_gate(rng, common["aligned"]) if gate else {}),
     )  # fmt: skip
 
 
