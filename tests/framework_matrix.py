@@ -164,6 +164,15 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         Cell("without", ("return_logits::logits_are_the_products_without_scale_and_cap",)),
         Cell("without", ("dlpack_frameworks::results_have_the_closest_type",)),
     ),
+    "given experts, with their gradients": (
+        yes("torch_given::weights_and_gradients_are_those_of_a_plain_router", "torch_given::compiled",
+            "gpu/given_gpu::weights_and_gradients_are_those_of_a_plain_router"),
+        yes("jax_given::weights_and_gradients_are_those_of_a_plain_router", "jax_given::mapped",
+            "gpu/given_gpu::traced_results_are_those_of_eager_calls"),
+        Cell("without", ("given_experts::every_token_has_the_weights_of_its_experts",)),
+        Cell("without", ("given_experts::every_token_has_the_weights_of_its_experts",)),
+        NOT_THERE,
+    ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",
             "torch_compiled_gradients::compiled_calls_have_the_same_gradients",
