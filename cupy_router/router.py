@@ -15,7 +15,7 @@ from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
 from cupy_router.ops._declared import FLOATS
-from cupy_router.ops._given import ROUTE
+from cupy_router.ops._given import EMPTY, ROUTE
 from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._run import Interceptor
@@ -162,7 +162,7 @@ class Router:
             x: [num_tokens, hidden] float32, float16 or bfloat16.
             token_ids: [num_tokens] int32 or int64. Required by a hash router, ignored by others.
             indices, unset: The experts of each token, in place of a selection, and what becomes of a row of -1: as for
-                :func:`cupy_router.dense_router`.
+                :func:`cupy_router.dense_router`. A hash router needs no token ids then; without, a row of -1 is empty.
             bias_index: [num_tokens] int32, the bias of each token. Required if there are several biases.
             return_logits, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or for
                 :func:`cupy_router.hash_router` with a table. Logits are float32.
@@ -186,6 +186,13 @@ class Router:
         layout, return_logits, unset = wanted
         if self.follows_inputs:
             return self.beside(x).route(inputs, wanted, out, stream)
+        is_given = self.weight is not None and indices is not None and (token_ids is None or unset == EMPTY)
+        if self.table is not None and is_given:  # the table says nothing
+            return dense_router.dense_router(
+                x, self.weight, self.method, logit_bias=self.logit_bias, expert_scale=self.expert_scale,
+                indices=indices, unset=EMPTY, return_logits=return_logits, layout=layout, num_valid=num_valid,
+                out=out, stream=stream,
+            )  # fmt: skip
         if self.table is None:
             return dense_router.dense_router(
                 x, self.weight, self.method, bias=self.bias, bias_index=bias_index, logit_bias=self.logit_bias,
@@ -194,7 +201,7 @@ class Router:
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.bias, bias_index, self.logit_bias,
-            self.expert_scale, layout, num_valid, out, stream, return_logits,
+            self.expert_scale, layout, num_valid, out, stream, return_logits, indices, unset,
         )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------

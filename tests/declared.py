@@ -20,7 +20,7 @@ def arrays(op: Op, seed: int = 0) -> dict[str, np.ndarray]:
     sizes = {op.inputs[0].axes[0]: ROWS, **op.sizes(op.example())}
     made: dict[str, np.ndarray] = {}
     for place, declared in enumerate(op.inputs):
-        if declared.required:
+        if declared.required or declared.unless:
             shape = tuple(sizes.setdefault(axis, SIZE) for axis in declared.axes)
             dtype = dtype_of((declared.dtypes or ("float32",))[0])
             normal = inputs.normal(shape, seed=300 + 10 * seed + place)

@@ -14,7 +14,8 @@ from tests.backends import DTYPES
 from tests.logit_calls import exact
 from tests.methods import METHODS, layer_of
 
-KINDS = ("activation_topk", "dense_router decode", "dense_router prefill", "dense_router", "Router")
+KINDS = ("activation_topk", "dense_router decode", "dense_router prefill", "dense_router", "Router", "hash Router")
+HASHED = ("hash Router", "hash Router without token ids", "hash Router without gate")
 UNSET = ("route", "empty")
 IDS = ("uint8", "int16", "uint16", "int32", "int64")
 HIDDEN = 40
@@ -47,6 +48,10 @@ class Call:
     def takes_logits(self) -> bool:
         return self.kind == "activation_topk"
 
+    @property
+    def is_hash(self) -> bool:
+        return self.kind.startswith("hash")
+
     def ids(self) -> np.ndarray:
         """Return experts in any order, whatever their logits are: what a rollout with other weights chose.
 
@@ -74,7 +79,17 @@ class Call:
             made["x"] = exact(self.n, HIDDEN, seed=732, dtype=self.dtype)
             made["weight"] = exact(method.num_logits, HIDDEN, seed=733, dtype=self.dtype)
         layer = layer_of(method, 7)  # all arrays
-        made |= {"bias": layer.bias, "logit_bias": layer.logit_bias, "expert_scale": layer.expert_scale}
+        made |= {"logit_bias": layer.logit_bias, "expert_scale": layer.expert_scale}
+        if not self.is_hash:
+            made["bias"] = layer.bias
+        else:
+            table = [inputs.rng(734, row).permutation(method.num_experts)[: method.top_k] for row in range(9)]
+            made["table"] = np.stack(table).astype(np.int32)
+            made["token_ids"] = inputs.rng(735, self.n).integers(-1, 10, self.n).astype(np.int32)
+        if "without gate" in self.kind:
+            made |= dict.fromkeys(("weight", "logit_bias", "expert_scale"))
+        if "without token ids" in self.kind:
+            made["token_ids"] = None
         return {name: array for name, array in made.items() if array is not None} | {"indices": self.ids()}
 
     def __call__(self, arrays: dict[str, Any], **more: Any) -> Any:
@@ -85,7 +100,8 @@ class Call:
         if self.kind.startswith("dense_router"):
             path = self.kind.partition(" ")[2] or None
             return dense_router(given.pop("x"), given.pop("weight"), method, path=path, **given)
-        x, layer = given.pop("x"), {name: given.pop(name) for name in arrays if name not in ("x", "indices")}
+        rows = ("x", "token_ids", "indices")
+        x, layer = given.pop("x"), {name: given.pop(name) for name in arrays if name not in rows}
         return Router(method, **layer)(x, **given)
 
     def logits(self) -> np.ndarray:
@@ -99,6 +115,11 @@ class Call:
         ids = arrays["indices"][:, : method.top_k].astype(np.int64)
         routed = (ids == -1).all(-1) & (self.unset == "route")
         exist = ((ids >= 0) & (ids < method.num_experts)).all(-1)
-        prepared = oracle.prepare(self.logits(), method, arrays.get("logit_bias"))
-        selected = oracle.choose(prepared, method, arrays.get("bias"))
+        if self.is_hash:
+            token_ids = arrays.get("token_ids", np.full(self.n, -1))
+            selected = arrays["table"][token_ids.clip(0, 8)]
+            routed &= (token_ids >= 0) & (token_ids < 9)
+        else:
+            prepared = oracle.prepare(self.logits(), method, arrays.get("logit_bias"))
+            selected = oracle.choose(prepared, method, arrays.get("bias"))
         return np.where(routed[:, None], selected, ids), exist | routed

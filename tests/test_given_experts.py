@@ -13,7 +13,7 @@ from tests import compare, oracle
 from tests.backends import Backend
 from tests.canvas import Canvas
 from tests.fuzz.case import _Chosen
-from tests.given_calls import IDS, KINDS, NAMES, UNSET, WIDE, Call
+from tests.given_calls import HASHED, IDS, KINDS, NAMES, UNSET, WIDE, Call
 from tests.methods import Layer
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
@@ -62,6 +62,31 @@ def test_rows_of_a_block(unset: str, name: str, backend: Backend) -> None:
 
 
 @pytest.mark.many_kernels
+@pytest.mark.parametrize("name", ["everything", "soft cap", "two shared experts"])
+@pytest.mark.parametrize("n", [23, 200])
+@BOTH
+@pytest.mark.parametrize("kind", HASHED)
+def test_hash_layers(kind: str, unset: str, n: int, name: str, backend: Backend) -> None:
+    """Tokens whose row is -1 have the experts of the table, unless there are no token ids."""
+    call = Call(kind, name, unset, "int16", n)
+    arrays = uploaded(backend, call)
+    if "without gate" not in kind:
+        check(backend, call, call(arrays))
+        check(backend, call, call(arrays, layout=LayoutSpec()))
+        check(backend, call, call(arrays, return_logits=True, num_valid=9), 9)
+        return
+    weights, indices = (backend.numpy(array) for array in call(arrays, num_valid=n - 3))
+    experts, exist = call.experts()
+    exist[n - 3 :] = False
+    np.testing.assert_array_equal(indices[exist][:, : call.method.top_k], experts[exist])
+    assert (weights[exist][:, : call.method.top_k].astype(np.float32) == np.float32(1 / call.method.top_k)).all() or (
+        call.method.weight_dtype != "float32"
+    )
+    assert (indices[~exist] == -1).all()
+    assert not weights[~exist].astype(np.float32).any()
+
+
+@pytest.mark.many_kernels
 @pytest.mark.parametrize("dtype", IDS)
 @BOTH
 @EVERY
@@ -106,7 +131,7 @@ def test_any_number_of_tokens(kind: str, n: int, unset: str, backend: Backend) -
         check(backend, call, call(uploaded(backend, call)))
     else:
         empty = {
-            name: a[:0] if name in ("logits", "x", "indices") else a
+            name: a[:0] if name in ("logits", "x", "indices", "token_ids") else a
             for name, a in Call(kind, call.name).arrays().items()
         }
         result = call({name: backend.array(a) if a.size else backend.upload(a) for name, a in empty.items()})
@@ -194,6 +219,9 @@ def test_replayed_selection_gives_the_same_bits(kind: str, backend: Backend) -> 
             want = activation_topk(arrays.pop("logits"), method, **arrays)
         elif kind == "Router":
             want = Router(method, **{k: v for k, v in arrays.items() if k != "x"})(arrays["x"])
+        elif kind == "hash Router":
+            layer = {k: v for k, v in arrays.items() if k not in ("x", "token_ids")}
+            want = Router(method, **layer)(arrays["x"], arrays["token_ids"])
         else:
             want = dense_router(
                 arrays.pop("x"), arrays.pop("weight"), method, path=kind.partition(" ")[2] or None, **arrays

@@ -70,8 +70,48 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (HashOptions(None).text, ids, table, None, None, None, None, None, None, None, None, -1),
         ],
         "hash_layer": [
-            (method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None, None, bias, scale, count, -1),
-            (method, parameter(5, 8), ids, table, parameter(16, 8, seed=1), biases, which, bias, scale, count, -1),
+            (
+                method,
+                parameter(5, 8),
+                ids,
+                table,
+                parameter(16, 8, seed=1),
+                None,
+                None,
+                bias,
+                scale,
+                replayed,
+                count,
+                -1,
+            ),
+            (
+                method,
+                parameter(5, 8),
+                None,
+                table,
+                parameter(16, 8, seed=1),
+                None,
+                None,
+                bias,
+                scale,
+                replayed,
+                None,
+                -1,
+            ),
+            (
+                method,
+                parameter(5, 8),
+                ids,
+                table,
+                parameter(16, 8, seed=1),
+                biases,
+                which,
+                bias,
+                scale,
+                None,
+                count,
+                -1,
+            ),
         ],
         "dense_router": [
             (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, count, -1)
@@ -108,7 +148,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "hash_layer_layout": [
             (HashOptions(METHOD, spec).text, None, parameter(5, 8), ids, table, None, None, None, None, None,
-             count, -1)
+             None, count, -1)
         ],
         "dense_router_layout": [
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias,
@@ -120,7 +160,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "hash_layer_logits": [
             (HashOptions(METHOD, None, "float32").text, parameter(5, 8), ids, table, parameter(16, 8, seed=1), biases,
-             which, None, scale, count, -1)
+             which, None, scale, None, count, -1)
         ],
         "hash_router_logits_layout": [
             (HashOptions(METHOD, spec, "float32").text, None, ids, table, None, parameter(5, 8),
@@ -128,7 +168,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "hash_layer_logits_layout": [
             (HashOptions(METHOD, spec, "float32").text, 8, parameter(5, 8), ids, table, parameter(16, 8, seed=1), None,
-             None, None, None, count, -1)
+             None, None, None, None, count, -1)
         ],
         "dense_router_logits": [
             (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, None,

@@ -29,6 +29,7 @@ class Input:
     written: the op writes into it.
     path: where the caller has it, such as "layout.order"; the name by default.
     leading: name of an axis that it may have before the others.
+    unless: name of another input without which this one is required.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Input:
     written: bool = False
     path: str = ""
     leading: str = ""
+    unless: str = ""
 
     def axes_of(self, rank: int) -> tuple[str, ...]:
         """Return the names of the axes of an array of this rank."""
@@ -50,9 +52,17 @@ class Input:
         return self.path or self.name
 
 
-def row(name: str, axes: str, dtypes: tuple[str, ...] = FLOATS, *, required: bool = False, path: str = "") -> Input:
+def row(
+    name: str,
+    axes: str,
+    dtypes: tuple[str, ...] = FLOATS,
+    *,
+    required: bool = False,
+    path: str = "",
+    unless: str = "",
+) -> Input:
     """Declare an input with one entry for each row of the call."""
-    return Input(name, "row", _split(axes), dtypes, required, path=path)
+    return Input(name, "row", _split(axes), dtypes, required, path=path, unless=unless)
 
 
 def layer(

@@ -10,9 +10,11 @@ from cupy_router import gemm
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _fused_layout as fused_layout
+from cupy_router.ops import _hash_given as given
 from cupy_router.ops import hash_router
 from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
+from cupy_router.ops._given import GIVEN, ROUTE, as_unset, check_given
 from cupy_router.ops._hash_gate import by_gate_gemm
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import BIAS, BIAS_INDEX, EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
@@ -30,13 +32,14 @@ class HashLayer(RoutedOp):
     options = HashOptions
     inputs = (
         row("x", "num_tokens, hidden", required=True),
-        row("token_ids", "num_tokens", INTS, required=True),
+        row("token_ids", "num_tokens", INTS, unless=GIVEN.name),
         TABLE,
         gate(required=False),
         BIAS,
         BIAS_INDEX,
         LOGIT_BIAS,
         EXPERT_SCALE,
+        GIVEN,
         NUM_VALID,
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias"))
@@ -50,18 +53,25 @@ class HashLayer(RoutedOp):
 
     def check(self, options: HashOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
+        check_given(options, arrays)
         hash_router.check_combination(options, _hashed(arrays))
 
     def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+        if arrays.given_experts is not None:
+            return given.reference(self, options, arrays, num_valid)
         return hash_router.OP.route_reference(options, _hashed(arrays), num_valid)
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Work:
+        if arrays.given_experts is not None:
+            return given.TableThenGiven(self, options, arrays, gpu)
         if _multiplies_all(options, arrays, gpu):
             return by_gate_gemm(self, hash_router.OP, options, arrays, gpu)
         kernel = hash_router.OP.by_table(options, _hashed(arrays), gpu)
         return launch_of(self, options, kernel._replace(nulls=("logits",)), arrays.x.device)
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
+        if arrays.given_experts is not None:
+            return None
         hashed = HashOptions(options.method, options.layout)
         many = _multiplies_all(options, arrays, gpu)
         kernel = None if many else hash_router.OP.fused(hashed, _hashed(arrays), gpu)
@@ -89,17 +99,20 @@ def hash_layer(
     out: Any,
     stream: Any,
     return_logits: bool = False,
+    indices: Any = None,
+    unset: str = ROUTE,
 ) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
     """Return `hash_router(token_ids, table, method, x=x, weight=weight, ...)`, uniform weights if `weight` is None.
 
     Results belong to the framework of x.
     """
     number, num_valid = check.split_num_valid("Router", num_valid)
-    inputs = (x, token_ids, table, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
+    inputs = (x, token_ids, table, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
     fields: Any = method
-    if layout is not None or return_logits is not False:
+    if layout is not None or return_logits is not False or unset != ROUTE:
         spec = None if layout is None else as_spec("Router", layout)
-        fields = (method, spec, as_logits_dtype("Router", return_logits, "float32"))
+        wanted = as_logits_dtype("Router", return_logits, "float32")
+        fields = (method, spec, wanted, as_unset("Router", unset))
     return run(OP, fields, inputs, out, stream, number)
 
 
@@ -109,7 +122,7 @@ def _multiplies_all(options: HashOptions, arrays: Arrays, gpu: Gpu) -> bool:
     if options.logits_dtype is not None or arrays.bias is not None:
         return True
     most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
-    few = arrays.token_ids.shape[0] * method.top_k <= most
+    few = arrays.x.shape[0] * method.top_k <= most
     return arrays.weight is not None and not few and gemm.why_not(arrays.x.device) is None
 
 

@@ -372,7 +372,7 @@ class Op:
         sizes = dict(self.sizes(options))
         for declared, view in zip(self.inputs, views, strict=True):
             if view is None:
-                if declared.required:
+                if declared.required or (declared.unless and views[self.names.index(declared.unless)] is None):
                     raise TypeError(f"{declared.shown} must be an array, got None")
                 continue
             if declared.dtypes:

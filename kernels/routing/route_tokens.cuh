@@ -22,6 +22,7 @@ SPECIALISED bool BY_TOKEN_ID = true;  // else the table has a row for each token
 SPECIALISED int TOKEN_ID_BYTES = 4;
 SPECIALISED int TABLE_BYTES = 4;
 SPECIALISED bool TABLE_UNSIGNED = false;
+SPECIALISED bool KEEPS_UNSET = false;  // results of tokens whose entries are all -1 are left as they are
 SPECIALISED int DTYPE = 0;             // of the logits, or of x
 SPECIALISED int WEIGHT_DTYPE = DTYPE;  // of the gate
 SPECIALISED int LANES = 8;
@@ -145,6 +146,11 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
         if ((!bad || !BY_TOKEN_ID) && p * Lanes + lane < TOP_K)
             entries[p] = __ldg(lane_entries + id * table_stride + p * Lanes);
     }
+    bool is_set = !KEEPS_UNSET;
+    for (int p = 0; KEEPS_UNSET && p < PLACES; ++p) {
+        is_set |= p * Lanes + lane < TOP_K && static_cast<int64_t>(entries[p]) != -1;
+    }
+    if (KEEPS_UNSET) is_set = lanes_ballot<Lanes>(is_set) != 0;
     // Read a logit as soon as its expert is known to exist; the vote on the whole row happens meanwhile.
     float values[PLACES];
     int64_t experts[PLACES];
@@ -178,7 +184,7 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
 #pragma unroll 8
     for (int p = 0; p < PLACES; ++p) {
         const int place = p * Lanes + lane;
-        if (!row_exists || place >= OUTPUTS) continue;
+        if (!row_exists || !is_set || place >= OUTPUTS) continue;
         float weight = values[p];
         if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : call.numbers.shared_weight;
         store_float(call.weights + row * weights_stride + place, bad ? 0.0f : weight);
@@ -214,6 +220,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call, Kee
     const bool has_entry = (token_exists || !BY_TOKEN_ID) && lane < TOP_K;
     const expert_t entry = has_entry ? call.table[token_id * call.table_stride + lane] : expert_t(0);
     const bool bad = __any_sync(FULL_WARP, !token_exists || !exists(entry, EXPERT_IDS));
+    const bool is_set = !KEEPS_UNSET || __any_sync(FULL_WARP, has_entry && static_cast<int64_t>(entry) != -1);
     const int expert = static_cast<int>(entry);
     const int own_expert = __shfl_sync(FULL_WARP, expert, place);
     const gate_t* own_gate = call.gate + (bad ? 0 : own_expert) * call.weight_stride + first;
@@ -253,7 +260,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call, Kee
             if (!WEIGHS_LOGITS) value[0] = score_of(value[0], SoftmaxStatistics());
         }
         weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, call.expert_scale, call.numbers);
-        if (lane < OUTPUTS) {
+        if (is_set && lane < OUTPUTS) {
             store_float(call.weights + row * call.weights_stride + lane, bad ? 0.0f : value[0]);
             const index_t index = bad ? index_t(-1) : static_cast<index_t>(experts[0]);
             call.indices[row * call.indices_stride + lane] = index;
@@ -286,10 +293,12 @@ __device__ __forceinline__ void route_by_products(const Call& call, Keep keep) {
         const int64_t token_id = row < valid ? table_row(call, row) : -1;
         const bool token_exists = exists(token_id, call.vocab_size);
         const expert_t* entries = call.table + (token_exists ? token_id : 0) * call.table_stride;
-        bool bad = !token_exists;
+        bool bad = !token_exists, is_set = false;
         for (int place = threadIdx.x; token_exists && place < TOP_K; place += blockDim.x) {
             bad = bad || !exists(entries[place], EXPERT_IDS);
+            is_set |= static_cast<int64_t>(entries[place]) != -1;
         }
+        if (KEEPS_UNSET && !__syncthreads_or(is_set)) continue;
         if (__syncthreads_or(bad)) {
             for (int place = threadIdx.x; place < OUTPUTS; place += blockDim.x) {
                 store_float(row_weights + place, 0.0f);

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hash layer with given experts: first those of the table, for tokens whose row is -1, then those that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupy_router.ops._cached import Work, launch_of
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._given import ROUTE, given_kernel, selects, without_logits
+from cupy_router.ops._routed import RoutedOp
+from cupy_router.reference.given import given_ids, known_rows, unset_rows
+from cupy_router.reference.hash_router import hash_router
+from cupy_router.reference.scoring import empty_results
+from cupy_router.tuning import Gpu
+
+
+def reference(op: RoutedOp, options: Any, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
+    """Return the results of a hash layer with given experts."""
+    method, num_tokens = options.method, arrays.x.shape[0]
+    ids = given_ids(arrays.given_experts, method)
+    weights, indices = empty_results(num_tokens, method.num_columns, method)
+    returned: tuple[Any, ...] = ()
+    is_set = np.ones(num_tokens, bool)
+    if arrays.token_ids is not None and options.unset == ROUTE:
+        is_set = ~unset_rows(ids)
+        plain = arrays.replaced(given_experts=None)
+        weights, indices, *returned = op.route_reference(options, plain, num_valid)  # type: ignore[assignment]
+    rows = np.arange(num_tokens)
+    layer: dict[str, Any] = arrays.named("logit_bias", "expert_scale")
+    if arrays.weight is not None:
+        layer |= arrays.named("x", "weight")
+    found = hash_router(rows, np.where(known_rows(ids, method)[:, None], ids, -1), method, **layer, num_valid=num_valid)
+    for array, given in zip((weights, indices), found, strict=True):
+        array[is_set] = given[is_set]
+    return weights, indices, *returned
+
+
+class TableThenGiven:
+    """The kernels of a hash layer, and then one for given experts, which leaves tokens whose row is -1 as they are."""
+
+    def __init__(self, op: RoutedOp, options: Any, arrays: Arrays, gpu: Gpu) -> None:
+        device = arrays.x.device
+        looks_up = arrays.token_ids is not None and selects(options, arrays.given_experts)
+        self._table: Any = op.route(options, arrays.replaced(given_experts=None), gpu) if looks_up else None
+        kernel = given_kernel(options, arrays if arrays.weight is not None else arrays.replaced(x=None), gpu)
+        kernel = without_logits(kernel._replace(macros=kernel.macros | {"KEEPS_UNSET": int(looks_up)}))
+        self._given: Work = launch_of(op, options, kernel, device)
+        self.function = self._given.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        if self._table is not None:
+            self._table(stream, varying)
+        self._given(stream, varying)
