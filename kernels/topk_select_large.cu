@@ -40,10 +40,10 @@ __device__ __forceinline__ void sort_columns(int* columns, int count, Rank rank_
 extern "C" __global__ void __launch_bounds__(BLOCK)
     topk_select_large(const score_t* __restrict__ scores, const int* __restrict__ lengths,
                       const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
-                      int* indices, long long num_rows, int num_columns, int k, int sorted, int page_size,
+                      int* indices, long long num_rows, int sorted, int num_columns, int k, int page_size,
                       long long scores_stride, long long values_stride, long long indices_stride,
                       long long map_stride) {
-    __shared__ int histogram[RADIX];
+    __shared__ __align__(16) int histogram[BINS];
     for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
         const RowRange range = row_range(lengths, starts, row, num_columns);
         const score_t* source = scores + row * scores_stride + range.start;

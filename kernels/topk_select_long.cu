@@ -4,10 +4,10 @@
 //
 // A sample of the row gives a threshold that at least k scores reach, and few more than twice as many (sample.cuh). One
 // read of the row lists those (stream.cuh), in any order; the list is sorted (block_sort.cuh) and its first k entries
-// are written. If many scores tie at the threshold, the list has those above it, then ties in the order of columns. The
-// number of scores is checked: if it is wrong, the row is read again by the threshold of another sample, and then by
-// the exact key of the k-th best (radix.cuh). So samples decide how long a row takes, never the result. Rows of up to
-// CAPACITY scores go on the list as they are.
+// are written. If too many scores tie at the threshold, the list has those above it, then ties in the order of columns.
+// The number of scores is checked: if it is wrong, it says which other threshold of the sample is better, by which the
+// row is read again, and at last by the exact key of the k-th best (radix.cuh). So samples decide how long a row takes,
+// never the result. Rows of up to CAPACITY scores go on the list as they are.
 //
 // SPLIT false: a block for each row. While it sorts, it prefetches the start of the row `rows_ahead` of it, whose block
 // is among the next to start.
@@ -38,7 +38,7 @@ typedef unsigned long long Entry;
 constexpr int SHARED_BYTES = 8 * CAPACITY + 4 * Sort::NUM_SLOTS;
 
 static_assert(!FITS || !SPLIT, "a row that fits is not split");
-static_assert(Sort::NUM_SLOTS >= RADIX, "slots are also the bins of radix_threshold");
+static_assert(Sort::NUM_SLOTS >= BINS, "slots are also the bins of radix_threshold");
 
 // The contents of a list: scores above the threshold, then ties with it in the order of columns.
 struct Found {
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     topk_select_long(const score_t* __restrict__ scores, const int* __restrict__ lengths,
                      const int* __restrict__ starts, const int* __restrict__ index_map, score_t* __restrict__ values,
                      int* __restrict__ indices, unsigned* counters, int* piece_counts, long long* lists, int pieces,
-                     int list_capacity, int rows_ahead, long long first_row, int num_columns, int k, int sorted,
+                     int list_capacity, int rows_ahead, long long first_row, int sorted, int num_columns, int k,
                      int page_size, long long scores_stride, long long values_stride, long long indices_stride,
                      long long map_stride) {
 #ifdef __CUDACC__
@@ -103,19 +103,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     Piece piece(source, range.length, number, SPLIT ? pieces : 1);
     Piece::Chunk chunk;
     Sample sample;
-    if (!FITS && range.length > CAPACITY) sample.load(piece, 0);
+    if (!FITS && range.length > CAPACITY) sample.load(piece);
     piece.load_first(chunk);
     if (threadIdx.x == 0) count = 0;
     if (threadIdx.x < 33) slots[threadIdx.x] = 0;
     __syncthreads();
     Threshold threshold = {NO_KEY, false};
-    if (!FITS && range.length > CAPACITY) threshold = sample.threshold(wanted, range.length, slots);
+    int target = Sample::target(wanted, range.length);
+    if (!FITS && range.length > CAPACITY) {
+        threshold = sample.threshold(target, Sample::most(CAPACITY, range.length), slots);
+    }
 
     bool split = SPLIT;  // the list is that of a piece
-    bool resample = true;
     Found found;
 #pragma unroll 1
-    for (;;) {
+    for (int reads = 1;; ++reads) {
         Entry* list =
             split ? reinterpret_cast<Entry*>(lists) + static_cast<int64_t>(blockIdx.x) * list_capacity : entries;
         const int capacity = split ? list_capacity : CAPACITY;
@@ -124,9 +126,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         found = {count, 0};
         if (FITS) break;
         if (threshold.tied && found.above < wanted) {
+            const Piece ties(source, range.length, split ? number : 0, split ? pieces : 1);
             found.ties =
-                collect_ties<DTYPE, BLOCK, 2>(source, range.length, split ? number : 0, split ? pieces : 1,
-                                              threshold.key, list + found.above, min(wanted, capacity) - found.above);
+                collect_ties<2>(ties, threshold.key, list + found.above, min(wanted, capacity) - found.above,
+                                [&](int column) { return rank_key(threshold.key, column); });
         }
         if (split) {
             Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;
@@ -143,13 +146,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         if (threadIdx.x < 33) slots[threadIdx.x] = 0;
         __syncthreads();
         if (SPLIT) piece = Piece(source, range.length, 0, 1);
-        if (resample && !threshold.tied) {
-            resample = false;
+        const int better = Sample::better_target(target, found.above, wanted, CAPACITY, range.length);
+        if (reads < SAMPLED_READS && better != target) {
+            target = better;
             // Read the range again: values that both samples need would stay in registers, of which there are not
             // enough.
             const RowRange again = row_range(lengths, starts, row, num_columns);
-            sample.load(Piece(source, again.length, 0, 1), 1);
-            threshold = sample.threshold(wanted, range.length, slots);
+            sample.load(Piece(source, again.length, 0, 1));
+            threshold = sample.threshold(target, Sample::most(CAPACITY, range.length), slots);
         } else {
             threshold = {radix_threshold<DTYPE, BLOCK>(source, range.length, wanted, slots).key, true};
         }

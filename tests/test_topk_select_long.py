@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way of kernels/topk_select_long.cu and topk_select_large.cu through a row, at sizes that a CPU executes: with
-plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_select_long.py has full sizes."""
+"""Every way of kernels/topk_select_long.cu, topk_select_many.cu and topk_select_large.cu through a row, at sizes that a
+CPU executes: with plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_select_long.py has
+full sizes."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from cupy_router import topk_select, tuning
 from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
 from cupy_router.ops._topk_select_long import LaunchShape
+from cupy_router.ops._topk_select_many import ManyShape, entry_bytes
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
 from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
@@ -24,14 +26,14 @@ ITEM = pytest.mark.acceptance
 
 COLUMNS, K = 5000, 300
 
-Planned = Callable[[str], "LaunchShape | None"]
+Planned = Callable[[str], "LaunchShape | ManyShape | None"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
-    def plan(name: str) -> LaunchShape | None:
+    def plan(name: str) -> LaunchShape | ManyShape | None:
         monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
         _cached.forget()
         return PLANS[name]
@@ -117,11 +119,14 @@ def test_lengths_around_the_limits_of_plans(
     select(backend, scores, K, lengths=lengths, starts=starts, row_pad=1, offset=1)
 
 
+@pytest.mark.parametrize("name", ["one list", "many rows"])
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dtype: str, more: int) -> None:
+def test_rows_that_just_fit_into_the_list(
+    backend: Backend, planned: Planned, dtype: str, more: int, name: str
+) -> None:
     """A kernel of its own up to as many columns."""
-    plan = planned("one list")
+    plan = planned(name)
     assert plan is not None
     columns = plan.capacity + more
     lengths = np.array([columns, K, 1, 0], np.int32)
@@ -139,7 +144,7 @@ def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name
     select(backend, scores, 100, row_pad=0, offset=3)
 
 
-@pytest.mark.parametrize("name", ["one list", "2 pieces"])
+@pytest.mark.parametrize("name", ["one list", "2 pieces", "many rows"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shows", ["the best", "none of the best"])
 @ITEM("a sample that misleads")
@@ -150,14 +155,16 @@ def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, 
     select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "order"), [*((name, "value") for name in PLANS), ("many rows", "any"), ("one list", "any")]
+)
 @ITEM("100 bitwise repeats")
-def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str) -> None:
+def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str, order: str) -> None:
     planned(name)
     scores = backend.array(inputs.ROWS["differ in the lowest 8 bits"](2, 3000, K, "float32"))
-    first = [backend.numpy(array) for array in topk_select(scores, K)]
+    first = [backend.numpy(array) for array in topk_select(scores, K, order=order)]
     for _ in range(100):
-        for array, want in zip(topk_select(scores, K), first, strict=True):
+        for array, want in zip(topk_select(scores, K, order=order), first, strict=True):
             compare.assert_same_bits(backend.numpy(array), want)
 
 
@@ -172,12 +179,16 @@ def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
                 if plan is None:
                     assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
                     continue
+                if isinstance(plan, ManyShape):
+                    assert rows > (plan.blocks - 1) * gpu.multiprocessors
+                    assert plan.blocks * (entry_bytes(dtype, columns, True) * plan.capacity + 5 * 1024) <= kilobytes * 1024
                 sample = plan.block * plan.vectors * 16 // np.dtype(DTYPES[dtype]).itemsize
                 expected, _ = long.list_lengths(k, columns, sample)
                 assert plan.capacity >= min(columns, expected)
                 assert plan.capacity >= min(k, columns)
-                assert plan.shared_bytes + 5 * 1024 <= kilobytes * 1024
-                assert plan.pieces <= 32
+                if isinstance(plan, LaunchShape):
+                    assert plan.shared_bytes + 5 * 1024 <= kilobytes * 1024
+                    assert plan.pieces <= 32
 
 
 @pytest.mark.parametrize(

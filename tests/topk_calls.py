@@ -9,15 +9,17 @@ import numpy as np
 
 from cupy_router import TopK, topk_select
 from cupy_router.ops._topk_select_long import LaunchShape
+from cupy_router.ops._topk_select_many import ManyShape
 from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
-PLANS = {
+PLANS: dict[str, LaunchShape | ManyShape | None] = {
     "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
     "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
     "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
+    "many rows": ManyShape(block=128, blocks=8, capacity=1024, vectors=2),
     "no list": None,
 }
 
@@ -37,15 +39,25 @@ def select(
         scores, k, lengths=lengths, starts=starts, index_map=index_map, **options
     )
     indices = backend.numpy(result.indices)
-    np.testing.assert_array_equal(indices, want[1])
     assert indices.dtype == np.int32
     compare.assert_same_bits(backend.numpy(on_device), scores)
-    if not has_values:
-        assert result.values is None
-        return want[0], indices
-    values = backend.numpy(result.values)
-    compare.assert_same_bits(values, want[0])
+    assert (result.values is not None) == has_values
+    values = backend.numpy(result.values) if has_values else want[0]
+    if options.get("order") == "any":
+        compare.assert_same_bits(indices < 0, want[1] < 0)  # empty entries are last
+        want = _by_index(want[0], want[1])
+        found = _by_index(values if has_values else want[0], indices)
+    else:
+        found = values, indices
+    np.testing.assert_array_equal(found[1], want[1])
+    if has_values:
+        compare.assert_same_bits(found[0], want[0])
     return values, indices
+
+
+def _by_index(values: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(indices, axis=1, kind="stable")
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
 
 def edge_lengths(k: int, columns: int) -> np.ndarray:
@@ -67,7 +79,7 @@ def poisoned(rows: int, columns: int, lengths: Any, starts: Any, dtype: str) -> 
     return scores
 
 
-def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
+def misleading(plan: LaunchShape | ManyShape, rows: int, columns: int, dtype: str, shows_best: bool) -> np.ndarray:
     """Rows, aligned if `columns` are, whose sample holds the best scores or none of them."""
     sampled = np.isin(np.arange(columns), _sampled_columns(plan, columns, dtype))
     first = sampled if shows_best else ~sampled
@@ -79,7 +91,7 @@ def misleading(plan: LaunchShape, rows: int, columns: int, dtype: str, shows_bes
     return scores.astype(DTYPES[dtype])
 
 
-def _sampled_columns(plan: LaunchShape, columns: int, dtype: str) -> np.ndarray:
+def _sampled_columns(plan: LaunchShape | ManyShape, columns: int, dtype: str) -> np.ndarray:
     """Where long_rows/sample.cuh looks in a row that begins at a 16-byte boundary."""
     scores, words = 16 // np.dtype(DTYPES[dtype]).itemsize, 2**32
     pairs = plan.block * plan.vectors // 2

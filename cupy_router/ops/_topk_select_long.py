@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Macros, grid and block of kernels/topk_select_long.cu for a shape on a GPU.
+"""Which kernel selects from long rows, and macros, grid and block of kernels/topk_select_long.cu.
 
-If k is too large for that kernel, kernels/topk_select_large.cu serves.
+For more rows than multiprocessors, it is kernels/topk_select_many.cu; if k is too large for both,
+kernels/topk_select_large.cu.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 from typing import Any, NamedTuple
 
 from cupy_router import compiler, scratch
@@ -15,6 +15,7 @@ from cupy_router.launcher import MAX_GRID
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel, launch_with
 from cupy_router.ops._declared import Arrays
+from cupy_router.ops._topk_select_many import ManyShape, choose_many, list_lengths
 from cupy_router.tuning import Gpu, Steps
 
 LONG, LARGE = "topk_select_long", "topk_select_large"
@@ -43,8 +44,13 @@ class LaunchShape(NamedTuple):
         return _ENTRY_BYTES * self.capacity + 64
 
 
-def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str) -> LaunchShape | None:
-    """Return the launch shape; None if k is too large for a list in shared memory."""
+def choose(
+    gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool = True
+) -> LaunchShape | ManyShape | None:
+    """Return the launch shape; None if k is too large for a list in shared memory. `sorts`: not for order "any"."""
+    many = choose_many(gpu, num_rows, num_columns, k, dtype, sorts)
+    if many is not None:
+        return many
     table = gpu.table.long_rows
     size = row_lanes.SIZES[dtype]
     row_bytes = num_columns * size
@@ -54,8 +60,6 @@ def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str) -> Lau
     few_winners = k <= table.few_winners
     if pieces > 1:
         blocks: Steps = ((table.split_block_few if few_winners else table.split_block_many, 1),)
-    elif num_rows > gpu.multiprocessors and few_winners:
-        blocks = table.shapes_many_rows
     else:
         blocks = table.shapes
     shape = None
@@ -87,17 +91,6 @@ def _with_list(shape: LaunchShape, num_columns: int, k: int, size: int, shared_b
     return best
 
 
-def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
-    """Return the expected number of scores that pass a sampled threshold, and that number plus four deviations.
-
-    It follows from the sampling in the kernel, and is the same on every GPU.
-    """
-    hits = sample * min(k / max(num_columns, 1), 1.0)
-    reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
-    share = num_columns / sample
-    return int(reached * share), int((reached + 4 * sqrt(reached)) * share)
-
-
 class LongTopK:
     """A launch that uses scratch memory of the stream on which it is called."""
 
@@ -108,7 +101,6 @@ class LongTopK:
         fixed: dict[str, int | float] = {
             "num_columns": num_columns,
             "k": options.k,
-            "sorted": int(options.order != "column"),
             "page_size": options.page_size,
             "scores_stride": scores.row_stride,
             "values_stride": indices_stride if arrays.values is None else arrays.values.row_stride,
@@ -116,12 +108,19 @@ class LongTopK:
             "map_stride": 0 if index_map is None or index_map.shape[0] == 1 else index_map.row_stride,
         }
         macros = {"DTYPE": row_lanes.DTYPE_CODES[scores.dtype]}
-        shape = choose(gpu, num_rows, num_columns, options.k, scores.dtype)
+        shape = choose(gpu, num_rows, num_columns, options.k, scores.dtype, options.order != "any")
         self._device, self._pieces, self._scratch_bytes = scores.device, 0, 0
         self._launches = []
         if shape is None:
-            kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, {"num_rows": num_rows} | fixed)
+            numbers = {"num_rows": num_rows, "sorted": int(options.order == "value")} | fixed
+            kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, numbers)
             self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
+        elif isinstance(shape, ManyShape):
+            for first in range(0, num_rows, MAX_GRID):
+                numbers = {"rows_ahead": gpu.multiprocessors * shape.blocks, "first_row": first} | fixed
+                rows = min(num_rows - first, MAX_GRID)
+                kernel = shape.kernel(scores.dtype, options.order, rows, numbers)
+                self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
         else:
             list_capacity = 0
             if shape.pieces > 1:
@@ -144,10 +143,11 @@ class LongTopK:
                     "list_capacity": list_capacity,
                     "rows_ahead": ahead,
                     "first_row": first,
+                    "sorted": int(options.order != "column"),
                 } | fixed
                 kernel = Kernel(LONG, LONG, macros, grid, shape.block, numbers, shared_bytes=shape.shared_bytes)
                 self._launches.append(launch_with((*INPUTS, *OUTPUTS, *_SCRATCH), kernel, scores.device))
-        self._takes_scratch = shape is not None
+        self._takes_scratch = isinstance(shape, LaunchShape)
         self.function: compiler.Function = self._launches[0].function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:

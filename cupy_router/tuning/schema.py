@@ -94,8 +94,14 @@ class LongRows(Family):
     few_winners: int  # up to this k
     split_block_few: int  # threads of a block with a piece of a row, for few winners
     split_block_many: int
-    shapes_many_rows: Steps  # more rows than multiprocessors, few winners: (threads, blocks a multiprocessor)
-    shapes: Steps  # otherwise
+    shapes: Steps  # of a block with a whole row: (threads, blocks a multiprocessor)
+    short_row_bytes: int  # up to here
+    many_rows: Steps  # more rows than multiprocessors, few winners: the first for which there are enough rows and memory
+    many_short_rows: Steps
+    many_rows_many_winners: Steps
+    many_rows_max_winners: int  # beyond them, rows are selected from as if they were few
+    sample_few_winners: int  # scores of a row, where there are more rows than multiprocessors
+    sample_many_winners: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,8 +82,15 @@ TABLE = Table(
         few_winners=512,
         split_block_few=512,
         split_block_many=768,
-        shapes_many_rows=((384, 3), (512, 2)),
         shapes=((1024, 1),),
+        # Measured on an H200. More and smaller blocks read while others select, but sort their lists more slowly.
+        short_row_bytes=32 * 1024,
+        many_rows=((256, 4), (512, 2)),
+        many_short_rows=((128, 8), (256, 4), (512, 2)),
+        many_rows_many_winners=((512, 2),),
+        many_rows_max_winners=2048,
+        sample_few_winners=2048,
+        sample_many_winners=4096,
     ),
     hash_router=HashRouter(
         measured_by="python -m benchmarks.bench_hash_router",

@@ -11,9 +11,11 @@
 #include "device/prefetch.cuh"
 #include "long_rows/stream.cuh"
 
+constexpr int SAMPLED_READS = 3;  // of a row by thresholds of its sample, before it is read by the exact key
+
 struct Threshold {
     unsigned key;
-    bool tied;  // more scores than wanted may have this very key
+    bool tied;  // too many scores may have this very key
 };
 
 // Narrow a range of keys until at least `target` of what count() counts reach its lower end, and at most an eighth more
@@ -34,10 +36,10 @@ __device__ __forceinline__ int narrow(Extent& range, int reached, int target, Co
     return reached;
 }
 
-// Return a key that `target` or a few more of all threads' keys reach; a thread has key_of(j) for j below Keys.
-// `counts` is 33 words of shared memory, all 0.
+// Return a key that `target` or a few more of all threads' keys reach; a thread has key_of(j) for j below Keys. It is
+// tied if more than `most` reach it. `counts` is 33 words of shared memory, all 0.
 template <int Block, int Keys, typename KeyOf>
-__device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, int* counts) {
+__device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, int most, int* counts) {
     // Count by each thread's best key first, which takes only a barrier. Of `target` keys, this many threads have at
     // least one:
     float misses = 1.0f;
@@ -61,7 +63,7 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
         reached = Block;
     }
     reached = narrow(range, reached, threads, count_threads);
-    const bool tied = reached > threads + threads / 8;
+    const bool ends = range.high - range.low <= 1;
 
     // Where neighbours are alike, threads have several such keys each, and the threshold must be higher.
     const auto count_keys = [&](unsigned key, int round) {
@@ -74,10 +76,10 @@ __device__ __forceinline__ Threshold block_threshold(KeyOf key_of, int target, i
         return counts[round];
     };
     const int all = count_keys(range.low, 32);
-    if (tied || all <= target + target / 4) return {range.low, tied};
+    if (ends || all <= target + target / 4) return {range.low, ends && all > most};
     range.high = ~0u;
     const int reached_by_keys = narrow(range, all, target, count_keys);
-    return {range.low, reached_by_keys > target + target / 8};
+    return {range.low, reached_by_keys > max(most, target + target / 8)};
 }
 
 // Read threadIdx.x again, so that what a loop computes from it is not kept in registers between rounds.
@@ -98,31 +100,48 @@ struct RowSample {
 
     Words<4> vectors[Vectors];
 
-    // Load sample `number`: 0, 1 and so on.
-    __device__ __forceinline__ void load(const Piece& piece, int number) {
+    __device__ __forceinline__ void load(const Piece& piece) {
 #pragma unroll
-        for (int j = 0; j < Vectors; ++j) vectors[j] = load_words(place(piece, number, j), Words<4>());
+        for (int j = 0; j < Vectors; ++j) vectors[j] = load_words(place(piece, j), Words<4>());
     }
 
-    // Prefetch what load() reads of sample 0.
+    // Prefetch what load() reads.
     static __device__ __forceinline__ void prefetch(const Piece& piece) {
 #pragma unroll
-        for (int j = 0; j < Vectors; ++j) prefetch_line(place(piece, 0, j));
+        for (int j = 0; j < Vectors; ++j) prefetch_line(place(piece, j));
     }
 
-    // Return the threshold for k up to half a row. `counts` is as for block_threshold.
-    __device__ __forceinline__ Threshold threshold(int k, int length, int* counts) const {
+    // Return how many sampled scores a threshold has to pass for k scores of the row, up to half of them.
+    static __device__ __forceinline__ int target(int k, int length) {
         const float hits = static_cast<float>(SIZE) * k / length;
-        const int target = static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
+        return static_cast<int>(hits + 5.0f * sqrtf(hits)) + 3;
+    }
+
+    // Return how many sampled scores may pass so that a list has room for those of the row.
+    static __device__ __forceinline__ int most(int room, int length) {
+        const float hits = static_cast<float>(SIZE) * room / length;
+        return static_cast<int>(hits - 2.0f * sqrtf(hits));
+    }
+
+    // Return the target for another read of a row, since by this one so many scores passed, too few or too many. What the
+    // sample says about scores beyond those that passed is not known to be wrong.
+    static __device__ __forceinline__ int better_target(int target, int passed, int wanted, int room, int length) {
+        const float aim = min(2 * wanted, (wanted + room) / 2);
+        const float better = passed < wanted ? target + (aim - passed) * SIZE / length : target * (aim / passed);
+        return max(1, min(SIZE - 1, static_cast<int>(better)));
+    }
+
+    // Return the threshold. `counts` is as for block_threshold.
+    __device__ __forceinline__ Threshold threshold(int target, int most, int* counts) const {
         const auto key_of = [&](int j) { return bits_key<Code>(Piece::bits_of(vectors[j / SCORES], j % SCORES)); };
-        return block_threshold<Block, Vectors * SCORES>(key_of, target, counts);
+        return block_threshold<Block, Vectors * SCORES>(key_of, target, most, counts);
     }
 
   private:
-    static __device__ __forceinline__ const typename Piece::T* place(const Piece& piece, int sample, int j) {
+    static __device__ __forceinline__ const typename Piece::T* place(const Piece& piece, int j) {
         constexpr unsigned PAIRS = Block * Vectors / 2;
         const unsigned thread = thread_anew(), number = (j * Block + thread) / 2;
-        unsigned random = (sample * PAIRS + number + 1) * 0x9e3779b1u;
+        unsigned random = (number + 1) * 0x9e3779b1u;
         random = (random ^ random >> 15) * 0x85ebca6bu;
         const unsigned part = ~0u / PAIRS * number + random / PAIRS;  // of 2**32 parts of a row
         const unsigned row_pairs = (piece.tail - piece.head) / SCORES / 2;

@@ -25,8 +25,6 @@ struct RowPiece {
     // Loads vectors, which a thread reads together.
     struct Chunk {
         Words<4> vector[Loads];
-
-        __device__ __forceinline__ unsigned bits(int e) const { return bits_of(vector[e / VECTOR], e % VECTOR); }
     };
 
     // Return the bits of score e of a vector, at the top of a word.
@@ -54,21 +52,23 @@ struct RowPiece {
         has_tail = number == pieces - 1;
     }
 
-    // Load Loads vectors from `first` on, `step` apart.
-    __device__ __forceinline__ void load(int first, int step, Chunk& chunk) const {
+    __device__ __forceinline__ Words<4> load_vector(int i) const {
+        return load_words(row + head + static_cast<int64_t>(i) * VECTOR, Words<4>());
+    }
+
+    // Load this thread's vectors of the block's chunk from `first` on.
+    __device__ __forceinline__ void load(int first, Chunk& chunk) const {
 #pragma unroll
         for (int u = 0; u < Loads; ++u) {
-            if (first + u * step < end) {
-                const T* source = row + head + static_cast<int64_t>(first + u * step) * VECTOR;
-                chunk.vector[u] = load_words(source, Words<4>());
-            }
+            const int mine = first + u * Block + static_cast<int>(threadIdx.x);
+            if (mine < end) chunk.vector[u] = load_vector(mine);
         }
     }
 
     // Load the first chunk for collect(), possibly long before.
     __device__ __forceinline__ void load_first(Chunk& chunk) const {
         chunk = Chunk();  // so that vectors without a load need no registers before
-        load(begin + threadIdx.x, Block, chunk);
+        load(begin, chunk);
     }
 
     // Prefetch what load_first() reads.
@@ -78,6 +78,40 @@ struct RowPiece {
         if (threadIdx.x < Loads * Block / IN_LINE && first < end) {
             prefetch_line(row + head + static_cast<int64_t>(first) * VECTOR);
         }
+    }
+
+    // Return a bit for each score of this thread's vectors of the chunk from `first` on that passes.
+    __device__ __forceinline__ unsigned passing(const Chunk& chunk, const Passes<Code>& passes, int first) const {
+        unsigned found = 0;
+        if (passes.everything) {
+            found = ~0u >> (sizeof(T) == 4 ? 16 : 0);
+        } else {
+            test_words<0>(chunk, passes, found);
+        }
+        const int mine = first + static_cast<int>(threadIdx.x);
+        if (mine + (Loads - 1) * Block >= end) {
+            const unsigned vectors = max(0, (end - mine + Block - 1) / Block);
+            if (vectors < Loads) found &= 0x10001u * ((1u << 4 * vectors) - 1u);
+        }
+        return found;
+    }
+
+    // Return the column of the score of such a bit. Bits 0 to 15 stand for words, or for their first halves.
+    __device__ __forceinline__ int column_of(int first, int bit) const {
+        const int word = bit % 16;
+        const int in_vector = sizeof(T) == 4 ? word % 4 : word % 4 * 2 + bit / 16;
+        return head + (first + static_cast<int>(threadIdx.x) + word / 4 * Block) * VECTOR + in_vector;
+    }
+
+    __device__ __forceinline__ bool has_single_scores() const {
+        return (has_head && head > 0) || (has_tail && tail < length);
+    }
+
+    // Return the column of the single score of this thread; -1: none.
+    __device__ __forceinline__ int single_score() const {
+        const int i = threadIdx.x;
+        if (i < VECTOR) return has_head && i < head ? i : -1;
+        return has_tail && i - VECTOR < length - tail ? tail + i - VECTOR : -1;
     }
 
     // List the scores that pass, in any order, up to the capacity. `count` is in shared memory and 0 before. Afterwards
@@ -96,18 +130,8 @@ struct RowPiece {
         if (passes.nothing) return;
 #pragma unroll 1
         for (int first = begin; first < end; first += Loads * Block) {
-            const int mine = first + static_cast<int>(threadIdx.x);
-            unsigned found = 0;
-            if (passes.everything) {
-                found = ~0u >> (sizeof(T) == 4 ? 16 : 0);
-            } else {
-                test_words<0>(chunk, passes, found);
-            }
-            if (mine + (Loads - 1) * Block >= end) {
-                const unsigned vectors = max(0, (end - mine + Block - 1) / Block);
-                if (vectors < Loads) found &= 0x10001u * ((1u << 4 * vectors) - 1u);
-            }
-            load(mine + Loads * Block, Block, chunk);
+            unsigned found = passing(chunk, passes, first);
+            load(first + Loads * Block, chunk);
 
             const unsigned total = warp_sum(__popc(found));
             if (total == 0) continue;
@@ -120,10 +144,7 @@ struct RowPiece {
                 const int bit = __ffs(found) - 1;
                 const int my_place = place + __popc(lanes & ((1u << threadIdx.x % 32) - 1u));
                 found &= found - 1;
-                // Bits 0 to 15 stand for words, or for their first halves.
-                const int word = bit % 16;
-                const int in_vector = sizeof(T) == 4 ? word % 4 : word % 4 * 2 + bit / 16;
-                const int column = head + (mine + word / 4 * Block) * VECTOR + in_vector;
+                const int column = column_of(first, bit);
                 if (my_place < capacity) list[my_place] = list_entry(score_bits(row[column]), column);
             }
         }
@@ -135,50 +156,45 @@ struct RowPiece {
         passes.template by_word<Word>(chunk.vector[Word / 4].word[Word % 4], found);
         if constexpr (Word + 1 < 4 * Loads) test_words<Word + 1>(chunk, passes, found);
     }
-
-    // Return the column of the single score of this thread; -1: none.
-    __device__ __forceinline__ int single_score() const {
-        const int i = threadIdx.x;
-        if (i < VECTOR) return has_head && i < head ? i : -1;
-        return has_tail && i - VECTOR < length - tail ? tail + i - VECTOR : -1;
-    }
 };
 
-// List the first `wanted` scores of a piece that have this very key, by column, as rank keys. Return how many there
-// are.
-template <int Code, int Block, int Loads>
-__device__ __forceinline__ int collect_ties(const typename Scalar<Code>::type* row, int length, int number, int pieces,
-                                            unsigned key, unsigned long long* list, int wanted) {
+// List the first `wanted` scores of a piece that have this very key, by column, as rank_of(column). Return how many there
+// are. A thread loads Vectors vectors at once.
+template <int Vectors, int Code, int Block, int Loads, typename Rank, typename RankOf>
+__device__ __forceinline__ int collect_ties(const RowPiece<Code, Block, Loads>& piece, unsigned key, Rank* list,
+                                            int wanted, RankOf rank_of) {
     typedef RowPiece<Code, Block, Loads> Piece;
     constexpr int VECTOR = Piece::VECTOR;
-    const Piece piece(row, length, number, pieces);
     int taken = 0;
     const auto take = [&](unsigned ties, int column) {  // `ties`: a bit for each score from this column on
         int total;
         int place = taken + block_prefix<Block>(__popc(ties), total);
 #pragma unroll 1
-        for (; ties != 0 && place < wanted; ties &= ties - 1) list[place++] = rank_key(key, column + __ffs(ties) - 1);
+        for (; ties != 0 && place < wanted; ties &= ties - 1) list[place++] = rank_of(column + __ffs(ties) - 1);
         taken += total;
     };
     const auto is_tie = [&](bool exists, int column) {
-        return exists && bits_key<Code>(score_bits(row[column])) == key;
+        return exists && bits_key<Code>(score_bits(piece.row[column])) == key;
     };
     const int i = threadIdx.x;
     if (piece.has_head && piece.head > 0) take(is_tie(i < piece.head, i), i);
 #pragma unroll 1
-    for (int first = piece.begin; first < piece.end && taken < wanted; first += Loads * Block) {
-        typename Piece::Chunk chunk;
-        const int mine = first + Loads * i;
-        piece.load(mine, 1, chunk);
+    for (int first = piece.begin; first < piece.end && taken < wanted; first += Vectors * Block) {
+        const int mine = first + Vectors * i;
         unsigned ties = 0;
 #pragma unroll
-        for (int e = 0; e < Loads * VECTOR; ++e) {
-            const bool tie = mine + e / VECTOR < piece.end && bits_key<Code>(chunk.bits(e)) == key;
-            ties |= tie ? 1u << e : 0u;
+        for (int u = 0; u < Vectors; ++u) {
+            if (mine + u >= piece.end) break;
+            const Words<4> vector = piece.load_vector(mine + u);
+#pragma unroll
+            for (int e = 0; e < VECTOR; ++e) {
+                ties |= bits_key<Code>(Piece::bits_of(vector, e)) == key ? 1u << (u * VECTOR + e) : 0u;
+            }
         }
         take(ties, piece.head + mine * VECTOR);
     }
-    if (piece.has_tail && piece.tail < length && taken < wanted)
-        take(is_tie(i < length - piece.tail, piece.tail + i), piece.tail + i);
+    if (piece.has_tail && piece.tail < piece.length && taken < wanted) {
+        take(is_tie(i < piece.length - piece.tail, piece.tail + i), piece.tail + i);
+    }
     return min(taken, wanted);
 }

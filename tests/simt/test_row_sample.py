@@ -34,25 +34,33 @@ ROWS = {
 }
 
 
-def threshold(row: np.ndarray, number: int) -> tuple[int, bool]:
+def threshold(row: np.ndarray, target: int, room: int = LENGTH // 4) -> tuple[int, bool]:
     result = np.zeros(2, np.uint32)
-    run(SimtBackend(), "threshold", 1, 256, row, result, np.int32(LENGTH), np.int32(K), np.int32(number))
+    run(SimtBackend(), "threshold", 1, 256, row, result, np.int32(LENGTH), np.int32(target), np.int32(room))
     return int(result[0]), bool(result[1])
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("name", ROWS)
-def test_lists_are_long_enough_and_not_much_longer(name: str, number: int) -> None:
-    row = np.ascontiguousarray(ROWS[name]())
-    key, tied = threshold(row, number)
+def keys_of(row: np.ndarray) -> np.ndarray:
     bits = row.view(np.uint32).astype(np.int64)
-    keys = np.where(bits < 2**31, 2**31 + bits, 2**31 - (bits - 2**31))
+    return np.where(bits < 2**31, 2**31 + bits, 2**31 - (bits - 2**31))
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("name", ROWS)
+def test_lists_are_long_enough_and_not_much_longer(name: str, factor: int) -> None:
+    row = np.ascontiguousarray(ROWS[name]())
     hits = SAMPLE * K / LENGTH
-    most = (hits + 5 * hits**0.5 + 3) * 1.25  # of the sample, as far as it goes without another look
-    assert K <= (keys >= key).sum() <= (most + 4 * most**0.5) * LENGTH / SAMPLE
+    target = int(factor * (hits + 5 * hits**0.5 + 3))
+    key, tied = threshold(row, target)
+    most = target * 1.25  # of the sample, as far as it goes without another look
+    assert factor * K <= (keys_of(row) >= key).sum() <= (most + 4 * most**0.5) * LENGTH / SAMPLE
     assert not tied
 
 
-def test_a_second_sample_looks_elsewhere() -> None:
-    row = ROWS["normal"]()
-    assert threshold(row, 0) == threshold(row, 0) != threshold(row, 1)
+@pytest.mark.parametrize(("room", "tied"), [(LENGTH // 10, True), (LENGTH // 4, False)])
+def test_ties_are_listed_where_there_is_room_for_them(room: int, tied: bool) -> None:
+    """A sixth of the row are equal scores, among which the threshold is."""
+    row = inputs.normal((LENGTH,), seed=313)
+    row[inputs.rng(314).permutation(LENGTH)[: LENGTH // 6]] = 9
+    key, found = threshold(row, 340, room)
+    assert (key, found) == (int(keys_of(np.float32([9]))[0]), tied)

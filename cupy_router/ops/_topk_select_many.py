@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Macros, grid and block of kernels/topk_select_many.cu: long rows, more of them than multiprocessors."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import NamedTuple
+
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import Kernel
+from cupy_router.tuning import Gpu, Steps
+
+MANY = "topk_select_many"
+
+_OPT_IN = 48 * 1024  # with more shared memory, a kernel has to opt in
+_STATIC_BYTES = 6 * 1024
+_STEP = 256  # of capacities, so that not every shape is another specialisation
+
+
+class ManyShape(NamedTuple):
+    """Launch shape: see the constants of the same names in the kernel."""
+
+    block: int
+    blocks: int
+    capacity: int
+    vectors: int
+
+    def kernel(self, dtype: str, order: str, num_rows: int, numbers: dict[str, int | float]) -> Kernel:
+        """Return the kernel for so many rows."""
+        num_columns, sorts = int(numbers["num_columns"]), order != "any"
+        macros = {
+            "DTYPE": row_lanes.DTYPE_CODES[dtype],
+            "BLOCK": self.block,
+            "BLOCKS": self.blocks,
+            "CAPACITY": self.capacity,
+            "VECTORS": self.vectors,
+            "FITS": int(num_columns <= self.capacity),
+            "SORTS": int(sorts),
+            "SHORT": int(is_short(dtype, num_columns)),
+        }
+        shared = entry_bytes(dtype, num_columns, sorts) * self.capacity + 64
+        if shared > _OPT_IN - _STATIC_BYTES:
+            shared = max(shared, _OPT_IN + 16)  # static shared memory counts too
+        numbers = {"by_column": int(order == "column")} | numbers
+        return Kernel(MANY, MANY, macros, num_rows, self.block, numbers, shared_bytes=shared)
+
+
+def is_short(dtype: str, num_columns: int) -> bool:
+    """Return whether key and column of a score fit in 32 bits."""
+    return dtype != "float32" and num_columns <= 1 << 16
+
+
+def entry_bytes(dtype: str, num_columns: int, sorts: bool) -> int:
+    """Return the bytes of dynamic shared memory for each entry of a list, and for sorting it."""
+    return (4 if is_short(dtype, num_columns) else 8) + (8 if sorts else 0)
+
+
+def choose_many(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool) -> ManyShape | None:
+    """Return the launch shape; None if rows are too few or k is too large."""
+    table = gpu.table.long_rows
+    size = row_lanes.SIZES[dtype]
+    if k > table.many_rows_max_winners:
+        return None
+    few_winners = k <= table.few_winners
+    steps: Steps = table.many_rows_many_winners
+    if few_winners:
+        steps = table.many_short_rows if num_columns * size <= table.short_row_bytes else table.many_rows
+    for threads, blocks in steps:
+        if num_rows > (blocks - 1) * gpu.multiprocessors:
+            room = (gpu.shared_bytes // blocks - _STATIC_BYTES) // (entry_bytes(dtype, num_columns, sorts) + 1)
+            sample = table.sample_few_winners if few_winners else table.sample_many_winners
+            shape = _with_list(ManyShape(threads, blocks, room // _STEP * _STEP, 1), num_columns, k, size, sample)
+            if shape is not None:
+                return shape
+    return None
+
+
+def _with_list(largest: ManyShape, num_columns: int, k: int, size: int, sample: int) -> ManyShape | None:
+    """Return the shape with the list for a sample of so many scores, or of more if it has no room otherwise."""
+    for vectors in (1, 2, 4, 8):
+        scores = largest.block * vectors * 16 // size
+        enough = scores >= sample or 16 * scores > num_columns  # twice as many would be more than an eighth of the row
+        _, longest = list_lengths(k, num_columns, scores)
+        capacity = _STEP * max(1, -(-min(longest, num_columns) // _STEP))
+        if enough and capacity <= largest.capacity:
+            return largest._replace(capacity=capacity, vectors=vectors)
+    return None
+
+
+def list_lengths(k: int, num_columns: int, sample: int) -> tuple[int, int]:
+    """Return the expected number of scores that pass a sampled threshold, and that number plus four deviations.
+
+    It follows from long_rows/sample.cuh, and is the same on every GPU.
+    """
+    hits = sample * min(k / max(num_columns, 1), 1.0)
+    reached = (hits + 5 * sqrt(hits) + 3) * 9 / 8
+    share = num_columns / sample
+    return int(reached * share), int((reached + 4 * sqrt(reached)) * share)
