@@ -127,9 +127,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         if (FITS) break;
         if (threshold.tied && found.above < wanted) {
             const Piece ties(source, range.length, split ? number : 0, split ? pieces : 1);
-            found.ties =
-                collect_ties<2>(ties, threshold.key, list + found.above, min(wanted, capacity) - found.above,
-                                [&](int column) { return rank_key(threshold.key, column); });
+            found.ties = collect_ties<2>(ties, threshold.key, list + found.above, min(wanted, capacity) - found.above,
+                                         [&](int column) { return rank_key(threshold.key, column); });
         }
         if (split) {
             Found* row_found = reinterpret_cast<Found*>(piece_counts) + row * pieces;

@@ -111,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
             threshold = sample.threshold(target, Sample::most(CAPACITY, again.length), sample_counts);
         } else {
             const int wanted = min(k, again.length);
-            threshold = {radix_threshold<DTYPE, BLOCK>(piece.row, again.length, wanted, pivots.histograms[1]).key, true};
+            threshold = {radix_threshold<DTYPE, BLOCK>(piece.row, again.length, wanted, pivots.histograms[1]).key,
+                         true};
         }
         piece.load_first(chunk);
     }
@@ -156,8 +157,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     if (SORTS) {
         const Rank last = order.last_column();
         const bool by_score = by_column == 0;
-        const Sort sort(shared + sizeof(Rank) * CAPACITY, listed, wanted, pivot, by_score ? ~static_cast<Rank>(0) : last,
-                        by_score ? pivot : last + 1 - range.length, by_score ? high : last);
+        const Sort sort(shared + sizeof(Rank) * CAPACITY, listed, wanted, pivot,
+                        by_score ? ~static_cast<Rank>(0) : last, by_score ? pivot : last + 1 - range.length,
+                        by_score ? high : last);
         sort.sort(list, by_score, write);
     } else {
         list.write_best(listed, pivot, write);

@@ -122,9 +122,7 @@ def test_lengths_around_the_limits_of_plans(
 @pytest.mark.parametrize("name", ["one list", "many rows"])
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_rows_that_just_fit_into_the_list(
-    backend: Backend, planned: Planned, dtype: str, more: int, name: str
-) -> None:
+def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dtype: str, more: int, name: str) -> None:
     """A kernel of its own up to as many columns."""
     plan = planned(name)
     assert plan is not None
@@ -181,7 +179,9 @@ def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
                     continue
                 if isinstance(plan, ManyShape):
                     assert rows > (plan.blocks - 1) * gpu.multiprocessors
-                    assert plan.blocks * (entry_bytes(dtype, columns, True) * plan.capacity + 5 * 1024) <= kilobytes * 1024
+                    assert (
+                        plan.blocks * (entry_bytes(dtype, columns, True) * plan.capacity + 5 * 1024) <= kilobytes * 1024
+                    )
                 sample = plan.block * plan.vectors * 16 // np.dtype(DTYPES[dtype]).itemsize
                 expected, _ = long.list_lengths(k, columns, sample)
                 assert plan.capacity >= min(columns, expected)

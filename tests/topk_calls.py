@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from cupy_router import TopK, topk_select
+from cupy_router.ops import _cached, _topk_select_long
 from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops._topk_select_many import ManyShape
 from cupy_router.reference.topk_select import topk_select as reference
@@ -53,6 +55,13 @@ def select(
     if has_values:
         compare.assert_same_bits(found[0], want[0])
     return values, indices
+
+
+def select_by_plan(scores: np.ndarray, k: int, plan: str, **options: Any) -> TopK:
+    """Call the op with one of PLANS, in a child process too."""
+    with mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]):
+        _cached.forget()
+        return topk_select(scores, k, **options)
 
 
 def _by_index(values: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -96,7 +96,7 @@ class LongRows(Family):
     split_block_many: int
     shapes: Steps  # of a block with a whole row: (threads, blocks a multiprocessor)
     short_row_bytes: int  # up to here
-    many_rows: Steps  # more rows than multiprocessors, few winners: the first for which there are enough rows and memory
+    many_rows: Steps  # more rows than multiprocessors, few winners: the first with enough rows and shared memory
     many_short_rows: Steps
     many_rows_many_winners: Steps
     many_rows_max_winners: int  # beyond them, rows are selected from as if they were few

@@ -36,8 +36,15 @@ struct ListSort {
     // `shared` has BYTES bytes on a 16-byte boundary.
     __device__ __forceinline__ ListSort(unsigned char* shared, int listed, int count, Rank pivot, Rank mask, Rank low,
                                         Rank high)
-        : slots(reinterpret_cast<int*>(shared)), slot_of(reinterpret_cast<unsigned short*>(slots + Capacity + 16)),
-          order(slot_of + Capacity), listed(listed), count(count), pivot(pivot), mask(mask), low(low), high(high),
+        : slots(reinterpret_cast<int*>(shared)),
+          slot_of(reinterpret_cast<unsigned short*>(slots + Capacity + 16)),
+          order(slot_of + Capacity),
+          listed(listed),
+          count(count),
+          pivot(pivot),
+          mask(mask),
+          low(low),
+          high(high),
           shift(max(bit_length(high - low) - 32, 0)) {}
 
     // Call take(place, rank) for every rank from `pivot` on, by descending bits. All threads have passed a barrier since

@@ -53,7 +53,8 @@ struct Pivot {
 
   private:
     template <int Block, typename List>
-    __device__ __forceinline__ Rank among_few(const List& list, int count, int wanted, Rank low, Rank high, int number) {
+    __device__ __forceinline__ Rank among_few(const List& list, int count, int wanted, Rank low, Rank high,
+                                              int number) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < count; i += Block) {
             const Rank rank = list.ranks[i];

@@ -11,6 +11,7 @@ import pytest
 
 import cupy_router
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
+from tests import topk_calls
 from tests.simt import device
 from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
 from tests.simt.sources import KERNELS, build_all, source
@@ -109,6 +110,31 @@ def test_gradients_are_clean(sanitizer: str) -> None:
         expected = activation_topk_backward(*call.args, **call.kwargs)  # here: the reference
         got, want = result[0].astype(np.float32), expected.grad_logits.astype(np.float32)
         np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["any", "column", "value"])
+def test_many_long_rows_are_clean(sanitizer: str, order: str) -> None:
+    """Sampled rows, short rows, ties at the threshold, samples that mislead."""
+    base = RNG.normal(size=4 * 3001 + 1).astype(np.float32)[1:].reshape(4, 3001)[:, :3000]
+    base[1] = np.round(base[1])
+    lengths = np.array([3000, 2999, 1025, 7], np.int32)
+    plan = topk_calls.PLANS["many rows"]
+    assert plan is not None
+    calls = [
+        Call("tests.topk_calls:select_by_plan", (base, 300, "many rows"), {"order": order, "lengths": lengths}),
+        Call("tests.topk_calls:select_by_plan", (base.astype(ml_dtypes.bfloat16), 200, "many rows"), {"order": order}),
+    ]
+    calls += [
+        Call(
+            "tests.topk_calls:select_by_plan", (topk_calls.misleading(plan, 1, 8000, "float32", best), 300, "many rows")
+        )
+        for best in (False, True)
+    ]
+    report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")
+    assert (report.fault, len(report.results)) == (None, len(calls)), report.text
+    for call, result in zip(calls, report.results, strict=True):
+        expected = cupy_router.topk_select(*call.args[:2], **call.kwargs)  # here: the reference
+        np.testing.assert_array_equal(np.sort(result.indices, axis=1), np.sort(expected.indices, axis=1))
 
 
 def test_a_full_list_of_many_entries_a_thread() -> None:
