@@ -22,6 +22,19 @@ TOPK_SELECT_LONG = {  # num_rows, num_columns, k; cold
     (8, 131_072, 2048): 18.0, (256, 32_768, 2048): 38.0, (64, 262_144, 1024): 45.0, (1024, 131_072, 1024): 230.0,
     (4096, 32_768, 512): 250.0, (1, 1_048_576, 2048): 25.0,
 }  # fmt: skip
+# On an H200, cold: num_rows, num_columns, k -> order "any" and indices only; order "value" with values.
+TOPK_SELECT_ORDERS = {
+    (256, 32_768, 2048): (21.5, 25.0), (64, 262_144, 1024): (29.0, 31.5), (1024, 131_072, 1024): (160.0, 174.0),
+    (1024, 131_072, 2048): (180.0, 200.0), (4096, 32_768, 512): (180.0, 199.0),
+}  # fmt: skip
+TOPK_SELECT_LENGTHS = {(4096, 32_768, 512): (130.0, 145.0)}  # the same with lengths uniform in 1..num_columns
+TOPK_SELECT_BFLOAT16 = {  # order "any", indices only
+    (64, 262_144, 1024): 18.0, (256, 32_768, 2048): 21.0, (1024, 131_072, 1024): 105.0, (4096, 32_768, 512): 125.0,
+}  # fmt: skip
+TOPK_SELECT_PAGED = {(1024, 16_384, 512): 18.0}  # the same through an index_map with pages of 8 columns
+ANY_ORDER_RATIO, ANY_ORDER_MORE = 1.02, 0.1  # of order "any" to the others: the larger of both is allowed
+MANY_ADVERSARIAL = ((256, 32_768, 2048), (1024, 32_768, 512))  # order "any"
+MANY_ADVERSARIAL_RATIO = 1.6
 LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))
 LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # of bfloat16 to float32; of adversarial inputs to normal ones
 

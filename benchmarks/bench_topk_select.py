@@ -15,11 +15,19 @@ import cupy
 from benchmarks import floor
 from benchmarks.bars import (
     ADVERSARIAL_RATIO,
+    ANY_ORDER_MORE,
+    ANY_ORDER_RATIO,
     LONG_BFLOAT16,
     LONG_BFLOAT16_RATIO,
+    MANY_ADVERSARIAL,
+    MANY_ADVERSARIAL_RATIO,
     TOPK_SELECT,
     TOPK_SELECT_16_BITS,
+    TOPK_SELECT_BFLOAT16,
+    TOPK_SELECT_LENGTHS,
     TOPK_SELECT_LONG,
+    TOPK_SELECT_ORDERS,
+    TOPK_SELECT_PAGED,
 )
 from benchmarks.harness import (
     Action,
@@ -46,19 +54,26 @@ class Problem:
 
     def __init__(
         self, num_columns: int, k: int, n: int, dtype: str = "float32", *, cold: bool = True, data: str | None = None,
-        order: str = "value", values: bool = True,
+        order: str = "value", values: bool = True, lengths: bool = False, page_size: int = 0,
     ) -> None:  # fmt: skip
         self.cell: Row = {"op": "topk_select", "E": num_columns, "k": k, "n": n, "dtype": dtype}
         self.cell |= {"cache": "cold" if cold else "warm"}
         self.k = k
-        self.options = {"order": order, "return_values": values}
+        self.options: dict[str, Any] = {"order": order, "return_values": values}
         if (order, values) != ("value", True):
             self.cell |= {"order": order, "values": values}
+        if lengths:
+            self.cell["lengths"] = "uniform"
+            self.options["lengths"] = 1 + cupy.random.randint(0, num_columns, (n,)).astype(cupy.int32)
+        if page_size:
+            self.cell["page_size"] = page_size
+            pages = cupy.arange(n * -(-num_columns // page_size), dtype=cupy.int32).reshape(n, -1)
+            self.options |= {"index_map": pages, "page_size": page_size}
         if data is None:
             self.scores = inputs((n, num_columns), dtype, cold=cold)
         else:
             self.cell["data"] = data
-            scores = HARD[data](inputs((n, num_columns), dtype, cold=False)[0])
+            scores = (HARD | MISLEADING)[data](inputs((n, num_columns), dtype, cold=False)[0])
             self.scores = cold_inputs(scores.copy, scores.nbytes) if cold else [scores]
         self.out = TopK(cupy.empty((n, k), self.scores[0].dtype) if values else None, cupy.empty((n, k), cupy.int32))
 
@@ -128,6 +143,28 @@ HARD: dict[str, Callable[[Any], Any]] = {  # made of normal scores
 }
 
 
+# Order over columns; few scores that are large; few values or equal neighbours.
+MISLEADING: dict[str, Callable[[Any], Any]] = {
+    "slowly ascending": lambda scores: scores * 1e-6 + cupy.arange(scores.shape[1], dtype=cupy.float32) * 6.4e-6,
+    "random walk": lambda scores: cupy.cumsum(scores, axis=1),
+    "large in the last 5 %": lambda scores: scores + _from(scores, 0.95),
+    "large at the start": lambda scores: scores + 10 - _from(scores, 0.05),
+    "large at the end": lambda scores: scores + _from(scores, 0.98),
+    "periodic": lambda scores: scores * 0 + cupy.sin(cupy.arange(scores.shape[1], dtype=cupy.float32) / 160),
+    "neighbours equal": lambda scores: cupy.repeat(scores[:, ::8], 8, axis=1),
+    "half zeros": lambda scores: cupy.maximum(scores, 0),
+    "zeros at the k-th": lambda scores: cupy.maximum(scores - 2.2, 0),
+    "equal": HARD["equal"],
+    "quantised, half zeros": HARD["quantised, half zeros"],
+}
+
+
+def _from(scores: Any, part: float) -> Any:
+    """10 from this part of the columns on, otherwise 0."""
+    columns = scores.shape[1]
+    return cupy.where(cupy.arange(columns) >= part * columns, 10, 0).astype(cupy.float32)
+
+
 def barred_rows() -> list[Row]:
     rows = []
     for (num_columns, k), bars in TOPK_SELECT.items():
@@ -155,6 +192,33 @@ def long_rows() -> list[Row]:
         if shape in LONG_BFLOAT16:
             most = round(LONG_BFLOAT16_RATIO * ours["us"], 3)
             rows.append(barred(Problem(num_columns, k, n, "bfloat16").ours(), most))
+    return rows
+
+
+def many_rows() -> list[Row]:
+    """Long rows by order, with lengths, in bfloat16, through an index_map, and with data that misleads samples."""
+    rows = []
+    for lengths, shapes in ((False, TOPK_SELECT_ORDERS), (True, TOPK_SELECT_LENGTHS)):
+        for (n, num_columns, k), (any_bar, value_bar) in shapes.items():
+            problem = Problem(num_columns, k, n, order="any", values=False, lengths=lengths)
+            rows += [barred(problem.ours(), any_bar), problem.floor()]
+            if not lengths:
+                rows += problem.rivals(["torch.topk"])
+            del problem  # its scores, before there are others
+            others = [Problem(num_columns, k, n, order=order, lengths=lengths).ours() for order in ("value", "column")]
+            most = min(other["us"] for other in others)
+            any_order = Problem(num_columns, k, n, order="any", lengths=lengths).ours()
+            rows += [barred(others[0], value_bar), others[1]]
+            rows.append(barred(any_order, round(max(ANY_ORDER_RATIO * most, most + ANY_ORDER_MORE), 3)))
+    for page_size, bars in ((0, TOPK_SELECT_BFLOAT16), (8, TOPK_SELECT_PAGED)):
+        for (n, num_columns, k), bar in bars.items():
+            problem = Problem(num_columns, k, n, "bfloat16", order="any", values=False, page_size=page_size)
+            rows += [barred(problem.ours(), bar), problem.floor()]
+    for n, num_columns, k in MANY_ADVERSARIAL:
+        normal = Problem(num_columns, k, n, order="any", values=False).ours()
+        most = round(MANY_ADVERSARIAL_RATIO * normal["us"], 3)
+        for data in MISLEADING:
+            rows.append(barred(Problem(num_columns, k, n, data=data, order="any", values=False).ours(), most))
     return rows
 
 
@@ -200,7 +264,7 @@ def _torch_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    return call_rows() + barred_rows() + long_rows() + ([] if quick else sweep_rows())
+    return call_rows() + barred_rows() + long_rows() + many_rows() + ([] if quick else sweep_rows())
 
 
 def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str) -> list[Row]:
@@ -210,7 +274,7 @@ def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str)
 
 
 ONE_SIZE = OneSize(
-    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *HARD)},
+    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *(HARD | MISLEADING))},
     one_size,
 )
 

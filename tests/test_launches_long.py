@@ -41,6 +41,33 @@ def test_topk_select_of_long_rows(recorder: Recorder) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("order", "dtype", "shape"),
+    [
+        ("any", "float32", {"BLOCK": 256, "BLOCKS": 4, "SORTS": 0, "SHORT": 0}),
+        ("column", "bfloat16", {"BLOCK": 256, "BLOCKS": 4, "SORTS": 1, "SHORT": 1}),
+    ],
+)
+def test_more_long_rows_than_multiprocessors_share_them(
+    recorder: Recorder, order: str, dtype: str, shape: dict[str, int]
+) -> None:
+    topk_select(Array(0x400, (500, 40_000), dtype, row_stride=41_000), 300, order=order, return_values=False)
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_many", "topk_select_many", FITS=0, **shape)
+    assert launch.grid == (500, 1, 1)
+    assert launch.arguments == LIMITED | {
+        "scores": 0x400, "values": 0, "indices": HEAP, "by_column": int(order == "column"), "rows_ahead": 4 * 132,
+        "first_row": 0, "num_columns": 40_000, "k": 300, "page_size": 1, "scores_stride": 41_000,
+        "values_stride": 300, "indices_stride": 300, "map_stride": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "k", "many"), [(132, 512, False), (133, 512, True), (133, 4096, False)])
+def test_the_kernel_follows_from_rows_and_k(recorder: Recorder, rows: int, k: int, many: bool) -> None:
+    topk_select(Array(0x400, (rows, 70_000)), k)
+    assert (only(recorder).kernel == "topk_select_many") == many
+
+
 @pytest.mark.parametrize("rows_of_map", [1, 3])
 @pytest.mark.parametrize("k", [6, 40])
 def test_topk_select_with_options(recorder: Recorder, rows_of_map: int, k: int) -> None:

@@ -14,7 +14,7 @@ from tests import compare, inputs, oracle
 # num_rows, num_columns, k
 SHAPES = [
     (1, 32_768, 512), (8, 32_768, 512), (64, 32_768, 512), (1, 131_072, 2048), (8, 131_072, 2048), (256, 32_768, 2048),
-    (64, 262_144, 1024), (300, 131_072, 1024), (1500, 32_768, 512), (1, 1_048_576, 2048), (2, 131_072, 8192),
+    (64, 262_144, 1024), (300, 131_072, 1024), (150, 32_768, 512), (1500, 32_768, 512), (1200, 8192, 512), (1, 1_048_576, 2048), (2, 131_072, 8192),
     (1, 1_048_576, 8192), (200, 70_000, 4096), (3, 20_000, 20_000),
 ]  # fmt: skip
 
@@ -42,6 +42,11 @@ def kinds(cupy: Any, rows: int, columns: int) -> dict[str, Any]:
         "one giant bin": one_bin,
         "ascending": cupy.sort(normal, axis=1),
         "smooth": cupy.sin(cupy.arange(columns, dtype=np.float32) / 300) + normal / 1000,
+        "slowly ascending": normal * np.float32(1e-6) + cupy.arange(columns, dtype=np.float32) * np.float32(6.4e-6),
+        "random walk": cupy.cumsum(normal, axis=1, dtype=np.float32),
+        "large at the end": normal + cupy.where(cupy.arange(columns) >= 0.97 * columns, 10, 0).astype(np.float32),
+        "periodic": cupy.ascontiguousarray(cupy.broadcast_to(normal[:1, cupy.arange(columns) % 4096], normal.shape)),
+        "neighbours equal": cupy.repeat(normal[:, ::32], 32, axis=1)[:, :columns].copy(),
     }
 
 
@@ -79,6 +84,9 @@ def test_options_at_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> No
     for name, scores in kinds(cupy, rows, columns).items():
         want = topk_select(scores, k).indices
         by_column = topk_select(scores, k, order="column")
+        any_order = topk_select(scores, k, order="any")
+        assert bool((cupy.sort(any_order.indices, axis=1) == by_column.indices).all()), name
+        assert bool((any_order.values == cupy.take_along_axis(scores, any_order.indices, axis=1)).all()), name
         assert bool((by_column.indices == cupy.sort(want, axis=1)).all()), name
         assert bool((by_column.values == cupy.take_along_axis(scores, by_column.indices, axis=1)).all()), name
         mapped = topk_select(scores, k, index_map=table, page_size=page_size, return_values=False).indices
@@ -94,13 +102,14 @@ def test_more_rows_than_the_grid_limit(cupy: Any) -> None:
     assert bool((topk_select(scores, k).indices[few] == sorted_by_cupy(cupy, scores[few], k)).all())
 
 
-@pytest.mark.parametrize(("rows", "columns", "k"), [(8, 131_072, 2048), (300, 32_768, 512)])
+@pytest.mark.parametrize("order", ["value", "any"])
+@pytest.mark.parametrize(("rows", "columns", "k"), [(8, 131_072, 2048), (300, 32_768, 512), (1200, 8192, 512)])
 @pytest.mark.acceptance(
     "100 bitwise repeats under load from another stream", "1,000 bitwise repeats under load from another stream"
 )
-def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: int) -> None:
+def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: int, order: str) -> None:
     scores = kinds(cupy, rows, columns)["quantised, half zeros"]
-    first = topk_select(scores, k)
+    first = topk_select(scores, k, order=order)
     load, stream = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     other = cupy.random.default_rng(8).standard_normal((64, 40_000), dtype=np.float32)
     differing = cupy.zeros((), np.int64)
@@ -110,7 +119,7 @@ def test_a_thousand_repeats_under_load(cupy: Any, rows: int, columns: int, k: in
             if repeat % 4 == 0:
                 topk_select(other, 700)
         with stream:
-            again = topk_select(scores, k)
+            again = topk_select(scores, k, order=order)
             for a, b in zip(first, again, strict=True):
                 differing += (a.view(np.int32) != b.view(np.int32)).sum()
     cupy.cuda.Device().synchronize()
