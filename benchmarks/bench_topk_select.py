@@ -73,7 +73,7 @@ class Problem:
             self.scores = inputs((n, num_columns), dtype, cold=cold)
         else:
             self.cell["data"] = data
-            scores = (HARD | MISLEADING)[data](inputs((n, num_columns), dtype, cold=False)[0])
+            scores = DATA[data](inputs((n, num_columns), dtype, cold=False)[0])
             self.scores = cold_inputs(scores.copy, scores.nbytes) if cold else [scores]
         self.out = TopK(cupy.empty((n, k), self.scores[0].dtype) if values else None, cupy.empty((n, k), cupy.int32))
 
@@ -157,6 +157,7 @@ MISLEADING: dict[str, Callable[[Any], Any]] = {
     "equal": HARD["equal"],
     "quantised, half zeros": HARD["quantised, half zeros"],
 }
+DATA = HARD | MISLEADING
 
 
 def _from(scores: Any, part: float) -> Any:
@@ -274,7 +275,7 @@ def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str)
 
 
 ONE_SIZE = OneSize(
-    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *(HARD | MISLEADING))},
+    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *DATA)},
     one_size,
 )
 
