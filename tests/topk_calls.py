@@ -47,8 +47,8 @@ def select(
     values = backend.numpy(result.values) if has_values else want[0]
     if options.get("order") == "any":
         compare.assert_same_bits(indices < 0, want[1] < 0)  # empty entries are last
-        want = _by_index(want[0], want[1])
-        found = _by_index(values if has_values else want[0], indices)
+        found = by_index(values, indices), by_index(indices, indices)
+        want = by_index(want[0], want[1]), by_index(want[1], want[1])
     else:
         found = values, indices
     np.testing.assert_array_equal(found[1], want[1])
@@ -64,9 +64,9 @@ def select_by_plan(scores: np.ndarray, k: int, plan: str, **options: Any) -> Top
         return topk_select(scores, k, **options)
 
 
-def _by_index(values: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(indices, axis=1, kind="stable")
-    return np.take_along_axis(values, order, axis=1), np.take_along_axis(indices, order, axis=1)
+def by_index(results: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return values or indices of rows in the order of their indices."""
+    return np.take_along_axis(results, np.argsort(indices, axis=1, kind="stable"), axis=1)
 
 
 def edge_lengths(k: int, columns: int) -> np.ndarray:
