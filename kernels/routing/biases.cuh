@@ -5,8 +5,8 @@
 #include "device/prefetch.cuh"
 #include "routing/config.cuh"
 
-SPECIALISED int NUM_BIASES = 0;                 // 0: one bias for all tokens
-SPECIALISED int64_t BIAS_STRIDE = NUM_EXPERTS;  // floats from one bias to the next
+SPECIALISED int NUM_BIASES = 0;         // 0: one bias for all tokens
+SPECIALISED int64_t BIAS_STRIDE = 256;  // floats from one bias to the next, if there are several
 
 constexpr int BIASES = NUM_BIASES > 0 ? NUM_BIASES : 1;
 constexpr bool FEW_BIASES = int64_t(BIASES) * NUM_EXPERTS <= 2048;  // to be fetched before the index is known
