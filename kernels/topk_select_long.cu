@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
             // enough.
             const RowRange again = row_range(lengths, starts, row, num_columns);
             sample.load(Piece(source, again.length, 0, 1));
-            threshold = sample.threshold(target, Sample::most(CAPACITY, range.length), slots);
+            threshold = sample.threshold(target, Sample::most(CAPACITY, again.length), slots);
         } else {
             threshold = {radix_threshold<DTYPE, BLOCK>(source, range.length, wanted, slots).key, true};
         }
