@@ -61,6 +61,12 @@ def hard_rows(columns: int, top_k: int, seed: int = 0) -> np.ndarray:
         row = np.full(columns, np.nan)
         row[rng.choice(columns, best, replace=False)] = rng.standard_normal(best)
         rows.append(row)
+        row = np.where(rng.random(columns) < 0.5, 0.0, -0.0)  # so many, then ties
+        row[rng.choice(columns, best - 1, replace=False)] = 1 + rng.random(best - 1)
+        rows.append(row)
+    masked = np.full(columns, -np.inf)
+    masked[columns // 2 :: 11] = np.nan
+    rows.append(masked)
     nan = rng.standard_normal(columns)
     nan[::5], nan[2::7] = np.nan, -np.nan
     few = np.round(2 * rng.standard_normal(columns))

@@ -4,11 +4,12 @@
 //
 // 1. Each lane has two maxima, of the scores in the lower and in the upper halves of its words. The TopK-th greatest of
 //    the row's 2 * Lanes maxima is a threshold that at least TopK scores reach; of random scores, few more do. While more
-//    than 2 * Lanes do, the threshold is the next greater maximum.
+//    than 2 * Lanes do, the threshold is the next greater maximum; or, if fewer than TopK scores exceed it, so many of the
+//    scores that equal it are left out that TopK remain, those of the highest columns.
 // 2. The columns of these scores are compacted in shared memory, two for each lane, which reads their scores.
 // 3. Each of them counts those that come before it.
 //
-// If fewer than TopK scores reach the last threshold, as with many equal ones, the row is not `complete`.
+// If fewer than TopK scores reach the last threshold, as in a row of NaN, the row is not `complete`.
 #pragma once
 
 #include "select/packed_row.cuh"
@@ -50,25 +51,32 @@ struct ThresholdTopK {
         for (int w = 1; w < Row::NUM_WORDS; ++w) best = packed_max<Code>(best, row.word[w]);
 
         unsigned threshold = lowest(at_rank(best));
-        unsigned found[FOUND];
-        int begin, count;
-        while (true) {
-            find(row, threshold, found);
-            count = count_of(found, lane, begin);
-            if (!__any_sync(FULL_WARP, count > SLOTS)) break;
+        Found found = find(row, threshold, packed_reaches<Code>);
+        int before, count = count_of(found, lane, before);
+        while (UNLIKELY(__any_sync(FULL_WARP, count > SLOTS))) {
+            const bool too_many = count > SLOTS;
+            const Found above = find(row, threshold, packed_exceeds<Code>);
+            const int wanted = TopK - count_of(above, lane, before);
+            const Found decided = with_first(above, found, wanted, lane);
             const unsigned greater = packed_exceeds<Code>(best, threshold);
             const unsigned next = lowest((best & greater) | (PACKED_NAN & ~greater));
-            if (count > SLOTS) threshold = next;  // nothing reaches NaN
+            if (too_many && wanted > 0) {
+                found = decided;
+            } else if (too_many) {
+                threshold = next;  // nothing reaches NaN
+                found = find(row, threshold, packed_reaches<Code>);
+            }
+            count = count_of(found, lane, before);
         }
         complete = count >= TopK;
 
 #pragma unroll
         for (int f = 0; f < FOUND; ++f) {
-            unsigned rest = found[f];
+            unsigned rest = found.bits[f];
             // Nearly all lanes have no more than these, which do not wait for each other.
 #pragma unroll
-            for (int i = 0; i < 4 / FOUND; ++i) append(slots, begin, f, lane, rest);
-            while (rest != 0u) append(slots, begin, f, lane, rest);
+            for (int i = 0; i < 4 / FOUND; ++i) append(slots, before, f, lane, rest);
+            while (rest != 0u) append(slots, before, f, lane, rest);
         }
         __syncwarp();
         bool exists[2];
@@ -102,6 +110,11 @@ struct ThresholdTopK {
   private:
     static constexpr int FOUND = (Row::NUM_WORDS + 15) / 16;
 
+    // Some entries of a lane: bit w % 16 for the lower score of word w, and bit w % 16 + 16 for the upper one.
+    struct Found {
+        unsigned bits[FOUND];
+    };
+
     // Return the maxima that fewer than TopK of the row's are greater than, and NaN in the place of the others.
     static __device__ __forceinline__ unsigned at_rank(unsigned best) {
         unsigned greater = packed_exceeds<Code>(swap_halves(best), best) & 0x00010001u;
@@ -125,13 +138,48 @@ struct ThresholdTopK {
         return values;
     }
 
-    // Set bit w % 16 for the lower score of word w if it reaches the threshold, and bit w % 16 + 16 for the upper one.
-    static __device__ __forceinline__ void find(const Row& row, unsigned threshold, unsigned (&found)[FOUND]) {
+    // For which of its words a comparison with the threshold is true.
+    template <typename Comparison>
+    static __device__ __forceinline__ Found find(const Row& row, unsigned threshold, Comparison compare) {
+        Found found;
 #pragma unroll
-        for (int f = 0; f < FOUND; ++f) found[f] = 0;
+        for (int f = 0; f < FOUND; ++f) found.bits[f] = 0;
 #pragma unroll
         for (int w = 0; w < Row::NUM_WORDS; ++w)
-            found[w / 16] |= packed_reaches<Code>(row.word[w], threshold) & 0x00010001u << w % 16;
+            found.bits[w / 16] |= compare(row.word[w], threshold) & 0x00010001u << w % 16;
+        return found;
+    }
+
+    // Add the `wanted` entries of lowest columns of the row's `others` to `found`.
+    static __device__ __forceinline__ Found with_first(const Found& found, const Found& others, int wanted, int lane) {
+        int end = 0;  // the last of them is in this column
+#pragma unroll 1
+        for (int step = power_of_two_from(Lanes * Interleaved::PerLane) / 2; step > 0; step /= 2) {
+            int ignored;
+            const Found first = without(before_column(others, end + step, lane), found);
+            if (count_of(first, lane, ignored) < wanted) end += step;
+        }
+        Found all = before_column(others, end + 1, lane);
+#pragma unroll
+        for (int f = 0; f < FOUND; ++f) all.bits[f] |= found.bits[f];
+        return all;
+    }
+
+    static __device__ __forceinline__ Found without(Found entries, const Found& others) {
+#pragma unroll
+        for (int f = 0; f < FOUND; ++f) entries.bits[f] &= ~others.bits[f];
+        return entries;
+    }
+
+    static __device__ __forceinline__ Found before_column(Found entries, int end, int lane) {
+        constexpr int WORD = Interleaved::Word;
+        const int own = end / (Lanes * WORD) * WORD + min(max(end % (Lanes * WORD) - lane * WORD, 0), WORD);
+#pragma unroll
+        for (int f = 0; f < FOUND; ++f) {
+            const int left = min(max(own - 32 * f, 0), 32);
+            entries.bits[f] &= ((1u << (left + 1) / 2) - 1u) | ((1u << left / 2) - 1u) << 16;
+        }
+        return entries;
     }
 
     // Move the lowest of these bits, if there is one, to the next slot.
@@ -144,10 +192,10 @@ struct ThresholdTopK {
     }
 
     // Return how many scores of the row are found, and the number of those in lower lanes.
-    static __device__ __forceinline__ int count_of(const unsigned (&found)[FOUND], int lane, int& before) {
+    static __device__ __forceinline__ int count_of(const Found& found, int lane, int& before) {
         int all = 0;
 #pragma unroll
-        for (int f = 0; f < FOUND; ++f) all += __popc(found[f]);
+        for (int f = 0; f < FOUND; ++f) all += __popc(found.bits[f]);
         before = 0;
 #pragma unroll
         for (int distance = 1; distance < Lanes; distance *= 2) {
