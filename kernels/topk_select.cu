@@ -21,6 +21,7 @@ SPECIALISED bool ALIGNED = true;
 SPECIALISED int ENDS_AT = 1;     // divides the lengths of rows
 SPECIALISED bool DENSE = false;  // rows of scores and results follow each other
 SPECIALISED bool BY_THRESHOLD = false;
+SPECIALISED int MIN_BLOCKS = 0;          // on a multiprocessor
 SPECIALISED bool ROW_PER_BLOCK = false;  // of one warp
 SPECIALISED bool HAS_LENGTHS = false;
 SPECIALISED bool HAS_STARTS = false;
@@ -220,7 +221,7 @@ __device__ __forceinline__ void select_row(const T* source, int length, int lane
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, MIN_BLOCKS)
     topk_select(const score_t* __restrict__ scores, const int* __restrict__ lengths, const int* __restrict__ starts,
                 const int* __restrict__ index_map, score_t* __restrict__ values, int* __restrict__ indices,
                 long long num_rows, int num_columns, int k, int page_size, long long scores_stride,

@@ -81,6 +81,8 @@ class Specialisation:
     def architectures(self) -> tuple[str, ...]:
         """Those that it is compiled for."""
         oldest = {**dict.fromkeys(FROM_SM_80, 80), **dict.fromkeys(FROM_SM_90, 90)}.get(self.function, 0)
+        if dict(self.macros).get("BY_THRESHOLD"):
+            oldest = 90
         return tuple(a for a in ARCHITECTURES if int(a.removeprefix("sm_").rstrip("a")) >= oldest)
 
 
@@ -170,6 +172,8 @@ def _besides() -> None:
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
+        with tuning.assume(replace(tuning.DEFAULT, capability=(8, 0))):  # which compares no two scores at once
+            topk_select(_matrix(5000, 256, dtype), 8)
         gemm._packer(("cpu", 0), gemm.Matrix(dtype, 4096, HIDDEN, HIDDEN))(0, (0, 0, 4096))
     # So many tokens that the gate product comes in slices, each with its own count of valid rows.
     x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
@@ -211,6 +215,7 @@ def _corners() -> None:
     topk_select(_matrix(2, 40_000, "float32"), 20_000)
     topk_select(_matrix(64, 256, "float32"), 8, order="column", return_values=False)
     topk_select(_matrix(4096, 1000, "float32"), 15)
+    topk_select(_matrix(4096, 700, "bfloat16"), 12)
     activation_topk(_matrix(4096, 1000, "float32"), RoutingMethod(1000, 15), bias=np.zeros(1000, np.float32))
     for score in ("sigmoid", "softmax", "identity"):
         activation_topk(_matrix(4096, 256, "float32"), RoutingMethod(256, 8, score))

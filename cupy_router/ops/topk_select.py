@@ -117,11 +117,13 @@ class TopKSelect(Op):
         if interleaved:
             lanes, columns = interleaved, row_lanes.interleaved_columns(num_columns, interleaved)
         whole = lengths is None and starts is None and lanes * columns == num_columns
+        by_threshold = 0 < interleaved < row_lanes.MAX_LANES and sixteen_bits and gpu.capability >= (9, 0)
         grid, block = row_lanes.grid_and_block(gpu, num_rows, lanes, bool(interleaved))
         macros |= {
             "TOP_K": k,
             "INTERLEAVED": int(bool(interleaved)),
-            "BY_THRESHOLD": int(0 < interleaved < row_lanes.MAX_LANES and sixteen_bits and gpu.capability >= (9, 0)),
+            "BY_THRESHOLD": int(by_threshold),
+            "MIN_BLOCKS": _min_blocks(gpu, lanes, columns) if by_threshold else 0,
             "LANES": lanes,
             "PER_LANE": columns,
             "WHOLE_ROWS": int(whole),
@@ -139,6 +141,16 @@ class TopKSelect(Op):
         }
         takes = ("scores", "lengths", "starts", "index_map", "values", "indices")
         return Kernel("topk_select", "topk_select", macros, grid, block, fixed, takes=takes)
+
+
+def _min_blocks(gpu: Gpu, lanes: int, columns: int) -> int:
+    """Return the fewest blocks per multiprocessor for which rows by a threshold are compiled; 0: as ptxas chooses.
+
+    Told of them, ptxas keeps what only rare rows need out of registers. Newer GPUs as in `row_lanes.min_blocks`.
+    """
+    if gpu.capability >= gpu.table.rows.spills_from:
+        return 1
+    return 0 if lanes > 8 else 6 if columns <= 32 else 5
 
 
 OP = TopKSelect()
