@@ -35,12 +35,13 @@ class Problem(NamedTuple):
             return torch.randn(shape, generator=generator)
 
         indices = normal(n, self.num_experts).argsort(dim=1)[:, : self.top_k].to(self.index_dtype)
+        weights = normal(n, self.top_k).to(self.weight_dtype)
         if n > 4:
             indices[1, 0] = indices[1, -1]  # an expert twice
-            indices[3, -1] = self.num_experts  # no expert
+            indices[3, -1], weights[3, -1] = self.num_experts, torch.inf  # no expert
         return {
             "x": normal(n, HIDDEN).to(self.dtype),
-            "weights": normal(n, self.top_k).to(self.weight_dtype),
+            "weights": weights,
             "indices": indices,
             "matrices": normal(self.num_experts, HIDDEN, HIDDEN) / HIDDEN**0.5,
             "grad": normal(n, HIDDEN).to(self.dtype),
@@ -64,7 +65,8 @@ def of_one_process(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
     layout = expert_layout(arrays["indices"], problem.num_experts)
     out = unpermute(experts(permute(x, layout), layout.ends, matrices), layout, weights)
     out.backward(arrays["grad"])
-    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "matrices": matrices.grad}
+    gradients = {"x": x.grad, "weights": weights.grad, "matrices": matrices.grad}
+    return {"out": out.detach(), "counts": layout.counts, **gradients}
 
 
 def of_ranks(parallel: ExpertParallel, problem: Problem, seed: int) -> dict[str, torch.Tensor]:
@@ -75,12 +77,13 @@ def of_ranks(parallel: ExpertParallel, problem: Problem, seed: int) -> dict[str,
     matrices = arrays["matrices"][first : first + count].requires_grad_()
     rows, layout, ticket = parallel.dispatch(x, weights, arrays["indices"][own])
     assert rows.shape == (layout.capacity, HIDDEN)
+    assert count or not layout.capacity
     assert rows.dtype == x.dtype
     out = parallel.combine(experts(rows, layout.ends, matrices), ticket)
     assert out.shape == x.shape
     out.backward(arrays["grad"][own])
-    gradient = matrices.grad if count else torch.zeros_like(matrices)
-    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "matrices": gradient}
+    gradients = {"x": x.grad, "weights": weights.grad, "matrices": matrices.grad if count else matrices.detach()}
+    return {"out": out.detach(), "counts": layout.counts, **gradients}
 
 
 def tokens_of(problem: Problem, rank: int) -> slice:
@@ -94,7 +97,7 @@ def check(parallel: ExpertParallel, problem: Problem, exact: bool, seed: int = 0
     wanted, got = of_one_process(problem, seed), of_ranks(parallel, problem, seed)
     first, count = parallel.experts
     for name, array in got.items():
-        part = slice(first, first + count) if name == "matrices" else tokens_of(problem, dist.get_rank())
+        part = slice(first, first + count) if name in ("matrices", "counts") else tokens_of(problem, dist.get_rank())
         want = wanted[name][part]
         if exact:
             assert torch.equal(array, want), f"{name}: {array} is not {want}"

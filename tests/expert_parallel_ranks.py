@@ -74,15 +74,19 @@ def value_cases(num_ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
 # -- What moves --------------------------------------------------------------------------------------------------------
 
 
+NEW_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+
+
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     """Record the name of each collective and the shape that it receives."""
     calls: list[tuple[str, tuple[int, ...]]] = []
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    names = [name for name in (*COLLECTIVES, *NEW_NAMES) if hasattr(dist, name)]
     kept = {name: getattr(dist, name) for name in names}
 
     def recorder(name: str, output: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        calls.append((name, tuple(output.shape)))
+        calls.append((NEW_NAMES.get(name, name), tuple(output.shape)))
         return kept[name](output, *arguments, **options)
 
     for name in names:

@@ -78,6 +78,12 @@ def refusal(x: Any, weights: Any, indices: Any, max_tokens: int | None) -> Excep
     return None
 
 
+def all_gather(found: Any, mine: Any, group: Any) -> None:
+    """Fill a tensor with those of all ranks, one after the other. PyTorch 2.13 has a new name for it."""
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    function(found, mine, group=group)
+
+
 class Sizes(NamedTuple):
     """Numbers of each rank: its tokens, and those that it sends to each rank, if it knows."""
 
@@ -102,7 +108,7 @@ def exchange(group: Any, call: Call, num_tokens: int, counts: Any, error: Except
     numbers = torch.tensor([error is not None, *call, num_tokens], dtype=torch.int64, device=counts.device)
     mine = torch.cat([numbers, counts.to(torch.int64)])
     everything = mine.new_empty(dist.get_world_size(group) * len(mine))
-    dist.all_gather_into_tensor(everything, mine, group=group)
+    all_gather(everything, mine, group)
     rows = everything.view(-1, len(mine)).tolist()
     if error is not None:
         raise error

@@ -18,6 +18,7 @@ from cupy_router.ops.expert_layout import expert_layout
 from cupy_router.ops.permute import permute
 from cupy_router.ops.unpermute import unpermute
 from cupy_router.results import ExpertLayout
+from cupy_router.torch._agreement import all_gather
 
 
 class Shard(NamedTuple):
@@ -95,12 +96,13 @@ class Gather:
         if missing:
             x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=padding)
         found = x.new_empty((dist.get_world_size(self._group) * self._most_tokens, x.shape[1]))
-        dist.all_gather_into_tensor(found, x.contiguous(), group=self._group)
+        all_gather(found, x.contiguous(), self._group)
         return found
 
     def _reduce_scatter(self, rows: Any) -> Any:
         found = rows.new_empty((rows.shape[0] // dist.get_world_size(self._group), rows.shape[1]))
-        dist.reduce_scatter_tensor(found, rows, group=self._group)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(found, rows, group=self._group)
         return found
 
 
