@@ -179,6 +179,24 @@ def no_gradient_without_grad_mode() -> None:
     assert not out.requires_grad
 
 
+def compiled() -> None:
+    """Around graphs of torch.compile, values and gradients are the same."""
+    arrays, parallel = Problem((5,) * dist.get_world_size(), 8, 3).arrays(), ExpertParallel(None, 8)
+    x, weights, indices = (arrays[name][:5] for name in ("x", "weights", "indices"))
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        rows, _, ticket = parallel.dispatch(x * 2, weights, indices)
+        return parallel.combine(rows.tanh(), ticket) + 1
+
+    found = []
+    for function in (layer, torch.compile(layer, backend="eager")):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        out.sum().backward()
+        found.append((out.detach(), leaf.grad))
+    assert all(map(torch.equal, *found))
+
+
 def second_derivatives_are_refused() -> None:
     x, weights = torch.ones(2, HIDDEN, requires_grad=True), torch.ones(2, 1)
     parallel = ExpertParallel(None, 8)
@@ -198,6 +216,7 @@ def cases(num_ranks: int) -> dict[str, Callable[[], None]]:
             found[f"capacity, {method}{', exact' * exact}"] = partial(capacity, method, exact)
         found[f"gradients of some ranks, {method}"] = partial(backward_without_gradients_of_a_rank, method)
     found["no grad mode"] = no_gradient_without_grad_mode
+    found["compiled"] = compiled
     found["second derivatives"] = second_derivatives_are_refused
     return found | faults.cases()
 
