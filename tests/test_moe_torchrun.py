@@ -34,9 +34,9 @@ def torchrun(num_ranks: int, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_learn_what_one_process_learns(num_ranks: int, tmp_path: Path) -> None:
-    path = tmp_path / "losses.json"
+def test_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+    """Three ranks divide neither tokens nor experts evenly."""
+    num_ranks, path = 3, tmp_path / "losses.json"
     torchrun(num_ranks, "tests.expert_parallel_training", str(STEPS), str(path))
     found, wanted = json.loads(path.read_text()), training.losses_of_one_process(STEPS, num_ranks)
     assert wanted[-1] < 0.05 * wanted[0]
