@@ -80,6 +80,7 @@ HOST_RATIO = {  # of an eager call to torch.relu
 IMPORT = 150_000.0
 METHOD_RATIO, GROUPED_RATIO = 1.5, 2.0  # of a preset to plain sqrt(softplus) of its size
 COMPILE = 300_000.0  # a method's kernel
+COMPILE_TOPK_SELECT = 350_000.0  # a kernel of topk_select, with one thread on the host of an H200
 FIRST_CALL = 60_000.0  # with kernels in the disk cache, CuPy imported and a CUDA context
 
 # A step of a model of transformers on an H200, as a ratio to its own code with grouped_mm: by model, mode and what was

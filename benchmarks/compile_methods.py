@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long NVRTC takes for the kernel of every preset. Needs CuPy and NVRTC, but no GPU.
+"""How long NVRTC takes for the kernel of every preset and for kernels of topk_select. Needs CuPy and NVRTC, but no GPU.
 
 python -m benchmarks.compile_methods [--architecture sm_90]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks import rows as results
-from benchmarks.bars import COMPILE
+from benchmarks.bars import COMPILE, COMPILE_TOPK_SELECT
 from benchmarks.bench_methods import BIASED, LOGIT_BIASED
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, compiler, presets
@@ -21,6 +21,23 @@ from cupy_router.ops import _row_lanes
 from cupy_router.ops.activation_topk import method_macros
 
 COMPILES = 5
+TOPK_SELECT: dict[str, tuple[str, dict[str, int]]] = {  # the constants of benchmarks, where they are not the defaults
+    "narrow rows": ("topk_select", {}),
+    "long row in pieces": ("topk_select_long", {"BLOCK": 768, "BLOCKS": 1, "CAPACITY": 6144, "SPLIT": 1}),
+    "few long rows": ("topk_select_long", {"BLOCK": 1024, "BLOCKS": 1, "CAPACITY": 4096}),
+    "few rows that fit into a list": ("topk_select_long", {"BLOCK": 1024, "BLOCKS": 1, "CAPACITY": 4096, "FITS": 1}),
+    "many long rows": ("topk_select_many", {}),
+    "many long rows, order any": ("topk_select_many", {"SORTS": 0}),
+    "many rows that fit into a list": ("topk_select_many", {"BLOCK": 128, "BLOCKS": 8, "CAPACITY": 1024, "FITS": 1}),
+    "large k": ("topk_select_large", {}),
+}
+
+
+def topk_select_row(name: str, architecture: str) -> Row:
+    """The median of some compilations of a kernel of topk_select."""
+    kernel, macros = TOPK_SELECT[name]
+    row = time_row("topk_select", name, compiler.expand(kernel, macros), architecture)
+    return harness.barred(row, COMPILE_TOPK_SELECT)
 
 
 def compile_row(name: str, method: RoutingMethod, architecture: str) -> Row:
@@ -28,15 +45,20 @@ def compile_row(name: str, method: RoutingMethod, architecture: str) -> Row:
     lanes, columns = _row_lanes.lanes_and_columns(method.num_experts, _row_lanes.lanes_needed(method))
     given = [array for array, families in (("bias", BIASED), ("logit_bias", LOGIT_BIASED)) if name.startswith(families)]
     macros = method_macros(method, given) | {"LANES": lanes, "PER_LANE": columns}
-    source = compiler.expand("activation_topk", macros)
+    row = time_row("activation_topk", name, compiler.expand("activation_topk", macros), architecture)
+    return harness.barred(row, COMPILE)
+
+
+def time_row(op: str, name: str, source: str, architecture: str) -> Row:
+    """Compile a text several times."""
     times = []
     for _ in range(COMPILES):
         begin = time.perf_counter_ns()
         compile_kernel(source, architecture)
         times.append((time.perf_counter_ns() - begin) / 1000)
     low, median, high = statistics.quantiles(times, n=4)
-    row = {"what": "host", "op": "activation_topk", "by": OURS, "part": f"compile {name}", "architecture": architecture}
-    return harness.barred(row | {"us": round(median), "spread_us": round(high - low)}, COMPILE)
+    row = {"what": "host", "op": op, "by": OURS, "part": f"compile {name}", "architecture": architecture}
+    return row | {"us": round(median), "spread_us": round(high - low)}
 
 
 def compile_kernel(source: str, architecture: str) -> None:
@@ -57,6 +79,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write compile_methods.json into this folder")
     options = parser.parse_args()
     rows = [compile_row(name, method, options.architecture) for name, method in presets().items()]
+    rows += [topk_select_row(name, options.architecture) for name in TOPK_SELECT]
     if options.output is not None:
         results.save(options.output / "compile_methods.json", harness.environment(), rows)
     print(results.bars_table(rows))
