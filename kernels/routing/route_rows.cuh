@@ -98,6 +98,23 @@ __device__ __forceinline__ void route_by_scores(const Row& row, const float* bia
     weigh_chosen(chosen.column, chosen.value, row, statistics, task, expert, weight);
 }
 
+// Fetch an array of N elements, aligned to 4 bytes, by the lanes of a row.
+template <int N, typename T>
+__device__ __forceinline__ void fetch_lines(const T* array, int lane) {
+    constexpr int WORDS = N * sizeof(T) / 4;
+    const float* words = reinterpret_cast<const float*>(array);
+    for (int word = 32 * lane; WORDS > 0 && word < WORDS + 31; word += 32 * LANES) {
+        fetch_line(words + min_int(word, WORDS - 1));
+    }
+}
+
+// Fetch what routing reads of a row, so that it does not wait for the ids of given experts first.
+__device__ __forceinline__ void fetch_row(const logit_t* logits, const float* bias, const float* logit_bias, int lane) {
+    if (ALIGNED) fetch_lines<NUM_LOGITS>(logits, lane);
+    if (HAS_BIAS && NUM_BIASES == 0) fetch_lines<NUM_EXPERTS>(bias, lane);
+    if (HAS_LOGIT_BIAS) fetch_lines<NUM_EXPERTS>(logit_bias, lane);
+}
+
 // Route rows by the first `routing_warps()` warps of each block, and pass each expert on: `keep(token, place, expert)`.
 // The other parameters are those of the kernel.
 template <typename Warps, typename Keep>
@@ -120,6 +137,7 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
     const bool exists = token < num_tokens;
+    if (HAS_GIVEN && exists) fetch_row(logits + token * logits_stride, bias, logit_bias, lane);
     const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
     const int id = given_id(given_experts, given_stride, token_ids, token, lane, exists);
     const GivenExpert given = given_expert<LANES>(id, its_bias, lane);
