@@ -173,6 +173,15 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         Cell("without", ("given_experts::every_token_has_the_weights_of_its_experts",)),
         NOT_THERE,
     ),
+    "several biases, of which each token has one": (
+        yes("torch_several_biases::eager_results_are_those_of_the_host", "torch_several_biases::compiled_calls",
+            "torch_several_biases::gradients_are_those_of_plain_pytorch"),
+        yes("jax_several_biases::gradients_are_those_of_plain_jax",
+            "jax_jit::a_traced_call_gives_what_an_eager_call_gives"),
+        yes("several_biases::every_token_has_its_own_bias"),
+        yes("several_biases::every_token_has_its_own_bias"),
+        NOT_THERE,
+    ),
     "gradients of weights": (
         yes("torch_autograd::gradients_are_those_of_plain_pytorch",
             "torch_compiled_gradients::compiled_calls_have_the_same_gradients",

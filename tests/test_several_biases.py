@@ -10,7 +10,7 @@ import pytest
 
 from cupy_router import LayoutSpec, Router, Routing, RoutingMethod, activation_topk, dense_router, expert_layout, gemm
 from cupy_router.ops import _cached, _chunks
-from tests import compare
+from tests import compare, inputs
 from tests.backends import Backend
 from tests.bias_calls import HASHED, KINDS, NAMES, WIDE, Call
 from tests.canvas import Canvas
@@ -211,6 +211,24 @@ def test_a_token_without_a_bias_has_logits(kind: str, backend: Backend) -> None:
     if "logit_bias" in call.arrays():
         logits[:, : call.method.num_experts] += call.arrays()["logit_bias"]
     np.testing.assert_array_equal(backend.numpy(result.logits), logits)
+
+
+@pytest.mark.parametrize("n", [11, 70])
+@pytest.mark.parametrize("kind", ["activation_topk", "Router", "hash Router"])
+def test_given_experts_beside_biases(kind: str, n: int, backend: Backend) -> None:
+    """A token whose experts are given needs no bias; a row of -1 is routed by its bias."""
+    call = Call(kind, "two shared experts", n)
+    arrays, method = uploaded(backend, call), call.method
+    ids = inputs.rng(726, n).random((n, method.num_experts)).argsort(axis=1)[:, : method.top_k].astype(np.int32)
+    ids[::3] = -1
+    got, routed_alone = call(arrays, indices=backend.array(ids)), call(arrays)
+    layer = {name: arrays[name] for name in ("logit_bias", "expert_scale") if name in arrays}
+    logits = backend.array(np.ascontiguousarray(call.logits()))
+    given = activation_topk(logits, method, **layer, indices=backend.array(ids), unset="empty")
+    for mixed, unset, is_set in zip(got, routed_alone, given, strict=True):
+        mixed, unset, is_set = map(backend.numpy, (mixed, unset, is_set))
+        np.testing.assert_allclose(mixed[::3], unset[::3], rtol=1e-6)
+        np.testing.assert_allclose(np.delete(mixed, np.s_[::3], 0), np.delete(is_set, np.s_[::3], 0), rtol=2e-6)
 
 
 # -- Errors ------------------------------------------------------------------------------------------------------------

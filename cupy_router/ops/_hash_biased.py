@@ -11,7 +11,7 @@ from cupy_router.ops import activation_topk, dense_router
 from cupy_router.ops._cached import NUMBER, Work, launch_with
 from cupy_router.ops._chunks import with_logits
 from cupy_router.ops._declared import Arrays
-from cupy_router.ops._given import TOKEN_IDS
+from cupy_router.ops._given import GIVEN, TOKEN_IDS
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._op import Op
 from cupy_router.ops._routed import LOGITS, ROUTING
@@ -35,9 +35,10 @@ def on_hidden_states(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
 
 
 def _given(arrays: Arrays) -> Arrays:
-    return arrays.replaced(given_experts=arrays.table)
+    return arrays.replaced(**{GIVEN.name: arrays.table})
 
 
 def _parameters(names: Sequence[str]) -> tuple[str, ...]:
     """Return the parameters of kernels for these arrays of a call."""
-    return tuple(["given_experts" if name == "table" else name for name in names])
+    renamed = {"table": GIVEN.name, GIVEN.name: ""}  # experts that the caller gives as well are none of these kernels'
+    return tuple([renamed.get(name, name) for name in names])
