@@ -45,8 +45,9 @@ __device__ __forceinline__ const given_t* given_row(const given_t* experts, int6
 __device__ __forceinline__ int given_id(const given_t* experts, int64_t stride, const given_token_t* token_ids,
                                         int64_t token, int lane, bool exists) {
     if (!BY_TOKEN_ID) return HAS_GIVEN && exists && lane < TOP_K ? given_id(experts + token * stride + lane) : UNSET;
-    const given_t* row = exists ? given_row(experts, stride, token_ids, token) : nullptr;
-    return row != nullptr && lane < TOP_K ? given_id(row + lane) : UNSET;
+    if (!exists || lane >= TOP_K) return UNSET;  // before the row is found, or ptxas spills registers
+    const given_t* row = given_row(experts, stride, token_ids, token);
+    return row == nullptr ? UNSET : given_id(row + lane);
 }
 
 // Complete it for the lanes that share a token.
