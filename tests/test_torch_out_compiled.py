@@ -378,6 +378,6 @@ def test_frames_that_torch_compile_gave_up_lead_to_no_traced_reference(
     monkeypatch.setattr(_state, "is_tracing", given_up(_state.is_tracing))
     monkeypatch.setattr(_run, "interceptors", [Interceptor])
     run, into = given_up(_run.run), buffers() if out else None
-    given = activation_op.OP, METHOD, (LOGITS, None, None, None, None), into, None
+    given = activation_op.OP, METHOD, (LOGITS, *[None] * (len(activation_op.OP.inputs) - 1)), into, None
     found = compiled(lambda x: run(*given).weights + x, fullgraph=False, backend="eager")(torch.ones(()))
     assert_same([found], [activation_topk(LOGITS, METHOD).weights + 1])
