@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from cupy_router.cli import versions as cli_versions
 from tests import versions
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,11 @@ def test_the_table_is_that_of_the_runs() -> None:
     text = versions.DOCUMENT.read_text("utf-8")
     assert text == versions.updated(text), "run python -m tests.versions --write"
     assert "(docs/versions.md)" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_package_knows_the_versions_of_the_runs() -> None:
+    assert versions.TRIED.read_text("utf-8") == versions.tried(), "run python -m tests.versions --write"
+    assert {*cli_versions.PACKAGES, "cupy", "python"} == cli_versions.tried().keys()
 
 
 def test_a_run_takes_the_place_of_the_one_before() -> None:

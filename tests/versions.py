@@ -9,7 +9,7 @@ Python and set. Needs uv on the PATH, for the choice of versions, and 10 GB of d
 
     python -m tests.versions --write
 
-generates the tables of docs/versions.md from docs/versions.json.
+generates the tables of docs/versions.md and the versions that `cupy-router doctor` knows from docs/versions.json.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RUNS, DOCUMENT = ROOT / "docs" / "versions.json", ROOT / "docs" / "versions.md"
+TRIED = ROOT / "cupy_router" / "data" / "tried_versions.json"
 GPU_RUN = ROOT / "benchmarks" / "results" / "gpu_tests.json"
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 COLUMNS = ("torch", "jax", "transformers", "cupy", "numpy", "ml_dtypes")
@@ -167,6 +168,19 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tried() -> str:
+    """Return the versions of each column that passed, as JSON for the package."""
+    rows = [run["versions"] | {"python": run["python"]} for run in load()["runs"]]
+    about = gpu_environment()
+    rows.append(about["versions"] | {"python": about["python"]})
+    found = {name: {version_of(row, name).partition("+")[0] for row in rows} - {""} for name in COLUMNS}
+    found["python"] = {".".join(map(str, minor(row["python"]))) for row in rows}
+    ascending = {
+        name: sorted(found[name], key=lambda version: [*map(int, re.findall(r"\d+", version))]) for name in found
+    }
+    return json.dumps(ascending, indent=1) + "\n"
+
+
 BEGIN, END = "<!-- versions -->", "<!-- /versions -->"
 
 
@@ -180,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=RESOLUTIONS)
     parser.add_argument("--output", type=Path, help="add the run to this file")
-    parser.add_argument("--write", action="store_true", help="generate the tables of docs/versions.md")
+    parser.add_argument("--write", action="store_true", help="generate docs/versions.md and the package's list")
     options = parser.parse_args(arguments)
     if options.set is not None:
         run = take(options.set)
@@ -191,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     if options.write:
         DOCUMENT.write_text(updated(DOCUMENT.read_text("utf-8")), "utf-8")
+        TRIED.write_text(tried(), "utf-8")
 
 
 if __name__ == "__main__":
