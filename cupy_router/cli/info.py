@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -20,30 +21,43 @@ from . import terminal
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("info", help="versions, devices, folders, and where the ops run")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    obstacle = compiler.why_no_cuda()
-    print(f"cupy-router {cupy_router.__version__}")
-    backend = f"NumPy reference: {obstacle}" if obstacle else "CUDA kernels; NumPy reference for CPU arrays"
-    terminal.field("backend", backend)
-    for device in ask(device_names).splitlines():
-        terminal.field("device", device)
-    chosen = [] if obstacle else ask(tables).splitlines()
-    for line in chosen or [f"no usable GPU; tables for {', '.join(tuning.architectures().values())}"]:
-        terminal.field("tuning", line)
-    terminal.field("driver", ask(driver_version))
-    terminal.field("nvrtc", ask(nvrtc_version))
-    terminal.field("cublas", cublas_version())
-    terminal.field("cupy", cupy_packages())
-    for name in ("torch", "jax", "numpy", "ml_dtypes"):
-        terminal.field(name, version_of(name))  # by metadata: importing PyTorch would take seconds
-    terminal.field("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    terminal.field("package", str(Path(__file__).parents[1]))
-    terminal.field("kernels", ", before ".join(map(str, compiler.kernel_folders())))
-    terminal.field("cache", cache_folder())
+    found = facts()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(f"cupy-router {found.pop('cupy_router')}")
+    found["kernels"] = ", before ".join(found["kernels"])
+    for name, value in found.items():
+        for text in [value] if isinstance(value, str) else value:
+            terminal.field(name, text)
     return 0
+
+
+def facts() -> dict[str, str | list[str]]:
+    """Return what the command prints: a list where there may be several."""
+    obstacle = compiler.why_no_cuda()
+    chosen = [] if obstacle else ask(tables).splitlines()
+    return {
+        "cupy_router": cupy_router.__version__,
+        "backend": f"NumPy reference: {obstacle}" if obstacle else "CUDA kernels; NumPy reference for CPU arrays",
+        "device": ask(device_names).splitlines(),
+        "tuning": chosen or [f"no usable GPU; tables for {', '.join(tuning.architectures().values())}"],
+        "driver": ask(driver_version),
+        "nvrtc": ask(nvrtc_version),
+        "cublas": cublas_version(),
+        "cupy": cupy_packages(),
+        # By metadata: importing PyTorch would take seconds.
+        **{name: version_of(name) for name in ("torch", "jax", "numpy", "ml_dtypes")},
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "package": str(Path(__file__).parents[1]),
+        "kernels": list(map(str, compiler.kernel_folders())),
+        "cache": cache_folder(),
+    }
 
 
 def version_of(package: str) -> str:
@@ -53,10 +67,15 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def cupy_packages() -> str:
+def cupy_names() -> list[str]:
     """Return the installed CuPy packages. Each CUDA version has its own, with the same files: two break each other."""
     names = {str(dist.metadata["Name"]).lower() for dist in metadata.distributions()}
-    found = sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
+    return sorted(name for name in names if re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", name))
+
+
+def cupy_packages() -> str:
+    """Return the versions of the installed CuPy packages, with a warning if there are two."""
+    found = cupy_names()
     text = ", ".join(f"{version_of(name)} ({name})" for name in found) or "not installed"
     return text + (": these break each other, uninstall them all and install one" if len(found) > 1 else "")
 
