@@ -31,17 +31,22 @@ def folder() -> str:
     return os.environ.get(FOLDER, os.path.expanduser("~/.cupy/kernel_cache"))
 
 
+def try_folder() -> None:
+    """Create the folder and a file in it; OSError if that is not possible."""
+    if folder().startswith("~"):  # CuPy would create a folder of this name
+        raise FileNotFoundError("this user has no home folder")
+    os.makedirs(folder(), exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder()):
+        pass
+
+
 def prepare() -> None:
     """Replace the folder if it cannot be used, unless CuPy is imported already, or not installed."""
     with _lock:
         if "cupy" in sys.modules or find_spec("cupy") is None:
             return
         try:
-            if folder().startswith("~"):  # CuPy would create a folder of this name
-                raise FileNotFoundError("this user has no home folder")
-            os.makedirs(folder(), exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder()):
-                pass
+            try_folder()
         except OSError as error:
             replace(error)
         for name in [name for name in sys.modules if name.startswith("cupy.")]:

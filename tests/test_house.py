@@ -82,7 +82,7 @@ MAY_IMPORT = {
         "tuning",
     },
     "__init__": {"_hooks", "method", "ops", "results", "router", "score_comparison", "score_function"},
-    "cli": {"__init__", "compiler", "gemm", "kernel_cache", "method", "results", "tuning"},
+    "cli": {"__init__", "compiler", "gemm", "kernel_cache", "kernel_log", "method", "nvrtc", "results", "tuning"},
     "__main__": {"cli"},
 }
 TOP_LEVEL = {path.stem for path in PACKAGE.iterdir()}

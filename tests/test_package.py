@@ -4,6 +4,7 @@ dependencies."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,16 @@ def test_demo_and_info_run_from_the_wheel(environment: Path, tmp_path: Path) -> 
     printed = run(command, "info", cwd=tmp_path)
     assert f"kernels   {environment}" in printed
     assert "No module named 'cupy'" in printed
+
+
+def test_doctor_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
+    code = "import sys; from cupy_router import cli; sys.exit(cli.main(['doctor', '--json']) != 1)"
+    found = json.loads(run(environment / "bin" / "python", "-c", code, cwd=tmp_path))
+    results = {check["name"]: check for check in found["checks"]}
+    assert "tried" in results["numpy"]["found"]
+    assert results["cupy"]["found"].startswith("not installed")
+    assert (found["kernels_run"], results["torch"]["found"]) == (False, "not installed")
+    assert not [check for check in found["checks"] if "check failed" in check["found"]]
 
 
 def test_wheel_reads_its_own_kernels(environment: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``cupy-router demo`` and ``cupy-router info``, also as ``python -m cupy_router``."""
+"""Command line: ``cupy-router demo``, ``info`` and ``doctor``, also as ``python -m cupy_router``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import cupy_router
 
-from . import demo, info
+from . import demo, doctor, info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 for success, 2 for a wrong command line."""
+    """Run one command and return its exit code: 0 for success, 1 for a failure, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (demo, info):
+    for command in (demo, info, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -17,11 +17,11 @@ def width() -> int:
     return min(max(shutil.get_terminal_size().columns, 40), 140)
 
 
-def field(name: str, text: str) -> None:
-    """Print ``name  text``, with further lines indented below the text."""
-    lines = textwrap.wrap(text, width() - 12, break_long_words=False, break_on_hyphens=False)  # keep paths whole
+def field(name: str, text: str, columns: int = 10) -> None:
+    """Print ``name  text`` with a name of so many columns, and further lines indented below the text."""
+    lines = textwrap.wrap(text, width() - 2 - columns, break_long_words=False, break_on_hyphens=False)  # whole paths
     for i, line in enumerate(lines or [""]):
-        print(f"  {'' if i else name:<10}{line}")
+        print(f"  {'' if i else name:<{columns}}{line}")
 
 
 def alphabet() -> str:
