@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.gpu.layout_variants import layout_cases
 from tests.topk_calls import PLANS, misleading
 
 FLOATS = ("float32", "float16", "bfloat16")
+IDS = ("uint8", "int16", "uint16", "int32", "int64")
 ROWS, FEW_ROWS = 33, 5
 MANY_ROWS = 140  # more than the multiprocessors that long rows are planned for
 DENSE, STRIDED, MISALIGNED = (0, 0), (8, 0), (1, 1)  # elements between rows, elements in front
@@ -31,6 +33,7 @@ def cases() -> list[Case]:
         *_steps(),
         *_hash_router(),
         *_dense_router(),
+        *_given_experts(),
         *_backward(),
         *layout_cases(),
     ]
@@ -98,6 +101,7 @@ def _long_rows() -> Iterator[Case]:
             yield case(rows, columns, 500, dtype, MISALIGNED, **both, **pages(1, columns, 64))
             yield case(rows, columns, 200, dtype, STRIDED)
         yield case(MANY_ROWS, 2100, 100, dtype, STRIDED)
+        yield case(MANY_ROWS, 2100, 100, dtype, DENSE, order="any", **limits(MANY_ROWS, 2100))
         yield case(MANY_ROWS, 2100, 100, dtype, MISALIGNED, **limits(MANY_ROWS, 2100), order="column")
         for j, (name, plan) in enumerate(PLANS.items()):
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
@@ -222,6 +226,20 @@ def _dense_router() -> Iterator[Case]:
             arrays |= {"logit_bias": _bias(72)} if i % 2 else {}
             options = {"return_logits": True, "logits_dtype": dtype} | padded[n > 3 and i > 1]
             yield Case("dense_router", arrays, method, options, {}, n % 3 - 1)
+
+
+def _given_experts() -> Iterator[Case]:
+    """Some rows are -1, some have an id that is no expert."""
+    method = RoutingMethod(72, 6, "sigmoid", renormalize_eps=1e-20)
+    for i, (dtype, unset, rows) in enumerate(product(IDS, ("route", "empty"), (FEW_ROWS, 100))):
+        ids = inputs.rng(4, rows).permuted(np.tile(np.arange(72), (rows, 1)), axis=1)[:, :6]
+        ids[1::4], ids[2::4, i % 6] = -1, 72
+        x, weight = _products((rows, 264), "bfloat16"), _products((72, 264), "bfloat16")
+        given = {"indices": ids.astype(DTYPES[dtype])}
+        layout = {"indices": (DENSE, STRIDED)[i % 2]}
+        arrays = {"logits": _scores(rows, 72, FLOATS[i % 3]), "bias": _bias(72)}
+        yield Case("activation_topk", arrays | given, method, {"unset": unset}, layout, i % 3 - 1)
+        yield Case("dense_router", {"x": x, "weight": weight} | given, method, {"unset": unset}, layout, i % 3 - 1)
 
 
 def _backward() -> Iterator[Case]:
