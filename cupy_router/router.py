@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,11 +113,10 @@ class Router:
             raise TypeError("Router: weight must be an array, got None")
         if self.weight is None and (self.logit_bias is not None or self.expert_scale is not None):
             raise ValueError("Router: logit_bias and expert_scale need a weight, without which weights are uniform")
-        if self.table is not None and self.bias is not None and len(getattr(self.bias, "shape", ())) != 2:
-            raise ValueError(
-                "Router: bias and table do not go together: a table alone decides which experts are chosen, but for "
-                "tokens with another one of several biases [num_biases, num_experts]"
-            )
+        shape = getattr(self.bias, "shape", None)  # other objects get one when they become arrays
+        if self.table is not None and shape is not None:
+            with check.named("Router"):
+                _check_bias_of_table(shape)
         if self.bias is not None and self.weight is None:
             raise ValueError("Router: bias needs a weight, by whose scores experts are chosen")
 
@@ -125,6 +124,8 @@ class Router:
         """Check the arrays."""
         views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
         check_layer(self.method, views)
+        if "table" in views and "bias" in views:
+            _check_bias_of_table(views["bias"].shape)
         check.one_device(list(views.values()))
         for view in views.values():
             check.strides(view)
@@ -333,6 +334,14 @@ def _view(name: str, array: Any) -> View:
     if framework.traced:
         return framework.outline(name, array)
     return framework.view(name, array, framework.current_stream(array))
+
+
+def _check_bias_of_table(shape: Sequence[Any]) -> None:
+    if len(shape) != 2:
+        raise ValueError(
+            "bias and table do not go together: a table alone decides which experts are chosen, but for tokens with "
+            "another one of several biases [num_biases, num_experts]"
+        )
 
 
 def _described(name: str, array: Any) -> str:
