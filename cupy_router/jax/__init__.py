@@ -20,7 +20,8 @@ soon as this package is imported; before, JAX takes a layout of NumPy arrays for
 Rows that are sharded over devices are routed on their device inside `jax.shard_map`, and under a mesh with explicit
 axes if their types have the sharding. The other arrays of a layer are gathered, and results are sharded like the rows.
 Under automatic axes, where only the compiler knows the sharding, arrays are gathered before the call. A layout inside
-`jax.shard_map` is that of the device's tokens, and outside of it that of all tokens.
+`jax.shard_map` is that of the device's tokens, and outside of it that of all tokens. :func:`expert_parallel` spreads
+the experts of a layer over the devices of a mesh axis.
 
 Weights, and logits that are returned, have first derivatives in reverse mode with respect to all float inputs that they
 depend on. Indices, and a bias that only selects, have none. Pass the scores of `topk_select` through
@@ -38,7 +39,10 @@ has an example.
 from __future__ import annotations
 
 from cupy_router.jax import _ffi_targets, _intercept, _tree
+from cupy_router.jax._expert_parallel import expert_parallel
 from cupy_router.ops import _run
+
+__all__ = ["expert_parallel"]
 
 _ffi_targets.register()
 _tree.register()
@@ -46,4 +50,4 @@ _run.interceptors.append(_intercept)
 
 
 def __dir__() -> list[str]:
-    return []  # importing it is all
+    return __all__
