@@ -2,7 +2,7 @@
 """The layer of moe_jax.py on all devices: `python -m examples.moe_jax_mesh`.
 
 Each device has some of the experts, all of the other parameters, and some of the tokens of each batch.
-`XLA_FLAGS=--xla_force_host_platform_device_count=4` makes four devices of a CPU.
+`XLA_FLAGS=--xla_force_host_platform_device_count=4` makes four devices of a CPU, and `NPROC=16` threads for them.
 """
 
 from __future__ import annotations

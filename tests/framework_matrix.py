@@ -269,7 +269,9 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "experts on several ranks": (
         Cell("`ExpertParallel`", ("expert_parallel::ranks_do_what_one_process_does",
                                   "expert_parallel::one_rank_communicates_nothing")),
-        NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE,
+        Cell("`expert_parallel`", ("jax_expert_parallel::devices_do_what_one_does",
+                                   "jax_expert_parallel::what_devices_have_and_move")),
+        NOT_THERE, NOT_THERE, NOT_THERE,
     ),
     "gradients of `permute` and `unpermute`": (
         yes("torch_layout::gradients_are_those_of_gather_and_sum",

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+os.environ["NPROC"] = "16"  # threads of XLA: devices wait for each other in them
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Problem:
             "weights": jnp.array(weights, self.weight_dtype),
             "indices": jnp.array(indices),
             "matrices": jnp.array(draw.standard_normal((self.num_experts, HIDDEN, HIDDEN)), "float32"),
-            "grad": jnp.array(draw.standard_normal((n, HIDDEN)), self.dtype),
+            "target": jnp.array(draw.standard_normal((n, HIDDEN)), self.dtype),
         }
 
 
@@ -62,20 +63,35 @@ def experts(rows: Any, layout: Any, matrices: Any) -> Any:
     return jnp.where((expert < len(matrices))[:, None], y.clip(-1.5, 1.5).astype(rows.dtype), jnp.nan)
 
 
-def of_one_device(problem: Problem, capacity: int | None = None) -> dict[str, Any]:
-    """Return the sums and gradients of all tokens and experts."""
-    arrays = problem.arrays()
+def train(layer: Any, given: tuple[Any, ...], target: Any, steps: int) -> dict[str, Any]:
+    """Return the sums of all steps, and the gradients of the last one.
 
-    def layer(x: Any, weights: Any, matrices: Any) -> Any:
-        layout = expert_layout(arrays["indices"], problem.num_experts, capacity=capacity)
-        return unpermute(experts(permute(x, layout), layout, matrices), layout, weights)
+    The loss of several steps is half the squared distance to the target. That of one step is linear, so that gradients
+    do not depend on how sums are rounded.
+    """
 
     @jax.jit
     def step(*given: Any) -> Any:
         out, back = jax.vjp(layer, *given)
-        return out, *back(arrays["grad"])
+        return out, *back(target if steps == 1 else out - target)
 
-    return dict(zip(("out", *NAMES), step(*(arrays[name] for name in NAMES)), strict=True))
+    outs = []
+    for _ in range(steps):
+        out, *gradients = step(*given)
+        outs.append(out)
+        given = tuple(a - g / 64 for a, g in zip(given, gradients, strict=True))
+    return dict(zip(("out", *NAMES), (jnp.stack(outs), *gradients), strict=True))
+
+
+def of_one_device(problem: Problem, steps: int = 1) -> dict[str, Any]:
+    """Return the sums and gradients of all tokens and experts."""
+    arrays = problem.arrays()
+
+    def layer(x: Any, weights: Any, matrices: Any) -> Any:
+        layout = expert_layout(arrays["indices"], problem.num_experts)
+        return unpermute(experts(permute(x, layout), layout, matrices), layout, weights)
+
+    return train(layer, tuple(arrays[name] for name in NAMES), arrays["target"], steps)
 
 
 def rows_of_devices(num_experts: int, num_devices: int) -> Any:
@@ -86,7 +102,13 @@ def rows_of_devices(num_experts: int, num_devices: int) -> Any:
 
 
 def of_devices(
-    problem: Problem, mesh: Any, spec: Any = "a", axis: Any = "a", check_vma: bool = True, **options: Any
+    problem: Problem,
+    mesh: Any,
+    spec: Any = "a",
+    axis: Any = "a",
+    check_vma: bool = True,
+    steps: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
     """Return the same, computed on a mesh. spec: how tokens are sharded. axis: over which experts are."""
     arrays = problem.arrays()
@@ -107,14 +129,9 @@ def of_devices(
     def layer(x: Any, weights: Any, blocks: Any) -> Any:
         return mapped(x, weights, put(arrays["indices"], mesh, spec), blocks)
 
-    def step(x: Any, weights: Any, blocks: Any, grad: Any) -> Any:
-        out, back = jax.vjp(layer, x, weights, blocks)
-        return out, *back(grad)
-
-    x, weights, grad = (put(arrays[name], mesh, spec) for name in ("x", "weights", "grad"))
+    x, weights, target = (put(arrays[name], mesh, spec) for name in ("x", "weights", "target"))
     with jax.set_mesh(mesh):
-        found = jax.jit(step)(x, weights, put(arrays["matrices"][chosen], mesh, axis), grad)
-    named = dict(zip(("out", *NAMES), found, strict=True))
+        named = train(layer, (x, weights, put(arrays["matrices"][chosen], mesh, axis)), target, steps)
     blocks, named["matrices"] = np.asarray(named["matrices"]), np.zeros_like(arrays["matrices"])
     np.add.at(named["matrices"], chosen, blocks)
     return named
@@ -176,6 +193,33 @@ def kinds_of_meshes() -> None:
                 matrices = got.pop("matrices"), want["matrices"]  # two devices add their gradients
                 same(got, {n: a for n, a in want.items() if n != "matrices"}, exact, "float32", "experts twice")
                 np.testing.assert_allclose(*matrices, rtol=1e-5, atol=1e-5)
+
+
+def the_same_tokens() -> None:
+    """Devices with the same tokens and different experts for them: gradients of the tokens are added up."""
+    problem, where = Problem(16, 6, 3), mesh((4,), AxisType.Auto)
+    arrays = problem.arrays()
+    x, blocks = arrays["x"][:4], arrays["matrices"][rows_of_devices(6, 4)]
+
+    def plain(x: Any) -> Any:
+        layout = expert_layout(arrays["indices"], 6)
+        rows = permute(jnp.tile(x, (4, 1)), layout)
+        return unpermute(experts(rows, layout, arrays["matrices"]), layout, arrays["weights"])
+
+    want, back = jax.vjp(plain, x)
+    (wanted,) = back(arrays["target"])
+    for exact in (False, True):
+
+        def layer(x: Any, weights: Any, indices: Any, blocks: Any, exact: bool = exact) -> Any:
+            parallel = expert_parallel("a", 6, exact=exact)
+            rows, layout, ticket = parallel.dispatch(x, weights, indices)
+            return parallel.combine(experts(rows, layout, blocks), ticket)
+
+        specs = P(), P("a"), P("a"), P("a")
+        mapped = jax.jit(jax.shard_map(layer, mesh=where, in_specs=specs, out_specs=P("a")))
+        got, back = jax.vjp(lambda x, f=mapped: f(x, arrays["weights"], arrays["indices"], blocks), x)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(back(arrays["target"])[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def one_device() -> None:
@@ -265,7 +309,7 @@ def transformations() -> None:
 
     given = arrays["x"], arrays["weights"]
     want, back = jax.vjp(lambda x, w: layers(plain, x, w, arrays["indices"]), *given)
-    wanted = want, *back(arrays["grad"])
+    wanted = want, *back(arrays["target"])
 
     @jax.jit
     def step(x: Any, weights: Any, indices: Any, grad: Any) -> Any:
@@ -275,9 +319,21 @@ def transformations() -> None:
 
     with jax.set_mesh(where):
         placed = {name: put(array, where, "a") for name, array in arrays.items()}
-        got = step(*(placed[name] for name in ("x", "weights", "indices", "grad")))
+        got = step(*(placed[name] for name in ("x", "weights", "indices", "target")))
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def two_hundred_steps() -> None:
+    """Outputs of all steps of a training are those of one device, to the bit with exact, else within rounding."""
+    problem, where = Problem(16, 6, 3), mesh((4,), AxisType.Auto)
+    want = of_one_device(problem, steps=200)
+    target = problem.arrays()["target"]
+    losses = ((want["out"] - target) ** 2).sum((1, 2))
+    assert losses[-1] < 0.2 * losses[0]
+    same(of_devices(problem, where, steps=200, exact=True), want, True, "float32", "exact")
+    got = of_devices(problem, where, steps=200)["out"]
+    np.testing.assert_allclose(((got - target) ** 2).mean((1, 2)), losses / target.size, rtol=0, atol=1e-5)
 
 
 def training() -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -26,13 +28,27 @@ def between(mark: str) -> str:
     return TEXT.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0].strip()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch has no torch.distributed")
-def test_the_example_prints_what_its_comments_say() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+@pytest.mark.parametrize("needed", ["torch.distributed", "jax"])
+def test_an_example_prints_what_its_comments_say(needed: str) -> None:
+    pytest.importorskip(needed, reason=f"{needed} is not installed")
+    if needed == "torch.distributed" and not torch.distributed.is_available():
+        pytest.skip("PyTorch has no torch.distributed")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if f"import {needed}" in code]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "expert_parallel.md", "exec"), {})
     assert printed.getvalue().splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+
+
+@pytest.mark.parametrize(("num_experts", "num_devices"), [(9, 4), (12, 3), (3, 4), (1, 1)])
+def test_the_experts_whose_parameters_jax_devices_have(num_experts: int, num_devices: int) -> None:
+    names: dict[str, Any] = {"np": np, "E": num_experts, "P": num_devices}
+    exec(textwrap.dedent(between("own").strip("`")), names)
+    own = names["own"].reshape(num_devices, -1).tolist()
+    for device, experts in enumerate(own):
+        first, end = (d * num_experts // num_devices for d in (device, device + 1))
+        assert experts[: end - first] == [*range(first, end)]
+        assert len(experts) - (end - first) in (0, 1)
 
 
 def test_the_table_of_rows_is_that_of_the_model() -> None:

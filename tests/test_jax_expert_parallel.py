@@ -37,7 +37,10 @@ def run(check: str) -> None:
 
 
 @pytest.mark.slow("process")
-@pytest.mark.parametrize("check", ["against_one_device", "kinds_of_meshes", "transformations", "capacity"])
+@pytest.mark.parametrize(
+    "check",
+    ["against_one_device", "kinds_of_meshes", "the_same_tokens", "transformations", "capacity", "two_hundred_steps"],
+)
 def test_devices_do_what_one_does(check: str) -> None:
     run(check)
 
