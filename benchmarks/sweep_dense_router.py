@@ -129,12 +129,12 @@ class Case:
         k = self.method.top_k
         fixed = decode.fixed_arguments(self.method, self.num_tokens, self.hidden, self.hidden, k, k)
         launch = Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
-        partials = cupy.empty(plan.partials, cupy.float32)
-        arrays = (*self.out, self.counters, partials)
+        arrays = {"x": self.x, "bias": self.bias, "weights": self.out[0], "indices": self.out[1]}
+        arrays |= {"counters": self.counters, "partials": cupy.empty(plan.partials, cupy.float32)}
 
         def call(i: int, weights: Any) -> None:
-            x, weight = self.x, weights[i % len(weights)]
-            pointers = [a.data.ptr if a is not None else 0 for a in (x, weight, self.bias, None, None, None, *arrays)]
+            given = arrays | {"weight": weights[i % len(weights)]}
+            pointers = [given[name].data.ptr if name in given else 0 for name in decode.VARYING[:-1]]
             launch(cupy.cuda.get_current_stream().ptr, [*pointers, -1])
 
         warm, spread = harness.graph_microseconds(lambda i: call(i, self.weights[:1]))

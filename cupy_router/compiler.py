@@ -196,7 +196,7 @@ def why_no_cuda() -> str | None:
     except runtime.CUDARuntimeError as error:
         if is_of_a_fork(error):
             return FORKED
-        return f"no CUDA device or driver is usable ({error}): a GPU needs an NVIDIA driver of CUDA 12 or later."
+        return f"no CUDA device or driver is usable ({error}): for a GPU, install an NVIDIA driver of CUDA 12 or later."
     if count == 0:
         return "no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES."
     try:

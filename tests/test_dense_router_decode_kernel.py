@@ -70,9 +70,9 @@ class Run:
         x, weight, bias = self.arrays
         for array in self.outputs[:3]:
             array.fill(7)
-        pointers = [
-            0 if a is None else pointer(a) for a in (x, weight, bias, None, None, device_num_valid, *self.outputs)
-        ]
+        given = {"x": x, "weight": weight, "bias": bias, "num_valid": device_num_valid}
+        inputs = [given.get(name) for name in decode.INPUTS]
+        pointers = [0 if array is None else pointer(array) for array in (*inputs, *self.outputs)]
         self.launch(device_num_valid is not None)(0, [*pointers, num_valid])
         weights, indices, _, counters, _ = (self.backend.numpy(array) for array in self.outputs)
         assert not counters.any(), "the kernel leaves its counters as it found them"
@@ -104,7 +104,8 @@ def prepare(backend: Backend, case: Case, x: np.ndarray | None = None, weight: n
         logits_dtype="float32", tiling=case.tiling,
     )  # fmt: skip
     k = case.top_k
-    fixed = decode.fixed_arguments(method, len(x), views[0].row_stride, views[1].row_stride, k, k, case.num_experts)
+    strides = views[0].row_stride, views[1].row_stride, k, k
+    fixed = decode.fixed_arguments(method, len(x), *strides, logits_stride=case.num_experts)
     xp = backend.xp
     outputs = [
         xp.empty((len(x), k), np.float32), xp.empty((len(x), k), np.int32),
