@@ -31,7 +31,8 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
     token_ids, table = arrays.token_ids, arrays.table
     logits, x, weight = arrays.logits, arrays.x, arrays.weight
     out_strides = arrays.weights.row_stride, arrays.indices.row_stride
-    of_tokens = next(view for view in (logits, x, token_ids) if view is not None)  # of a chunk; results are whole
+    # Results have the tokens of the whole call, also in a chunk.
+    of_tokens = next(view for view in (logits, x, token_ids, table) if view is not None)
     num_tokens, top_k = of_tokens.shape[0], table.shape[1] if method is None else method.top_k
     if token_ids is None:
         name, of_table = "given_experts", {"given_stride": table.row_stride}
