@@ -30,7 +30,7 @@ class Problem:
         self.cell: Row = {"op": "dense_router" if hidden else "activation_topk", "E": num_experts, "k": k, "n": n}
         self.cell |= {"dtype": dtype, "cache": "warm"} | ({"H": hidden} if hidden else {})
         self.bias = cupy.random.standard_normal(num_experts, dtype=cupy.float32)
-        # What another model would choose: any experts, all different.
+        # Recorded experts do not depend on these logits: any k different ones.
         self.ids = np.random.default_rng(n).random((n, num_experts)).argsort(axis=1)[:, :k].astype(np.int16)
         self.recorded = cupy.asarray(self.ids)
         self.out = Routing(cupy.empty((n, k), cupy.float32), cupy.empty((n, k), cupy.int32))

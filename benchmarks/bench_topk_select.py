@@ -113,7 +113,7 @@ class Problem:
         values, indices = select(scores[0])[:2]
         if self.cell["E"] <= ALL_E[-1] and self.cell["dtype"] == "float32":
             check_same_choice(self.call().indices, indices)
-        else:  # columns may differ: of so many scores some are equal
+        else:  # among many scores some are equal, so only the selected scores must be the same
             found = scores[0].gather(1, rivals.tensor(self.call().indices).long())
             if not bool((found.sort(descending=True).values == values).all()):
                 raise ValueError("finds other values")

@@ -5,6 +5,7 @@
 // writes the columns above it, and the first of those that tie with it, to the indices of the row. They are sorted
 // there, if wanted. Values are written last, and indices through their map.
 #include "long_rows/radix.cuh"
+#include "long_rows/result.cuh"
 #include "select/row_range.cuh"
 
 SPECIALISED int DTYPE = 0;
@@ -79,9 +80,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
             if (values != nullptr) {
                 values[row * values_stride + i] = column < 0 ? minus_infinity<DTYPE>() : source[column];
             }
-            const bool maps = index_map != nullptr && column >= 0;
-            row_indices[i] =
-                maps ? index_map[row * map_stride + column / page_size] * page_size + column % page_size : column;
+            row_indices[i] = mapped_index(index_map, row * map_stride, column, page_size);
         }
         __syncthreads();
     }

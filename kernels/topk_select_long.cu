@@ -16,6 +16,7 @@
 #include "long_rows/block_sort.cuh"
 #include "device/last_block.cuh"
 #include "long_rows/radix.cuh"
+#include "long_rows/result.cuh"
 #include "long_rows/sample.cuh"
 #include "long_rows/stream.cuh"
 #include "select/row_range.cuh"
@@ -187,20 +188,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         const Entry rank = sorted ? entry : entry << 32 | entry >> 32;
         const unsigned key = static_cast<unsigned>(rank >> 32) & (DTYPE == 0 ? ~0u : 0xffff0000u);
         const int column = i < wanted ? static_cast<int>(column_of(rank)) : -1;
-        if (values != nullptr) {
-            score_t* target = values + row * values_stride + i;
-            if (column < 0) {
-                *target = minus_infinity<DTYPE>();
-            } else if (key_tells_bits(key)) {
-                store_bits(target, key_bits(key));
-            } else {
-                *target = source[column];
-            }
-        }
-        int index = column;
-        if (index_map != nullptr && column >= 0) {
-            index = index_map[row * map_stride + column / page_size] * page_size + column % page_size;
-        }
-        indices[row * indices_stride + i] = index;
+        if (values != nullptr) store_value<DTYPE>(values + row * values_stride + i, source, key, column);
+        indices[row * indices_stride + i] = mapped_index(index_map, row * map_stride, column, page_size);
     }
 }

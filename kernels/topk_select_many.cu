@@ -10,6 +10,7 @@
 #include "long_rows/pivot.cuh"
 #include "long_rows/radix.cuh"
 #include "long_rows/rank_list.cuh"
+#include "long_rows/result.cuh"
 #include "long_rows/sample.cuh"
 #include "select/row_range.cuh"
 
@@ -139,20 +140,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
         const unsigned key = order.key(rank);
         const int column = rank == 0 ? -1 : order.column(rank);
         if (values != nullptr) {
-            score_t* target = values + row * values_stride + place;
-            if (column < 0) {
-                *target = minus_infinity<DTYPE>();
-            } else if (key_tells_bits(key)) {
-                store_bits(target, key_bits(key));
-            } else {
-                *target = scores[row * scores_stride + range.start + column];
-            }
+            const score_t* source = scores + row * scores_stride + range.start;
+            store_value<DTYPE>(values + row * values_stride + place, source, key, column);
         }
-        int index = column;
-        if (index_map != nullptr && column >= 0) {
-            index = index_map[row * map_stride + column / page_size] * page_size + column % page_size;
-        }
-        indices[row * indices_stride + place] = index;
+        indices[row * indices_stride + place] = mapped_index(index_map, row * map_stride, column, page_size);
     };
     if (SORTS) {
         const Rank last = order.last_column();

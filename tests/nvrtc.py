@@ -15,7 +15,8 @@ from pathlib import Path
 from cupy_router import compiler, thread_locale
 from cupy_router.compiler import CompileError
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+# One of each kind: kernels need the same on sm_89 as on sm_86, and the same on sm_90a as on sm_90.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
 
 # As the package compiles and CuPy completes it, with ptxas telling what it does.

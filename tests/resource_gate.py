@@ -43,9 +43,7 @@ MULTIPROCESSORS = {
     "sm_75": Multiprocessor(32, 16, 64, shared_step=256, shared_reserved=0),
     "sm_80": Multiprocessor(64, 32, 164),
     "sm_86": Multiprocessor(48, 16, 100),
-    "sm_89": Multiprocessor(48, 24, 100),
     "sm_90": Multiprocessor(64, 32, 228),
-    "sm_90a": Multiprocessor(64, 32, 228),
     "sm_100": Multiprocessor(64, 32, 228),
     "sm_120": Multiprocessor(48, 24, 100),
 }

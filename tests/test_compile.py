@@ -255,7 +255,6 @@ def test_a_log_that_does_not_say_it_is_an_error(log: str, function: str, archite
         ("sm_75", 512, 32, 32769, 50),
         ("sm_80", 128, 40, 0, 75),
         ("sm_86", 32, 32, 0, 33),
-        ("sm_89", 32, 32, 0, 50),
         ("sm_120", 1024, 40, 0, 66),
         ("sm_120", 512, 40, 51200, 33),  # one block of 51 KB of 100
     ],

@@ -52,6 +52,12 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     biases, which = tensor(2, 16, seed=2), ids.int() % 2
     biased = Router(METHOD, weight=tensor(16, 8, seed=1), bias=biases)
     _KEPT.extend((gated, hashed, biased))
+
+    def hash_layer(token_ids: Any, given: Any, *several: Any) -> tuple[Any, ...]:
+        biases, bias_index = several or (None, None)
+        layer = table, parameter(16, 8, seed=1), biases, bias_index, bias, scale
+        return method, parameter(5, 8), token_ids, *layer, given, count, -1
+
     by_hand: dict[str, list[tuple[Any, ...]]] = {
         "topk_select": [
             (TopKOptions(3).text, tensor(5, 16), ids.int(), None, None),
@@ -69,50 +75,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, None, None, -1),
             (HashOptions(None).text, ids, table, None, None, None, None, None, None, None, None, -1),
         ],
-        "hash_layer": [
-            (
-                method,
-                parameter(5, 8),
-                ids,
-                table,
-                parameter(16, 8, seed=1),
-                None,
-                None,
-                bias,
-                scale,
-                replayed,
-                count,
-                -1,
-            ),
-            (
-                method,
-                parameter(5, 8),
-                None,
-                table,
-                parameter(16, 8, seed=1),
-                None,
-                None,
-                bias,
-                scale,
-                replayed,
-                None,
-                -1,
-            ),
-            (
-                method,
-                parameter(5, 8),
-                ids,
-                table,
-                parameter(16, 8, seed=1),
-                biases,
-                which,
-                bias,
-                scale,
-                None,
-                count,
-                -1,
-            ),
-        ],
+        "hash_layer": [hash_layer(ids, replayed), hash_layer(None, replayed), hash_layer(ids, None, biases, which)],
         "dense_router": [
             (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, count, -1)
             for ids_given in (None, replayed)

@@ -10,9 +10,10 @@ State = Literal["ok", "note", "fault"]
 
 
 class Result(NamedTuple):
-    """What one check found.
+    """The result of one check.
 
-    ``note`` is something to know that keeps nothing from running; ``fault`` is something to correct.
+    state: ``ok``; ``note``: worth knowing, but everything runs; ``fault``: has to be corrected.
+    found: one line.
     """
 
     name: str

@@ -18,7 +18,7 @@ def width() -> int:
 
 
 def field(name: str, text: str, columns: int = 10) -> None:
-    """Print ``name  text`` with a name of so many columns, and further lines indented below the text."""
+    """Print a name, padded to `columns`, and a text, whose further lines are indented to begin below it."""
     lines = textwrap.wrap(text, width() - 2 - columns, break_long_words=False, break_on_hyphens=False)  # whole paths
     for i, line in enumerate(lines or [""]):
         print(f"  {'' if i else name:<{columns}}{line}")

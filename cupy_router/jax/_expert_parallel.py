@@ -25,7 +25,7 @@ Axis = str | tuple[str, ...]
 
 
 class Ticket(NamedTuple):
-    """What :meth:`ExpertParallel.combine` has to know of a dispatch, a pytree.
+    """The state that a dispatch leaves for :meth:`ExpertParallel.combine`, a pytree.
 
     layout: :class:`ExpertLayout` of this device's experts.
     weights: [num_tokens, top_k] float32, of this device's tokens with `exact`, else of all tokens.
@@ -39,7 +39,7 @@ class Ticket(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """What :func:`expert_parallel` returns. Its methods are called inside of the same `jax.shard_map`.
+    """The dispatch and combine of :func:`expert_parallel`. Call both inside the `jax.shard_map` that made it.
 
     axis: Of the mesh.
     num_experts: Number of experts of all devices.

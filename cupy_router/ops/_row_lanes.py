@@ -112,12 +112,12 @@ def grid_and_block(gpu: Gpu, num_rows: int, lanes: int, interleaved: bool = Fals
     return -(-num_rows * lanes // block), block
 
 
-def min_blocks(gpu: Gpu, lanes: int, columns: int, num_columns: int, interleaved: bool, capped: bool) -> int:
+def min_blocks(gpu: Gpu, lanes: int, columns: int, num_columns: int, interleaved: bool, more: bool) -> int:
     """Return the fewest blocks per multiprocessor, which ptxas is told if it would spill registers to fit more; else 0.
 
     Args:
         columns: number of columns of each lane; `num_columns` is that of the row.
-        capped: the method has a logit_softcap.
+        more: a step needs more registers: the method has a logit_softcap, or experts may be given.
     """
     uneven = lanes * columns != num_columns or (lanes < MAX_LANES and columns % 8 != 0)
-    return int((interleaved and (capped or uneven)) or gpu.capability >= gpu.table.rows.spills_from)
+    return int((interleaved and (more or uneven)) or gpu.capability >= gpu.table.rows.spills_from)

@@ -26,7 +26,7 @@ class ManyShape(NamedTuple):
     vectors: int
 
     def kernel(self, dtype: str, order: str, num_rows: int, numbers: dict[str, int | float]) -> Kernel:
-        """Return the kernel for so many rows."""
+        """Return the kernel for `num_rows` rows. numbers: its fixed parameters."""
         num_columns, sorts = int(numbers["num_columns"]), order != "any"
         macros = {
             "DTYPE": row_lanes.DTYPE_CODES[dtype],
@@ -76,7 +76,11 @@ def choose_many(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, s
 
 
 def _with_list(largest: ManyShape, num_columns: int, k: int, size: int, sample: int) -> ManyShape | None:
-    """Return the shape with the list for a sample of so many scores, or of more if it has no room otherwise."""
+    """Return the launch shape with the capacity and the sample that it needs, or None.
+
+    largest: block, blocks on a multiprocessor, and the most entries that a list may have.
+    sample: number of scores; more are sampled if the list would be too long otherwise.
+    """
     for vectors in (1, 2, 4, 8):
         scores = largest.block * vectors * 16 // size
         enough = scores >= sample or 16 * scores > num_columns  # twice as many would be more than an eighth of the row

@@ -123,11 +123,10 @@ class ActivationTopK(RoutedOp):
         if interleaved:
             lanes, columns = interleaved, row_lanes.interleaved_columns(num_experts, interleaved)
         biases = [view for view in (arrays.bias, arrays.logit_bias) if view is not None]
+        more = method.logit_softcap is not None or arrays.given_experts is not None
         macros |= {
             "INTERLEAVED": int(bool(interleaved)),
-            "MIN_BLOCKS": row_lanes.min_blocks(
-                gpu, lanes, columns, num_experts, bool(interleaved), method.logit_softcap is not None
-            ),
+            "MIN_BLOCKS": row_lanes.min_blocks(gpu, lanes, columns, num_experts, bool(interleaved), more),
             "DENSE": int(dense),
             "LANES": lanes,
             "PER_LANE": columns,

@@ -60,8 +60,8 @@ _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buf
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """The method, the path, "decode", "prefill" or None to choose by size, the layout, the dtype of the logits, and the
-    fate of a given row of -1."""
+    """The method; the path, "decode", "prefill" or None to choose by size; the layout; the dtype of the logits; and
+    what becomes of a given row of -1."""
 
     method: RoutingMethod
     path: str | None
@@ -233,7 +233,8 @@ def dense_router(
         wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
         fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
     if unset != ROUTE:
-        fields = (*fields, *(None, None)[len(fields) - 2 :], as_unset("dense_router", unset))
+        no_layout_or_logits = (None,) * (4 - len(fields))
+        fields = (*fields, *no_layout_or_logits, as_unset("dense_router", unset))
     inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 

@@ -37,7 +37,7 @@ from cupy_router.tuning import Gpu
 
 @dataclass(frozen=True)
 class HashOptions(Options):
-    """The method, or None: uniform weights; the layout; the dtype of the logits; and the fate of a given row of -1."""
+    """The method, or None: uniform weights; the layout; the dtype of the logits; what becomes of a given row of -1."""
 
     method: RoutingMethod | None
     layout: LayoutSpec | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a group tell each other before tokens move: sizes, and whether all make the same call.
+"""Ranks exchange sizes before tokens move, and check that all make the same call.
 
 That is one all_gather of int64 numbers, for which the host waits. Every rank sees the numbers of all, so all raise an
 error together, and none waits for another in a collective.
@@ -20,7 +20,7 @@ METHODS = ("gather", "exchange")
 
 
 class Call(NamedTuple):
-    """What all ranks must agree on, as numbers. -1 stands for None."""
+    """Options, shapes and dtype of a call, which have to be the same on all ranks, as numbers; -1: None."""
 
     method: int
     exact: int

@@ -20,7 +20,7 @@ from cupy_router.torch._transport_gradient import Combine, Dispatch
 
 
 class Ticket(NamedTuple):
-    """What :meth:`ExpertParallel.combine` has to know of a dispatch.
+    """The state that a dispatch leaves for :meth:`ExpertParallel.combine`.
 
     layout: :class:`ExpertLayout` of this rank's experts.
     weights: [num_tokens, top_k] of this rank's tokens.

@@ -42,7 +42,7 @@ class Setting:
     score: str = "sqrtsoftplus"
     renormalize: bool = True
     given: frozenset[str] = frozenset()  # optional arrays
-    as_of_rows: int = 0  # the kernel for so many rows
+    as_of_rows: int = 0  # number of rows by which the kernel is chosen; 0: those of the call
     ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
     weight_dtype: str = "float32"
     hidden: int = 0

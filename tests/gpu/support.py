@@ -195,3 +195,17 @@ def printed(program: str, flag: str, how: str) -> int:
         pytest.skip(f"this XLA does not know {flag}")
     assert (done.returncode, done.stdout[:5]) == (0, "done "), done.stderr[-3000:]
     return int(done.stdout.split()[1])
+
+
+def assert_graph_follows(torch: Any, call: Callable[..., Any], arrays: dict[str, Any], name: str, *values: Any) -> None:
+    """Assert that replays of a captured call give what eager calls do, whatever one of its arrays holds by then."""
+    held = arrays | {name: arrays[name].clone()}
+    call(held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(held)
+    for value in values:
+        held[name].copy_(value)
+        graph.replay()
+        for found, wanted in zip(captured, call(arrays | {name: value}), strict=True):
+            assert torch.equal(found, wanted)

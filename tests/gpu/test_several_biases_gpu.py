@@ -10,7 +10,7 @@ import pytest
 
 from cupy_router import hash_router
 from tests.bias_calls import KINDS, Call
-from tests.gpu.support import LAUNCHED_BY, launched_by, on_gpu, upload
+from tests.gpu.support import LAUNCHED_BY, assert_graph_follows, launched_by, on_gpu, upload
 from tests.jax_calls import same_bits
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
@@ -41,17 +41,9 @@ def test_results_are_those_of_the_host(torch: Any, kind: str, name: str) -> None
 def test_a_captured_call_follows_indices_that_change(torch: Any, kind: str) -> None:
     call = Call(kind, "two shared experts")
     arrays = on_torch(torch, call)
-    which = arrays["bias_index"].clone()
-    held = arrays | {"bias_index": which}
-    call(held)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(held)
-    for values in (arrays["bias_index"], torch.zeros_like(which), torch.ones_like(which), which.flip(0), which - 2):
-        which.copy_(values)
-        graph.replay()
-        for a, b in zip(captured, call(arrays | {"bias_index": values}), strict=True):
-            assert torch.equal(a, b)
+    which = arrays["bias_index"]
+    others = torch.zeros_like(which), torch.ones_like(which), which.flip(0), which - 2
+    assert_graph_follows(torch, call, arrays, "bias_index", which, *others)
 
 
 @pytest.mark.parametrize("returned", [False, True])
