@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of the tests of ExpertParallel: `python -m tests.expert_parallel_ranks RANK NUM_RANKS FOLDER`.
 
-It runs all cases one after the other, in a group of gloo, and writes what went wrong, by case, to FOLDER/RANK.json.
 Every rank knows the tokens of all, and computes by itself what one process returns.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +17,7 @@ import torch.distributed as dist
 from cupy_router.torch import ExpertParallel
 from cupy_router.torch import _agreement as agreement
 from tests import expert_parallel_faults as faults
+from tests import rank_processes
 from tests.expert_parallel_problem import (
     HIDDEN,
     Problem,
@@ -221,21 +216,5 @@ def cases(num_ranks: int) -> dict[str, Callable[[], None]]:
     return found | faults.cases()
 
 
-def main(rank: int, num_ranks: int, folder: Path) -> None:
-    store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=20))
-    todo, found = cases(num_ranks), {}
-    for name, case in todo.items():
-        try:
-            case()
-            found[name] = ""
-        except Exception:  # other ranks may wait in a collective: the group is of no use any more
-            found = dict.fromkeys(todo, f"not run after {name!r}") | found | {name: traceback.format_exc()}
-            break
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    store.set(f"done {rank}", "")
-    store.wait([f"done {other}" for other in range(num_ranks)], timedelta(seconds=60))  # others may still need this one
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    rank_processes.main(cases)

@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import doctest
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,32 +16,14 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="Py
 from cupy_router.torch import ExpertParallel, _expert_parallel  # noqa: E402
 from tests import expert_parallel_problem as problem  # noqa: E402
 from tests import expert_parallel_ranks as ranks  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-WAIT = 600  # seconds
+from tests import rank_processes  # noqa: E402
 
 
 @pytest.mark.slow("process")
 @pytest.mark.backends("reference")
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_ranks_do_what_one_process_does(num_ranks: int, tmp_path: Path) -> None:
-    """Processes start once for all cases, because that takes longer than most of these."""
-    command = [sys.executable, "-m", "tests.expert_parallel_ranks"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([*command, str(rank), str(num_ranks), str(tmp_path)], cwd=ROOT, env=environment)
-        for rank in range(num_ranks)
-    ]
-    try:
-        for process in started:
-            process.wait(WAIT)
-    finally:
-        for process in started:
-            process.kill()
-    errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-    assert [errors_of_rank.keys() for errors_of_rank in errors] == [ranks.cases(num_ranks).keys()] * num_ranks
-    failed = {(rank, name): error for rank, found in enumerate(errors) for name, error in found.items() if error}
-    assert failed == {}
+    rank_processes.assert_all_pass(ranks.__name__, num_ranks, ranks.cases, tmp_path)
 
 
 # -- One rank ----------------------------------------------------------------------------------------------------------

@@ -138,8 +138,10 @@ _nodes: dict[tuple[int, tuple[str, ...]], _Nodes] = {}
 def prepare_nodes(experts: Any) -> None:
     """Prepare what torch.compile finds in a module. Without it, graphs are the same, but their guards take longer."""
     _, second, biases, norm = _parts(experts)
+    # With expert parallelism, calls find the weights of this rank, and parameters have the shape of all.
+    num_experts = experts.num_experts if getattr(experts, "_is_expert_parallel", False) else second.shape[0]
     for want in {_wanted(biases, norm), _WANT_EXPERTS}:
-        key = second.shape[0], want
+        key = num_experts, want
         _nodes.setdefault(key, _Nodes(*key))
 
 
