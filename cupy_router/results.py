@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 class Routing(NamedTuple):
     """Experts of each token and their weights.
 
-    weights: [num_tokens, top_k (+ shared experts)] float32, or the method's weight_dtype.
-    indices: Expert ids, of the same shape, int32 or the method's index_dtype. A row without a result (padding, bad
-        token id) has -1 here, or the highest value of an unsigned dtype, and weights 0.
+    Attributes:
+        weights: [num_tokens, top_k (+ shared experts)] float32, or the method's weight_dtype.
+        indices: Expert ids, of the same shape, int32 or the method's index_dtype. A row without a result (padding, bad
+            token id) has -1 here, or the highest value of an unsigned dtype, and weights 0.
     """
 
     weights: Any
@@ -21,9 +22,10 @@ class Routing(NamedTuple):
 class TopK(NamedTuple):
     """The k largest scores of each row, best first.
 
-    values: [num_rows, k] in the dtype of the scores, bit copies of the inputs; -inf where a row has fewer than k. None
-        with ``return_values=False``.
-    indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row has fewer than k.
+    Attributes:
+        values: [num_rows, k] in the dtype of the scores, bit copies of the inputs; -inf where a row has fewer than k.
+            None with ``return_values=False``.
+        indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row has fewer than k.
     """
 
     values: Any
@@ -36,14 +38,15 @@ class ExpertLayout(NamedTuple):
     A pair is one token with one of its experts, token * top_k + slot. L is the number of experts in question. Arrays
     are int32, or None if they were not asked for. In JAX the ints are static parts of a pytree.
 
-    counts: [L] pairs that want the expert.
-    offsets: [L + 1] first row of each expert, multiples of `alignment`; the last is the number of rows in use.
-    ends: [L] the row after the last pair of each expert.
-    order: [capacity] pair of each row; `pad`, which is no pair, where a row has none.
-    positions: [num_tokens, top_k] row of each pair, -1 where it has none.
-    block_experts: [capacity / alignment] expert of each block of rows, -1 behind the rows in use.
-    row_experts: [capacity] expert of each row, -1 where a row has no pair.
-    num_tokens, top_k, alignment, capacity: ints. As `out`, a layout may leave them out.
+    Attributes:
+        counts: [L] pairs that want the expert.
+        offsets: [L + 1] first row of each expert, multiples of `alignment`; the last is the number of rows in use.
+        ends: [L] the row after the last pair of each expert.
+        order: [capacity] pair of each row; `pad`, which is no pair, where a row has none.
+        positions: [num_tokens, top_k] row of each pair, -1 where it has none.
+        block_experts: [capacity / alignment] expert of each block of rows, -1 behind the rows in use.
+        row_experts: [capacity] expert of each row, -1 where a row has no pair.
+        num_tokens, top_k, alignment, capacity: ints. As `out`, a layout may leave them out.
     """
 
     counts: Any = None
@@ -62,10 +65,11 @@ class ExpertLayout(NamedTuple):
 class RoutingWithLogits(NamedTuple):
     """Experts of each token, their weights, and the logits of all experts.
 
-    weights, indices: As in :class:`Routing`.
-    logits: [num_tokens, num_experts] in the dtype that was asked for: products of the hidden states with the gate, plus
-        the logit bias, without scale and soft cap. Rows of padding are 0. With the method's `shared_in_normalizer`
-        there are num_shared_experts more columns.
+    Attributes:
+        weights, indices: As in :class:`Routing`.
+        logits: [num_tokens, num_experts] in the dtype that was asked for: products of the hidden states with the gate,
+            plus the logit bias, without scale and soft cap. Rows of padding are 0. With the method's
+            `shared_in_normalizer` there are num_shared_experts more columns.
     """
 
     weights: Any
@@ -76,8 +80,9 @@ class RoutingWithLogits(NamedTuple):
 class RoutingPlan(NamedTuple):
     """Experts of each token, their weights, and the layout of the experts' rows.
 
-    weights, indices: As in :class:`Routing`.
-    layout: :class:`ExpertLayout` of the indices.
+    Attributes:
+        weights, indices: As in :class:`Routing`.
+        layout: :class:`ExpertLayout` of the indices.
     """
 
     weights: Any
@@ -88,8 +93,9 @@ class RoutingPlan(NamedTuple):
 class RoutingPlanWithLogits(NamedTuple):
     """Experts of each token, their weights, the logits of all experts, and the layout of the experts' rows.
 
-    weights, indices, logits: As in :class:`RoutingWithLogits`.
-    layout: :class:`ExpertLayout` of the indices.
+    Attributes:
+        weights, indices, logits: As in :class:`RoutingWithLogits`.
+        layout: :class:`ExpertLayout` of the indices.
     """
 
     weights: Any

@@ -35,7 +35,7 @@ def compare_score(score: ScoreFunction, *, tolerance: float = 1e-4) -> ScoreComp
     The x are some thousand float32: evenly from -20 to 20, of every magnitude and sign, infinities, NaN, zeros and
     subnormals. CUDA and NumPy may differ by ``tolerance * |NumPy|``, so that small scores count as much as large ones,
     as they do once weights are renormalised. Two things are allowed besides. Where a score crosses 0, float32 loses
-    digits: 1e-6 of the lesser of |NumPy| at x - 0.5 and x + 0.5. Where a step of the formula is subnormal, it
+    digits: 1e-6 of the lesser of ``|NumPy|`` at x - 0.5 and x + 0.5. Where a step of the formula is subnormal, it
     becomes 0: 1.1e-19, the root of the smallest normal float32. CUDA may take a subnormal x for 0. A formula that
     loses small scores otherwise, such as ``logf(1.0f + expf(x))`` far below 0, differs: write it with ``log1pf``.
 

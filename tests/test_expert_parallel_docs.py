@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/expert_parallel.md: its example, its table of rows, and its conversions, on outputs in each engine's format."""
+"""docs/expert_parallel.md: its table of rows, and its conversions, on outputs in each engine's format."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,32 +15,17 @@ pytestmark = pytest.mark.backends("reference")
 
 from benchmarks import expert_parallel_model as model  # noqa: E402
 from cupy_router import ExpertLayout, expert_layout, permute, unpermute  # noqa: E402
+from tests.pages import ROOT, between  # noqa: E402
 
-TEXT = (Path(__file__).parents[1] / "docs" / "expert_parallel.md").read_text()
+PATH = ROOT / "docs" / "expert_parallel.md"
 P, E, TOKENS, K, HIDDEN, RANK = 3, 6, 7, 2, 4, 1  # ranks, experts, tokens of a rank, ..., the rank that is looked at
 NUM_LOCAL, FIRST = E // P, RANK * E // P
-
-
-def between(mark: str) -> str:
-    return TEXT.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0].strip()
-
-
-@pytest.mark.parametrize("needed", ["torch.distributed", "jax"])
-def test_an_example_prints_what_its_comments_say(needed: str) -> None:
-    pytest.importorskip(needed, reason=f"{needed} is not installed")
-    if needed == "torch.distributed" and not torch.distributed.is_available():
-        pytest.skip("PyTorch has no torch.distributed")
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if f"import {needed}" in code]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "expert_parallel.md", "exec"), {})
-    assert printed.getvalue().splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
 
 
 @pytest.mark.parametrize(("num_experts", "num_devices"), [(9, 4), (12, 3), (3, 4), (1, 1)])
 def test_the_experts_whose_parameters_jax_devices_have(num_experts: int, num_devices: int) -> None:
     names: dict[str, Any] = {"np": np, "E": num_experts, "P": num_devices}
-    exec(textwrap.dedent(between("own").strip("`")), names)
+    exec(textwrap.dedent(between(PATH, "own").strip("`")), names)
     own = names["own"].reshape(num_devices, -1).tolist()
     for device, experts in enumerate(own):
         first, end = (d * num_experts // num_devices for d in (device, device + 1))
@@ -52,7 +34,7 @@ def test_the_experts_whose_parameters_jax_devices_have(num_experts: int, num_dev
 
 
 def test_the_table_of_rows_is_that_of_the_model() -> None:
-    assert between("rows") == model.table(256, 8)
+    assert between(PATH, "rows") == model.table(256, 8)
 
 
 # -- Conversions -------------------------------------------------------------------------------------------------------
@@ -143,7 +125,7 @@ FORMATS = {
     "FlashInfer": by_rank,
     "Megatron": by_rank_and_expert,
 }
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in between("engines").splitlines()[2:]]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(PATH, "engines").splitlines()[2:]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])

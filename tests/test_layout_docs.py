@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/layout.md: its examples print what they say, its drawing is that of the function, and its table of consumers
-gives each of them the arrays that its own rules build."""
+"""docs/layout.md: its drawing is that of the function, and its table of consumers gives each of them the arrays that
+its own rules build."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,29 +15,12 @@ import pytest
 from cupy_router import expert_layout, permute
 from tests.backends import Backend
 from tests.consumers import RULES
+from tests.pages import ROOT, between
 
-PATH = Path(__file__).parents[1] / "docs" / "layout.md"
-TEXT = PATH.read_text()
-
-
-def between(mark: str) -> str:
-    """Return the part of the page between two marks."""
-    return TEXT.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0].strip()
+PATH = ROOT / "docs" / "layout.md"
 
 
-# -- Examples and the drawing ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.backends("reference")
-def test_the_examples_print_what_their_comments_say() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    said, printed = re.findall(r"^print\(.*\)  # (.*)$", "\n".join(blocks), re.M), io.StringIO()
-    names: dict[str, Any] = {}
-    with contextlib.redirect_stdout(printed):
-        for block in blocks:
-            exec(compile(block, PATH.name, "exec"), names)
-    assert printed.getvalue().splitlines() == said
-    assert len(said) >= len(blocks) >= 7
+# -- The drawing -------------------------------------------------------------------------------------------------------
 
 
 def drawing() -> str:
@@ -81,12 +61,12 @@ def drawing() -> str:
 
 @pytest.mark.backends("reference")
 def test_the_drawing_is_that_of_the_function() -> None:
-    assert between("drawing") == f"```text\n{drawing()}\n```"
+    assert between(PATH, "drawing") == f"```text\n{drawing()}\n```"
 
 
 # -- Consumers ---------------------------------------------------------------------------------------------------------
 
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in between("consumers").splitlines()[2:]]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in between(PATH, "consumers").splitlines()[2:]]
 LONGER = {  # than the entries in use
     "m_indices", "sorted_token_ids", "expert_ids", "tile_idx_to_expert_idx", "tile_idx_to_mn_limit",
     "permuted_idx_to_expanded_idx", "y",
@@ -169,4 +149,4 @@ def test_masked_rows_of_ids_that_are_no_experts_are_negative() -> None:
 
 
 if __name__ == "__main__":  # writes the drawing
-    PATH.write_text(TEXT.replace(between("drawing"), f"```text\n{drawing()}\n```"))
+    PATH.write_text(PATH.read_text().replace(between(PATH, "drawing"), f"```text\n{drawing()}\n```"))

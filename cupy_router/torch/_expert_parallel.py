@@ -131,10 +131,12 @@ class ExpertParallel:
                 0..num_experts-1 are no experts.
 
         Returns:
-            rows: [layout.capacity, hidden] in the dtype of x, the tokens of each expert of this rank, those of lower
-                ranks first.
-            layout: :class:`ExpertLayout` of these experts, with counts, offsets, ends, order and positions.
-            ticket: For :meth:`combine`.
+            rows, layout and ticket.
+
+            - rows: [layout.capacity, hidden] in the dtype of x, the tokens of each expert of this rank, those of lower
+              ranks first.
+            - layout: :class:`ExpertLayout` of these experts, with counts, offsets, ends, order and positions.
+            - ticket: For :meth:`combine`.
 
         Raises:
             TypeError: An argument is no tensor, or its dtype is not allowed.

@@ -21,9 +21,10 @@ from cupy_router.torch._logits import prepare_logits
 class LoadBalance(NamedTuple):
     """Load of the experts in a batch, and their mean scores.
 
-    counts: [num_experts] int64, number of tokens that selected each expert.
-    mean_scores: [num_experts] float32, mean score of each expert over the tokens; differentiable with respect to the
-        logits.
+    Attributes:
+        counts: [num_experts] int64, number of tokens that selected each expert.
+        mean_scores: [num_experts] float32, mean score of each expert over the tokens; differentiable with respect to
+            the logits.
     """
 
     counts: Any
