@@ -8,7 +8,6 @@ CuPy, but no GPU if an architecture is given.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from cupy_router import thread_locale
 from cupy_router.kernel_log import KernelReady
+from cupy_router.nvrtc import Resources, resources
 
 DUMP = "CUPY_ROUTER_DUMP"  # environment
 
@@ -25,16 +25,6 @@ _CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 _LOG_OPTION, _NO_CACHE = "--ptxas-options=-v", "--no-cache"
 
 _unusable: set[Path] = set()  # folders that a warning has named
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of a kernel: registers, bytes of spills and stack per thread, static shared memory per block."""
-
-    registers: int
-    spills: int  # stores and loads
-    stack: int
-    shared: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def compile_for(source: str, function: str, options: tuple[str, ...], architectu
     except RuntimeError:  # an NVRTC without this option has no cache
         log, _, _ = _compile(nvrtc, source, (*given, _LOG_OPTION))
     version = ".".join(map(str, nvrtc.getVersion()))
-    return MachineCode(architecture, version, ptx, cubin, _resources(log, function))
+    return MachineCode(architecture, version, ptx, cubin, resources(log, function))
 
 
 @thread_locale.kept()
@@ -127,20 +117,6 @@ def _architecture(device: tuple[str, int]) -> str | None:
 
     capability = int(cupy.cuda.Device(number).compute_capability)
     return f"sm_{min(capability, max(_nvrtc().getSupportedArchs()))}"
-
-
-def _resources(log: str, function: str) -> Resources:
-    """Read the lines of ptxas about one kernel."""
-    found = re.search(rf"Compiling entry function '{function}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
-    if found is None:
-        raise RuntimeError(f"ptxas does not mention {function}: {log}")
-
-    def number(words: str) -> int:
-        match = re.search(rf"(\d+) {words}", found[1])
-        return int(match[1]) if match else 0
-
-    spills = number("bytes spill stores") + number("bytes spill loads")
-    return Resources(number("registers"), spills, number("bytes stack frame"), number("bytes smem"))
 
 
 def _summary(ready: KernelReady, code: MachineCode | None, why: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import compiler
-from tests.simt import device
+from cupy_router.simt import device
 
 DTYPES: dict[str, Any] = {
     "float32": np.float32,

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVRTC by ctypes, so that several versions work side by side and none needs a GPU, a driver or CuPy."""
+"""Several versions of NVRTC side by side; none needs a GPU, a driver or CuPy."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import struct
 import sys
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
-from cupy_router import compiler, thread_locale
-from cupy_router.compiler import CompileError
+from cupy_router import compiler, nvrtc
+from cupy_router.nvrtc import Resources
 
 # One of each kind: kernels need the same on sm_89 as on sm_86, and the same on sm_90a as on sm_90.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -23,68 +21,19 @@ FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that a
 _OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v", "--no-cache")
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a kernel needs: registers, spilled bytes and stack bytes of a thread, shared bytes of a block."""
-
-    registers: int
-    spills: int
-    stack: int
-    shared: int
-
-
-class Nvrtc:
+class Nvrtc(nvrtc.Nvrtc):
     """One NVRTC library."""
-
-    def __init__(self, library: Path) -> None:
-        self.path = library
-        for builtins in sorted(library.parent.glob("libnvrtc-builtins.so.*")):
-            ctypes.CDLL(str(builtins))  # NVRTC asks for it by name alone, which then finds what is loaded already
-        self._library = ctypes.CDLL(str(library))
-        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
-
-    @cached_property
-    def version(self) -> str:
-        """Such as "12.9.86": what the library writes into PTX, since nvrtcVersion leaves out the last part."""
-        (ptx,) = self._compile('extern "C" __global__ void empty() {}', ["-arch=compute_75"], "PTX")
-        found = re.search(r"Cuda compilation tools, release [\d.]+, V([\d.]+)", ptx.decode())
-        assert found is not None, ptx
-        return found[1]
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
-        (log,) = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
+        (log,) = self.compile(source, "kernel.cu", [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
         return parse_log(log.decode(), function, architecture)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
         """The bytes of the instructions, padding included, and what they need."""
-        log, cubin = self._compile(source, [*_OPTIONS, f"-arch={architecture}"], "ProgramLog", "CUBIN")
+        options = [*_OPTIONS, f"-arch={architecture}"]
+        log, cubin = self.compile(source, "kernel.cu", options, "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
-
-    @thread_locale.kept()
-    def _compile(self, source: str, options: list[str], *wanted: str) -> list[bytes]:
-        program = ctypes.c_void_p()
-        self._check(
-            self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-        )
-        try:
-            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            if self._library.nvrtcCompileProgram(program, len(options), encoded):
-                raise CompileError(self._read(program, "ProgramLog").decode())
-            return [self._read(program, what) for what in wanted]
-        finally:
-            self._library.nvrtcDestroyProgram(ctypes.byref(program))
-
-    def _read(self, program: ctypes.c_void_p, what: str) -> bytes:
-        size = ctypes.c_size_t()
-        self._check(getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
-        found = ctypes.create_string_buffer(size.value)
-        self._check(getattr(self._library, f"nvrtcGet{what}")(program, found))
-        return found.raw if what == "CUBIN" else found.value  # texts end with a zero byte
-
-    def _check(self, status: int) -> None:
-        if status:
-            raise RuntimeError(f"{self.path}: {self._library.nvrtcGetErrorString(status).decode()}")
 
 
 def parse_log(log: str, function: str, architecture: str) -> Resources:
@@ -126,8 +75,8 @@ def libraries() -> dict[str, Nvrtc]:
     if missing:
         raise FileNotFoundError(f"{FOLDERS} names folders without libnvrtc.so: {', '.join(map(str, missing))}")
     folders = [*named, *(folder for path in sys.path for folder in sorted(Path(path).glob("nvidia/*/lib")))]
-    found = (Nvrtc(library) for folder in folders for library in sorted(folder.glob("libnvrtc.so.*")))
+    opened = (Nvrtc(library) for folder in folders for library in sorted(folder.glob("libnvrtc.so.*")))
     by_version: dict[str, Nvrtc] = {}
-    for nvrtc in found:
-        by_version.setdefault(nvrtc.version, nvrtc)
+    for library in opened:
+        by_version.setdefault(library.version, library)
     return dict(sorted(by_version.items(), key=lambda pair: [int(part) for part in pair[0].split(".")]))

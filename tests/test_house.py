@@ -22,7 +22,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cu", ".cuh", ".h", ".hpp", ".cpp", ".sh"} or path == ROOT / ".ci/run"
 )
-MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE)]
+MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE) and path.suffix == ".py"]
 # How a Router calls hash_router, and gradients that are kernels of the op and of its inverse, are not public.
 OPS = sorted(registry.OPS.keys() - {"hash_layer", "permute_backward", "unpermute_backward"})
 
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "declarations": set(),
     "kernel_cache": set(),
     "kernel_log": set(),
-    "kernel_dump": {"kernel_log", "thread_locale"},
+    "kernel_dump": {"kernel_log", "nvrtc", "thread_locale"},
     "thread_locale": set(),
     "compiler": {"declarations", "kernel_cache", "kernel_dump", "kernel_log", "thread_locale", "watch"},
     "checkpoint": set(),
@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "huggingface_configs": {"huggingface_families"},
     "huggingface_families": set(),
     "results": set(),
-    "nvrtc": {"thread_locale"},
+    "nvrtc": {"declarations", "thread_locale"},
+    "simt": {"compiler"},
     "score_function": {"declarations", "nvrtc", "unique_keys"},
     "score_comparison": {"compiler", "method", "method_fields", "ops", "reference", "score_function"},
     "method": {"_hooks", "huggingface_configs", "method_fields", "score_function"},

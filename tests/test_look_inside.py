@@ -21,6 +21,7 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk, compiler, kernel_dump, kernel_log, topk_select
 from cupy_router.kernel_log import KernelReady
+from cupy_router.nvrtc import resources
 from tests import nvrtc
 from tests.recorder import Recorder, recording
 
@@ -342,7 +343,7 @@ def test_a_dump_has_the_cubin_that_cupy_loads(build_by_cupy: Callable[[str], tup
 def test_the_log_of_every_nvrtc_is_understood(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library, kernel = nvrtc.libraries()[version], (compiler.expand("topk_select"), "topk_select", "sm_90")
     needs = library.resources(*kernel)
-    monkeypatch.setattr(nvrtc, "parse_log", lambda log, function, _: kernel_dump._resources(log, function))
+    monkeypatch.setattr(nvrtc, "parse_log", lambda log, function, _: resources(log, function))
     assert vars(library.resources(*kernel)) == vars(needs)
 
 

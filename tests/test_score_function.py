@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,10 +126,10 @@ def needs_nvrtc() -> None:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    library, major, minor = nvrtc._library(), ctypes.c_int(), ctypes.c_int()
+    library = nvrtc._library()
     assert library is not None
-    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return major.value, minor.value
+    major, minor, _ = map(int, library.version.split("."))
+    return major, minor
 
 
 @pytest.mark.usefixtures("needs_nvrtc")
@@ -166,10 +166,12 @@ def test_without_nvrtc_only_brackets_are_checked() -> None:
 
 def test_an_nvrtc_that_fails_otherwise_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing:
-        def __getattr__(self, name: str) -> Callable[..., int]:
-            return lambda *args: 7
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            return lambda *args: b"an internal error" if name == "nvrtcGetErrorString" else 7
 
-    monkeypatch.setattr(nvrtc, "_library", Failing)
+    library = object.__new__(nvrtc.Nvrtc)
+    library.path, library._library = Path("libnvrtc.so"), Failing()
+    monkeypatch.setattr(nvrtc, "_library", lambda: library)
     nvrtc.errors.cache_clear()
     make("totally not CUDA")
     nvrtc.errors.cache_clear()

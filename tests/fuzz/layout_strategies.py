@@ -11,11 +11,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from cupy_router import RoutingMethod
+from cupy_router.simt.device import SCHEDULES
 from tests import oracle_layout
 from tests.backends import DTYPES
 from tests.fuzz.arrays import floats, integers, small_integers
 from tests.fuzz.case import Case
-from tests.simt.device import SCHEDULES
 
 FLOATS = ("float32", "float16", "bfloat16")
 IDS = ("uint8", "int16", "uint16", "int32", "int64")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
 from cupy_router.method_fields import INDEX_DTYPES
+from cupy_router.simt.device import SCHEDULES
 from tests.fuzz.arrays import biases, bits, floats, integers, recorded, small_integers
 from tests.fuzz.case import Case
-from tests.simt.device import SCHEDULES
 from tests.topk_calls import PLANS
 
 FLOATS = ("float32", "float16", "bfloat16")

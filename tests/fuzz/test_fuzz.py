@@ -23,6 +23,8 @@ import pytest
 from hypothesis import HealthCheck, Phase
 
 from cupy_router import RoutingMethod, compiler
+from cupy_router.simt.device import SCHEDULES, build_library
+from cupy_router.simt.sanitized import Call, call_sanitized, why_not_sanitized
 from tests.backends import Backend
 from tests.canvas import Canvas
 from tests.fuzz import case as case_module
@@ -31,8 +33,6 @@ from tests.fuzz.layout_strategies import LayoutSetting, layout_cases, layout_set
 from tests.fuzz.strategies import Setting, settings
 from tests.fuzz.strategies import cases as router_cases
 from tests.recorder import recording
-from tests.simt.device import SCHEDULES, build_library
-from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
 
 CASES = int(os.environ.get("CUPY_ROUTER_FUZZ_CASES", "2160"))
 KERNELS = int(os.environ.get("CUPY_ROUTER_FUZZ_KERNELS", "72"))

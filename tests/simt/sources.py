@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.simt.device import SimtBackend, build_library, launch
+from cupy_router.simt.device import SimtBackend, build_library, launch
 
 PROBES = Path(__file__).with_name("probes")
 BROKEN = Path(__file__).with_name("broken")

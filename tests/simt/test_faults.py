@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.simt import device
-from tests.simt.device import SCHEDULES, KernelFault, SimtBackend, launch
-from tests.simt.sanitized import Call, call_sanitized, run_sanitized, why_not_sanitized
+from cupy_router.simt import device
+from cupy_router.simt.device import SCHEDULES, KernelFault, SimtBackend, launch
+from cupy_router.simt.sanitized import Call, call_sanitized, run_sanitized, why_not_sanitized
 from tests.simt.sources import BROKEN, build_all, source
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
@@ -130,7 +130,9 @@ def test_sanitizers_find_nothing_without_the_fault(sanitizer: str) -> None:
     skip_without(sanitizer)
     names = sorted(name for name, (which, _) in SANITIZED.items() if which == sanitizer)
     launches = [(source(name), name, (BLOCKS,), (64,), arguments(False)) for name in names]
-    report = call_sanitized([Call("tests.simt.sanitized:launch_here", args) for args in launches], sanitizer=sanitizer)
+    report = call_sanitized(
+        [Call("cupy_router.simt.sanitized:launch_here", args) for args in launches], sanitizer=sanitizer
+    )
     assert (report.fault, len(report.results)) == (None, len(names)), report.text
     for name, result in zip(names, report.results, strict=True):
         assert is_right(name, result[1])

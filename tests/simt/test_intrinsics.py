@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.simt import device
-from tests.simt.device import SCHEDULES, SimtBackend
+from cupy_router.simt import device
+from cupy_router.simt.device import SCHEDULES, SimtBackend
 from tests.simt.sources import PROBES, build_all, run
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))

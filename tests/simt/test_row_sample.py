@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cupy_router.simt.device import SimtBackend
 from tests import inputs
-from tests.simt.device import SimtBackend
 from tests.simt.sources import run
 
 LENGTH, K, SAMPLE = 32768, 2048, 256 * 2 * 4

@@ -11,11 +11,11 @@ import pytest
 
 import cupy_router
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
+from cupy_router.simt import device
+from cupy_router.simt.sanitized import Call, call_sanitized, why_not_sanitized
+from cupy_router.simt.transport import pack, unpack
 from tests import topk_calls
-from tests.simt import device
-from tests.simt.sanitized import Call, call_sanitized, why_not_sanitized
 from tests.simt.sources import KERNELS, build_all, source
-from tests.simt.transport import pack, unpack
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
 
@@ -68,7 +68,7 @@ def test_probes_are_clean(sanitizer: str) -> None:
         ((1,), (32,), (single, single[:1].copy(), np.int32(8), np.int32(1000))),
     ]
     calls = [
-        Call("tests.simt.sanitized:launch_here", (source(name), name, *shapes))
+        Call("cupy_router.simt.sanitized:launch_here", (source(name), name, *shapes))
         for name, shapes in zip(PROBED, launches, strict=True)
     ]
     report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from cupy_router.compiler import CompileError
-from tests.simt import device
-from tests.simt.device import SCHEDULES, KernelFault, SimtBackend
+from cupy_router.simt import device
+from cupy_router.simt.device import SCHEDULES, KernelFault, SimtBackend
 from tests.simt.sources import KERNELS, PROBES, build_all, run
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))

@@ -93,7 +93,7 @@ class SimtBackend:
     """The `Backend` of cupy_router.compiler whose device is the CPU.
 
     `schedule`, `seed` and `time_limit` (CPU seconds a launch) may be changed between launches. `sanitizer` is None,
-    "address" (and undefined behaviour) or "thread"; the process has to preload its library: see tests.simt.sanitized.
+    "address" (and undefined behaviour) or "thread"; the process has to preload its library: see sanitized.py.
     """
 
     compiled = True  # or found among the libraries of earlier runs, which nobody asks for here

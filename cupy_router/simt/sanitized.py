@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from tests.simt.device import KernelFault, SimtBackend, launch, sanitizer_library, why_not
-from tests.simt.transport import pack, unpack
+from cupy_router.simt.device import KernelFault, SimtBackend, launch, sanitizer_library, why_not
+from cupy_router.simt.transport import pack, unpack
 
 # What a sanitizer writes -> the name of the fault. The first that is found counts.
 _FAULTS = {
@@ -105,8 +105,8 @@ def run_sanitized(
     schedule: str = "run_ahead",
     seed: int = 0,
 ) -> Report:
-    """One launch; `args` as for :func:`tests.simt.device.launch`. results[0] are the arguments afterwards."""
-    call = Call("tests.simt.sanitized:launch_here", (source, function, tuple(grid), tuple(block), tuple(args)))
+    """One launch; `args` as for :func:`cupy_router.simt.device.launch`. results[0] are the arguments afterwards."""
+    call = Call("cupy_router.simt.sanitized:launch_here", (source, function, tuple(grid), tuple(block), tuple(args)))
     return call_sanitized([call], sanitizer=sanitizer, schedule=schedule, seed=seed)
 
 
@@ -126,7 +126,7 @@ def call_sanitized(
         job = ([(c.function, pack(c.args), pack(c.kwargs)) for c in calls], sanitizer, schedule, seed)
         (Path(folder) / "job").write_bytes(pickle.dumps(job))
         child = subprocess.run(
-            [*_python(sanitizer), "-m", "tests.simt.sanitized", folder],
+            [*_python(sanitizer), "-m", "cupy_router.simt.sanitized", folder],
             env=_environment(), capture_output=True, text=True, errors="replace", timeout=timeout,
         )  # fmt: skip
         text = child.stdout + child.stderr
@@ -144,12 +144,12 @@ _backend: SimtBackend | None = None  # in the child
 
 
 def launch_here(*kernel: Any) -> tuple[Any, ...]:
-    """:func:`tests.simt.device.launch` in the child: source, function, grid, block, args."""
+    """:func:`cupy_router.simt.device.launch` in the child: source, function, grid, block, args."""
     assert _backend is not None, "only a child calls this"
     return launch(_backend, *kernel)
 
 
-def _child(folder: Path) -> None:
+def run_job(folder: Path) -> None:
     global _backend
     calls, sanitizer, schedule, seed = pickle.loads((folder / "job").read_bytes())
     results: list[Any] = []
@@ -172,6 +172,6 @@ def _child(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from tests.simt import sanitized  # under its own name, where launch_here looks for the backend
+    from cupy_router.simt import sanitized  # under its own name, where launch_here looks for the backend
 
-    sanitized._child(Path(sys.argv[1]))
+    sanitized.run_job(Path(sys.argv[1]))
