@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its default arguments would hold the group until Python ends
 
 from cupy_router.torch import ExpertParallel
 from examples import moe_pytorch, tokens

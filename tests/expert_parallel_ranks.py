@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists: its default arguments would hold the group until Python ends
 
 from cupy_router.torch import ExpertParallel
 from cupy_router.torch import _agreement as agreement
