@@ -13,32 +13,9 @@ from __future__ import annotations
 import importlib
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cupy_router import _hooks
-
-if TYPE_CHECKING:
-    from cupy_router.method import RoutingMethod, presets
-    from cupy_router.ops._layout import LayoutSpec, layout_capacity
-    from cupy_router.ops.activation_topk import activation_topk
-    from cupy_router.ops.dense_router import dense_router
-    from cupy_router.ops.expert_layout import expert_layout
-    from cupy_router.ops.hash_router import hash_router
-    from cupy_router.ops.permute import permute
-    from cupy_router.ops.topk_select import topk_select
-    from cupy_router.ops.unpermute import unpermute
-    from cupy_router.ops.update_bias import update_bias
-    from cupy_router.results import (
-        ExpertLayout,
-        Routing,
-        RoutingPlan,
-        RoutingPlanWithLogits,
-        RoutingWithLogits,
-        TopK,
-    )
-    from cupy_router.router import Router
-    from cupy_router.score_comparison import compare_score
-    from cupy_router.score_function import ScoreFunction
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,14 @@ import math
 import operator
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cupy_router import _hooks, huggingface_configs
 from cupy_router.method_fields import INDEX_DTYPES, boolean, check_index_dtype, integer, one_of, real
 from cupy_router.score_function import ScoreFunction, score_of_key
+
+if TYPE_CHECKING:
+    from cupy_router.typing import BiasTarget, GroupScore, IndexDtype, Preset, Score, WeightDtype
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
@@ -78,15 +81,15 @@ class RoutingMethod:
 
     num_experts: int
     top_k: int
-    score: str | ScoreFunction = "sqrtsoftplus"
+    score: Score | ScoreFunction = "sqrtsoftplus"
     _: KW_ONLY
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     score_after_topk: bool = False
-    bias_on: str = "score"
+    bias_on: BiasTarget = "score"
     num_groups: int = 1
     top_groups: int = 1
-    group_score: str = "max"
+    group_score: GroupScore = "max"
     renormalize: bool = True
     renormalize_eps: float = 0.0
     renormalize_min: float | None = None
@@ -94,8 +97,8 @@ class RoutingMethod:
     num_shared_experts: int = 0
     shared_weight: float = 1.0
     shared_in_normalizer: bool = False
-    weight_dtype: str = "float32"
-    index_dtype: str = "int32"
+    weight_dtype: WeightDtype = "float32"
+    index_dtype: IndexDtype = "int32"
 
     # Every call looks its method up in caches by this text, so it is computed once. It is no field.
     text: ClassVar[str]  # the fields as JSON, see `from_text`
@@ -283,7 +286,7 @@ def from_text(text: str) -> RoutingMethod:
     return RoutingMethod(**values)
 
 
-_PRESETS = {
+_PRESETS: dict[Preset, RoutingMethod] = {
     "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
     "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
     "deepseek-v3": RoutingMethod(
@@ -309,7 +312,7 @@ _PRESETS = {
 }
 
 
-def presets() -> dict[str, RoutingMethod]:
+def presets() -> dict[Preset, RoutingMethod]:
     """Return the routing methods of known models by name, as a new dictionary. docs/methods.md lists them.
 
     >>> list(presets())
@@ -337,7 +340,7 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     if not isinstance(method, str):
         raise TypeError(f"method is a {type(method).__name__}, but must be a RoutingMethod or the name of a preset")
     try:
-        return _PRESETS[method]
+        return _PRESETS[method]  # type: ignore[index]
     except KeyError:
         import difflib  # only needed for this message
 

@@ -3,10 +3,31 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import Generic
+
+    from typing_extensions import TypeVar
+
+    A = TypeVar("A", default=Any)
+else:
+
+    class _NoBase:
+        """`Generic[A]` at run time: no base class, since PyTorch takes tuples with two for no named tuples."""
+
+        def __getitem__(self, item: Any) -> _NoBase:
+            return self
+
+        def __mro_entries__(self, bases: Any) -> tuple[()]:
+            return ()
+
+    A, Generic = Any, _NoBase()
+
+_LEFT_OUT: Any = None
 
 
-class Routing(NamedTuple):
+class Routing(NamedTuple, Generic[A]):
     """Experts of each token and their weights.
 
     Attributes:
@@ -15,11 +36,11 @@ class Routing(NamedTuple):
             token id) has -1 here, or the highest value of an unsigned dtype, and weights 0.
     """
 
-    weights: Any
-    indices: Any
+    weights: A
+    indices: A
 
 
-class TopK(NamedTuple):
+class TopK(NamedTuple, Generic[A]):
     """The k largest scores of each row, best first.
 
     Attributes:
@@ -28,11 +49,11 @@ class TopK(NamedTuple):
         indices: [num_rows, k] int32, columns counted from the row's start; -1 where a row has fewer than k.
     """
 
-    values: Any
-    indices: Any
+    values: A
+    indices: A
 
 
-class ExpertLayout(NamedTuple):
+class ExpertLayout(NamedTuple, Generic[A]):
     """Rows of pairs in order of experts, as grouped GEMMs take them; see :func:`cupy_router.expert_layout`.
 
     A pair is one token with one of its experts, token * top_k + slot. L is the number of experts in question. Arrays
@@ -49,20 +70,20 @@ class ExpertLayout(NamedTuple):
         num_tokens, top_k, alignment, capacity: ints. As `out`, a layout may leave them out.
     """
 
-    counts: Any = None
-    offsets: Any = None
-    ends: Any = None
-    order: Any = None
-    positions: Any = None
-    block_experts: Any = None
-    row_experts: Any = None
-    num_tokens: Any = None
-    top_k: Any = None
-    alignment: Any = None
-    capacity: Any = None
+    counts: A = _LEFT_OUT
+    offsets: A = _LEFT_OUT
+    ends: A = _LEFT_OUT
+    order: A = _LEFT_OUT
+    positions: A = _LEFT_OUT
+    block_experts: A = _LEFT_OUT
+    row_experts: A = _LEFT_OUT
+    num_tokens: int = _LEFT_OUT
+    top_k: int = _LEFT_OUT
+    alignment: int = _LEFT_OUT
+    capacity: int = _LEFT_OUT
 
 
-class RoutingWithLogits(NamedTuple):
+class RoutingWithLogits(NamedTuple, Generic[A]):
     """Experts of each token, their weights, and the logits of all experts.
 
     Attributes:
@@ -72,12 +93,12 @@ class RoutingWithLogits(NamedTuple):
             `shared_in_normalizer` there are num_shared_experts more columns.
     """
 
-    weights: Any
-    indices: Any
-    logits: Any
+    weights: A
+    indices: A
+    logits: A
 
 
-class RoutingPlan(NamedTuple):
+class RoutingPlan(NamedTuple, Generic[A]):
     """Experts of each token, their weights, and the layout of the experts' rows.
 
     Attributes:
@@ -85,12 +106,12 @@ class RoutingPlan(NamedTuple):
         layout: :class:`ExpertLayout` of the indices.
     """
 
-    weights: Any
-    indices: Any
-    layout: Any
+    weights: A
+    indices: A
+    layout: ExpertLayout[A]
 
 
-class RoutingPlanWithLogits(NamedTuple):
+class RoutingPlanWithLogits(NamedTuple, Generic[A]):
     """Experts of each token, their weights, the logits of all experts, and the layout of the experts' rows.
 
     Attributes:
@@ -98,7 +119,7 @@ class RoutingPlanWithLogits(NamedTuple):
         layout: :class:`ExpertLayout` of the indices.
     """
 
-    weights: Any
-    indices: Any
-    logits: Any
-    layout: Any
+    weights: A
+    indices: A
+    logits: A
+    layout: ExpertLayout[A]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,11 @@ from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._run import Interceptor
 from cupy_router.unique_keys import new_key
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from cupy_router.typing import Array, Preset
 
 # Every router of this process by its key: graphs of PyTorch carry strings, not objects.
 routers: MutableMapping[str, Router] = weakref.WeakValueDictionary()
@@ -61,17 +66,20 @@ class Router:
 
     def __init__(
         self,
-        method: RoutingMethod | str,
+        method: RoutingMethod | Preset,
         *,
-        weight: Any = None,
-        bias: Any = None,
-        logit_bias: Any = None,
-        expert_scale: Any = None,
-        table: Any = None,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        logit_bias: Array | None = None,
+        expert_scale: Array | None = None,
+        table: Array | None = None,
     ) -> None:
         self.method = resolve(method)
-        self.weight, self.bias, self.table = weight, bias, table
-        self.logit_bias, self.expert_scale = logit_bias, expert_scale
+        self.weight: Any = weight
+        self.bias: Any = bias
+        self.logit_bias: Any = logit_bias
+        self.expert_scale: Any = expert_scale
+        self.table: Any = table
         self.follows_inputs = False  # True: copy the arrays to the device of x
         self._copies: dict[tuple[str, int], tuple[tuple[Any, ...], Router]] = {}
         self._check_arguments()
@@ -208,7 +216,7 @@ class Router:
     # -- Checkpoints ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], prefix: str, method: RoutingMethod | str) -> Router:
+    def from_state_dict(cls, state: Mapping[str, Any], prefix: str, method: RoutingMethod | Preset) -> Self:
         """Return the router at `prefix` of a state dict with the names of DeepSeek or Hugging Face.
 
         Args:
@@ -247,7 +255,7 @@ class Router:
             return cls._from_keys(state, huggingface.router_keys(state, prefix, method), {}, method)
 
     @classmethod
-    def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | str) -> Router:
+    def from_safetensors(cls, path: Any, prefix: str, method: RoutingMethod | Preset) -> Self:
         """Return the router at `prefix` of a safetensors file, or of the folder or index of a checkpoint.
 
         Only the arrays of this router are read, into CPU memory. The first x on a GPU copies them to that GPU. They are
@@ -282,7 +290,7 @@ class Router:
     @classmethod
     def _from_keys(
         cls, state: Mapping[str, Any], keys: huggingface.Keys, named: Mapping[str, str], method: RoutingMethod
-    ) -> Router:
+    ) -> Self:
         """Return the router of these keys; `named` has what messages call them, if not by the key alone."""
         found = {name: key for name, key in keys._asdict().items() if key is not None}
         arrays = {name: state[key] for name, key in found.items()}

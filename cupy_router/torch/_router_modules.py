@@ -146,7 +146,8 @@ def _with_results(module: Any, spec: RouterSpec, failures: list[str]) -> RouterS
             dtypes = tuple(getattr(result, "dtype", None) for result in (returned if outputs else ()))
             weights = next((dtype for output, dtype in zip(outputs, dtypes, strict=True) if output in _WEIGHTS), None)
             if weights in FLOATS:
-                method = replace(spec.method, weight_dtype=str(weights).removeprefix("torch."), index_dtype="int64")
+                weight_dtype: Any = str(weights).removeprefix("torch.")
+                method = replace(spec.method, weight_dtype=weight_dtype, index_dtype="int64")
                 found.setdefault(outputs, {})[x_dtype, gate_dtype] = ResultTypes(method, dtypes)
         if found:
             outputs, results = next(iter(found.items()))
