@@ -24,7 +24,7 @@ from typing import Any
 
 import cupy
 
-from benchmarks import one_size, timing
+from benchmarks import kernel_sources, one_size, timing
 from benchmarks import rows as results
 from benchmarks.one_size import OneSize
 from benchmarks.rows import OURS, Row
@@ -125,7 +125,7 @@ def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = No
 
 
 def environment() -> dict[str, Any]:
-    """Return the GPU, its clocks, versions, commit and date, which every file of results contains."""
+    """Return the GPU, its clocks, versions, commit, date and kernels, which every file of results contains."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
     packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "transformers", "numpy")
@@ -137,6 +137,7 @@ def environment() -> dict[str, Any]:
         # COMMIT names the commit where the files have no git history.
         "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty") or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "kernels": kernel_sources.digests(),
     }
 
 

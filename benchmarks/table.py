@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate the tables in Markdown files from the results: `python -m benchmarks.table --write`.
 
+Under a table stands the run that measured it, and the mark "Older than the kernels" if their code has changed since.
+
 A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write`
 nothing is written, and the exit code is 1 if a file does not match the results.
 """
@@ -14,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_sources, steps
 from benchmarks import rows as results
-from benchmarks import steps
 from benchmarks.rows import OURS, Row, markdown_table, microseconds, select
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +57,17 @@ def _ops(files: Files) -> list[Row]:
 
 
 def sources(files: Files, *names: str) -> str:
-    """Return the runs that produced these files, each once."""
-    return "; ".join(dict.fromkeys(results.source(files[name]["environment"]) for name in names if name in files)) + "."
+    """Return the runs that produced these files, each once, and which kernels have changed since."""
+    environments = {name: files[name]["environment"] for name in names if name in files}
+    now = kernel_sources.digests()
+    changed = dict.fromkeys(
+        op for name, about in environments.items() for op in kernel_sources.changed(name, about, now)
+    )
+    mark = ""
+    if changed:
+        ops = ", ".join(f"`{op}`" for op in changed)
+        mark = f" **Older than the kernels** of {ops}: their code, or a header of theirs, has changed since."
+    return "; ".join(dict.fromkeys(map(results.source, environments.values()))) + "." + mark
 
 
 def speed(files: Files) -> str:
@@ -185,7 +196,9 @@ def cliffs(files: Files) -> str:
         for ratio, op, over, n, small, large in sorted(lines, key=lambda line: -line[0])[:12]
     ]  # fmt: skip
     heads = ["the largest steps", "from, to", "us", "us", "ratio", f"within {CLIFF}"]
-    return markdown_table(heads, shown) if shown else NONE
+    if not shown:
+        return NONE
+    return f"{markdown_table(heads, shown)}\n\n{sources(files, 'activation_topk', 'topk_select')}"
 
 
 def models(files: Files) -> str:
@@ -212,10 +225,11 @@ def counters(files: Files) -> str:
     if not rows:
         return NONE
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("what", "op", "by", "cell")))
-    return markdown_table(
+    table = markdown_table(
         ["kernel", *(name.replace("_", " ") for name in names)],
         [[row["cell"], *(f"{row[name]:,g}" if name in row else "" for name in names)] for row in rows],
     )
+    return f"{table}\n\n{sources(files, 'ncu')}"
 
 
 TABLES: dict[str, Callable[[Files], str]] = {

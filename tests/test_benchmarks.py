@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import compare, ncu, plot, rows, steps, table
+from benchmarks import compare, kernel_sources, ncu, plot, rows, steps, table
 from benchmarks.bars import MODEL_STEPS, bar_16_bit
 from benchmarks.rows import OURS, Row
 from cupy_router import RoutingMethod, activation_topk, hash_router
@@ -118,10 +119,44 @@ def test_tables_hold_the_figures_and_their_source(tmp_path: Path) -> None:
     assert "| **cupy_router** | 2.00 | 2.21 |" in lines
     assert "| PyTorch, eager |  | 123 |" in lines
     assert "| `activation_topk` from cupy | 14.0 |" in lines
-    assert "Some GPU, driver 1.2, NVRTC unknown, commit abc, 2026-01-02." in lines
+    (run,) = {line for line in lines if line.startswith("Some GPU, driver 1.2, NVRTC unknown, commit abc, 2026-01-02.")}
+    assert run.endswith(
+        " **Older than the kernels** of `activation_topk`: their code, or a header of theirs, has changed since."
+    )
     assert [lines[0], lines[-1], "between" in lines, "old" in lines] == ["before", "after", True, False]
     assert "| activation_topk E=256 k=6 dtype=float32 cache=warm | 2.00 (2.00) | **2.21** (2.15) |" in lines
     assert "| `activation_topk` from cupy | 14.0 (15.0) |" in lines
+
+
+def test_results_are_as_old_as_the_code_of_their_kernels(tmp_path: Path) -> None:
+    """Comments and layout are no code; a header is code of every kernel that includes it."""
+    shutil.copytree(kernel_sources.KERNELS, tmp_path, dirs_exist_ok=True)
+    recorded = {"kernels": kernel_sources.digests()}
+
+    def after(file: str, old: str, new: str) -> dict[str, list[str]]:
+        path, text = tmp_path / file, (kernel_sources.KERNELS / file).read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        now = kernel_sources.digests(tmp_path)
+        path.write_text(text)
+        names = ("permute", "update_bias", "dense_router", "methods", "host_profile")
+        return {name: found for name in names if (found := kernel_sources.changed(name, recorded, now))}
+
+    assert after("permute.cu", "{", "  // a comment\n  {") == {}
+    assert after("permute.cu", "{", "{ ;") == {"permute": ["permute"]}
+    assert after("activation_topk_wide.cu", "{", "{ ;") == {
+        "dense_router": ["activation_topk"], "methods": ["activation_topk"]
+    }  # fmt: skip
+    assert list(after("device/types.cuh", "{", "{ ;")) == ["permute", "update_bias", "dense_router", "methods"]
+    unknown = kernel_sources.changed("permute", {}, recorded["kernels"])
+    assert unknown == ["permute", "unpermute"]
+
+
+def test_every_kernel_is_of_an_op_and_results_are_of_ops() -> None:
+    assert {kernel_sources.family(path.stem) for path in kernel_sources.KERNELS.glob("*.cu")} == set(
+        kernel_sources.FAMILIES
+    )
+    assert {op for ops in kernel_sources.MEASURED.values() for op in ops} <= kernel_sources.FAMILIES.keys()
 
 
 STEP = {"what": "step", "model": "glm", "layers": 4, "mode": "decode", "n": 1, "experts": "grouped_mm"}
@@ -167,7 +202,7 @@ def test_every_required_ratio_is_of_a_step_that_is_measured() -> None:
 
 def test_cliffs_are_steps_between_neighbouring_sizes() -> None:
     sweep = [CELL | {"by": OURS, "n": 64, "E": E, "us": us} for E, us in ((64, 2.0), (8, 1.9), (72, 3.2))]
-    lines = table.cliffs({"activation_topk": {"rows": sweep}}).splitlines()[2:]
+    lines = table.cliffs({"activation_topk": {"environment": ENVIRONMENT, "rows": sweep}}).splitlines()[2:4]
     assert [line.split(" | ")[1:] for line in lines] == [
         ["E 64 to 72", "2.00", "3.20", "1.60", "no |"],
         ["E 8 to 64", "1.90", "2.00", "1.05", "yes |"],
