@@ -24,7 +24,10 @@ from tests.pages import FENCE, PAGES, ROOT, Program, anchors, blocks, programs, 
 
 LINKED = (
     *PAGES,
-    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md", "benchmarks/README.md")),
+    *(
+        ROOT / name
+        for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "kernels/README.md", "benchmarks/README.md")
+    ),
 )
 LANGUAGES = {"python", "pycon", "sh", "text", "", "{toctree}"}
 PROGRAMS = [program for page in PAGES for program in programs(page)]

@@ -86,8 +86,29 @@ def test_wheel_and_checkout_have_the_same_files(wheel: Path) -> None:
         f"cupy_router/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*") if path.is_file()
     }
     assert in_wheel == {path.relative_to(ROOT).as_posix() for path in package} | kernels
-    assert {"cupy_router/py.typed", "cupy_router/data/minilm_router.npz"} <= in_wheel
+    assert {"cupy_router/py.typed", "cupy_router/__init__.pyi", "cupy_router/data/minilm_router.npz"} <= in_wheel
     assert {"cupy_router/kernels/topk_select.cu", "cupy_router/kernels/device/types.cuh"} <= in_wheel
+
+
+def test_wheel_has_the_package_and_nothing_beside_it(wheel: Path) -> None:
+    """No tests, benchmarks or examples, which would be modules of everybody's environment."""
+    version = metadata_of(wheel)["Version"]
+    folders = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert folders == {"cupy_router", f"cupy_router-{version}.dist-info"}
+
+
+def test_the_citation_is_of_this_package(wheel: Path) -> None:
+    entries = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.M))
+    about = metadata_of(wheel)
+    assert (entries["version"], entries["license"]) == (about["Version"], about["License-Expression"])
+    assert entries["abstract"].strip('"') == about["Summary"]
+    listed = (ROOT / "CITATION.cff").read_text("utf-8").partition("keywords:\n")[2]
+    assert sorted(re.findall(r"^  - (.+)$", listed, re.M)) == sorted(about["Keywords"].split(","))
+
+
+def test_classified_pythons_were_tried(wheel: Path) -> None:
+    pythons = re.findall(r"Python :: (3\.\d+)", "\n".join(metadata_of(wheel).get_all("Classifier", [])))
+    assert pythons == json.loads((ROOT / "cupy_router/data/tried_versions.json").read_text())["python"]
 
 
 def test_wheel_carries_licence_and_notice(wheel: Path) -> None:
