@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 import cupy_router
 from cupy_router import cli, compiler, gemm
-from cupy_router.cli import demo, info, terminal
+from cupy_router.cli import demo, info, load_plot, terminal
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[bytes]:
@@ -36,6 +37,35 @@ def test_demo_shows_tokens_words_and_load_and_its_checks_pass(capsys: pytest.Cap
     assert "421 tokens, 4.4 times the mean of 96" in printed
     assert printed.count("  ok  ") == 4
     assert "FAILED" not in printed
+
+
+def test_demo_plots_the_load(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = [tmp_path / f"{name}.svg" for name in "ab"]
+    for file in files:
+        assert cli.main(["demo", "--device", "cpu", "--plot", str(file)]) == 0
+    assert f"Wrote {file}" in capsys.readouterr().out
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for bad in ("load.xyz", "missing/load.png"):
+        assert cli.main(["demo", "--device", "cpu", "--plot", str(tmp_path / bad)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"cupy-router demo: --plot {tmp_path / bad}: ")
+    monkeypatch.setattr(load_plot, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--plot", str(tmp_path / "c.svg")]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "cupy-router demo: --plot needs matplotlib: pip install matplotlib\n")
+
+
+def test_the_picture_counts_every_pair() -> None:
+    indices = np.random.default_rng(0).permuted(np.tile(np.arange(8), (37, 1)), axis=1)[:, :3]
+    counts = load_plot.tokens_by_experts(indices, 8)
+    size = load_plot.TOKENS_PER_LINE
+    want = [[(indices[start : start + size] == expert).sum() for expert in range(8)] for start in (0, 16, 32)]
+    assert counts.tolist() == want
+    assert load_plot.entropy(np.full(128, 7)) == 7
+    assert load_plot.entropy(np.array([0, 3])) == 0
 
 
 def test_demo_tells_where_it_runs_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import cupy_router
 from cupy_router import compiler
 from cupy_router.results import Routing, TopK
 
-from . import terminal
+from . import load_plot, terminal
 
 Array = NDArray[Any]
 
@@ -40,6 +41,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("demo", help="route real tokens, show where they go, check the results")
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="where to route (default: CUDA if usable)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a picture of the load: .png, .svg"
+    )
     parser.set_defaults(run=run)
 
 
@@ -47,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     obstacle = "as --device cpu asks." if args.device == "cpu" else compiler.why_no_cuda()
     if args.device == "cuda" and obstacle:
         print(f"cupy-router demo: {obstacle}", file=sys.stderr)
+        return 1
+    if args.plot and (missing := load_plot.obstacle()):
+        print(f"cupy-router demo: {missing}", file=sys.stderr)
         return 1
     on_gpu = obstacle is None
     passage, table = load_passage(), hash_table()
@@ -70,7 +77,19 @@ def run(args: argparse.Namespace) -> int:
     show_tokens(passage, routed, hashed)
     show_words(passage, routed)
     show_load(routed, hashed)
-    return 0 if check(passage, table, hashed, top, routed) else 1
+    good = check(passage, table, hashed, top, routed)
+    return 0 if (args.plot is None or plot(routed, args.plot)) and good else 1
+
+
+def plot(routed: Routing, path: Path) -> bool:
+    """Write the picture, or print why that is not possible and return False."""
+    try:
+        load_plot.draw(routed.indices, NUM_EXPERTS, path)
+    except (OSError, ValueError) as error:
+        print(f"cupy-router demo: --plot {path}: {error}", file=sys.stderr)
+        return False
+    print(f"\nWrote {path}")
+    return True
 
 
 def load_passage() -> Passage:
