@@ -41,9 +41,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("demo", help="route real tokens, show where they go, check the results")
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="where to route (default: CUDA if usable)")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write a picture of the load: .png, .svg"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the load: .png, .svg")
     parser.set_defaults(run=run)
 
 
