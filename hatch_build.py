@@ -15,7 +15,11 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 def description(text: str, files: str) -> str:
-    """Return a README whose links to files of the repository begin with `files`, or are plain text if that is empty."""
+    """Return a README whose links to files of the repository begin with `files`.
+
+    If that is empty, links are plain text, and pictures are left out.
+    """
+    text = re.sub(r"!\[([^\]]+)\]\(([^)]+)\)\n*", rf"![\1]({files}/\2?raw=true)\n\n" if files else "", text)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)", rf"[\1]({files}/\2)" if files else r"\1", text)
 
 

@@ -21,7 +21,7 @@ from benchmarks import rows as results
 from benchmarks.rows import OURS, Row, markdown_table, microseconds, select
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+FILES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "benchmarks/README.md")
 NONE = "Not measured yet."
 CLIFF = 1.5
 BY = {  # in this order
@@ -70,8 +70,28 @@ def sources(files: Files, *names: str) -> str:
     return "; ".join(dict.fromkeys(map(results.source, environments.values()))) + "." + mark
 
 
+def summary(files: Files) -> str:
+    """Return the table for the first look: the first one of :func:`speed`."""
+    blocks = _narrow_rows(files)[:1]
+    return "\n\n".join([*blocks, f"Microseconds on the GPU. {sources(files, OPS[0])}"]) if blocks else NONE
+
+
 def speed(files: Files) -> str:
     """Return the table for users: time on the GPU and on the host, with the floor and the rivals."""
+    blocks = _narrow_rows(files)
+    blocks += _long_rows(files)
+    calls = select(_rows(files, "activation_topk"), what="host")
+    if calls:
+        lines = [[_call(row), microseconds(row["us"])] for row in calls]
+        blocks.append(markdown_table(["eager call, time on the host", "us"], lines))
+    if not blocks:
+        return NONE
+    head = "Microseconds, float32. Time on the GPU by graph replay; warm, except n = 65536 and tables marked cold."
+    return "\n\n".join([head, *blocks, sources(files, *OPS)])
+
+
+def _narrow_rows(files: Files) -> list[str]:
+    """Return a table for each of MAIN, with a line for us, the floor and each rival."""
     blocks = []
     for cell in MAIN:
         rows = select(_ops(files), what="gpu", dtype="float32", data=None, **cell)
@@ -86,15 +106,7 @@ def speed(files: Files) -> str:
             if any(n in cells for n in sizes)
         ]
         blocks.append(markdown_table([title, *(f"n = {n}" for n in sizes)], lines))
-    blocks += _long_rows(files)
-    calls = select(_rows(files, "activation_topk"), what="host")
-    if calls:
-        lines = [[_call(row), microseconds(row["us"])] for row in calls]
-        blocks.append(markdown_table(["eager call, time on the host", "us"], lines))
-    if not blocks:
-        return NONE
-    head = "Microseconds, float32. Time on the GPU by graph replay; warm, except n = 65536 and tables marked cold."
-    return "\n\n".join([head, *blocks, sources(files, *OPS)])
+    return blocks
 
 
 def _long_rows(files: Files) -> list[str]:
@@ -233,6 +245,7 @@ def counters(files: Files) -> str:
 
 
 TABLES: dict[str, Callable[[Files], str]] = {
+    "summary": summary,
     "benchmarks": speed,
     "models": models,
     "bars": bars,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What works in which framework, with the tests that show it: `python -m tests.framework_matrix --write`.
 
-The tables of docs/frameworks.md are made of this; tests/test_framework_matrix.py checks that the tests exist.
+The table of docs/frameworks.md and the list of docs/framework_tests.md are made of this. tests/test_framework_matrix.py
+checks that the tests exist.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "frameworks.md"
+DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = ("PyTorch", "JAX", "CuPy", "NumPy", "other DLPack")
 
 
@@ -323,37 +324,44 @@ def path_and_function(test: str) -> tuple[str, str]:
     return "/".join(filter(None, ("tests", folder, f"test_{file}.py"))), f"test_{name}"
 
 
-def tables() -> str:
-    """Both tables in Markdown: what works, and the tests."""
+def matrix() -> str:
+    """Return the table in Markdown: what works."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "| --- |" + " :---: |" * len(COLUMNS)]
     lines += [f"| {feature} | {' | '.join(cell.said for cell in cells)} |" for feature, cells in MATRIX.items()]
-    lines += ["", "## The tests", ""]
+    return "\n".join(lines)
+
+
+def tests() -> str:
+    """Return the list in Markdown: the tests of each feature, by column."""
+    lines = []
     for feature, cells in MATRIX.items():
         lines += [f"**{feature}**", ""]
         columns: dict[tuple[str, ...], list[str]] = {}
         for column, cell in zip(COLUMNS, cells, strict=True):
             if cell.tests:
                 columns.setdefault(cell.tests, []).append(column)
-        for tests, names in columns.items():
-            named = ", ".join("`{}::{}`".format(*path_and_function(test)) for test in tests)
+        for names_of_tests, names in columns.items():
+            named = ", ".join("`{}::{}`".format(*path_and_function(test)) for test in names_of_tests)
             lines.append(f"- {', '.join(names)}: {named}")
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+PARTS = {DOCS / "frameworks.md": ("matrix", matrix), DOCS / "framework_tests.md": ("tests", tests)}
 
 
-def updated(text: str) -> str:
-    """Return the document with current tables."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
+def updated(document: Path) -> str:
+    """Return a page with its current part."""
+    mark, part = PARTS[document]
+    head, begin, rest = document.read_text().partition(f"<!-- {mark} -->")
+    _, end, tail = rest.partition(f"<!-- /{mark} -->")
+    return f"{head}{begin}\n\n{part()}\n\n{end}{tail}"
 
 
 if __name__ == "__main__":
-    text = DOCUMENT.read_text()
+    outdated = {document: text for document in PARTS if (text := updated(document)) != document.read_text()}
     if "--write" in sys.argv:
-        DOCUMENT.write_text(updated(text))
+        for document, text in outdated.items():
+            document.write_text(text)
     else:
-        sys.exit(text != updated(text))
+        sys.exit(bool(outdated))

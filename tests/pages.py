@@ -36,10 +36,10 @@ class Program(NamedTuple):
 
     def expected(self) -> list[str]:
         """Return what the comments say that it prints: after the call, or in the next line."""
-        return re.findall(r"^print\(.*\)(?:  |\n)# (.*)$", self.code, re.M)
+        return re.findall(r"^ *print\(.*\)(?:  |\n)# (.*)$", self.code, re.M)
 
     def prints(self) -> int:
-        return len(re.findall(r"^print\(", self.code, re.M))
+        return len(re.findall(r"^ *print\(", self.code, re.M))
 
 
 def blocks(page: Path) -> list[Block]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib.util
 import io
@@ -29,7 +30,7 @@ LINKED = (
         for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "kernels/README.md", "benchmarks/README.md")
     ),
 )
-LANGUAGES = {"python", "pycon", "sh", "text", "", "{toctree}"}
+LANGUAGES = {"python", "sh", "text", "", "{toctree}"}
 PROGRAMS = [program for page in PAGES for program in programs(page)]
 COMMANDS = [
     pytest.param(line, id=f"{block.page.stem}-{block.line + number}")
@@ -45,6 +46,8 @@ COMMANDS = [
 
 def case(program: Program) -> Any:
     marks = [pytest.mark.backends("gpu")] if "cupy" in program.packages() else []
+    if program.packages() & {"equinox", "flax"}:
+        marks.append(pytest.mark.slow("seconds"))  # their imports
     return pytest.param(program, id=f"{program.page.stem}-{program.number}", marks=marks)
 
 
@@ -131,6 +134,46 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             target = (page.parent / name).resolve() if name else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def string_patterns() -> list[re.Pattern[str]]:
+    """Return the texts of the package that are long enough to be known by, with any value in their places."""
+    found = []
+    for path in (ROOT / "cupy_router").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and id(node) not in inner):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts = [str(part.value).lstrip(": ") if isinstance(part, ast.Constant) else None for part in parts]
+                if sum(len(text) for text in texts if text) >= 15:
+                    found.append(re.compile("".join(".*" if text is None else re.escape(text) for text in texts)))
+    return found
+
+
+def test_the_sentences_of_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    sentences, patterns = re.findall(r"^- `(.+)`$", page, re.M), string_patterns()
+    assert len(sentences) >= 30
+    for sentence in sentences:
+        # An error may begin with the name of the function, and a reason may end another sentence.
+        short = re.sub(r"^[\w.]+: ", "", sentence)
+        assert any(pattern.fullmatch(text) for pattern in patterns for text in (sentence, short)), sentence
+
+
+def test_the_table_of_environment_variables_has_those_that_are_read() -> None:
+    read = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)"(\w+)"|"((?:CUPY_ROUTER|CUPY_CACHE)_[A-Z_]+[A-Z])\"""")
+    other = {"GLOO_SOCKET_IFNAME", "LD_PRELOAD", "LOCAL_RANK", "NPROC", "OMP_NUM_THREADS", "PYTHONPATH"}  # of others
+    found = {
+        name
+        for folder in ("cupy_router", "benchmarks", "examples", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for names in read.findall(path.read_text("utf-8"))
+        for name in names
+        if name
+    }
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/environment.md").read_text("utf-8"), re.M)
+    assert sorted(listed) == sorted(found - other)
 
 
 def test_the_api_page_has_every_public_name() -> None:

@@ -142,10 +142,13 @@ def test_with_an_address_the_links_lead_to_the_files_of_the_release(tmp_path: Pa
     links = LINK.findall(about["readme"]["text"])
     assert links
     for link in [*links, about["urls"]["Changelog"]]:
-        assert (ROOT / link.removeprefix(files).partition("#")[0]).exists(), link
+        assert (ROOT / re.split("[#?]", link.removeprefix(files))[0]).exists(), link
     assert about["urls"]["Source"] == "https://host/owner/name"
-    given = "[a](b.md#c), [d](https://e), [f](#g)"
+    given = "![p](q.svg)\n\n[a](b.md#c), [d](https://e), [f](#g)"
     assert hatch_build.description(given, "") == "a, [d](https://e), [f](#g)"
+    assert hatch_build.description(given, "https://h").startswith(
+        "![p](https://h/q.svg?raw=true)\n\n[a](https://h/b.md#c)"
+    )
 
 
 def test_demo_and_info_run_from_the_wheel(environment: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import cupy_router
+from tests.pages import programs
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PATH = ROOT / "README.md"
+README = PATH.read_text()
 NO_EXAMPLES = re.compile(
     r"\.(__main__|_cupy|_jax|_torch|(torch|jax)(\.\w+)?)$"
 )  # modules that run a command or need a framework
@@ -23,6 +25,12 @@ MODULES = ["cupy_router"] + [
     for module in pkgutil.walk_packages(cupy_router.__path__, "cupy_router.")
     if not NO_EXAMPLES.search(module.name)
 ]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 150
+    (program,) = programs(PATH)
+    assert len([line for line in program.code.splitlines() if line]) <= 10
 
 
 def test_readme_has_both_commands_on_one_line_each() -> None:
