@@ -160,6 +160,7 @@ class Router:
         unset: str = ROUTE,
         bias_index: Any = None,
         return_logits: bool = False,
+        batch_invariant: bool = False,
         layout: LayoutSpec | None = None,
         num_valid: Any = None,
         out: Any = None,
@@ -173,14 +174,14 @@ class Router:
             indices, unset: The experts of each token, in place of a selection, and what becomes of a row of -1: as for
                 :func:`cupy_router.dense_router`. A hash router needs no token ids then; without, a row of -1 is empty.
             bias_index: [num_tokens] int32, the bias of each token. Required if there are several biases.
-            return_logits, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or for
-                :func:`cupy_router.hash_router` with a table. Logits are float32.
+            return_logits, batch_invariant, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or
+                for :func:`cupy_router.hash_router` with a table. Logits are float32.
 
         Returns:
             Routing with arrays of the framework of x, on its device; with `return_logits` RoutingWithLogits, with
             `layout` RoutingPlan, with both RoutingPlanWithLogits.
         """
-        inputs, wanted = (x, token_ids, bias_index, indices, num_valid), (layout, return_logits, unset)
+        inputs, wanted = (x, token_ids, bias_index, indices, num_valid), (layout, return_logits, unset, batch_invariant)
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
                 return interceptor.run(self, wanted, inputs, out, stream, -1)
@@ -189,28 +190,24 @@ class Router:
     def route(self, inputs: tuple[Any, ...], wanted: tuple[Any, ...], out: Any, stream: Any) -> Any:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them.
 
-        inputs: x, token_ids, bias_index, indices and num_valid; wanted: layout, return_logits and unset.
+        inputs: x, token_ids, bias_index, indices, num_valid; wanted: layout, return_logits, unset, batch_invariant.
         """
         x, token_ids, bias_index, indices, num_valid = inputs
-        layout, return_logits, unset = wanted
+        layout, return_logits, unset, batch_invariant = wanted
         if self.follows_inputs:
             return self.beside(x).route(inputs, wanted, out, stream)
         is_given = self.weight is not None and indices is not None and (token_ids is None or unset == EMPTY)
-        if self.table is not None and is_given:  # the table says nothing
+        if self.table is None or is_given:  # with both, the table says nothing
+            chosen: Any = {"bias": self.bias, "bias_index": bias_index, "unset": unset}
             return dense_router.dense_router(
-                x, self.weight, self.method, logit_bias=self.logit_bias, expert_scale=self.expert_scale,
-                indices=indices, unset=EMPTY, return_logits=return_logits, layout=layout, num_valid=num_valid,
+                x, self.weight, self.method, **(chosen if self.table is None else {"unset": EMPTY}),
+                logit_bias=self.logit_bias, expert_scale=self.expert_scale, indices=indices,
+                return_logits=return_logits, batch_invariant=batch_invariant, layout=layout, num_valid=num_valid,
                 out=out, stream=stream,
-            )  # fmt: skip
-        if self.table is None:
-            return dense_router.dense_router(
-                x, self.weight, self.method, bias=self.bias, bias_index=bias_index, logit_bias=self.logit_bias,
-                expert_scale=self.expert_scale, indices=indices, unset=unset, return_logits=return_logits,
-                layout=layout, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.bias, bias_index, self.logit_bias,
-            self.expert_scale, layout, num_valid, out, stream, return_logits, indices, unset,
+            self.expert_scale, layout, num_valid, out, stream, return_logits, indices, unset, batch_invariant,
         )  # fmt: skip
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------------

@@ -64,18 +64,21 @@ class ActivationOptions(RoutingOptions, total=False):
 class DenseOptions(ActivationOptions, total=False):
     path: Path | None
     logits_dtype: WeightDtype
+    batch_invariant: bool
 
 
 class HashOptions(RoutingOptions, total=False):
     logits: Array | None
     x: Array | None
     weight: Array | None
+    batch_invariant: bool
 
 
 class RouterOptions(CallOptions, total=False):
     indices: Array | None
     unset: Unset
     bias_index: Array | None
+    batch_invariant: bool
 
 
 class TopKOptions(TypedDict, total=False):

@@ -23,6 +23,7 @@ import numpy as np
 from cupy_router import (
     ExpertLayout,
     LayoutSpec,
+    Router,
     RoutingMethod,
     activation_topk,
     compiler,
@@ -93,7 +94,7 @@ def specialisations() -> list[Specialisation]:
 
 def in_order_of_use() -> list[Specialisation]:
     """As the ops ask for them, which does not depend on what macros are called."""
-    used = _largest(_presets, _benchmarks, _besides, _given)
+    used = _largest(_presets, _benchmarks, _besides, _given, _batch_invariant)
     found = [Specialisation(*key, *sizes, False, newest) for key, (sizes, newest) in used.items()]
     corners = _largest(_corners, _layouts).items()
     return found + [Specialisation(*key, *sizes, True, newest) for key, (sizes, newest) in corners if key not in used]
@@ -206,6 +207,22 @@ def _given() -> None:
     softmax = RoutingMethod(256, 8, "softmax")
     for unset in ("route", "empty"):
         dense_router(x, weight, softmax, indices=np.zeros((16, 8), np.int32), unset=unset, return_logits=True)
+
+
+def _batch_invariant() -> None:
+    """Few tokens and many, selected, given, and of tables, whose given experts keep the others' results."""
+    for preset, hidden in (("deepseek-v4-flash", 4096), ("deepseek-v4-pro", 7168)):
+        method = presets()[preset]
+        layer: dict[str, Any] = {"bias": np.zeros(method.num_experts, np.float32), "batch_invariant": True}
+        for dtype in ("bfloat16", "float32"):
+            weight = _matrix(method.num_experts, hidden, dtype)
+            for n in (1, 8, 64):
+                dense_router(_matrix(n, hidden, dtype), weight, method, **layer, return_logits=True)
+    method = presets()["deepseek-v4-flash"]
+    x, weight = _matrix(16, HIDDEN, "bfloat16"), _matrix(256, HIDDEN, "bfloat16")
+    ids, given = np.zeros(16, np.int32), np.zeros((16, 6), np.int16)
+    router = Router(method, weight=weight, table=np.zeros((VOCAB_SIZE, 6), np.int32))
+    router(x, ids, indices=given, batch_invariant=True)
 
 
 def _corners() -> None:

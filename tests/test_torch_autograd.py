@@ -146,7 +146,7 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
                 lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, *[None] * 6, -1),
                 parameter(5, 16),
             ),
-            (lambda x: ops.router(router.key, x, None, None, None, "route", None, -1), parameter(5, 8)),
+            (lambda x: ops.router(router.key, x, None, None, None, "route", False, None, -1), parameter(5, 8)),
         ]
     for call, x in calls:
         (first,) = torch.autograd.grad(call(x)[0].square().sum(), x, create_graph=True)

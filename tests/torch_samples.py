@@ -81,19 +81,19 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             for ids_given in (None, replayed)
         ],
         "router": [
-            (gated.key, parameter(5, 8), None, None, None, "route", count, -1),
-            (gated.key, parameter(5, 8), None, None, replayed, "empty", count, -1),
-            (biased.key, parameter(5, 8), None, which, replayed, "route", count, -1),
-            (hashed.key, parameter(5, 8), ids, None, None, "route", None, -1),
+            (gated.key, parameter(5, 8), None, None, None, "route", False, count, -1),
+            (gated.key, parameter(5, 8), None, None, replayed, "empty", False, count, -1),
+            (biased.key, parameter(5, 8), None, which, replayed, "route", False, count, -1),
+            (hashed.key, parameter(5, 8), ids, None, None, "route", False, None, -1),
         ],
         "activation_topk_backward": [
             (as_logits, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach()),
             (in_float32, tensor(5, 4), routed.indices, tensor(5, 16).half(), None, None),
         ],
-        "router_logits": [(gated.key, parameter(5, 8), None, None, None, "route", None, 3)],
+        "router_logits": [(gated.key, parameter(5, 8), None, None, None, "route", False, None, 3)],
         "router_backward": [
-            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), None, None, -1),
-            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), tensor(5, 16), count, -1),
+            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), None, None, -1, False),
+            (gated.key, tensor(5, 8), routed.indices, tensor(5, 4), tensor(5, 16), count, -1, True),
         ],
     }
     spec = LayoutSpec(4, None, tuple(ExpertLayout._fields[:7]))

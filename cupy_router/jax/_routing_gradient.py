@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from cupy_router.jax._vmap import call_of, function_of
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
-from cupy_router.ops import activation_topk_backward, hash_router
+from cupy_router.ops import activation_topk_backward, dense_router, hash_router, unpermute
+from cupy_router.ops._invariant_gradient import is_of_chosen_experts, logits_options
 from cupy_router.ops._op import Op
+from cupy_router.ops._rows import LayoutInts
 from cupy_router.ops.activation_topk_backward import BackwardOptions, check_derivative, without_factors
 from cupy_router.ops.hash_router import HashOptions
 
@@ -49,7 +51,8 @@ def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
             if place is not None:
                 grad_returned = _of_valid_rows(cotangents[place], arrays["num_valid"], number)
             grads = cotangents[0], grad_returned
-            found = _gradients(method, *grads, indices, returned, arrays, repeated=not MAY_REPEAT.isdisjoint(names))
+            repeated, invariant = not MAY_REPEAT.isdisjoint(names), getattr(options, "batch_invariant", False)
+            found = _gradients(method, *grads, indices, returned, arrays, repeated=repeated, batch_invariant=invariant)
         return tuple(map(found.get, names))  # None: no gradient, or 0
 
     routed.defvjp(forward, backward)
@@ -74,10 +77,12 @@ def _gradients(
     arrays: dict[str, Any],
     *,
     repeated: bool,
+    batch_invariant: bool,
 ) -> dict[str, Any]:
     """The gradients by what there is of `arrays`, in their dtypes; those that nobody asks for, jax.jit leaves out.
 
     returned: the logits that the call returned, with their bias, and grad_returned their gradient in float32, or None.
+    batch_invariant: the call was, and so is each token's gradient with respect to x.
     """
     with check.named(activation_topk_backward.OP.label):
         check_derivative(method)
@@ -86,6 +91,8 @@ def _gradients(
     bias = logit_bias
     if returned is not None:
         logits, bias = returned, None
+    elif logits is None and batch_invariant:
+        (*_, logits) = call_of(dense_router.OP, logits_options(weight.shape[0]), {"x": x, "weight": weight})
     elif logits is None:
         # With the forward pass's precision, not JAX's setting, so that scores are differentiated at the same logits.
         logits = _matmul(x, weight.T, jax.lax.Precision.HIGHEST)
@@ -98,7 +105,12 @@ def _gradients(
     if x is None:
         found["logits"] = grad_logits.astype(logits.dtype)
     else:
-        found["x"] = _matmul(grad_logits, weight).astype(x.dtype)
+        if batch_invariant:
+            of_chosen = grad_returned is None and is_of_chosen_experts(method, repeated)
+            experts = indices[:, : method.top_k] if of_chosen else None
+            found["x"] = _invariant_x_gradient(x.dtype, weight, grad_logits, experts)
+        else:
+            found["x"] = _matmul(grad_logits, weight).astype(x.dtype)
         found["weight"] = _matmul(grad_logits.T, x).astype(weight.dtype)
     if logit_bias is not None:
         found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
@@ -115,6 +127,23 @@ def _matmul(a: Any, b: Any, precision: Any = None) -> Any:
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _invariant_x_gradient(dtype: Any, weight: Any, grad_logits: Any, experts: Any) -> Any:
+    """Return the gradient with respect to x, in its dtype; each token's is the same to the bit in any batch.
+
+    experts: [num_tokens, top_k], the only ones whose logits have a gradient, or no expert; None: all have.
+    """
+    num_tokens, num_logits = grad_logits.shape
+    if experts is None:
+        positions = jnp.broadcast_to(jnp.arange(num_logits, dtype=jnp.int32), (num_tokens, num_logits))
+        factors = grad_logits
+    else:
+        positions = experts.astype(jnp.int32)
+        factors = jnp.take_along_axis(grad_logits, jnp.clip(positions, 0, num_logits - 1), axis=1)
+    rows = weight if weight.dtype == dtype else weight.astype(jnp.float32)
+    (summed,) = call_of(unpermute.OP, LayoutInts(), {"y": rows, "positions": positions, "weights": factors})
+    return summed.astype(dtype)
 
 
 def _expert_scale_gradient(method: RoutingMethod, grad_weights: Any, indices: Any, logits: Any, logit_bias: Any) -> Any:

@@ -8,7 +8,7 @@ scratch memory (counters, partials) and `num_valid_value`, and then those of :fu
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,6 +26,10 @@ SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
+
+# The parts of hidden in calls that are batch-invariant, of blocks, and of the warps of a block. Their sums are added in
+# order, first those of a block's warps. Any change changes the bits of results.
+INVARIANT_PARTS, INVARIANT_WARP_PARTS = 8, 2
 
 _BIAS_FLOATS = 2048  # in shared memory; several biases of more stay where they are
 _SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
@@ -52,6 +56,7 @@ class Tiling:
     warps: int
     share: int = 0
     tensor_cores: bool = True
+    invariant: bool = False
 
     def groups(self, num_tokens: int) -> int:
         return -(-num_tokens // self.tokens)
@@ -82,6 +87,7 @@ def launch_for(
     biases: Mapping[str, int] = MappingProxyType({}),
     tiling: Tiling | None = None,
     with_layout: bool = False,
+    batch_invariant: bool = False,
 ) -> DecodeLaunch:
     """Return the launch for 1 to 64 tokens.
 
@@ -93,10 +99,12 @@ def launch_for(
         biases: the macros of several biases.
         tiling: replaces the one that `choose` returns.
         with_layout: the launch lays out, too.
+        batch_invariant: sums have the same order for any number of tokens.
     """
     if tiling is None:
         num_biases = biases.get("NUM_BIASES", 1)
-        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, with_layout, num_biases)
+        more = with_layout, num_biases, batch_invariant
+        tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, *more)
     macros = {
         **method_macros(method, given),
         **biases,
@@ -113,6 +121,7 @@ def launch_for(
         "EXPERTS_PER_WARP": tiling.experts_per_warp,
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
+        **({"INVARIANT": 1} if tiling.invariant else {}),
     }
     if logits_dtype is not None:
         macros["LOGITS_OUT"] = row_lanes.DTYPE_CODES[logits_dtype]
@@ -160,12 +169,15 @@ def choose(
     weight_dtype: str,
     with_layout: bool = False,
     num_biases: int = 1,
+    batch_invariant: bool = False,
 ) -> Tiling:
     """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
     if not tensor_cores(x_dtype, weight_dtype):
-        return _fma(gpu, num_tokens, num_experts, hidden)
+        return _fma(gpu, num_tokens, num_experts, hidden, batch_invariant)
     table = gpu.table.decode
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
+    if batch_invariant:
+        return _invariant(gpu, tokens, num_experts, with_layout, num_biases)
     tile = next((tile for tile in table.tiles if tokens <= tile.max_tokens), table.tiles[-1])
     experts = tile.experts_per_block
     tiles = -(-num_experts // experts)
@@ -180,10 +192,23 @@ def choose(
     return Tiling(8, parts, 16, 16, 8)
 
 
-def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int) -> Tiling:
+def _invariant(gpu: Gpu, tokens: int, num_experts: int, with_layout: bool, num_biases: int) -> Tiling:
+    """Return a tiling that divides hidden into the same parts for any number of tokens."""
+    experts, of_warp = next(shape for most, *shape in gpu.table.decode.invariant_shapes if tokens <= most)
+    warps = INVARIANT_WARP_PARTS * experts // of_warp
+    share = int(tokens >= (gpu.table.fused_layout if with_layout else gpu.table.decode).min_shared_tokens)
+    tiling = Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, share, invariant=True)
+    fits = tiling.shared_bytes(num_experts, num_biases) <= _SHARED_BYTES
+    return tiling if fits else replace(tiling, share=1)
+
+
+def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, batch_invariant: bool) -> Tiling:
     """Return a tiling with about one block per multiprocessor."""
     fma = gpu.table.decode.fma
     tokens = next(tokens for tokens in (1, 2, 4) if tokens >= min(num_tokens, fma.max_tokens))
     blocks = -(-num_tokens // tokens) * -(-num_experts // fma.experts_per_block)  # for each split-K part
     parts = max(1, min(fma.max_parts, -(-hidden // fma.min_part_columns), gpu.multiprocessors // blocks))
-    return Tiling(tokens, parts, fma.experts_per_block, fma.experts_per_warp, fma.warps, tensor_cores=False)
+    if batch_invariant:
+        parts = INVARIANT_PARTS
+    shape = fma.experts_per_block, fma.experts_per_warp, fma.warps
+    return Tiling(tokens, parts, *shape, tensor_cores=False, invariant=batch_invariant)

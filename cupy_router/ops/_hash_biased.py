@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hash layer with several biases: `activation_topk` or `dense_router` to which the table gives the experts of the
-tokens with bias 0. All others have the best experts by their bias."""
+"""A hash layer as `activation_topk` or `dense_router` to which the table gives the experts of the tokens with bias 0.
+
+With several biases, all others have the best experts by their bias.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def on_logits(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
 
 
 def on_hidden_states(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
-    """Return the fused launch of few tokens, or one for each chunk of them where there is no cuBLAS."""
-    dense = DenseOptions(options.method, None, None, options.logits_dtype)
+    """Return the fused launch of few tokens, or one for each chunk: for batch invariance, or without cuBLAS."""
+    dense = DenseOptions(options.method, None, None, options.logits_dtype, batch_invariant=options.batch_invariant)
     return dense_router.fused_chunks(op, dense, _given(arrays), gpu, _parameters)
 
 

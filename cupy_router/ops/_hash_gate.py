@@ -24,6 +24,8 @@ from cupy_router.tuning import Gpu
 
 def by_gate_gemm(op: RoutedOp, target: Any, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
     """Return the kernels of a call of `op`; `target` is `hash_router`, which weighs by logits."""
+    if options.batch_invariant:
+        return biased.on_hidden_states(op, options, arrays, gpu)
     few = arrays.x.shape[0] <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
     fits = row_lanes.fits_method(options.method) and gpu.capability >= (8, 0)
     fused = (few and fits) or gemm.why_not(arrays.x.device) is not None

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.ops._cached import Work, launch_of
+from cupy_router.ops import dense_router
+from cupy_router.ops._cached import Reordered, Work, launch_of
 from cupy_router.ops._declared import Arrays
-from cupy_router.ops._given import ROUTE, given_kernel, selects, without_logits
-from cupy_router.ops._routed import RoutedOp
+from cupy_router.ops._given import EMPTY, ROUTE, given_kernel, selects, without_logits
+from cupy_router.ops._routed import LOGITS, RoutedOp
+from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.reference.given import given_ids, known_rows, unset_rows
 from cupy_router.reference.hash_router import hash_router
 from cupy_router.reference.scoring import empty_results
@@ -32,7 +34,7 @@ def reference(op: RoutedOp, options: Any, arrays: Arrays, num_valid: int) -> tup
     rows = np.arange(num_tokens)
     layer: dict[str, Any] = arrays.named("logit_bias", "expert_scale")
     if arrays.weight is not None:
-        layer |= arrays.named("x", "weight")
+        layer |= arrays.named("x", "weight") | {"batch_invariant": options.batch_invariant}
     found = hash_router(rows, np.where(known_rows(ids, method)[:, None], ids, -1), method, **layer, num_valid=num_valid)
     for array, given in zip((weights, indices), found, strict=True):
         array[is_set] = given[is_set]
@@ -45,13 +47,35 @@ class TableThenGiven:
     def __init__(self, op: RoutedOp, options: Any, arrays: Arrays, gpu: Gpu) -> None:
         device = arrays.x.device
         looks_up = arrays.token_ids is not None and selects(options, arrays.given_experts)
+        self._given: Work
         self._table: Any = op.route(options, arrays.replaced(given_experts=None), gpu) if looks_up else None
+        if options.batch_invariant and arrays.weight is not None:
+            self._given = _by_gate(op, options, arrays, gpu, looks_up)
+            self.function = self._given.function
+            return
         kernel = given_kernel(options, arrays if arrays.weight is not None else arrays.replaced(x=None), gpu)
         kernel = without_logits(kernel._replace(macros=kernel.macros | {"KEEPS_UNSET": int(looks_up)}))
-        self._given: Work = launch_of(op, options, kernel, device)
+        self._given = launch_of(op, options, kernel, device)
         self.function = self._given.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         if self._table is not None:
             self._table(stream, varying)
         self._given(stream, varying)
+
+
+def _by_gate(op: RoutedOp, options: Any, arrays: Arrays, gpu: Gpu, keeps_unset: bool) -> Work:
+    """Return the launch of the gate GEMM for the given experts."""
+    unset = ROUTE if keeps_unset else EMPTY
+    dense = DenseOptions(options.method, None, None, None, unset, options.batch_invariant)
+    given = arrays.replaced(token_ids=None, bias=None, bias_index=None, logits_out=None)
+    more = {"KEEPS_UNSET": int(keeps_unset)}
+    work = dense_router.fused_chunks(op, dense, given, gpu, _parameters, more)
+    names = op.parameters(options)
+    return Reordered(work, names, [name for name in names if name != LOGITS], True)
+
+
+def _parameters(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the parameters of the kernel for these arrays of a call, of which it does not take all."""
+    unused = ("token_ids", "table", "bias", "bias_index")
+    return tuple(["" if name in unused else name for name in names])

@@ -16,6 +16,7 @@ from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, row
 from cupy_router.ops._given import GIVEN, ROUTE, as_unset, check_given
 from cupy_router.ops._hash_gate import by_gate_gemm
+from cupy_router.ops._invariant import as_batch_invariant
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import BIAS, BIAS_INDEX, EXPERT_SCALE, LOGIT_BIAS, TABLE, gate
 from cupy_router.ops._routed import VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
@@ -101,6 +102,7 @@ def hash_layer(
     return_logits: bool = False,
     indices: Any = None,
     unset: str = ROUTE,
+    batch_invariant: bool = False,
 ) -> Any:  # Routing, RoutingWithLogits, or with a layout RoutingPlan, RoutingPlanWithLogits
     """Return `hash_router(token_ids, table, method, x=x, weight=weight, ...)`, uniform weights if `weight` is None.
 
@@ -109,17 +111,17 @@ def hash_layer(
     number, num_valid = check.split_num_valid("Router", num_valid)
     inputs = (x, token_ids, table, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
     fields: Any = method
-    if layout is not None or return_logits is not False or unset != ROUTE:
+    if layout is not None or return_logits is not False or unset != ROUTE or batch_invariant is not False:
         spec = None if layout is None else as_spec("Router", layout)
         wanted = as_logits_dtype("Router", return_logits, "float32")
-        fields = (method, spec, wanted, as_unset("Router", unset))
+        fields = (method, spec, wanted, as_unset("Router", unset), as_batch_invariant("Router", batch_invariant))
     return run(OP, fields, inputs, out, stream, number)
 
 
 def _multiplies_all(options: HashOptions, arrays: Arrays, gpu: Gpu) -> bool:
     """Return whether all logits are needed, or the gate GEMM is less work than the dot products that are."""
     method: Any = options.method  # a Router has one
-    if options.logits_dtype is not None or arrays.bias is not None:
+    if arrays.weight is not None and (arrays.bias is not None or not options.is_plain):
         return True
     most = gpu.table.hash_layer.max_gates_read * method.num_experts  # rows of the gate to read
     few = arrays.x.shape[0] * method.top_k <= most

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from cupy_router import gemm, scratch
@@ -30,6 +31,7 @@ from cupy_router.ops._given import (
     selects,
     without_logits,
 )
+from cupy_router.ops._invariant import as_batch_invariant, check_invariant
 from cupy_router.ops._layout import ARRAYS as LAYOUT_ARRAYS
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
@@ -60,14 +62,15 @@ _COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buf
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """The method; the path, "decode", "prefill" or None to choose by size; the layout; the dtype of the logits; and
-    what becomes of a given row of -1."""
+    """The method; the path, "decode", "prefill" or None to choose by size; the layout; the dtype of the logits; what
+    becomes of a given row of -1; and whether rows are the same to the bit in any batch."""
 
     method: RoutingMethod
     path: str | None
     layout: LayoutSpec | None = None
     logits_dtype: str | None = None
     unset: str = ROUTE
+    batch_invariant: bool = False
 
 
 class DenseRouter(RoutedOp):
@@ -105,6 +108,8 @@ class DenseRouter(RoutedOp):
         check_bias(method, arrays.bias)
         check_bias_index(arrays.bias, arrays.bias_index)
         check_given(options, arrays)
+        if options.batch_invariant:
+            check_invariant(method)
         if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
                 f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
@@ -115,6 +120,7 @@ class DenseRouter(RoutedOp):
     def route_reference(self, options: DenseOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         more = arrays.named("bias", "bias_index", "logit_bias", "expert_scale", "given_experts")
         more |= {"unset": options.unset, "logits_dtype": options.logits_dtype}
+        more |= {"batch_invariant": options.batch_invariant}
         return reference.dense_router(arrays.x, arrays.weight, options.method, **more, num_valid=num_valid)
 
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
@@ -123,11 +129,13 @@ class DenseRouter(RoutedOp):
         fits = _fits_decode(method, gpu)
         if path == "decode" and not fits:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
+        if options.batch_invariant and not fits:
+            raise ValueError("batch_invariant takes a GPU of compute capability 8.0 or later")
         if _multiplies_given_only(options, arrays, gpu):
             return launch_of(self, options, without_logits(given_kernel(options, arrays, gpu)), device)
         if fits and _decodes(path, num_tokens, gpu):
             return _Decode(*_decode_kernel(options, num_tokens, arrays, gpu), device, self.parameters(options))
-        if gemm.why_not(device) is None:
+        if not options.batch_invariant and gemm.why_not(device) is None:
             return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, options, arrays, gpu))
         return fused_chunks(self, options, arrays, gpu)
 
@@ -163,6 +171,7 @@ def dense_router(
     path: str | None = None,
     return_logits: bool = False,
     logits_dtype: str = "float32",
+    batch_invariant: bool = False,
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
@@ -171,7 +180,8 @@ def dense_router(
     """Multiply each token with the gate, score the logits, select top_k experts by score plus bias, return weights.
 
     Logits are accumulated and kept in float32 for all dtypes of x and weight. float32 inputs are multiplied without
-    tf32. Results are bitwise repeatable. The rounding of logits may depend on the number of tokens.
+    tf32. Results are bitwise repeatable. The rounding of logits may depend on the number of tokens, unless
+    `batch_invariant`.
 
     Args:
         x: [num_tokens, hidden] float32, float16 or bfloat16.
@@ -192,6 +202,10 @@ def dense_router(
         return_logits: whether to return the logits, too: of all experts, with logit_bias, before all other steps. They
             cost no further launch.
         logits_dtype: their dtype, "float32", "float16" or "bfloat16". Experts are chosen by those in float32.
+        batch_invariant: whether logits, weights and indices of a token are the same to the bit in any batch, on any
+            path, for one GPU model and version of this library: docs/batch_invariance.md. Hidden is divided into 16
+            parts of whole steps of 32 columns. Each is summed by itself; pairs of neighbours are added first, and then
+            their sums in order, in float32. Takes what the path "decode" takes, for any number of tokens.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -235,6 +249,8 @@ def dense_router(
     if unset != ROUTE:
         no_layout_or_logits = (None,) * (4 - len(fields))
         fields = (*fields, *no_layout_or_logits, as_unset("dense_router", unset))
+    if batch_invariant is not False:
+        fields = (*fields, *(None, None, ROUTE)[len(fields) - 2 :], as_batch_invariant("dense_router", batch_invariant))
     inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
@@ -254,6 +270,8 @@ def _on_logits(dense: DenseOptions, arrays: Arrays, gpu: Gpu, logits: View) -> W
 def _multiplies_given_only(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> bool:
     """Return whether only the dot products of given experts are needed, and less work than the gate GEMM."""
     method = options.method
+    if options.batch_invariant:  # products of given experts are those of the gate GEMM
+        return False
     if selects(options, arrays.given_experts) or options.path == "prefill" or options.logits_dtype is not None:
         return False
     if needs_whole_rows(method) or method.shared_in_normalizer or method.num_columns > row_lanes.MAX_LANES:
@@ -273,9 +291,19 @@ def _decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
 
 
 def _decode_kernel(
-    options: DenseOptions, num_tokens: int, arrays: Arrays, gpu: Gpu, *, with_layout: bool = False
+    options: DenseOptions,
+    num_tokens: int,
+    arrays: Arrays,
+    gpu: Gpu,
+    *,
+    with_layout: bool = False,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Kernel, int]:
-    """Return the kernel for few tokens, and the number of its partial sums; `with_layout`: a layout will follow."""
+    """Return the kernel for few tokens, and the number of its partial sums.
+
+    with_layout: a layout will follow.
+    more: further macros.
+    """
     method, x, weight, given = options.method, arrays.x, arrays.weight, arrays.given_experts
     hidden = x.shape[1]
     both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
@@ -285,10 +313,11 @@ def _decode_kernel(
         gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
         logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
+        batch_invariant=options.batch_invariant,
     )  # fmt: skip
-    more = [0 if view is None else view.row_stride for view in (given, logits)]
-    fixed = decode.fixed_arguments(method, num_tokens, *strides, *more)
-    macros = launch.macros | given_macros(options, arrays)
+    strides = (*strides, *(0 if view is None else view.row_stride for view in (given, logits)))
+    fixed = decode.fixed_arguments(method, num_tokens, *strides)
+    macros = {**launch.macros, **given_macros(options, arrays), **more}
     kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
     return kernel, launch.partials
 
@@ -324,17 +353,19 @@ def fused_chunks(
     arrays: Arrays,
     gpu: Gpu,
     parameters: Callable[[Sequence[str]], Sequence[str]] = tuple,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> Work:
-    """Return the fused kernel for any number of tokens, used if there is no cuBLAS.
+    """Return the fused kernel for any number of tokens, used for batch invariance or if there is no cuBLAS.
 
     op: the op that is called.
     parameters: returns the parameters of the kernel for the names of its arrays.
+    more: further macros.
     """
     if not _fits_decode(options.method, gpu):
         limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
         obstacle = gemm.why_not(arrays.x.device)
         raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-    return _DecodeChunks(op, options, arrays, gpu, parameters)
+    return _DecodeChunks(op, options, arrays, gpu, parameters, more)
 
 
 class _DecodeChunks(Chunks):
@@ -345,10 +376,11 @@ class _DecodeChunks(Chunks):
         arrays: Arrays,
         gpu: Gpu,
         parameters: Callable[[Sequence[str]], Sequence[str]],
+        more: Mapping[str, int],
     ) -> None:
         super().__init__(op, arrays, decode.MAX_TOKENS)
         sizes, names = {self.rows, self.num_tokens % self.rows or self.rows}, parameters(self.names)
-        kernels = {rows: _decode_kernel(options, rows, arrays, gpu) for rows in sizes}
+        kernels = {rows: _decode_kernel(options, rows, arrays, gpu, more=more) for rows in sizes}
         self._by_rows = {rows: _Decode(*kernel, self.device, names) for rows, kernel in kernels.items()}
         self.function = self._by_rows[self.rows].function
 

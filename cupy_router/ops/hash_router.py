@@ -15,6 +15,7 @@ from cupy_router.ops._cached import Kernel, Work
 from cupy_router.ops._chunks import launch_with_logits
 from cupy_router.ops._declared import INTS, NUM_VALID, Arrays, Minimum, row
 from cupy_router.ops._hash_gate import by_gate_gemm
+from cupy_router.ops._invariant import as_batch_invariant, check_invariant
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
@@ -37,12 +38,19 @@ from cupy_router.tuning import Gpu
 
 @dataclass(frozen=True)
 class HashOptions(Options):
-    """The method, or None: uniform weights; the layout; the dtype of the logits; what becomes of a given row of -1."""
+    """The method, or None: uniform weights; the layout; the dtype of the logits; what becomes of a given row of -1;
+    whether rows are the same to the bit in any batch."""
 
     method: RoutingMethod | None
     layout: LayoutSpec | None = None
     logits_dtype: str | None = None
     unset: str = "route"
+    batch_invariant: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True if nothing is asked for that needs all products of the gate."""
+        return self.logits_dtype is None and not self.batch_invariant
 
 
 class HashRouter(RoutedOp):
@@ -80,7 +88,8 @@ class HashRouter(RoutedOp):
         return super().result_sizes(options, sizes, minimum)
 
     def is_single_kernel(self, options: HashOptions, arrays: Arrays) -> bool:
-        return options.logits_dtype is None and arrays.bias is None and super().is_single_kernel(options, arrays)
+        by_table = arrays.x is None or options.is_plain
+        return by_table and arrays.bias is None and super().is_single_kernel(options, arrays)
 
     def check(self, options: HashOptions, arrays: Arrays) -> None:
         super().check(options, arrays)
@@ -89,10 +98,11 @@ class HashRouter(RoutedOp):
     def route_reference(self, options: HashOptions, arrays: Arrays, num_valid: int) -> tuple[Any, ...]:
         given = arrays.named("logits", "x", "weight", "bias", "bias_index", "logit_bias", "expert_scale")
         given |= {"logits_dtype": options.logits_dtype, "num_valid": num_valid}
+        given |= {"batch_invariant": options.batch_invariant}
         return reference.hash_router(arrays.token_ids, arrays.table, options.method, **given)
 
     def route(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | Work:
-        if options.logits_dtype is not None or (arrays.bias is not None and arrays.x is not None):
+        if arrays.x is not None and (arrays.bias is not None or not options.is_plain):
             return by_gate_gemm(self, self, options, arrays, gpu)
         return self.on_arrays(options, arrays, gpu)
 
@@ -115,7 +125,8 @@ class HashRouter(RoutedOp):
 
     def fused(self, options: HashOptions, arrays: Arrays, gpu: Gpu) -> Kernel | None:
         found = fused_layout.problem(options, arrays, gpu)
-        if found is None or options.logits_dtype is not None or arrays.bias is not None:
+        by_table = arrays.x is None or options.is_plain
+        if found is None or not by_table or arrays.bias is not None:
             return None
         tuned, num_tokens = gpu.table.fused_layout, arrays.token_ids.shape[0]
         routed = table_kernel(options.method, arrays, gpu, shared_block=True)
@@ -143,6 +154,7 @@ def hash_router(
     logit_bias: Any = None,
     expert_scale: Any = None,
     return_logits: bool = False,
+    batch_invariant: bool = False,
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
@@ -171,6 +183,7 @@ def hash_router(
         logit_bias: [num_experts] float32, added to the logits; only with logits or x.
         expert_scale: [num_experts] float32, a factor of the weight of each expert; only with logits or x.
         return_logits: whether to return the logits, too; only with x. Then the whole product with the gate is computed.
+        batch_invariant: as for :func:`dense_router`. With x, the whole product with the gate is computed then.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices. It needs a method.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -226,6 +239,9 @@ def hash_router(
     if layout is not None or return_logits is not False:
         spec = None if layout is None else as_spec("hash_router", layout)
         fields = (resolved, spec, as_logits_dtype("hash_router", return_logits, "float32"))
+    if batch_invariant is not False:
+        plain = fields if isinstance(fields, tuple) else (fields,)
+        fields = (*plain, *(None, None, "route")[len(plain) - 1 :], as_batch_invariant("hash_router", batch_invariant))
     inputs = (token_ids, table, logits, x, weight, bias, bias_index, logit_bias, expert_scale, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
@@ -253,3 +269,5 @@ def check_combination(options: HashOptions, arrays: Arrays) -> None:
         raise ValueError("logits or x need a method, which says how to score them")
     else:
         check_bias(method, arrays.bias)
+        if options.batch_invariant and x is not None:
+            check_invariant(method)

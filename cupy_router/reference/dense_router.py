@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..method import RoutingMethod
 from .activation_topk import activation_topk
-from .scoring import bias_logits, gate_logits
+from .scoring import bias_logits, gate_logits, gate_logits_by_parts
 
 
 @np.errstate(all="ignore")
@@ -26,6 +26,7 @@ def dense_router(
     given_experts: NDArray[Any] | None = None,
     unset: str = "route",
     logits_dtype: str | None = None,
+    batch_invariant: bool = False,
     num_valid: int | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Multiply the tokens with the gate in float64, round the logits once to float32 and route them.
@@ -36,6 +37,7 @@ def dense_router(
         method: How to score, select and weight.
         bias, bias_index, logit_bias, expert_scale, given_experts, unset: As for :func:`activation_topk`.
         logits_dtype: Dtype of the logits to return; None: they are not returned.
+        batch_invariant: Sum hidden in parts, so that logits do not depend on the number of tokens.
         num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
@@ -49,7 +51,7 @@ def dense_router(
     num_tokens = len(x)
     logits = np.zeros((num_tokens, len(weight)), np.float32)
     valid = num_tokens if num_valid is None else num_valid
-    logits[:valid] = gate_logits(x[:valid], weight)
+    logits[:valid] = (gate_logits_by_parts if batch_invariant else gate_logits)(x[:valid], weight)
     layer: Any = {"bias_index": bias_index, "logit_bias": logit_bias, "expert_scale": expert_scale}
     given: Any = {"given_experts": given_experts, "unset": unset}
     routed = activation_topk(logits, method, bias, **layer, **given, num_valid=valid)

@@ -17,6 +17,7 @@ from .scoring import (
     bias_logits,
     empty_results,
     gate_logits,
+    gate_logits_by_parts,
     prepare_logits,
     route_weights,
 )
@@ -36,6 +37,7 @@ def hash_router(
     logit_bias: NDArray[np.float32] | None = None,
     expert_scale: NDArray[np.float32] | None = None,
     logits_dtype: str | None = None,
+    batch_invariant: bool = False,
     num_valid: int | None = None,
 ) -> tuple[NDArray[Any], ...]:
     """Look the experts of each token up in the table, in the table's order, and weight them by their score.
@@ -55,6 +57,7 @@ def hash_router(
         logit_bias: [num_experts] float32 to add to the logits, or None.
         expert_scale: [num_experts] float32 factor of each expert's weight, or None.
         logits_dtype: Dtype of the logits to return, those of x and ``weight``; None: they are not returned.
+        batch_invariant: Sum hidden in parts, so that logits do not depend on the number of tokens.
         num_valid: Number of rows before the padding; None if there is no padding.
 
     Returns:
@@ -68,6 +71,7 @@ def hash_router(
            [ 3,  0],
            [-1, -1]], dtype=int32)
     """
+    products = gate_logits_by_parts if batch_invariant else gate_logits
     num_tokens, (vocab_size, top_k) = len(token_ids), table.shape
     valid = num_tokens if num_valid is None else num_valid
     weights, indices = empty_results(num_tokens, top_k if method is None else method.num_columns, method)
@@ -86,7 +90,7 @@ def hash_router(
     returned: tuple[NDArray[Any], ...] = ()
     if logits_dtype is not None and x is not None and weight is not None:  # of tokens without experts, too
         logits = np.zeros((num_tokens, len(weight)), np.float32)
-        logits[:valid] = gate_logits(x[:valid], weight)
+        logits[:valid] = products(x[:valid], weight)
         biased = np.zeros_like(logits)
         biased[:valid] = bias_logits(logits[:valid], logit_bias)
         returned = (biased.astype(logits_dtype),)
@@ -96,7 +100,7 @@ def hash_router(
         if logits is not None:
             their_logits = logits[others]
         elif x is not None and weight is not None:
-            their_logits = gate_logits(x[others], weight)
+            their_logits = products(x[others], weight)
         layer: Any = {"bias_index": bias_index[others], "logit_bias": logit_bias, "expert_scale": expert_scale}
         weights[others], indices[others] = activation_topk(their_logits, method, bias, **layer)
 
@@ -104,7 +108,7 @@ def hash_router(
     if logits is not None:
         logits = logits[tokens]
     elif x is not None and weight is not None:
-        logits = gate_logits(x[tokens], weight)
+        logits = products(x[tokens], weight)
     if method is None or logits is None:
         uniform = np.full((len(tokens), top_k), 1.0 / top_k, np.float32)
         weights[tokens] = uniform if method is None else append_shared(uniform, method)

@@ -146,7 +146,14 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         return ", ".join([str(hidden), repr(self.method), *flags, *table])
 
     def forward(
-        self, x: Any, token_ids: Any = None, *, num_valid: Any = None, out: Any = None, stream: Any = None
+        self,
+        x: Any,
+        token_ids: Any = None,
+        *,
+        batch_invariant: bool = False,
+        num_valid: Any = None,
+        out: Any = None,
+        stream: Any = None,
     ) -> Routing:
         """Return the experts of each token and their weights.
 
@@ -154,6 +161,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             x: [..., hidden] float32, float16 or bfloat16 tensor; also [hidden] alone. Its rows are the tokens. The last
                 axis must be contiguous; rows that do not lie at equal distances are copied.
             token_ids: [...] int32 or int64 tensor. Required by a hash gate, ignored by others.
+            batch_invariant: As for :func:`cupy_router.dense_router`.
             num_valid: As for :func:`cupy_router.dense_router`. It counts the rows of x.reshape(-1, hidden).
             out: A :class:`cupy_router.Routing` of tensors with the shape of the results, filled in place and returned.
             stream: As for :func:`cupy_router.dense_router`.
@@ -174,13 +182,15 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             if x.ndim == 0 or (weight is not None and x.shape[-1] != hidden):
                 raise ValueError(f"x must have shape [..., {hidden}], got {list(x.shape)}")
             if x.ndim == 2:  # the shape that the functions take, without the cost of others
-                routed: Routing = self._route(x, weight, token_ids, x.shape[:1], num_valid, out, stream)
+                more = batch_invariant, num_valid, out, stream
+                routed: Routing = self._route(x, weight, token_ids, x.shape[:1], *more)
                 return routed
             axes = x.shape[:-1]
             shape = (*axes, self.method.num_columns)
             rows = flat_rows(x)
             given_out = None if out is None else flat_out(out, shape)
-            routing = self._route(rows, weight, token_ids, axes, num_valid, given_out, stream)
+            more = batch_invariant, num_valid, given_out, stream
+            routing = self._route(rows, weight, token_ids, axes, *more)
             return Routing(*(array.view(shape) for array in routing)) if out is None else out
         except (TypeError, ValueError, RuntimeError) as error:
             named = as_error_of_gate(error, x, token_ids, out)
@@ -188,19 +198,30 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
                 raise
             raise named from error
 
-    def _route(self, rows: Any, weight: Any, token_ids: Any, axes: Any, num_valid: Any, out: Any, stream: Any) -> Any:
+    def _route(
+        self,
+        rows: Any,
+        weight: Any,
+        token_ids: Any,
+        axes: Any,
+        batch_invariant: bool,
+        num_valid: Any,
+        out: Any,
+        stream: Any,
+    ) -> Any:
         """Return the routing of x [num_tokens, hidden], with token ids of the given axes."""
         logit_bias = as_float32(getattr(self, self._logit_bias))
         scale, table = as_float32(self.per_expert_scale), self.tid2eid
         if table is None:
             return dense_router.dense_router(
                 rows, weight, self.method, bias=as_float32(self.e_score_correction_bias), logit_bias=logit_bias,
-                expert_scale=scale, num_valid=num_valid, out=out, stream=stream,
+                expert_scale=scale, batch_invariant=batch_invariant, num_valid=num_valid, out=out, stream=stream,
             )  # fmt: skip
         ids = flat_ids(token_ids, axes)
         return hash_layer(
-            self.method, rows, ids, table, weight, None, None, logit_bias, scale, None, num_valid, out, stream
-        )
+            self.method, rows, ids, table, weight, None, None, logit_bias, scale, None, num_valid, out, stream,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cupy_router.method import RoutingMethod
+from cupy_router.ops._invariant import check_invariant
+from cupy_router.ops._method import needs_whole_rows
 from cupy_router.torch._experts import register
 from cupy_router.torch._experts_swap import check_governed, replace_experts, restore_experts
 from cupy_router.torch._router_modules import describe_inline_router, describe_router
@@ -23,7 +26,7 @@ from cupy_router.torch._swapped import InlineRouter, LogitsOnly, Router, Swapped
 from cupy_router.torch._verify import verify
 
 
-def replace_routers(model: Any, *, experts: bool = False) -> int:
+def replace_routers(model: Any, *, experts: bool = False, batch_invariant: bool = False) -> int:
     """Swap the routers of a Hugging Face model for those of cupy_router, in place; `restore_routers` undoes it.
 
     Args:
@@ -32,12 +35,14 @@ def replace_routers(model: Any, *, experts: bool = False) -> int:
         experts: Also run the experts by `expert_layout`, `permute`, grouped GEMMs of PyTorch and `unpermute`: set the
             experts implementation of the model to "cupy_router". For models whose experts have such implementations
             in transformers.
+        batch_invariant: Logits, weights and indices of a token are the same to the bit in any batch, as for
+            :func:`cupy_router.dense_router`. Routers for which that cannot be are left unchanged.
 
     Returns:
         Number of routers swapped by this call.
 
     Raises:
-        TypeError: ``model`` is not a `torch.nn.Module`, or ``experts`` is not a bool.
+        TypeError: ``model`` is not a `torch.nn.Module`, or ``experts`` or ``batch_invariant`` is not a bool.
 
     Warns:
         UserWarning: Once for each kind of router or block that was left unchanged, with its name and the reason.
@@ -78,8 +83,9 @@ def replace_routers(model: Any, *, experts: bool = False) -> int:
     2
     """
     _check("replace_routers", model)
-    if not isinstance(experts, bool):
-        raise TypeError(f"replace_routers: experts must be a bool, got {experts!r}")
+    for name, flag in (("experts", experts), ("batch_invariant", batch_invariant)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"replace_routers: {name} must be a bool, got {flag!r}")
     methods: dict[int, tuple[Any, RoutingMethod | str]] = {}  # keeping the configuration alive keeps its id unique
     skipped: dict[tuple[str, str], list[str]] = {}
     swapped = blocks = 0
@@ -94,7 +100,7 @@ def replace_routers(model: Any, *, experts: bool = False) -> int:
         try:
             if isinstance(method, str):
                 raise Unsupported(method)
-            _swap_router_of(block, method)
+            _swap_router_of(block, method, batch_invariant)
             swapped += 1
         except Unsupported as error:
             skipped.setdefault((type(block).__name__, str(error)), []).append(path)
@@ -238,13 +244,19 @@ def _if_too_old(block: Any) -> str:
     return f"; this is transformers {version}, and replace_routers knows the models of 5.0 and later" if old else ""
 
 
-def _swap_router_of(block: Any, method: RoutingMethod) -> None:
+def _swap_router_of(block: Any, method: RoutingMethod, batch_invariant: bool) -> None:
+    if batch_invariant:
+        try:
+            check_invariant(method)
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
     others = {name: child for name, child in block.named_children() if not _are_experts(name, child)}
     failures: list[str] = []
     described = [(child, describe_router(child, method, failures)) for child in others.values()]
     found = [(child, spec) for child, spec in described if spec is not None]
     if len(found) == 1:
         router, spec = found[0]
+        spec = replace(spec, batch_invariant=batch_invariant)
         swap(router, Router, verify(router, Router, spec))
         return
     inline = describe_inline_router(block, method, failures) if not found else None
@@ -255,6 +267,9 @@ def _swap_router_of(block: Any, method: RoutingMethod) -> None:
             f"{''.join(failures)}{_if_too_old(block)}"
         )
     spec, child, of_gate = inline
+    if batch_invariant and needs_whole_rows(method):
+        raise Unsupported("batch_invariant takes no softmax of all logits where the block routes itself")
+    of_gate = replace(of_gate, batch_invariant=batch_invariant)
     spec, of_gate = verify(block, InlineRouter, spec), verify(child, LogitsOnly, of_gate)
     swap(child, LogitsOnly, of_gate)
     try:

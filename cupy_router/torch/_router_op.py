@@ -16,6 +16,7 @@ from cupy_router import router as routers
 from cupy_router.arrays import _torch as tensors
 from cupy_router.ops import _hash_layer, _run, activation_topk_backward, dense_router, expert_layout
 from cupy_router.ops._given import as_unset
+from cupy_router.ops._invariant import as_batch_invariant
 from cupy_router.ops._routed import as_logits_dtype, layout_options
 from cupy_router.results import Routing, RoutingWithLogits
 from cupy_router.router import Router
@@ -31,11 +32,12 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
 
 def run(router: Router, wanted: tuple[Any, ...], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
-    layout, return_logits, unset = wanted
+    layout, return_logits, unset, batch_invariant = wanted
     x, *arrays, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
     more: dict[str, Any] = {} if router.is_hash else {"path": None}
     more |= {"logits_dtype": as_logits_dtype("Router", return_logits, "float32"), "unset": as_unset("Router", unset)}
+    more |= {"batch_invariant": as_batch_invariant("Router", batch_invariant)}
     options: Any = op.options(router.method, layout=layout, **more)
     outs = _library.flat(op, options, out)
     if stream is not None or not _library.can_hold(op, (x,), outs):
@@ -44,7 +46,7 @@ def run(router: Router, wanted: tuple[Any, ...], inputs: tuple[Any, ...], out: A
         return _state.outside_of_graphs(router.route, inputs, wanted, out, stream)
     number, count = (num_valid, None) if isinstance(num_valid, int) else (-1, num_valid)
     kind: Any = RoutingWithLogits if return_logits else Routing
-    arguments = (router.key, x, *arrays, unset, count, number)
+    arguments = (router.key, x, *arrays, unset, batch_invariant, count, number)
     if out is None:
         routing = kind(*getattr(torch.ops.cupy_router, _NODES[kind])(*arguments))
     else:
@@ -86,8 +88,8 @@ def _implementation_into(kind: Any, key: str, *inputs: Any) -> None:
 
 
 def _route(kind: Any, key: str, *inputs: Any) -> Any:
-    *arrays, unset, num_valid, number, out = inputs
-    wanted = None, kind is RoutingWithLogits, unset
+    *arrays, unset, batch_invariant, num_valid, number, out = inputs
+    wanted = None, kind is RoutingWithLogits, unset, batch_invariant
     return _router_of(key).route((*arrays, number if number >= 0 else num_valid), wanted, out, None)
 
 
@@ -100,7 +102,16 @@ def _fake(kind: Any, key: str, x: Any, *others: Any) -> Any:
     )
 
 
-def _backward(key: str, x: Any, indices: Any, grad_weights: Any, grad_logits: Any, num_valid: Any, number: int) -> Any:
+def _backward(
+    key: str,
+    x: Any,
+    indices: Any,
+    grad_weights: Any,
+    grad_logits: Any,
+    num_valid: Any,
+    number: int,
+    batch_invariant: bool,
+) -> Any:
     """Return the gradient with respect to the x of a Router, whose arrays may be of any framework."""
     layer = _router_of(key).beside(x)
     arrays = {
@@ -111,6 +122,7 @@ def _backward(key: str, x: Any, indices: Any, grad_weights: Any, grad_logits: An
         grad_logits = without_padding(grad_logits, number if num_valid is None else num_valid)
     found = gradients_of(
         layer.method, grad_weights, indices, ("x",), arrays, grad_logits=grad_logits, repeated=True, by_op=False,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     return found["x"]
 
@@ -120,11 +132,11 @@ def _fake_backward(key: str, x: Any, *others: Any) -> Any:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    key, x, *_, num_valid, number = inputs
+    key, x, *_, batch_invariant, num_valid, number = inputs
     weights, indices, *_ = output
     ctx.mark_non_differentiable(*((indices,) if _router_of(key).weight is not None else (weights, indices)))
     ctx.set_materialize_grads(False)
-    ctx.key, ctx.number = key, number
+    ctx.key, ctx.number, ctx.batch_invariant = key, number, batch_invariant
     ctx.save_for_backward(x, indices, num_valid)
 
 
@@ -133,14 +145,15 @@ def _differentiate(ctx: Any, grad_weights: Any, grad_indices: Any, grad_logits: 
     if grad_weights is not None or grad_logits is not None:
         x, indices, num_valid = ctx.saved_tensors
         grads = [None if grad is None else grad.contiguous() for grad in (grad_weights, grad_logits)]
-        grad_x = torch.ops.cupy_router.router_backward(ctx.key, x, indices, *grads, num_valid, ctx.number)
+        given = ctx.key, x, indices, *grads, num_valid, ctx.number, ctx.batch_invariant
+        grad_x = torch.ops.cupy_router.router_backward(*given)
     return None, grad_x, *[None] * (_NUM_INPUTS - 1)
 
 
 _NODES: dict[Any, str] = {Routing: "router", RoutingWithLogits: "router_logits"}
 _INPUTS = (
-    "str router, Tensor x, Tensor? token_ids, Tensor? bias_index, Tensor? given_experts, str unset, Tensor? num_valid, "
-    "SymInt num_valid_value"
+    "str router, Tensor x, Tensor? token_ids, Tensor? bias_index, Tensor? given_experts, str unset, "
+    "bool batch_invariant, Tensor? num_valid, SymInt num_valid_value"
 )
 _NUM_INPUTS = _INPUTS.count(",")  # besides the router
 
@@ -158,7 +171,7 @@ for _kind, _node in _NODES.items():
     register_without_gradient(f"{_node}_out")
 register(
     "router_backward(str router, Tensor x, Tensor indices, Tensor? grad_weights, Tensor? grad_logits, "
-    "Tensor? num_valid, SymInt num_valid_value) -> Tensor",
+    "Tensor? num_valid, SymInt num_valid_value, bool batch_invariant) -> Tensor",
     _backward,
     _fake_backward,
 )

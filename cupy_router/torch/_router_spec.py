@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cupy_router.arrays._torch import name_of
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import dense_router, hash_router
+from cupy_router.ops._given import ROUTE
 from cupy_router.results import RoutingWithLogits
 from cupy_router.torch._library import Prepared, prepare
 
@@ -60,6 +61,7 @@ class RouterSpec:
     results: Mapping[tuple[Any, Any], ResultTypes] = field(default_factory=dict, repr=False)  # by dtypes of x and gate
     tensors: Mapping[str, str] = field(default_factory=dict)  # role of a tensor -> its path
     noise: tuple[str, ...] = ()  # attributes with the amount of noise in training
+    batch_invariant: bool = False  # rows are the same to the bit in any batch
     plans: Mapping[tuple[Any, Any], Plan] = field(init=False, repr=False)  # by dtypes of x and gate
     layer: tuple[str | int | None, ...] = field(init=False, repr=False)  # sources of the arrays of a layer
 
@@ -88,7 +90,9 @@ def _plan(spec: RouterSpec, method: RoutingMethod, dtypes: tuple[Any, ...]) -> P
     more = "total_scale" in spec.tensors or method.num_shared_experts or (computed and "logits" in outputs)
     places = None if more or not set(outputs) <= set(fields) else tuple([fields.index(name) for name in outputs])
     is_hash = "table" in spec.tensors
-    options = (method, None, logits_dtype) if is_hash else (method, None, None, logits_dtype)
+    options: tuple[Any, ...] = (method, None, logits_dtype) if is_hash else (method, None, None, logits_dtype)
+    if spec.batch_invariant:
+        options = (*options, ROUTE, True)
     return Plan(method, dtypes, options, places, prepare(hash_router.OP if is_hash else dense_router.OP, options))
 
 

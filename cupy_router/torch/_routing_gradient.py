@@ -16,11 +16,13 @@ from cupy_router.arrays import _torch as tensors
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import activation_topk_backward, hash_router
 from cupy_router.ops._cached import NUMBER
+from cupy_router.ops._invariant_gradient import is_of_chosen_experts
 from cupy_router.ops._op import Op
 from cupy_router.ops._run import run
 from cupy_router.ops.activation_topk_backward import BackwardOptions, without_factors
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
+from cupy_router.torch._invariant import invariant_logits, invariant_x_gradient
 
 SMOOTH = "weights have a gradient"
 
@@ -44,7 +46,7 @@ def remember(ctx: Any, op: Op, options: Any, given: Mapping[str, Any], needed: C
         ctx.mark_non_differentiable(weights, indices, *others)
     else:
         ctx.mark_non_differentiable(indices, *others)
-    ctx.method = options.method
+    ctx.method, ctx.batch_invariant = options.method, getattr(options, "batch_invariant", False)
     ctx.repeated = any(given.get(name) is not None for name in MAY_REPEAT)
     ctx.number, ctx.logits_place = given.get(NUMBER, -1), None if returned is None else 2
     exact = returned if logits_dtype == "float32" and given.get("logits") is None else None
@@ -61,8 +63,9 @@ def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bo
     if grad_logits is not None:
         grad_logits = without_padding(grad_logits.float(), ctx.number if num_valid is None else num_valid)
     return gradients_of(
-        ctx.method, grads[0], indices, needed, arrays, grad_logits=grad_logits, repeated=ctx.repeated, by_op=by_op
-    )
+        ctx.method, grads[0], indices, needed, arrays, grad_logits=grad_logits, repeated=ctx.repeated, by_op=by_op,
+        batch_invariant=ctx.batch_invariant,
+    )  # fmt: skip
 
 
 def without_padding(grad_logits: Any, num_valid: Any) -> Any:
@@ -83,6 +86,7 @@ def gradients_of(
     grad_logits: Any = None,
     repeated: bool,
     by_op: bool,
+    batch_invariant: bool = False,
 ) -> dict[str, Any]:
     """Return the gradients with respect to the needed ones of `arrays`, in their dtypes.
 
@@ -94,13 +98,15 @@ def gradients_of(
         grad_logits: the gradient of the logits that were returned, in float32, or None.
         repeated: a row may name an expert twice.
         by_op: call the ops through PyTorch's dispatcher, as graphs and batched gradients need it.
+        batch_invariant: the call was, and so is each token's gradient with respect to x.
     """
     # Columns are selected by `narrow`: a slice of all columns is an alias, which PyTorch lacks for batched tensors.
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
         if logits is None and grad_weights is not None:
-            logits = gate_gemm(x, weight)
+            logits = invariant_logits(x, weight, by_op) if batch_invariant else gate_gemm(x, weight)
+        of_chosen = grad_logits is None and is_of_chosen_experts(method, repeated)
         smooth = not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed)
         if smooth and grad_weights is not None:
             # Logits computed from x are float32 already.
@@ -121,8 +127,11 @@ def gradients_of(
             if "logit_bias" in needed:
                 found["logit_bias"] = grad_logits.narrow(1, 0, method.num_experts).sum(0)
             if x is not None:
-                which = "x" in needed, "weight" in needed
+                which = "x" in needed and not batch_invariant, "weight" in needed
                 found["x"], found["weight"] = gate_gemm_gradients(x, weight, grad_logits, which)
+                if "x" in needed and batch_invariant:
+                    experts = indices.narrow(1, 0, method.top_k) if of_chosen else None
+                    found["x"] = invariant_x_gradient(x.dtype, weight, grad_logits, experts, by_op)
         if "expert_scale" in needed and grad_weights is not None:
             found["expert_scale"] = _expert_scale_gradient(
                 method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op

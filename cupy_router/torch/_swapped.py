@@ -17,6 +17,7 @@ from cupy_router.ops import activation_topk, dense_router, hash_router
 from cupy_router.ops._run import run
 from cupy_router.torch._derived_class import with_base, written_class
 from cupy_router.torch._gate_gemm import gate_gemm
+from cupy_router.torch._invariant import batch_invariant_gate_gemm
 from cupy_router.torch._logits import prepare_logits
 from cupy_router.torch._router_spec import FLAT, INLINE, SORTED, Plan, RouterSpec, Unsupported, argument, by_role
 
@@ -172,7 +173,8 @@ class LogitsOnly(Swapped):
         x, weight = argument(spec, 0, args, kwargs), _tensor_at(self, spec.gate)
         if _plan(self, spec, x, (x.dtype, weight.dtype)) is None:
             return original.forward(self, *args, **kwargs)
-        logits = gate_gemm(x.reshape(-1, x.shape[-1]), weight)
+        product = batch_invariant_gate_gemm if spec.batch_invariant else gate_gemm
+        logits = product(x.reshape(-1, x.shape[-1]), weight)
         return logits if spec.outputs == FLAT else logits.reshape(*x.shape[:-1], -1)
 
 

@@ -81,6 +81,8 @@ class Decode(Family):
     max_parts: int  # split-K parts of hidden
     min_part_columns: int
     min_shared_tokens: int  # from here on, blocks route a token each; fewer tokens are routed by the last block
+    # Batch-invariant calls: (for up to this many tokens, experts of a block, experts of a warp), ascending by tokens.
+    invariant_shapes: tuple[tuple[int, int, int], ...]
     fma: DecodeFma
 
 

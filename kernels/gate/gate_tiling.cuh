@@ -14,6 +14,7 @@ SPECIALISED int SPLITS = 8;
 SPECIALISED int EXPERTS_PER_BLOCK = 16;
 SPECIALISED int EXPERTS_PER_WARP = 16;
 SPECIALISED int WARPS = 8;
+SPECIALISED bool INVARIANT = false;  // sums have one order for any number of tokens, which depends on HIDDEN alone
 SPECIALISED int IN_FLIGHT = 36;  // 16-byte loads of a thread before their first use
 
 typedef Scalar<DTYPE>::type x_t;
@@ -36,5 +37,7 @@ static_assert(EXPERTS_PER_BLOCK % 4 == 0 && EXPERTS_PER_BLOCK % EXPERTS_PER_WARP
               "warps divide the block's experts");
 static_assert(WARPS % WARPS_ALONG_EXPERTS == 0, "warps divide the split");
 static_assert(TENSOR_CORES || WARP_SPLITS == 1, "without tensor cores a warp has the whole split");
+static_assert(!INVARIANT || (SPLITS == 8 && WARP_SPLITS == (TENSOR_CORES ? 2 : 1)),
+              "hidden is always divided into the same parts, and pairs of neighbours are added first");
 static_assert(!TENSOR_CORES || (EXPERTS_PER_WARP % 16 == 0 && DTYPE == WEIGHT_DTYPE && DTYPE != 0),
               "tiles of one type");

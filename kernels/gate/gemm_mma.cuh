@@ -15,7 +15,7 @@ namespace mma_gemm {
 constexpr int STEP = 32;  // along hidden: four lanes with 8 elements each, for two products
 constexpr int M_TILES = at_least_1(EXPERTS_PER_WARP / 16);
 constexpr int N_TILES = quotient(TOKENS, 8);
-constexpr int CHAINS = M_TILES * N_TILES < 4 ? 2 : 1;  // of dependent products for each tile
+constexpr int CHAINS = !INVARIANT && M_TILES * N_TILES < 4 ? 2 : 1;  // of dependent products for each tile
 constexpr int ALL_STEPS = quotient(HIDDEN, STEP);
 static_assert(ALL_STEPS < 0x7fffffff / (SPLITS * WARP_SPLITS), "parts of hidden are counted in int");
 constexpr int STEPS = quotient(ALL_STEPS, SPLITS* WARP_SPLITS);  // of a warp, at most

@@ -126,6 +126,7 @@ __device__ __forceinline__ void route(const float* scores, const BiasRow& its_bi
                                       const Results& results, Keep keep) {
     const int lane = threadIdx.x % 32, first = lane * PER_LANE;
     const GivenExpert given = given_expert<32>(id, its_bias, lane);
+    if (KEEPS_UNSET && !given.is_set) return;  // the whole warp
     valid = valid && (given.is_set ? given.exists : its_bias.exists);
     float values[PER_LANE];
 #pragma unroll

@@ -9,6 +9,7 @@
 SPECIALISED int GIVEN_BYTES = 0;  // of an id; 0: none are given
 SPECIALISED bool GIVEN_UNSIGNED = false;
 SPECIALISED bool UNSET_EMPTY = false;  // a row of -1 has no experts; else they are selected
+SPECIALISED bool KEEPS_UNSET = false;  // the results of a row of -1 are left as they are
 SPECIALISED int GIVEN_ID_BYTES = 0;    // of token ids, by which tokens with bias 0 find theirs; 0: each has its own row
 SPECIALISED int64_t GIVEN_ROWS = 0;    // token ids are below this
 

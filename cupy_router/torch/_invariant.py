@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate GEMM and its gradient with respect to x, in an order of sums that does not depend on the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cupy_router.ops import dense_router, unpermute
+from cupy_router.ops._invariant_gradient import logits_options
+from cupy_router.ops._rows import LayoutInts
+from cupy_router.ops._run import run
+
+
+def invariant_logits(x: Any, weight: Any, by_op: bool) -> Any:
+    """Return float32 logits of x [num_tokens, hidden] and a gate [num_logits, hidden], of up to 1024 logits.
+
+    by_op: call the op through PyTorch's dispatcher.
+    """
+    options, inputs = logits_options(weight.shape[0]), (x, weight, *[None] * 6)
+    if by_op:
+        return torch.ops.cupy_router.dense_router_logits(options.text, *inputs, -1)[2]
+    return run(dense_router.OP, options, inputs, None, None).logits
+
+
+def batch_invariant_gate_gemm(x: Any, weight: Any) -> Any:
+    """Return the same logits in any place: in graphs, and with a gradient."""
+    inputs = _dense(x), _dense(weight), *[None] * 6
+    return run(dense_router.OP, logits_options(weight.shape[0]), inputs, None, None).logits
+
+
+def _dense(tensor: Any) -> Any:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def invariant_x_gradient(dtype: Any, weight: Any, grad_logits: Any, experts: Any, by_op: bool) -> Any:
+    """Return the gradient with respect to x, in its dtype; each token's is the same to the bit in any batch.
+
+    experts: [num_tokens, top_k], the only ones whose logits have a gradient, or -1; None: all have.
+    """
+    num_tokens, num_logits = grad_logits.shape
+    if experts is None:
+        positions = torch.arange(num_logits, dtype=torch.int32, device=weight.device).repeat(num_tokens, 1)
+        factors = grad_logits
+    else:
+        factors = grad_logits.gather(1, experts.long().clamp(0, num_logits - 1))
+        positions = experts.int().contiguous()
+    rows = weight if weight.dtype == dtype else weight.float()
+    inputs = rows, positions, None, factors.contiguous(), None, None
+    if by_op:
+        summed = torch.ops.cupy_router.unpermute(LayoutInts().text, *inputs)
+    else:
+        summed = run(unpermute.OP, LayoutInts(), inputs, None, None)
+    return summed.to(dtype)
