@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot the results of each op, <op>.svg: `python -m benchmarks.plot --output docs`."""
+"""Plot the results of each op, <op>.svg: `python -m benchmarks.plot --output docs`.
+
+`--measure` runs the benchmarks of these ops before, on the GPU at hand: `python -m benchmarks.plot --measure --results
+mine --output mine`. Without `--results`, that replaces the results of the repository.
+"""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of JSON files")
     parser.add_argument("--output", type=Path, required=True, help="folder for the plots")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    parser.add_argument("--measure", action="store_true", help="run the benchmarks first; needs a GPU")
+    parser.add_argument("--quick", action="store_true", help="with --measure: only cells with a bar")
     options = parser.parse_args(arguments)
+    if options.measure:
+        options.results.mkdir(parents=True, exist_ok=True)
+        for op in PANELS:
+            command = [sys.executable, "-m", f"benchmarks.bench_{op}", "--output", str(options.results)]
+            subprocess.run([*command, *(["--quick"] if options.quick else [])], check=True)
     for op in PANELS:
         source = options.results / f"{op}.json"
         path = options.output / f"{op}.{options.format}"

@@ -24,6 +24,7 @@ html_title = f"cupy_router {version}"
 html_copy_source = False
 highlight_language = "text"  # of blocks without a language
 default_role = "code"  # docstrings write `name`
+napoleon_use_ivar = True  # fields of results as a list, without their types, which are all Any
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have dtypes and shapes
 myst_heading_anchors = 4

@@ -257,6 +257,17 @@ def test_plots_ask_for_a_folder(command: Any, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow("seconds")
+def test_plots_of_the_gpu_at_hand_take_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(plot.subprocess, "run", lambda command, check: commands.append(command))
+    assert plot.main(["--measure", "--quick", "--results", str(tmp_path / "mine"), "--output", str(tmp_path)]) == 0
+    modules = [command[2] for command in commands]
+    assert modules == [f"benchmarks.bench_{op}" for op in plot.PANELS]
+    for command, module in zip(commands, modules, strict=True):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert command[3:] == ["--output", str(tmp_path / "mine"), "--quick"]
+
+
 def test_plots_are_reproducible(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with the dev extra)")
     written(tmp_path)

@@ -21,7 +21,7 @@ import pytest
 
 import cupy_router
 from cupy_router import cli
-from tests.pages import FENCE, PAGES, ROOT, Program, anchors, blocks, programs, prose
+from tests.pages import FENCE, PAGES, ROOT, Program, anchors, between, blocks, programs, prose
 
 LINKED = (
     *PAGES,
@@ -30,6 +30,7 @@ LINKED = (
         for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "kernels/README.md", "benchmarks/README.md")
     ),
 )
+QUICK_START = ROOT / "docs" / "quickstart.md"
 LANGUAGES = {"python", "sh", "text", "", "{toctree}"}
 PROGRAMS = [program for page in PAGES for program in programs(page)]
 COMMANDS = [
@@ -69,6 +70,22 @@ def test_a_program_prints_what_its_comments_say(
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: f"{program.page.stem}-{program.number}")
 def test_every_print_says_what_it_prints(program: Program) -> None:
     assert program.prints() == len(program.expected())
+
+
+def demo() -> str:
+    """Return what the demo prints on the CPU, in 80 columns."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(terminal):
+        patch.setenv("COLUMNS", "80")
+        assert cli.main(["demo", "--device", "cpu"]) == 0
+    printed: bytes = terminal.buffer.getvalue()  # type: ignore[attr-defined]
+    return f"```text\n{printed.decode().strip()}\n```"
+
+
+def test_the_demo_of_the_quick_start_is_that_of_the_command() -> None:
+    """Except for the last bits of weights."""
+    page, now = (re.sub(r"\d\.\de-08", "", text) for text in (between(QUICK_START, "demo"), demo()))
+    assert page == now, "run python -m tests.test_docs"
 
 
 def test_fences_have_known_languages_and_are_closed() -> None:
@@ -185,3 +202,8 @@ def test_the_api_page_has_every_public_name() -> None:
         assert listed is not None
         names |= {f"cupy_router.{package}.{name}" for name in re.findall(r'"(\w+)"', listed[1])}
     assert set(re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.M)) == names
+
+
+if __name__ == "__main__":  # writes what the demo prints
+    head, begin, rest = QUICK_START.read_text("utf-8").partition("<!-- demo -->")
+    QUICK_START.write_text(f"{head}{begin}\n\n{demo()}\n\n<!-- /demo -->{rest.partition('<!-- /demo -->')[2]}", "utf-8")
