@@ -24,7 +24,8 @@ html_title = f"cupy_router {version}"
 html_copy_source = False
 highlight_language = "text"  # of blocks without a language
 default_role = "code"  # docstrings write `name`
-napoleon_use_ivar = True  # fields of results as a list, without their types, which are all Any
+napoleon_use_ivar = True  # fields of results as a list
+napoleon_attr_annotations = False  # and without their types, which are all Any
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings have dtypes and shapes
 myst_heading_anchors = 4
@@ -39,5 +40,11 @@ def link_files(app: Any, page: str, text: list[str]) -> None:
     text[0] = LINK.sub(rf"[\1]({REPOSITORY}/blob/v{version}/\2)" if REPOSITORY else r"\1", text[0])
 
 
+def link_pages(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Let the names of pages in docstrings be links."""
+    lines[:] = [re.sub(r"\bdocs/(\w+)\.md", r":doc:`\1`", line) for line in lines]
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", link_pages)
     app.connect("source-read", link_files)
