@@ -28,7 +28,7 @@ from tests import inputs
 from tests.jax_calls import METHOD, N, calls, same_bits
 from tests.jax_gradients import enable_x64
 from tests.jax_layouts import ARRAYS, EXPERTS, NAMES, TOP_K, cases, ids, planned, same_layout
-from tests.test_layout_docs import between
+from tests.pages import ROOT, between
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jnp = jax.numpy
@@ -128,7 +128,7 @@ def test_the_remedy_for_a_load_gives_what_other_frameworks_count(row: int) -> No
     }
     names |= {"first": 2, "count": 3, "num_local": 2, "expert_map": jnp.asarray(expert_map)}
     names["counts"] = expert_layout(jnp.array(indices), EXPERTS).counts
-    cell = between("load").splitlines()[2 + row]
+    cell = between(ROOT / "docs/layout.md", "load").splitlines()[2 + row]
     formula = re.findall("`(.*?)`", cell.split("|")[2])[0]
     found = eval(formula, names)
     expert_layout(indices, EXPERTS, load=load, **question)
