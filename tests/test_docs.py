@@ -21,6 +21,7 @@ import pytest
 
 import cupy_router
 from cupy_router import cli
+from tests.frameworks import transformers_with_models
 from tests.pages import FENCE, PAGES, ROOT, Program, anchors, between, blocks, programs, prose
 
 LINKED = (
@@ -58,6 +59,8 @@ def test_a_program_prints_what_its_comments_say(
 ) -> None:
     for package in program.packages():
         pytest.importorskip(package, reason=f"{package} is not installed")
+    if "transformers" in program.packages():
+        transformers_with_models()
     folder = tmp_path_factory.getbasetemp() / program.page.stem  # programs of a page may read each other's files
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
