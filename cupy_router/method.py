@@ -15,7 +15,7 @@ from cupy_router.method_fields import INDEX_DTYPES, boolean, check_index_dtype, 
 from cupy_router.score_function import ScoreFunction, score_of_key
 
 if TYPE_CHECKING:
-    from cupy_router.typing import BiasTarget, GroupScore, IndexDtype, Preset, Score, WeightDtype
+    from cupy_router.typing import BiasTarget, GroupScore, IndexDtype, Score, WeightDtype
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax", "identity")
 
@@ -286,7 +286,7 @@ def from_text(text: str) -> RoutingMethod:
     return RoutingMethod(**values)
 
 
-_PRESETS: dict[Preset, RoutingMethod] = {
+_PRESETS = {
     "deepseek-v4-flash": RoutingMethod(256, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=1.5),
     "deepseek-v4-pro": RoutingMethod(384, 6, "sqrtsoftplus", renormalize_eps=1e-20, scale=2.5),
     "deepseek-v3": RoutingMethod(
@@ -312,7 +312,7 @@ _PRESETS: dict[Preset, RoutingMethod] = {
 }
 
 
-def presets() -> dict[Preset, RoutingMethod]:
+def presets() -> dict[str, RoutingMethod]:
     """Return the routing methods of known models by name, as a new dictionary. docs/methods.md lists them.
 
     >>> list(presets())
@@ -340,7 +340,7 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     if not isinstance(method, str):
         raise TypeError(f"method is a {type(method).__name__}, but must be a RoutingMethod or the name of a preset")
     try:
-        return _PRESETS[method]  # type: ignore[index]
+        return _PRESETS[method]
     except KeyError:
         import difflib  # only needed for this message
 

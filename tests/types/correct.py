@@ -73,5 +73,9 @@ def routers(state: dict[str, Tensor], x: Tensor, ids: Tensor) -> None:
     assert_type(Router(RoutingMethod(8, 2, score), weight=x)(x, layout=LayoutSpec()), RoutingPlan[Tensor])
 
 
+def names(x: Tensor, at_run_time: str) -> None:
+    assert_type(cupy_router.activation_topk(x, cupy_router.presets()[at_run_time]), Routing[Tensor])
+
+
 def given(x: Tensor, out: Routing) -> None:
     cupy_router.activation_topk(x, "olmoe", out=out, stream=0)
