@@ -104,3 +104,11 @@ def test_results_are_plain_named_tuples() -> None:
     """With a second base class, PyTorch 2.4 would take them for leaves of a tree."""
     for name in ("Routing", "TopK", "ExpertLayout", "RoutingWithLogits", "RoutingPlan", "RoutingPlanWithLogits"):
         assert getattr(cupy_router, name).__bases__ == (tuple,)
+
+
+@pytest.mark.slow("process")
+@pytest.mark.backends("reference")
+def test_types_are_not_imported_at_run_time() -> None:
+    code = "import sys, cupy_router as c; c.Router, c.topk_select; print('cupy_router.typing' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
