@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled by NVRTC for every architecture, in processes: it compiles one program at a time in each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from cupy_router.declarations import CompileError
+from cupy_router.nvrtc import Nvrtc, Resources, resources
+
+# One of each kind: kernels need the same on sm_89 as on sm_86, and the same on sm_90a as on sm_90.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+# The oldest architecture on which an op chooses a kernel, if that is not the oldest of all.
+OLDEST = {
+    "dense_router_decode": 80,
+    "dense_router_decode_layout": 80,
+    "activation_topk_cluster": 90,
+    "expert_layout_cluster": 90,
+}
+_THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
+# As CuPy completes the options of the package.
+OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v", "--no-cache")
+
+Job = tuple[str, str, str, str, str]  # library, cache folder, function, source, architecture
+
+
+def number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_").rstrip("a"))
+
+
+def wanted(function: str, source: str) -> tuple[str, ...]:
+    """Return the architectures for which an op may compile a kernel."""
+    oldest = 90 if _THRESHOLD in source else OLDEST.get(function, 0)
+    return tuple(name for name in ARCHITECTURES if number(name) >= oldest)
+
+
+_opened: dict[str, Nvrtc] = {}
+
+
+def compile_job(job: Job) -> Resources | str:
+    """Return what a kernel needs, or the compiler's lines. Needs are kept in the cache folder."""
+    library, folder, function, source, architecture = job
+    if library not in _opened:
+        _opened[library] = Nvrtc(Path(library))
+    nvrtc = _opened[library]
+    key = hashlib.sha256(repr((nvrtc.version, OPTIONS, *job[2:])).encode()).hexdigest()[:32]
+    kept = Path(folder) / f"{function}-{architecture}-{key}.json"
+    try:
+        return Resources(*json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
+    try:
+        (log,) = nvrtc.compile(source, "kernel.cu", (*OPTIONS, f"-arch={architecture}"), "ProgramLog")
+    except CompileError as error:
+        return str(error)
+    found = resources(log.decode(errors="replace"), function)
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+    partial.write_text(json.dumps(astuple(found)))
+    partial.replace(kept)
+    return found
+
+
+def supported(library: Path) -> Sequence[Any]:
+    """Return the version of a library, and the architectures that it knows."""
+    nvrtc = Nvrtc(library)
+    known = nvrtc.architectures
+    return nvrtc.version, [name for name in ARCHITECTURES if number(name) in known]
