@@ -23,7 +23,6 @@ SCHEDULES = ("run_ahead", "reversed", "shuffled")
 FIRST = "sm_90"  # the architecture that is compiled first: most errors are there for all
 MOST_SANITIZED = 4  # cases, unless all are asked for: a sanitizer makes a case take seconds
 _PLACE = re.compile(r"kernels/[\w./]+\.cuh?:\d+")
-_NOT_EXECUTED = "no kernel was executed"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Outcome:
     gaps: list[str] = field(default_factory=list)  # what could not be checked here, and the remedy
     notes: list[str] = field(default_factory=list)  # what was done
     needs: dict[tuple[str, str], list[Resources]] = field(default_factory=dict)  # by file and architecture
+
+    is_executable: bool = True  # every kernel was compiled for the CPU
 
     @property
     def is_good(self) -> bool:
@@ -64,8 +65,8 @@ def check(numbers: Sequence[int], only: frozenset[str] = frozenset(), sanitize: 
         kernels = _kernels(backend, numbers, only, outcome)
         _compile_cases(kernels, outcome)
         if device.why_not() is not None:
-            outcome.gaps.append(f"{_NOT_EXECUTED}: {device.why_not()}")
-        elif not outcome.faults:
+            outcome.gaps.append(f"no kernel was executed: {device.why_not()}")
+        elif outcome.is_executable:
             failed = _execute(backend, kernels, expected, outcome)
             _sanitize(kernels, failed, sanitize, outcome)
     finally:
@@ -114,9 +115,13 @@ def compile_all(owners: dict[Kernel, tuple[str, str]], outcome: Outcome) -> None
         built = [pool.submit(_build, kernel, None) for kernel in owners] if device.why_not() is None else []
         _for_all_architectures(owners, outcome)
         errors = [future.result() for future in built]
+    outcome.is_executable = not outcome.faults and not any(errors)
     if outcome.faults:
         return
     for (op, title), error in zip(owners.values(), errors, strict=False):
+        if error is not None and outcome.needs:
+            outcome.gaps.append(f"{title} was not executed, as g++ refuses what NVRTC accepts: {error}")
+            return
         if error is not None:
             outcome.faults.append(Fault(op, f"{title} for the CPU", error))
             return

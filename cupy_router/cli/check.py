@@ -212,7 +212,7 @@ def check_score(name: str, as_json: bool) -> int:
     except CompileError as error:  # of the module, which makes the score
         from cupy_router.check.runner import Fault, Outcome
 
-        outcome = Outcome([Fault("", name, str(error))])
+        outcome = Outcome([Fault("", name, "\n".join(str(error).splitlines()[:3]))])
     if as_json:
         print(json.dumps(as_data(outcome, {}, {}), indent=1))
     else:
