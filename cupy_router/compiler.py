@@ -279,16 +279,21 @@ def changed() -> bool:
 
     Callers ask only if WATCHING.
     """
-    global _watched_override
     override = os.environ.get("CUPY_ROUTER_KERNELS")
     if override == _watched_override and not _watch.changed():
         return False
+    forget()
+    return True
+
+
+def forget() -> None:
+    """Forget all texts and compiled functions. Calls that ops have cached still use theirs."""
+    global _watched_override
     with _lock:
-        _watched_override = override
+        _watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
         _watch.clear()
         _functions.clear()
         _texts.clear()
-    return True
 
 
 def _read(name: str) -> tuple[str, Path]:

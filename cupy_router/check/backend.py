@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from cupy_router.simt.device import SimtBackend, why_not
+from cupy_router import compiler
+from cupy_router.ops import _cached
+from cupy_router.simt import device
 
 _FILES = re.compile(r'^#line 1 "kernels/([\w./]+)"$', re.M)
 
@@ -25,7 +29,7 @@ class Kernel:
         return tuple(_FILES.findall(self.source))
 
 
-class LateBackend(SimtBackend):
+class LateBackend(device.SimtBackend):
     """While `kernels` is a list, what is built is appended to it and nothing is launched.
 
     Calls are cached with their handles, so one backend serves both phases.
@@ -34,12 +38,12 @@ class LateBackend(SimtBackend):
     kernels: list[Kernel] | None = None
 
     def __init__(self) -> None:
-        if why_not() is None:  # otherwise it only notes
+        if device.why_not() is None:  # otherwise it only notes
             super().__init__()
         self._asked: list[Kernel] = []
         self._handles: dict[int, int] = {}
 
-    def build(self, source: str, function: str, device: int = 0) -> int:
+    def build(self, source: str, function: str, index: int = 0) -> int:
         self._asked.append(Kernel(function, source))
         return len(self._asked)
 
@@ -52,3 +56,24 @@ class LateBackend(SimtBackend):
         if handle not in self._handles:
             self._handles[handle] = super().build(kernel.source, kernel.function)
         super().launch(self._handles[handle], *launch)
+
+
+@contextmanager
+def executing() -> Iterator[LateBackend]:
+    """Let calls on arrays in CPU memory run kernels, without any that was compiled before or is kept afterwards."""
+    before = compiler.BACKENDS.get("cpu")
+    backend = LateBackend()
+    _forget()
+    compiler.BACKENDS["cpu"] = cast(compiler.Backend, backend)
+    try:
+        yield backend
+    finally:
+        del compiler.BACKENDS["cpu"]
+        if before is not None:
+            compiler.BACKENDS["cpu"] = before
+        _forget()
+
+
+def _forget() -> None:
+    compiler.forget()
+    _cached.forget()

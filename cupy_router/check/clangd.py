@@ -22,7 +22,7 @@ def commands(folder: Path) -> list[dict[str, object]]:
             "file": str(path.resolve()),
             "arguments": [
                 "g++", "-std=c++17", "-x", "c++", "-fsyntax-only", "-w", "-I", str(folder.resolve()), "-I", str(own),
-                "-include", str(INCLUDE / "cuda_cpu.h"), str(path.resolve()),
+                "-include", str(INCLUDE / "editor.h"), str(path.resolve()),
             ],
         }
         for path in files

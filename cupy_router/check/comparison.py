@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 RELATIVE, OF_LARGEST = 1e-5, 2e-6  # rounding of float32, as it comes and where sums cancel
 FACTOR = "all by the factor"
-_HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+_ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def difference(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> str | None:
@@ -31,7 +31,7 @@ def _difference(name: str, found: NDArray[Any], right: NDArray[Any]) -> str | No
     else:
         with np.errstate(all="ignore"):
             largest = np.abs(want[np.isfinite(want)]).max(initial=0.0)
-            relative = RELATIVE + _HALF_ULP.get(str(right.dtype), 0.0)
+            relative = RELATIVE + _ULP.get(str(right.dtype), 0.0)
             close = np.abs(got - want) <= relative * np.abs(want) + OF_LARGEST * largest
             wrong = ~(close | (got == want) | (np.isnan(got) & np.isnan(want)))
     if not wrong.any():

@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from cupy_router import compiler, nvrtc
 from cupy_router.check import architectures, comparison
-from cupy_router.check.backend import Kernel, LateBackend
+from cupy_router.check.backend import Kernel, LateBackend, executing
 from cupy_router.check.cases import CASES, run_case
 from cupy_router.nvrtc import Resources
 from cupy_router.simt import device
@@ -57,22 +57,23 @@ def check(numbers: Sequence[int], only: frozenset[str] = frozenset(), sanitize: 
     sanitize: how many cases also run under sanitizers. Those that fail do in any case.
     """
     outcome = Outcome()
-    backend_before = compiler.BACKENDS.pop("cpu", None)
+    before = compiler.BACKENDS.pop("cpu", None)
     try:
         expected = {i: run_case(i) for i in numbers}
-        backend = LateBackend()
-        compiler.BACKENDS["cpu"] = cast(compiler.Backend, backend)
+    finally:
+        if before is not None:
+            compiler.BACKENDS["cpu"] = before
+    with executing() as backend:
         kernels = _kernels(backend, numbers, only, outcome)
+        if not kernels and not outcome.faults:
+            outcome.gaps.append(f"no call reads {', '.join(sorted(only))}")
+            return outcome
         _compile_cases(kernels, outcome)
         if device.why_not() is not None:
             outcome.gaps.append(f"no kernel was executed: {device.why_not()}")
         elif outcome.is_executable:
             failed = _execute(backend, kernels, expected, outcome)
             _sanitize(kernels, failed, sanitize, outcome)
-    finally:
-        compiler.BACKENDS.pop("cpu", None)
-        if backend_before is not None:
-            compiler.BACKENDS["cpu"] = backend_before
     return outcome
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cupy_router import compiler
-from cupy_router.check.backend import LateBackend
+from cupy_router.check.backend import executing
 from cupy_router.check.runner import Fault, Outcome, compile_all
 from cupy_router.method import RoutingMethod
 from cupy_router.ops.activation_topk import activation_topk
@@ -21,9 +20,7 @@ NUM_ROWS = 2714  # about as many as are compared, which decides the kernel
 def check(score: ScoreFunction) -> Outcome:
     """Compare at x of every kind, as :func:`cupy_router.compare_score` does on a GPU."""
     outcome = Outcome()
-    before = compiler.BACKENDS.pop("cpu", None)
-    compiler.BACKENDS["cpu"] = backend = LateBackend()
-    try:
+    with executing() as backend:
         backend.kernels = []
         for part in filter(None, (score, score.derivative)):
             activation_topk(np.zeros((NUM_ROWS, 1), np.float32), RoutingMethod(1, 1, part, renormalize=False))
@@ -43,8 +40,4 @@ def check(score: ScoreFunction) -> Outcome:
                     f"{score!r} agrees with its NumPy function at {found.num_values} x{slopes}; greatest relative "
                     f"error {found.max_error:.1e}"
                 )
-    finally:
-        del compiler.BACKENDS["cpu"]
-        if before is not None:
-            compiler.BACKENDS["cpu"] = before
     return outcome
