@@ -275,25 +275,20 @@ _lock = threading.RLock()
 
 
 def changed() -> bool:
-    """Return whether a kernel file has changed since it was read, and if so, forget all compiled functions.
-
-    Callers ask only if WATCHING.
-    """
-    override = os.environ.get("CUPY_ROUTER_KERNELS")
-    if override == _watched_override and not _watch.changed():
+    """Return whether a kernel file has changed since it was read; if so, forget all functions. Ask only if WATCHING."""
+    if os.environ.get("CUPY_ROUTER_KERNELS") == _watched_override and not _watch.changed():
         return False
     forget()
     return True
 
 
 def forget() -> None:
-    """Forget all texts and compiled functions. Calls that ops have cached still use theirs."""
+    """Forget all texts and compiled functions. Calls that ops have cached keep theirs."""
     global _watched_override
     with _lock:
         _watched_override = os.environ.get("CUPY_ROUTER_KERNELS")
-        _watch.clear()
-        _functions.clear()
-        _texts.clear()
+        for known in (_watch, _functions, _texts):
+            known.clear()
 
 
 def _read(name: str) -> tuple[str, Path]:

@@ -10,15 +10,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from cupy_router import compiler, nvrtc
+from cupy_router import nvrtc
+from cupy_router.check.architectures import ARCHITECTURES as ARCHITECTURES
+from cupy_router.check.architectures import OPTIONS
 from cupy_router.nvrtc import Resources
 
-# One of each kind: kernels need the same on sm_89 as on sm_86, and the same on sm_90a as on sm_90.
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
-
-# As the package compiles and CuPy completes it, with ptxas telling what it does.
-_OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v", "--no-cache")
 
 
 class Nvrtc(nvrtc.Nvrtc):
@@ -26,12 +23,12 @@ class Nvrtc(nvrtc.Nvrtc):
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
-        (log,) = self.compile(source, "kernel.cu", [*_OPTIONS, f"-arch={architecture}"], "ProgramLog")
+        (log,) = self.compile(source, "kernel.cu", [*OPTIONS, f"-arch={architecture}"], "ProgramLog")
         return parse_log(log.decode(), function, architecture)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
         """The bytes of the instructions, padding included, and what they need."""
-        options = [*_OPTIONS, f"-arch={architecture}"]
+        options = [*OPTIONS, f"-arch={architecture}"]
         log, cubin = self.compile(source, "kernel.cu", options, "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
 

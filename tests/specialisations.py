@@ -38,6 +38,7 @@ from cupy_router import (
     tuning,
     unpermute,
 )
+from cupy_router.check.architectures import OLDEST
 from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
 from cupy_router.ops._rows import GradientOptions
 from cupy_router.ops._run import run
@@ -52,8 +53,6 @@ FLOATS = ("float32", "float16", "bfloat16")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 VOCAB_SIZE, HIDDEN = 1000, 4096
 CORNER = "(corner)"
-FROM_SM_80 = ("dense_router_decode", "dense_router_decode_layout")  # the op refuses path "decode" on older GPUs
-FROM_SM_90 = ("activation_topk_cluster", "expert_layout_cluster")
 
 
 @dataclass(frozen=True, order=True)
@@ -81,7 +80,7 @@ class Specialisation:
     @property
     def architectures(self) -> tuple[str, ...]:
         """Those that it is compiled for."""
-        oldest = {**dict.fromkeys(FROM_SM_80, 80), **dict.fromkeys(FROM_SM_90, 90)}.get(self.function, 0)
+        oldest = OLDEST.get(self.function, 0)
         if dict(self.macros).get("BY_THRESHOLD"):
             oldest = 90
         return tuple(a for a in ARCHITECTURES if int(a.removeprefix("sm_").rstrip("a")) >= oldest)

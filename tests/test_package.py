@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from cupy_router.simt import device
+
 for package in ("build", "hatchling", "pip"):
     try:  # without importing them: pip would swap the module distutils of the other tests
         metadata.distribution(package)
@@ -167,6 +169,24 @@ def test_doctor_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     assert results["cupy"]["found"].startswith("not installed")
     assert (found["kernels_run"], results["torch"]["found"]) == (False, "not installed")
     assert not [check for check in found["checks"] if "check failed" in check["found"]]
+
+
+NVRTC = [dist.metadata["Name"] for dist in metadata.distributions() if "cuda-nvrtc" in str(dist.metadata["Name"])]
+
+
+@pytest.mark.skipif(device.why_not() is not None or not NVRTC, reason="there is no g++ or no wheel of NVRTC here")
+def test_check_runs_from_the_wheel_without_a_gpu(environment: Path, tmp_path: Path) -> None:
+    link_packages(environment, NVRTC[0])
+    command = environment / "bin" / "cupy-router"
+    printed = run(command, "check", "update_bias", cwd=tmp_path)
+    assert "1 case executed on the CPU, equal to the reference\nAll is well." in printed
+    run(command, "check", "--copy", tmp_path / "mine", cwd=tmp_path)
+    path = tmp_path / "mine" / "update_bias.cu"
+    path.write_text(path.read_text().replace("total > scaled ? rate", "total > scaled ? 1.0001f * rate", 1))
+    code = f"import sys; from cupy_router import cli; sys.exit(cli.main(['check', {str(path)!r}]) != 1)"
+    printed = run(environment / "bin" / "python", "-c", code, cwd=tmp_path)
+    assert "FAULT update_bias, centred\n      result[" in printed
+    assert f"\n      {path}:" in printed
 
 
 def test_wheel_reads_its_own_kernels(environment: Path, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ LAYOUTS = (
     Case("unpermute", "gradients", _unpermute_backward),
     Case(
         "update_bias", "centred",
-        lambda: update_bias(eighths(60), random(11).integers(0, 100, 60).astype(np.int32), center=True),
+        lambda: update_bias(eighths(60), random(11).integers(0, 100, 60).astype(np.int32), rate=0.25, center=True),
     ),
 )  # fmt: skip
 
