@@ -42,6 +42,10 @@ LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # of bfloat16 to float32; of 
 DENSE_DECODE = {256: {1: 4.0, 4: 4.2, 16: 4.9, 64: 5.8}, 384: {1: 4.9, 4: 5.2, 16: 6.2, 64: 7.5}}
 COLD_MORE = {256: 1.3, 384: 2.0}
 HASH_LAYER = {256: {1: 2.5, 16: 3.0, 64: 4.5}, 384: {1: 2.9, 16: 3.4, 64: 5.0}}
+BATCH_INVARIANT = {  # whole calls on an H200
+    256: {1: 3.9, 16: 4.9, 64: 5.6, 128: 7.5, 256: 8.5, 1024: 11.0, 8192: 32.0},
+    384: {1: 4.7, 16: 5.6, 64: 7.5, 128: 9.5, 256: 11.5, 1024: 17.5, 8192: 74.0},
+}
 PREFILL_RATIO = 1.2  # of the whole call to cuBLAS alone
 
 # Given experts. More than hash_router with the same logits; more than the same call without, if rows may be routed; few

@@ -130,6 +130,26 @@ def hash_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         yield harness.barred(row, bars.HASH_LAYER[experts][n])
 
 
+def invariant_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
+    """Batch-invariant calls beside the default."""
+    experts = method.num_experts
+    weight = normal(experts, hidden, scale=hidden**-0.5)
+    bias = cupy.random.standard_normal(experts, dtype=cupy.float32)
+    for n, bar in bars.BATCH_INVARIANT[experts].items():
+        x, out = normal(n, hidden), results(n, method)
+
+        def call(i: int, x: Any = x, out: Any = out, batch_invariant: bool = True) -> Any:
+            return dense_router(x, weight, method, bias=bias, batch_invariant=batch_invariant, out=out)
+
+        cell: Row = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
+        ours, default = in_turns(
+            partial(timed, call, "batch invariant", **cell),
+            partial(timed, partial(call, batch_invariant=False), "batch invariant", by="default", **cell),
+        )
+        yield harness.barred(ours, bar)
+        yield default
+
+
 def sweep_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     for n in ALL_TOKENS:
         yield from size_rows(method, hidden, n, compiled=n in COMPILED_TOKENS)
@@ -171,7 +191,7 @@ def rival(name: str, method: RoutingMethod, x: Any, weight: Any, bias: Any, out:
 
 def measure(quick: bool) -> list[Row]:
     shapes = [(presets()[preset], hidden) for preset, hidden in HIDDEN.items()]
-    parts = (decode_rows, hash_rows, prefill_rows) + (() if quick else (sweep_rows,))
+    parts = (decode_rows, hash_rows, prefill_rows, invariant_rows) + (() if quick else (sweep_rows,))
     return [row for shape in shapes for part in parts for row in part(*shape)] + list(logits_rows())
 
 

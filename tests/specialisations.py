@@ -215,7 +215,7 @@ def _batch_invariant() -> None:
         layer: dict[str, Any] = {"bias": np.zeros(method.num_experts, np.float32), "batch_invariant": True}
         for dtype in ("bfloat16", "float32"):
             weight = _matrix(method.num_experts, hidden, dtype)
-            for n in (1, 8, 64):
+            for n in (1, 8, 64, 300, 1024, 4096):
                 dense_router(_matrix(n, hidden, dtype), weight, method, **layer, return_logits=True)
     method = presets()["deepseek-v4-flash"]
     x, weight = _matrix(16, HIDDEN, "bfloat16"), _matrix(256, HIDDEN, "bfloat16")

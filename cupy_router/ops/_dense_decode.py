@@ -25,7 +25,9 @@ ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
-COUNTERS = 128  # the most that a launch needs, so that the partial sums of every launch start at the same offset
+# The most counters that a launch needs, for up to MAX_TOKENS and for more tokens, so that the partial sums of every
+# launch start at the same offset.
+COUNTERS, GROUP_COUNTERS = 128, 1024
 
 # The parts of hidden in calls that are batch-invariant, of blocks, and of the warps of a block. Their sums are added in
 # order, first those of a block's warps. Any change changes the bits of results.
@@ -55,6 +57,7 @@ class Tiling:
     experts_per_warp: int
     warps: int
     share: int = 0
+    at_once: int = 0
     tensor_cores: bool = True
     invariant: bool = False
 
@@ -67,7 +70,7 @@ class Tiling:
     def shared_bytes(self, num_experts: int, num_biases: int = 1) -> int:
         layers = self.warps * self.experts_per_warp // self.experts_per_block
         row = 128 * -(-num_experts // 128)
-        routed = self.share or self.tokens
+        routed = self.share or self.at_once or self.tokens
         biases = num_biases * row if num_biases * row <= _BIAS_FLOATS else 0
         return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + biases)
 
@@ -89,7 +92,7 @@ def launch_for(
     with_layout: bool = False,
     batch_invariant: bool = False,
 ) -> DecodeLaunch:
-    """Return the launch for 1 to 64 tokens.
+    """Return the launch for 1 to 64 tokens; if `batch_invariant`, for up to :func:`invariant_rows`.
 
     Args:
         aligned: rows of x and weight are aligned to 16 bytes, and hidden is a multiple of 8.
@@ -121,6 +124,7 @@ def launch_for(
         "EXPERTS_PER_WARP": tiling.experts_per_warp,
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
+        **({"AT_ONCE": tiling.at_once} if tiling.at_once else {}),
         **({"INVARIANT": 1} if tiling.invariant else {}),
     }
     if logits_dtype is not None:
@@ -175,6 +179,8 @@ def choose(
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(gpu, num_tokens, num_experts, hidden, batch_invariant)
     table = gpu.table.decode
+    if num_tokens > MAX_TOKENS:  # in a call that is batch-invariant
+        return _groups(gpu, num_tokens)
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
     if batch_invariant:
         return _invariant(gpu, tokens, num_experts, with_layout, num_biases)
@@ -200,6 +206,21 @@ def _invariant(gpu: Gpu, tokens: int, num_experts: int, with_layout: bool, num_b
     tiling = Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, share, invariant=True)
     fits = tiling.shared_bytes(num_experts, num_biases) <= _SHARED_BYTES
     return tiling if fits else replace(tiling, share=1)
+
+
+def invariant_rows(gpu: Gpu, num_logits: int) -> int:
+    """Return the most tokens of a launch of a call that is batch-invariant, in whole groups."""
+    token_bytes = 4 * INVARIANT_PARTS * 64 * -(-num_logits // 64)
+    most = min(gpu.table.decode.max_partial_bytes // token_bytes, gpu.table.decode.fma.max_tokens * GROUP_COUNTERS)
+    return max(1, most // MAX_TOKENS) * MAX_TOKENS
+
+
+def _groups(gpu: Gpu, num_tokens: int) -> Tiling:
+    """Return a tiling for many tokens, like that of :func:`_invariant` in all that the order of sums depends on."""
+    shapes = gpu.table.decode.invariant_groups
+    tokens, experts, of_warp = next(shape for most, *shape in shapes if num_tokens <= most)
+    warps = INVARIANT_WARP_PARTS * experts // of_warp
+    return Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, at_once=min(tokens, warps), invariant=True)
 
 
 def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, batch_invariant: bool) -> Tiling:

@@ -20,6 +20,7 @@ from cupy_router.ops import activation_topk
 from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
 from cupy_router.ops._chunks import Chunks, GateChunks
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
+from cupy_router.ops._dense_decode import COUNTERS
 from cupy_router.ops._given import (
     GIVEN,
     ROUTE,
@@ -56,8 +57,6 @@ from cupy_router.reference import dense_router as reference
 from cupy_router.tuning import Gpu
 
 PATHS = ("decode", "prefill")
-
-_COUNTER_BYTES = 4 * decode.COUNTERS  # followed by the partial sums, in one buffer of scratch memory
 
 
 @dataclass(frozen=True)
@@ -328,18 +327,21 @@ class _Decode:
     arrays: the parameters for the arrays that a call passes. Others are null.
     """
 
-    def __init__(self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str]) -> None:
+    def __init__(
+        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str], counters: int = COUNTERS
+    ) -> None:
         layout = [name for name in arrays if name in LAYOUT_ARRAYS]
         varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER)
         if TOKEN_IDS in arrays:
             varying, kernel = (*varying, TOKEN_IDS), by_token_id(kernel)
         self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER))
-        self._device, self._scratch_bytes = device, _COUNTER_BYTES + 4 * partials
+        self._device, self._use = device, "decode" if counters == COUNTERS else "decode by groups"
+        self._counter_bytes, self._scratch_bytes = 4 * counters, 4 * (counters + partials)  # in one buffer
         self.function = self._launch.function
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        counters = scratch.buffer(self._device, stream, "decode", self._scratch_bytes)
-        self._launch(stream, (*varying[:-1], counters, counters + _COUNTER_BYTES, varying[-1]))
+        counters = scratch.buffer(self._device, stream, self._use, self._scratch_bytes)
+        self._launch(stream, (*varying[:-1], counters, counters + self._counter_bytes, varying[-1]))
 
 
 def by_token_id(kernel: Kernel) -> Kernel:
@@ -378,10 +380,13 @@ class _DecodeChunks(Chunks):
         parameters: Callable[[Sequence[str]], Sequence[str]],
         more: Mapping[str, int],
     ) -> None:
-        super().__init__(op, arrays, decode.MAX_TOKENS)
+        invariant = options.batch_invariant
+        most = decode.invariant_rows(gpu, options.method.num_logits) if invariant else decode.MAX_TOKENS
+        super().__init__(op, arrays, most)
         sizes, names = {self.rows, self.num_tokens % self.rows or self.rows}, parameters(self.names)
         kernels = {rows: _decode_kernel(options, rows, arrays, gpu, more=more) for rows in sizes}
-        self._by_rows = {rows: _Decode(*kernel, self.device, names) for rows, kernel in kernels.items()}
+        counters = {rows: COUNTERS if rows <= decode.MAX_TOKENS else decode.GROUP_COUNTERS for rows in sizes}
+        self._by_rows = {rows: _Decode(*kernel, self.device, names, counters[rows]) for rows, kernel in kernels.items()}
         self.function = self._by_rows[self.rows].function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:

@@ -70,6 +70,8 @@ TABLE = Table(
         min_part_columns=64,
         min_shared_tokens=4,
         invariant_shapes=((2, 16, 16), (64, 32, 16)),
+        invariant_groups=((512, 16, 64, 16), (2048, 32, 64, 16), (2**31, 64, 64, 16)),
+        max_partial_bytes=32 * 2**20,
         # A warp multiplies two experts over its whole part of hidden.
         fma=DecodeFma(
             max_tokens=4, experts_per_block=16, experts_per_warp=2, warps=8, max_parts=16, min_part_columns=256

@@ -4,7 +4,7 @@
 // A block multiplies EXPERTS_PER_BLOCK rows of the gate with TOKENS rows of x over one of SPLITS parts of hidden
 // (split-K), and leaves its float32 partial sums in global memory. There are blocks for every tile of experts, split
 // and group of tokens; a counter per group tells when all its blocks have arrived.
-// SHARE 0: the last block of a group adds its partial sums, split by split, and routes its tokens.
+// SHARE 0: the last block of a group adds its partial sums, split by split, and routes its tokens, AT_ONCE at a time.
 // SHARE > 0: there is one group, and the first blocks each route SHARE tokens at a time. A block that has polled too
 // long leaves, and the last block to arrive does its share as well.
 #pragma once
@@ -22,6 +22,7 @@
 #include "routing/weigh.cuh"
 
 SPECIALISED int SHARE = 0;
+SPECIALISED int AT_ONCE = 0;        // tokens that the last block of a group routes together; 0: all of them
 SPECIALISED bool DENSE = false;     // rows of x, gate, weights and indices follow each other
 SPECIALISED int SHARED_FLOATS = 0;  // at least, for what a kernel does after routing
 
@@ -34,7 +35,7 @@ struct __align__(4 * N) Floats {
 };
 
 constexpr int GROUP_BLOCKS = TILES * SPLITS;
-constexpr int ROUTED = SHARE > 0 ? SHARE : TOKENS;  // tokens that a block routes together
+constexpr int ROUTED = SHARE > 0 ? SHARE : AT_ONCE > 0 ? AT_ONCE : TOKENS;  // tokens that a block routes together
 constexpr int PER_LANE = 4 * quotient(GATE_ROWS, 128);
 constexpr bool KEEPS_SCORES =
     !WHOLE_ROW_SOFTMAX && !SELECT_ON_LOGITS && !WEIGHS_LOGITS;  // in shared memory, rather than logits
@@ -231,7 +232,11 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
     };
     if (SHARE == 0) {
         if (!is_last_block(&counters[group], GROUP_BLOCKS)) return false;
-        route_tokens(0, count);
+        route_tokens(0, ROUTED == TOKENS ? count : min(count, ROUTED));
+        for (int first = ROUTED; ROUTED < TOKENS && first < count; first += ROUTED) {
+            __syncthreads();  // all have read the scores before
+            route_tokens(first, min(count - first, ROUTED));
+        }
         return true;
     }
     constexpr int STRIDE = SHARE > 0 ? SHARE : 1;
