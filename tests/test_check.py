@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cupy_router import ScoreFunction, cli, compiler, nvrtc
-from cupy_router.check import architectures, cases, clangd, comparison, edited
+from cupy_router.check import architectures, cases, clangd, comparison, edited, execution
 from cupy_router.check.backend import LateBackend
 from cupy_router.simt import device
 from tests.nvrtc import libraries
@@ -90,6 +90,17 @@ def test_a_misspelt_name_is_named_by_file_and_line(tmp_path: Path, capsys: pytes
     assert code == 1
     assert f'{path}({line}): error: identifier "own_totl" is undefined' in printed
     assert "executed" not in printed
+
+
+@needs_compilers
+@pytest.mark.slow("compiler")
+def test_a_kernel_that_ends_its_process_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dies = "if (!CENTER) return;\n#ifndef __CUDACC__\n    __builtin_trap();\n#endif"
+    path, _ = copy_of("update_bias.cu", tmp_path, "if (!CENTER) return;", dies)
+    code, printed = check(capsys, path)
+    assert code == 1
+    assert f"FAULT update_bias, centred\n      {execution.DIED}" in printed
+    assert "a sanitizer did not finish" in printed
 
 
 @needs_compilers

@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from cupy_router import compiler, nvrtc
 from cupy_router.check import architectures, comparison
 from cupy_router.check.backend import Kernel, LateBackend, executing
 from cupy_router.check.cases import CASES, run_case
+from cupy_router.check.execution import executions
 from cupy_router.nvrtc import Resources
 from cupy_router.simt import device
 from cupy_router.simt.sanitized import Call, Report, call_sanitized, why_not_sanitized
 
-SCHEDULES = ("run_ahead", "reversed", "shuffled")
 FIRST = "sm_90"  # the architecture that is compiled first: most errors are there for all
 MOST_SANITIZED = 4  # cases, unless all are asked for: a sanitizer makes a case take seconds
+SANITIZER_SECONDS = 120  # an endless loop has no other limit there
 _PLACE = re.compile(r"kernels/[\w./]+\.cuh?:\d+")
 
 
@@ -72,7 +74,7 @@ def check(numbers: Sequence[int], only: frozenset[str] = frozenset(), sanitize: 
         if device.why_not() is not None:
             outcome.gaps.append(f"no kernel was executed: {device.why_not()}")
         elif outcome.is_executable:
-            failed = _execute(backend, kernels, expected, outcome)
+            failed = _execute(list(kernels), expected, outcome)
             _sanitize(kernels, failed, sanitize, outcome)
     return outcome
 
@@ -192,32 +194,27 @@ def _errors(log: str) -> list[str]:
 # -- Execution ---------------------------------------------------------------------------------------------------------
 
 
-def _execute(
-    backend: LateBackend, kernels: dict[int, list[Kernel]], expected: dict[int, Any], outcome: Outcome
-) -> list[int]:
-    """Run every case under several schedules; return those that a race may have spoilt."""
+def _execute(numbers: Sequence[int], expected: dict[int, Any], outcome: Outcome) -> list[int]:
+    """Run every case under several schedules; return those whose fault a sanitizer may place."""
     failed: list[int] = []
-    for i in kernels:
-        case = CASES[i]
-        wrong: dict[str, str] = {}
-        for schedule in SCHEDULES:
-            backend.schedule = schedule
-            try:
-                text = comparison.difference(run_case(i), expected[i])
-            except device.KernelFault as error:
-                failed.append(i)
-                outcome.faults.append(Fault(case.op, case.title, str(error)))
-                return failed  # what it left in scratch memory may spoil later cases
-            if text is not None:
-                wrong[schedule] = text
+    num_executed = 0
+    for number, results, fault, has_place in executions(numbers):
+        case = CASES[number]
+        num_executed += 1
+        if fault:
+            outcome.faults.append(Fault(case.op, case.title, fault))
+            failed += [] if has_place else [number]
+            break
+        compared = {schedule: comparison.difference(found, expected[number]) for schedule, found in results.items()}
+        wrong = {schedule: text for schedule, text in compared.items() if text is not None}
         if wrong:
             text = next(iter(wrong.values()))
             if comparison.FACTOR not in text:  # which no race makes
-                failed.append(i)
-            some = "" if len(wrong) == len(SCHEDULES) else f" (only when threads run in the order {', '.join(wrong)})"
+                failed.append(number)
+            some = "" if len(wrong) == len(results) else f" (only when threads run in the order {', '.join(wrong)})"
             outcome.faults.append(Fault(case.op, case.title, f"{text}{some}"))
     verdict = f"{len(outcome.faults)} of them wrong" if outcome.faults else "equal to the reference"
-    outcome.notes.append(f"{_count(len(kernels), 'case')} executed on the CPU, {verdict}")
+    outcome.notes.append(f"{_count(num_executed, 'case')} executed on the CPU, {verdict}")
     return failed
 
 
@@ -238,22 +235,33 @@ def _sanitize(kernels: dict[int, list[Kernel]], failed: Sequence[int], most: int
     todo = dict.fromkeys(kernel for i in chosen for kernel in kernels[i])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: _build(*job), [(kernel, name) for name in usable for kernel in todo]))
-        reports = list(pool.map(_sanitized(chosen), usable))
+        found = list(pool.map(_sanitized(chosen), usable))
+    reports = [report for report in found if report is not None]
+    if len(reports) < len(found):
+        outcome.notes.append("a sanitizer did not finish, so there may be races and accesses out of bounds")
     for report in reports:
         if report.fault is not None:
             case = CASES[chosen[len(report.results)]]
             places = dict.fromkeys(_PLACE.findall(report.text))
             text = f"{report.fault} at {_few(places)}" if places else f"{report.fault}\n{report.text[:1000]}"
             outcome.faults.append(Fault(case.op, case.title, text))
-    if not any(report.fault for report in reports):
+    if len(reports) == len(found) and not any(report.fault for report in reports):
         outcome.notes.append(
             f"{_count(len(chosen), 'case')} without a data race or an access out of bounds, by sanitizers"
         )
 
 
-def _sanitized(chosen: Sequence[int]) -> Callable[[str], Report]:
+def _sanitized(chosen: Sequence[int]) -> Callable[[str], Report | None]:
+    """Return a function that runs cases under a sanitizer; it returns None if it does not finish."""
     calls = [Call("cupy_router.check.cases:run_case", (i,)) for i in chosen]
-    return lambda name: call_sanitized(calls, sanitizer=name)
+
+    def report(name: str) -> Report | None:
+        try:
+            return call_sanitized(calls, sanitizer=name, timeout=SANITIZER_SECONDS)
+        except (subprocess.TimeoutExpired, RuntimeError):  # an endless loop; a process that died without a report
+            return None
+
+    return report
 
 
 def _few(places: Iterable[str]) -> str:
