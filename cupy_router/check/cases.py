@@ -112,7 +112,7 @@ GROUPED = M(
     renormalize_eps=1e-3, scale=2.0, num_shared_experts=1, shared_weight=0.25, index_dtype="int64",
 )  # fmt: skip
 SOFTMAX = M(256, 6, "softmax", renormalize=False)
-WIDE = M(1500, 40, "softmax", scale=2.0)
+WIDE = M(1500, 40, "sigmoid", num_groups=12, top_groups=5, group_score="top2", scale=2.0)
 LAST = M(32, 4, "softmax", score_after_topk=True)
 
 
@@ -145,7 +145,7 @@ ROWS = (
         lambda: _routed(7, SOFTMAX, tied(7, 256, ml_dtypes.bfloat16), num_valid=np.array([5], np.int32)),
     ),
     Case("activation_topk", "softmax after the selection, ties in float32", lambda: _routed(6, LAST, tied(6, 32))),
-    Case("activation_topk", "1500 experts, of which 40 are chosen", lambda: _routed(3, WIDE, bias=eighths(1500))),
+    Case("activation_topk", "1500 experts in groups, 40 chosen", lambda: _routed(3, WIDE, bias=eighths(1500))),
     Case(
         "activation_topk", "given experts, of which some are unset",
         lambda: _routed(11, SIGMOID, bias=eighths(128), indices=ids(11, 8, 128, np.int16)),
@@ -313,7 +313,7 @@ SCORES = (
     ),
     Case("topk_select", "64 columns of float16", lambda: _top(9, 64, 7, np.float16)),
     Case("topk_select", "3000 columns, lengths", lambda: _top(2, 3000, 40, lengths=_lengths(2, 3000))),
-    Case("topk_select", "1500 columns of many rows", on_small_gpu(lambda: _top(5, 1500, 20))),
+    Case("topk_select", "4000 columns of many rows", on_small_gpu(lambda: _top(5, 4000, 600))),
     Case("topk_select", "20,000 of 30,000 columns", lambda: _top(1, 30_000, 20_000)),
 )  # fmt: skip
 
