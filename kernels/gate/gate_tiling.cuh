@@ -15,7 +15,7 @@ SPECIALISED int EXPERTS_PER_BLOCK = 16;
 SPECIALISED int EXPERTS_PER_WARP = 16;
 SPECIALISED int WARPS = 8;
 SPECIALISED bool INVARIANT = false;  // sums have one order for any number of tokens, which depends on HIDDEN alone
-SPECIALISED int IN_FLIGHT = 36;  // 16-byte loads of a thread before their first use
+SPECIALISED int IN_FLIGHT = 36;      // 16-byte loads of a thread before their first use
 
 typedef Scalar<DTYPE>::type x_t;
 typedef Scalar<WEIGHT_DTYPE>::type gate_t;
