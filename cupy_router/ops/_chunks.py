@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 from cupy_router import compiler, gemm, scratch
 from cupy_router.arrays import ITEM_SIZES, View
@@ -40,7 +39,8 @@ class Chunks:
         views: dict[str, View] = arrays.named(*by_row)
         self._steps = {name: view.row_stride * ITEM_SIZES[view.dtype] for name, view in views.items()}
         self._num_chunks = -(-self.num_tokens // self.rows)
-        self._counts_needed = self._num_chunks > 1 and arrays.num_valid is not None
+        self.last_rows = self.num_tokens - (self._num_chunks - 1) * self.rows
+        self._count = self._counting() if self._num_chunks > 1 and arrays.num_valid is not None else None
         backend = compiler.backend(self.device[0])
         assert backend is not None, "ops ask for a backend before they choose a kernel"
         self._use = backend.use
@@ -56,7 +56,10 @@ class Chunks:
 
     def enqueue(self, stream: int, arrays: dict[str, int], number: int) -> None:
         """Enqueue all chunks in order."""
-        counts = self._chunk_counts(stream, arrays["num_valid"]) if self._counts_needed else 0
+        counts = 0
+        if self._count is not None:
+            counts = scratch.buffer(self.device, stream, "valid rows of each chunk", 4 * self._num_chunks)
+            self._count(stream, (arrays["num_valid"], counts))
         for index in range(self._num_chunks):
             begin = index * self.rows
             rows = min(self.rows, self.num_tokens - begin)
@@ -69,16 +72,16 @@ class Chunks:
         """Enqueue one chunk, given the addresses of its first row, its number of rows and of valid rows (-1: all)."""
         raise NotImplementedError  # every subclass defines it
 
-    def _chunk_counts(self, stream: int, num_valid: int) -> int:
-        counts = scratch.buffer(self.device, stream, "valid rows of each chunk", 4 * self._num_chunks)
-        self._count(stream, (num_valid, counts))
-        return counts
-
-    @cached_property
-    def _count(self) -> Launch:
+    def _counting(self) -> Launch:
         function = compiler.compile("slice_counts", "slice_counts", {}, self.device)
         fixed = {"num_slices": self._num_chunks, "slice_rows": self.rows}
         return Launch(function, 1, 128, ("num_valid", "counts"), fixed)
+
+    def by_rows(self, make: Callable[[int], Work]) -> Callable[[int], Work]:
+        """Return the kernels for a chunk's number of rows, made at once. There are two: the last may be smaller."""
+        usual = make(self.rows)
+        last = usual if self.last_rows == self.rows else make(self.last_rows)
+        return lambda rows: usual if rows == self.rows else last
 
 
 class GateChunks(Chunks):
@@ -103,7 +106,7 @@ class GateChunks(Chunks):
         super().__init__(op, arrays, rows)
         self._row_bytes, self._num_outputs = 4 * num_outputs, num_outputs
         self._taken, self._make = (*target.names, *ROUTING), make
-        self._works: dict[int, Work] = {}
+        self._work = self.by_rows(self._on_logits)
         self.function = self._work(self.rows).function
 
     def enqueue(self, stream: int, arrays: dict[str, int], number: int) -> None:
@@ -121,17 +124,12 @@ class GateChunks(Chunks):
         varying = [*(arrays.get(name, 0) for name in self._taken), number]
         self._work(rows)(stream, varying if self._returned is None else [*varying, arrays[LOGITS]])
 
-    def _work(self, rows: int) -> Work:
-        """Return the kernels on the logits of a chunk. There are at most two sizes, because the last may be smaller."""
-        found = self._works.get(rows)
-        if found is None:
-            shape = (rows, self._num_outputs)
-            if self._target is None:
-                logits = dense_view("logits", 0, shape, "float32", self.device)
-            else:
-                logits = replace(self._target, shape=shape)
-            found = self._works[rows] = self._make(logits)
-        return found
+    def _on_logits(self, rows: int) -> Work:
+        """Return the kernels on the logits of a chunk."""
+        shape = (rows, self._num_outputs)
+        if self._target is None:
+            return self._make(dense_view("logits", 0, shape, "float32", self.device))
+        return self._make(replace(self._target, shape=shape))
 
 
 def launch_with_logits(op: Op, kernel: Kernel, arrays: Arrays) -> Work:

@@ -383,11 +383,14 @@ class _DecodeChunks(Chunks):
         invariant = options.batch_invariant
         most = decode.invariant_rows(gpu, options.method.num_logits) if invariant else decode.MAX_TOKENS
         super().__init__(op, arrays, most)
-        sizes, names = {self.rows, self.num_tokens % self.rows or self.rows}, parameters(self.names)
-        kernels = {rows: _decode_kernel(options, rows, arrays, gpu, more=more) for rows in sizes}
-        counters = {rows: COUNTERS if rows <= decode.MAX_TOKENS else decode.GROUP_COUNTERS for rows in sizes}
-        self._by_rows = {rows: _Decode(*kernel, self.device, names, counters[rows]) for rows, kernel in kernels.items()}
-        self.function = self._by_rows[self.rows].function
+        names = parameters(self.names)
+
+        def make(rows: int) -> Work:
+            counters = COUNTERS if rows <= decode.MAX_TOKENS else decode.GROUP_COUNTERS
+            return _Decode(*_decode_kernel(options, rows, arrays, gpu, more=more), self.device, names, counters)
+
+        self._work = self.by_rows(make)
+        self.function = self._work(self.rows).function
 
     def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        self._by_rows[rows](stream, [*(arrays[name] for name in self.names), number])
+        self._work(rows)(stream, [*(arrays[name] for name in self.names), number])
