@@ -36,11 +36,13 @@ __all__ = [
     "expert_layout",
     "hash_router",
     "layout_capacity",
+    "on_compile",
     "permute",
     "presets",
     "topk_select",
     "unpermute",
     "update_bias",
+    "warmup",
 ]
 
 # Each name is imported from its module at its first use, so that `import cupy_router` takes almost no time.
@@ -57,6 +59,7 @@ _MODULES = {
     "RoutingMethod": "method",
     "ScoreFunction": "score_function",
     "compare_score": "score_comparison",
+    "on_compile": "kernel_log",
     "presets": "method",
     "activation_topk": "ops.activation_topk",
     "dense_router": "ops.dense_router",
@@ -66,6 +69,7 @@ _MODULES = {
     "topk_select": "ops.topk_select",
     "unpermute": "ops.unpermute",
     "update_bias": "ops.update_bias",
+    "warmup": "warm_up",
 }
 
 # Likewise. They are not in __all__, because `import *` would import the frameworks.

@@ -12,11 +12,13 @@ from cupy_router import compiler as compiler
 from cupy_router import ops as ops
 from cupy_router import router as _router
 from cupy_router import typing as _types
+from cupy_router.kernel_log import on_compile
 from cupy_router.method import RoutingMethod, presets
 from cupy_router.ops._layout import LayoutSpec, layout_capacity
 from cupy_router.results import ExpertLayout, Routing, RoutingPlan, RoutingPlanWithLogits, RoutingWithLogits, TopK
 from cupy_router.score_comparison import compare_score
 from cupy_router.score_function import ScoreFunction
+from cupy_router.warm_up import warmup
 
 __version__: str
 jax: Any  # importing them takes type checkers long
@@ -39,11 +41,13 @@ __all__ = [
     "expert_layout",
     "hash_router",
     "layout_capacity",
+    "on_compile",
     "permute",
     "presets",
     "topk_select",
     "unpermute",
     "update_bias",
+    "warmup",
 ]
 
 _A = TypeVar("_A", bound=_types.Array)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
-from cupy_router import kernel_cache, kernel_dump, kernel_log, thread_locale
+from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, thread_locale
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
@@ -172,7 +172,7 @@ def backend(kind: str) -> Backend | None:
     """Return the backend of a kind of device; None if it runs no kernels (CPU memory, except in tests)."""
     found = BACKENDS.get(kind)
     if found is None and kind == "cuda":
-        found = BACKENDS[kind] = CudaBackend()
+        found = kernel_plan.NOWHERE if kernel_plan.collects() else BACKENDS.setdefault(kind, CudaBackend())
     return found
 
 
@@ -374,13 +374,14 @@ def compile(
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Function:
     """Return the function of kernels/<kernel>.cu for these macros, headers and device, compiled once per process."""
+    if kernel_plan.collects():
+        kernel_plan.add(kernel, function, macros, headers)
+        return Function(0, signature(kernel, function), kernel_plan.NOWHERE, device[1])
     key = (kernel, function, tuple(sorted(macros.items())), tuple(sorted(headers.items())), *device)
-    found = _functions.get(key)
-    if found is not None:
+    if (found := _functions.get(key)) is not None:
         return found
     with _lock:
-        found = _functions.get(key)
-        if found is not None:
+        if (found := _functions.get(key)) is not None:
             return found
         where = backend(device[0])
         assert where is not None, "ops ask for a backend before they ask for a kernel"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import threading
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -91,8 +91,6 @@ class CudaProduct:
     def __init__(self, device: tuple[str, int], x: Matrix, weight: Matrix, out_stride: int | None = None) -> None:
         self._device, self._num_outputs, self._hidden = device, weight.num_rows, x.num_columns
         self._out_stride = weight.num_rows if out_stride is None else out_stride
-        self._context = _context(device[1])
-        self.lock = self._context.lock
         # cuBLAS needs one dtype for both operands, and rows that do not overlap.
         mixed = x.dtype != weight.dtype
         self._x_packer = _packer(device, x) if _needs_packing(x, mixed) else None
@@ -110,6 +108,14 @@ class CudaProduct:
         self._compute = _COMPUTE_32F_PEDANTIC if dtype == "float32" else _COMPUTE_32F
         self.row_bytes = 4 * x.num_columns if self._x_packer else 0
         self._workspace_bytes = gpu_of(device).table.gemm.workspace_bytes
+
+    @cached_property
+    def _context(self) -> _Context:
+        return _context(self._device[1])
+
+    @cached_property
+    def lock(self) -> Any:
+        return self._context.lock
 
     def prepare(self, stream: int, weight: int) -> int:
         if self._weight_packer is None:

@@ -29,6 +29,11 @@ class KernelReady:
     options: tuple[str, ...] = field(default=(), repr=False)  # of the compiler
 
     @property
+    def name(self) -> str:
+        """Name of the function in graphs and profiles."""
+        return self.function
+
+    @property
     def specialisation(self) -> str:
         """All switches in one line."""
         return " ".join(f"{name}={value}" for name, value in self.switches)
@@ -75,3 +80,46 @@ def announce(ready: KernelReady) -> None:
     """Call every listener, in the order in which they were added."""
     for listener in tuple(listeners):
         listener(ready)
+
+
+def on_compile(callback: Listener) -> Callable[[], None]:
+    """Call a function for each kernel that becomes ready from now on: compiled, or read from the cache folder.
+
+    An engine reports late compiles by this. It is called in the thread of the call that needs the kernel, before its
+    launch. What it raises, that call raises.
+
+    Args:
+        callback: Takes one argument, which has as attributes the `name` of the kernel, its `specialisation` in one
+            line, `compiled` (False: the machine code came from the cache), `milliseconds`, and the `device`, such as
+            ("cuda", 0).
+
+    Returns:
+        A function that ends the calls.
+
+    Raises:
+        TypeError: The callback cannot be called.
+
+    >>> from cupy_router import on_compile
+    >>> late = []
+    >>> stop = on_compile(lambda kernel: late.append((kernel.name, kernel.compiled, kernel.milliseconds)))
+    >>> stop()
+    """
+    if not callable(callback):
+        raise TypeError(f"on_compile: callback must be a function, got {type(callback).__name__}")
+    entry = _Entry(callback)
+    listeners.append(entry)
+    return entry.remove
+
+
+class _Entry:
+    """A listener that is removed by its identity, since a callback may be there twice."""
+
+    def __init__(self, callback: Listener) -> None:
+        self._callback = callback
+
+    def __call__(self, ready: KernelReady) -> None:
+        self._callback(ready)
+
+    def remove(self) -> None:
+        if self in listeners:
+            listeners.remove(self)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupy_router import _hooks, checkpoint, huggingface
-from cupy_router.arrays import View, framework_of
+from cupy_router.arrays import framework_of, view_of
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
@@ -20,6 +20,7 @@ from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._run import Interceptor
 from cupy_router.unique_keys import new_key
+from cupy_router.warm_up import CanWarmUp
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 routers: MutableMapping[str, Router] = weakref.WeakValueDictionary()
 
 
-class Router:
+class Router(CanWarmUp):
     """Router of one layer: ``router(x)`` calls ``dense_router``, or ``hash_router`` with a table and token ids.
 
     Args:
@@ -130,7 +131,7 @@ class Router:
 
     def _validate(self) -> None:
         """Check the arrays."""
-        views = {name: _view(name, array) for name, array in self.arrays().items() if array is not None}
+        views = {name: view_of(name, array) for name, array in self.arrays().items() if array is not None}
         check_layer(self.method, views)
         if "table" in views and "bias" in views:
             _check_bias_of_table(views["bias"].shape)
@@ -319,7 +320,7 @@ class Router:
         """Return this router with its arrays on the device of x. Only arrays from a file are moved."""
         if not self.follows_inputs:
             return self
-        device, held = _view("x", x).device, (self.method, *self.arrays().values())
+        device, held = view_of("x", x).device, (self.method, *self.arrays().values())
         copied, found = self._copies.get(device, ((), None))
         may_change = any(isinstance(array, np.ndarray) and array.flags.writeable for array in held)
         if found is None or may_change or any(a is not b for a, b in zip(held, copied, strict=True)):
@@ -334,13 +335,6 @@ class Router:
 interceptors: list[Interceptor] = []
 
 
-def _view(name: str, array: Any) -> View:
-    framework = framework_of(name, array)
-    if framework.traced:
-        return framework.outline(name, array)
-    return framework.view(name, array, framework.current_stream(array))
-
-
 def _check_bias_of_table(shape: Sequence[Any]) -> None:
     if len(shape) != 2:
         raise ValueError(
@@ -352,14 +346,14 @@ def _check_bias_of_table(shape: Sequence[Any]) -> None:
 def _described(name: str, array: Any) -> str:
     """Return dtype, shape and device of an array as they are now, or the type of what has none or is gone."""
     try:
-        return str(_view(name, array))
+        return str(view_of(name, array))
     except Exception:  # leaves of a pytree may be any objects
         return type(array).__name__
 
 
 def _as_float32(key: str, array: Any, num_experts: int) -> Any:
     """Convert to [num_experts] float32. Some checkpoints have bfloat16, some the shape [1, num_experts]."""
-    view = _view(key, array)
+    view = view_of(key, array)
     check.dtype(view, FLOATS)
     if view.dtype == "float32" and view.shape != (1, num_experts):
         return array
@@ -377,7 +371,7 @@ def _stacked(num_experts: int, *biases: tuple[str, Any]) -> Any:
     """Return biases, given with their keys, as the rows of one array."""
     framework = framework_of(*biases[0])
     for key, array in biases:
-        check.axes(_view(key, array), ("num_experts",), {"num_experts": num_experts})
+        check.axes(view_of(key, array), ("num_experts",), {"num_experts": num_experts})
         if framework_of(key, array) is not framework:
             raise TypeError(f"{key} must be an array of the kind of {biases[0][0]}, got {type(array).__name__}")
     return framework.stack([framework.plain(key, array) for key, array in biases])

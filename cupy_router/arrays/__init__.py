@@ -191,6 +191,14 @@ def framework_of(name: str, array: Any) -> Framework:
     return found
 
 
+def view_of(name: str, array: Any) -> View:
+    """Return the view of an array argument on its framework's current stream, the outline of a tracer."""
+    framework = framework_of(name, array)
+    if framework.traced:
+        return framework.outline(name, array)
+    return framework.view(name, array, framework.current_stream(array))
+
+
 def _find(name: str, kind: type) -> Framework:
     for base in kind.__mro__:
         stem = _MODULES.get(base.__module__.partition(".")[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``cupy-router demo``, ``info``, ``doctor`` and ``check``, also as ``python -m cupy_router``."""
+"""Command line: ``cupy-router demo`` and the other commands, also as ``python -m cupy_router``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import cupy_router
 
-from . import check, demo, doctor, info
+from . import check, demo, doctor, info, warmup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (demo, info, doctor, check):
+    for command in (demo, info, doctor, check, warmup):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -20,7 +20,7 @@ from cupy_router.launcher import Launch, picker
 from cupy_router.ops import _checks as check
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._op import Op
-from cupy_router.tuning import gpu_of
+from cupy_router.tuning import Gpu, gpu_of
 
 NUMBER = "num_valid_value"  # the parameter of kernels for num_valid as an int, after the arrays
 
@@ -118,12 +118,15 @@ def dense_view(name: str, pointer: int, shape: tuple[int, ...], dtype: str, devi
     return View(name, pointer, shape, dense_strides(shape), dtype, device, not name.startswith("out"), None)
 
 
-def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None]) -> Work | None:
-    """Choose and compile the kernels of a call; None if there is nothing to do because it has no rows."""
+def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None], gpu: Gpu | None = None) -> Work | None:
+    """Choose and compile the kernels of a call; None if there is nothing to do because it has no rows.
+
+    gpu: to plan for; by default that of the arrays.
+    """
     device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
     if op.is_independent(options) and num_rows == 0:
         return None
-    work = op.kernel(options, arrays, gpu_of(device))
+    work = op.kernel(options, arrays, gpu_of(device) if gpu is None else gpu)
     return launch_of(op, options, work, device) if isinstance(work, Kernel) else work
 
 

@@ -20,7 +20,7 @@ class Same:
     """The numbers of a range for which everything has turned out alike so far."""
 
     def __init__(self, numbers: NDArray[np.int64]) -> None:
-        self.left = np.ones(len(numbers), bool)
+        self.numbers, self.left = numbers, np.ones(len(numbers), bool)
 
     def keep(self, alike: Any) -> None:
         """Remove the numbers for which `alike`, an array of bools or one of them, is false."""
@@ -51,14 +51,6 @@ class Count(int):
 
     def __bool__(self) -> bool:
         return bool(self != 0)
-
-    def __repr__(self) -> str:
-        return repr(self.fixed())
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        return format(self.fixed(), spec)
 
     def bit_length(self) -> Any:
         values = np.frexp(np.abs(self.values).astype(np.float64))[1].astype(np.int64)  # exact up to 2**53
@@ -116,8 +108,12 @@ def classes(first: int, last: int) -> Iterator[Count]:
 
     Plan with each count before the next is taken.
 
-    >>> [int(n) for n in classes(1, 1000) if n > 8 or n > 2]  # 1 and 2; 3 to 8; 9 and more
-    [3, 9]
+    >>> for n in classes(1, 1000):
+    ...     block = 32 if n > 8 else 16 if n > 2 else 8
+    ...     print(f"{n}: {block}")
+    1: 8
+    3: 16
+    9: 32
     """
     numbers = np.arange(first, last + 1, dtype=np.int64)
     while len(numbers):

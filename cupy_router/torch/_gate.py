@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from cupy_router.kernel_log import KernelReady
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import dense_router
@@ -26,6 +27,7 @@ from cupy_router.torch._gate_arguments import (
     flat_rows,
 )
 from cupy_router.torch._gate_names import BIAS, FLOAT32, as_deepseek, as_float32, logit_bias_name, named_as_ours
+from cupy_router.warm_up import NUM_TOKENS, Progress, warm_up_layer
 
 
 class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
@@ -222,6 +224,35 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             self.method, rows, ids, table, weight, None, None, logit_bias, scale, None, num_valid, out, stream,
             batch_invariant=batch_invariant,
         )  # fmt: skip
+
+    def warmup(
+        self,
+        *,
+        dtypes: Sequence[str] | None = None,
+        num_tokens: tuple[int, int] = NUM_TOKENS,
+        progress: Progress | None = None,
+        **arrays_given: Any,
+    ) -> tuple[KernelReady, ...]:
+        """Compile all kernels that forward passes of this gate need, for every number of tokens in a range.
+
+        As :meth:`cupy_router.Router.warmup`; of the arguments of calls, a gate has `token_ids` and `num_valid`. Call it
+        after the gate has got its final device and dtype.
+
+        >>> from cupy_router.torch import Gate
+        >>> Gate(16, "deepseek-v4-flash", device="cpu").warmup()
+        ()
+        """
+        arrays = {
+            "weight": self.weight,
+            "bias": as_float32(self.e_score_correction_bias),
+            "logit_bias": as_float32(getattr(self, self._logit_bias)),
+            "expert_scale": as_float32(self.per_expert_scale),
+            "table": self.tid2eid,
+        }
+        known = ("token_ids", "num_valid")
+        return warm_up_layer(
+            "Gate.warmup", self.method, arrays, False, dtypes, num_tokens, progress, arrays_given, known
+        )
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
 
