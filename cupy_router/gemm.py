@@ -42,8 +42,11 @@ class Matrix(NamedTuple):
 class Product(Protocol):
     """out[r, c] = sum over h of x[r, h] * weight[c, h], accumulated and kept in float32."""
 
-    lock: Any  # held while a product and what reads it are enqueued: threads on one stream share its buffers
     row_bytes: int  # scratch memory for each row of x
+
+    @property
+    def lock(self) -> Any:
+        """Held while a product and what reads it are enqueued: threads on one stream share its buffers."""
 
     def prepare(self, stream: int, weight: int) -> int:
         """Return the address of the weight, converted if necessary, for :meth:`multiply`."""

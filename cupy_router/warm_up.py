@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cupy_router import compiler, kernel_log
 from cupy_router.arrays import View, dense_strides, view_of
-from cupy_router.kernel_log import KernelReady
+from cupy_router.kernel_log import KernelReady as KernelReady
 from cupy_router.kernel_plan import Wanted
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
@@ -170,6 +170,7 @@ def calls_of(
     unset = as_unset(_LABEL, options["unset"])
     if options["path"] not in (None, *dense_router.PATHS):
         raise ValueError(f"path must be None, 'decode' or 'prefill', got {options['path']!r}")
+    listed: list[tuple[Op, Any, dict[str, Any], bool]]
     if "table" not in arrays and hidden is None:
         listed = [(activation_topk.OP, MethodOptions(method, layout, unset), arrays, True)]
     elif "table" not in arrays:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from cupy_router.kernel_log import KernelReady
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import dense_router
@@ -27,7 +26,7 @@ from cupy_router.torch._gate_arguments import (
     flat_rows,
 )
 from cupy_router.torch._gate_names import BIAS, FLOAT32, as_deepseek, as_float32, logit_bias_name, named_as_ours
-from cupy_router.warm_up import NUM_TOKENS, Progress, warm_up_layer
+from cupy_router.warm_up import NUM_TOKENS, KernelReady, Progress, warm_up_layer
 
 
 class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
