@@ -15,6 +15,7 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, activation_topk, dense_router, hash_router
 from cupy_router.ops._declared import FLOATS, Input
 from cupy_router.ops._given import EMPTY, ROUTE, as_unset
+from cupy_router.ops._invariant import as_batch_invariant
 from cupy_router.ops._layout import as_spec
 from cupy_router.ops._method import MethodOptions, method_sizes
 from cupy_router.ops._op import Op
@@ -34,6 +35,7 @@ _ARRAYS = (
 )  # fmt: skip
 _OPTIONS = {
     "layout": None, "unset": ROUTE, "path": None, "return_logits": False, "logits_dtype": "float32",
+    "batch_invariant": False,
 }  # fmt: skip
 _ADDRESS = 1 << 20  # of arrays that do not exist
 
@@ -79,7 +81,7 @@ def warmup(
             of its dtype, or an array like it, which is not read. True is float32 or int32, for a weight the dtype of x.
             Several biases and their table have to be arrays, because their shapes matter. Token ids are int64 unless
             they are named. A `num_valid` that is an int need not be named. Options (`layout`, `unset`, `path`,
-            `return_logits`, `logits_dtype`) have their values.
+            `return_logits`, `logits_dtype`, `batch_invariant`) have their values.
 
     Returns:
         What became ready, one entry for each kernel, as :func:`cupy_router.on_compile` reports it; nothing if all were
@@ -120,7 +122,16 @@ def warm_up_layer(
     num_tokens: tuple[int, int],
     progress: Progress | None,
     arrays_given: Mapping[str, Any],
-    known: Sequence[str] = ("token_ids", "bias_index", "indices", "num_valid", "layout", "unset", "return_logits"),
+    known: Sequence[str] = (
+        "token_ids",
+        "bias_index",
+        "indices",
+        "num_valid",
+        "layout",
+        "unset",
+        "return_logits",
+        "batch_invariant",
+    ),
 ) -> tuple[KernelReady, ...]:
     """Make the kernels ready of calls of a Router or a Gate with these arrays.
 
@@ -167,16 +178,20 @@ def calls_of(
     arrays = {name: given[name] for name in _ARRAYS if given.get(name) is not None and given.get(name) is not False}
     layout = None if options["layout"] is None else as_spec(_LABEL, options["layout"])
     logits = as_logits_dtype(_LABEL, options["return_logits"], options["logits_dtype"])
-    unset = as_unset(_LABEL, options["unset"])
+    unset, invariant = as_unset(_LABEL, options["unset"]), as_batch_invariant(_LABEL, options["batch_invariant"])
     if options["path"] not in (None, *dense_router.PATHS):
         raise ValueError(f"path must be None, 'decode' or 'prefill', got {options['path']!r}")
+    if hidden is None and (logits is not None or options["path"] is not None):
+        raise ValueError("return_logits and path need hidden, without which calls are those on logits")
     listed: list[tuple[Op, Any, dict[str, Any], bool]]
     if "table" not in arrays and hidden is None:
         listed = [(activation_topk.OP, MethodOptions(method, layout, unset), arrays, True)]
     elif "table" not in arrays:
-        listed = [(dense_router.OP, DenseOptions(method, options["path"], layout, logits, unset), arrays, True)]
+        listed = [
+            (dense_router.OP, DenseOptions(method, options["path"], layout, logits, unset, invariant), arrays, True)
+        ]
     else:
-        listed = list(_hash_calls(method, hidden, arrays, layout, logits, unset, of_layer))
+        listed = list(_hash_calls(method, hidden, arrays, layout, logits, unset, invariant, of_layer))
     found = []
     for dtype in dtypes:
         sizes = {
@@ -198,10 +213,10 @@ def calls_of(
 
 def _hash_calls(
     method: RoutingMethod, hidden: int | None, arrays: dict[str, Any], layout: Any, logits: Any, unset: str,
-    of_layer: bool,
+    invariant: bool, of_layer: bool,
 ) -> Iterator[tuple[Op, Any, dict[str, Any], bool]]:  # fmt: skip
     """Yield op, options and arrays of calls with a table; whether logits or x are among them."""
-    options = HashOptions(method, layout, logits)
+    options = HashOptions(method, layout, logits, batch_invariant=invariant)
     by_table = {"token_ids": "int64", **arrays}
     several = isinstance(by_table["table"], (bool, str)) and "bias" in arrays
     if several:
@@ -212,11 +227,11 @@ def _hash_calls(
         if hidden is None and not arrays.keys() & {"bias", "logit_bias", "expert_scale"}:
             yield hash_router.OP, options, by_table, False  # uniform weights
     if hidden is not None:
-        yield _hash_layer.OP, HashOptions(method, layout, logits, unset), by_table, True
+        yield _hash_layer.OP, HashOptions(method, layout, logits, unset, invariant), by_table, True
         if "indices" in arrays and "weight" in arrays:  # without token ids, the table says nothing
             names = arrays.keys() - {"table", "token_ids", "bias", "bias_index"}
             named = {name: arrays[name] for name in names}
-            yield dense_router.OP, DenseOptions(method, None, layout, logits, EMPTY), named, True
+            yield dense_router.OP, DenseOptions(method, None, layout, logits, EMPTY, invariant), named, True
 
 
 def _outline(declared: Input, value: Any, sizes: Mapping[str, int], device: tuple[str, int]) -> View | None:
@@ -318,7 +333,7 @@ class CanWarmUp:
             dtypes: The dtypes of x, by name; that of the weight by default.
             num_tokens, progress: As for :func:`cupy_router.warmup`.
             **arrays_given: The further arguments of the calls, as for :func:`cupy_router.warmup`: `token_ids`,
-                `bias_index`, `indices`, `num_valid`, `layout`, `unset`, `return_logits`.
+                `bias_index`, `indices`, `num_valid`, `layout`, `unset`, `return_logits`, `batch_invariant`.
 
         >>> import numpy as np
         >>> from cupy_router import Router, RoutingMethod

@@ -84,6 +84,8 @@ DENSE: dict[str, tuple[RoutingMethod, dict[str, Any], Given]] = {
     "decode": (V4, {"path": "decode"}, lambda n: {"path": "decode"}),
     "prefill": (V4, {"path": "prefill"}, lambda n: {"path": "prefill"}),
     "too many for a warp": (WIDE, {"expert_scale": True}, lambda n: {"expert_scale": new(2048)}),
+    "batch invariant": (V4, {"batch_invariant": True, "bias": True, "num_valid": True},
+                        lambda n: {"batch_invariant": True, "bias": new(256), "num_valid": new(dtype="int32")}),
     "shared experts": (SHARED, {}, lambda n: {}),
 }  # fmt: skip
 
@@ -232,6 +234,7 @@ def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
         ({"bias": "float16"}, TypeError, "bias must be float32, got float16"),
         ({"bias_index": True}, ValueError, "bias_index needs a bias"),
         ({"table": True, "bias": np.empty((2, 8), np.float32), "bias_index": True}, ValueError, "table must be an"),
+        ({"path": "decode"}, ValueError, "return_logits and path need hidden"),
         ({"layout": 128}, TypeError, "layout must be a LayoutSpec"),
     ],
 )  # fmt: skip
