@@ -49,9 +49,13 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
 
 
 def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[Tiling]:
-    """The chosen tiling, FMA for few tokens, and by estimate the best with up to two blocks a multiprocessor."""
+    """The chosen tiling, those of 8 and 16 tokens, which need fewer kernels for all numbers, FMA for few tokens, and by
+    estimate the best with up to two blocks a multiprocessor."""
     chosen = decode.choose(GPU, num_tokens, num_experts, hidden, DTYPE, DTYPE)
     found = [chosen]
+    for tokens in (8, 16):
+        if num_tokens < tokens:
+            found.append(decode.choose(GPU, tokens, num_experts, hidden, DTYPE, DTYPE))
     if num_tokens <= 4:
         for warps, experts_per_warp in ((8, 2), (4, 4), (8, 1)):
             experts = warps * experts_per_warp
