@@ -22,11 +22,21 @@ BARRED_N = tuple(ACTIVATION_TOPK[256])
 ALL_N = (1, 4, 16, 64, 256, 1024, 4096, 8192, 16384, 65536)
 ALL_E = (8, 16, 32, 48, 60, 64, 72, 96, 128, 144, 160, 192, 256, 320, 384, 512, 576, 768, 896, 1024)
 ALL_K = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+REPLICAS = "replicas"  # random logits, and indices of physical experts
 COMPILED_N = (64, 8192)  # torch.compile takes seconds for each
 
 
 def method_of(num_experts: int, k: int) -> RoutingMethod:
     return RoutingMethod(num_experts, k, "sqrtsoftplus", renormalize_eps=1e-20, scale=SCALE)
+
+
+def replicas_of(num_experts: int) -> dict[str, Any]:
+    """Return a map with a second replica of one expert in eight, of up to four that have room."""
+    replicas = cupy.full((num_experts, 4), -1, cupy.int32)
+    replicas[:, 0] = cupy.arange(num_experts)
+    replicas[::8, 1] = num_experts + cupy.arange(len(replicas[::8]))
+    counts = (replicas >= 0).sum(axis=1).astype(cupy.int32)
+    return {"replicas": replicas, "replica_counts": counts, "num_physical": num_experts + len(replicas[::8])}
 
 
 def empty(num_tokens: int, k: int) -> Routing:
@@ -44,12 +54,17 @@ class Problem:
         self.logits = inputs((n, num_experts), dtype, cold=cold)
         self.bias = cupy.random.standard_normal(num_experts, dtype=cupy.float32)
         self.out = empty(n, k)
+        self.more: dict[str, Any] = {}
         if data != "normal":
             self.cell |= {"data": data}
+        if data == REPLICAS:
+            self.more = replicas_of(num_experts)
+        elif data != "normal":
             self.logits, self.bias = DATA[data](self.logits, self.bias)
 
     def call(self, i: int = 0) -> Routing:
-        return activation_topk(self.logits[i % len(self.logits)], self.method, bias=self.bias, out=self.out)
+        logits = self.logits[i % len(self.logits)]
+        return activation_topk(logits, self.method, bias=self.bias, out=self.out, **self.more)
 
     def ours(self) -> Row:
         return gpu_row(self.call, self.cell, rotation=len(self.logits))
@@ -165,7 +180,8 @@ def _triton_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    return call_rows() + barred_rows(compiled=not quick) + ([] if quick else sweep_rows())
+    replaced = [Problem(256, 6, n, data=REPLICAS).ours() for n in (1, 64, 1024, 8192)]
+    return call_rows() + barred_rows(compiled=not quick) + replaced + ([] if quick else sweep_rows())
 
 
 def one_size(n: int, num_experts: int, top_k: int, dtype: str, data: str) -> list[Row]:
@@ -174,7 +190,7 @@ def one_size(n: int, num_experts: int, top_k: int, dtype: str, data: str) -> lis
 
 
 ONE_SIZE = OneSize(
-    {"n": 64, "num_experts": 256, "top_k": 6, "dtype": FLOATS, "data": ("normal", *DATA)},
+    {"n": 64, "num_experts": 256, "top_k": 6, "dtype": FLOATS, "data": ("normal", *DATA, REPLICAS)},
     one_size,
 )
 

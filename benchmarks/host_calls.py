@@ -48,11 +48,14 @@ def calls(convert: Callable[[Any], Any]) -> dict[str, Call]:
     tokens, logits, weight = convert(x.astype("float16")), convert(logits), convert(weight.astype("float16"))
     layout = expert_layout(indices, EXPERTS)
     rows = permute(tokens, layout)
+    maps = {"replicas": cupy.arange(EXPERTS, dtype=cupy.int32)[:, None], "replica_counts": cupy.ones(EXPERTS, "int32")}
+    replicas = {name: convert(array) for name, array in maps.items()} | {"num_physical": EXPERTS}
     return {
         "activation_topk": partial(activation_topk, logits, METHOD),
         "topk_select": partial(topk_select, logits, TOP_K),
         "hash_router": partial(hash_router, token_ids, table, METHOD, logits=logits),
         "dense_router": partial(dense_router, tokens, weight, METHOD, path="decode"),
+        "activation_topk with replicas": partial(activation_topk, logits, METHOD, **replicas),
         "activation_topk with a layout": partial(activation_topk, logits, METHOD, layout=LayoutSpec()),
         "expert_layout": partial(expert_layout, indices, EXPERTS),
         "expert_layout, counts and offsets": partial(expert_layout, indices, EXPERTS, want=("counts", "offsets")),

@@ -16,7 +16,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 FAMILIES: dict[str, tuple[str, ...]] = {  # op -> the kernel files that it launches, and those that begin so
     "activation_topk": ("activation_topk", "given_experts"),
     "activation_topk_backward": ("activation_topk_backward",),
-    "dense_router": ("dense_router", "to_float32"),
+    "dense_router": ("dense_router", "to_float32", "physical_experts"),
     "expert_layout": ("expert_layout", "slice_counts"),
     "hash_router": ("hash_router",),
     "permute": ("permute",),

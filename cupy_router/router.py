@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupy_router import _hooks, checkpoint, huggingface
-from cupy_router.arrays import framework_of, view_of
+from cupy_router.arrays import view_of
+from cupy_router.layer_arrays import as_float32, described, stacked, to_gpu
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
-from cupy_router.ops._declared import FLOATS
 from cupy_router.ops._given import EMPTY, ROUTE
 from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
+from cupy_router.ops._replicas import given_replicas
 from cupy_router.ops._run import Interceptor
 from cupy_router.unique_keys import new_key
 from cupy_router.warm_up import CanWarmUp
@@ -149,7 +150,7 @@ class Router(CanWarmUp):
         return self.table is not None
 
     def __repr__(self) -> str:
-        arrays = (f"{name}={_described(name, array)}" for name, array in self.arrays().items() if array is not None)
+        arrays = (f"{name}={described(name, array)}" for name, array in self.arrays().items() if array is not None)
         return f"Router({', '.join((repr(self.method), *arrays))})"
 
     def __call__(
@@ -160,6 +161,10 @@ class Router(CanWarmUp):
         indices: Any = None,
         unset: str = ROUTE,
         bias_index: Any = None,
+        replicas: Any = None,
+        replica_counts: Any = None,
+        replica_offset: int = 0,
+        num_physical: int | None = None,
         return_logits: bool = False,
         batch_invariant: bool = False,
         layout: LayoutSpec | None = None,
@@ -175,14 +180,16 @@ class Router(CanWarmUp):
             indices, unset: The experts of each token, in place of a selection, and what becomes of a row of -1: as for
                 :func:`cupy_router.dense_router`. A hash router needs no token ids then; without, a row of -1 is empty.
             bias_index: [num_tokens] int32, the bias of each token. Required if there are several biases.
+            replicas, replica_counts, replica_offset, num_physical: As for :func:`activation_topk`, not of hash routers.
             return_logits, batch_invariant, layout, num_valid, out, stream: As for :func:`cupy_router.dense_router`, or
                 for :func:`cupy_router.hash_router` with a table. Logits are float32.
 
         Returns:
-            Routing with arrays of the framework of x, on its device; with `return_logits` RoutingWithLogits, with
-            `layout` RoutingPlan, with both RoutingPlanWithLogits.
+            Routing, or what :func:`cupy_router.dense_router` returns, of arrays of the framework of x, on its device.
         """
-        inputs, wanted = (x, token_ids, bias_index, indices, num_valid), (layout, return_logits, unset, batch_invariant)
+        physical = given_replicas(replicas, replica_counts, replica_offset, num_physical)
+        wanted = (layout, return_logits, unset, batch_invariant, physical)
+        inputs = (x, token_ids, bias_index, indices, num_valid)
         for interceptor in interceptors:
             if interceptor.wants(self, (x, token_ids)):
                 return interceptor.run(self, wanted, inputs, out, stream, -1)
@@ -191,10 +198,13 @@ class Router(CanWarmUp):
     def route(self, inputs: tuple[Any, ...], wanted: tuple[Any, ...], out: Any, stream: Any) -> Any:
         """Return the results of a call that no interceptor takes as a whole; its op still goes through them.
 
-        inputs: x, token_ids, bias_index, indices, num_valid; wanted: layout, return_logits, unset, batch_invariant.
+        inputs: x, token_ids, bias_index, indices, num_valid; wanted: layout, return_logits, unset, batch_invariant, and
+        the arguments of physical experts.
         """
         x, token_ids, bias_index, indices, num_valid = inputs
-        layout, return_logits, unset, batch_invariant = wanted
+        layout, return_logits, unset, batch_invariant, physical = wanted
+        if physical and self.table is not None:
+            raise ValueError(f"Router: a router with a table takes no {' and no '.join(physical)}")
         if self.follows_inputs:
             return self.beside(x).route(inputs, wanted, out, stream)
         is_given = self.weight is not None and indices is not None and (token_ids is None or unset == EMPTY)
@@ -204,7 +214,7 @@ class Router(CanWarmUp):
                 x, self.weight, self.method, **(chosen if self.table is None else {"unset": EMPTY}),
                 logit_bias=self.logit_bias, expert_scale=self.expert_scale, indices=indices,
                 return_logits=return_logits, batch_invariant=batch_invariant, layout=layout, num_valid=num_valid,
-                out=out, stream=stream,
+                out=out, stream=stream, **physical,
             )  # fmt: skip
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.bias, bias_index, self.logit_bias,
@@ -293,7 +303,7 @@ class Router(CanWarmUp):
         found = {name: key for name, key in keys._asdict().items() if key is not None}
         arrays = {name: state[key] for name, key in found.items()}
         for name in arrays.keys() - {"weight", "table"}:
-            arrays[name] = _as_float32(named.get(found[name], found[name]), arrays[name], method.num_experts)
+            arrays[name] = as_float32(named.get(found[name], found[name]), arrays[name], method.num_experts)
         if "image_bias" in arrays:
             of_images = named.get(found["image_bias"], found["image_bias"]), arrays.pop("image_bias")
             of_text = of_images  # unused in a hash layer
@@ -301,7 +311,7 @@ class Router(CanWarmUp):
                 of_text = named.get(found["bias"], found["bias"]), arrays["bias"]
             elif "table" not in arrays:
                 raise ValueError(f"{of_images[0]} is the bias of image tokens, but there is none of the others")
-            arrays["bias"] = _stacked(method.num_experts, of_text, of_images)
+            arrays["bias"] = stacked(method.num_experts, of_text, of_images)
         try:
             return cls(method, **arrays)
         except (TypeError, ValueError) as error:
@@ -324,7 +334,7 @@ class Router(CanWarmUp):
         copied, found = self._copies.get(device, ((), None))
         may_change = any(isinstance(array, np.ndarray) and array.flags.writeable for array in held)
         if found is None or may_change or any(a is not b for a, b in zip(held, copied, strict=True)):
-            move = _to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
+            move = to_gpu(device[1]) if device[0] == "cuda" else (lambda array: array)
             moved = {name: None if array is None else move(array) for name, array in self.arrays().items()}
             found = Router(self.method, **moved)
             self._copies[device] = held, found
@@ -341,51 +351,3 @@ def _check_bias_of_table(shape: Sequence[Any]) -> None:
             "bias and table do not go together: a table alone decides which experts are chosen, but for tokens with "
             "another one of several biases [num_biases, num_experts]"
         )
-
-
-def _described(name: str, array: Any) -> str:
-    """Return dtype, shape and device of an array as they are now, or the type of what has none or is gone."""
-    try:
-        return str(view_of(name, array))
-    except Exception:  # leaves of a pytree may be any objects
-        return type(array).__name__
-
-
-def _as_float32(key: str, array: Any, num_experts: int) -> Any:
-    """Convert to [num_experts] float32. Some checkpoints have bfloat16, some the shape [1, num_experts]."""
-    view = view_of(key, array)
-    check.dtype(view, FLOATS)
-    if view.dtype == "float32" and view.shape != (1, num_experts):
-        return array
-    array = framework_of(key, array).plain(key, array)
-    if isinstance(array, np.ndarray):
-        array = np.asarray(array)  # np.matrix would stay two-dimensional
-    if view.shape == (1, num_experts):
-        array = array.reshape(num_experts)
-    if view.dtype == "float32":
-        return array
-    return array.astype(np.float32) if hasattr(array, "astype") else array.float()  # PyTorch has no astype
-
-
-def _stacked(num_experts: int, *biases: tuple[str, Any]) -> Any:
-    """Return biases, given with their keys, as the rows of one array."""
-    framework = framework_of(*biases[0])
-    for key, array in biases:
-        check.axes(view_of(key, array), ("num_experts",), {"num_experts": num_experts})
-        if framework_of(key, array) is not framework:
-            raise TypeError(f"{key} must be an array of the kind of {biases[0][0]}, got {type(array).__name__}")
-    return framework.stack([framework.plain(key, array) for key, array in biases])
-
-
-def _to_gpu(index: int) -> Any:
-    from cupy_router.compiler import require_cuda
-
-    cupy = require_cuda()
-
-    def move(array: np.ndarray[Any, Any]) -> Any:
-        with cupy.cuda.Device(index):
-            moved = cupy.asarray(np.ascontiguousarray(array).view(np.uint8)).view(array.dtype)
-            cupy.cuda.get_current_stream().synchronize()  # other streams may read it next
-        return moved
-
-    return move

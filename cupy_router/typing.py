@@ -59,6 +59,10 @@ class RoutingOptions(CallOptions, total=False):
 class ActivationOptions(RoutingOptions, total=False):
     indices: Array | None
     unset: Unset
+    replicas: Array | None
+    replica_counts: Array | None
+    replica_offset: int
+    num_physical: int | None
 
 
 class DenseOptions(ActivationOptions, total=False):
@@ -79,6 +83,10 @@ class RouterOptions(CallOptions, total=False):
     unset: Unset
     bias_index: Array | None
     batch_invariant: bool
+    replicas: Array | None
+    replica_counts: Array | None
+    replica_offset: int
+    num_physical: int | None
 
 
 class TopKOptions(TypedDict, total=False):

@@ -8,6 +8,7 @@
 #include "routing/biases.cuh"
 #include "routing/given_experts.cuh"
 #include "routing/logits_out.cuh"
+#include "routing/replicas.cuh"
 #include "routing/weigh.cuh"
 
 SPECIALISED int DTYPE = 0;
@@ -59,11 +60,12 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     activation_topk_wide(const logit_t* __restrict__ logits, const float* __restrict__ bias,
                          const int* __restrict__ bias_index, const float* __restrict__ logit_bias,
                          const float* __restrict__ expert_scale, const given_t* __restrict__ given_experts,
+                         const replica_t* __restrict__ replicas, const replica_count_t* __restrict__ replica_counts,
                          const int* __restrict__ num_valid, weight_t* __restrict__ weights,
                          index_t* __restrict__ indices, int num_valid_value, logit_out_t* logits_out,
-                         const given_token_t* __restrict__ token_ids, long long num_tokens, const MethodNumbers numbers,
-                         long long logits_stride, long long weights_stride, long long indices_stride,
-                         long long given_stride, long long logits_out_stride) {
+                         const given_token_t* __restrict__ token_ids, long long replica_offset, long long num_tokens,
+                         const MethodNumbers numbers, long long logits_stride, long long weights_stride,
+                         long long indices_stride, long long given_stride, long long logits_out_stride) {
     const int64_t valid = valid_rows(num_valid, num_valid_value, num_tokens);
     for (int64_t r = blockIdx.x; r < num_tokens; r += gridDim.x) {
         weight_t* weight = weights + r * weights_stride;
@@ -134,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
             const int output = p * WIDE_THREADS + threadIdx.x;
             if (output >= OUTPUTS) continue;
             store_float(weight + output, values[p]);
-            index[output] = static_cast<index_t>(experts[p]);
+            index[output] = written_id(experts[p], output, r, {replicas, replica_counts, replica_offset});
         }
     }
 }

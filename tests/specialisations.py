@@ -191,7 +191,8 @@ def _besides() -> None:
 
 
 def _given() -> None:
-    """Experts as rollouts record them, replayed: for few tokens and many, whose rows of -1 are routed or empty."""
+    """Experts as rollouts record them, replayed: for few tokens and many, whose rows of -1 are routed or empty; and
+    replicas of experts."""
     method = presets()["deepseek-v4-flash"]
     bias = np.zeros(256, np.float32)
     for n, unset in product((16, 8192), ("route", "empty")):
@@ -203,6 +204,13 @@ def _given() -> None:
     x, weight = _matrix(16, HIDDEN, "bfloat16"), _matrix(256, HIDDEN, "bfloat16")
     activation_topk(_matrix(16, 256, "bfloat16"), method, **replayed)
     dense_router(x, weight, method, **replayed)
+    maps = {"replicas": np.zeros((256, 4), np.int32), "replica_counts": np.zeros(256, np.int32), "num_physical": 288}
+    for layout in (None, LayoutSpec()):
+        activation_topk(_matrix(16, 256, "bfloat16"), method, bias=bias, layout=layout, **maps)
+        dense_router(x, weight, method, bias=bias, layout=layout, **maps)
+    activation_topk(
+        _matrix(8192, 256, "bfloat16"), method, **maps, indices=np.zeros((8192, 6), np.int16), unset="empty"
+    )
     softmax = RoutingMethod(256, 8, "softmax")
     for unset in ("route", "empty"):
         dense_router(x, weight, softmax, indices=np.zeros((16, 8), np.int32), unset=unset, return_logits=True)

@@ -14,6 +14,7 @@ import io
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,31 @@ def case(program: Program) -> Any:
 def test_a_program_prints_what_its_comments_say(
     program: Program, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in program.packages():
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    if "transformers" in program.packages():
-        transformers_with_models()
-    folder = tmp_path_factory.getbasetemp() / program.page.stem  # programs of a page may read each other's files
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(program.code, str(program.page.relative_to(ROOT)), "exec"), {"__name__": "__main__"})
+    with _engines(program):
+        for package in program.packages():
+            pytest.importorskip(package, reason=f"{package} is not installed")
+        if "transformers" in program.packages():
+            transformers_with_models()
+        folder = tmp_path_factory.getbasetemp() / program.page.stem  # programs of a page may read each other's files
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program.code, str(program.page.relative_to(ROOT)), "exec"), {"__name__": "__main__"})
     assert printed.getvalue().splitlines() == program.expected()
+
+
+@contextlib.contextmanager
+def _engines(program: Program) -> Iterator[None]:
+    """Stand in for the engines that a program imports integrations for."""
+    if "cupy_router.integrations" not in program.code:
+        yield
+        return
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    from tests import engine_stubs
+
+    with engine_stubs.vllm(), engine_stubs.sglang(engine_stubs.SGLang()):
+        yield
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: f"{program.page.stem}-{program.number}")

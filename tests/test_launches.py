@@ -163,6 +163,7 @@ def test_activation_topk(recorder: Recorder, fake: Fake, columns: int) -> None:
     assert launch.arguments == {
         "logits": 0x1000, "bias": 0x2000, "bias_index": 0, "logit_bias": 0, "expert_scale": 0,
         "given_experts": 0, "given_stride": 0, "num_valid": 0x3004,
+        "replicas": 0, "replica_counts": 0, "replica_offset": 0,
         "weights": result.weights.pointer, "indices": result.indices.pointer,
         "num_valid_value": -1, "num_tokens": 33, "logits_stride": -5000, "weights_stride": 6, "indices_stride": 6,
         "logits_out": 0, "logits_out_stride": 0, "token_ids": 0,
@@ -243,6 +244,7 @@ def test_dense_router_of_few_tokens() -> None:
     assert launch.arguments == {
         "x": x.ctypes.data, "weight": weight.ctypes.data, "bias": bias.ctypes.data, "bias_index": 0, "logit_bias": 0,
         "expert_scale": 0, "given_experts": 0, "given_stride": 0, "num_valid": 0,
+        "replicas": 0, "replica_counts": 0, "replica_offset": 0,
         "weights": weights.ctypes.data, "indices": indices.ctypes.data, "token_ids": 0, "logits_out": 0,
         "logits_out_stride": 0, "counters": counters, "partials": partials, "num_valid_value": 3,
         "num_tokens": 4, "x_stride": 600, "weight_stride": 512, "weights_stride": 6,

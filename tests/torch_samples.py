@@ -37,7 +37,10 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         return tensor(*shape, seed=seed).requires_grad_()
 
     method, square = MethodOptions(METHOD).text, MethodOptions(METHODS["own score, a body"]).text
-    dense = DenseOptions(METHOD, None).text
+    dense, hashed = DenseOptions(METHOD, None).text, HashOptions(METHOD).text
+    physical = MethodOptions(METHOD, num_physical=32, replica_offset=1).text
+    replicas = torch.arange(32, dtype=torch.int32, device=device).view(16, 2)
+    counts, none = torch.full((16,), 2, dtype=torch.int32, device=device), (None, None)
     in_float32, as_logits = BackwardOptions(METHOD, "float32", True).text, BackwardOptions(METHOD, None, False).text
     routed = activation_topk(tensor(5, 16), METHOD)
     count = torch.tensor([3], dtype=torch.int32, device=device)
@@ -48,15 +51,15 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     padded = routed.indices.clone()
     padded[3:] = -1
     replayed, emptied = padded.to(torch.int16), MethodOptions(METHOD, unset="empty").text
-    gated, hashed = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
+    gated, by_table = Router(METHOD, weight=tensor(16, 8, seed=1)), Router(METHOD, table=table)
     biases, which = tensor(2, 16, seed=2), ids.int() % 2
     biased = Router(METHOD, weight=tensor(16, 8, seed=1), bias=biases)
-    _KEPT.extend((gated, hashed, biased))
+    _KEPT.extend((gated, by_table, biased))
 
     def hash_layer(token_ids: Any, given: Any, *several: Any) -> tuple[Any, ...]:
         biases, bias_index = several or (None, None)
         layer = table, parameter(16, 8, seed=1), biases, bias_index, bias, scale
-        return method, parameter(5, 8), token_ids, *layer, given, count, -1
+        return hashed, parameter(5, 8), token_ids, *layer, given, count, -1
 
     by_hand: dict[str, list[tuple[Any, ...]]] = {
         "topk_select": [
@@ -64,27 +67,28 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
             (TopKOptions(3, "column", False, 2).text, tensor(5, 16), None, None, pages),
         ],
         "activation_topk": [
-            (method, parameter(5, 16), tensor(16, seed=1), None, bias, scale, None, count, -1),
-            (method, parameter(5, 16), tensor(2, 16, seed=1), which, bias, scale, replayed, count, -1),
-            (emptied, parameter(5, 16), None, None, bias, scale, replayed, count, -1),
-            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), None, None, None, None, None, None, 3),
+            (method, parameter(5, 16), tensor(16, seed=1), None, bias, scale, None, None, None, count, -1),
+            (method, parameter(5, 16), tensor(2, 16, seed=1), which, bias, scale, replayed, None, None, count, -1),
+            (emptied, parameter(5, 16), None, None, bias, scale, replayed, None, None, count, -1),
+            (square, parameter(5, 64).detach().bfloat16().requires_grad_(), *[None] * 8, 3),
+            (physical, parameter(5, 16), None, None, bias, scale, None, replicas, counts, count, -1),
         ],
         "hash_router": [
-            (method, ids, table, parameter(5, 16), None, None, None, None, bias, scale, None, 4),
-            (method, ids, table, parameter(5, 16), None, None, biases, which, bias, scale, None, 4),
-            (method, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, None, None, -1),
+            (hashed, ids, table, parameter(5, 16), None, None, None, None, bias, scale, None, 4),
+            (hashed, ids, table, parameter(5, 16), None, None, biases, which, bias, scale, None, 4),
+            (hashed, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, None, None, -1),
             (HashOptions(None).text, ids, table, None, None, None, None, None, None, None, None, -1),
         ],
         "hash_layer": [hash_layer(ids, replayed), hash_layer(None, replayed), hash_layer(ids, None, biases, which)],
         "dense_router": [
-            (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, count, -1)
+            (dense, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias, scale, ids_given, *none, count, -1)
             for ids_given in (None, replayed)
         ],
         "router": [
             (gated.key, parameter(5, 8), None, None, None, "route", False, count, -1),
             (gated.key, parameter(5, 8), None, None, replayed, "empty", False, count, -1),
             (biased.key, parameter(5, 8), None, which, replayed, "route", False, count, -1),
-            (hashed.key, parameter(5, 8), ids, None, None, "route", False, None, -1),
+            (by_table.key, parameter(5, 8), ids, None, None, "route", False, None, -1),
         ],
         "activation_topk_backward": [
             (as_logits, tensor(5, 4), padded, tensor(5, 16), bias.detach(), scale.detach()),
@@ -100,10 +104,10 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
     by_hand |= {
         "activation_topk_layout": [
             (
-                MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, None, bias, scale, None, count,
-                -1,
+                MethodOptions(METHOD, LayoutSpec()).text, None, parameter(5, 16), None, None, bias, scale, None, None,
+                None, count, -1,
             ),
-            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, None, -1),
+            (MethodOptions(METHOD, spec).text, 8, tensor(5, 16), None, None, None, None, None, None, None, None, -1),
         ],
         "hash_router_layout": [
             (HashOptions(METHOD, spec).text, None, ids, table, parameter(5, 16), None, None, None, None, bias,
@@ -115,7 +119,7 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "dense_router_layout": [
             (DenseOptions(METHOD, None, spec).text, 8, parameter(5, 8), parameter(16, 8, seed=1), None, None, bias,
-             scale, None, count, -1)
+             scale, None, None, None, count, -1)
         ],
         "hash_router_logits": [
             (HashOptions(METHOD, None, "float32").text, ids, table, None, parameter(5, 8), parameter(16, 8, seed=1),
@@ -135,12 +139,12 @@ def samples(device: str = "cpu") -> dict[str, list[tuple[Any, ...]]]:
         ],
         "dense_router_logits": [
             (DenseOptions(METHOD, None, None, dtype).text, parameter(5, 8), parameter(16, 8, seed=1), None, None,
-             bias, scale, None, count, -1)
+             bias, scale, None, None, None, count, -1)
             for dtype in ("float32", "bfloat16")
         ],
         "dense_router_logits_layout": [
             (DenseOptions(METHOD, None, spec, "float16").text, 8, parameter(5, 8), parameter(16, 8, seed=1),
-             tensor(2, 16, seed=2), which, None, None, None, None, 3)
+             tensor(2, 16, seed=2), which, None, None, None, None, None, None, 3)
         ],
     }  # fmt: skip
     return {name: [_declared(op, kind, device)] for name, (op, kind) in NODES.items()} | by_hand | _of_rows(device)

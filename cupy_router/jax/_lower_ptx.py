@@ -36,12 +36,14 @@ def attributes(name: str, text: str, inputs: tuple[Buffer, ...], results: tuple[
     gpu, op = _gpu(), OPS[name]
     call = _call_text.decode(op, text)
     num_rows = inputs[0][0][0]
-    if gpu is None or (num_rows == 0 and op.is_independent(call.options)):
+    if gpu is None:
         return None
     device, architecture = gpu
     given = [op.names[position] for position in call.given]
     views = views_of(op, call, inputs, device)
     arrays = _cached.arrays_of(op, call.options, views, (), results)
+    if num_rows == 0 and not _cached.works_without_rows(op, call.options, arrays):
+        return None
     if not op.is_single_kernel(call.options, arrays):
         return None
     if compiler.WATCHING and compiler.changed():

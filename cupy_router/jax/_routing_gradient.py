@@ -18,6 +18,8 @@ from cupy_router.ops import _checks as check
 from cupy_router.ops import activation_topk_backward, dense_router, hash_router, unpermute
 from cupy_router.ops._invariant_gradient import is_of_chosen_experts, logits_options
 from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import NAMES as REPLICA_NAMES
+from cupy_router.ops._replicas import has_replicas, routing_alone
 from cupy_router.ops._rows import LayoutInts
 from cupy_router.ops.activation_topk_backward import BackwardOptions, check_derivative, without_factors
 from cupy_router.ops.hash_router import HashOptions
@@ -26,6 +28,7 @@ MAY_REPEAT = frozenset(("table", "given_experts"))  # inputs with experts, of wh
 
 # Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+_SELECTING = ("bias", "bias_index", "given_experts")  # needed as well where indices are not those of the experts
 
 
 def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
@@ -35,16 +38,22 @@ def routing(op: Op, options: Any, given: tuple[int, ...], number: int) -> Any:
     paths = [result.path for result in op.existing(options)]
     place = paths.index("logits") if "logits" in paths else None
     exact = place is not None and options.logits_dtype == "float32"
+    replaced = has_replicas(options)
+    plain = tuple(i for i in given if op.names[i] not in REPLICA_NAMES)
     routed = jax.custom_vjp(function_of(op, options, given, number))
 
     def forward(*arrays: Any) -> tuple[Any, Any]:
         results = routed(*arrays)
         by_name = dict(zip(names, arrays, strict=True))
         returned = results[place] if exact else None
-        return results, (results[1], returned, {name: by_name.get(name) for name in (*_SAVED, "num_valid")})
+        saved = (*_SAVED, *_SELECTING, "num_valid") if replaced else (*_SAVED, "num_valid")
+        return results, (results[1], returned, {name: by_name.get(name) for name in saved})
 
     def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
         indices, returned, arrays = saved
+        if replaced:  # the experts, by routing again, which gives the same
+            chosen = [arrays[name] for name in names if name not in REPLICA_NAMES]
+            indices = function_of(op, routing_alone(options), plain, number)(*chosen)[1]
         found = {}
         if method is not None and (arrays["logits"] is not None or arrays["weight"] is not None):
             grad_returned = None

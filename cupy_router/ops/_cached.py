@@ -124,10 +124,17 @@ def work_of(op: Op, options: Any, arrays: Arrays, views: Sequence[View | None], 
     gpu: to plan for; by default that of the arrays.
     """
     device, num_rows = views[0].device, views[0].shape[0]  # type: ignore[union-attr]  # the first is never left out
-    if op.is_independent(options) and num_rows == 0:
+    if num_rows == 0 and not works_without_rows(op, options, arrays):
         return None
     work = op.kernel(options, arrays, gpu_of(device) if gpu is None else gpu)
     return launch_of(op, options, work, device) if isinstance(work, Kernel) else work
+
+
+def works_without_rows(op: Op, options: Any, arrays: Arrays) -> bool:
+    """Return whether a call without rows has something to do: a result with an element."""
+    if op.is_independent(options):
+        return False
+    return any(0 not in getattr(arrays, result.name).shape for result in op.existing(options))
 
 
 def launch_of(op: Op, options: Any, kernel: Kernel, device: tuple[str, int]) -> Work:

@@ -20,7 +20,10 @@ from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
-INPUTS = ("x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "given_experts", "num_valid")
+INPUTS = (
+    "x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "given_experts", "replicas",
+    "replica_counts", "num_valid",
+)  # fmt: skip
 ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
@@ -148,6 +151,7 @@ def fixed_arguments(
     """Return the last parameters of the kernel, in its order."""
     return {
         "token_ids": 0,
+        "replica_offset": 0,
         "num_tokens": num_tokens,
         **method_arguments(method),
         "x_stride": x_stride,

@@ -15,6 +15,7 @@ from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._layout import ARRAYS, layout_sizes
 from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import num_counted
 from cupy_router.tuning import Gpu
 
 ONE_BLOCK, LAST_BLOCK, CLUSTER = range(3)  # which block lays out: see kernels/layout/fused_layout.cuh
@@ -38,9 +39,9 @@ class Problem(NamedTuple):
 
 def problem(options: Any, arrays: Arrays, gpu: Gpu) -> Problem | None:
     """Return what the layout of a call has to do; None if its own launch does it better, or has to."""
-    method, spec = options.method, options.layout
+    spec = options.layout
     num_tokens, columns = arrays.indices.shape
-    num_experts = method.num_experts + method.num_shared_experts
+    num_experts = num_counted(options)
     if not 0 < num_tokens <= gpu.table.fused_layout.max_tokens or num_experts > _MAX_EXPERTS:
         return None
     if arrays.indices.dtype.startswith("u"):  # the kernels look for -1

@@ -9,6 +9,8 @@ from cupy_router.arrays import ITEM_SIZES
 from cupy_router.ops._cached import Kernel
 from cupy_router.ops._declared import IDS, Arrays, row
 from cupy_router.ops._method import id_macros
+from cupy_router.ops._replicas import NAMES as REPLICA_NAMES
+from cupy_router.ops._replicas import replica_arguments, replica_macros
 from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.ops._table_kernel import table_kernel
 from cupy_router.tuning import Gpu
@@ -61,8 +63,10 @@ def given_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
     found = {name: getattr(arrays, name, None) for name in names}
     found |= {"token_ids": None, "table": arrays.given_experts}
     kernel = table_kernel(options.method, Arrays(tuple(found), tuple(found.values())), gpu)
-    takes = ("given_experts", *names)
-    return kernel._replace(takes=takes, nulls=("logits", "x", "weight"))
+    macros, fixed = kernel.macros | replica_macros(options, arrays), replica_arguments(options) | kernel.fixed
+    takes = ("given_experts", *REPLICA_NAMES, *names)
+    nulls = ("logits", "x", "weight", *REPLICA_NAMES)
+    return kernel._replace(macros=macros, fixed=fixed, takes=takes, nulls=nulls)
 
 
 def without_logits(kernel: Kernel) -> Kernel:

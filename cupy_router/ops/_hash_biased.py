@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cupy_router.ops import activation_topk, dense_router
+from cupy_router.ops import _dense_launches as launches
+from cupy_router.ops import activation_topk
 from cupy_router.ops._cached import NUMBER, Work, launch_with
 from cupy_router.ops._chunks import with_logits
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._given import GIVEN, TOKEN_IDS
 from cupy_router.ops._method import MethodOptions
 from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import NAMES as REPLICA_NAMES
 from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.tuning import Gpu
@@ -27,17 +29,17 @@ def on_logits(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
     varying = (*activation_topk.OP.names, *ROUTING, NUMBER, LOGITS, TOKEN_IDS)
     returned = () if arrays.logits_out is None else (LOGITS,)
     passed = (*_parameters(op.names), *ROUTING, NUMBER, *returned)
-    return launch_with(varying, dense_router.by_token_id(kernel), arrays.indices.device, passed)
+    return launch_with(varying, launches.by_token_id(kernel), arrays.indices.device, passed)
 
 
 def on_hidden_states(op: Op, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
     """Return the fused launch of few tokens, or one for each chunk: for batch invariance, or without cuBLAS."""
     dense = DenseOptions(options.method, None, None, options.logits_dtype, batch_invariant=options.batch_invariant)
-    return dense_router.fused_chunks(op, dense, _given(arrays), gpu, _parameters)
+    return launches.fused_chunks(op, dense, _given(arrays), gpu, _parameters)
 
 
 def _given(arrays: Arrays) -> Arrays:
-    return arrays.replaced(**{GIVEN.name: arrays.table})
+    return arrays.replaced(**{GIVEN.name: arrays.table, **dict.fromkeys(REPLICA_NAMES)})
 
 
 def _parameters(names: Sequence[str]) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cupy_router.ops import dense_router
+from cupy_router.ops import _dense_launches as launches
 from cupy_router.ops._cached import Reordered, Work, launch_of
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._given import EMPTY, ROUTE, given_kernel, selects, without_logits
+from cupy_router.ops._replicas import NAMES as REPLICA_NAMES
 from cupy_router.ops._routed import LOGITS, RoutedOp
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.reference.given import given_ids, known_rows, unset_rows
@@ -68,9 +69,10 @@ def _by_gate(op: RoutedOp, options: Any, arrays: Arrays, gpu: Gpu, keeps_unset: 
     """Return the launch of the gate GEMM for the given experts."""
     unset = ROUTE if keeps_unset else EMPTY
     dense = DenseOptions(options.method, None, None, None, unset, options.batch_invariant)
-    given = arrays.replaced(token_ids=None, bias=None, bias_index=None, logits_out=None)
+    absent = ("token_ids", "bias", "bias_index", "logits_out", *REPLICA_NAMES)
+    given = arrays.replaced(**dict.fromkeys(absent))
     more = {"KEEPS_UNSET": int(keeps_unset)}
-    work = dense_router.fused_chunks(op, dense, given, gpu, _parameters, more)
+    work = launches.fused_chunks(op, dense, given, gpu, _parameters, more)
     names = op.parameters(options)
     return Reordered(work, names, [name for name in names if name != LOGITS], True)
 

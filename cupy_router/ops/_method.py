@@ -24,11 +24,14 @@ _UNIFORM = RoutingMethod(1, 1)
 
 @dataclass(frozen=True)
 class MethodOptions(Options):
-    """The options of a router that has only a method: that, its layout, and what becomes of a given row of -1."""
+    """The options of a router that has only a method: that, its layout, what becomes of a given row of -1, and the
+    number of physical experts and the offset of their replicas."""
 
     method: RoutingMethod
     layout: LayoutSpec | None = None
     unset: str = "route"
+    num_physical: int | None = None
+    replica_offset: int = 0
 
 
 # -- The declaration of inputs and results -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from cupy_router.ops._cached import Kernel, Work, launch_of
 from cupy_router.ops._declared import FLOATS, Arrays, Minimum, Result
 from cupy_router.ops._layout import check_rows, layout_numbers, layout_results, layout_sizes
 from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import has_replicas, num_counted
 from cupy_router.results import ExpertLayout, Routing, RoutingPlan, RoutingPlanWithLogits, RoutingWithLogits
 from cupy_router.tuning import Gpu, gpu_of
 
@@ -89,7 +90,7 @@ class RoutedOp(Op):
         raise NotImplementedError  # every op that routes defines it
 
     def is_independent(self, options: Any) -> bool:
-        return options.layout is None
+        return options.layout is None and not has_replicas(options)
 
     def is_single_kernel(self, options: Any, arrays: Arrays) -> bool:
         if options.layout is None or not self.single_kernel:
@@ -125,11 +126,6 @@ class RoutedOp(Op):
     def fused(self, options: Any, arrays: Arrays, gpu: Gpu) -> Kernel | Work | None:
         """Choose one launch that routes and lays out; None if two are faster, or one cannot do it."""
         return None
-
-
-def num_counted(options: Any) -> int:
-    """Return the number of experts of a layout of all columns."""
-    return options.method.num_experts + options.method.num_shared_experts  # type: ignore[no-any-return]
 
 
 def layout_options(options: Any) -> expert_layout.LayoutOptions:

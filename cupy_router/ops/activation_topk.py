@@ -39,6 +39,15 @@ from cupy_router.ops._method import (
     method_sizes,
     needs_whole_rows,
 )
+from cupy_router.ops._replicas import (
+    REPLICA_COUNTS,
+    REPLICAS,
+    as_physical,
+    check_replicas,
+    replaced_on_host,
+    replica_arguments,
+    replica_macros,
+)
 from cupy_router.ops._routed import RoutedOp, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import activation_topk as reference
@@ -60,6 +69,8 @@ class ActivationTopK(RoutedOp):
         LOGIT_BIAS,
         EXPERT_SCALE,
         GIVEN,
+        REPLICAS,
+        REPLICA_COUNTS,
         NUM_VALID,
     )
     results = routing_results("logits", "logit_bias", "expert_scale")
@@ -76,10 +87,12 @@ class ActivationTopK(RoutedOp):
         check_bias(options.method, arrays.bias)
         check_bias_index(arrays.bias, arrays.bias_index)
         check_given(options, arrays)
+        check_replicas(options, arrays, arrays.logits.shape[0])
 
     def route_reference(self, options: MethodOptions, arrays: Arrays, num_valid: int) -> tuple[Any, Any]:
         more = arrays.named("bias_index", "logit_bias", "expert_scale", "given_experts") | {"unset": options.unset}
-        return reference.activation_topk(arrays.logits, options.method, arrays.bias, **more, num_valid=num_valid)
+        routed = reference.activation_topk(arrays.logits, options.method, arrays.bias, **more, num_valid=num_valid)
+        return replaced_on_host(options, arrays, routed)
 
     def route(self, options: MethodOptions, arrays: Arrays, gpu: Gpu) -> Kernel:
         return without_logits(self._chosen(options, arrays, gpu))
@@ -103,9 +116,10 @@ class ActivationTopK(RoutedOp):
         dense = strides == (method.num_logits, method.num_columns, method.num_columns)
         macros |= bias_macros(arrays)
         macros |= {"DTYPE": row_lanes.DTYPE_CODES[logits.dtype], "HAS_NUM_VALID": int(arrays.num_valid is not None)}
-        macros |= given_macros(options, arrays)
+        macros |= given_macros(options, arrays) | replica_macros(options, arrays)
         fixed = {
             TOKEN_IDS: 0,
+            **replica_arguments(options),
             "num_tokens": num_tokens,
             **method_arguments(method),
             "logits_stride": strides[0],
@@ -173,6 +187,10 @@ def activation_topk(
     expert_scale: Any = None,
     indices: Any = None,
     unset: str = ROUTE,
+    replicas: Any = None,
+    replica_counts: Any = None,
+    replica_offset: int = 0,
+    num_physical: int | None = None,
     layout: LayoutSpec | None = None,
     num_valid: Any = None,
     out: Any = None,
@@ -195,6 +213,15 @@ def activation_topk(
             row with an id that is no expert gets indices -1 and weights 0.
         unset: what becomes of a row of `indices` that is -1 throughout: with "route", it is routed as usual, with
             "empty" it gets indices -1 and weights 0. Unsigned dtypes have no such row.
+        replicas: [num_experts, max_replicas] int32 or int64, the physical experts of each expert, of which the first
+            `replica_counts` are in use and the others -1. Indices are then physical: a token at row t has
+            replicas[e, (t + replica_offset) % replica_counts[e]] in place of an expert e. Weights stay those of the
+            experts. A count that is not in 1..max_replicas, or a replica that is not in 0..num_physical - 1, gives
+            index -1 for this pair alone.
+        replica_counts: [num_experts] int32 or int64; with `replicas`.
+        replica_offset: an int in 0..2**31 - 1, such as a rank, so that ranks begin with different replicas.
+        num_physical: number of physical experts, an int; with `replicas`. Shared experts come after them, and a layout
+            counts num_physical + num_shared_experts experts.
         layout: a :class:`LayoutSpec`, to lay the pairs of tokens and experts out by expert as well, shared experts
             included. The layout is what :func:`expert_layout` returns for the indices.
         num_valid: number of valid rows. The rows after them are padding and get indices -1 and weights 0. Either an int
@@ -226,6 +253,14 @@ def activation_topk(
     >>> activation_topk(logits, RoutingMethod(4, 2, "softmax"), indices=np.array([[2, 1]])).weights  # replayed
     array([[0.2689414, 0.7310586]], dtype=float32)
 
+    Expert 1 has two replicas, which tokens take in turn:
+
+    >>> replicas, counts = np.array([[0, -1], [1, 4], [2, -1], [3, -1]], np.int32), np.array([1, 2, 1, 1], np.int32)
+    >>> given = {"replicas": replicas, "replica_counts": counts, "num_physical": 5}
+    >>> activation_topk(np.repeat(logits, 2, axis=0), RoutingMethod(4, 2, "softmax"), **given).indices
+    array([[1, 3],
+           [4, 3]], dtype=int32)
+
     With one bias for text and one for images, a token of an image:
 
     >>> biases, is_image = np.array([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]], np.float32), np.array([1], np.int32)
@@ -233,11 +268,12 @@ def activation_topk(
     array([[0, 1]], dtype=int32)
     """
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
-    inputs = (logits, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
+    inputs = (logits, bias, bias_index, logit_bias, expert_scale, indices, replicas, replica_counts, num_valid)
     fields: Any = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
-    if unset != ROUTE:
+    if unset != ROUTE or num_physical is not None or replica_offset != 0:
         spec = None if layout is None else fields[1]
-        fields = (resolve(method), spec, as_unset("activation_topk", unset))
+        physical = as_physical("activation_topk", num_physical, replica_offset)
+        fields = (resolve(method), spec, as_unset("activation_topk", unset), *physical)
     return run(OP, fields, inputs, out, stream, number)
 
 

@@ -3,37 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-from cupy_router import gemm, scratch
+from cupy_router import gemm
 from cupy_router.arrays import View
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops import _dense_launches as launches
 from cupy_router.ops import _fused_layout as fused_layout
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops import activation_topk
-from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_of, launch_with
-from cupy_router.ops._chunks import Chunks, GateChunks
+from cupy_router.ops._cached import Work, launch_of
+from cupy_router.ops._chunks import GateChunks, budget
 from cupy_router.ops._declared import NUM_VALID, Arrays, row
-from cupy_router.ops._dense_decode import COUNTERS
 from cupy_router.ops._given import (
     GIVEN,
     ROUTE,
-    TOKEN_IDS,
     as_unset,
     check_given,
     given_kernel,
-    given_macros,
     selects,
     without_logits,
 )
 from cupy_router.ops._invariant import as_batch_invariant, check_invariant
-from cupy_router.ops._layout import ARRAYS as LAYOUT_ARRAYS
 from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import (
     BIAS,
@@ -41,17 +36,23 @@ from cupy_router.ops._method import (
     EXPERT_SCALE,
     LOGIT_BIAS,
     MethodOptions,
-    bias_macros,
     check_bias,
     check_bias_index,
     gate,
-    headers,
     method_sizes,
     needs_whole_rows,
 )
-from cupy_router.ops._op import Op
 from cupy_router.ops._options import Options
-from cupy_router.ops._routed import LOGITS, VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
+from cupy_router.ops._replicas import (
+    REPLICA_COUNTS,
+    REPLICAS,
+    RouteThenReplace,
+    as_physical,
+    check_replicas,
+    has_replicas,
+    replaced_on_host,
+)
+from cupy_router.ops._routed import VARIANTS_WITH_LOGITS, RoutedOp, as_logits_dtype, routing_results
 from cupy_router.ops._run import run
 from cupy_router.reference import dense_router as reference
 from cupy_router.tuning import Gpu
@@ -62,7 +63,8 @@ PATHS = ("decode", "prefill")
 @dataclass(frozen=True)
 class DenseOptions(Options):
     """The method; the path, "decode", "prefill" or None to choose by size; the layout; the dtype of the logits; what
-    becomes of a given row of -1; and whether rows are the same to the bit in any batch."""
+    becomes of a given row of -1; whether rows are the same to the bit in any batch; the number of physical experts and
+    the offset of their replicas."""
 
     method: RoutingMethod
     path: str | None
@@ -70,6 +72,8 @@ class DenseOptions(Options):
     logits_dtype: str | None = None
     unset: str = ROUTE
     batch_invariant: bool = False
+    num_physical: int | None = None
+    replica_offset: int = 0
 
 
 class DenseRouter(RoutedOp):
@@ -85,6 +89,8 @@ class DenseRouter(RoutedOp):
         LOGIT_BIAS,
         EXPERT_SCALE,
         GIVEN,
+        REPLICAS,
+        REPLICA_COUNTS,
         NUM_VALID,
     )
     results = routing_results("x", "weight", "logit_bias", "expert_scale", logits=("x", "weight", "logit_bias"))
@@ -109,6 +115,7 @@ class DenseRouter(RoutedOp):
         check_given(options, arrays)
         if options.batch_invariant:
             check_invariant(method)
+        check_replicas(options, arrays, num_tokens)
         if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
                 f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
@@ -120,37 +127,44 @@ class DenseRouter(RoutedOp):
         more = arrays.named("bias", "bias_index", "logit_bias", "expert_scale", "given_experts")
         more |= {"unset": options.unset, "logits_dtype": options.logits_dtype}
         more |= {"batch_invariant": options.batch_invariant}
-        return reference.dense_router(arrays.x, arrays.weight, options.method, **more, num_valid=num_valid)
+        routed = reference.dense_router(arrays.x, arrays.weight, options.method, **more, num_valid=num_valid)
+        return replaced_on_host(options, arrays, routed)
 
     def route(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work:
         method, path, device = options.method, options.path, arrays.x.device
         num_tokens = arrays.x.shape[0]
-        fits = _fits_decode(method, gpu)
+        fits = launches.fits_decode(method, gpu)
         if path == "decode" and not fits:
             raise ValueError("path 'decode' takes a GPU of compute capability 8.0 or later")
         if options.batch_invariant and not fits:
             raise ValueError("batch_invariant takes a GPU of compute capability 8.0 or later")
-        if _multiplies_given_only(options, arrays, gpu):
+        given_only = _multiplies_given_only(options, arrays, gpu)
+        is_few = not given_only and fits and launches.decodes(path, num_tokens, gpu)
+        if has_replicas(options) and not (given_only or is_few or _is_one_chunk(options, arrays, gpu)):
+            return RouteThenReplace(self, options, arrays, gpu)
+        if given_only:
             return launch_of(self, options, without_logits(given_kernel(options, arrays, gpu)), device)
-        if fits and _decodes(path, num_tokens, gpu):
-            return _Decode(*_decode_kernel(options, num_tokens, arrays, gpu), device, self.parameters(options))
+        if is_few:
+            few = launches.decode_kernel(options, num_tokens, arrays, gpu)
+            return launches.Decode(*few, device, self.parameters(options))
         if not options.batch_invariant and gemm.why_not(device) is None:
             return GateChunks(self, arrays, gpu, activation_topk.OP, partial(_on_logits, options, arrays, gpu))
-        return fused_chunks(self, options, arrays, gpu)
+        return launches.fused_chunks(self, options, arrays, gpu)
 
     def fused(self, options: DenseOptions, arrays: Arrays, gpu: Gpu) -> Work | None:
         num_tokens = arrays.x.shape[0]
         found = fused_layout.problem(options, arrays, gpu)
-        if found is None or not _fits_decode(options.method, gpu) or not _decodes(options.path, num_tokens, gpu):
+        is_few = launches.fits_decode(options.method, gpu) and launches.decodes(options.path, num_tokens, gpu)
+        if found is None or not is_few:
             return None
-        routed, partials = _decode_kernel(options, num_tokens, arrays, gpu, with_layout=True)
+        routed, partials = launches.decode_kernel(options, num_tokens, arrays, gpu, with_layout=True)
         several = routed.macros["SHARE"] > 0 or num_tokens > routed.macros["TOKENS"]
         layout_by = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
         kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", layout_by)
         if kernel is None:
             return None
         kernel.macros["SHARED_FLOATS"] = fused_layout.shared_bytes(found.num_experts, routed.block) // 4
-        return _Decode(kernel, partials, arrays.x.device, self.parameters(options))
+        return launches.Decode(kernel, partials, arrays.x.device, self.parameters(options))
 
 
 OP = DenseRouter()
@@ -167,6 +181,10 @@ def dense_router(
     expert_scale: Any = None,
     indices: Any = None,
     unset: str = ROUTE,
+    replicas: Any = None,
+    replica_counts: Any = None,
+    replica_offset: int = 0,
+    num_physical: int | None = None,
     path: str | None = None,
     return_logits: bool = False,
     logits_dtype: str = "float32",
@@ -196,6 +214,8 @@ def dense_router(
         indices, unset: the experts of each token, in place of a selection, and what becomes of a row of -1: as for
             :func:`activation_topk`. With few tokens and `unset="empty"`, only their dot products are computed, unless
             all logits are needed, for a softmax or to be returned.
+        replicas, replica_counts, replica_offset, num_physical: physical experts in place of experts, as for
+            :func:`activation_topk`.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
             second kernel, for any size. None chooses by size.
         return_logits: whether to return the logits, too: of all experts, with logit_bias, before all other steps. They
@@ -245,12 +265,17 @@ def dense_router(
     if return_logits is not False or logits_dtype != "float32":
         wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
         fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
+    physical = num_physical is not None or replica_offset != 0
     if unset != ROUTE:
         no_layout_or_logits = (None,) * (4 - len(fields))
         fields = (*fields, *no_layout_or_logits, as_unset("dense_router", unset))
-    if batch_invariant is not False:
-        fields = (*fields, *(None, None, ROUTE)[len(fields) - 2 :], as_batch_invariant("dense_router", batch_invariant))
-    inputs = (x, weight, bias, bias_index, logit_bias, expert_scale, indices, num_valid)
+    if batch_invariant is not False or physical:
+        invariant = as_batch_invariant("dense_router", batch_invariant)
+        fields = (*fields, *(None, None, ROUTE)[len(fields) - 2 :], invariant)
+    if physical:
+        fields = (*fields, *as_physical("dense_router", num_physical, replica_offset))
+    arrays = (x, weight, bias, bias_index, logit_bias, expert_scale, indices, replicas, replica_counts)
+    inputs = (*arrays, num_valid)
     return run(OP, fields, inputs, out, stream, number)
 
 
@@ -259,11 +284,19 @@ def dense_router(
 
 def _on_logits(dense: DenseOptions, arrays: Arrays, gpu: Gpu, logits: View) -> Work:
     """Return the launch of `activation_topk` on the logits of a chunk, of which it also makes those to return."""
-    options, given = MethodOptions(dense.method, unset=dense.unset), arrays.replaced(logits=logits, x=None, weight=None)
+    options = MethodOptions(dense.method, None, dense.unset, dense.num_physical, dense.replica_offset)
+    given = arrays.replaced(logits=logits, x=None, weight=None)
     if arrays.logits_out is not None:
         return activation_topk.OP.with_logits(options, given, gpu)
     kernel = activation_topk.OP.route(options, given, gpu)
     return launch_of(activation_topk.OP, options, kernel, logits.device)
+
+
+def _is_one_chunk(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether the kernel on logits gets all tokens at once, and so knows which token a row is."""
+    (num_tokens, hidden), num_logits = arrays.x.shape, arrays.weight.shape[0]
+    fits = 4 * num_tokens * (num_logits + hidden) <= budget(gpu)  # of logits, and of x converted to float32
+    return fits and not options.batch_invariant and gemm.why_not(arrays.x.device) is None
 
 
 def _multiplies_given_only(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> bool:
@@ -277,120 +310,3 @@ def _multiplies_given_only(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> b
         return False
     few = arrays.x.shape[0] * method.top_k <= gpu.table.hash_layer.max_gates_read * method.num_experts
     return options.path == "decode" or few or gemm.why_not(arrays.x.device) is not None
-
-
-def _fits_decode(method: RoutingMethod, gpu: Gpu) -> bool:
-    """Return whether the kernel for few tokens can route by this method on this GPU, whose instructions it uses."""
-    return row_lanes.fits_method(method) and gpu.capability >= (8, 0)
-
-
-def _decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
-    """Return whether it is asked for, or faster."""
-    return path == "decode" if path else num_tokens <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
-
-
-def _decode_kernel(
-    options: DenseOptions,
-    num_tokens: int,
-    arrays: Arrays,
-    gpu: Gpu,
-    *,
-    with_layout: bool = False,
-    more: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Kernel, int]:
-    """Return the kernel for few tokens, and the number of its partial sums.
-
-    with_layout: a layout will follow.
-    more: further macros.
-    """
-    method, x, weight, given = options.method, arrays.x, arrays.weight, arrays.given_experts
-    hidden = x.shape[1]
-    both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
-    strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
-    logits = arrays.logits_out
-    launch = decode.launch_for(
-        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
-        dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*OP.names),
-        logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
-        batch_invariant=options.batch_invariant,
-    )  # fmt: skip
-    strides = (*strides, *(0 if view is None else view.row_stride for view in (given, logits)))
-    fixed = decode.fixed_arguments(method, num_tokens, *strides)
-    macros = {**launch.macros, **given_macros(options, arrays), **more}
-    kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
-    return kernel, launch.partials
-
-
-class _Decode:
-    """A kernel for few tokens, with scratch memory of the stream on which it is called.
-
-    arrays: the parameters for the arrays that a call passes. Others are null.
-    """
-
-    def __init__(
-        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str], counters: int = COUNTERS
-    ) -> None:
-        layout = [name for name in arrays if name in LAYOUT_ARRAYS]
-        varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER)
-        if TOKEN_IDS in arrays:
-            varying, kernel = (*varying, TOKEN_IDS), by_token_id(kernel)
-        self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER))
-        self._device, self._use = device, "decode" if counters == COUNTERS else "decode by groups"
-        self._counter_bytes, self._scratch_bytes = 4 * counters, 4 * (counters + partials)  # in one buffer
-        self.function = self._launch.function
-
-    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
-        counters = scratch.buffer(self._device, stream, self._use, self._scratch_bytes)
-        self._launch(stream, (*varying[:-1], counters, counters + self._counter_bytes, varying[-1]))
-
-
-def by_token_id(kernel: Kernel) -> Kernel:
-    """Return a kernel that takes token ids in each call."""
-    return kernel._replace(fixed={name: value for name, value in kernel.fixed.items() if name != TOKEN_IDS})
-
-
-def fused_chunks(
-    op: Op,
-    options: DenseOptions,
-    arrays: Arrays,
-    gpu: Gpu,
-    parameters: Callable[[Sequence[str]], Sequence[str]] = tuple,
-    more: Mapping[str, int] = MappingProxyType({}),
-) -> Work:
-    """Return the fused kernel for any number of tokens, used for batch invariance or if there is no cuBLAS.
-
-    op: the op that is called.
-    parameters: returns the parameters of the kernel for the names of its arrays.
-    more: further macros.
-    """
-    if not _fits_decode(options.method, gpu):
-        limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
-        obstacle = gemm.why_not(arrays.x.device)
-        raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
-    return _DecodeChunks(op, options, arrays, gpu, parameters, more)
-
-
-class _DecodeChunks(Chunks):
-    def __init__(
-        self,
-        op: Op,
-        options: DenseOptions,
-        arrays: Arrays,
-        gpu: Gpu,
-        parameters: Callable[[Sequence[str]], Sequence[str]],
-        more: Mapping[str, int],
-    ) -> None:
-        invariant = options.batch_invariant
-        most = decode.invariant_rows(gpu, options.method.num_logits) if invariant else decode.MAX_TOKENS
-        super().__init__(op, arrays, most)
-        names = parameters(self.names)
-
-        def make(rows: int) -> Work:
-            counters = COUNTERS if rows <= decode.MAX_TOKENS else decode.GROUP_COUNTERS
-            return _Decode(*_decode_kernel(options, rows, arrays, gpu, more=more), self.device, names, counters)
-
-        self._work = self.by_rows(make)
-        self.function = self._work(self.rows).function
-
-    def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
-        self._work(rows)(stream, [*(arrays[name] for name in self.names), number])

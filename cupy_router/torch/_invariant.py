@@ -12,13 +12,15 @@ from cupy_router.ops._invariant_gradient import logits_options
 from cupy_router.ops._rows import LayoutInts
 from cupy_router.ops._run import run
 
+_LEFT_OUT = (None,) * (len(dense_router.OP.names) - 2)  # all inputs but x and weight
+
 
 def invariant_logits(x: Any, weight: Any, by_op: bool) -> Any:
     """Return float32 logits of x [num_tokens, hidden] and a gate [num_logits, hidden], of up to 1024 logits.
 
     by_op: call the op through PyTorch's dispatcher.
     """
-    options, inputs = logits_options(weight.shape[0]), (x, weight, *[None] * 6)
+    options, inputs = logits_options(weight.shape[0]), (x, weight, *_LEFT_OUT)
     if by_op:
         return torch.ops.cupy_router.dense_router_logits(options.text, *inputs, -1)[2]
     return run(dense_router.OP, options, inputs, None, None).logits
@@ -26,7 +28,7 @@ def invariant_logits(x: Any, weight: Any, by_op: bool) -> Any:
 
 def batch_invariant_gate_gemm(x: Any, weight: Any) -> Any:
     """Return the same logits in any place: in graphs, and with a gradient."""
-    inputs = _dense(x), _dense(weight), *[None] * 6
+    inputs = _dense(x), _dense(weight), *_LEFT_OUT
     return run(dense_router.OP, logits_options(weight.shape[0]), inputs, None, None).logits
 
 

@@ -32,7 +32,7 @@ def wants(router: Router, inputs: tuple[Any, ...]) -> bool:
 
 def run(router: Router, wanted: tuple[Any, ...], inputs: tuple[Any, ...], out: Any, stream: Any, number: int) -> Any:
     """Return the results of a call that :func:`wants` accepts. A layout becomes a node of its own."""
-    layout, return_logits, unset, batch_invariant = wanted
+    layout, return_logits, unset, batch_invariant, physical = wanted
     x, *arrays, num_valid = inputs
     op = _hash_layer.OP if router.is_hash else dense_router.OP
     more: dict[str, Any] = {} if router.is_hash else {"path": None}
@@ -40,7 +40,9 @@ def run(router: Router, wanted: tuple[Any, ...], inputs: tuple[Any, ...], out: A
     more |= {"batch_invariant": as_batch_invariant("Router", batch_invariant)}
     options: Any = op.options(router.method, layout=layout, **more)
     outs = _library.flat(op, options, out)
-    if stream is not None or not _library.can_hold(op, (x,), outs):
+    if physical and not _state.in_dynamo():
+        raise ValueError("Router: replicas in a graph need a Router of tensors: convert its arrays")
+    if physical or stream is not None or not _library.can_hold(op, (x,), outs):
         if not _state.in_dynamo():
             raise ValueError(f"Router: {_state.REFUSED_IN_GRAPHS}")
         return _state.outside_of_graphs(router.route, inputs, wanted, out, stream)
@@ -89,7 +91,7 @@ def _implementation_into(kind: Any, key: str, *inputs: Any) -> None:
 
 def _route(kind: Any, key: str, *inputs: Any) -> Any:
     *arrays, unset, batch_invariant, num_valid, number, out = inputs
-    wanted = None, kind is RoutingWithLogits, unset, batch_invariant
+    wanted: tuple[Any, ...] = None, kind is RoutingWithLogits, unset, batch_invariant, {}
     return _router_of(key).route((*arrays, number if number >= 0 else num_valid), wanted, out, None)
 
 

@@ -18,6 +18,7 @@ from cupy_router.ops import activation_topk_backward, hash_router
 from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._invariant_gradient import is_of_chosen_experts
 from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import has_replicas, routing_alone
 from cupy_router.ops._run import run
 from cupy_router.ops.activation_topk_backward import BackwardOptions, without_factors
 from cupy_router.ops.hash_router import HashOptions
@@ -30,6 +31,7 @@ MAY_REPEAT = ("table", "given_experts")  # inputs with experts, of which a row m
 
 # Inputs that the backward pass may need. Those that the call got are also the ones that have a gradient.
 _SAVED = ("logits", "x", "weight", "logit_bias", "expert_scale")
+_SELECTING = ("bias", "bias_index", "given_experts")  # needed as well where indices are not those of the experts
 
 
 def is_smooth(given: Mapping[str, Any]) -> bool:
@@ -50,13 +52,18 @@ def remember(ctx: Any, op: Op, options: Any, given: Mapping[str, Any], needed: C
     ctx.repeated = any(given.get(name) is not None for name in MAY_REPEAT)
     ctx.number, ctx.logits_place = given.get(NUMBER, -1), None if returned is None else 2
     exact = returned if logits_dtype == "float32" and given.get("logits") is None else None
-    ctx.save_for_backward(indices, exact, given.get("num_valid"), *(given.get(name) for name in _SAVED))
+    ctx.routed = (op, routing_alone(options)) if has_replicas(options) else None
+    saved = _SAVED if ctx.routed is None else (*_SAVED, *_SELECTING)
+    ctx.save_for_backward(indices, exact, given.get("num_valid"), *(given.get(name) for name in saved))
 
 
 def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bool) -> dict[str, Any]:
     """Return the gradients with respect to the needed inputs, in their dtypes."""
     indices, returned, num_valid, *saved = ctx.saved_tensors
-    arrays = dict(zip(_SAVED, saved, strict=True))
+    arrays = dict(zip((*_SAVED, *_SELECTING), saved, strict=False))
+    if ctx.routed is not None:
+        op, options = ctx.routed
+        indices = _experts(op, options, arrays | {"num_valid": num_valid}, ctx.number, by_op)
     if returned is not None:  # with the bias
         arrays |= {"logits": returned, "logit_bias": None}
     grad_logits = None if ctx.logits_place is None else grads[ctx.logits_place]
@@ -66,6 +73,15 @@ def gradients(ctx: Any, grads: Sequence[Any], needed: Collection[str], by_op: bo
         ctx.method, grads[0], indices, needed, arrays, grad_logits=grad_logits, repeated=ctx.repeated, by_op=by_op,
         batch_invariant=ctx.batch_invariant,
     )  # fmt: skip
+
+
+def _experts(op: Op, options: Any, arrays: Mapping[str, Any], number: int, by_op: bool) -> Any:
+    """Return the experts of a call whose indices are their replicas, by routing again, which gives the same."""
+    inputs = tuple([arrays.get(name) for name in op.names])
+    if by_op:
+        return getattr(torch.ops.cupy_router, op.name)(options.text, *inputs, number)[1]
+    with torch.no_grad():
+        return run(op, options, inputs, None, None, number).indices
 
 
 def without_padding(grad_logits: Any, num_valid: Any) -> Any:

@@ -21,6 +21,8 @@ from cupy_router.torch._invariant import batch_invariant_gate_gemm
 from cupy_router.torch._logits import prepare_logits
 from cupy_router.torch._router_spec import FLAT, INLINE, SORTED, Plan, RouterSpec, Unsupported, argument, by_role
 
+NO_REPLICAS = (None, None)
+
 
 def swap(module: Any, kind: type, spec: RouterSpec) -> None:
     """Change the class of a module to a subclass of `kind`, one of the classes below.
@@ -144,7 +146,7 @@ class Router(Swapped):
         x, weight = _dense(x), _dense(weight)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
         op: Any = dense_router.OP
-        inputs = x, weight, *layer, None
+        inputs = x, weight, *layer, *NO_REPLICAS, None
         if "table" in spec.tensors:
             token_ids, table = argument(spec, 1, args, kwargs), _dense(_tensor_at(self, spec.tensors["table"]))
             if token_ids.ndim != 1:
@@ -190,7 +192,7 @@ class InlineRouter(Swapped):
         if plan is None:
             return getattr(original, INLINE)(self, *args, **kwargs)
         layer = [at if at is None else _vector(self, spec, at, args, kwargs) for at in spec.layer]
-        given = (logits.reshape(-1, logits.shape[-1]), *layer, None)
+        given = (logits.reshape(-1, logits.shape[-1]), *layer, *NO_REPLICAS, None)
         weights, indices = run(activation_topk.OP, plan.method, given, None, None)
         return _returned(spec, plan, weights, indices, logits)
 

@@ -17,6 +17,7 @@
 #include "device/num_valid.cuh"
 #include "routing/biases.cuh"
 #include "routing/given_experts.cuh"
+#include "routing/replicas.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "select/warp_topk.cuh"
 #include "routing/weigh.cuh"
@@ -119,6 +120,7 @@ struct Results {
     int64_t weights_stride, indices_stride;
     const float* expert_scale;
     MethodNumbers numbers;
+    Replicas replicas;
 };
 
 // Route one token by a warp, from its scores or logits in shared memory. `id`: the given expert of this lane's place.
@@ -160,8 +162,9 @@ __device__ __forceinline__ void route(const float* scores, const BiasRow& its_bi
     weigh<LaneTeam<32>>(weight, expert, lane, 0, valid, results.expert_scale, results.numbers);
     if (lane < OUTPUTS) {
         store_float(results.weights + token * results.weights_stride + lane, valid ? weight[0] : 0.0f);
-        results.indices[token * results.indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
-        keep(token, lane, valid ? static_cast<index_t>(expert[0]) : index_t(-1));
+        const index_t id = valid ? written_id(expert[0], lane, token, results.replicas) : index_t(-1);
+        results.indices[token * results.indices_stride + lane] = id;
+        keep(token, lane, id);
     }
 }
 
@@ -170,12 +173,13 @@ __device__ __forceinline__ void route(const float* scores, const BiasRow& its_bi
 template <typename Keep>
 __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight, const float* bias,
                                               const int* bias_index, const float* logit_bias, const float* expert_scale,
-                                              const given_t* given_experts, const int* num_valid, weight_t* weights,
-                                              index_t* indices, logit_out_t* logits_out, unsigned* counters,
-                                              float* partials, int num_valid_value, const given_token_t* token_ids,
-                                              int64_t num_tokens, const MethodNumbers numbers, int64_t x_stride,
-                                              int64_t weight_stride, int64_t weights_stride, int64_t indices_stride,
-                                              int64_t given_stride, int64_t logits_out_stride, Keep keep) {
+                                              const given_t* given_experts, const Replicas& replicas,
+                                              const int* num_valid, weight_t* weights, index_t* indices,
+                                              logit_out_t* logits_out, unsigned* counters, float* partials,
+                                              int num_valid_value, const given_token_t* token_ids, int64_t num_tokens,
+                                              const MethodNumbers numbers, int64_t x_stride, int64_t weight_stride,
+                                              int64_t weights_stride, int64_t indices_stride, int64_t given_stride,
+                                              int64_t logits_out_stride, Keep keep) {
     if (DENSE) {
         x_stride = weight_stride = HIDDEN;
         weights_stride = indices_stride = OUTPUTS;
@@ -209,7 +213,7 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
     store_partials(group_partials + split * (TOKENS * COLUMNS), first_expert, count);
 
     const int valid = static_cast<int>(clamp_valid(fetched_valid, num_tokens));
-    const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers};
+    const Results results = {weights, indices, weights_stride, indices_stride, expert_scale, numbers, replicas};
     const auto keep_logit = [&](int token, int expert, float logit) {
         token += first_token;
         store_float(logits_out + token * logits_out_stride + expert, token < valid ? logit : 0.0f);

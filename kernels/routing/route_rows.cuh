@@ -10,6 +10,7 @@
 #include "device/num_valid.cuh"
 #include "routing/biases.cuh"
 #include "routing/given_experts.cuh"
+#include "routing/replicas.cuh"
 #include "routing/softmax_statistics.cuh"
 #include "routing/weigh.cuh"
 
@@ -120,11 +121,12 @@ __device__ __forceinline__ void fetch_row(const logit_t* logits, const float* bi
 template <typename Warps, typename Keep>
 __device__ __forceinline__ void route_rows(const logit_t* logits, const float* bias, const int* bias_index,
                                            const float* logit_bias, const float* expert_scale,
-                                           const given_t* given_experts, const int* num_valid, weight_t* weights,
-                                           index_t* indices, int num_valid_value, const given_token_t* token_ids,
-                                           int64_t num_tokens, const MethodNumbers numbers, int64_t logits_stride,
-                                           int64_t weights_stride, int64_t indices_stride, int64_t given_stride,
-                                           Warps routing_warps, Keep keep) {
+                                           const given_t* given_experts, const Replicas& replicas, const int* num_valid,
+                                           weight_t* weights, index_t* indices, int num_valid_value,
+                                           const given_token_t* token_ids, int64_t num_tokens,
+                                           const MethodNumbers numbers, int64_t logits_stride, int64_t weights_stride,
+                                           int64_t indices_stride, int64_t given_stride, Warps routing_warps,
+                                           Keep keep) {
     if (DENSE) {
         logits_stride = NUM_LOGITS;
         weights_stride = indices_stride = OUTPUTS;
@@ -158,7 +160,8 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     }
     if (lane < OUTPUTS && exists) {
         store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);
-        indices[token * indices_stride + lane] = valid ? static_cast<index_t>(expert[0]) : index_t(-1);
-        keep(token, lane, valid ? static_cast<index_t>(expert[0]) : index_t(-1));
+        const index_t id = valid ? written_id(expert[0], lane, token, replicas) : index_t(-1);
+        indices[token * indices_stride + lane] = id;
+        keep(token, lane, id);
     }
 }

@@ -13,6 +13,7 @@
 #include "device/vector8.cuh"
 #include "device/num_valid.cuh"
 #include "routing/logits_out.cuh"
+#include "routing/replicas.cuh"
 #include "routing/weigh.cuh"
 
 enum Source { UNIFORM, LOGITS, PRODUCTS };  // of the weights
@@ -55,6 +56,7 @@ struct Call {
     int64_t num_tokens;
     const MethodNumbers& numbers;
     int64_t vocab_size, hidden, table_stride, logits_stride, x_stride, weight_stride, weights_stride, indices_stride;
+    Replicas replicas = {};  // of given experts
 };
 
 __device__ __forceinline__ bool exists(int64_t id, int64_t count) {
@@ -188,7 +190,7 @@ __device__ __forceinline__ void route_by_table(const Call& call, Keep keep) {
         float weight = values[p];
         if (SOURCE == UNIFORM) weight = place < TOP_K ? 1.0f / TOP_K : call.numbers.shared_weight;
         store_float(call.weights + row * weights_stride + place, bad ? 0.0f : weight);
-        const index_t index = bad ? index_t(-1) : static_cast<index_t>(experts[p]);
+        const index_t index = bad ? index_t(-1) : written_id(experts[p], place, row, call.replicas);
         call.indices[row * indices_stride + place] = index;
         keep(row, place, index);
     }
@@ -262,7 +264,7 @@ __device__ __forceinline__ void route_by_parts_of_products(const Call& call, Kee
         weigh<LaneTeam<32>>(value, experts, lane, 0, !bad, call.expert_scale, call.numbers);
         if (is_set && lane < OUTPUTS) {
             store_float(call.weights + row * call.weights_stride + lane, bad ? 0.0f : value[0]);
-            const index_t index = bad ? index_t(-1) : static_cast<index_t>(experts[0]);
+            const index_t index = bad ? index_t(-1) : written_id(experts[0], lane, row, call.replicas);
             call.indices[row * call.indices_stride + lane] = index;
             keep(row, lane, index);
         }
@@ -349,8 +351,9 @@ __device__ __forceinline__ void route_by_products(const Call& call, Keep keep) {
             const int place = p * (32 * Warps) + threadIdx.x;
             if (place >= OUTPUTS) continue;
             store_float(row_weights + place, values[p]);
-            row_indices[place] = static_cast<index_t>(experts[p]);
-            keep(row, place, static_cast<index_t>(experts[p]));
+            const index_t index = written_id(experts[p], place, row, call.replicas);
+            row_indices[place] = index;
+            keep(row, place, index);
         }
         __syncthreads();  // before shared_values is used again
     }

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of kernels/dense_router_decode.cu: for few tokens, and for any number in chunks of few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from cupy_router import gemm, scratch
+from cupy_router.method import RoutingMethod
+from cupy_router.ops import _dense_decode as decode
+from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
+from cupy_router.ops._chunks import Chunks
+from cupy_router.ops._declared import Arrays
+from cupy_router.ops._dense_decode import COUNTERS
+from cupy_router.ops._given import TOKEN_IDS, given_macros
+from cupy_router.ops._layout import ARRAYS as LAYOUT_ARRAYS
+from cupy_router.ops._method import bias_macros, headers
+from cupy_router.ops._op import Op
+from cupy_router.ops._replicas import replica_arguments, replica_macros
+from cupy_router.ops._routed import LOGITS
+from cupy_router.tuning import Gpu
+
+
+def fits_decode(method: RoutingMethod, gpu: Gpu) -> bool:
+    """Return whether the kernel for few tokens can route by this method on this GPU, whose instructions it uses."""
+    return row_lanes.fits_method(method) and gpu.capability >= (8, 0)
+
+
+def decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
+    """Return whether it is asked for, or faster."""
+    return path == "decode" if path else num_tokens <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
+
+
+def decode_kernel(
+    options: Any,
+    num_tokens: int,
+    arrays: Arrays,
+    gpu: Gpu,
+    *,
+    with_layout: bool = False,
+    more: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Kernel, int]:
+    """Return the kernel for few tokens, and the number of its partial sums.
+
+    with_layout: a layout will follow.
+    more: further macros.
+    """
+    method, x, weight, given = options.method, arrays.x, arrays.weight, arrays.given_experts
+    hidden = x.shape[1]
+    both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
+    strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
+    logits = arrays.logits_out
+    launch = decode.launch_for(
+        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+        dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*decode.INPUTS),
+        logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
+        batch_invariant=options.batch_invariant,
+    )  # fmt: skip
+    strides = (*strides, *(0 if view is None else view.row_stride for view in (given, logits)))
+    fixed = decode.fixed_arguments(method, num_tokens, *strides) | replica_arguments(options)
+    macros = {**launch.macros, **given_macros(options, arrays), **replica_macros(options, arrays), **more}
+    kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
+    return kernel, launch.partials
+
+
+class Decode:
+    """A kernel for few tokens, with scratch memory of the stream on which it is called.
+
+    arrays: the parameters for the arrays that a call passes. Others are null.
+    """
+
+    def __init__(
+        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str], counters: int = COUNTERS
+    ) -> None:
+        layout = [name for name in arrays if name in LAYOUT_ARRAYS]
+        varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER)
+        if TOKEN_IDS in arrays:
+            varying, kernel = (*varying, TOKEN_IDS), by_token_id(kernel)
+        self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER))
+        self._device, self._use = device, "decode" if counters == COUNTERS else "decode by groups"
+        self._counter_bytes, self._scratch_bytes = 4 * counters, 4 * (counters + partials)  # in one buffer
+        self.function = self._launch.function
+
+    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+        counters = scratch.buffer(self._device, stream, self._use, self._scratch_bytes)
+        self._launch(stream, (*varying[:-1], counters, counters + self._counter_bytes, varying[-1]))
+
+
+def by_token_id(kernel: Kernel) -> Kernel:
+    """Return a kernel that takes token ids in each call."""
+    return kernel._replace(fixed={name: value for name, value in kernel.fixed.items() if name != TOKEN_IDS})
+
+
+def fused_chunks(
+    op: Op,
+    options: Any,
+    arrays: Arrays,
+    gpu: Gpu,
+    parameters: Callable[[Sequence[str]], Sequence[str]] = tuple,
+    more: Mapping[str, int] = MappingProxyType({}),
+) -> Work:
+    """Return the fused kernel for any number of tokens, used for batch invariance or if there is no cuBLAS.
+
+    op: the op that is called.
+    parameters: returns the parameters of the kernel for the names of its arrays.
+    more: further macros.
+    """
+    if not fits_decode(options.method, gpu):
+        limits = f"{decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results, {decode.MAX_K} groups"
+        obstacle = gemm.why_not(arrays.x.device)
+        raise RuntimeError(f"more than {limits}, or a compute capability below 8.0, need cuBLAS: {obstacle}")
+    return _DecodeChunks(op, options, arrays, gpu, parameters, more)
+
+
+class _DecodeChunks(Chunks):
+    def __init__(
+        self,
+        op: Op,
+        options: Any,
+        arrays: Arrays,
+        gpu: Gpu,
+        parameters: Callable[[Sequence[str]], Sequence[str]],
+        more: Mapping[str, int],
+    ) -> None:
+        invariant = options.batch_invariant
+        most = decode.invariant_rows(gpu, options.method.num_logits) if invariant else decode.MAX_TOKENS
+        super().__init__(op, arrays, most)
+        names = parameters(self.names)
+
+        def make(rows: int) -> Work:
+            counters = COUNTERS if rows <= decode.MAX_TOKENS else decode.GROUP_COUNTERS
+            return Decode(*decode_kernel(options, rows, arrays, gpu, more=more), self.device, names, counters)
+
+        self._work = self.by_rows(make)
+        self.function = self._work(self.rows).function
+
+    def enqueue_chunk(self, stream: int, arrays: dict[str, int], rows: int, number: int) -> None:
+        self._work(rows)(stream, [*(arrays[name] for name in self.names), number])
