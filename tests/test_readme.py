@@ -49,6 +49,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    if name.startswith("cupy_router.integrations.") and name.rpartition(".")[2] in ("vllm", "sglang"):
+        pytest.importorskip(name.rpartition(".")[2], reason="its examples are on the page of engines")
     failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
 
