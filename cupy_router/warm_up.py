@@ -20,6 +20,7 @@ from cupy_router.ops._layout import as_spec
 from cupy_router.ops._method import MethodOptions, method_sizes
 from cupy_router.ops._op import Op
 from cupy_router.ops._planned import kernels_of
+from cupy_router.ops._replicas import as_physical
 from cupy_router.ops._routed import as_logits_dtype
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.ops.hash_router import HashOptions
@@ -31,11 +32,12 @@ NUM_TOKENS = (1, 8192)
 MAX_TOKENS = 2**20
 _LABEL = "warmup"
 _ARRAYS = (
-    "weight", "bias", "bias_index", "logit_bias", "expert_scale", "indices", "table", "token_ids", "num_valid",
+    "weight", "bias", "bias_index", "logit_bias", "expert_scale", "indices", "replicas", "replica_counts", "table",
+    "token_ids", "num_valid",
 )  # fmt: skip
 _OPTIONS = {
     "layout": None, "unset": ROUTE, "path": None, "return_logits": False, "logits_dtype": "float32",
-    "batch_invariant": False,
+    "batch_invariant": False, "num_physical": None, "replica_offset": 0,
 }  # fmt: skip
 _ADDRESS = 1 << 20  # of arrays that do not exist
 
@@ -77,11 +79,13 @@ def warmup(
         device: Number of the GPU; by default the current device of this thread.
         progress: Called as `progress(done, total)` after each kernel, and once before the first.
         **arrays_given: The arguments that the calls have beside x and method, by name. An array (`weight`, `bias`,
-            `bias_index`, `logit_bias`, `expert_scale`, `indices`, `table`, `token_ids`, `num_valid`) is True, the name
-            of its dtype, or an array like it, which is not read. True is float32 or int32, for a weight the dtype of x.
-            Several biases and their table have to be arrays, because their shapes matter. Token ids are int64 unless
-            they are named. A `num_valid` that is an int need not be named. Options (`layout`, `unset`, `path`,
-            `return_logits`, `logits_dtype`, `batch_invariant`) have their values.
+            `bias_index`, `logit_bias`, `expert_scale`, `indices`, `replicas`, `replica_counts`, `table`, `token_ids`,
+            `num_valid`) is True, the name of its dtype, or an array like it, which is not read. True is float32 or
+            int32, for a weight the dtype of x.
+            `replicas`, several biases and their table have to be arrays, because their shapes matter. `token_ids` are
+            int64 unless they are named. A `num_valid` that is an int need not be named. Options (`layout`, `unset`,
+            `path`, `return_logits`, `logits_dtype`, `batch_invariant`, `num_physical`, `replica_offset`) have their
+            values.
 
     Returns:
         What became ready, one entry for each kernel, as :func:`cupy_router.on_compile` reports it; nothing if all were
@@ -126,6 +130,10 @@ def warm_up_layer(
         "token_ids",
         "bias_index",
         "indices",
+        "replicas",
+        "replica_counts",
+        "replica_offset",
+        "num_physical",
         "num_valid",
         "layout",
         "unset",
@@ -183,20 +191,24 @@ def calls_of(
         raise ValueError(f"path must be None, 'decode' or 'prefill', got {options['path']!r}")
     if hidden is None and (logits is not None or options["path"] is not None):
         raise ValueError("return_logits and path need hidden, without which calls are those on logits")
+    if isinstance(arrays.get("replicas"), (bool, str)):
+        raise ValueError("replicas must be an array, since its number of columns matters")
+    physical = as_physical(_LABEL, options["num_physical"], options["replica_offset"])
     listed: list[tuple[Op, Any, dict[str, Any], bool]]
     if "table" not in arrays and hidden is None:
-        listed = [(activation_topk.OP, MethodOptions(method, layout, unset), arrays, True)]
+        listed = [(activation_topk.OP, MethodOptions(method, layout, unset, *physical), arrays, True)]
     elif "table" not in arrays:
-        listed = [
-            (dense_router.OP, DenseOptions(method, options["path"], layout, logits, unset, invariant), arrays, True)
-        ]
+        dense = DenseOptions(method, options["path"], layout, logits, unset, invariant, *physical)
+        listed = [(dense_router.OP, dense, arrays, True)]
+    elif physical != (None, 0):
+        raise ValueError("calls with a table have no num_physical and no replica_offset")
     else:
         listed = list(_hash_calls(method, hidden, arrays, layout, logits, unset, invariant, of_layer))
     found = []
     for dtype in dtypes:
         sizes = {
             **method_sizes(method), "hidden": hidden or 1, "top_k": method.top_k, "num_tokens": 1, "vocab_size": 1,
-            "top_k or top_k + shared": method.top_k,
+            "top_k or top_k + shared": method.top_k, "max_replicas": 1,
         }  # fmt: skip
         for op, chosen, named, scored in listed:
             inputs = {**named, **({("logits" if hidden is None else "x"): dtype} if scored else {})}
@@ -333,7 +345,8 @@ class CanWarmUp:
             dtypes: The dtypes of x, by name; that of the weight by default.
             num_tokens, progress: As for :func:`cupy_router.warmup`.
             **arrays_given: The further arguments of the calls, as for :func:`cupy_router.warmup`: `token_ids`,
-                `bias_index`, `indices`, `num_valid`, `layout`, `unset`, `return_logits`, `batch_invariant`.
+                `bias_index`, `indices`, `replicas`, `replica_counts`, `replica_offset`, `num_physical`, `num_valid`,
+                `layout`, `unset`, `return_logits`, `batch_invariant`.
 
         >>> import numpy as np
         >>> from cupy_router import Router, RoutingMethod

@@ -55,6 +55,10 @@ WIDE = RoutingMethod(2048, 8)
 SHARED = RoutingMethod(64, 6, "sigmoid", num_shared_experts=2, shared_in_normalizer=True, index_dtype="uint8")
 SOFTMAX = RoutingMethod(128, 8, "softmax")
 new = Arrays()
+REPLICAS = {
+    "replicas": Array(1 << 36, (256, 3), "int32"), "replica_counts": Array(1 << 37, (256,), "int32"),
+    "num_physical": 300, "replica_offset": 5,
+}  # fmt: skip
 TABLE, WIDE_BIAS = Array(1 << 34, (500, 6), "int64"), Array(1 << 35, (2, 256))
 
 # What is named to the warm-up, and the same of a call with n tokens.
@@ -87,6 +91,10 @@ DENSE: dict[str, tuple[RoutingMethod, dict[str, Any], Given]] = {
     "batch invariant": (V4, {"batch_invariant": True, "bias": True, "num_valid": True},
                         lambda n: {"batch_invariant": True, "bias": new(256), "num_valid": new(dtype="int32")}),
     "shared experts": (SHARED, {}, lambda n: {}),
+    "replicas": (V4, REPLICAS | {"layout": LayoutSpec()}, lambda n: REPLICAS | {"layout": LayoutSpec()}),
+    "replicas in chunks": (
+        V4, REPLICAS | {"batch_invariant": True}, lambda n: REPLICAS | {"batch_invariant": True}
+    ),
 }  # fmt: skip
 
 
