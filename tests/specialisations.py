@@ -211,6 +211,7 @@ def _given() -> None:
     activation_topk(
         _matrix(8192, 256, "bfloat16"), method, **maps, indices=np.zeros((8192, 6), np.int16), unset="empty"
     )
+    dense_router(_matrix(300, HIDDEN, "bfloat16"), weight, method, **maps, batch_invariant=True)
     softmax = RoutingMethod(256, 8, "softmax")
     for unset in ("route", "empty"):
         dense_router(x, weight, softmax, indices=np.zeros((16, 8), np.int32), unset=unset, return_logits=True)

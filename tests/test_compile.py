@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from cupy_router import compiler, presets
+from cupy_router.check.architectures import OLDEST
 from tests import machine_code, nvrtc, resource_gate
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.resource_gate import Row, occupancy
-from tests.specialisations import CORNER, FROM_SM_80, FULL, Specialisation, specialisations
+from tests.specialisations import CORNER, FULL, Specialisation, specialisations
 
 KERNELS = compiler.kernel_folders()[-1]
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12 (12.x) or nvidia-cuda-nvrtc (13.x)"
@@ -189,7 +190,7 @@ def test_every_kernel_file_compiles_alone(kernel: str) -> None:
                 assert nvrtc_.resources(compiler.expand(kernel), function, architecture).registers > 0
 
 
-@pytest.mark.parametrize("kernel", FROM_SM_80)
+@pytest.mark.parametrize("kernel", [kernel for kernel, oldest in OLDEST.items() if oldest == 80])
 def test_kernels_that_are_left_out_need_newer_instructions(kernel: str) -> None:
     with pytest.raises(compiler.CompileError, match=r"requires \.target sm_80"):
         any_nvrtc().resources(compiler.expand(kernel), kernel, "sm_75")
