@@ -26,6 +26,7 @@ if jax.__version_info__ < (0, 8):
 
 from cupy_router.jax import _call_text, _ffi, _ffi_targets  # noqa: E402
 from cupy_router.ops._method import MethodOptions  # noqa: E402
+from cupy_router.ops.hash_router import HashOptions  # noqa: E402
 from cupy_router.ops.registry import OPS  # noqa: E402
 from cupy_router.ops.topk_select import TopKOptions  # noqa: E402
 
@@ -38,8 +39,9 @@ def handler(op: str, on_cuda: bool = True) -> Any:
 
 
 def call(options: Any, *given: int, number: int = -1) -> dict[str, str]:
-    """Return the attribute of a call with this method, or this k."""
-    options = TopKOptions(options) if isinstance(options, int) else MethodOptions(options)
+    """Return the attribute of a call with these options, this method of `activation_topk`, or this k."""
+    if isinstance(options, (int, RoutingMethod)):
+        options = TopKOptions(options) if isinstance(options, int) else MethodOptions(options)
     return {_ffi.ATTRIBUTE: _call_text.encode(options, given, number)}
 
 
@@ -79,13 +81,13 @@ def test_a_launch_on_xlas_stream_and_device_with_xlas_buffers(recorder: Any) -> 
 
 def test_each_input_goes_to_its_parameter(recorder: Any) -> None:
     scale, count, out = np.ones(16, np.float32), np.array(3, np.int32), results(6, 4)
-    handler("activation_topk")(XLA().frame([LOGITS, scale, count], out, call(METHOD, 0, 4, 6)))
+    handler("activation_topk")(XLA().frame([LOGITS, scale, count], out, call(METHOD, 0, 4, 8)))
     said = recorder.launches[0].arguments
     assert [said[name] for name in ("expert_scale", "num_valid")] == addresses(scale, count)
     assert [said[name] for name in ("bias", "logit_bias", "num_valid_value")] == [0, 0, -1]
 
     ids, table = np.zeros(6, np.int32), np.zeros((9, 4), np.int64)
-    handler("hash_router")(XLA().frame([ids, table, LOGITS], out, call(METHOD, 0, 1, 2)))
+    handler("hash_router")(XLA().frame([ids, table, LOGITS], out, call(HashOptions(METHOD), 0, 1, 2)))
     said = recorder.launches[1].arguments
     assert [said[name] for name in ("token_ids", "table", "logits")] == addresses(ids, table, LOGITS)
     assert (recorder.launches[1].macros["TABLE_BYTES"], said["vocab_size"]) == (8, 9)

@@ -143,7 +143,7 @@ def test_a_second_derivative_is_refused(compiled: bool) -> None:
         ops, router = torch.ops.cupy_router, Router(METHOD, weight=tensor(16, 8, seed=1))
         calls = [
             (
-                lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, *[None] * 6, -1),
+                lambda x: ops.activation_topk(MethodOptions(METHOD).text, x, *[None] * 8, -1),
                 parameter(5, 16),
             ),
             (lambda x: ops.router(router.key, x, None, None, None, "route", False, None, -1), parameter(5, 8)),

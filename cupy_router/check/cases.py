@@ -177,6 +177,12 @@ def _dense(n: int, hidden: int, method: RoutingMethod, dtype: Any, **more: Any) 
     return dense_router(x, weight, method, return_logits=True, **more)
 
 
+def _replicas() -> Any:
+    replicas = random(128).permuted(np.arange(256, dtype=np.int32)).reshape(128, 2)
+    maps = {"replicas": replicas, "replica_counts": np.arange(128, dtype=np.int32) % 2 + 1, "num_physical": 256}
+    return _dense(70, 64, SIGMOID, ml_dtypes.bfloat16, batch_invariant=True, **maps)
+
+
 def _to_float32() -> Any:
     """What the gate GEMM of mixed dtypes does first."""
     source = normal(5, 40, dtype=np.float16)[:, :33]
@@ -223,6 +229,7 @@ HIDDEN = (
         "dense_router", "decode path with a layout",
         lambda: _dense(4, 128, SIGMOID, ml_dtypes.bfloat16, path="decode", layout=LayoutSpec(4)),
     ),
+    Case("dense_router", "many tokens, the same in any batch, with replicas", _replicas),
     Case("dense_router", "prefill path", lambda: _dense(9, 64, SIGMOID, np.float32, path="prefill")),
     Case("dense_router", "conversion of the gate to float32", _to_float32),
     Case("dense_router", "valid rows of each slice", _slice_counts),
