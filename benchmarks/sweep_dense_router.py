@@ -61,7 +61,7 @@ def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[T
             experts = warps * experts_per_warp
             for blocks in (GPU.multiprocessors, 2 * GPU.multiprocessors):
                 parts = max(1, blocks // -(-num_experts // experts))
-                found.append(Tiling(num_tokens, parts, experts, experts_per_warp, warps, 0, False))
+                found.append(Tiling(num_tokens, parts, experts, experts_per_warp, warps, tensor_cores=False))
     candidates = set(_candidates(num_tokens, num_experts)) - set(found)
     ranked = sorted(candidates, key=lambda t: nanoseconds(t, num_tokens, num_experts, hidden, 2))
     kinds: dict[tuple[int, int, int], list[Tiling]] = {}

@@ -166,8 +166,8 @@ TILINGS = [
     Tiling(32, 2, 32, 32, 4, 2),
     Tiling(32, 1, 128, 32, 4, 3),
     Tiling(64, 4, 16, 16, 4, 1),
-    Tiling(2, 3, 16, 4, 4, 0, False),
-    Tiling(32, 3, 8, 1, 8, 2, False),
+    Tiling(2, 3, 16, 4, 4, tensor_cores=False),
+    Tiling(32, 3, 8, 1, 8, 2, tensor_cores=False),
 ]
 
 
