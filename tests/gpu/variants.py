@@ -34,6 +34,7 @@ def cases() -> list[Case]:
         *_hash_router(),
         *_dense_router(),
         *_given_experts(),
+        *_replicas_and_batch_invariant(),
         *_backward(),
         *layout_cases(),
     ]
@@ -240,6 +241,21 @@ def _given_experts() -> Iterator[Case]:
         arrays = {"logits": _scores(rows, 72, FLOATS[i % 3]), "bias": _bias(72)}
         yield Case("activation_topk", arrays | given, method, {"unset": unset}, layout, i % 3 - 1)
         yield Case("dense_router", {"x": x, "weight": weight} | given, method, {"unset": unset}, layout, i % 3 - 1)
+
+
+def _replicas_and_batch_invariant() -> Iterator[Case]:
+    """Of 72 experts, an expert e has e % 3 + 1 replicas."""
+    method = RoutingMethod(72, 6, "sigmoid", renormalize_eps=1e-20)
+    replicas, counts = np.arange(216).reshape(3, 72).T, np.arange(72) % 3 + 1
+    for i, (rows, dtype) in enumerate(product((FEW_ROWS, 100), ("int32", "int64"))):
+        maps = {"replicas": np.ascontiguousarray(replicas, dtype), "replica_counts": counts.astype(dtype)}
+        options = {"num_physical": 216, "replica_offset": 7}
+        arrays = {"logits": _scores(rows, 72, FLOATS[i % 3]), "bias": _bias(72)}
+        yield Case("activation_topk", arrays | maps, method, options, {"replicas": (DENSE, STRIDED)[i % 2]}, i % 3 - 1)
+        x, weight = _products((rows, 264), "bfloat16"), _products((72, 264), ("bfloat16", "float32")[i % 2])
+        for more in ({}, {"batch_invariant": True}):
+            yield Case("dense_router", {"x": x, "weight": weight}, method, more)
+            yield Case("dense_router", {"x": x, "weight": weight} | maps, method, options | more, {}, i % 3 - 1)
 
 
 def _backward() -> Iterator[Case]:
