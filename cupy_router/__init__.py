@@ -73,7 +73,7 @@ _MODULES = {
 }
 
 # Likewise. They are not in __all__, because `import *` would import the frameworks.
-_SUBMODULES = ("compiler", "jax", "ops", "torch")
+_SUBMODULES = ("compiler", "integrations", "jax", "ops", "torch", "typing")
 
 
 def __getattr__(name: str) -> Any:

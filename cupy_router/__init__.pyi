@@ -9,9 +9,11 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 from numpy.typing import NDArray
 
 from cupy_router import compiler as compiler
+from cupy_router import integrations as integrations
 from cupy_router import ops as ops
 from cupy_router import router as _router
 from cupy_router import typing as _types
+from cupy_router import typing as typing
 from cupy_router.kernel_log import on_compile
 from cupy_router.method import RoutingMethod, presets
 from cupy_router.ops._layout import LayoutSpec, layout_capacity

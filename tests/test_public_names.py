@@ -25,7 +25,8 @@ def output_of(code: str, *arguments: str) -> str:
 
 
 def test_dir_is_the_public_names() -> None:
-    assert dir(cupy_router) == sorted([*cupy_router.__all__, "__version__", "compiler", "jax", "ops", "torch"])
+    submodules = {"compiler", "integrations", "jax", "ops", "torch", "typing"}
+    assert dir(cupy_router) == sorted({*cupy_router.__all__, "__version__", *submodules})
     assert dir(cupy_router.ops) == sorted(
         registry.OPS.keys() - {"hash_layer", "permute_backward", "unpermute_backward"}
     )

@@ -22,7 +22,7 @@ from cupy_router.reference import activation_topk, dense_router, hash_router, to
 from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
 from tests.canvas import Canvas
-from tests.fuzz import layout_case
+from tests.fuzz import layout_case, replica_case
 from tests.topk_calls import PLANS, by_index
 
 FOLDER = Path(__file__).with_name("cases")
@@ -242,7 +242,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         layout_case.check(case.op, case.arrays, case.options, case.num_valid, got)
         return
     if "num_physical" in case.options:
-        check(*_with_experts(case, got))
+        check(*replica_case.with_experts(case, got))
         return
     if "layout" in case.options:
         layout_case.check_layout(got[1], case.num_counted, case.options["layout"], got[2:])
@@ -316,22 +316,6 @@ def assert_looked_up(case: Case, ours: oracle.Routing, reference: oracle.Routing
     compare.assert_same_bits(ours.weights[~good], reference.weights[~good])
     rtol = compare.tolerance(logits(case)[: len(rows)][rows][good], reference.indices[good], method)
     compare.assert_weights_close(ours.weights[good], reference.weights[good], rtol, method.scale)
-
-
-def _with_experts(case: Case, got: tuple[np.ndarray, ...]) -> tuple[Case, tuple[np.ndarray, ...]]:
-    """Return the call without replicas, and its results with experts in place of physical ones.
-
-    Replica j of expert e is e + j * num_experts. Tokens have to take them in turn.
-    """
-    assert case.method is not None
-    names = {"replicas", "replica_counts", "num_physical", "replica_offset"}
-    turns, experts = np.divmod(got[1], case.method.num_experts)
-    experts = np.where(got[1] < 0, got[1], experts)
-    tokens = np.arange(case.shape[0])[:, None] + case.options["replica_offset"]
-    counts = case.arrays["replica_counts"][np.maximum(experts, 0)]
-    np.testing.assert_array_equal(turns[got[1] >= 0], (tokens % counts)[got[1] >= 0])
-    arrays = {name: array for name, array in case.arrays.items() if name not in names}
-    return replace(without(case, *names), arrays=arrays), (got[0], experts, *got[2:])
 
 
 def without(case: Case, *names: str) -> Case:
