@@ -21,7 +21,5 @@ def with_experts(case: Any, got: tuple[np.ndarray, ...]) -> tuple[Any, tuple[np.
     tokens = np.arange(case.shape[0])[:, None] + case.options["replica_offset"]
     counts = case.arrays["replica_counts"][np.maximum(experts, 0)]
     np.testing.assert_array_equal(turns[got[1] >= 0], (tokens % counts)[got[1] >= 0])
-    kept = (
-        {name: value for name, value in given.items() if name not in NAMES} for given in (case.arrays, case.options)
-    )
-    return replace(case, **dict(zip(("arrays", "options"), kept, strict=True))), (got[0], experts, *got[2:])
+    rest = [{name: given[name] for name in given.keys() - NAMES} for given in (case.arrays, case.options)]
+    return replace(case, arrays=rest[0], options=rest[1]), (got[0], experts, *got[2:])
