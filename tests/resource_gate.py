@@ -48,7 +48,7 @@ MULTIPROCESSORS = {
     "sm_120": Multiprocessor(48, 24, 100),
 }
 # NVRTC 12.9 and 13.0 compile every specialisation to the same needs here, so that only one of them is asked.
-_OLDER, _SAME_IN_BOTH = "12.9.86", ("sm_75", "sm_80", "sm_86")
+_OLDER, _SAME_IN_BOTH = "12.9.86", ("sm_75", "sm_80", "sm_86", "sm_90")
 _PARTITIONS, _PARTITION_REGISTERS, _REGISTER_STEP = 4, 16384, 256  # of every architecture above
 
 
