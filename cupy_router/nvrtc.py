@@ -21,6 +21,8 @@ _COMPILATION = 6  # NVRTC_ERROR_COMPILATION: the text is wrong, nothing else
 # results. Other warnings would hide the errors.
 _OPTIONS = ("-std=c++17", "--device-as-default-execution-space", "--disable-warnings", "--diag-error=117,549,940")
 
+_NEEDS = ("registers", "bytes stack frame", "bytes spill stores", "bytes spill loads")  # in a log of ptxas
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -88,17 +90,14 @@ class Nvrtc:
 
 
 def resources(log: str, function: str) -> Resources:
-    """Read the lines of ptxas about one kernel from a log; RuntimeError if there are none."""
+    """Return what a log of ptxas says of one kernel; RuntimeError if it does not say all of it."""
     found = re.search(rf"Compiling entry function '{function}'(.*?)(?=Compiling entry function|\Z)", log, re.S)
-    if found is None:
-        raise RuntimeError(f"ptxas does not mention {function}: {log}")
-
-    def number(words: str) -> int:
-        match = re.search(rf"(\d+) {words}", found[1])
-        return int(match[1]) if match else 0
-
-    spills = number("bytes spill stores") + number("bytes spill loads")
-    return Resources(number("registers"), spills, number("bytes stack frame"), number("bytes smem"))
+    said = {words: re.search(rf"(\d+) {words}", found[1] if found else "") for words in _NEEDS}
+    if None in said.values():
+        raise RuntimeError(f"ptxas does not say what {function} needs: {log}")
+    registers, stack, stores, loads = (int(match[1]) for match in said.values() if match)
+    shared = re.search(r"(\d+) bytes smem", found[1] if found else "")  # left out if there is none
+    return Resources(registers, stores + loads, stack, int(shared[1]) if shared else 0)
 
 
 def find() -> Path | None:

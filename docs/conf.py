@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cupy_router  # noqa: E402
+import cupy_router  # noqa: E402  # it is found by the path above
 
 project = "cupy_router"
 copyright = "the authors of cupy_router, Apache-2.0"

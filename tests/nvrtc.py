@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 import sys
 from functools import cache
@@ -13,7 +12,7 @@ from pathlib import Path
 from cupy_router import nvrtc
 from cupy_router.check.architectures import ARCHITECTURES as ARCHITECTURES
 from cupy_router.check.architectures import OPTIONS
-from cupy_router.nvrtc import Resources
+from cupy_router.nvrtc import Resources, resources
 
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
 
@@ -24,32 +23,13 @@ class Nvrtc(nvrtc.Nvrtc):
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
         (log,) = self.compile(source, "kernel.cu", [*OPTIONS, f"-arch={architecture}"], "ProgramLog")
-        return parse_log(log.decode(), function, architecture)
+        return resources(log.decode(), function)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
         """The bytes of the instructions, padding included, and what they need."""
         options = [*OPTIONS, f"-arch={architecture}"]
         log, cubin = self.compile(source, "kernel.cu", options, "ProgramLog", "CUBIN")
-        return section(cubin, f".text.{function}"), parse_log(log.decode(), function, architecture)
-
-
-def parse_log(log: str, function: str, architecture: str) -> Resources:
-    """The lines of ptxas about one kernel; ValueError if it says nothing of it."""
-    marks = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", log)
-    for name, target, text in zip(marks[1::3], marks[2::3], marks[3::3], strict=True):
-        if (name, target) == (function, architecture):
-            numbers = {
-                what: int(found[1]) if (found := re.search(rf"(\d+) {words}", text)) else None
-                for what, words in {
-                    "registers": "registers", "stack": "bytes stack frame",
-                    "stores": "bytes spill stores", "loads": "bytes spill loads", "shared": "bytes smem",
-                }.items()
-            }  # fmt: skip
-            required = numbers["registers"], numbers["stores"], numbers["loads"], numbers["stack"]
-            if None not in required:
-                registers, stores, loads, stack = (number or 0 for number in required)
-                return Resources(registers, stores + loads, stack, numbers["shared"] or 0)
-    raise ValueError(f"the log does not say what {function} needs on {architecture}:\n{log}")
+        return section(cubin, f".text.{function}"), resources(log.decode(), function)
 
 
 def section(elf: bytes, wanted: str) -> bytes:

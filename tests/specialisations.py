@@ -38,7 +38,7 @@ from cupy_router import (
     tuning,
     unpermute,
 )
-from cupy_router.check.architectures import OLDEST
+from cupy_router.check.architectures import OLDEST, number
 from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
 from cupy_router.ops._rows import GradientOptions
 from cupy_router.ops._run import run
@@ -74,7 +74,7 @@ class Specialisation:
 
     def source(self, architecture: str) -> str:
         """Return what is compiled for an architecture such as "sm_90"."""
-        is_newest = int(architecture.removeprefix("sm_").rstrip("a")) >= 100
+        is_newest = number(architecture) >= 100
         return compiler.expand(self.kernel, self.newest if is_newest else self.macros)
 
     @property
@@ -83,7 +83,7 @@ class Specialisation:
         oldest = OLDEST.get(self.function, 0)
         if dict(self.macros).get("BY_THRESHOLD"):
             oldest = 90
-        return tuple(a for a in ARCHITECTURES if int(a.removeprefix("sm_").rstrip("a")) >= oldest)
+        return tuple(name for name in ARCHITECTURES if number(name) >= oldest)
 
 
 def specialisations() -> list[Specialisation]:

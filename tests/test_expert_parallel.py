@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="Py
 from cupy_router.torch import ExpertParallel, _expert_parallel  # noqa: E402
 from tests import expert_parallel_problem as problem  # noqa: E402
 from tests import expert_parallel_ranks as ranks  # noqa: E402
-from tests import rank_processes  # noqa: E402
+from tests import rank_processes  # noqa: E402  # PyTorch may be missing
 
 
 @pytest.mark.slow("process")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.backends("reference")
 
 from benchmarks import expert_parallel_model as model  # noqa: E402
 from cupy_router import ExpertLayout, expert_layout, permute, unpermute  # noqa: E402
-from tests.pages import ROOT, between  # noqa: E402
+from tests.pages import ROOT, between  # noqa: E402  # PyTorch may be missing
 
 PATH = ROOT / "docs" / "expert_parallel.md"
 P, E, TOKENS, K, HIDDEN, RANK = 3, 6, 7, 2, 4, 1  # ranks, experts, tokens of a rank, ..., the rank that is looked at

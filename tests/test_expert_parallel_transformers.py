@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 frameworks.transformers_with_models()
 pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers has no expert parallelism")
 
-from tests import expert_parallel_transformers as ranks  # noqa: E402
-from tests import rank_processes  # noqa: E402
+from tests import expert_parallel_transformers as ranks  # noqa: E402  # it needs transformers
+from tests import rank_processes  # noqa: E402  # likewise
 
 
 @pytest.mark.slow("process")

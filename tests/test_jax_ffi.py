@@ -26,7 +26,7 @@ if jax.__version_info__ < (0, 8):
 
 from cupy_router.jax import _call_text, _ffi, _ffi_targets  # noqa: E402
 from cupy_router.ops._method import MethodOptions  # noqa: E402
-from cupy_router.ops.hash_router import HashOptions  # noqa: E402
+from cupy_router.ops.hash_router import HashOptions  # noqa: E402  # JAX may be missing
 from cupy_router.ops.registry import OPS  # noqa: E402
 from cupy_router.ops.topk_select import TopKOptions  # noqa: E402
 

@@ -21,8 +21,6 @@ import pytest
 
 from cupy_router import RoutingMethod, activation_topk, compiler, kernel_dump, kernel_log, topk_select
 from cupy_router.kernel_log import KernelReady
-from cupy_router.nvrtc import resources
-from tests import nvrtc
 from tests.recorder import Recorder, recording
 
 ROOT = Path(__file__).parents[1]
@@ -336,15 +334,6 @@ extern "C" __global__ void last(float *x) { x[threadIdx.x] = 1; }
 def test_a_dump_has_the_cubin_that_cupy_loads(build_by_cupy: Callable[[str], tuple[bytes, bool]]) -> None:
     source = compiler.expand("topk_select")
     assert kernel_dump.compile_for(source, "topk_select", OPTIONS, "sm_90").cubin == build_by_cupy(source)[0]
-
-
-@pytest.mark.slow("compiler")
-@pytest.mark.parametrize("version", nvrtc.libraries())
-def test_the_log_of_every_nvrtc_is_understood(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    library, kernel = nvrtc.libraries()[version], (compiler.expand("topk_select"), "topk_select", "sm_90")
-    needs = library.resources(*kernel)
-    monkeypatch.setattr(nvrtc, "parse_log", lambda log, function, _: resources(log, function))
-    assert vars(library.resources(*kernel)) == vars(needs)
 
 
 def test_what_does_not_compile_is_told_by_the_text(tmp_path: Path) -> None:

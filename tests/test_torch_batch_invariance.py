@@ -11,9 +11,9 @@ import pytest
 from cupy_router import Router, RoutingMethod, dense_router
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402  # it may be missing
 
-from cupy_router.torch import Gate, replace_routers  # noqa: E402
+from cupy_router.torch import Gate, replace_routers  # noqa: E402  # likewise
 
 N, HIDDEN = 90, 96
 METHODS = {

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``cupy-router check`` does: kernels compiled for all architectures, executed on the CPU, and compared."""
+"""The work of ``cupy-router check``: kernels compiled for all architectures, executed on the CPU, and compared."""

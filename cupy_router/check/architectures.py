@@ -11,6 +11,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from cupy_router import compiler
 from cupy_router.declarations import CompileError
 from cupy_router.nvrtc import Nvrtc, Resources, resources
 
@@ -24,13 +25,14 @@ OLDEST = {
     "expert_layout_cluster": 90,
 }
 _THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
-# As CuPy completes the options of the package.
-OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v", "--no-cache")
+# Those of the package and of CuPy, and what lets ptxas say what a kernel needs.
+OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v", "--no-cache")
 
 Job = tuple[str, str, str, str, str]  # library, cache folder, function, source, architecture
 
 
 def number(architecture: str) -> int:
+    """Return 90 for "sm_90"."""
     return int(architecture.removeprefix("sm_").rstrip("a"))
 
 

@@ -184,7 +184,7 @@ def _replicas() -> Any:
 
 
 def _to_float32() -> Any:
-    """What the gate GEMM of mixed dtypes does first."""
+    """Return rows of float16 as float32, which a gate GEMM of two dtypes needs."""
     source = normal(5, 40, dtype=np.float16)[:, :33]
     target = np.zeros((5, 33), np.float32)
     if compiler.backend("cpu") is None:
@@ -196,7 +196,7 @@ def _to_float32() -> Any:
 
 
 def _slice_counts() -> Any:
-    """What a call that is cut into slices does first."""
+    """Return the number of valid rows in each slice of a call with many rows."""
     valid, counts = np.array([300], np.int32), np.zeros(5, np.int32)
     if compiler.backend("cpu") is None:
         return np.clip(300 - 128 * np.arange(5, dtype=np.int32), 0, 128)

@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """What was found. Without faults and gaps all is well."""
+    """The result of a check: faults, and gaps, which are what could not be checked."""
 
     faults: list[Fault] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # what could not be checked here, and the remedy

@@ -234,11 +234,11 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
     ) -> tuple[KernelReady, ...]:
         """Compile all kernels that forward passes of this gate need, for every number of tokens in a range.
 
-        As :meth:`cupy_router.Router.warmup`; of the arguments of calls, a gate has `token_ids` and `num_valid`. Call it
-        after the gate has got its final device and dtype.
+        As :meth:`cupy_router.Router.warmup`; of the arguments of calls, a gate has `token_ids`, `num_valid` and
+        `batch_invariant`. Call it after the gate has got its final device and dtype.
 
         >>> from cupy_router.torch import Gate
-        >>> Gate(16, "deepseek-v4-flash", device="cpu").warmup()
+        >>> Gate(16, "deepseek-v4-flash", device="cpu").warmup(batch_invariant=True)
         ()
         """
         arrays = {
@@ -248,7 +248,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
             "expert_scale": as_float32(self.per_expert_scale),
             "table": self.tid2eid,
         }
-        known = ("token_ids", "num_valid")
+        known = ("token_ids", "num_valid", "batch_invariant")
         return warm_up_layer(
             "Gate.warmup", self.method, arrays, False, dtypes, num_tokens, progress, arrays_given, known
         )

@@ -83,7 +83,7 @@ class Decode(Family):
     min_shared_tokens: int  # from here on, blocks route a token each; fewer tokens are routed by the last block
     # Batch-invariant calls: (for up to this many tokens, experts of a block, experts of a warp), ascending by tokens.
     invariant_shapes: tuple[tuple[int, int, int], ...]
-    # The same for more tokens, which form groups: (up to this many, of a group, experts of a block, of a warp).
+    # For more tokens, in groups: (up to this many tokens, tokens of a group, experts of a block, experts of a warp).
     invariant_groups: tuple[tuple[int, int, int, int], ...]
     max_partial_bytes: int  # partial sums of a launch for several groups, which should stay in L2
     fma: DecodeFma
