@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import entry_points
@@ -255,9 +256,10 @@ def test_other_steps_of_sglang_are_left_to_it(engine: stubs.SGLang, change: dict
 
 
 @pytest.mark.parametrize(("name", "engine"), [("vllm", "vLLM"), ("sglang", "SGLang")])
-def test_without_the_engine_one_sentence_says_so(name: str, engine: str) -> None:
+def test_without_the_engine_one_sentence_says_so(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{engine} is installed")
+    monkeypatch.setitem(sys.modules, "torch", None)  # which comes with the engine
     with pytest.raises(ImportError) as caught:
         importlib.import_module(f"cupy_router.integrations.{name}")
     tried = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}[name]

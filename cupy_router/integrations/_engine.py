@@ -13,7 +13,7 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 def require(engine: str, package: str, tried: str) -> None:
-    """Import an engine; ImportError with one sentence if that fails."""
+    """Import an engine, and let traced calls become ops of PyTorch; ImportError with one sentence if there is none."""
     try:
         importlib.import_module(package)
     except ImportError as error:
@@ -21,6 +21,7 @@ def require(engine: str, package: str, tried: str) -> None:
         raise ImportError(
             f"{ours} needs {engine} (tried with the sources of {tried}): pip install {package}"
         ) from error
+    importlib.import_module("cupy_router.torch")
 
 
 @lru_cache(maxsize=256)

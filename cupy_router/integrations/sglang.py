@@ -9,9 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import torch
-
-import cupy_router.torch  # noqa: F401  # calls that are traced become ops of PyTorch
 from cupy_router.integrations._engine import SCORES, as_float32, method_of, require
 from cupy_router.method import RoutingMethod
 from cupy_router.ops.activation_topk import activation_topk
@@ -69,7 +66,7 @@ def select_experts(
             expert_location_dispatch_info=info, **{name: value for name, value in more.items() if value is not None},
         )  # fmt: skip
     bias = as_float32(topk_config.correction_bias)
-    count = None if num_token_non_padded is None else num_token_non_padded.to(torch.int32)
+    count = None if num_token_non_padded is None else num_token_non_padded.int()
     weights, ids = activation_topk(router_logits, method, bias=bias, num_valid=count, **_maps(info))
     topk.capture_routed_experts_if_allowed(topk_config, layer_id, ids)
     topk.get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)

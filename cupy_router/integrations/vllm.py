@@ -13,9 +13,6 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-import torch
-
-import cupy_router.torch  # noqa: F401  # calls that are traced become ops of PyTorch
 from cupy_router.integrations._engine import SCORES, as_float32, method_of, require
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops._layout import LayoutSpec
@@ -31,7 +28,7 @@ _CLASSES = (
     ("grouped_topk_router", "GroupedTopKRouter"),
 )
 _COMPUTE = "_compute_routing"
-_INDEX_DTYPES = {None: "int32", torch.int32: "int32", torch.int64: "int64"}
+_INDEX_DTYPES = {"None": "int32", "torch.int32": "int32", "torch.int64": "int64"}  # by what vLLM asks for
 
 Routed = tuple[Any, Any]  # weights and ids
 
@@ -175,11 +172,11 @@ def _method(router: Any, num_experts: int, indices_type: Any) -> RoutingMethod |
     others = getattr(router, "bias_vl", None) is not None or getattr(router, "skip_padding", False)
     ungrouped = groups is not None and (num_experts <= groups[0] or num_experts % groups[0] != 0 or shared > 0)
     moved = shared > 0 and router.global_num_experts != num_experts
-    if others or ungrouped or moved or router.scoring_func not in SCORES or indices_type not in _INDEX_DTYPES:
+    if others or ungrouped or moved or router.scoring_func not in SCORES or str(indices_type) not in _INDEX_DTYPES:
         return None
     return method_of(
         num_experts, router.top_k, router.scoring_func, renormalize=bool(router.renormalize),
-        scale=float(getattr(router, "routed_scaling_factor", 1.0)), index_dtype=_INDEX_DTYPES[indices_type],
+        scale=float(getattr(router, "routed_scaling_factor", 1.0)), index_dtype=_INDEX_DTYPES[str(indices_type)],
         groups=groups, sum_of_two=groups is not None and router.e_score_correction_bias is not None,
         shared=(shared, float(getattr(router, "shared_expert_weight", 1.0))),
     )  # fmt: skip
