@@ -22,14 +22,18 @@ class Nvrtc(nvrtc.Nvrtc):
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
-        (log,) = self.compile(source, "kernel.cu", [*OPTIONS, f"-arch={architecture}"], "ProgramLog")
+        (log,) = self.compile(source, "kernel.cu", options(architecture), "ProgramLog")
         return resources(log.decode(), function)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
         """The bytes of the instructions, padding included, and what they need."""
-        options = [*OPTIONS, f"-arch={architecture}"]
-        log, cubin = self.compile(source, "kernel.cu", options, "ProgramLog", "CUBIN")
+        log, cubin = self.compile(source, "kernel.cu", options(architecture), "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), resources(log.decode(), function)
+
+
+def options(architecture: str) -> list[str]:
+    """What the compiler is given beside the text."""
+    return [*OPTIONS, f"-arch={architecture}"]
 
 
 def section(elf: bytes, wanted: str) -> bytes:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from cupy_router import compiler, declarations
@@ -112,6 +113,7 @@ class Recorder:
         )
 
 
+@lru_cache(maxsize=64)
 def declared(source: str, function: str) -> list[tuple[str, str]]:
     """Return names and C types ("*": pointer) of a kernel's parameters, by another parser than cupy_router's."""
     text = re.sub(r"//.*|\bconst\b|__restrict__|__grid_constant__", " ", source)

@@ -3,20 +3,27 @@
 
     python -m tests.resource_gate            compare with the tables, as tests/test_compile.py does
     python -m tests.resource_gate --update   write the tables of the NVRTC versions that are installed
+    ... --all                                compile all, not only what changed since the tables were written
 
 A table holds the numbers of one exact version of NVRTC, since another one allocates registers differently. What presets
 and benchmarks use may neither spill registers nor have a stack, which even --update refuses; corners just may not grow.
+
+Each row has a seal: a digest of everything that the compiler was given (its version, its options, the text with all
+headers) and of the numbers in the row. The same input gives the same machine code, so a row whose seal fits is not
+compiled again. Some of these are nevertheless, others in each run, and must have exactly the numbers of the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests import nvrtc
@@ -26,6 +33,7 @@ from tests.specialisations import CORNER, Specialisation, specialisations
 FOLDER = Path(__file__).with_name("resources")
 NEW, OLD = "new", "old"
 UPDATE = "python -m tests.resource_gate --update"
+REPEATED = 24  # rows of each table that are compiled in every run, though their seals fit
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,14 @@ def occupancy(architecture: str, block: int, registers: int, shared: int) -> int
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. All but the occupancy may only fall, the occupancy may only rise."""
+    """One line of a table. All numbers but the occupancy may only fall, the occupancy may only rise."""
 
     registers: int
     spills: int
     stack: int
     shared: int
     occupancy: int
+    seal: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, specialisation: Specialisation, architecture: str, needs: Resources) -> Row:
@@ -86,25 +95,59 @@ class Row:
     def worse_than(self, before: Row) -> list[str]:
         """What is worse now, such as "registers 40 -> 48"."""
         return [
-            f"{field.name} {old} -> {new}"
-            for field in fields(self)
-            for old, new in [(getattr(before, field.name), getattr(self, field.name))]
-            if (new < old if field.name == "occupancy" else new > old)
+            f"{name} {old} -> {new}"
+            for name in _WIDTHS
+            for old, new in [(getattr(before, name), getattr(self, name))]
+            if (new < old if name == "occupancy" else new > old)
         ]
 
 
 Table = dict[tuple[str, str], Row]  # (specialisation, architecture) -> what it needs
 
 
-def measure(version: str, wanted: Sequence[Specialisation]) -> Table:
-    """Compile everything with one NVRTC. In processes: it compiles one program at a time in each."""
+def measure(version: str, wanted: Sequence[Specialisation], known: Table) -> tuple[Table, int]:
+    """What one NVRTC makes of everything, and how many rows of it are neither known nor unchanged since.
+
+    RuntimeError if a row that is compiled again has other numbers, which its seal should exclude.
+    """
     skipped = () if version != _OLDER else _SAME_IN_BOTH
-    todo = [(one, architecture) for one in wanted for architecture in one.architectures if architecture not in skipped]
+    pairs = [(one, architecture) for one in wanted for architecture in one.architectures if architecture not in skipped]
+    keys = {(str(one), architecture): (one, architecture) for one, architecture in pairs}
+    found = {key: row for key in keys if (row := _unchanged(version, *keys[key], known.get(key))) is not None}
+    repeated = random.SystemRandom().sample(sorted(found), min(REPEATED, len(found)))
+    compiled = [key for key in keys if key not in found]
+    for key, row in _compile(version, [keys[key] for key in compiled + repeated]).items():
+        if key in found and row != found[key]:
+            what = f"{key[0]} on {key[1]}: the table has {found[key]}, the same text gives {row}"
+            raise RuntimeError(f"NVRTC {version}, {what}; {UPDATE} --all compiles everything")
+        found[key] = row
+    return {key: found[key] for key in keys}, len(compiled)
+
+
+def seal(version: str, one: Specialisation, architecture: str, row: Row) -> str:
+    """Digest of what is compiled, and of what came out. Occupancy follows from these."""
+    given = (version, nvrtc.options(architecture), one.function, one.shared_bytes, one.source(architecture))
+    numbers = (row.registers, row.spills, row.stack, row.shared)
+    return hashlib.sha256(repr((given, numbers)).encode()).hexdigest()[:16]
+
+
+def _unchanged(version: str, one: Specialisation, architecture: str, row: Row | None) -> Row | None:
+    """The row if its seal fits, with the occupancy of blocks as they are now."""
+    if row is None or row.seal != seal(version, one, architecture, row):
+        return None
+    return replace(row, occupancy=occupancy(architecture, one.block, row.registers, row.shared))
+
+
+def _compile(version: str, todo: Sequence[tuple[Specialisation, str]]) -> Table:
+    """In processes: NVRTC compiles one program at a time in each."""
     path = nvrtc.libraries()[version].path
     jobs = [(str(path), one.source(architecture), one.function, architecture) for one, architecture in todo]
+    table: Table = {}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        needs = pool.map(_resources, jobs, chunksize=4)
-        return {(str(one), arch): Row.of(one, arch, need) for (one, arch), need in zip(todo, needs, strict=True)}
+        for (one, architecture), needs in zip(todo, pool.map(_resources, jobs, chunksize=4), strict=True):
+            row = Row.of(one, architecture, needs)
+            table[str(one), architecture] = replace(row, seal=seal(version, one, architecture, row))
+    return table
 
 
 _opened: dict[str, nvrtc.Nvrtc] = {}
@@ -120,7 +163,7 @@ def _resources(job: tuple[str, str, str, str]) -> Resources:
 # -- Tables ------------------------------------------------------------------------------------------------------------
 
 _TITLE = """NVRTC {version}: what each kernel specialisation needs; written by `{update}`
-registers of a thread, bytes that it spills and bytes of its stack, shared bytes of a block, occupancy in per cent
+registers of a thread, bytes that it spills and bytes of its stack, shared bytes of a block, occupancy in per cent, seal
 """
 _WIDTHS = {"registers": 3, "spills": 3, "stack": 3, "shared": 5, "occupancy": 3}
 
@@ -143,7 +186,7 @@ def write(version: str, table: Table) -> None:
             lines.append(f"\n{name}" if previous else name)
         previous = name
         values = "  ".join(f"{column} {getattr(row, column):{digits}}" for column, digits in _WIDTHS.items())
-        lines.append(f"    {architecture:{width}}  {values}")
+        lines.append(f"    {architecture:{width}}  {values}  {row.seal}")
     FOLDER.mkdir(exist_ok=True)
     table_file(version).write_text("\n".join(lines) + "\n")
 
@@ -154,9 +197,8 @@ def read(version: str) -> Table:
     for line in table_file(version).read_text().splitlines()[2:]:
         words = line.split()
         if line.startswith(" "):
-            table[name, words[0]] = Row(
-                **{key: int(value) for key, value in zip(words[1::2], words[2::2], strict=True)}
-            )
+            numbers = {column: int(words[2 + 2 * i]) for i, column in enumerate(_WIDTHS)}
+            table[name, words[0]] = Row(**numbers, seal=words[-1])
         elif words:
             name = line
     return table
@@ -192,17 +234,19 @@ def main() -> int:
         prog="python -m tests.resource_gate", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--update", action="store_true", help="write the tables")
-    update = parser.parse_args().update
+    parser.add_argument("--all", action="store_true", help="compile all, not only what changed")
+    options = parser.parse_args()
     failed = False
     wanted = specialisations()
     for version in nvrtc.libraries():
-        now = measure(version, wanted)
-        lines = differences(read(version) if version in tables() else {}, now)
-        print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows")
+        before = read(version) if version in tables() else {}
+        now, compiled = measure(version, wanted, {} if options.all else before)
+        lines = differences(before, now)
+        print(f"NVRTC {version}: {len(wanted)} specialisations, {len(now)} rows, {compiled} of them new or changed")
         for line in lines:
-            if not (update and line.startswith((NEW, OLD))):
+            if not (options.update and line.startswith((NEW, OLD))):
                 print(f"    {line}")
-        if not update:
+        if not options.update:
             failed |= bool(lines)
         elif refused(now):
             failed = True
