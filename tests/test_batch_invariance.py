@@ -16,6 +16,7 @@ from tests import compare, inputs
 from tests.backends import Backend
 
 ROWS = ("x", "token_ids", "indices", "bias_index")
+FLOATS = ("float32", "float16", "bfloat16")
 KINDS = ("dense", "given", "biases", "hash", "hash with biases", "Router", "hash Router", "hash Router, given")
 METHODS = {
     "sqrtsoftplus": RoutingMethod(40, 6, scale=1.5),
@@ -110,6 +111,17 @@ def test_dtypes_and_sizes_of_hidden(dtypes: tuple[str, str], hidden: int, backen
             assert_rows(problem(backend, tokens, pad, return_logits=True), whole, tokens)
 
 
+@pytest.mark.backends("reference", "gpu")
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("weight_dtype", FLOATS)
+def test_pairs_of_dtypes(x_dtype: str, weight_dtype: str, backend: Backend) -> None:
+    problem = Problem("dense", METHODS["softmax"], 70, 264, x_dtype, weight_dtype)
+    whole = problem(backend, return_logits=True)
+    np.testing.assert_allclose(whole[2], oracle_logits(problem), rtol=1e-5, atol=1e-5)
+    for tokens in ([3], range(9, 29), range(65)):
+        assert_rows(problem(backend, tokens, return_logits=True), whole, tokens)
+
+
 def oracle_logits(problem: Problem) -> np.ndarray:
     x, weight = problem.rows["x"].astype(np.float64), problem.layer["weight"].astype(np.float64)
     return x @ weight.T + problem.layer["logit_bias"]  # type: ignore[no-any-return]
@@ -163,6 +175,18 @@ def test_bits_are_those_of_the_parts_of_hidden(backend: Backend) -> None:
     ).logits
     # 2^24 + 1 is 2^24; -2^24 + 1 is exact.
     np.testing.assert_array_equal(backend.numpy(logits), [[0.0, 1.0, 1.0, 0.0]])
+
+
+@pytest.mark.backends("simt")
+@pytest.mark.parametrize("kind", KINDS)
+def test_older_gpus_are_refused(kind: str, backend: Backend) -> None:
+    """Not only by the path "decode": no other has a fixed order of sums."""
+    _cached.forget()
+    with tuning.assume(replace(tuning.DEFAULT, capability=(7, 5))):
+        for n in (9, 90):
+            with pytest.raises(ValueError, match=r"batch_invariant takes a GPU of compute capability 8\.0 or later"):
+                Problem(kind, METHODS["sqrtsoftplus"], n)(backend)
+    _cached.forget()
 
 
 def test_refused() -> None:

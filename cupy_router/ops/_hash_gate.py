@@ -17,6 +17,7 @@ from cupy_router.ops import dense_router
 from cupy_router.ops._cached import Kernel, Reordered, Work, launch_of
 from cupy_router.ops._chunks import GateChunks
 from cupy_router.ops._declared import Arrays
+from cupy_router.ops._invariant import check_gpu
 from cupy_router.ops._routed import LOGITS, ROUTING, RoutedOp
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.tuning import Gpu
@@ -25,6 +26,7 @@ from cupy_router.tuning import Gpu
 def by_gate_gemm(op: RoutedOp, target: Any, options: Any, arrays: Arrays, gpu: Gpu) -> Work:
     """Return the kernels of a call of `op`; `target` is `hash_router`, which weighs by logits."""
     if options.batch_invariant:
+        check_gpu(gpu)
         return biased.on_hidden_states(op, options, arrays, gpu)
     few = arrays.x.shape[0] <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
     fits = row_lanes.fits_method(options.method) and gpu.capability >= (8, 0)

@@ -8,6 +8,7 @@ from typing import Any
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.tuning import Gpu
 
 
 def as_batch_invariant(label: str, batch_invariant: Any) -> bool:
@@ -24,3 +25,9 @@ def check_invariant(method: RoutingMethod) -> None:
             f"batch_invariant takes at most {decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results and "
             f"{decode.MAX_K} groups, none of them smaller than what a thread holds, got {method}"
         )
+
+
+def check_gpu(gpu: Gpu) -> None:
+    """Refuse a GPU without the instructions of these kernels."""
+    if gpu.capability < (8, 0):
+        raise ValueError("batch_invariant takes a GPU of compute capability 8.0 or later")
