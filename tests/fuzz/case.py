@@ -210,6 +210,8 @@ def wanted(case: Case) -> tuple[np.ndarray, ...]:
     arrays, method = case.arrays, case.method
     if case.op in layout_case.OPS:
         return layout_case.wanted(case.op, arrays, case.options, case.num_valid)
+    if "num_physical" in case.options:
+        return replica_case.wanted(case, wanted(replica_case.without(case)))
     if "layout" in case.options:
         own = wanted(without(case, "layout"))
         ids = {"indices": own[1]}
@@ -242,8 +244,7 @@ def check(case: Case, got: tuple[np.ndarray, ...]) -> None:
         layout_case.check(case.op, case.arrays, case.options, case.num_valid, got)
         return
     if "num_physical" in case.options:
-        check(*replica_case.with_experts(case, got))
-        return
+        return check(*replica_case.with_experts(case, got))
     if "layout" in case.options:
         layout_case.check_layout(got[1], case.num_counted, case.options["layout"], got[2:])
         check(without(case, "layout"), got[:2])

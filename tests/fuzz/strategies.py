@@ -1,234 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings to fuzz, one per compiled kernel, and the cases that hypothesis draws for each."""
+"""The cases that hypothesis draws for a setting, which compile its kernel and no other."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from cupy_router import RoutingMethod
-from cupy_router.method import SCORES
-from cupy_router.method_fields import INDEX_DTYPES
 from cupy_router.simt.device import SCHEDULES
 from tests.fuzz.arrays import biases, bits, floats, integers, recorded, small_integers
 from tests.fuzz.case import Case
-from tests.topk_calls import PLANS
-
-FLOATS = ("float32", "float16", "bfloat16")
-INTS = ("int32", "int64")
-IDS = ("uint8", "int16", "uint16", "int32", "int64")
-COLUMNS = (1, 2, 3, 5, 8, 12, 31, 36, 60, 64, 96, 127, 128, 160, 255, 256, 257, 384, 512, 576, 896, 1000, 1023, 1024)
-WIDE_COLUMNS = (1025, 1500, 2000)
-AS_OF_ROWS = (0, 1000, 5000)  # few rows, some and many
-TOP_K = (1, 2, 3, 6, 8, 10, 16, 31, 32)
-ROWS = (1, 3, 8, 17, 40, 64)  # of calls whose kernel depends on their number
+from tests.fuzz.settings import Setting
 
 Layouts = dict[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Everything that decides which kernel an op compiles."""
-
-    op: str
-    columns: int
-    k: int
-    dtype: str = "float32"
-    aligned: bool = True
-    score: str = "sqrtsoftplus"
-    renormalize: bool = True
-    given: frozenset[str] = frozenset()  # optional arrays
-    as_of_rows: int = 0  # number of rows by which the kernel is chosen; 0: those of the call
-    ids: tuple[str, str] = ("int32", "int32")  # dtypes of token ids and table
-    weight_dtype: str = "float32"
-    hidden: int = 0
-    rows: int = -1  # so many where that matters
-    dense: bool = False  # rows follow each other, in all arrays; else not in the results
-    divisor: str = ""  # what else the sum of scores goes through: "eps", "min" or nothing
-    steps: tuple[tuple[str, Any], ...] = ()  # further fields of the method
-    plan: str = ""  # of topk_select for long rows, with options of any kind
-    logits_dtype: str = ""  # of logits that are returned
-    replay: tuple[str, str] = ("", "route")  # dtype of given experts, and what becomes of rows of -1
-
-    def method(self, **changes: Any) -> RoutingMethod:
-        return RoutingMethod(
-            self.columns, self.k, self.score, renormalize=self.renormalize, **{**dict(self.steps), **changes}
-        )
-
-    @property
-    def num_logits(self) -> int:
-        return self.method().num_logits
-
-    @property
-    def wide(self) -> bool:
-        """True if the row or k is too large for kernels that keep a row in registers."""
-        return self.columns > 1024 or self.k > 32
-
-    def __str__(self) -> str:
-        parts = [self.op, self.dtype, f"{self.columns}", f"k{self.k}"]
-        if self.op != "topk_select":
-            parts += [self.score, *(["renormalized"] if self.renormalize else [])]
-        if self.op == "hash_router":
-            parts += [f"ids:{'/'.join(self.ids)}"]
-        if self.hidden:
-            parts += [f"hidden{self.hidden}", f"weight:{self.weight_dtype}"]
-        parts += [f"{self.rows}rows"] if self.rows >= 0 else []
-        parts += [f"{name}:{value}" for name, value in self.steps]
-        parts += [*([self.divisor] if self.divisor else []), *(["dense"] if self.dense else [])]
-        parts += [self.plan.replace(" ", "_")] if self.plan else []
-        parts += [f"logits:{self.logits_dtype}"] if self.logits_dtype else []
-        parts += [f"replay:{'/'.join(self.replay)}"] if self.replay[0] else []
-        return "-".join(
-            [
-                *parts,
-                *sorted(self.given),
-                *([f"as{self.as_of_rows}"] if self.as_of_rows else []),
-                "aligned" if self.aligned else "misaligned",
-            ]
-        )
-
-
-def settings(seed: int = 0, count: int = 72) -> list[Setting]:
-    """Return this many different settings, most of them of activation_topk; they depend on the seed."""
-    rng = random.Random(seed)
-    makers = [_activation_topk, _topk_select, _hash_router, _activation_topk, _dense_router]
-    found: dict[Setting, None] = {
-        Setting("topk_select", 3000, 600, dtype, aligned=False, given=frozenset({"lengths"})): None for dtype in FLOATS
-    }
-    while len(found) < count:
-        found[makers[len(found) % len(makers)](rng)] = None
-    return list(found)
-
-
-def _common(rng: random.Random, columns: int) -> dict[str, Any]:
-    """Return the fields of all ops, and the method of those that have one."""
-    return {
-        "columns": columns,
-        "k": min(rng.choice(TOP_K), columns),
-        "dtype": rng.choice(FLOATS),
-        "aligned": rng.random() < 0.5,
-        "score": rng.choice(SCORES),
-        "renormalize": rng.random() < 0.7,
-        "divisor": rng.choice(("", "eps", "min")),
-    }
-
-
-def _topk_select(rng: random.Random) -> Setting:
-    common = _common(rng, rng.choice(COLUMNS)) | {"score": SCORES[0], "renormalize": True, "divisor": ""}
-    given = frozenset(name for name in ("lengths", "starts") if rng.random() < 0.4)
-    if rng.random() < 0.4:
-        given |= {"index_map"} if rng.random() < 0.5 else set()
-        common |= {"columns": 3000, "k": 600, "aligned": False}
-        return Setting("topk_select", **common, given=given, plan=rng.choice(list(PLANS)))
-    return _perhaps_dense(rng, Setting("topk_select", **common, given=given, as_of_rows=rng.choice(AS_OF_ROWS)))
-
-
-def _perhaps_dense(rng: random.Random, setting: Setting) -> Setting:
-    """Draw whether rows are dense, where that selects the kernel; dense rows are aligned only if of whole words."""
-    possible = not setting.wide and (not setting.aligned or setting.num_logits % 8 == 0)
-    return replace(setting, dense=possible and rng.random() < 0.5)
-
-
-def _activation_topk(rng: random.Random) -> Setting:
-    wide = rng.random() < 0.15
-    common = _common(rng, rng.choice(WIDE_COLUMNS if wide else COLUMNS))
-    if wide:
-        common["k"] = rng.choice((1, 6, 40))
-    given = _bias(rng)
-    if rng.random() < 0.5:
-        given |= _steps(rng, common, "bias" in given)
-    as_of_rows = 0 if wide else rng.choice(AS_OF_ROWS)
-    setting = Setting("activation_topk", **common, given=given, as_of_rows=as_of_rows, replay=_replay(rng))
-    return _perhaps_dense(rng, setting)
-
-
-def _steps(rng: random.Random, common: dict[str, Any], biased: bool) -> frozenset[str]:
-    """Further steps of a method, put into `common`, and the arrays that go with them. Experts are chosen by logits or
-    by scores that are logits, so that no rounding decides between them."""
-    steps: dict[str, Any] = {}
-    by = rng.choice(("identity", "logits", "after"))
-    if by == "identity":
-        common["score"] = "identity"
-    if by == "logits" or (by == "after" and biased):
-        steps["bias_on"] = "logits"
-    if by == "after":
-        steps["score_after_topk"] = True
-    divisors = [g for g in range(2, min(common["columns"], 40)) if common["columns"] % g == 0]
-    if divisors and rng.random() < 0.6:
-        groups = rng.choice(divisors)
-        fewest = -(-common["k"] * groups // common["columns"])
-        if fewest < groups:
-            steps["num_groups"], steps["top_groups"] = groups, rng.randrange(fewest, groups)
-            steps["group_score"] = rng.choice(("max", "top2"))
-    if rng.random() < 0.3:
-        steps["num_shared_experts"] = rng.choice((1, 3))
-        if common["score"] == "sigmoid":
-            steps["shared_in_normalizer"] = common["renormalize"] = True
-            common["divisor"] = ""
-    if rng.random() < 0.5:
-        steps["weight_dtype"], steps["index_dtype"] = (
-            rng.choice(FLOATS),
-            rng.choice(_index_dtypes(common["columns"] + 3)),
-        )
-    if rng.random() < 0.3:
-        steps["logit_scale"] = rng.choice((0.5, -2.0))
-    common["steps"] = tuple(sorted(steps.items()))
-    return frozenset(name for name in ("logit_bias", "expert_scale") if rng.random() < 0.4)
-
-
-def _index_dtypes(num_ids: int) -> list[str]:
-    return [dtype for dtype, most in INDEX_DTYPES.items() if num_ids <= most]
-
-
-def _bias(rng: random.Random) -> frozenset[str]:
-    return frozenset(rng.choice(((), (), ("bias",), ("bias",), ("bias", "bias_index")))) | _counted(rng)
-
-
-def _replay(rng: random.Random) -> tuple[str, str]:
-    return rng.choice(("", "", *IDS)), rng.choice(("route", "empty"))
-
-
-def _counted(rng: random.Random) -> frozenset[str]:
-    return frozenset({"num_valid"} if rng.random() < 0.4 else ())
-
-
-def _hash_router(rng: random.Random) -> Setting:
-    common = _common(rng, rng.choice(COLUMNS))
-    common["k"] = rng.choice((common["k"], min(40, common["columns"])))
-    source = rng.choice(((), ("logits",), ("x", "weight"), ("x", "weight")))
-    gate, biased = "x" in source, bool(source) and common["k"] <= 32 and rng.random() < 0.4
-    returned = {"logits_dtype": "float32"} if gate and rng.random() < 0.5 else {}
-    rows = rng.choice(ROWS) if gate and (biased or returned) else -1
-    given = {*source, *_counted(rng), *(("bias", "bias_index") if biased else ())}
-    return Setting(
-        "hash_router", **common, given=frozenset(given), ids=(rng.choice(INTS), rng.choice(INTS)), rows=rows,
-        dense=rng.random() < 0.5 or rows == 1, **returned, **(_gate(rng, common["aligned"]) if gate else {}),
-    )  # fmt: skip
-
-
-def _dense_router(rng: random.Random) -> Setting:
-    common = _common(rng, rng.choice(COLUMNS))
-    rows, logits_dtype = rng.choice(ROWS), rng.choice(("", "", *FLOATS))
-    given = _bias(rng)
-    if rng.random() < 0.4:
-        given |= _steps(rng, common, "bias" in given)
-    dense = rows == 1 or rng.random() < 0.5  # a single row is dense
-    return Setting(
-        "dense_router", **common, given=given, rows=rows, dense=dense, logits_dtype=logits_dtype, replay=_replay(rng),
-        **_gate(rng, common["aligned"]),
-    )  # fmt: skip
-
-
-def _gate(rng: random.Random, aligned: bool) -> dict[str, Any]:
-    hidden = rng.choice((8, 40, 264, 520) if aligned else (1, 7, 77, 300))
-    return {"hidden": hidden, "weight_dtype": rng.choice(FLOATS)}
-
-
-# -- Cases -------------------------------------------------------------------------------------------------------------
 
 
 def cases(setting: Setting, max_rows: int = 40) -> st.SearchStrategy[Case]:
@@ -275,9 +61,10 @@ def _activation_topk_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> C
     layouts = {"logits": layout}
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     method = draw(_methods(setting))
+    padding = _any_padding if _any_stride(setting) else _padding[setting.dense]
     return Case(
-        "activation_topk", arrays, method, options, layouts,
-        draw(_any_padding if setting.wide else _padding[setting.dense]), setting.as_of_rows, schedule=draw(_schedules),
+        "activation_topk", arrays, method, options, layouts, draw(padding), setting.as_of_rows,
+        schedule=draw(_schedules),
     )  # fmt: skip
 
 
@@ -289,6 +76,8 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     if setting.logits_dtype:
         options |= {"return_logits": True, "logits_dtype": setting.logits_dtype}
+    if setting.batch_invariant:
+        options["batch_invariant"] = True
     method = draw(_methods(setting))
     padding = draw(_padding[setting.dense])
     return Case("dense_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))
@@ -298,7 +87,7 @@ def _dense_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case
 def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     rows, layout = draw(_rows(setting, setting.columns, max_rows))
     rows = rows if setting.rows < 0 else setting.rows
-    vocab_size = 13 if "bias" in setting.given else draw(st.integers(1, 50))
+    vocab_size = 13 if "bias" in setting.given or setting.batch_invariant else draw(st.integers(1, 50))
     limits = {"int32": [-(2**31), 2**31 - 1], "int64": [-(2**63), 2**63 - 1, 2**32, -(2**32)]}
     bad_ids = st.sampled_from([-1, vocab_size, *limits[setting.ids[0]]])
     bad_experts = st.sampled_from([-1, setting.columns, *limits[setting.ids[1]]])
@@ -316,6 +105,8 @@ def _hash_router_case(draw: st.DrawFn, setting: Setting, max_rows: int) -> Case:
     options = draw(_layer_and_num_valid(setting, arrays, layouts))
     if setting.logits_dtype:
         options["return_logits"] = True
+    if setting.batch_invariant:
+        options["batch_invariant"] = True
     method = draw(_methods(setting)) if setting.given & {"logits", "x"} else None
     padding = draw(_padding[setting.dense])
     return Case("hash_router", arrays, method, options, layouts, padding, schedule=draw(_schedules))
@@ -326,12 +117,17 @@ _any_padding = st.sampled_from([-1, 0, 1, 7])
 _padding = {True: st.sampled_from([-1, 0]), False: st.sampled_from([1, 7])}  # by whether a setting is dense
 
 
+def _any_stride(setting: Setting) -> bool:
+    """Return whether one kernel takes dense rows and others: those of wide rows do, but not those of given experts."""
+    return setting.wide and not setting.replay[0]
+
+
 @st.composite
 def _rows(draw: st.DrawFn, setting: Setting, columns: int, max_rows: int) -> tuple[int, tuple[int, int]]:
     """Draw the number of rows and their layout. A single row is dense and aligned as its base."""
     layout = draw(_layout(setting, columns))
     alone = setting.dense or (
-        setting.wide and setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0)
+        _any_stride(setting) and setting.op != "hash_router" and (not setting.aligned or columns % 8 == 0)
     )
     return draw(st.integers(0, max_rows).filter(lambda rows: rows != 1 or alone)), layout
 
@@ -379,6 +175,19 @@ def _layer_and_num_valid(
         arrays["indices"] = draw(recorded((rows, setting.k), dtype, setting.columns))
         layouts["indices"] = (0, 0) if setting.dense else (draw(st.integers(0, 3)), draw(st.integers(0, 1)))
         options["unset"] = unset
+    if setting.replicas:
+        for name, dtype, values in (
+            ("replicas", setting.ids[0], np.arange(setting.columns * setting.replicas)),
+            (
+                "replica_counts",
+                setting.ids[1],
+                draw(integers(setting.columns, "int32", st.integers(1, setting.replicas))),
+            ),
+        ):
+            arrays[name] = values.astype(dtype)
+        arrays["replicas"] = np.ascontiguousarray(arrays["replicas"].reshape(setting.replicas, -1).T)
+        offset = draw(st.sampled_from([0, 1, 5, 2**31 - 1]))
+        options |= {"num_physical": setting.columns * setting.replicas, "replica_offset": offset}
     return options | draw(_num_valid(setting, arrays, rows))
 
 

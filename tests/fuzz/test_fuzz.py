@@ -30,7 +30,7 @@ from tests.canvas import Canvas
 from tests.fuzz import case as case_module
 from tests.fuzz.case import FOLDER, Case, arguments, check, load, run, save
 from tests.fuzz.layout_strategies import LayoutSetting, layout_cases, layout_settings
-from tests.fuzz.strategies import Setting, settings
+from tests.fuzz.settings import Setting, settings
 from tests.fuzz.strategies import cases as router_cases
 from tests.recorder import recording
 
