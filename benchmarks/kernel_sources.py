@@ -27,6 +27,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # op -> the kernel files that it launc
 MEASURED: dict[
     str, tuple[str, ...]
 ] = {  # file of results -> the ops whose kernels it times, if not the one of its name
+    "batch_invariance": ("dense_router", "activation_topk"),
     "compile_methods": ("activation_topk",),
     "dense_router": ("dense_router", "activation_topk"),
     "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout"),

@@ -21,7 +21,9 @@ from benchmarks import rows as results
 from benchmarks.rows import OURS, Row, markdown_table, microseconds, select
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "benchmarks/README.md")
+FILES = tuple(
+    ROOT / name for name in ("README.md", "docs/performance.md", "docs/batch_invariance.md", "benchmarks/README.md")
+)
 NONE = "Not measured yet."
 CLIFF = 1.5
 BY = {  # in this order
@@ -42,6 +44,7 @@ MAIN: list[dict[str, Any]] = [
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
 LAYOUTS = ("expert_layout", "fused_layout", "permute")
 BARRED = (*OPS, "dense_router", *LAYOUTS, "transformers", "host_profile", "host_calls")
+COUNTED = ("logits", "weights", "experts")
 NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
 
@@ -231,6 +234,28 @@ def host(files: Files) -> str:
     return markdown_table(["microseconds on the host", "before", "after"], lines) if lines else NONE
 
 
+def batch_invariance(files: Files) -> str:
+    """Return how many tokens have other results in a batch than alone."""
+    rows = _rows(files, "batch_invariance")
+    if not rows:
+        return NONE
+    sizes = sorted({row["n"] for row in rows if 1 < row["n"] < row["tokens"]})
+    header = ["gate", "experts, hidden, top-k", "tokens", "other", *map(str, sizes), "all"]
+    lines = []
+    for gate in dict.fromkeys(row["gate"] for row in rows):
+        found = {row["n"]: row for row in select(rows, gate=gate, batch_invariant=False)}
+        last = found[max(found)]
+        for what in COUNTED:
+            figures = [str(found[n][what]) if n in found else "" for n in (*sizes, last["n"])]
+            first = [gate, f"{last['E']}, {last['hidden']}, {last['k']}", str(last["tokens"])]
+            lines.append([*(first if what == COUNTED[0] else [""] * 3), what, *figures])
+    most = max(row[what] for row in select(rows, batch_invariant=True) for what in COUNTED)
+    note = (
+        f"Tokens with other bits in batches of this size than alone, by default. With `batch_invariant=True`: {most}."
+    )
+    return f"{markdown_table(header, lines)}\n\n{note} {sources(files, 'batch_invariance')}"
+
+
 def counters(files: Files) -> str:
     """Return the counters that ncu read."""
     rows = _rows(files, "ncu")
@@ -253,6 +278,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "methods": methods,
     "host": host,
     "ncu": counters,
+    "batch_invariance": batch_invariance,
 }
 
 

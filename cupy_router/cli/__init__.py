@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import cupy_router
 
-from . import check, demo, doctor, info, warmup
+from . import check, demo, doctor, info, invariance, warmup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (demo, info, doctor, check, warmup):
+    for command in (demo, info, doctor, check, warmup, invariance):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
