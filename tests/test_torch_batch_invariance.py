@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.utils.checkpoint import checkpoint  # noqa: E402  # it may be missing
 
 from cupy_router.torch import Gate, replace_routers  # noqa: E402  # likewise
+from tests.trainer_checks import CHECKS  # noqa: E402  # likewise
 
 N, HIDDEN = 90, 96
 METHODS = {
@@ -138,3 +139,20 @@ def test_swapped_routers(family: str) -> None:
         for rows in SPLITS:
             for array, want in zip(modules[0](x[rows]), whole, strict=True):
                 assert torch.equal(array, want[rows])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checks_of_trainers(dtype: Any, check: Any) -> None:
+    method, lengths = METHODS["of the chosen"], (1, 30, 7, 40, 12)
+    x, gate, grad = problem(method, dtype)
+    assert (
+        check(lambda x: dense_router(x, gate, method, return_logits=True, batch_invariant=True), x, grad, lengths) == 0
+    )
+    # A router that depends on the number of tokens is found.
+    assert check(
+        lambda x: dense_router(x + len(x) / 64, gate, method, return_logits=True, batch_invariant=True),
+        x,
+        grad,
+        lengths,
+    )
