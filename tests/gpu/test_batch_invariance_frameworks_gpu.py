@@ -104,7 +104,7 @@ def test_compiled_with_autograd_and_checkpoints(problem: Any) -> None:
 
 
 def test_gradients_of_the_gate_repeat(problem: Any) -> None:
-    gpu, (x, gate, whole) = on_gpu("torch"), problem
+    gpu, (x, gate, _) = on_gpu("torch"), problem
     torch, x = gpu.torch, gpu.array(x)
     found = []
     for _ in range(3):
