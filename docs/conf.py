@@ -22,6 +22,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"cupy_router {version}"
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 highlight_language = "text"  # of blocks without a language
 default_role = "code"  # docstrings write `name`
 napoleon_use_ivar = True  # fields of results as a list
