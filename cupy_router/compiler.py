@@ -24,6 +24,7 @@ from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, thre
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
+from cupy_router.relaxed import relaxed
 from cupy_router.watch import Watch
 
 Macros = tuple[tuple[str, int], ...]
@@ -95,7 +96,7 @@ class CudaBackend:
     @thread_locale.kept()
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
-        with cupy.cuda.Device(device):
+        with cupy.cuda.Device(device), relaxed():
             kernel = cupy.RawKernel(source, function, OPTIONS, "nvrtc")
             # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
             # right where a look at the cache folder is not: another process writes there, a file is damaged, or
@@ -122,7 +123,7 @@ class CudaBackend:
             raise ValueError(
                 f"a block may have at most {limit} bytes of shared memory on cuda:{device}, got {num_bytes}"
             )
-        with self._cupy.cuda.Device(device):
+        with self._cupy.cuda.Device(device), relaxed():
             self._modules[handle].max_dynamic_shared_size_bytes = num_bytes
 
     def use(self, device: int) -> int | None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from cupy_router.compiler import require_cuda
+from cupy_router.relaxed import driver
+from cupy_router.relaxed import relaxed as relaxed
 
 _SMALLEST = 64 * 1024
 _UNCAPTURED = (0, 1)  # handles of the legacy default stream, which cannot be captured
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 _Key = tuple[tuple[str, int], int, int, str]
 _buffers: dict[_Key, tuple[int, int]] = {}  # -> address and size
@@ -46,28 +44,12 @@ def capture_of(stream: int) -> int:
     if stream in _UNCAPTURED or not require_cuda().cuda.runtime.streamIsCapturing(stream):
         return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    error = _driver().cuStreamGetCaptureInfo_v2(
+    error = driver().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
     )
     if error or status.value != _CAPTURING:
         raise RuntimeError(f"stream {stream:#x} is in a graph capture that was invalidated (driver error {error})")
     return number.value
-
-
-@contextmanager
-def relaxed() -> Iterator[None]:
-    """Let this thread allocate memory and load libraries while a stream is being captured."""
-    mode = ctypes.c_int(_RELAXED)
-    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 def _grow(key: _Key, num_bytes: int) -> tuple[int, int]:

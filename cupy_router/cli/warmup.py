@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import Any
 
 import cupy_router
@@ -24,6 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--weight", choices=_DTYPES, help="dtype of the gate, if it is not that of x")
     counts = parser.add_argument("--tokens", nargs=2, type=int, default=[1, 8192], metavar=("LEAST", "MOST"))
     counts.help = "numbers of tokens of a call (default: 1 8192)"
+    parser.add_argument("--workers", type=int, help="processes that compile (default: one for each CPU, at most 8)")
     for name in _ARRAYS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"calls have {name}")
     parser.set_defaults(run=run)
@@ -33,15 +35,17 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {name: True for name in _ARRAYS if getattr(args, name)}
     if args.weight:
         given["weight"] = args.weight
+    begin = time.perf_counter()
     try:
         ready = cupy_router.warmup(
-            args.preset, hidden=args.hidden, dtypes=args.dtype, num_tokens=tuple(args.tokens), progress=show, **given
-        )
+            args.preset, hidden=args.hidden, dtypes=args.dtype, num_tokens=tuple(args.tokens), progress=show,
+            workers=args.workers, **given,
+        )  # fmt: skip
     except (TypeError, ValueError, RuntimeError) as error:
-        print(f"cupy-router {error}", file=sys.stderr)
+        print(f"cupy-router warmup: {str(error).removeprefix('warmup: ')}", file=sys.stderr)
         return 1
     compiled = sum(kernel.compiled for kernel in ready)
-    seconds = sum(kernel.milliseconds for kernel in ready) / 1000
+    seconds = time.perf_counter() - begin
     print(f"{len(ready)} kernels ready in {seconds:.1f} s, of which {compiled} were compiled; kept in {folder()}")
     return 0
 
