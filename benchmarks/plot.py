@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from benchmarks import rows as results
 from benchmarks.rows import OURS, Row, select
 
-AXES = {"n": "rows", "E": "columns", "k": "k", "alignment": "alignment"}
+AXES = {"n": "rows", "E": "columns", "H": "hidden", "k": "k", "alignment": "alignment", "cache": "cache"}
 STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#1b6ca8", "linewidth": 2.2, "marker": "o", "zorder": 3},
     "floor": {"color": "#555555", "linestyle": "--", "label": "floor: memory alone"},
     "in order": {"color": "#888888", "linestyle": ":", "label": "rows read once, written k times in order"},
     "Triton": {"color": "#d9822b", "marker": "s"},
-    "torch.compile": {"color": "#8c4fb0", "marker": "D"},
+    "torch.compile": {"color": "#8c4fb0", "marker": "D", "linestyle": "none"},  # at few sizes
     "PyTorch": {"color": "#b8312f", "marker": "^", "label": "PyTorch, eager"},
     "PyTorch with cuBLAS": {"color": "#b8312f", "marker": "^"},
     "empty kernel": {"color": "#555555", "linestyle": ":"},
@@ -114,7 +114,8 @@ def draw(op: str, content: dict[str, Any], path: Path) -> bool:
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter(NullFormatter())
             axes.set(xlabel=AXES[panel.over], ylabel="microseconds")
-            axes.set_title(", ".join(f"{AXES.get(n, n)} {v}" if n in AXES else str(v) for n, v in panel.fixed.items()))
+            shown = {name: value for name, value in panel.fixed.items() if value != "any"}
+            axes.set_title(", ".join(f"{AXES[n]} {v}" if n in AXES else str(v) for n, v in shown.items()), fontsize=9)
             axes.grid(alpha=0.25)
             axes.legend(fontsize=7)
         for axes in all_axes[len(panels) :]:
