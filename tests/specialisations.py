@@ -300,8 +300,13 @@ class _Zeros(np.ndarray):
     def astype(self, dtype: Any, *_: Any, **__: Any) -> Any:
         return np.zeros(self.shape, dtype).view(_Zeros)
 
+    def copy(self, *_: Any, **__: Any) -> Any:
+        return self.astype(self.dtype)
+
     def __mul__(self, other: object) -> _Zeros:
         return self
+
+    __truediv__ = __mul__
 
 
 class _NumPyAsCuPy:
@@ -312,6 +317,8 @@ class _NumPyAsCuPy:
         randint=lambda low, high, shape: np.zeros(shape, np.int64).view(_Zeros),
     )
     RawKernel = mock.MagicMock()
+
+    full_like = maximum = round = staticmethod(lambda array, *_: array)  # values do not matter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
