@@ -57,13 +57,14 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane],
     return {winner.column, value};
 }
 
-// What a lane loads together of a row and of the arrays of its layer.
-template <typename Interleaved>
-struct Chunk {
-    float logits[Interleaved::Chunk], logit_biases[Interleaved::Chunk], biases[Interleaved::Chunk];
+// What a lane holds of a row and of the arrays of its layer, in N of its columns.
+template <int N>
+struct LaneColumns {
+    float logits[N], logit_biases[N], biases[N];
 
-    template <bool Aligned, bool BiasAligned, typename T>
-    __device__ __forceinline__ void load(const LogitRow<T>& row, const float* bias, int begin, int lane) {
+    // Load the chunk of interleaved columns that begins with the lane's column `begin`.
+    template <typename Interleaved, bool Aligned, bool BiasAligned, typename T>
+    __device__ __forceinline__ void load_chunk(const LogitRow<T>& row, const float* bias, int begin, int lane) {
         constexpr bool WHOLE = Interleaved::Lanes * Interleaved::PerLane == NUM_EXPERTS;
         Interleaved::template load<WHOLE, Aligned, NUM_EXPERTS>(row.logits, begin, lane, NUM_EXPERTS, logits);
         if (HAS_LOGIT_BIAS)
@@ -72,21 +73,44 @@ struct Chunk {
         if (HAS_BIAS)
             Interleaved::template load<WHOLE, BiasAligned, NUM_EXPERTS>(bias, begin, lane, NUM_EXPERTS, biases);
     }
+
+    // Load adjacent columns from `first` on.
+    template <bool Whole, bool Aligned, bool BiasAligned, int EndsAt, typename T>
+    __device__ __forceinline__ void load_adjacent(const LogitRow<T>& row, const float* bias, int first) {
+        if (HAS_BIAS) load_columns<float, N, Whole, BiasAligned, EndsAt>(bias, first, NUM_EXPERTS, biases);
+        if (HAS_LOGIT_BIAS)
+            load_columns<float, N, Whole, BiasAligned, EndsAt>(row.logit_bias, first, NUM_EXPERTS, logit_biases);
+        load_columns<T, N, Whole, Aligned, EndsAt>(row.logits, first, NUM_EXPERTS, logits);
+    }
+
+    __device__ __forceinline__ void prepare_all(const MethodNumbers& numbers) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
+    }
+
+    // Have all loads on their way here, though a branch follows.
+    __device__ __forceinline__ void on_their_way() const {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            needed_now(logits[j]);
+            if (HAS_LOGIT_BIAS) needed_now(logit_biases[j]);
+            if (HAS_BIAS) needed_now(biases[j]);
+        }
+    }
 };
 
 // Return the best of a lane's columns by bounds of their selection values.
 template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
-__device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias, int lane) {
+__device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row, const float* bias, int lane,
+                                                          LaneColumns<Interleaved::Chunk> next) {
     TaggedHeads<Heads> heads;
 #pragma unroll
     for (int h = 0; h < Heads; ++h) heads.key[h] = NO_KEY;
-    Chunk<Interleaved> next;
-    next.template load<Aligned, BiasAligned>(row, bias, 0, lane);
 #pragma unroll
     for (int begin = 0; begin < Interleaved::PerLane; begin += Interleaved::Chunk) {
-        const Chunk<Interleaved> chunk = next;
+        const LaneColumns<Interleaved::Chunk> chunk = next;
         if (begin + Interleaved::Chunk < Interleaved::PerLane)
-            next.template load<Aligned, BiasAligned>(row, bias, begin + Interleaved::Chunk, lane);
+            next.template load_chunk<Interleaved, Aligned, BiasAligned>(row, bias, begin + Interleaved::Chunk, lane);
         unsigned keys[Interleaved::Chunk];
 #pragma unroll
         for (int j = 0; j < Interleaved::Chunk; ++j) {
@@ -106,18 +130,13 @@ __device__ __forceinline__ TaggedHeads<Heads> best_bounds(const LogitRow<T>& row
 
 // Return the best of a lane's columns where groups lie in adjacent lanes: by exact values, since groups are ranked by
 // these, and none of a group that is not kept.
-template <typename Interleaved, int Heads, bool Aligned, bool BiasAligned, typename T>
-__device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& row, const float* bias, int lane,
+template <typename Interleaved, int Heads>
+__device__ __forceinline__ TaggedHeads<Heads> best_of_groups(LaneColumns<Interleaved::PerLane> own, int lane,
+                                                             const MethodNumbers& numbers,
                                                              SoftmaxStatistics& statistics) {
     constexpr int N = Interleaved::PerLane;
-    const int first = lane * N;
-    float logits[N], logit_biases[N], biases[N];
-    load_columns<T, N, true, Aligned>(row.logits, first, NUM_EXPERTS, logits);
-    if (HAS_LOGIT_BIAS) load_columns<float, N, true, BiasAligned>(row.logit_bias, first, NUM_EXPERTS, logit_biases);
-    if (HAS_BIAS) load_columns<float, N, true, BiasAligned>(bias, first, NUM_EXPERTS, biases);
-#pragma unroll
-    for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
-    statistics = softmax_statistics<Interleaved::Lanes>(logits);
+    own.prepare_all(numbers);
+    statistics = softmax_statistics<Interleaved::Lanes>(own.logits);
 
     TaggedHeads<Heads> heads;
 #pragma unroll
@@ -128,8 +147,8 @@ __device__ __forceinline__ TaggedHeads<Heads> best_of_groups(const LogitRow<T>& 
         unsigned keys[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            float value = selection_value(logits[begin + j], statistics);
-            if (HAS_BIAS) value = __fadd_rn(value, biases[begin + j]);
+            float value = selection_value(own.logits[begin + j], statistics);
+            if (HAS_BIAS) value = __fadd_rn(value, own.biases[begin + j]);
             seen.insert(sum_order_key(value));
             keys[j] = tagged_key<Interleaved::MASK>(value, Interleaved::tag(begin + j));
         }
@@ -152,17 +171,32 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     // Whether the heads always include TOP_K + 1 experts.
     static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
+    // What a lane holds at first: a chunk, or with groups all.
+    typedef LaneColumns<NUM_GROUPS == 0 ? Interleaved::Chunk : Interleaved::PerLane> First;
+
     unsigned next;  // the keys of all others are at most this
     SoftmaxStatistics statistics;
 
     template <typename T>
-    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, int lane, bool valid) {
+    static __device__ __forceinline__ First load_first(const LogitRow<T>& row, const float* bias, int lane) {
+        First first;
+        if constexpr (NUM_GROUPS == 0) {
+            first.template load_chunk<Interleaved, Aligned, BiasAligned>(row, bias, 0, lane);
+        } else {
+            first.template load_adjacent<true, Aligned, BiasAligned, 1>(row, bias, lane * Interleaved::PerLane);
+        }
+        return first;
+    }
+
+    template <typename T>
+    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, const First& first, int lane,
+                                                 bool valid) {
         TaggedHeads<HEADS> heads;
-        if (NUM_GROUPS > 0) {
-            heads = best_of_groups<Interleaved, HEADS, Aligned, BiasAligned>(row, bias, lane, statistics);
+        if constexpr (NUM_GROUPS > 0) {
+            heads = best_of_groups<Interleaved, HEADS>(first, lane, row.numbers, statistics);
         } else {
             statistics = {0.0f, 0.0f};
-            heads = best_bounds<Interleaved, HEADS, Aligned, BiasAligned>(row, bias, lane);
+            heads = best_bounds<Interleaved, HEADS, Aligned, BiasAligned>(row, bias, lane, first);
         }
         const Ranked best = rank_heads<TOP_K + 1, Interleaved>(heads, lane);
         next = best.next;
@@ -212,17 +246,12 @@ __device__ __forceinline__ void choose_again(unsigned unsure, const LogitRow<T>&
             its_bias =
                 reinterpret_cast<const float*>(__shfl_sync(FULL_WARP, reinterpret_cast<int64_t>(bias), turn * Lanes));
         }
-        float logits[COLUMNS], logit_biases[COLUMNS], biases[COLUMNS];
-        load_columns<T, COLUMNS, WHOLE, false>(its_row.logits, lane * COLUMNS, NUM_EXPERTS, logits);
-        if (HAS_LOGIT_BIAS)
-            load_columns<float, COLUMNS, WHOLE, false>(row.logit_bias, lane * COLUMNS, NUM_EXPERTS, logit_biases);
-        if (HAS_BIAS) load_columns<float, COLUMNS, WHOLE, false>(its_bias, lane * COLUMNS, NUM_EXPERTS, biases);
-#pragma unroll
-        for (int j = 0; j < COLUMNS; ++j)
-            logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
+        LaneColumns<COLUMNS> columns;
+        columns.template load_adjacent<WHOLE, false, false, 1>(its_row, its_bias, lane * COLUMNS);
+        columns.prepare_all(row.numbers);
         const SoftmaxStatistics its_statistics = {__shfl_sync(FULL_WARP, statistics.highest, turn * Lanes),
                                                   __shfl_sync(FULL_WARP, statistics.inverse_sum, turn * Lanes)};
-        const Chosen again = choose_exactly<32>(logits, biases, its_statistics, its_row, lane, true);
+        const Chosen again = choose_exactly<32>(columns.logits, columns.biases, its_statistics, its_row, lane, true);
         const int column = __shfl_sync(FULL_WARP, again.column, lane % Lanes);
         const float value = __shfl_sync(FULL_WARP, again.value, lane % Lanes);
         if (lane / Lanes == turn) chosen = {NO_KEY, column, value};

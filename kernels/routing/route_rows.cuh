@@ -56,10 +56,10 @@ __device__ __forceinline__ void weigh_chosen(int column, float value, const Row&
 }
 
 // Route by bounds of the scores, then by the exact scores of the best.
-template <typename Layout>
-__device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const Task& task,
-                                                int64_t (&expert)[1], float (&weight)[1]) {
-    InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> choice(row, bias, task.lane, task.selects);
+template <typename Choice>
+__device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const typename Choice::First& first,
+                                                const Task& task, int64_t (&expert)[1], float (&weight)[1]) {
+    Choice choice(row, bias, first, task.lane, task.selects);
     const bool in_order = choice.in_order(task.lane), complete = choice.complete();
     bool settled = !__any_sync(FULL_WARP, task.selects && !(in_order && complete));
 #pragma unroll 1
@@ -69,51 +69,18 @@ __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bia
         choice.sort(task.lane);
         const bool now_complete = choice.complete();
         const unsigned unsure = __ballot_sync(FULL_WARP, task.selects && !now_complete);
-        choose_again<Layout::Lanes>(unsure, row, bias, choice.statistics, choice.own);
+        choose_again<LANES>(unsure, row, bias, choice.statistics, choice.own);
         settled = true;
     }
 }
 
-// Route by the exact scores of all experts. Padding is read too, so that loads need not wait for num_valid.
-template <int Lanes, int PerLane>
-__device__ __forceinline__ void route_by_scores(const Row& row, const float* bias, const Task& task, bool exists,
+// Route by the exact scores of all experts.
+__device__ __forceinline__ void route_by_scores(const Row& row, LaneColumns<PER_LANE>& own, const Task& task,
                                                 int64_t (&expert)[1], float (&weight)[1]) {
-    constexpr bool WHOLE = Lanes * PerLane == NUM_EXPERTS;
-    const int first = task.lane * PerLane;
-    float biases[PerLane], logit_biases[PerLane], values[PerLane];
-    if (HAS_BIAS) load_columns<float, PerLane, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(bias, first, NUM_EXPERTS, biases);
-    if (HAS_LOGIT_BIAS)
-        load_columns<float, PerLane, WHOLE, BIAS_ALIGNED, NUM_EXPERTS>(row.logit_bias, first, NUM_EXPERTS,
-                                                                       logit_biases);
-    if (exists) {
-        load_columns<logit_t, PerLane, WHOLE, ALIGNED, NUM_EXPERTS>(row.logits, first, NUM_EXPERTS, values);
-    } else {
-#pragma unroll
-        for (int j = 0; j < PerLane; ++j) values[j] = 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < PerLane; ++j)
-        values[j] = prepare(values[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, row.numbers);
-    const SoftmaxStatistics statistics = softmax_statistics<Lanes>(values);
-    const Chosen chosen = choose_exactly<Lanes>(values, biases, statistics, row, task.lane, task.selects);
+    own.prepare_all(row.numbers);
+    const SoftmaxStatistics statistics = softmax_statistics<LANES>(own.logits);
+    const Chosen chosen = choose_exactly<LANES>(own.logits, own.biases, statistics, row, task.lane, task.selects);
     weigh_chosen(chosen.column, chosen.value, row, statistics, task, expert, weight);
-}
-
-// Fetch an array of N elements, aligned to 4 bytes, by the lanes of a row.
-template <int N, typename T>
-__device__ __forceinline__ void fetch_lines(const T* array, int lane) {
-    constexpr int WORDS = N * sizeof(T) / 4;
-    const float* words = reinterpret_cast<const float*>(array);
-    for (int word = 32 * lane; WORDS > 0 && word < WORDS + 31; word += 32 * LANES) {
-        fetch_line(words + min_int(word, WORDS - 1));
-    }
-}
-
-// Fetch what routing reads of a row, so that it does not wait for the ids of given experts first.
-__device__ __forceinline__ void fetch_row(const logit_t* logits, const float* bias, const float* logit_bias, int lane) {
-    if (ALIGNED) fetch_lines<NUM_LOGITS>(logits, lane);
-    if (HAS_BIAS && NUM_BIASES == 0) fetch_lines<NUM_EXPERTS>(bias, lane);
-    if (HAS_LOGIT_BIAS) fetch_lines<NUM_EXPERTS>(logit_bias, lane);
 }
 
 // Route rows by the first `routing_warps()` warps of each block, and pass each expert on: `keep(token, place, expert)`.
@@ -139,28 +106,39 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     const int64_t token = warp * ROWS_PER_WARP + threadIdx.x % 32 / LANES;
     const int64_t num_routed = valid_rows(num_valid, num_valid_value, num_tokens);
     const bool exists = token < num_tokens;
-    if (HAS_GIVEN && exists) fetch_row(logits + token * logits_stride, bias, logit_bias, lane);
-    const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
     const int id = given_id(given_experts, given_stride, token_ids, token, lane, exists);
-    const GivenExpert given = given_expert<LANES>(id, its_bias, lane);
-    const bool valid = token < num_routed && (given.is_set ? given.exists : its_bias.exists);
-    const Task task = {lane, valid, valid && !given.is_set, given, expert_scale};
+    const BiasRow its_bias = bias_of_token(bias, bias_index, exists ? token : 0);
     int64_t expert[1];
     float weight[1];
-    if (HAS_GIVEN && !WHOLE_ROW_SOFTMAX && !__any_sync(FULL_WARP, task.selects)) {
-        const Row row = {logits + token * logits_stride, logit_bias, numbers};
+    Task task = {lane, false, false, {}, expert_scale};
+    // What the lanes load of a row, padding too, is on its way before num_valid and the ids of given experts are there.
+    const auto weighs_given_only = [&](const Row& row) {
+        task.given = given_expert<LANES>(id, its_bias, lane);
+        task.valid = token < num_routed && (task.given.is_set ? task.given.exists : its_bias.exists);
+        task.selects = task.valid && !task.given.is_set;
+        if (!HAS_GIVEN || WHOLE_ROW_SOFTMAX || __any_sync(FULL_WARP, task.selects)) return false;
         weigh_chosen(0, 0.0f, row, SoftmaxStatistics(), task, expert, weight);
-    } else if constexpr (INTERLEAVED) {
+        return true;
+    };
+    if constexpr (INTERLEAVED) {
         typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
+        typedef InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> Choice;
         const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
-        route_by_bounds<Layout>(row, its_bias.bias, task, expert, weight);
+        const typename Choice::First first = Choice::load_first(row, its_bias.bias, lane);
+        if (HAS_GIVEN) first.on_their_way();
+        if (!weighs_given_only(row)) route_by_bounds<Choice>(row, its_bias.bias, first, task, expert, weight);
     } else {
+        constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
         const Row row = {logits + token * logits_stride, logit_bias, numbers};
-        route_by_scores<LANES, PER_LANE>(row, its_bias.bias, task, exists, expert, weight);
+        LaneColumns<PER_LANE> own = {};
+        if (exists)
+            own.template load_adjacent<WHOLE, ALIGNED, BIAS_ALIGNED, NUM_EXPERTS>(row, its_bias.bias, lane * PER_LANE);
+        if (HAS_GIVEN) own.on_their_way();
+        if (!weighs_given_only(row)) route_by_scores(row, own, task, expert, weight);
     }
     if (lane < OUTPUTS && exists) {
-        store_float(weights + token * weights_stride + lane, valid ? weight[0] : 0.0f);
-        const index_t id = valid ? written_id(expert[0], lane, token, replicas) : index_t(-1);
+        store_float(weights + token * weights_stride + lane, task.valid ? weight[0] : 0.0f);
+        const index_t id = task.valid ? written_id(expert[0], lane, token, replicas) : index_t(-1);
         indices[token * indices_stride + lane] = id;
         keep(token, lane, id);
     }
