@@ -94,10 +94,13 @@ def _gradient_rows() -> list[Row]:
     upstream = torch.randn(MANY, 8, device="cuda")
     rows = []
     for indices, given in (("none", {}), ("empty", {"indices": ids, "unset": "empty"})):
-        weights = dense_router(x, weight, method, **given).weights
+        routed: dict[Any, Any] = {}  # by stream: the gradient is computed on the one of the forward pass
 
-        def back(i: int, weights: Any = weights) -> Any:
-            return torch.autograd.grad(weights, [x, weight], upstream, retain_graph=True)
+        def back(i: int, routed: dict[Any, Any] = routed, given: dict[str, Any] = given) -> Any:
+            stream = torch.cuda.current_stream()
+            if stream not in routed:
+                routed[stream] = dense_router(x, weight, method, **given).weights
+            return torch.autograd.grad(routed[stream], [x, weight], upstream, retain_graph=True)
 
         rows.append(gpu_row(back, cell | {"indices": indices}, torch=True))
     grad_logits = torch.randn(MANY, 256, device="cuda")

@@ -95,7 +95,11 @@ class GpuBackend(Backend):
             pytest.skip("no CUDA device")
 
     def upload(self, host: np.ndarray) -> Any:
-        return self.xp.asarray(host.view(np.uint8)).view(host.dtype) if host.size else self.xp.empty(0, host.dtype)
+        return (
+            self.xp.asarray(host.view(np.uint8)).view(host.dtype)
+            if host.size
+            else self.xp.empty(host.shape, host.dtype)
+        )
 
     def numpy(self, array: Any) -> np.ndarray:
         dtype = array.dtype

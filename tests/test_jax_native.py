@@ -26,7 +26,7 @@ from cupy_router import (
 )
 from cupy_router.compiler import CompileError, Signature
 from cupy_router.ops import _cached
-from tests import inputs, jax_layouts
+from tests import given_calls, inputs, jax_layouts
 from tests.gpu import support
 from tests.jax_calls import METHOD, NAMES, calls
 from tests.recorder import recording
@@ -85,6 +85,16 @@ def test_single_kernel_calls_need_no_handler(name: str) -> None:
     call = calls()[name]
     program = lowered(lambda arrays: call(arrays), call.arrays)
     assert (launched(program), handled(program)) == ((0, 1) if name in HANDLED else (1, 0))
+
+
+@pytest.mark.slow("compiler")
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("unset", ["route", "empty"])
+def test_given_experts_need_no_handler(unset: str) -> None:
+    """Nor arrays that this kernel does not read: with "empty" nothing is selected, so there is no bias."""
+    call = given_calls.Call("activation_topk", "uint8 indices", unset)
+    program = lowered(lambda arrays: call(arrays), call.arrays())
+    assert (launched(program), handled(program)) == (1, 0)
 
 
 @pytest.mark.slow("compiler")

@@ -24,7 +24,7 @@ def kernel(
 ) -> str:
     """Compile a kernel to PTX for an architecture such as "compute_90", with the options of other launches.
 
-    Its only parameters are `arguments`, in their order; the others become `constants`.
+    Its only parameters are `arguments`, in their order, though it may not need all; its others become `constants`.
     """
     nvrtc = compiler.require_cuda().cuda.nvrtc
     text = with_entry(source, signature.function, arguments, dict(constants))
@@ -46,7 +46,7 @@ def with_entry(source: str, function: str, arguments: tuple[str, ...], constants
         raise CompileError(f'the text has no extern "C" __global__ void {function}(...)')
     by_name = {parameter.name: parameter for parameter in found.parameters}
     body, parameters = f"{function}_body", ", ".join(parameter.text for parameter in found.parameters)
-    given = ", ".join(by_name[name].text for name in arguments)
+    given = ", ".join(by_name[name].text if name in by_name else f"const void* {name}" for name in arguments)
     values = ", ".join(
         parameter.name if parameter.name in arguments else _literal(source, parameter, constants)
         for parameter in found.parameters
