@@ -78,13 +78,15 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
         ):
             warps = min(method.num_experts if whole_rows else top_k, tuned.max_warps)
         else:
-            parts = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, -(-hidden // 256)))
+            steps = max(1, -(-hidden // 256))
+            most = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, steps))
+            parts = next(parts for parts in range(most, 0, -1) if parts <= most // 2 or steps % parts == 0)
             warps = top_k * parts
             float32 = "float32" in (x.dtype, weight.dtype)
-            in_flight = tuned.loads_in_flight // (1 + float32) // (1 + (warps > tuned.sharing_warps))
-            steps = max(1, -(-hidden // (256 * parts)))
-            batches = -(-steps // in_flight)
-            macros |= {"PARTS": parts, "UNROLL": -(-steps // batches), "HIDDEN": hidden}
+            crowded = warps > tuned.uncrowded_warps
+            in_flight = (tuned.crowded_loads if crowded else tuned.loads_in_flight) // (1 + float32)
+            batches = -(-steps // parts // in_flight)
+            macros |= {"PARTS": parts, "UNROLL": -(-steps // parts // batches), "HIDDEN": hidden}
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
         return Kernel(name, name, macros, grid, 32 * warps, fixed, headers(method), takes=_TAKES)

@@ -127,6 +127,8 @@ class HashProducts(Family):
     sharing_warps: int  # of a token, where several warps share a dot product
     max_parts: int  # of a dot product
     loads_in_flight: int  # 16-byte words of 16-bit floats that a lane waits for at once
+    uncrowded_warps: int  # up to which a lane has registers for all these loads
+    crowded_loads: int  # with more warps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,9 +105,11 @@ TABLE = Table(
     hash_products=HashProducts(
         measured_by="python -m benchmarks.bench_dense_router",
         max_warps=8,
-        sharing_warps=24,
+        sharing_warps=32,
         max_parts=8,
         loads_in_flight=7,
+        uncrowded_warps=24,
+        crowded_loads=4,
     ),
     # The dot products read from L2, and cuBLAS takes 6 us for even the smallest product. Both ways take the same time
     # at 8 (E 384, H 7168) to 13 (E 256, H 4096).
