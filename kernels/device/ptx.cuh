@@ -77,9 +77,6 @@ __device__ __forceinline__ T computed_now(T value) {
     return value;
 }
 
-// Compute a value here, or have its load on its way: the compiler would wait until the branch that uses it.
-__device__ __forceinline__ void needed_now(float value) { asm volatile("" ::"f"(value)); }
-
 // Return the bits of a float that arithmetic made. The only NaN that the hardware makes is 0x7fffffff.
 __device__ __forceinline__ unsigned canonical_bits(float sum) { return __float_as_uint(sum); }
 
@@ -97,8 +94,6 @@ template <typename T>
 inline T computed_now(T value) {
     return value;
 }
-
-inline void needed_now(float) {}
 
 inline unsigned canonical_bits(float sum) { return sum != sum ? 0x7fffffffu : __float_as_uint(sum); }
 

@@ -189,8 +189,8 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     }
 
     template <typename T>
-    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, const First& first, int lane,
-                                                 bool valid) {
+    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, const First& first,
+                                                 int lane, bool valid) {
         TaggedHeads<HEADS> heads;
         if constexpr (NUM_GROUPS > 0) {
             heads = best_of_groups<Interleaved, HEADS>(first, lane, row.numbers, statistics);
