@@ -73,6 +73,11 @@ MOVE_RATIOS = {
     "unpermute_backward": {64: 1.1, 1024: 1.1, 8192: 1.1},
 }
 
+# ExpertParallel in a CUDA graph. By tokens of a rank, a ratio to bare collectives and copies of the same bytes, and
+# microseconds more; with one rank, a ratio to the ops alone.
+EXPERT_PARALLEL_RATIO, EXPERT_PARALLEL_MORE = {64: 1.4, 1024: 1.1, 8192: 1.1}, 12.0
+EXPERT_PARALLEL_ALONE = 1.05
+
 JAX_MORE = 30.0  # until the result of a jitted activation_topk is ready, minus that of an addition of the same size
 HOST = {"torch": 20.0, "torch, out=": 12.0, "cupy": 15.0, "cupy, out=": 12.0}  # each call of activation_topk
 HOST_RATIO = {  # of an eager call to torch.relu

@@ -125,12 +125,13 @@ def main(op: str, measure: Callable[[bool], list[Row]], one: OneSize | None = No
 
 
 def environment() -> dict[str, Any]:
-    """Return the GPU, its clocks, versions, commit, date and kernels, which every file of results contains."""
+    """Return the GPU, its clocks, names of all GPUs, versions, commit, date and kernels: every file contains them."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     smi = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
-    packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "transformers", "numpy")
+    packages = ("cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "triton", "transformers", "numpy", "nvidia-nccl-cu13")
     return {
         "gpu": dict(zip(query.split(","), (field.strip() for field in smi.split(",")), strict=False)),
+        "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
         generator, n = torch.Generator().manual_seed(seed), sum(self.num_tokens)
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
         indices = normal(n, self.num_experts).argsort(dim=1)[:, : self.top_k].to(self.index_dtype)
         weights = normal(n, self.top_k).to(self.weight_dtype)
@@ -49,13 +49,17 @@ class Problem(NamedTuple):
 
 
 def experts(rows: torch.Tensor, ends: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Return what experts return for their rows, each row by itself, and NaN for rows without a pair."""
-    if not len(matrices):
+    """Return what experts return for their rows, and NaN for rows without a pair.
+
+    An expert's arrays have the same shapes, and so the same bits on any device, in one process and in several.
+    """
+    bounds, x = [0, *ends.tolist()], rows.float()[:, :, None]
+    found = [
+        (x[first:end] * matrix).sum(dim=1) for matrix, (first, end) in zip(matrices, pairwise(bounds), strict=True)
+    ]
+    if not found:
         return torch.full_like(rows, torch.nan)  # depends on nothing, so it does not require grad
-    expert = torch.searchsorted(ends, torch.arange(len(rows)), right=True)
-    chosen = matrices[expert.clamp(max=len(matrices) - 1)]
-    y = (rows.float()[:, :, None] * chosen).sum(dim=1).tanh().to(rows.dtype)
-    return torch.where((expert < len(matrices))[:, None], y, torch.nan)
+    return torch.cat([*found, torch.full_like(x[bounds[-1] :, :, 0], torch.nan)]).tanh().to(rows.dtype)
 
 
 def of_one_process(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
@@ -79,6 +83,7 @@ def of_ranks(parallel: ExpertParallel, problem: Problem, seed: int) -> dict[str,
     assert rows.shape == (layout.capacity, HIDDEN)
     assert count or not layout.capacity
     assert rows.dtype == x.dtype
+    assert not rows[int(layout.offsets[-1]) :].any()
     out = parallel.combine(experts(rows, layout.ends, matrices), ticket)
     assert out.shape == x.shape
     out.backward(arrays["grad"][own])

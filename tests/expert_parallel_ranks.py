@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of the tests of ExpertParallel: `python -m tests.expert_parallel_ranks RANK NUM_RANKS FOLDER`.
+"""One rank of the tests of ExpertParallel: `python -m tests.expert_parallel_ranks RANK NUM_RANKS FOLDER BACKEND`.
 
 Every rank knows the tokens of all, and computes by itself what one process returns.
 """
@@ -104,7 +104,8 @@ def shapes_are_static() -> None:
         seen.append(calls)
     rows, one = (6 * num_ranks, HIDDEN), (6, HIDDEN)
     gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
-    forward = [(gather, (6 * num_ranks, 6)), (gather, rows), (scatter, one)]  # ids and weights, x, sums
+    together = [(gather, (6 * num_ranks, 4 * width)) for width in (3, 3, HIDDEN)]  # bytes of ids, weights, x
+    forward = [*together, (scatter, one)]
     backward = [(gather, rows), (scatter, (6, 3)), (scatter, one)]  # of sums, weights, x
     assert seen == [[(gather, seen[0][0][1]), *forward, *backward], *[forward + backward] * 3], seen
 
@@ -202,7 +203,37 @@ def second_derivatives_are_refused() -> None:
     assert "first derivatives only" in refused(grad.sum().backward, RuntimeError)
 
 
-def cases(num_ranks: int) -> dict[str, Callable[[], None]]:
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def captured(exact: bool) -> None:
+    """Replays give what eager calls do, whatever tokens, experts and weights are by then."""
+    rank, problem = dist.get_rank(), Problem((5,) * dist.get_world_size(), 8, 3)
+    own, names = tokens_of(problem, rank), ("x", "weights", "indices")
+    parallel = ExpertParallel(None, 8, exact=exact, max_tokens=6)
+    matrix = problem.arrays()["matrices"][0]
+
+    def layer(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows, _, ticket = parallel.dispatch(*(given[name] for name in names))
+        return parallel.combine(torch.tanh(rows @ matrix), ticket)
+
+    with torch.no_grad():
+        held = {name: array[own].clone() for name, array in problem.arrays().items() if name in names}
+        for _ in range(2):
+            layer(held)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layer(held)
+        for seed in (1, 2, 3):
+            arrays = problem.arrays(seed)
+            for name in names:
+                held[name].copy_(arrays[name][own])
+            graph.replay()
+            assert torch.equal(found, layer({name: arrays[name][own] for name in names}))
+
+
+def cases(num_ranks: int, backend: str) -> dict[str, Callable[[], None]]:
     """Return all cases by name. Ranks run them in this order."""
     found = dict(value_cases(num_ranks))
     found["shapes are static"] = shapes_are_static
@@ -214,7 +245,10 @@ def cases(num_ranks: int) -> dict[str, Callable[[], None]]:
     found["no grad mode"] = no_gradient_without_grad_mode
     found["compiled"] = compiled
     found["second derivatives"] = second_derivatives_are_refused
-    return found | faults.cases()
+    if backend == "nccl":
+        for exact in (False, True):
+            found[f"captured{', exact' * exact}"] = partial(captured, exact)
+    return found | faults.cases(backend)
 
 
 if __name__ == "__main__":

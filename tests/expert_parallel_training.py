@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ def losses_of_one_process(steps: int, num_ranks: int) -> list[float]:
 
     What ranks have in common is copied for each, and the gradients of the copies are added in order.
     """
-    hidden, clusters = (torch.from_numpy(array) for array in tokens.load())
-    model = moe_pytorch.MoE()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, clusters = (torch.from_numpy(array).to(device) for array in tokens.load())
+    model = moe_pytorch.MoE().to(device)
     optimizer = torch.optim.SGD(model.parameters(), tokens.LEARNING_RATE, tokens.MOMENTUM)
     losses = []
     for batch in tokens.batches(steps):
-        shards = [torch.from_numpy(rows) for rows in np.array_split(batch, num_ranks)]
+        shards = [torch.from_numpy(rows).to(device) for rows in np.array_split(batch, num_ranks)]
         gates = [model.gate.weight.detach().clone().requires_grad_() for _ in shards]
         heads = [model.head.detach().clone().requires_grad_() for _ in shards]
         found = [
@@ -63,7 +65,9 @@ def losses_of_one_process(steps: int, num_ranks: int) -> list[float]:
 
 
 def main(steps: int, path: Path) -> None:
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     found = {name: moe_torchrun.train(steps, **options) for name, options in OPTIONS.items()}
     if dist.get_rank() == 0:
         path.write_text(json.dumps(found))

@@ -139,7 +139,7 @@ def compiled() -> None:
     torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
 
 
-def cases(num_ranks: int) -> dict[str, Callable[[], None]]:
+def cases(num_ranks: int, backend: str) -> dict[str, Callable[[], None]]:
     """Return all cases by name. Ranks run them in this order."""
     found = {f"{name}, {plan}": partial(compare, name, plan) for name in CONFIGS for plan in PLANS}
     return {"compiled": compiled, **found}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of arrays that are sharded over four CPU devices: python -m tests.jax_mesh NAME."""
+"""Calls of arrays that are sharded over several devices: python -m tests.jax_mesh NAME WHERE.
+
+WHERE is "cpu", which has four devices then, or "gpu".
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ import re
 import sys
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+os.environ |= (
+    {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if sys.argv[2] == "gpu"
+    else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+)
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +40,14 @@ from tests.jax_calls import METHOD, SHARED, calls, same_bits
 from tests.jax_gradients import Case
 from tests.jax_layouts import EXPERTS, HIDDEN, TOP_K, ids
 
+NUM_DEVICES = 4 if len(jax.devices()) >= 4 else 2
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS = ("logits", "x", "token_ids")
 
 
 def mesh(**axes: AxisType) -> Any:
-    return jax.make_mesh((4,) if len(axes) == 1 else (2, 2), tuple(axes), axis_types=tuple(axes.values()))
+    sizes = (NUM_DEVICES,) if len(axes) == 1 else (2, NUM_DEVICES // 2)
+    return jax.make_mesh(sizes, tuple(axes), axis_types=tuple(axes.values()), devices=jax.devices()[:NUM_DEVICES])
 
 
 def put(array: Any, where: Any, *spec: Any) -> Any:
@@ -207,7 +216,8 @@ def layouts() -> None:
 
     given = x, indices, weights
     want, want_by, wanted_plan = block(*given), jax.grad(loss, (0, 2))(*given), plan(logits)
-    parts = [slice(4 * i, 4 * i + 4) for i in range(4)]
+    size = 16 // NUM_DEVICES
+    parts = [slice(size * i, size * i + size) for i in range(NUM_DEVICES)]
     local = [block(*(array[part] for array in given)) for part in parts]
     local_plans = [plan(logits[part]) for part in parts]
     for axes in ({"a": EXPLICIT}, {"a": AUTO}, {"a": EXPLICIT, "b": EXPLICIT}, {"a": EXPLICIT, "b": AUTO}):
@@ -236,10 +246,11 @@ def layouts() -> None:
             close(plans, _joined([each.layout.positions for each in local_plans]))
 
     def of_local_experts(x: Any, indices: Any, weights: Any) -> Any:
-        """Each device has three experts, and gathers all tokens."""
+        """Each device has as many experts, and gathers all tokens."""
         gathered = [jax.lax.all_gather(array, "a", tiled=True) for array in (x, indices, weights)]
-        mine = jnp.arange(EXPERTS, dtype=jnp.int32) - 3 * jax.lax.axis_index("a")  # traced, so no `experts`
-        layout = expert_layout(gathered[1], EXPERTS, alignment=2, expert_map=mine, num_local=3)
+        local = -(-EXPERTS // NUM_DEVICES)
+        mine = jnp.arange(EXPERTS, dtype=jnp.int32) - local * jax.lax.axis_index("a")  # traced, so no `experts`
+        layout = expert_layout(gathered[1], EXPERTS, alignment=2, expert_map=mine, num_local=local)
         part = unpermute(jnp.tanh(permute(gathered[0], layout)), layout, gathered[2])
         return x + jax.lax.psum_scatter(part, "a", tiled=True)
 
@@ -309,6 +320,6 @@ def fails(message: str, call: Any) -> None:
 
 
 if __name__ == "__main__":
-    assert len(jax.devices()) == 4
+    assert len(jax.devices()) >= NUM_DEVICES
     globals()[sys.argv[1]]()
     sys.stdout.write("done\n")

@@ -20,10 +20,10 @@ from tests import rank_processes  # noqa: E402  # PyTorch may be missing
 
 
 @pytest.mark.slow("process")
-@pytest.mark.backends("reference")
+@pytest.mark.backends("reference", "gpu")
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_ranks_do_what_one_process_does(num_ranks: int, tmp_path: Path) -> None:
-    rank_processes.assert_all_pass(ranks.__name__, num_ranks, ranks.cases, tmp_path)
+def test_ranks_do_what_one_process_does(num_ranks: int, backend: Any, tmp_path: Path) -> None:
+    rank_processes.assert_all_pass(ranks.__name__, num_ranks, ranks.cases, tmp_path, backend.name)
 
 
 # -- One rank ----------------------------------------------------------------------------------------------------------
@@ -37,7 +37,15 @@ def group() -> Iterator[Any]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.backends("reference")
+@pytest.fixture
+def device(backend: Any) -> Iterator[None]:
+    """Make tensors on the device of the backend."""
+    with torch.device("cuda" if backend.name == "gpu" else "cpu"):
+        yield
+
+
+@pytest.mark.backends("reference", "gpu")
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("method", ["gather", "exchange"])
 @pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
 def test_one_rank_communicates_nothing(method: str, exact: bool, group: Any) -> None:

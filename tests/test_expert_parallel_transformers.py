@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests import rank_processes  # noqa: E402  # likewise
 
 
 @pytest.mark.slow("process")
-@pytest.mark.backends("reference")
-def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.backends("reference", "gpu")
+def test_two_ranks_do_what_one_process_does(backend: Any, tmp_path: Path) -> None:
     """With FSDP, ranks have different tokens."""
-    rank_processes.assert_all_pass(ranks.__name__, 2, ranks.cases, tmp_path)
+    rank_processes.assert_all_pass(ranks.__name__, 2, ranks.cases, tmp_path, backend.name)

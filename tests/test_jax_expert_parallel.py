@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,21 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from cupy_router.jax import _expert_parallel, expert_parallel  # noqa: E402
 
-pytestmark = pytest.mark.backends("reference")
+pytestmark = pytest.mark.backends("reference", "gpu")
 ROOT = Path(__file__).parents[1]
 
 
-def run(check: str) -> None:
-    """Run a function of `tests.jax_expert_parallel` in a process with four devices."""
+@pytest.fixture
+def run(backend: Any) -> Callable[[str], None]:
+    """Return a function that runs one of `tests.jax_expert_parallel`, with four devices of a CPU or with all GPUs."""
+    if backend.name == "gpu" and len(jax.devices()) < 2:
+        pytest.skip("needs two CUDA devices")
+    return partial(run_on, "gpu" if backend.name == "gpu" else "cpu")
+
+
+def run_on(where: str, check: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.jax_expert_parallel", check],
+        [sys.executable, "-m", "tests.jax_expert_parallel", check, where],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
@@ -41,18 +49,18 @@ def run(check: str) -> None:
     "check",
     ["against_one_device", "kinds_of_meshes", "the_same_tokens", "transformations", "capacity", "two_hundred_steps"],
 )
-def test_devices_do_what_one_does(check: str) -> None:
+def test_devices_do_what_one_does(check: str, run: Callable[[str], None]) -> None:
     run(check)
 
 
 @pytest.mark.slow("process")
 @pytest.mark.parametrize("check", ["one_device", "experts_of_devices"])
-def test_what_devices_have_and_move(check: str) -> None:
+def test_what_devices_have_and_move(check: str, run: Callable[[str], None]) -> None:
     run(check)
 
 
 @pytest.mark.slow("process")
-def test_the_example_learns_on_a_mesh_what_it_learns_on_one_device() -> None:
+def test_the_example_learns_on_a_mesh_what_it_learns_on_one_device(run: Callable[[str], None]) -> None:
     run("training")
 
 

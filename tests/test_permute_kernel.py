@@ -205,6 +205,19 @@ def test_strides_beyond_32_bits(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.numpy(rows), host[::-1])
 
 
+@pytest.mark.needs_kernels
+def test_rows_without_a_pair_may_keep_what_they_hold(backend: Backend) -> None:
+    """ExpertParallel asks for that where their bytes would be many."""
+    x, positions = inputs.normal((3, 40), seed=71), np.array([[4, -1], [-1, -1], [0, 2]], np.int32)
+    order, held = np.array([4, -1, 5, -1, 0, 17], np.int32), np.full((6, 40), 7, np.float32)
+    into = backend.array(held)
+    given = backend.array(x), backend.array(order), backend.array(positions), None
+    run(permute_op.OP, LayoutInts(clears=False), given, into, None)
+    np.testing.assert_array_equal(backend.numpy(into), np.stack([x[2], held[0], x[2], held[0], x[0], held[0]]))
+    run(permute_op.OP, LayoutInts(), given, into, None)
+    assert not backend.numpy(into)[[1, 3, 5]].any()
+
+
 def test_too_many_slots_for_a_dot_product(backend: Backend) -> None:
     moved = Moved(backend, Case(num_tokens=1, top_k=20_000, hidden=1, padding=0))
     moved.check_sums(moved.unpermute(), has_residual=True)

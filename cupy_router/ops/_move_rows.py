@@ -45,8 +45,8 @@ class _Team(NamedTuple):
         return {"TEAM": self.team, "TEAMS": self.teams, "PARTS": self.parts, "UNROLL": self.unroll, **bounds}
 
 
-def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
-    """Return the kernel that computes these results."""
+def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu, clears: bool = True) -> Kernel:
+    """Return the kernel that computes these results. Unless it clears rows, it writes to those of pairs only."""
     x, positions, rows, residual = arrays.x, arrays.positions, arrays.rows, arrays.residual
     want, tuned = options.want, gpu.table.move_rows
     (num_tokens, hidden), top_k = x.shape, positions.shape[1]
@@ -81,7 +81,7 @@ def permute_kernel(options: Any, arrays: Arrays, gpu: Gpu) -> Kernel:
     shares_order = "rows" in want and capacity <= tuned.shared_order and team.teams == 1 and (spread or slots >= top_k)
     padding_rows = _padding_rows(gpu, capacity, num_tokens * top_k)
     token_blocks = -(-num_tokens // team.teams) * team.parts * groups
-    padding_blocks = -(-capacity // (padding_rows * team.warps)) if "rows" in want else 0
+    padding_blocks = -(-capacity // (padding_rows * team.warps)) if "rows" in want and clears else 0
     strided = [positions, weights, *moved, *others, arrays.dots if has_dots else None]
     macros |= team.macros(has_dots or has_residual_dots) | {
         "TOP_K": top_k,

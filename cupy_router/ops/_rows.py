@@ -23,11 +23,15 @@ NO_SECOND_DERIVATIVE = "cupy_router: permute and unpermute have first derivative
 
 @dataclass(frozen=True)
 class LayoutInts(Options):
-    """Ints of the layout of a call, None if unknown. Its arrays are checked against them; graphs do not have them."""
+    """Ints of the layout of a call, None if unknown. Its arrays are checked against them; graphs do not have them.
+
+    clears: permute writes 0 to rows without a pair. Without, which is for ExpertParallel, they may keep what they hold.
+    """
 
     num_tokens: Any = None
     top_k: Any = None
     capacity: Any = None
+    clears: bool = True
 
     text = "{}"  # the same program for any layout
 
@@ -52,10 +56,10 @@ class GradientOptions(Options):
     want: tuple[str, ...]
 
 
-def permute_kernel(op: Op, want: tuple[str, ...], arrays: Arrays, gpu: Gpu) -> Kernel:
+def permute_kernel(op: Op, want: tuple[str, ...], arrays: Arrays, gpu: Gpu, clears: bool = True) -> Kernel:
     """Return the kernel that goes from tokens to rows, for the wanted results of an op."""
     given = _with_nulls(_PERMUTE_TAKES, arrays)
-    return _kernel(op, _PERMUTE_TAKES, move_rows.permute_kernel(GradientOptions(want), given, gpu))
+    return _kernel(op, _PERMUTE_TAKES, move_rows.permute_kernel(GradientOptions(want), given, gpu, clears))
 
 
 def unpermute_kernel(op: Op, want: tuple[str, ...], arrays: Arrays, gpu: Gpu) -> Kernel:

@@ -68,7 +68,7 @@ class Permute(Op):
         return (reference.permute(arrays.x, arrays.order, arrays.positions.shape[1], arrays.weights),)
 
     def kernel(self, options: LayoutInts, arrays: Arrays, gpu: Gpu) -> Kernel:
-        return _rows.permute_kernel(self, ("rows",), arrays, gpu)
+        return _rows.permute_kernel(self, ("rows",), arrays, gpu, options.clears)
 
 
 OP = Permute()

@@ -134,7 +134,8 @@ class ExpertParallel:
             rows, layout and ticket.
 
             - rows: [layout.capacity, hidden] in the dtype of x, the tokens of each expert of this rank, those of lower
-              ranks first.
+              ranks first. Rows from layout.ends[-1] on have no token. They are 0 in grad mode; otherwise they hold
+              anything.
             - layout: :class:`ExpertLayout` of these experts, with counts, offsets, ends, order and positions.
             - ticket: For :meth:`combine`.
 
@@ -190,7 +191,7 @@ class ExpertParallel:
             ids, weights = _as_ids(indices, self._shard.num_experts), weights.float()
         if self._static is not None:
             self._check_again(call, error)
-            return Gather(self._group, ids, weights, self._shard, self._static.max_tokens)
+            return Gather(self._group, x, ids, weights, self._shard, self._static.max_tokens)
         if ids is not None and self._exchanges:
             destinations = Destinations(ids, self._shard.num_experts, self._num_ranks, self._exact)
         counts = (
@@ -198,11 +199,11 @@ class ExpertParallel:
         )
         sizes = agreement.exchange(self._group, call, num_tokens, counts, error)
         if destinations is not None:
-            return Exchange(self._group, ids, weights, self._shard, destinations, sizes.counts)
+            return Exchange(self._group, x, ids, weights, self._shard, destinations, sizes.counts)
         if call.max_tokens > 0:
             self._static = call
         most_tokens = max(call.max_tokens, *sizes.num_tokens, 1)
-        return Gather(self._group, ids, weights, self._shard, most_tokens)
+        return Gather(self._group, x, ids, weights, self._shard, most_tokens)
 
     def _check_again(self, call: agreement.Call, error: Exception | None) -> None:
         """Check a call with static shapes, of which the other ranks are told nothing."""
@@ -220,7 +221,5 @@ class ExpertParallel:
 
 
 def _as_ids(indices: Any, num_experts: int) -> Any:
-    """Return indices as int32, with -1 for all that are no experts."""
-    if indices.dtype != torch.int64:
-        indices = indices.int()
-    return indices.masked_fill((indices < 0) | (indices >= num_experts), -1).int()
+    """Return indices as int32; what is no expert stays none."""
+    return (indices.clamp(-1, num_experts) if indices.dtype == torch.int64 else indices).int()

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tokens reach the ranks of their experts and come back, by collectives of torch.distributed.
 
-A transport serves one call. `share` takes rows of this rank's tokens to the ranks of their experts. `collect`, its
-transpose, adds up what those ranks have for each token. `bring_pairs` returns the rows of each token's pairs one by
-one, to be added up in the order of slots.
+A transport serves one call. It starts with the tokens at the ranks of their experts. `share` takes other rows of these
+tokens there. `collect`, its transpose, adds up what those ranks have for each token. `bring_pairs` returns the rows of
+each token's pairs one by one, to be added up in the order of slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,7 +35,13 @@ class Transport(Protocol):
 
     layout: ExpertLayout  # of this rank's experts, over the tokens that reached it
     weights: Any  # [num_tokens of the layout, top_k] float32
-    home: ExpertLayout  # of the pairs of this rank's tokens, in the order of `bring_pairs`
+
+    @property
+    def home(self) -> ExpertLayout:
+        """Layout of the pairs of this rank's tokens, in the order of `bring_pairs`."""
+
+    def take_tokens(self) -> Any:
+        """Return the tokens that reached this rank, [num_tokens of the layout, hidden], once: they are not kept."""
 
     def share(self, x: Any) -> Any:
         """Return [num_tokens of the layout, width] for [num_tokens, width] of any dtype."""
@@ -59,45 +66,69 @@ def weighted_sum(transport: Transport, rows: Any, weights: Any, exact: bool) -> 
     return transport.collect(unpermute(rows, transport.layout, there))
 
 
-class Gather:
+class _Arrivals:
+    """Tokens that reached this rank, until somebody takes them."""
+
+    _arrived: Any
+
+    def take_tokens(self) -> Any:
+        tokens, self._arrived = self._arrived, None
+        return tokens
+
+
+class Gather(_Arrivals):
     """All tokens reach all ranks: all_gather and reduce_scatter, whose shapes do not depend on the routing."""
 
-    def __init__(self, group: Any, ids: Any, weights: Any, shard: Shard, most_tokens: int) -> None:
-        """Gather the experts of all tokens.
+    def __init__(self, group: Any, x: Any, ids: Any, weights: Any, shard: Shard, most_tokens: int) -> None:
+        """Gather all tokens, with their experts and weights.
 
-        ids: [num_tokens, top_k] int32, -1 where there is no expert.
+        x: [num_tokens, hidden].
+        ids: [num_tokens, top_k] int32.
         weights: [num_tokens, top_k] float32.
         most_tokens: To this number the tokens of every rank are padded.
         """
-        self._group, self._most_tokens = group, most_tokens
-        self._num_tokens, self._top_k = ids.shape
-        all_ids, self.weights = _unpack(self._all_gather(_pack(ids, weights), padding=-1))
+        self._group, self._most_tokens, self._num_experts = group, most_tokens, shard.num_experts
+        self._ids = ids
+        all_ids, self.weights, self._arrived = self._all_gather((ids, -1), (weights, 0), (x, 0))
         capacity = shard.capacity if shard.experts[1] else 0
         self.layout = expert_layout(all_ids, shard.num_experts, experts=shard.experts, capacity=capacity)
+
+    @cached_property
+    def home(self) -> ExpertLayout:
+        ids = self._ids
         pairs = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device).view(ids.shape)
-        self.home = ExpertLayout(
-            positions=torch.where(ids < 0, ids, pairs), num_tokens=self._num_tokens, top_k=self._top_k, alignment=1,
-            capacity=ids.numel(),
-        )  # fmt: skip
+        positions = pairs.masked_fill((ids < 0) | (ids >= self._num_experts), -1)
+        return ExpertLayout(
+            positions=positions, num_tokens=ids.shape[0], top_k=ids.shape[1], alignment=1, capacity=ids.numel()
+        )
 
     def share(self, x: Any) -> Any:
-        return self._all_gather(x)
+        return self._all_gather((x, 0))[0]
 
     def collect(self, sums: Any) -> Any:
-        return self._reduce_scatter(sums)[: self._num_tokens]
+        return self._reduce_scatter(sums)[: self._ids.shape[0]]
 
     def bring_pairs(self, rows: Any) -> Any:
         """Add the row of a pair to zeros of the other ranks, which is exact."""
         slots = permute(rows, _reordered(self.layout, self.layout.positions.view(-1)))
-        return self._reduce_scatter(slots)[: self._num_tokens * self._top_k]
+        return self._reduce_scatter(slots)[: self._ids.numel()]
 
-    def _all_gather(self, x: Any, padding: int = 0) -> Any:
-        missing = self._most_tokens - self._num_tokens
-        if missing:
-            x = torch.nn.functional.pad(x, (0, 0, 0, missing), value=padding)
-        found = x.new_empty((dist.get_world_size(self._group) * self._most_tokens, x.shape[1]))
-        all_gather(found, x.contiguous(), self._group)
+    def _all_gather(self, *given: tuple[Any, int]) -> list[Any]:
+        """Return arrays of all ranks. given: those of this rank, and what pads them."""
+        padded = [self._padded(array.detach(), padding) for array, padding in given]
+        num_rows = dist.get_world_size(self._group) * self._most_tokens
+        found = [array.new_empty((num_rows, array.shape[1])) for array in padded]
+        all_gather(found, padded, self._group)
         return found
+
+    def _padded(self, array: Any, padding: int) -> Any:
+        """Return a contiguous array with most_tokens rows."""
+        num_tokens = array.shape[0]
+        if num_tokens == self._most_tokens:
+            return array.contiguous()
+        padded = array.new_empty((self._most_tokens, array.shape[1]))
+        padded[:num_tokens], padded[num_tokens:] = array, padding
+        return padded
 
     def _reduce_scatter(self, rows: Any) -> Any:
         found = rows.new_empty((rows.shape[0] // dist.get_world_size(self._group), rows.shape[1]))
@@ -107,7 +138,10 @@ class Gather:
 
 
 def rank_of(expert: Any, num_experts: int, num_ranks: int) -> Any:
-    """Return the last rank whose first expert, rank * num_experts // num_ranks, is not after this one; -1 for -1."""
+    """Return the last rank whose first expert, rank * num_experts // num_ranks, is not after this one.
+
+    expert: int64, in -1..num_experts. -1 gives -1, num_experts at least num_ranks: no ranks.
+    """
     return ((expert + 1) * num_ranks - 1) // num_experts
 
 
@@ -117,10 +151,10 @@ class Destinations:
     def __init__(self, ids: Any, num_experts: int, num_ranks: int, exact: bool) -> None:
         """Lay tokens and pairs out by rank.
 
-        ids: [num_tokens, top_k] int32, -1 where there is no expert.
+        ids: [num_tokens, top_k] int32.
         exact: pairs are wanted with their positions, not only their counts.
         """
-        ranks = rank_of(ids.long(), num_experts, num_ranks).int()
+        ranks = rank_of(ids.long().clamp(-1, num_experts), num_experts, num_ranks).int()
         self.pairs = expert_layout(ranks, num_ranks, want=("counts", "positions") if exact else ("counts",))
         earlier = (ranks[:, :, None] == ranks[:, None, :]).tril(-1).any(dim=2)
         once = ranks.masked_fill(earlier, -1)  # a rank that has several experts of a token gets it once
@@ -128,21 +162,22 @@ class Destinations:
         self.counts = torch.cat([self.tokens.counts, self.pairs.counts])
 
 
-class Exchange:
+class Exchange(_Arrivals):
     """Tokens reach the ranks of their experts only, each once: all_to_all, whose sizes the host has to know."""
 
     def __init__(
         self,
         group: Any,
+        x: Any,
         ids: Any,
         weights: Any,
         shard: Shard,
         destinations: Destinations,
         counts: Sequence[Sequence[int]],
     ) -> None:
-        """Exchange the experts of tokens.
+        """Exchange tokens, with their experts and weights.
 
-        ids, weights: As for :class:`Gather`.
+        x, ids, weights: As for :class:`Gather`.
         counts: The counts of the destinations of every rank.
         """
         rank, num_ranks = dist.get_rank(group), len(counts)
@@ -154,6 +189,7 @@ class Exchange:
         self._sent = tokens._replace(order=tokens.order[:num_sent], capacity=num_sent)
         self.home = destinations.pairs._replace(capacity=sum(self._pairs[0]))
         here, self.weights = _unpack(self.share(_pack(ids, weights)))
+        self._arrived = self.share(x)
         capacity = num_pairs if shard.capacity is None else shard.capacity
         self.layout = expert_layout(here, shard.num_experts, experts=shard.experts, capacity=capacity)
         first, count = shard.experts

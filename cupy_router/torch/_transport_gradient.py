@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from cupy_router.ops import _unpermute_backward
-from cupy_router.ops._rows import GradientOptions
+from cupy_router.ops._rows import GradientOptions, LayoutInts
 from cupy_router.ops._run import run_eagerly
-from cupy_router.ops.permute import permute
+from cupy_router.ops.permute import OP as PERMUTE
 from cupy_router.torch._transport import Transport, weighted_sum
 
 
@@ -54,7 +54,10 @@ class Dispatch(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, transport: Transport, exact: bool, x: Any, leaf: Any) -> tuple[Any, Any]:
         ctx.transport, ctx.exact = transport, exact
-        return permute(transport.share(x), transport.layout), x.new_empty(0)
+        # In grad mode the experts' derivatives of rows without a token are 0 times these rows, which must not be NaN.
+        options = LayoutInts(clears=leaf.requires_grad)
+        inputs = transport.take_tokens(), transport.layout.order, transport.layout.positions, None
+        return run_eagerly(PERMUTE, options, inputs), x.new_empty(0)
 
     @staticmethod
     @_first_derivatives
