@@ -56,10 +56,15 @@ def several(sizes: tuple[int, ...]) -> list[Row]:
     """Return the rows of NUM_RANKS processes, with bars."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (NUM_RANKS, folder, sizes)
+        ranks = torch.multiprocessing.spawn(expert_parallel_ranks.run, arguments, NUM_RANKS, join=False)
         try:
-            torch.multiprocessing.spawn(expert_parallel_ranks.run, arguments, NUM_RANKS)
-        except FAILURES as error:  # what other sizes gave is kept
-            print(f"left out: {error}")
+            while not ranks.join():
+                pass
+        except (*FAILURES, KeyboardInterrupt) as error:  # what was measured until then is kept
+            print(f"left out: {error!r}")
+        finally:
+            for process in ranks.processes:
+                process.kill()
         path = Path(folder) / "rows.json"
         found: list[Row] = results.load(path)["rows"] if path.exists() else []
     for row in select(found, part="dispatch + combine", call="CUDA graph"):

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of bench_expert_parallel: dispatch, experts and combine of a layer with the widths of DeepSeek-V3.
 
-Steps are captured in a CUDA graph one after the other, each with its own inputs, or enqueued so ("eager"). Before each
-sample, ranks wait for each other, and replay the graph once without counting, which also aligns them on the GPU. A
-sample is the time of the slowest rank.
+Steps are captured in a CUDA graph one after the other, each with its own inputs, or enqueued so ("eager"): as many as
+fill a sample. Before each sample, ranks wait for each other, and run these steps once without counting, which also
+aligns them on the GPU. A sample is the time of the slowest rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,9 @@ from cupy_router.ops.permute import OP as PERMUTE
 from cupy_router.torch import ExpertParallel
 
 NUM_EXPERTS, TOP_K, HIDDEN, WIDTH = 256, 8, 7168, 2048
-STEPS = {64: 40, 1024: 10, 8192: 2}  # in a sample, by tokens of a rank
-SAMPLES = 10  # of a round
+STEPS = {64: 40, 1024: 10, 8192: 2}  # the most in a sample, by tokens of a rank
+SAMPLE_MICROSECONDS = 2000  # about
+SAMPLES = 8  # of a round
 DTYPE = torch.bfloat16
 
 Step = Callable[[int], Any]  # step number i, on the i-th set of inputs
@@ -89,8 +93,10 @@ def _all_to_all(rows: Any, sent: list[int], received: list[int]) -> Any:
 class Problem:
     """One number of tokens of each rank, with as many sets of inputs as there are steps."""
 
-    def __init__(self, n: int, device: Any) -> None:
+    def __init__(self, n: int, device: Any, report: Callable[[Row], None]) -> None:
+        """Prepare inputs. report: called with each row when it is measured."""
         self.n, self.device, self.num_ranks, self.steps = n, device, dist.get_world_size(), STEPS[n]
+        self.report = report
         self.cell: Row = {"op": "expert_parallel", "E": NUM_EXPERTS, "k": TOP_K, "H": HIDDEN, "n": n}
         self.cell |= {"ranks": self.num_ranks, "dtype": "bfloat16"}
         draw = torch.Generator(device=device).manual_seed(n + dist.get_rank())
@@ -101,6 +107,11 @@ class Problem:
         every = ids.new_empty((self.num_ranks, *ids.shape))
         dist.all_gather_into_tensor(every.flatten(0, 1), ids)
         self.num_pairs = int(((every >= first) & (every < first + count)).sum()) // self.steps
+        self.gather = ExpertParallel(None, NUM_EXPERTS, max_tokens=n)
+        self.others = {
+            f"{OURS}, exchange": ExpertParallel(None, NUM_EXPERTS, method="exchange"),
+            "PyTorch, all_to_all": PlainTorch(self.num_ranks),
+        }
 
     def _inputs(self, draw: torch.Generator) -> Given:
         def normal(*shape: int) -> Any:
@@ -109,15 +120,16 @@ class Problem:
         chosen = normal(self.n, NUM_EXPERTS).topk(TOP_K)
         return normal(self.n, HIDDEN).to(DTYPE), chosen.values.softmax(dim=1), chosen.indices.int()
 
-    def row(self, step: Step, by: str, part: str, *, graph: bool) -> Row:
-        time, spread = results.median_and_spread(samples(step, self.steps, graph=graph))
+    def measure(self, step: Step, by: str, part: str, *, graph: bool) -> None:
+        """Report the time of a step."""
+        median, spread = results.median_and_spread(samples(step, self.steps, graph=graph))
         cell = self.cell | {"by": by, "call": "CUDA graph" if graph else "eager", "part": part}
-        return {"what": "gpu"} | cell | {"us": round(time, 2), "spread_us": round(spread, 2)}
+        self.report({"what": "gpu"} | cell | {"us": round(median, 2), "spread_us": round(spread, 2)})
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
 
-    def parts(self, engine: Any, experts: Experts, by: str, *, graph: bool) -> list[Row]:
-        """Return the time of each part of the layer, and of several together."""
+    def parts(self, engine: Any, experts: Experts, by: str, *, graph: bool) -> None:
+        """Measure each part of the layer, and several together."""
         rows, layout, ticket = engine.dispatch(*self.given[0])
 
         def dispatch(i: int) -> Any:
@@ -134,14 +146,14 @@ class Problem:
             found, new_layout, new = dispatch(i)
             return engine.combine(experts(found, _ends(new_layout)), new)
 
-        steps = {"dispatch": dispatch, "combine": combine, "dispatch + combine": both, "layer": layer}
-        found = [self.row(step, by, part, graph=graph) for part, step in steps.items()]
+        steps = {"dispatch + combine": both, "dispatch": dispatch, "combine": combine, "layer": layer}
         if graph:
-            found.append(self.row(lambda i: experts(rows, _ends(layout)), by, "experts", graph=True))
-        return found
+            steps["experts"] = lambda i: experts(rows, _ends(layout))
+        for part, step in steps.items():
+            self.measure(step, by, part, graph=graph)
 
-    def collectives(self) -> list[Row]:
-        """Return the time of one all_gather and one reduce_scatter with the bytes of "gather"; and of more like them.
+    def collectives(self) -> None:
+        """Measure one all_gather and one reduce_scatter with the bytes of "gather"; and more like them.
 
         The first two are what the bar counts.
         """
@@ -162,17 +174,19 @@ class Problem:
             "all_gather of experts and weights alone": lambda i: dist.all_gather_into_tensor(ids_into, ids),
             "all_to_all of tokens": lambda i: dist.all_to_all_single(sends, sums),
         }
-        return [self.row(step, "NCCL", part, graph=True) for part, step in steps.items()]
+        for part, step in steps.items():
+            self.measure(step, "NCCL", part, graph=True)
 
-    def copies(self) -> list[Row]:
-        """Return the time of copies of the bytes that permute and unpermute move, half read and half written."""
+    def copies(self) -> None:
+        """Measure copies of the bytes that permute and unpermute move, half read and half written."""
         num_rows = self.num_ranks * self.n + self.num_pairs
         source = torch.randint(0, 99, (num_rows * HIDDEN * DTYPE.itemsize // 2,), device=self.device, dtype=torch.uint8)
         target = torch.empty_like(source)
-        return [self.row(lambda i: target.copy_(source), "copy", part, graph=True) for part in ("permute", "unpermute")]
+        for part in ("permute", "unpermute"):
+            self.measure(lambda i: target.copy_(source), "copy", part, graph=True)
 
-    def kernels(self) -> list[Row]:
-        """Return the time of our ops alone, on the tokens of all ranks."""
+    def kernels(self) -> None:
+        """Measure our ops alone, on the tokens of all ranks."""
         every = [[torch.cat([array] * self.num_ranks) for array in given] for given in self.given[: self.steps]]
         experts = ExpertParallel(None, NUM_EXPERTS).experts
         layouts = [expert_layout(indices, NUM_EXPERTS, experts=experts) for *_, indices in every]
@@ -192,12 +206,13 @@ class Problem:
             "permute": move,
             "unpermute": lambda i: unpermute(rows, layouts[i % len(layouts)], gathered(i)[1]),
         }
-        return [self.row(step, OURS, part, graph=True) for part, step in steps.items()]
+        for part, step in steps.items():
+            self.measure(step, OURS, part, graph=True)
 
-    def check(self, experts: Experts, *engines: Any) -> None:
+    def check(self, experts: Experts) -> None:
         """Compare the outputs of all engines."""
         outs = []
-        for engine in engines:
+        for engine in (self.gather, *self.others.values()):
             rows, layout, ticket = engine.dispatch(*self.given[0])
             outs.append(engine.combine(experts(rows, _ends(layout)), ticket).float())
         for out in outs[1:]:
@@ -212,27 +227,39 @@ def _ends(layout: Any) -> Any:
 # -- Time --------------------------------------------------------------------------------------------------------------
 
 
-def samples(step: Step, steps: int, *, graph: bool) -> list[list[float]]:
-    """Return the microseconds of a step in each sample of each round, of the slowest rank."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def samples(step: Step, most: int, *, graph: bool) -> list[list[float]]:
+    """Return the microseconds of a step in each sample of each round, of the slowest rank. most: steps of a sample."""
+    runs = captured if graph else partial(partial, _run)
+    probe = runs(step, 2)
+    probe()
+    slowest = _slowest([_sample(probe) for _ in range(2)])
+    steps = max(2, min(most, int(2 * SAMPLE_MICROSECONDS / min(slowest))))
     rounds = []
     for _ in range(ROUNDS):
-        run = captured(step, steps) if graph else partial(_run, step, steps)
+        run = runs(step, steps)
         run()
-        times = []
-        for _ in range(SAMPLES):
-            torch.cuda.synchronize()
-            dist.barrier()
-            run()
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1000 / steps)
-        rounds.append(times)
-    slowest = torch.tensor(rounds, device="cuda")
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.tolist()  # type: ignore[no-any-return]
+        rounds.append([_sample(run) / steps for _ in range(SAMPLES)])
+    return _slowest(rounds)
+
+
+def _sample(run: Callable[[], None]) -> float:
+    """Return the microseconds of a run on the GPU that follows another one."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    dist.barrier()
+    run()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end) * 1000)
+
+
+def _slowest(times: list[Any]) -> list[Any]:
+    """Return the largest numbers of all ranks."""
+    found = torch.tensor(times, device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()  # type: ignore[no-any-return]
 
 
 def captured(step: Step, steps: int) -> Callable[[], None]:
@@ -257,33 +284,42 @@ def _run(step: Step, steps: int) -> None:
 # -- Ranks -------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(n: int, experts: Experts, device: Any) -> list[Row]:
-    """Return the rows of one number of tokens."""
-    problem = Problem(n, device)
-    gather = ExpertParallel(None, NUM_EXPERTS, max_tokens=n)
-    exchange, plain = ExpertParallel(None, NUM_EXPERTS, method="exchange"), PlainTorch(problem.num_ranks)
-    problem.check(experts, gather, exchange, plain)
-    found = [*problem.parts(gather, experts, f"{OURS}, gather", graph=True), *problem.collectives()]
-    found += [*problem.copies(), *problem.kernels()]
-    engines = {f"{OURS}, gather": gather, f"{OURS}, exchange": exchange, "PyTorch, all_to_all": plain}
-    for by, engine in engines.items():
-        found += problem.parts(engine, experts, by, graph=False)
-    return found
+def measure(problems: Sequence[Problem], experts: Experts) -> None:
+    """Report the rows of all problems, first those of "gather" and of its bar."""
+    by = f"{OURS}, gather"
+    for problem in problems:
+        problem.collectives()
+        problem.copies()
+        problem.parts(problem.gather, experts, by, graph=True)
+        torch.cuda.empty_cache()
+    for problem in problems:
+        problem.check(experts)
+        problem.kernels()
+        for name, engine in {by: problem.gather, **problem.others}.items():
+            problem.parts(engine, experts, name, graph=False)
+        torch.cuda.empty_cache()
 
 
 def run(rank: int, num_ranks: int, folder: str, sizes: tuple[int, ...]) -> None:
-    """Measure with the other ranks; rank 0 writes the rows to a file in the folder, after each size."""
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=num_ranks, device_id=device)
-    compiler.WATCHING = False
-    found: list[Row] = []
-    with torch.no_grad():
-        experts = Experts(ExpertParallel(None, NUM_EXPERTS).experts[1], device)
-        for n in sizes:
-            found += rows_of(n, experts, device)
-            torch.cuda.empty_cache()
-            if rank == 0:
-                results.save(Path(folder) / "rows.json", {}, found)
-    dist.destroy_process_group()
+    """Measure with the other ranks. Rank 0 prints each row, and writes all so far to a file in the folder."""
+    begin, found = time.perf_counter(), []
+
+    def report(row: Row) -> None:
+        found.append(row)
+        if rank == 0:
+            print(f"{time.perf_counter() - begin:5.1f} s: {results.label(row)} us={row['us']}", flush=True)
+            results.save(Path(folder) / "rows.json", {}, found)
+
+    try:
+        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+        store = dist.FileStore(f"{folder}/store", num_ranks)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=num_ranks, device_id=device)
+        compiler.WATCHING = False
+        with torch.no_grad():
+            experts = Experts(ExpertParallel(None, NUM_EXPERTS).experts[1], device)
+            measure([Problem(n, device, report) for n in sizes], experts)
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # an orderly end might wait for the other ranks

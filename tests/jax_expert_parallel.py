@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 os.environ |= (
-    {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if sys.argv[2] == "gpu"
     else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
 )  # NPROC: threads of XLA, in which devices wait for each other

@@ -147,6 +147,8 @@ def vmap() -> None:
                     got = mapped(*placed)
                     same_bits(got, want)
                     assert spec_of(got.indices) == P(spec, rows, None), (axes, spec, jax.typeof(got.indices))
+                if 1 in where.axis_sizes:  # XLA refuses a sum over such an axis in a partly manual computation
+                    continue
                 for a, b in zip(jax.jit(by)(*placed[:2]), want_by, strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     with jax.set_mesh(one):
@@ -179,6 +181,7 @@ def loops() -> None:
     one = mesh(a=EXPLICIT)
     logits = jnp.array(calls(n=16)["activation_topk"].arrays["logits"])
     want = activation_topk(logits, METHOD)
+    twice = jax.tree.map(lambda array: array * 2, want)
 
     def step(total: Any, _: Any, logits: Any) -> Any:
         routed = activation_topk(logits, METHOD)
@@ -188,7 +191,7 @@ def loops() -> None:
         placed = put(logits, one, "a")
         zero = jax.tree.map(lambda array: put(jnp.zeros_like(array), one, "a"), want)
         got = jax.jit(lambda a: jax.lax.scan(lambda t, x: step(t, x, a), zero, None, length=2)[0])(placed)
-        same_bits(got, jax.tree.map(lambda array: array * 2, want))
+        same_bits(got, twice)
         with jax.disable_jit():
             grad = jax.grad(lambda a: (activation_topk(a, METHOD).weights ** 2).sum())(placed)
         assert jax.typeof(grad) == jax.typeof(placed)
