@@ -33,8 +33,8 @@ class Call(NamedTuple):
 
     def with_shapes(self, x: Any, indices: Any) -> Call:
         """Return the call with the shapes and dtypes of its tensors."""
-        shapes = x.shape[1], indices.shape[1], FLOATS.index(tensors.name_of(x.dtype))
-        return Call(*self[: -len(shapes)], *shapes)  # PyTorch 2.11 cannot compile `_replace`
+        dtype = FLOATS.index(tensors.name_of(x.dtype))
+        return Call(*self[:5], x.shape[1], indices.shape[1], dtype)  # PyTorch 2.11 cannot compile `_replace`
 
     def shown(self, field: str) -> str:
         """Return a field as messages show it."""

@@ -134,8 +134,8 @@ class ExpertParallel:
             rows, layout and ticket.
 
             - rows: [layout.capacity, hidden] in the dtype of x, the tokens of each expert of this rank, those of lower
-              ranks first. Rows from layout.ends[-1] on have no token. They are 0 in grad mode; otherwise they hold
-              anything.
+              ranks first. Rows from layout.ends[-1] on have no token. They are 0 in grad mode and with one rank;
+              otherwise they hold anything, NaN too.
             - layout: :class:`ExpertLayout` of these experts, with counts, offsets, ends, order and positions.
             - ticket: For :meth:`combine`.
 
