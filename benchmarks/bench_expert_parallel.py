@@ -75,7 +75,7 @@ def several(sizes: tuple[int, ...]) -> list[Row]:
     return found
 
 
-def measure(quick: bool) -> list[Row]:
+def measure_ranks(quick: bool) -> list[Row]:
     found = alone()
     if cupy.cuda.runtime.getDeviceCount() < NUM_RANKS:
         print(f"left out: {NUM_RANKS} ranks: there is one GPU")
@@ -84,4 +84,4 @@ def measure(quick: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main("expert_parallel", measure)
+    main("expert_parallel", measure_ranks)

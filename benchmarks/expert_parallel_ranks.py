@@ -308,7 +308,9 @@ def run(rank: int, num_ranks: int, folder: str, sizes: tuple[int, ...]) -> None:
         found.append(row)
         if rank == 0:
             print(f"{time.perf_counter() - begin:5.1f} s: {results.label(row)} us={row['us']}", flush=True)
-            results.save(Path(folder) / "rows.json", {}, found)
+            unfinished = Path(folder) / "unfinished.json"
+            results.save(unfinished, {}, found)
+            unfinished.rename(Path(folder) / "rows.json")
 
     try:
         torch.cuda.set_device(rank)
