@@ -7,7 +7,7 @@ truncated to 0 is +0. So the order within a step does not matter, but small term
 
 The constants describe Hopper (compute capability 9.0), for `mma.sync` and `wgmma`. They follow published models of
 tensor cores (arXiv:2511.10909, arXiv:2512.07004). tests/test_mma_model.py compares the model with what an H200 gave,
-tests/gpu/test_mma_model_gpu.py with the GPU at hand.
+tests/gpu/test_mma_model_gpu.py with the GPU at hand. cupy_router/simt/include/tensor_core.h is the same in C++.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.backends import DTYPES
 
 ROWS, COLUMNS, STEP = 16, 8, 16
 CHAINS = (16, 32, 64, 512)
+RECORDED = Path(__file__).with_name("mma_h200.npz")  # by tests/gpu/mma_chains.py
 
 
 class Tiles(NamedTuple):
@@ -156,3 +158,10 @@ def probes(dtype: str, tiles: int) -> Iterator[tuple[str, Tiles]]:
         yield "huge", make.huge()
     yield "finite bits", make.bit_patterns(STEP, finite=True)
     yield "all bits", make.bit_patterns(STEP, finite=False)
+
+
+def recorded(dtype: str, k: int) -> tuple[Tiles, np.ndarray]:
+    """Return tiles a [tiles, 8, k], b [tiles, 8, k], c [tiles, 8, 8], and their products as an H200 gave them."""
+    with np.load(RECORDED) as file:
+        a, b, c, d = (file[f"{dtype}, chain of {k}: {part}"] for part in "abcd")
+    return Tiles(a.view(DTYPES[dtype]), b.view(DTYPES[dtype]), c.view(np.float32)), d.view(np.float32)

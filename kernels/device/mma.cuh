@@ -28,33 +28,33 @@ __device__ __forceinline__ void mma_float16(float (&d)[4], const unsigned (&a)[4
 
 #else
 
-// Each lane publishes a pointer to its fragments, and the last to come computes for all: sums in double, rounded once,
-// where the device accumulates in float32.
+// Each lane publishes a pointer to its fragments, and the last to come computes for all.
 struct MmaFragments {
     float (&d)[4];
     const unsigned (&a)[4];
     const unsigned (&b)[2];
 };
 
-template <float (*to_float)(unsigned short)>
+template <float (*to_float)(unsigned short), int LOWEST_EXPONENT>
 SIMT_RUNTIME inline void mma_all_lanes(simt::Thread* lanes, unsigned) {
-    float a[16][16], b[16][8];
+    simt::Factor a[16][16], b[8][16];
+    const auto factor = [](unsigned word, int half) {
+        return simt::factor(to_float(static_cast<unsigned short>(word >> half * 16)), LOWEST_EXPONENT);
+    };
     for (int lane = 0; lane < 32; ++lane) {
         const MmaFragments& mine = *reinterpret_cast<MmaFragments*>(lanes[lane].value);
         const int row = lane / 4, column = lane % 4 * 2;
         for (int i = 0; i < 8; ++i) {  // word i / 2, half i % 2
             const int k = column + i % 2;
-            a[row + i / 2 % 2 * 8][k + i / 4 * 8] = to_float(static_cast<unsigned short>(mine.a[i / 2] >> i % 2 * 16));
-            if (i < 4) b[k + i / 2 * 8][row] = to_float(static_cast<unsigned short>(mine.b[i / 2] >> i % 2 * 16));
+            a[row + i / 2 % 2 * 8][k + i / 4 * 8] = factor(mine.a[i / 2], i % 2);
+            if (i < 4) b[row][k + i / 2 * 8] = factor(mine.b[i / 2], i % 2);
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
         const MmaFragments& mine = *reinterpret_cast<MmaFragments*>(lanes[lane].value);
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            double sum = mine.d[i];
-            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-            mine.d[i] = static_cast<float>(sum);
+            mine.d[i] = simt::add_products(a[row], b[column], mine.d[i]);
         }
     }
 }
@@ -62,13 +62,13 @@ SIMT_RUNTIME inline void mma_all_lanes(simt::Thread* lanes, unsigned) {
 inline void mma_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     const MmaFragments mine = {d, a, b};
     simt::collective("mma_bfloat16", 0xffffffffu, reinterpret_cast<uintptr_t>(&mine),
-                     mma_all_lanes<simt::bfloat16_to_float>, simt::Site::here());
+                     mma_all_lanes<simt::bfloat16_to_float, -126>, simt::Site::here());
 }
 
 inline void mma_float16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     const MmaFragments mine = {d, a, b};
-    simt::collective("mma_float16", 0xffffffffu, reinterpret_cast<uintptr_t>(&mine), mma_all_lanes<simt::half_to_float>,
-                     simt::Site::here());
+    simt::collective("mma_float16", 0xffffffffu, reinterpret_cast<uintptr_t>(&mine),
+                     mma_all_lanes<simt::half_to_float, -14>, simt::Site::here());
 }
 
 #endif

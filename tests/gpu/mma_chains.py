@@ -3,7 +3,7 @@
 
 python -m tests.gpu.mma_chains FILE.npz
 
-tests/gpu/mma_h200.npz was made by this command on an H200; tests/test_mma_model.py compares it with the model.
+tests/mma_h200.npz was made by this command on an H200; tests/test_mma_model.py compares the model with it.
 """
 
 from __future__ import annotations

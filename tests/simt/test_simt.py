@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from cupy_router.compiler import CompileError
 from cupy_router.simt import device
 from cupy_router.simt.device import SCHEDULES, KernelFault, SimtBackend
+from tests import compare
+from tests.mma_probes import recorded
 from tests.simt.sources import KERNELS, PROBES, build_all, run
 
 pytestmark = pytest.mark.skipif(device.why_not() is not None, reason=str(device.why_not()))
@@ -34,12 +34,15 @@ def cpu(request: pytest.FixtureRequest) -> SimtBackend:
 # -- Twins of PTX ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_mma(cpu: SimtBackend, dtype: Any) -> None:
-    a, b = RNG.normal(size=(16, 16)).astype(dtype), RNG.normal(size=(16, 8)).astype(dtype)
-    c, d = RNG.normal(size=(16, 8)).astype(np.float32), np.zeros((16, 8), np.float32)
-    run(cpu, "mma", 1, 32, a.view(np.uint16), b.view(np.uint16), c, d, np.int32(dtype is ml_dtypes.bfloat16))
-    np.testing.assert_allclose(d, a.astype(np.float64) @ b.astype(np.float64) + c, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mma(cpu: SimtBackend, dtype: str) -> None:
+    """All bits are those of a GPU, also for subnormal numbers, infinities and NaN."""
+    tiles, expected = recorded(dtype, 16)
+    for a, b, c, rows in zip(*tiles, expected, strict=True):
+        d, is_bfloat16 = np.zeros((16, 8), np.float32), np.int32(dtype == "bfloat16")
+        twice = np.tile(a.view(np.uint16), (2, 1)), np.ascontiguousarray(b.view(np.uint16).T), np.tile(c, (2, 1))
+        run(cpu, "mma", 1, 32, *twice, d, is_bfloat16)
+        compare.assert_same_bits(d, np.tile(rows, (2, 1)))
 
 
 def test_clusters(cpu: SimtBackend) -> None:

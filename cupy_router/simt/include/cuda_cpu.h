@@ -5,7 +5,7 @@
 //   schedule.h  who runs when; the report when nobody can
 //   launch.h    the way in, and out of crashes and endless loops
 //   warp.h  memory.h  integers.h  floats.h  vector_types.h    CUDA's built-in functions and types
-//   conversions.h  twins.h                                    for the C++ twins of inline PTX in kernels/*.cuh
+//   conversions.h  tensor_core.h  twins.h                     for the C++ twins of inline PTX in kernels/*.cuh
 #pragma once
 #include <stdint.h>
 
@@ -16,6 +16,7 @@
 #include "integers.h"
 #include "launch.h"
 #include "memory.h"
+#include "tensor_core.h"
 #include "twins.h"
 #include "warp.h"
 
