@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fetch bytes that will be read soon. Nothing waits for them.
+// Hints to fetch bytes that will be read soon. Nothing waits for them.
 #pragma once
 
 // Fetch the 128-byte line of an address, which must be readable, to L2, for any block.
@@ -20,14 +20,5 @@ __device__ __forceinline__ void fetch_line(const float* word) {
 #else
     const volatile float touched = *word;
     static_cast<void>(touched);
-#endif
-}
-
-// Have the load of a value on its way here. The compiler would wait until the branch that uses it.
-__device__ __forceinline__ void needed_now(float value) {
-#ifdef __CUDACC__
-    asm volatile("" ::"f"(value));
-#else
-    static_cast<void>(value);
 #endif
 }

@@ -88,14 +88,17 @@ struct LaneColumns {
         for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
     }
 
-    // Have all loads on their way here, though a branch follows.
-    __device__ __forceinline__ void on_their_way() const {
+    // Return true once all is loaded: the compiler would load after a branch what is used there alone. Of all bits there
+    // may be, one value returns false.
+    __device__ __forceinline__ bool loaded() const {
+        unsigned bits = 0;
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            needed_now(logits[j]);
-            if (HAS_LOGIT_BIAS) needed_now(logit_biases[j]);
-            if (HAS_BIAS) needed_now(biases[j]);
+        for (int j = 0; j < N; j += 4) {
+            bits ^= __float_as_uint(logits[j]);
+            if (HAS_LOGIT_BIAS) bits ^= __float_as_uint(logit_biases[j]);
+            if (HAS_BIAS) bits ^= __float_as_uint(biases[j]);
         }
+        return bits != 0x9e3779b9u;
     }
 };
 
@@ -189,8 +192,8 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     }
 
     template <typename T>
-    __device__ __forceinline__ InterleavedChoice(const LogitRow<T>& row, const float* bias, const First& first,
-                                                 int lane, bool valid) {
+    __device__ __forceinline__ void choose(const LogitRow<T>& row, const float* bias, const First& first, int lane,
+                                           bool valid) {
         TaggedHeads<HEADS> heads;
         if constexpr (NUM_GROUPS > 0) {
             heads = best_of_groups<Interleaved, HEADS>(first, lane, row.numbers, statistics);

@@ -55,13 +55,18 @@ __device__ __forceinline__ void weigh_chosen(int column, float value, const Row&
     weigh<LaneTeam<WINNER_LANES>>(weight, expert, lane, 0, task.valid, task.expert_scale, row.numbers);
 }
 
-// Route by bounds of the scores, then by the exact scores of the best.
+// Route by bounds of the scores, then by the exact scores of the best. `selects`: for any row of the warp.
 template <typename Choice>
 __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bias, const typename Choice::First& first,
-                                                const Task& task, int64_t (&expert)[1], float (&weight)[1]) {
-    Choice choice(row, bias, first, task.lane, task.selects);
-    const bool in_order = choice.in_order(task.lane), complete = choice.complete();
-    bool settled = !__any_sync(FULL_WARP, task.selects && !(in_order && complete));
+                                                bool selects, const Task& task, int64_t (&expert)[1],
+                                                float (&weight)[1]) {
+    Choice choice = {};
+    bool settled = true;
+    if (selects) {
+        choice.choose(row, bias, first, task.lane, task.selects);
+        const bool in_order = choice.in_order(task.lane), complete = choice.complete();
+        settled = !__any_sync(FULL_WARP, task.selects && !(in_order && complete));
+    }
 #pragma unroll 1
     while (true) {  // weights are computed before the choice is known to be right, which it nearly always is
         weigh_chosen(choice.own.column, choice.own.value, row, choice.statistics, task, expert, weight);
@@ -74,12 +79,16 @@ __device__ __forceinline__ void route_by_bounds(const Row& row, const float* bia
     }
 }
 
-// Route by the exact scores of all experts.
-__device__ __forceinline__ void route_by_scores(const Row& row, LaneColumns<PER_LANE>& own, const Task& task,
-                                                int64_t (&expert)[1], float (&weight)[1]) {
-    own.prepare_all(row.numbers);
-    const SoftmaxStatistics statistics = softmax_statistics<LANES>(own.logits);
-    const Chosen chosen = choose_exactly<LANES>(own.logits, own.biases, statistics, row, task.lane, task.selects);
+// Route by the exact scores of all experts. `selects`: for any row of the warp.
+__device__ __forceinline__ void route_by_scores(const Row& row, LaneColumns<PER_LANE>& own, bool selects,
+                                                const Task& task, int64_t (&expert)[1], float (&weight)[1]) {
+    SoftmaxStatistics statistics = {};
+    Chosen chosen = {};
+    if (selects) {
+        own.prepare_all(row.numbers);
+        statistics = softmax_statistics<LANES>(own.logits);
+        chosen = choose_exactly<LANES>(own.logits, own.biases, statistics, row, task.lane, task.selects);
+    }
     weigh_chosen(chosen.column, chosen.value, row, statistics, task, expert, weight);
 }
 
@@ -112,29 +121,27 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     float weight[1];
     Task task = {lane, false, false, {}, expert_scale};
     // What the lanes load of a row, padding too, is on its way before num_valid and the ids of given experts are there.
-    const auto weighs_given_only = [&](const Row& row) {
+    const auto selects_any = [&](bool loaded) {
         task.given = given_expert<LANES>(id, its_bias, lane);
         task.valid = token < num_routed && (task.given.is_set ? task.given.exists : its_bias.exists);
         task.selects = task.valid && !task.given.is_set;
-        if (!HAS_GIVEN || WHOLE_ROW_SOFTMAX || __any_sync(FULL_WARP, task.selects)) return false;
-        weigh_chosen(0, 0.0f, row, SoftmaxStatistics(), task, expert, weight);
-        return true;
+        return !HAS_GIVEN || WHOLE_ROW_SOFTMAX || __any_sync(FULL_WARP, task.selects | !loaded);
     };
     if constexpr (INTERLEAVED) {
         typedef InterleavedRow<logit_t, LANES, PER_LANE, (NUM_GROUPS > 0)> Layout;
         typedef InterleavedChoice<Layout, ALIGNED, BIAS_ALIGNED> Choice;
         const Row row = {logits + (exists ? token * logits_stride : 0), logit_bias, numbers};
         const typename Choice::First first = Choice::load_first(row, its_bias.bias, lane);
-        if (HAS_GIVEN) first.on_their_way();
-        if (!weighs_given_only(row)) route_by_bounds<Choice>(row, its_bias.bias, first, task, expert, weight);
+        const bool selects = selects_any(!HAS_GIVEN || first.loaded());
+        route_by_bounds<Choice>(row, its_bias.bias, first, selects, task, expert, weight);
     } else {
         constexpr bool WHOLE = LANES * PER_LANE == NUM_EXPERTS;
         const Row row = {logits + token * logits_stride, logit_bias, numbers};
         LaneColumns<PER_LANE> own = {};
         if (exists)
             own.template load_adjacent<WHOLE, ALIGNED, BIAS_ALIGNED, NUM_EXPERTS>(row, its_bias.bias, lane * PER_LANE);
-        if (HAS_GIVEN) own.on_their_way();
-        if (!weighs_given_only(row)) route_by_scores(row, own, task, expert, weight);
+        const bool selects = selects_any(!HAS_GIVEN || own.loaded());
+        route_by_scores(row, own, selects, task, expert, weight);
     }
     if (lane < OUTPUTS && exists) {
         store_float(weights + token * weights_stride + lane, task.valid ? weight[0] : 0.0f);
