@@ -63,12 +63,6 @@ def decode_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
         yield timed(stripped, "decode", by="one row of x", E=experts, H=hidden, k=method.top_k, n=n, cache="warm")
 
 
-def in_turns(*measures: Callable[[], Row]) -> list[Row]:
-    """The median row of each: they draw so much power that the clocks fall from one to the next."""
-    turns = [[measure() for measure in measures] for _ in range(3)]
-    return [sorted(rows, key=lambda row: row["us"])[1] for rows in zip(*turns, strict=True)]
-
-
 def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     experts, n = method.num_experts, PREFILL_TOKENS
     x, weight = normal(n, hidden), normal(experts, hidden, scale=hidden**-0.5)
@@ -86,7 +80,7 @@ def prefill_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
     def routed(i: int) -> None:
         dense_router(x, weight, method, bias=bias, path="prefill", out=out)
 
-    alone, whole = in_turns(
+    alone, whole = harness.in_turns(
         lambda: timed(cublas, "prefill", by="cuBLAS alone", **shape), lambda: timed(routed, "prefill", **shape)
     )
     yield alone
@@ -142,7 +136,7 @@ def invariant_rows(method: RoutingMethod, hidden: int) -> Iterator[Row]:
             return dense_router(x, weight, method, bias=bias, batch_invariant=batch_invariant, out=out)
 
         cell: Row = {"E": experts, "H": hidden, "k": method.top_k, "n": n, "cache": "warm"}
-        ours, default = in_turns(
+        ours, default = harness.in_turns(
             partial(timed, call, "batch invariant", **cell),
             partial(timed, partial(call, batch_invariant=False), "batch invariant", by="default", **cell),
         )

@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from benchmarks import bars
-from benchmarks.harness import attempt, barred, gpu_row, inputs, main
+from benchmarks.harness import attempt, barred, gpu_row, in_turns, inputs, main
 from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import Row
 from cupy_router import Routing, RoutingMethod, activation_topk, dense_router, hash_router
@@ -70,12 +70,13 @@ def logits_rows(problem: Problem) -> Iterator[Row]:
 
 
 def gate_rows(problem: Problem) -> Iterator[Row]:
-    selected, n = problem.selected(), problem.cell["n"]
+    n = problem.cell["n"]
+    measures = [problem.selected, problem.empty, *(partial(problem.routed, share) for share in SHARES)]
+    selected, empty, *routed = in_turns(*measures) if n == MANY else [measure() for measure in measures]
     yield selected
-    ratio = bars.GIVEN_PREFILL_RATIO if n == MANY else None
-    yield barred(problem.empty(), round(ratio * selected["us"], 3) if ratio else bars.GIVEN_DECODE.get(n))
-    for share in SHARES:
-        yield barred(problem.routed(share), round(selected["us"] + bars.GIVEN_OR_ROUTED_MORE, 3))
+    yield barred(empty, round(bars.GIVEN_PREFILL_RATIO * selected["us"], 3) if n == MANY else bars.GIVEN_DECODE.get(n))
+    for row in routed:
+        yield barred(row, round(selected["us"] + bars.GIVEN_OR_ROUTED_MORE, 3))
 
 
 def gradient_rows() -> list[Row]:

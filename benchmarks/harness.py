@@ -40,6 +40,12 @@ def gpu_row(call: Call, cell: Row, by: str = OURS, *, rotation: int = 1, torch: 
     return {"what": "gpu"} | cell | {"by": by, "us": round(time, 3), "spread_us": round(spread, 3)}
 
 
+def in_turns(*measures: Callable[[], Row]) -> list[Row]:
+    """The median row of each: they draw so much power that the clocks fall from one to the next."""
+    turns = [[measure() for measure in measures] for _ in range(3)]
+    return [sorted(rows, key=lambda row: row["us"])[1] for rows in zip(*turns, strict=True)]
+
+
 def graph_microseconds(call: Call, calls: int = 1, *, torch: bool = False) -> Time:
     """Time a call on the GPU, with at least `calls` calls in a graph. `torch`: PyTorch captures it, not CuPy."""
     return results.median_and_spread(timing.graph_rounds(call, calls, torch=torch))
