@@ -53,6 +53,21 @@ def test_tokens_that_depend_on_their_batch_are_counted(
     assert numbers == (["0"] * 3 + ["3"] * 3 if option else ["3"] * 3 + ["0"] * 3)
 
 
-def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["invariance", "--preset", "gpt-6"]) == 1
-    assert capsys.readouterr().err.startswith("cupy-router invariance: --preset is one of deepseek-v4-flash, ")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--preset gpt-6", r"--preset must be one of deepseek-v4-flash, .*, got 'gpt-6'"),
+        ("--hidden 64", "--hidden is for a random gate: add --preset NAME"),
+        ("--tokens 3000", "there are 2048 real tokens, got --tokens 3000: add --preset NAME for random ones"),
+    ],
+)
+def test_refused_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["invariance", "--device", "cpu", *arguments.split()]) == 1
+    assert re.fullmatch(f"cupy-router invariance: {message}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", ["--tokens 0", "--preset mixtral --hidden -1"])
+def test_counts_start_at_1(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["invariance", *arguments.split()])
+    assert "must be at least 1, got" in capsys.readouterr().err

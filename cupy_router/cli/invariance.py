@@ -18,6 +18,7 @@ from cupy_router import RoutingMethod, RoutingWithLogits, compiler, dense_router
 
 from . import demo, terminal
 
+TOKENS, HIDDEN = 2048, 4096
 BATCHES = (1, 16, 64, 256, 1024, 8192)
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
@@ -40,27 +41,45 @@ def add_parser(commands: Any) -> None:
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="where to route (default: CUDA if usable)")
     parser.add_argument("--preset", metavar="NAME", help="a random gate of this method (default: real tokens)")
-    parser.add_argument("--hidden", type=int, default=4096, help="columns of a random gate (default: 4096)")
+    parser.add_argument("--hidden", type=at_least_1, help=f"columns of a random gate (default: {HIDDEN})")
     parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16", help="of x and gate (default: bfloat16)")
-    parser.add_argument("--tokens", type=int, default=2048, help="their number, of real ones at most 2048")
+    parser.add_argument(
+        "--tokens", type=at_least_1, default=TOKENS, help=f"their number (default: {TOKENS}, the most real ones)"
+    )
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     parser.set_defaults(run=run)
 
 
+def at_least_1(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def run(args: argparse.Namespace) -> int:
     obstacle = compiler.why_no_cuda()
-    if args.device == "cuda" and obstacle:
-        print(f"cupy-router invariance: {obstacle}", file=sys.stderr)
-        return 1
+    refusal = None
+    if args.device == "cuda":
+        refusal = obstacle
     if args.preset and args.preset not in presets():
-        print(f"cupy-router invariance: --preset is one of {', '.join(presets())}", file=sys.stderr)
+        refusal = f"--preset must be one of {', '.join(presets())}, got {args.preset!r}"
+    if args.hidden and not args.preset:
+        refusal = "--hidden is for a random gate: add --preset NAME"
+    if not args.preset and args.tokens > TOKENS:
+        refusal = f"there are {TOKENS} real tokens, got --tokens {args.tokens}: add --preset NAME for random ones"
+    if refusal:
+        print(f"cupy-router invariance: {refusal}", file=sys.stderr)
         return 1
     method = presets()[args.preset] if args.preset else RoutingMethod(demo.NUM_EXPERTS, demo.TOP_K)
-    make = random_tokens(args.tokens, args.hidden, method) if args.preset else real_tokens(args.tokens)
+    make = random_tokens(args.tokens, args.hidden or HIDDEN, method) if args.preset else real_tokens(args.tokens)
     on_gpu = args.device != "cpu" and not obstacle
     x, weight = (upload(array.astype(DTYPES[args.dtype]), on_gpu) for array in make)
     batches = [batch for batch in BATCHES if batch < len(x)] + [len(x)]
-    counts = list(count(x, weight, method, batches))
+    try:
+        counts = list(count(x, weight, method, batches))
+    except ValueError as error:  # such as of an old GPU
+        print(f"cupy-router invariance: {error}", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps([one._asdict() for one in counts]))
     else:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from cupy_router.method import RoutingMethod
-from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.tuning import Gpu
 
@@ -21,10 +20,7 @@ def as_batch_invariant(label: str, batch_invariant: Any) -> bool:
 def check_invariant(method: RoutingMethod) -> None:
     """Refuse a method whose logits no kernel with a fixed order of sums can route."""
     if not row_lanes.fits_method(method):
-        raise ValueError(
-            f"batch_invariant takes at most {decode.MAX_EXPERTS} experts, {decode.MAX_K} columns of results and "
-            f"{decode.MAX_K} groups, none of them smaller than what a thread holds, got {method}"
-        )
+        raise ValueError(f"batch_invariant takes at most {row_lanes.limits(method)}, got {method}")
 
 
 def check_gpu(gpu: Gpu) -> None:

@@ -32,6 +32,15 @@ def fits_method(method: RoutingMethod) -> bool:
     return not _grouped(method) or lanes_and_columns(method.num_logits, needed)[1] <= size
 
 
+def limits(method: RoutingMethod) -> str:
+    """Return the limits of `fits_method` in words."""
+    of_lane = lanes_and_columns(min(method.num_logits, MAX_COLUMNS), min(lanes_needed(method), MAX_LANES))[1]
+    return (
+        f"{MAX_COLUMNS} experts, {MAX_LANES} columns of results and {MAX_LANES} groups, "
+        f"here each of at least {of_lane} experts"
+    )
+
+
 def lanes_needed(method: RoutingMethod) -> int:
     """Return the fewest lanes that a row needs: one for each column of the results, and one for each group."""
     return max(method.num_columns, method.num_groups if _grouped(method) else 1)

@@ -118,8 +118,7 @@ class DenseRouter(RoutedOp):
         check_replicas(options, arrays, num_tokens)
         if options.path == "decode" and (num_tokens > decode.MAX_TOKENS or not row_lanes.fits_method(method)):
             raise ValueError(
-                f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {decode.MAX_EXPERTS} experts, {decode.MAX_K} "
-                f"columns of results and {decode.MAX_K} groups, none of them smaller than what a thread holds, "
+                f"path 'decode' takes at most {decode.MAX_TOKENS} tokens, {row_lanes.limits(method)}, "
                 f"got {num_tokens} tokens and {method}"
             )
 
