@@ -250,7 +250,8 @@ def batch_invariance(files: Files) -> str:
             first = [gate, f"{last['E']}, {last['hidden']}, {last['k']}", str(last["tokens"])]
             lines.append([*(first if what == COUNTED[0] else [""] * 3), what, *figures])
     most = max(row[what] for row in select(rows, batch_invariant=True) for what in COUNTED)
-    note = f"Tokens with other bits in batches of this size than alone, by default. With `batch_invariant=True`: {most or 'none'}."
+    note = "Tokens with other bits in batches of this size than alone, by default."
+    note += f" With `batch_invariant=True`: {most or 'none'}."
     return f"{markdown_table(header, lines)}\n\n{note} {sources(files, 'batch_invariance')}"
 
 
