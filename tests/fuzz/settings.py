@@ -158,8 +158,9 @@ def _perhaps_invariant(rng: random.Random, setting: Setting) -> Setting:
     if rng.random() < 0.6 or not _row_lanes.fits_method(setting.method()):
         return setting
     rows = rng.choice((*ROWS, 70))
-    rows = rows if setting.columns <= 64 else min(rows, 17)  # the CPU executor is slow
-    weight_dtype = rng.choice((setting.dtype, setting.weight_dtype))  # tensor cores take one dtype
+    weight_dtype = rng.choice((setting.dtype, setting.weight_dtype))
+    if setting.columns > 64:  # the CPU executor is slow: two groups for tensor cores, which take one dtype, else three
+        rows = min(rows, 17 if weight_dtype == setting.dtype != "float32" else 9)
     return replace(
         setting, batch_invariant=True, rows=rows, dense=setting.dense or rows == 1, weight_dtype=weight_dtype
     )
