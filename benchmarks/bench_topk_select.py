@@ -24,6 +24,7 @@ from benchmarks.bars import (
     TOPK_SELECT,
     TOPK_SELECT_16_BITS,
     TOPK_SELECT_BFLOAT16,
+    TOPK_SELECT_FEW,
     TOPK_SELECT_LENGTHS,
     TOPK_SELECT_LONG,
     TOPK_SELECT_ORDERS,
@@ -223,6 +224,16 @@ def many_rows() -> list[Row]:
     return rows
 
 
+def few_long_rows() -> list[Row]:
+    """A few long rows in any order, indices only."""
+    rows = []
+    for dtype, bars in TOPK_SELECT_FEW.items():
+        for (n, num_columns, k), bar in bars.items():
+            problem = Problem(num_columns, k, n, dtype, order="any", values=False)
+            rows += [barred(problem.ours(), bar), problem.floor()]
+    return rows
+
+
 def sweep_rows() -> list[Row]:
     rows = []
     for (num_columns, k), bars in TOPK_SELECT.items():
@@ -265,7 +276,8 @@ def _torch_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    return call_rows() + barred_rows() + long_rows() + many_rows() + ([] if quick else sweep_rows())
+    long = long_rows() + many_rows() + few_long_rows()
+    return call_rows() + barred_rows() + long + ([] if quick else sweep_rows())
 
 
 def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str) -> list[Row]:

@@ -169,12 +169,16 @@ def _presets() -> None:
 
 def _besides() -> None:
     """What else users of the presets meet: limits of rows, wide rows, products that are prepared."""
+    older = replace(tuning.DEFAULT, capability=(8, 0))
     for dtype in FLOATS:
         topk_select(_matrix(4096, 256, dtype), 8, lengths=np.zeros(4096, np.int32))
         topk_select(_matrix(4, 40_000, dtype), 512)
-        with tuning.assume(replace(tuning.DEFAULT, capability=(8, 0))):  # which compares no two scores at once
-            topk_select(_matrix(5000, 256, dtype), 8)
+        with tuning.assume(older):
+            topk_select(_matrix(5000, 256, dtype), 8)  # which compares no two scores at once
+            topk_select(_matrix(8, 32_768, dtype), 512)  # without clusters
         gemm._packer(("cpu", 0), gemm.Matrix(dtype, 4096, HIDDEN, HIDDEN))(0, (0, 0, 4096))
+    with tuning.assume(older):
+        topk_select(_matrix(8, 131_072, "float32"), 2048)
     # So many tokens that the gate product comes in slices, each with its own count of valid rows.
     x, gate = _matrix(100_000, 8, "float32"), _matrix(256, 8, "float32")
     dense_router(x, gate, "deepseek-v4-flash", bias=np.zeros(256, np.float32), num_valid=np.zeros(1, np.int32))

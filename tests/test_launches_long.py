@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from cupy_router import TopK, scratch, topk_select
+from cupy_router import TopK, scratch, topk_select, tuning
 from cupy_router.arrays import FRAMEWORKS
 from tests.recorder import Recorder, recording
 from tests.test_launches import HEAP, Array, Fake, assert_kernel, only
@@ -107,10 +108,29 @@ def test_long_rows_have_a_block_each(recorder: Recorder, n: int) -> None:
     assert all(a[-1] + 1 == b[0] for a, b in pairwise(rows))
 
 
+@pytest.mark.parametrize("order", ["any", "column", "value"])
+def test_a_few_long_rows_have_a_cluster_each(recorder: Recorder, order: str) -> None:
+    pages = Array(0x700, (8, 8192), "int32", row_stride=9000)
+    topk_select(Array(0x400, (8, 65_536), "bfloat16"), 512, order=order, index_map=pages, page_size=8)
+    launch = only(recorder)
+    macros = {"DTYPE": 2, "ORDER": ["any", "column", "value"].index(order)}
+    assert_kernel(launch, "topk_select_cluster", "topk_select_cluster", **macros)
+    assert launch.grid == (8 * launch.macros["CLUSTER"], 1, 1)
+    assert launch.block[0] == launch.macros["BLOCK"]
+    sort = 0 if order == "any" else 16 * launch.macros["SORTED"] + 64
+    assert launch.shared_bytes == 8 * launch.macros["CAPACITY"] + sort
+    assert launch.arguments == LIMITED | {
+        "scores": 0x400, "values": launch.arguments["values"], "indices": launch.arguments["indices"],
+        "index_map": 0x700, "num_columns": 65_536, "k": 512, "page_size": 8, "scores_stride": 65_536,
+        "values_stride": 512, "indices_stride": 512, "map_stride": 9000,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_long_rows_are_split(recorder: Recorder, rows: int) -> None:
-    """One block per piece, and scratch memory in which the lists of pieces do not overlap."""
-    topk_select(Array(0x1000, (rows, 131_072)), 2048)
+    """Before sm_90: one block per piece, and scratch memory in which the lists of pieces do not overlap."""
+    with tuning.assume(replace(tuning.DEFAULT, capability=(8, 0))):
+        topk_select(Array(0x1000, (rows, 131_072)), 2048)
     launch = only(recorder)
     assert_kernel(launch, "topk_select_long", "topk_select_long", DTYPE=0, SPLIT=1, FITS=0)
     numbers = launch.arguments

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way of kernels/topk_select_long.cu, topk_select_many.cu and topk_select_large.cu through a row, at sizes that a
-CPU executes: with plans for short lists, which the op makes for longer rows. tests/gpu/test_topk_select_long.py has
-full sizes."""
+"""Every way of the kernels for long rows through a row, at sizes that a CPU executes.
+
+Plans have short lists, which the op makes for longer rows. tests/gpu/test_topk_select_long.py has full sizes.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +16,27 @@ import pytest
 from cupy_router import topk_select, tuning
 from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
+from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops._topk_select_many import ManyShape, entry_bytes
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
-from tests.topk_calls import PLANS, edge_lengths, misleading, poisoned, select
+from tests.topk_calls import PLANS, choice, edge_lengths, misleading, poisoned, select
 
 pytestmark = pytest.mark.needs_kernels
 ITEM = pytest.mark.acceptance
 
 COLUMNS, K = 5000, 300
 
-Planned = Callable[[str], "LaunchShape | ManyShape | None"]
+Planned = Callable[[str], "LaunchShape | ManyShape | ClusterShape | None"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
-    def plan(name: str) -> LaunchShape | ManyShape | None:
-        monkeypatch.setattr(long, "choose", lambda *_: PLANS[name])
+    def plan(name: str) -> LaunchShape | ManyShape | ClusterShape | None:
+        monkeypatch.setattr(long, "choose", choice(name))
         _cached.forget()
         return PLANS[name]
 
@@ -49,11 +51,13 @@ def test_every_kind_of_rows(backend: Backend, planned: Planned, kind: str, name:
     dtype = inputs.FLOATS[(list(inputs.ROWS).index(kind) + list(PLANS).index(name)) % 3]
     if kind in inputs.BITS_OF_FLOAT32 or kind.startswith("above 65504"):
         dtype = "float32"
-    select(backend, inputs.ROWS[kind](3, COLUMNS, K, dtype), K)
+    scores = inputs.ROWS[kind](3, COLUMNS, K, dtype)
+    select(backend, scores, K)
+    select(backend, scores, K, order="any")
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("levels", [2, 3, 9, 40])
+@pytest.mark.parametrize("levels", [2, 3, 9, 100])
 @pytest.mark.parametrize("order", ["column", "value", "any"])
 def test_few_values(backend: Backend, planned: Planned, levels: int, order: str, name: str) -> None:
     """Ties at the threshold, above it and in crowded slots; winners side by side in half of the rows."""
@@ -63,10 +67,55 @@ def test_few_values(backend: Backend, planned: Planned, levels: int, order: str,
     select(backend, scores, K, order=order)
 
 
+def _close_together(rows: int, columns: int, k: int, dtype: str) -> dict[str, np.ndarray]:
+    """Rows whose best scores are neighbours, or tie."""
+    normal = inputs.normal((rows, columns), seed=30)
+    ramp = np.arange(columns, dtype=np.float32)
+    end, few = columns // 20, inputs.rng(31).random((rows, columns)) < k / columns / 2
+    made = {
+        "slowly ascending": np.broadcast_to(1 + ramp * np.float32(2**-16), normal.shape),
+        "random walk": np.cumsum(normal, axis=1),
+        "best at the end": normal + 10 * (ramp >= columns - end),
+        "best at the beginning": normal + 10 * (ramp < end),
+        "periodic": np.sin(ramp / 50) + normal / 10_000,
+        "equal neighbours": np.repeat(normal[:, : -(-columns // 32)], 32, axis=1)[:, :columns],
+        "half zeros": np.maximum(normal, 0),
+        "zeros at the k-th": np.where(few, np.abs(normal), 0),
+        "zeros but in one block of a cluster": np.where(ramp // 64 % 4 == 0, np.maximum(normal, 0), 0),
+        "one far above": np.where(ramp == 7, np.float32(1e30), normal),
+    }
+    return {name: np.ascontiguousarray(inputs.cast(scores, dtype)) for name, scores in made.items()}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+@ITEM("winners that are neighbours, or tie with others")
+def test_winners_close_together(backend: Backend, planned: Planned, order: str, dtype: str, name: str) -> None:
+    planned(name)
+    for scores in _close_together(2, COLUMNS, K, dtype).values():
+        select(backend, scores, K, order=order)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+@ITEM("index_map and page tables", "return_values=False", "strided rows", "misaligned base", "starts and lengths")
+def test_all_options_of_every_plan(backend: Backend, planned: Planned, order: str, name: str) -> None:
+    planned(name)
+    columns, page_size = 3000, 8
+    table = inputs.rng(32).permutation(5 * 400).reshape(5, 400).astype(np.int32)
+    lengths = np.array([columns, K - 1, 0, K + 1, 1], np.int32)
+    starts = np.array([0, 2, 1, 5, columns - 1], np.int32)
+    for dtype, values in (("float32", True), ("bfloat16", False), ("float16", True)):
+        scores = poisoned(5, columns, lengths, starts, dtype)
+        given = {"index_map": table, "page_size": page_size, "order": order, "return_values": values}
+        select(backend, scores, K, lengths, starts, row_pad=3, offset=1, **given)
+
+
 def k_of_plans() -> Iterator[Any]:
     """k as large as a list holds, of sampled rows; and all but one or all scores of shorter rows."""
     for name, plan in PLANS.items():
-        largest = COLUMNS if plan is None else plan.capacity
+        largest = COLUMNS if plan is None else plan.sorted if isinstance(plan, ClusterShape) else plan.capacity
         for k in (1, *inputs.TOP_K):
             if k <= largest:
                 yield pytest.param(name, COLUMNS, k, marks=ITEM(f"k = {k}"))
@@ -135,11 +184,21 @@ def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dt
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 @ITEM("misaligned base")
 def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name: str) -> None:
-    """Rows begin at each place of 16 bytes, and the best are at their ends."""
+    """Rows begin at each place of 16 bytes, and the best are at their ends, the very best at one of them."""
     planned(name)
     scores = inputs.normal((8, 1501), dtype)
     scores[:, [0, 1, 2, 7, -1, -2, -3, -8]] = 9
+    scores[::2, 0] = scores[1::2, -1] = 10
     select(backend, scores, 100, row_pad=0, offset=3)
+
+
+@pytest.mark.parametrize("k", [5, 700])
+@pytest.mark.parametrize("name", ["a cluster", "a cluster of two"])
+@ITEM("misaligned base")
+def test_misaligned_rows_of_ties(backend: Backend, planned: Planned, name: str, k: int) -> None:
+    """Too many for a list, so that lines are counted: of head and tail, too."""
+    planned(name)
+    select(backend, np.zeros((4, 4501), np.float32), k, row_pad=0, offset=3)
 
 
 @pytest.mark.parametrize("name", ["one list", "2 pieces", "many rows"])
@@ -149,12 +208,13 @@ def test_every_misalignment(backend: Backend, planned: Planned, dtype: str, name
 def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, dtype: str, name: str) -> None:
     """Too few or too many are above its threshold, whatever it promised: the row is read again."""
     plan = planned(name)
-    assert plan is not None
+    assert isinstance(plan, LaunchShape | ManyShape)
     select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [*((name, "value") for name in PLANS), ("many rows", "any"), ("one list", "any")]
+    ("name", "order"),
+    [*((name, "value") for name in PLANS), *((name, "any") for name in ("many rows", "one list", "a cluster"))],
 )
 @ITEM("100 bitwise repeats")
 def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, name: str, order: str) -> None:
@@ -169,7 +229,7 @@ def test_a_hundred_repeats_agree_bitwise(backend: Backend, planned: Planned, nam
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
-    gpu = replace(tuning.DEFAULT, shared_bytes=kilobytes * 1024)
+    gpu = replace(tuning.DEFAULT, capability=(8, 0), shared_bytes=kilobytes * 1024)  # without clusters
     for columns in (1025, 4000, 32_768, 131_072, 10**6, 2**31 - 1):
         for k in (1, 33, 512, 1000, 2048, 4096, 8192):
             for rows in (1, 7, 64, 5000):

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 from cupy_router import RoutingMethod, compiler, dense_router, topk_select, tuning
 from cupy_router.cli import info
 from cupy_router.ops import _cached, _dense_decode, _expert_layout_launch, _row_lanes, _topk_select_long
+from cupy_router.ops._topk_select_cluster import ClusterShape
+from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops.activation_topk import interleaved_lanes
 from cupy_router.tuning import DEFAULT, Gpu, lookup
 from cupy_router.tuning.schema import Family
@@ -149,10 +152,42 @@ def test_decode_has_a_block_for_each_multiprocessor() -> None:
 
 def test_long_rows_are_split_over_the_multiprocessors_of_the_gpu() -> None:
     shapes = [_topk_select_long.choose(gpu, 8, 10**6, 1024, "float32") for gpu in (DEFAULT, SMALL)]
-    assert [shape and shape.pieces for shape in shapes] == [DEFAULT.multiprocessors // 8, SMALL.multiprocessors // 8]
+    assert [isinstance(shape, LaunchShape) and shape.pieces for shape in shapes] == [
+        DEFAULT.multiprocessors // 8,
+        SMALL.multiprocessors // 8,
+    ]
     small = _topk_select_long.choose(replace(DEFAULT, shared_bytes=48 * 1024), 1, 10**6, 1000, "float32")
-    assert small is not None
+    assert isinstance(small, LaunchShape)
     assert small.shared_bytes <= 48 * 1024
+
+
+def test_a_few_long_rows_have_a_cluster_each() -> None:
+    """If all of them run at the same time, and have registers for the row and shared memory for what it can list."""
+    older, small = replace(DEFAULT, capability=(8, 9)), replace(DEFAULT, shared_bytes=48 * 1024)
+    clusters = 0
+    for gpu in (DEFAULT, SMALL, older, small, replace(DEFAULT, capability=(12, 0), shared_bytes=99 * 1024)):
+        for rows in (1, 2, 4, 8, 16, 17, 64, 5000):
+            for columns in (33, 8191, 8192, 32_768, 131_072, 131_073, 10**6, 2**31 - 1):
+                for k in (1, 33, 512, 1365, 1366, 2048, 2049):
+                    for dtype, sorts in product(("float32", "bfloat16"), (True, False)):
+                        shape = _topk_select_long.choose(gpu, rows, columns, min(k, columns), dtype, sorts)
+                        row_bytes = columns * (4 if dtype == "float32" else 2)
+                        if not isinstance(shape, ClusterShape):
+                            least = (128 if sorts else 32) * 1024
+                            assert gpu != DEFAULT or rows > 16 or k > 2048 or columns > 131_072 or row_bytes < least
+                            continue
+                        clusters += 1
+                        threads = shape.cluster * shape.block
+                        assert gpu.capability >= (9, 0)
+                        assert rows * shape.cluster <= gpu.multiprocessors
+                        assert shape.cluster <= 8, "what every GPU with clusters has"
+                        assert shape.held * 16 // (4 if dtype == "float32" else 2) <= 32, "a bit for each score"
+                        assert row_bytes <= 16 * threads * shape.held
+                        assert threads >= 3 * k // 2
+                        assert shape.capacity >= k + 512
+                        assert shape.sorted >= k
+                        assert shape.shared_bytes("value") + 12 * 1024 <= gpu.shared_bytes
+    assert clusters > 500
 
 
 def test_plans_of_layouts_have_a_block_for_each_share_and_no_more_than_run_together() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cupy_router import TopK, topk_select
 from cupy_router.ops import _cached, _topk_select_long
+from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops._topk_select_many import ManyShape
 from cupy_router.reference.topk_select import topk_select as reference
@@ -17,13 +19,32 @@ from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
-PLANS: dict[str, LaunchShape | ManyShape | None] = {
+PLANS: dict[str, LaunchShape | ManyShape | ClusterShape | None] = {
     "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
     "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
     "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
     "many rows": ManyShape(block=128, blocks=8, capacity=1024, vectors=2),
     "no list": None,
+    "a cluster": ClusterShape(cluster=4, block=256, blocks=1, held=2, capacity=1024, sorted=1024),
+    "a cluster of two": ClusterShape(cluster=2, block=256, blocks=1, held=4, capacity=2048, sorted=1024),
 }
+
+
+def choice(name: str) -> Callable[..., LaunchShape | ManyShape | ClusterShape | None]:
+    """Return a function that takes the place of `choose` and goes by the plan of this name. Of a cluster, rows too long
+    for its threads are left to larger ones, or to the kernel that needs no list."""
+
+    def choose(_: Any, __: int, num_columns: int, ___: int, dtype: str, ____: bool = True) -> Any:
+        plan = PLANS[name]
+        if not isinstance(plan, ClusterShape):
+            return plan
+        size = np.dtype(DTYPES[dtype]).itemsize
+        for shape in (plan, plan._replace(cluster=8, block=512, held=32 // (16 // size))):
+            if num_columns * size <= 16 * shape.held * shape.cluster * shape.block:
+                return shape
+        return None
+
+    return choose
 
 
 def select(
@@ -59,7 +80,7 @@ def select(
 
 def select_by_plan(scores: np.ndarray, k: int, plan: str, **options: Any) -> TopK:
     """Call the op with one of PLANS, in a child process too."""
-    with mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]):
+    with mock.patch.object(_topk_select_long, "choose", choice(plan)):
         _cached.forget()
         return topk_select(scores, k, **options)
 

@@ -23,6 +23,7 @@ OLDEST = {
     "dense_router_decode_layout": 80,
     "activation_topk_cluster": 90,
     "expert_layout_cluster": 90,
+    "topk_select_cluster": 90,
 }
 _THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
 # Those of the package and of CuPy, and what lets ptxas say what a kernel needs.

@@ -320,6 +320,7 @@ SCORES = (
     ),
     Case("topk_select", "64 columns of float16", lambda: _top(9, 64, 7, np.float16)),
     Case("topk_select", "3000 columns, lengths", lambda: _top(2, 3000, 40, lengths=_lengths(2, 3000))),
+    Case("topk_select", "33,000 columns of a row", lambda: _top(1, 33_000, 600)),
     Case("topk_select", "4000 columns of many rows", on_small_gpu(lambda: _top(5, 4000, 600))),
     Case("topk_select", "20,000 of 30,000 columns", lambda: _top(1, 30_000, 20_000)),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel selects from long rows, and macros, grid and block of kernels/topk_select_long.cu.
 
-For more rows than multiprocessors, it is kernels/topk_select_many.cu; if k is too large for both,
-kernels/topk_select_large.cu.
+For a few rows, it is kernels/topk_select_cluster.cu; for more rows than multiprocessors,
+kernels/topk_select_many.cu; if k is too large for a list in shared memory, kernels/topk_select_large.cu.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from cupy_router import compiler, scratch
 from cupy_router.launcher import MAX_GRID
 from cupy_router.ops import _row_lanes as row_lanes
+from cupy_router.ops import _topk_select_cluster as cluster
 from cupy_router.ops._cached import Kernel, launch_with
 from cupy_router.ops._declared import Arrays
+from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_many import ManyShape, choose_many, list_lengths
 from cupy_router.tuning import Gpu, Steps
 
@@ -46,8 +48,11 @@ class LaunchShape(NamedTuple):
 
 def choose(
     gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool = True
-) -> LaunchShape | ManyShape | None:
+) -> LaunchShape | ManyShape | ClusterShape | None:
     """Return the launch shape; None if k is too large for a list in shared memory. `sorts`: not for order "any"."""
+    by_clusters = cluster.choose(gpu, num_rows, num_columns, k, dtype, sorts)
+    if by_clusters is not None:
+        return by_clusters
     many = choose_many(gpu, num_rows, num_columns, k, dtype, sorts)
     if many is not None:
         return many
@@ -111,7 +116,10 @@ class LongTopK:
         shape = choose(gpu, num_rows, num_columns, options.k, scores.dtype, options.order != "any")
         self._device, self._pieces, self._scratch_bytes = scores.device, 0, 0
         self._launches = []
-        if shape is None:
+        if isinstance(shape, ClusterShape):
+            kernel = cluster.kernel(shape, options.order, num_rows, macros, fixed)
+            self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
+        elif shape is None:
             numbers = {"num_rows": num_rows, "sorted": int(options.order == "value")} | fixed
             kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, numbers)
             self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))

@@ -38,11 +38,14 @@ class ManyShape(NamedTuple):
             "SORTS": int(sorts),
             "SHORT": int(is_short(dtype, num_columns)),
         }
-        shared = entry_bytes(dtype, num_columns, sorts) * self.capacity + 64
-        if shared > _OPT_IN - _STATIC_BYTES:
-            shared = max(shared, _OPT_IN + 16)  # static shared memory counts too
+        shared = opted_in(entry_bytes(dtype, num_columns, sorts) * self.capacity + 64, _STATIC_BYTES)
         numbers = {"by_column": int(order == "column")} | numbers
         return Kernel(MANY, MANY, macros, num_rows, self.block, numbers, shared_bytes=shared)
+
+
+def opted_in(shared: int, static: int) -> int:
+    """Return the dynamic shared memory for which the launcher opts in if dynamic and static together need that."""
+    return max(shared, _OPT_IN + 16) if shared + static > _OPT_IN else shared
 
 
 def is_short(dtype: str, num_columns: int) -> bool:

@@ -172,8 +172,8 @@ def topk_select(
         lengths: [num_rows] int32, or None.
         starts: [num_rows] int32, or None.
         order: order of the selected entries in a row. "value": by descending score, equal scores by ascending column.
-            "column": by ascending column. "any": the fastest order, the same on every run. All three select the same
-            entries, and empty entries come last.
+            "column": by ascending column. "any": the fastest order, which may depend on shapes, alignment and the GPU
+            but is the same on every run. All three select the same entries, and empty entries come last.
         return_values: False: `values` is None and takes no memory.
         index_map: [num_rows or 1, at least num_columns / page_size] int32, a table of pages. An index i >= 0 is mapped
             to its position in a paged cache, `index_map[row, i // page_size] * page_size + i % page_size`.

@@ -110,6 +110,19 @@ class LongRows(Family):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongRowsCluster(Family):
+    """topk_select for a few long rows, each of which a cluster of blocks reads; sm_90 and later.
+
+    The blocks of all rows run at the same time.
+    """
+
+    shapes: Steps  # blocks, threads of a block: the first that holds all scores in registers
+    min_row_bytes: int  # in any order
+    min_row_bytes_sorted: int
+    max_winners: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class HashRouter(Family):
     """hash_router with logits or uniform weights."""
 
@@ -214,6 +227,7 @@ class Table:
     backward: Backward
     decode: Decode
     long_rows: LongRows
+    long_rows_cluster: LongRowsCluster
     hash_router: HashRouter
     hash_products: HashProducts
     hash_layer: HashLayer

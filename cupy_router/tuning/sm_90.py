@@ -16,6 +16,7 @@ from cupy_router.tuning.schema import (
     HashRouter,
     Layout,
     LongRows,
+    LongRowsCluster,
     MoveRows,
     Rows,
     Table,
@@ -94,6 +95,13 @@ TABLE = Table(
         many_rows_max_winners=2048,
         sample_few_winners=2048,
         sample_many_winners=4096,
+    ),
+    long_rows_cluster=LongRowsCluster(
+        measured_by="python -m benchmarks.sweep_topk_select",
+        shapes=((4, 256), (2, 512), (4, 512), (2, 1024), (8, 512)),
+        min_row_bytes=32 * 1024,
+        min_row_bytes_sorted=128 * 1024,
+        max_winners=2048,
     ),
     hash_router=HashRouter(
         measured_by="python -m benchmarks.bench_hash_router",

@@ -47,10 +47,30 @@ struct ListSort {
           high(high),
           shift(max(bit_length(high - low) - 32, 0)) {}
 
-    // Call take(place, rank) for every rank from `pivot` on, by descending bits. All threads have passed a barrier since
-    // the list was written. `tail`: ranks are as dense as in the tail of a distribution; otherwise they are even.
+    // Call take(place, rank) for every rank from `pivot` on, by descending bits; if only some places are wanted, for
+    // those from `first` on. All threads have passed a barrier since the list was written. `tail`: ranks are as dense as
+    // in the tail of a distribution; otherwise they are even.
     template <typename Take>
     __device__ __forceinline__ void sort(const List& list, bool tail, Take take) const {
+        arrange(list, tail);
+        take_slots(list, 0, count, take);
+    }
+
+    template <typename Take>
+    __device__ __forceinline__ void sort(const List& list, bool tail, int first, int places, Take take) const {
+        arrange(list, tail);
+        // A slot may begin before these places or end after them.
+        const int end = min(first + places, count);
+        if (first >= end) return;
+        const int first_slot = slot_of[order[first]], last_slot = slot_of[order[end - 1]];
+        take_slots(list, first_slot > 0 ? slots[first_slot - 1] : 0, slots[last_slot], [&](int place, Rank rank) {
+            if (place >= first && place < end) take(place, rank);
+        });
+    }
+
+  private:
+    // Put the ranks into slots.
+    __device__ __forceinline__ void arrange(const List& list, bool tail) const {
         clear();
         __syncthreads();
         const float scale = 1.0f / (static_cast<float>(upper(low)) + 1.0f);
@@ -67,8 +87,13 @@ struct ListSort {
         }
         for_each(list, [&](Rank, int i) { order[atomicAdd(&slots[slot_of[i]], 1)] = i; });
         __syncthreads();
+    }
+
+    // Call take(place, rank) for the ranks in these places by slot, with their places by rank.
+    template <typename Take>
+    __device__ __forceinline__ void take_slots(const List& list, int begin_place, int end_place, Take take) const {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count; i += Block) {
+        for (int i = begin_place + static_cast<int>(threadIdx.x); i < end_place; i += Block) {
             const int number = order[i], slot = slot_of[number], begin = slot > 0 ? slots[slot - 1] : 0;
             const Rank rank = list.ranks[number], bits = rank & mask;
             int place = begin;
@@ -78,7 +103,6 @@ struct ListSort {
         }
     }
 
-  private:
     // Call take(rank, index on the list) for all ranks on the list that are to be sorted.
     template <typename Take>
     __device__ __forceinline__ void for_each(const List& list, Take take) const {

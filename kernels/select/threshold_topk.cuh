@@ -57,12 +57,14 @@ struct ThresholdTopK {
             const bool too_many = count > SLOTS;
             const Found above = find(row, threshold, packed_exceeds<Code>);
             const int wanted = TopK - count_of(above, lane, before);
-            const Found decided = with_first(above, found, wanted, lane);
+            const bool ties = too_many && wanted > 0;
+            if (UNLIKELY(__any_sync(FULL_WARP, ties))) {
+                const Found decided = with_first(above, found, wanted, lane);
+                if (ties) found = decided;
+            }
             const unsigned greater = packed_exceeds<Code>(best, threshold);
             const unsigned next = lowest((best & greater) | (PACKED_NAN & ~greater));
-            if (too_many && wanted > 0) {
-                found = decided;
-            } else if (too_many) {
+            if (too_many && !ties) {
                 threshold = next;  // nothing reaches NaN
                 found = find(row, threshold, packed_reaches<Code>);
             }

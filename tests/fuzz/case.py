@@ -23,7 +23,7 @@ from tests import compare, gradients, methods, oracle
 from tests.backends import DTYPES, Backend
 from tests.canvas import Canvas
 from tests.fuzz import layout_case, replica_case
-from tests.topk_calls import PLANS, by_index
+from tests.topk_calls import by_index, choice
 
 FOLDER = Path(__file__).with_name("cases")
 BACKWARD = "activation_topk_backward"
@@ -192,7 +192,7 @@ class _Chosen(AbstractContextManager[None]):
             }
             self.patches.append(mock.patch.multiple(_row_lanes, **chosen))
         if plan:
-            self.patches.append(mock.patch.object(_topk_select_long, "choose", return_value=PLANS[plan]))
+            self.patches.append(mock.patch.object(_topk_select_long, "choose", choice(plan)))
 
     def __enter__(self) -> None:
         _cached.forget()

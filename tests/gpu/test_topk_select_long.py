@@ -10,13 +10,14 @@ import pytest
 
 from cupy_router import topk_select
 from tests import compare, inputs, oracle
+from tests.topk_calls import by_index
 
 # num_rows, num_columns, k
 SHAPES = [
-    (1, 32_768, 512), (8, 32_768, 512), (64, 32_768, 512), (1, 131_072, 2048), (8, 131_072, 2048),
-    (256, 32_768, 2048), (64, 262_144, 1024), (300, 131_072, 1024), (150, 32_768, 512), (1500, 32_768, 512),
-    (1200, 8192, 512), (1, 1_048_576, 2048), (2, 131_072, 8192), (1, 1_048_576, 8192), (200, 70_000, 4096),
-    (3, 20_000, 20_000),
+    (1, 32_768, 512), (8, 32_768, 512), (64, 32_768, 512), (8, 65_536, 1024), (16, 65_536, 33), (1, 131_072, 2048),
+    (8, 131_072, 2048), (256, 32_768, 2048), (64, 262_144, 1024), (300, 131_072, 1024), (150, 32_768, 512),
+    (1500, 32_768, 512), (1200, 8192, 512), (1, 1_048_576, 2048), (2, 131_072, 8192), (1, 1_048_576, 8192),
+    (200, 70_000, 4096), (3, 20_000, 20_000),
 ]  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def kinds(cupy: Any, rows: int, columns: int) -> dict[str, Any]:
         "ascending": cupy.sort(normal, axis=1),
         "smooth": cupy.sin(cupy.arange(columns, dtype=np.float32) / 300) + normal / 1000,
         "slowly ascending": normal * np.float32(1e-6) + cupy.arange(columns, dtype=np.float32) * np.float32(6.4e-6),
+        "zeros at the k-th": cupy.maximum(normal - 3, 0),
         "random walk": cupy.cumsum(normal, axis=1, dtype=np.float32),
         "large at the end": normal + cupy.where(cupy.arange(columns) >= 0.97 * columns, 10, 0).astype(np.float32),
         "periodic": cupy.ascontiguousarray(cupy.broadcast_to(normal[:1, cupy.arange(columns) % 4096], normal.shape)),
@@ -60,10 +62,17 @@ def test_full_sizes(cupy: Any, rows: int, columns: int, k: int) -> None:
         want = sorted_by_cupy(cupy, scores[few], k)
         assert bool((indices[few] == want).all()), name
         assert bool((values == cupy.take_along_axis(scores, indices, axis=1)).all()), name
+        in_any_order = topk_select(scores, k, order="any")
+        assert bool((cupy.sort(in_any_order.indices, axis=1) == cupy.sort(indices, axis=1)).all()), name
+        entries = cupy.take_along_axis(scores, in_any_order.indices, axis=1)
+        assert bool((in_any_order.values == entries).all()), name
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(("rows", "columns", "k"), [(1, 131_072, 2048), (64, 32_768, 512), (200, 65_536, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"),
+    [(1, 131_072, 2048), (8, 65_536, 1024), (8, 16_384, 512), (64, 32_768, 512), (200, 65_536, 1024)],
+)
 def test_full_sizes_of_16_bits(cupy: Any, rows: int, columns: int, k: int, dtype: str) -> None:
     scores = inputs.normal((rows, columns), dtype)
     values, indices = topk_select(cupy.asarray(scores.view(np.uint16)).view(scores.dtype), k)
@@ -135,10 +144,12 @@ def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -
     on_device, lengths = cupy.asarray(scores), cupy.full(rows, columns, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        topk_select(on_device, k, lengths=lengths)
+        for order in ("value", "any"):
+            topk_select(on_device, k, lengths=lengths, order=order)
         stream.synchronize()
         stream.begin_capture()
         result = topk_select(on_device, k, lengths=lengths)
+        in_any_order = topk_select(on_device, k, lengths=lengths, order="any")
         graph = stream.end_capture()
     for seed in range(6):
         host = inputs.rng(seed).integers(0, (100, k + 1, 5000, columns)[seed % 4], rows).astype(np.int32)
@@ -149,3 +160,6 @@ def test_replay_with_other_lengths(cupy: Any, rows: int, columns: int, k: int) -
         want = oracle.topk(scores[:5], k, host[:5])
         np.testing.assert_array_equal(result.indices[:5].get(), want[1])
         compare.assert_same_bits(result.values[:5].get(), want[0])
+        indices = in_any_order.indices[:5].get()
+        for array, right in ((in_any_order.values[:5].get(), want[0]), (indices, want[1])):
+            compare.assert_same_bits(by_index(array, indices), by_index(right, want[1]))

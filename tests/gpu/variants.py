@@ -12,6 +12,8 @@ import numpy as np
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
+from cupy_router.ops._topk_select_long import LaunchShape
+from cupy_router.ops._topk_select_many import ManyShape
 from tests import inputs, methods, oracle
 from tests.backends import DTYPES
 from tests.fuzz.case import BACKWARD, Case
@@ -108,7 +110,8 @@ def _long_rows() -> Iterator[Case]:
             layout = (DENSE, STRIDED, MISALIGNED)[(i + j) % 3]
             yield replace(case(3, 5000, 300, dtype, layout, order="column", **pages(3, 5000, 16)), plan=name)
             yield replace(case(3, 5000, 300, dtype, layout, return_values=False, **limits(3, 5000)), plan=name)
-            if plan is not None:  # a sample that misleads, so that rows are read again
+            yield replace(case(3, 5000, 300, dtype, layout, order="any"), plan=name)
+            if isinstance(plan, LaunchShape | ManyShape):  # a sample that misleads, so that rows are read again
                 hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
                 options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_router
+from cupy_router.ops._topk_select_many import ManyShape
 from cupy_router.ops.activation_topk_backward import activation_topk_backward
 from cupy_router.simt import device
 from cupy_router.simt.sanitized import Call, call_sanitized, why_not_sanitized
@@ -113,13 +114,14 @@ def test_gradients_are_clean(sanitizer: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["any", "column", "value"])
-def test_many_long_rows_are_clean(sanitizer: str, order: str) -> None:
-    """Sampled rows, short rows, ties at the threshold, samples that mislead."""
+def test_long_rows_are_clean(sanitizer: str, order: str) -> None:
+    """Sampled rows, short rows, ties at the threshold, samples that mislead; a cluster, also with ties only."""
     base = RNG.normal(size=4 * 3001 + 1).astype(np.float32)[1:].reshape(4, 3001)[:, :3000]
     base[1] = np.round(base[1])
     lengths = np.array([3000, 2999, 1025, 7], np.int32)
+    equal = np.zeros(2 * 4501 + 1, np.float32)[1:].reshape(2, 4501)[:, :4500]
     plan = topk_calls.PLANS["many rows"]
-    assert plan is not None
+    assert isinstance(plan, ManyShape)
     calls = [
         Call("tests.topk_calls:select_by_plan", (base, 300, "many rows"), {"order": order, "lengths": lengths}),
         Call("tests.topk_calls:select_by_plan", (base.astype(ml_dtypes.bfloat16), 200, "many rows"), {"order": order}),
@@ -130,6 +132,11 @@ def test_many_long_rows_are_clean(sanitizer: str, order: str) -> None:
         )
         for best in (False, True)
     ]
+    if order == "value":
+        calls += [
+            Call("tests.topk_calls:select_by_plan", (base, 300, "a cluster"), {"lengths": lengths}),
+            Call("tests.topk_calls:select_by_plan", (equal, 600, "a cluster")),
+        ]
     report = call_sanitized(calls, sanitizer=sanitizer, schedule="shuffled")
     assert (report.fault, len(report.results)) == (None, len(calls)), report.text
     for call, result in zip(calls, report.results, strict=True):

@@ -57,6 +57,18 @@ def test_clusters(cpu: SimtBackend) -> None:
         run(cpu, "cluster", 10, 64, values, histograms, marks, greetings)
 
 
+@pytest.mark.parametrize("k", [1, 300, 1100])
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_the_kth_best_key_of_a_cluster(cpu: SimtBackend, bits: int, k: int) -> None:
+    """Also where most of the keys are in one block, and many tie."""
+    keys = np.concatenate([RNG.integers(0, 2**bits, (3, 500)), RNG.integers(0, 2**31, (1, 500))]).astype(np.uint32)
+    together, alone = np.zeros((4, 2, 2), np.uint32), np.zeros((4, 2), np.uint32)
+    run(cpu, "kth_key", 4, 256, keys, together, alone, np.int32(500), np.int32(k))
+    assert (together[:, :, 0] == np.sort(keys.ravel())[-k]).all()
+    assert (together == together[0, 0]).all()
+    np.testing.assert_array_equal(alone[:, 0], np.sort(keys, axis=1)[:, -min(k, 500)])
+
+
 def test_asynchronous_copies(cpu: SimtBackend) -> None:
     x = RNG.integers(0, 100, (3, 1000)).astype(np.float32)
     sums = np.zeros(3, np.float32)
@@ -176,7 +188,9 @@ def test_a_syntax_error_names_its_line() -> None:
 
 # -- The probes are CUDA -----------------------------------------------------------------------------------------------
 
-ARCHITECTURES = {"cluster": ["sm_90", "sm_100"], "integers": ["sm_75"], "floats": ["sm_75"], "atomics": ["sm_75"]}
+ARCHITECTURES = {name: ["sm_75"] for name in ("integers", "floats", "atomics")} | {
+    name: ["sm_90", "sm_100"] for name in ("cluster", "kth_key")
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROBES.glob("*.cu")))
