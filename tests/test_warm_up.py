@@ -218,7 +218,7 @@ def test_progress_counts_every_kernel(machine: Recorder) -> None:
     seen: list[tuple[int, int]] = []
     ready = cupy_router.warmup("deepseek-v4-flash", hidden=4096, bias=True, progress=lambda *at: seen.append(at))
     assert seen == [(done, len(ready)) for done in range(len(ready) + 1)]
-    assert len(ready) == 9  # of one layer
+    assert len(ready) == 8  # of one layer
 
 
 def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
@@ -245,7 +245,6 @@ def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
         ({"table": True, "bias": np.empty((2, 8), np.float32), "bias_index": True}, ValueError, "table must be an"),
         ({"path": "decode"}, ValueError, "return_logits and path need hidden"),
         ({"layout": 128}, TypeError, "layout must be a LayoutSpec"),
-        ({"workers": 0}, ValueError, r"workers must be in 1\.\.1024, got 0"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(machine: Recorder, arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
