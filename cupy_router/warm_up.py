@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cupy_router import compiler
+from cupy_router import compiler, kernel_log
 from cupy_router.arrays import View, dense_strides, view_of
 from cupy_router.kernel_log import KernelReady as KernelReady
 from cupy_router.kernel_plan import Wanted
-from cupy_router.make_ready import Progress as Progress
-from cupy_router.make_ready import make_ready
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, activation_topk, dense_router, hash_router
@@ -27,6 +25,8 @@ from cupy_router.ops._routed import as_logits_dtype
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.tuning import Gpu, gpu_of
+
+Progress = Callable[[int, int], object]
 
 NUM_TOKENS = (1, 8192)
 MAX_TOKENS = 2**20
@@ -58,7 +58,6 @@ def warmup(
     num_tokens: tuple[int, int] = NUM_TOKENS,
     device: int | None = None,
     progress: Progress | None = None,
-    workers: int | None = None,
     **arrays_given: Any,
 ) -> tuple[KernelReady, ...]:
     """Compile all kernels that calls with this method need, for every number of tokens in a range.
@@ -79,9 +78,6 @@ def warmup(
         num_tokens: The least and the greatest number of tokens of a call, from 1 to 2**20.
         device: Number of the GPU; by default the current device of this thread.
         progress: Called as `progress(done, total)` after each kernel, and once before the first.
-        workers: Number of processes that compile, this one included; by default one for each CPU, at most 8. They are
-            started once a kernel was not in the cache folder, use no GPU, and do not run the caller's script again. 1
-            starts none.
         **arrays_given: The arguments that the calls have beside x and method, by name. An array (`weight`, `bias`,
             `bias_index`, `logit_bias`, `expert_scale`, `indices`, `replicas`, `replica_counts`, `table`, `token_ids`,
             `num_valid`) is True, the name of its dtype, or an array like it, which is not read. True is float32 or
@@ -115,11 +111,10 @@ def warmup(
         if hidden is not None:
             hidden = check.integer("hidden", hidden, 1)
             arrays_given.setdefault("weight", True)
-        workers = _as_workers(workers)
         where = _cuda(device)
         calls = calls_of(resolve(method), hidden, _as_dtypes(dtypes), arrays_given, where)
         wanted = wanted_by(calls, _as_range(num_tokens), gpu_of(where))
-    return make_ready(wanted, where, progress, workers)
+    return make_ready(wanted, where, progress)
 
 
 def warm_up_layer(
@@ -130,7 +125,6 @@ def warm_up_layer(
     dtypes: Sequence[str] | None,
     num_tokens: tuple[int, int],
     progress: Progress | None,
-    workers: int | None,
     arrays_given: Mapping[str, Any],
     known: Sequence[str] = (
         "token_ids",
@@ -156,7 +150,6 @@ def warm_up_layer(
         unknown = arrays_given.keys() - set(known)
         if unknown:
             raise TypeError(f"there is no argument {min(unknown)!r}; calls have {', '.join(known)}")
-        workers = _as_workers(workers)
         views = {name: view_of(name, array) for name, array in arrays.items() if array is not None}
         weight = views.get("weight")
         where = next(iter(views.values())).device
@@ -170,7 +163,7 @@ def warm_up_layer(
             return ()
         calls = calls_of(method, hidden, names, given, where, of_layer=True)
         wanted = wanted_by(calls, range_, gpu_of(where))
-    return make_ready(wanted, where, progress, workers)
+    return make_ready(wanted, where, progress)
 
 
 # -- Calls -------------------------------------------------------------------------------------------------------------
@@ -296,10 +289,6 @@ def _as_range(num_tokens: Any) -> tuple[int, int]:
     return first, check.integer("num_tokens[1]", num_tokens[1], first, MAX_TOKENS)
 
 
-def _as_workers(workers: Any) -> int | None:
-    return None if workers is None else check.integer("workers", workers, 1, 1024)
-
-
 # -- Kernels -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +298,24 @@ def wanted_by(calls: Iterable[Calls], num_tokens: tuple[int, int], gpu: Gpu) -> 
     for call in calls:
         wanted |= kernels_of(*call, num_tokens, gpu)
     return list(wanted)
+
+
+def make_ready(
+    wanted: Sequence[Wanted], device: tuple[str, int], progress: Progress | None = None
+) -> tuple[KernelReady, ...]:
+    """Compile kernels, or load them from the cache folder, and return those that were not ready."""
+    ready: list[KernelReady] = []
+    stop = kernel_log.on_compile(ready.append)
+    report = progress or (lambda done, total: None)
+    try:
+        report(0, len(wanted))
+        for done, (kernel, function, macros, headers) in enumerate(wanted, 1):
+            compiler.compile(kernel, function, dict(macros), device, dict(headers))
+            report(done, len(wanted))
+    finally:
+        stop()
+    keys = {(each.kernel, each.function, each.macros, each.headers) for each in wanted}
+    return tuple(one for one in ready if (one.kernel, one.function, one.macros, one.headers) in keys)
 
 
 class CanWarmUp:
@@ -327,7 +334,6 @@ class CanWarmUp:
         dtypes: Sequence[str] | None = None,
         num_tokens: tuple[int, int] = NUM_TOKENS,
         progress: Progress | None = None,
-        workers: int | None = None,
         **arrays_given: Any,
     ) -> tuple[KernelReady, ...]:
         """Compile all kernels that calls of this router need, for every number of tokens in a range.
@@ -337,7 +343,7 @@ class CanWarmUp:
 
         Args:
             dtypes: The dtypes of x, by name; that of the weight by default.
-            num_tokens, progress, workers: As for :func:`cupy_router.warmup`.
+            num_tokens, progress: As for :func:`cupy_router.warmup`.
             **arrays_given: The further arguments of the calls, as for :func:`cupy_router.warmup`: `token_ids`,
                 `bias_index`, `indices`, `replicas`, `replica_counts`, `replica_offset`, `num_physical`, `num_valid`,
                 `layout`, `unset`, `return_logits`, `batch_invariant`.
@@ -349,5 +355,5 @@ class CanWarmUp:
         """
         return warm_up_layer(
             f"{type(self).__name__}.warmup", self.method, self.arrays(), self.follows_inputs, dtypes, num_tokens,
-            progress, workers, arrays_given,
+            progress, arrays_given,
         )  # fmt: skip

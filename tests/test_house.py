@@ -94,8 +94,7 @@ MAY_IMPORT = {
         "scratch",
         "tuning",
     },
-    "make_ready": {"compiler", "kernel_cache", "kernel_log", "kernel_plan"},
-    "warm_up": {"arrays", "compiler", "kernel_log", "kernel_plan", "make_ready", "method", "ops", "tuning"},
+    "warm_up": {"arrays", "compiler", "kernel_log", "kernel_plan", "method", "ops", "tuning"},
     "layer_arrays": {"arrays", "compiler", "ops"},
     "router": {
         "_hooks",

@@ -25,7 +25,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--weight", choices=_DTYPES, help="dtype of the gate, if it is not that of x")
     counts = parser.add_argument("--tokens", nargs=2, type=int, default=[1, 8192], metavar=("LEAST", "MOST"))
     counts.help = "numbers of tokens of a call (default: 1 8192)"
-    parser.add_argument("--workers", type=int, help="processes that compile (default: one for each CPU, at most 8)")
     for name in _ARRAYS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"calls have {name}")
     parser.set_defaults(run=run)
@@ -38,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     try:
         ready = cupy_router.warmup(
-            args.preset, hidden=args.hidden, dtypes=args.dtype, num_tokens=tuple(args.tokens), progress=show,
-            workers=args.workers, **given,
-        )  # fmt: skip
+            args.preset, hidden=args.hidden, dtypes=args.dtype, num_tokens=tuple(args.tokens), progress=show, **given
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         print(f"cupy-router warmup: {str(error).removeprefix('warmup: ')}", file=sys.stderr)
         return 1

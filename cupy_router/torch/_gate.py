@@ -230,7 +230,6 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         dtypes: Sequence[str] | None = None,
         num_tokens: tuple[int, int] = NUM_TOKENS,
         progress: Progress | None = None,
-        workers: int | None = None,
         **arrays_given: Any,
     ) -> tuple[KernelReady, ...]:
         """Compile all kernels that forward passes of this gate need, for every number of tokens in a range.
@@ -251,7 +250,7 @@ class Gate(torch.nn.Module):  # type: ignore[misc]  # PyTorch is untyped to us
         }
         known = ("token_ids", "num_valid", "batch_invariant")
         return warm_up_layer(
-            "Gate.warmup", self.method, arrays, False, dtypes, num_tokens, progress, workers, arrays_given, known
+            "Gate.warmup", self.method, arrays, False, dtypes, num_tokens, progress, arrays_given, known
         )
 
     # -- What PyTorch does to modules ----------------------------------------------------------------------------------
