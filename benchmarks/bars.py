@@ -29,9 +29,8 @@ TOPK_SELECT_FEW = {  # the same in order "any", indices only
         (8, 65_536, 1024): 8.1, (64, 65_536, 1024): 15.0, (1, 131_072, 2048): 7.8, (8, 131_072, 2048): 10.0,
         (1, 1_048_576, 2048): 16.5,
     },
-    "bfloat16": {  # that of DeepSeek-V4.1 has 16384 columns
+    "bfloat16": {
         (1, 65_536, 1024): 5.8, (8, 65_536, 1024): 5.5, (64, 65_536, 1024): 10.0, (8, 131_072, 2048): 9.0,
-        (1, 16_384, 512): None, (8, 16_384, 512): None, (64, 16_384, 512): None,
     },
 }  # fmt: skip
 # On an H200, cold: num_rows, num_columns, k -> order "any" and indices only; order "value" with values.
@@ -43,10 +42,12 @@ TOPK_SELECT_LENGTHS = {(4096, 32_768, 512): (130.0, 145.0)}  # the same with len
 TOPK_SELECT_BFLOAT16 = {  # order "any", indices only
     (64, 262_144, 1024): 18.0, (256, 32_768, 2048): 21.0, (1024, 131_072, 1024): 105.0, (4096, 32_768, 512): 125.0,
 }  # fmt: skip
-TOPK_SELECT_PAGED = {(1024, 16_384, 512): 18.0}  # the same through an index_map with pages of 8 columns
+TOPK_SELECT_PAGED = {  # the same through an index_map with pages of 8 columns, as the indexer of DeepSeek-V4.1 does
+    (1, 16_384, 512): None, (8, 16_384, 512): None, (64, 16_384, 512): None, (1024, 16_384, 512): 18.0,
+}  # fmt: skip
 ANY_ORDER_RATIO, ANY_ORDER_MORE = 1.02, 0.1  # of order "any" to the others: the larger of both is allowed
-MANY_ADVERSARIAL = ((256, 32_768, 2048), (1024, 32_768, 512))  # order "any"
-MANY_ADVERSARIAL_RATIO = 1.6
+ANY_ORDER_ADVERSARIAL = ((1, 32_768, 512), (8, 131_072, 2048), (256, 32_768, 2048), (1024, 32_768, 512))
+ANY_ORDER_ADVERSARIAL_RATIO = 1.6
 LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))
 LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # of bfloat16 to float32; of adversarial inputs to normal ones
 

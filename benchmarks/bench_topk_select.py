@@ -15,12 +15,12 @@ import cupy
 from benchmarks import floor
 from benchmarks.bars import (
     ADVERSARIAL_RATIO,
+    ANY_ORDER_ADVERSARIAL,
+    ANY_ORDER_ADVERSARIAL_RATIO,
     ANY_ORDER_MORE,
     ANY_ORDER_RATIO,
     LONG_BFLOAT16,
     LONG_BFLOAT16_RATIO,
-    MANY_ADVERSARIAL,
-    MANY_ADVERSARIAL_RATIO,
     TOPK_SELECT,
     TOPK_SELECT_16_BITS,
     TOPK_SELECT_BFLOAT16,
@@ -198,7 +198,7 @@ def long_rows() -> list[Row]:
 
 
 def many_rows() -> list[Row]:
-    """Long rows by order, with lengths, in bfloat16, through an index_map, and with data that misleads samples."""
+    """Long rows by order, with lengths, in bfloat16, and through an index_map."""
     rows = []
     for lengths, shapes in ((False, TOPK_SELECT_ORDERS), (True, TOPK_SELECT_LENGTHS)):
         for (n, num_columns, k), (any_bar, value_bar) in shapes.items():
@@ -216,21 +216,32 @@ def many_rows() -> list[Row]:
         for (n, num_columns, k), bar in bars.items():
             problem = Problem(num_columns, k, n, "bfloat16", order="any", values=False, page_size=page_size)
             rows += [barred(problem.ours(), bar), problem.floor()]
-    for n, num_columns, k in MANY_ADVERSARIAL:
+    return rows
+
+
+def misleading_rows() -> list[Row]:
+    """Data that is hard to select from in any order, as multiples of normal data."""
+    rows = []
+    for n, num_columns, k in ANY_ORDER_ADVERSARIAL:
         normal = Problem(num_columns, k, n, order="any", values=False).ours()
-        most = round(MANY_ADVERSARIAL_RATIO * normal["us"], 3)
+        most = round(ANY_ORDER_ADVERSARIAL_RATIO * normal["us"], 3)
         for data in MISLEADING:
             rows.append(barred(Problem(num_columns, k, n, data=data, order="any", values=False).ours(), most))
     return rows
 
 
 def few_long_rows() -> list[Row]:
-    """A few long rows in any order, indices only."""
+    """A few long rows in any order, indices only; and that this order, with values, is no slower than by value."""
     rows = []
     for dtype, bars in TOPK_SELECT_FEW.items():
         for (n, num_columns, k), bar in bars.items():
             problem = Problem(num_columns, k, n, dtype, order="any", values=False)
             rows += [barred(problem.ours(), bar), problem.floor()]
+            del problem
+            by_value = Problem(num_columns, k, n, dtype).ours()
+            most = max(ANY_ORDER_RATIO * by_value["us"], by_value["us"] + ANY_ORDER_MORE)
+            any_order = Problem(num_columns, k, n, dtype, order="any").ours()
+            rows += [by_value, barred(any_order, round(most, 3))]
     return rows
 
 
@@ -276,7 +287,7 @@ def _torch_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    long = long_rows() + many_rows() + few_long_rows()
+    long = long_rows() + many_rows() + few_long_rows() + misleading_rows()
     return call_rows() + barred_rows() + long + ([] if quick else sweep_rows())
 
 
