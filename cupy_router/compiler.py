@@ -21,6 +21,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
 from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, thread_locale
+from cupy_router.compiler_options import options as options
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
@@ -30,7 +31,6 @@ from cupy_router.watch import Watch
 Macros = tuple[tuple[str, int], ...]
 Headers = tuple[tuple[str, str], ...]
 
-OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
 
 
@@ -97,7 +97,7 @@ class CudaBackend:
     def build(self, source: str, function: str, device: int) -> int:
         cupy = self._cupy
         with cupy.cuda.Device(device), relaxed():
-            kernel = cupy.RawKernel(source, function, OPTIONS, "nvrtc")
+            kernel = cupy.RawKernel(source, function, options(source), "nvrtc")
             # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
             # right where a look at the cache folder is not: another process writes there, a file is damaged, or
             # CUPY_CACHE_IN_MEMORY is set. One log serves all builds: CuPy keeps modules by source and log.
@@ -391,7 +391,7 @@ def compile(
         handle = where.build(source, function, device[1])
         milliseconds = (time.perf_counter() - begin) * 1000
         found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
-        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, OPTIONS)
+        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, options(source))
     kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found
 

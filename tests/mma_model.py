@@ -22,10 +22,8 @@ LOWEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126}  # of norm
 NOTHING = -10_000  # exponent of 0: it does not count in an alignment
 NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
 
-# The order of the gate GEMM: kernels/gate/gemm_mma.cuh.
+# The order of the gate GEMM: kernels/gate/gemm_mma.cuh and gemm_wgmma.cuh.
 PARTS, STEP = 16, 32  # of hidden, in columns of a step
-# Columns of a step in the order of its two products: those whose number modulo 8 is below 4, then the others.
-COLUMN_ORDER = np.arange(STEP).reshape(-1, 2, 4).swapaxes(0, 1).ravel()
 
 
 def multiply(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -67,8 +65,7 @@ def gate_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     The order of sums is that of docs/batch_invariance.md.
     """
     hidden, steps = x.shape[1], -(-x.shape[1] // STEP)
-    columns = (np.arange(steps)[:, None] * STEP + COLUMN_ORDER).ravel()
-    x, weight = (np.pad(rows, ((0, 0), (0, steps * STEP - hidden)))[:, columns] for rows in (x, weight))
+    x, weight = (np.pad(rows, ((0, 0), (0, steps * STEP - hidden))) for rows in (x, weight))
     zero = np.zeros((len(x), len(weight)), np.float32)
     bounds = [part * steps // PARTS * STEP for part in range(PARTS + 1)]
     sums = [multiply(x[:, begin:end], weight[:, begin:end], zero) for begin, end in pairwise(bounds)]

@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from cupy_router import nvrtc
+from cupy_router import compiler, nvrtc
 from cupy_router.check.architectures import ARCHITECTURES as ARCHITECTURES
 from cupy_router.check.architectures import OPTIONS
 from cupy_router.nvrtc import Resources, resources
@@ -22,18 +22,18 @@ class Nvrtc(nvrtc.Nvrtc):
 
     def resources(self, source: str, function: str, architecture: str) -> Resources:
         """Compile to machine code and read what it needs from the log; CompileError with file and line."""
-        (log,) = self.compile(source, "kernel.cu", options(architecture), "ProgramLog")
+        (log,) = self.compile(source, "kernel.cu", options(source, architecture), "ProgramLog")
         return resources(log.decode(), function)
 
     def machine_code(self, source: str, function: str, architecture: str) -> tuple[bytes, Resources]:
         """The bytes of the instructions, padding included, and what they need."""
-        log, cubin = self.compile(source, "kernel.cu", options(architecture), "ProgramLog", "CUBIN")
+        log, cubin = self.compile(source, "kernel.cu", options(source, architecture), "ProgramLog", "CUBIN")
         return section(cubin, f".text.{function}"), resources(log.decode(), function)
 
 
-def options(architecture: str) -> list[str]:
+def options(source: str, architecture: str) -> list[str]:
     """What the compiler is given beside the text."""
-    return [*OPTIONS, f"-arch={architecture}"]
+    return [*compiler.options(source), *OPTIONS, f"-arch={architecture}"]
 
 
 def section(elf: bytes, wanted: str) -> bytes:

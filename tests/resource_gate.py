@@ -126,7 +126,8 @@ def measure(version: str, wanted: Sequence[Specialisation], known: Table) -> tup
 
 def seal(version: str, one: Specialisation, architecture: str, row: Row) -> str:
     """Digest of what is compiled, and of what came out. Occupancy follows from these."""
-    given = (version, nvrtc.options(architecture), one.function, one.shared_bytes, one.source(architecture))
+    source = one.source(architecture)
+    given = (version, nvrtc.options(source, architecture), one.function, one.shared_bytes, source)
     numbers = (row.registers, row.spills, row.stack, row.shared)
     return hashlib.sha256(repr((given, numbers)).encode()).hexdigest()[:16]
 

@@ -147,14 +147,20 @@ def test_paths_padding_and_layouts(kind: str, backend: Backend) -> None:
 
 @pytest.mark.needs_kernels
 def test_tilings_and_chunks_do_not_change_bits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of other sizes, experts in other blocks, and chunks of 64 tokens."""
+    """Groups of other sizes, experts in other blocks, chunks of 64 tokens, and a GPU without clusters."""
     problem = Problem("biases", METHODS["groups"], 90)
     whole = problem(backend, return_logits=True)
     table = tuning.DEFAULT.table
+    with tuning.assume(replace(tuning.DEFAULT, capability=(8, 0))):
+        _cached.forget()
+        assert_rows(problem(backend, return_logits=True), whole, range(90))
     for changes in (
-        {"invariant_groups": ((2**31, 64, 64, 16),), "invariant_shapes": ((64, 64, 32),)},
-        {"invariant_groups": ((2**31, 32, 16, 16),), "invariant_shapes": ((64, 16, 16),), "min_shared_tokens": 99},
-        {"max_partial_bytes": 1},
+        {"clusters": ((192, 128, 12, 8),)},
+        {"clusters": ((128, 128, 16, 4),)},
+        {"clusters": ((128, 128, 8, 1),)},
+        {"invariant_groups": ((2**31, 64, 64, 16),), "invariant_shapes": ((64, 64, 32, 1),)},
+        {"invariant_groups": ((2**31, 32, 16, 16),), "invariant_shapes": ((64, 32, 32, 2),), "min_shared_tokens": 99},
+        {"clusters": ((64, 64, 8, 8),), "clusters_at_once": (1,) * 8},
     ):
         changed = replace(table, decode=replace(table.decode, **changes))
         monkeypatch.setattr(tuning.Gpu, "table", property(lambda gpu, changed=changed: changed))

@@ -295,8 +295,9 @@ def test_every_kernel_file_compiles_alone(kernel: str) -> None:
     assert functions
     for nvrtc_ in nvrtc.libraries().values() or [any_nvrtc()]:
         for architecture in Specialisation(kernel, (), kernel).architectures:
-            given = nvrtc.options(architecture)
-            (log,) = nvrtc_.compile(compiler.expand(kernel), f"{kernel}.cu", given, "ProgramLog")
+            text = compiler.expand(kernel)
+            given = nvrtc.options(text, architecture)
+            (log,) = nvrtc_.compile(text, f"{kernel}.cu", given, "ProgramLog")
             for function in functions:
                 assert resources(log.decode(), function).registers > 0
 

@@ -38,7 +38,9 @@ MAY_IMPORT = {
     "kernel_dump": {"kernel_log", "nvrtc", "thread_locale"},
     "thread_locale": set(),
     "relaxed": set(),
+    "compiler_options": set(),
     "compiler": {
+        "compiler_options",
         "declarations",
         "kernel_cache",
         "kernel_dump",

@@ -25,7 +25,7 @@ from tests.recorder import Recorder, recording
 
 ROOT = Path(__file__).parents[1]
 KERNEL = 'extern "C" __global__ void {name}(float *x) {{ x[threadIdx.x] = {value}; }}\n'
-OPTIONS = compiler.OPTIONS
+OPTIONS = compiler.options("")
 
 
 @pytest.fixture

@@ -150,6 +150,32 @@ def test_decode_has_a_block_for_each_multiprocessor() -> None:
             assert gpu.multiprocessors // 2 < launch.grid <= gpu.multiprocessors
 
 
+@pytest.mark.parametrize("num_experts", [1, 72, 128, 160, 257, 384, 1024])
+@pytest.mark.parametrize("gpu", [DEFAULT, replace(DEFAULT, multiprocessors=78)], ids=["132", "78"])
+def test_clusters_for_many_tokens_run_at_once(gpu: Gpu, num_experts: int) -> None:
+    for hidden, num_biases in ((40, 1), (4096, 16), (7168, 2)):
+        of = num_experts, hidden, "bfloat16", "bfloat16"
+        tilings = _dense_decode._clusters(gpu, num_experts, hidden, num_biases)
+        assert len(tilings) == len(gpu.table.decode.clusters), "every shape fits into shared memory"
+        rows = _dense_decode.invariant_rows(gpu, *of, aligned=True, num_biases=num_biases)
+        assert rows == max(most for _, most in tilings)
+        method, chosen = RoutingMethod(num_experts, 1), []
+        for n in (*range(65, rows, 97), rows):
+            tiling = _dense_decode.choose(gpu, n, *of, False, num_biases, True, True)
+            launch = _dense_decode.launch_for(
+                gpu, method, *of[2:], n, hidden, aligned=True, dense=True, tiling=tiling, batch_invariant=True
+            )
+            assert launch.file == _dense_decode.PREFILL
+            assert launch.grid % tiling.cluster == 0
+            assert launch.grid <= gpu.multiprocessors
+            assert tiling.cluster_tiles == tiling.tiles(num_experts) or tiling.groups(n) <= _dense_decode.COUNTERS
+            chosen.append([each for each, _ in tilings].index(tiling))
+        assert chosen == sorted(chosen), "more tokens never take a faster shape"
+    assert not _dense_decode.by_clusters(gpu, "bfloat16", "bfloat16", aligned=False)
+    assert not _dense_decode.by_clusters(gpu, "float32", "float32", aligned=True)
+    assert not _dense_decode.by_clusters(replace(gpu, capability=(10, 0)), "bfloat16", "bfloat16", aligned=True)
+
+
 def test_long_rows_are_split_over_the_multiprocessors_of_the_gpu() -> None:
     shapes = [_topk_select_long.choose(gpu, 8, 10**6, 1024, "float32") for gpu in (DEFAULT, SMALL)]
     assert [isinstance(shape, LaunchShape) and shape.pieces for shape in shapes] == [

@@ -25,9 +25,10 @@ OLDEST = {
     "expert_layout_cluster": 90,
     "topk_select_cluster": 90,
 }
+ONLY = {"dense_router_prefill": 90}  # the only architecture on which one is chosen
 _THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
-# Those of the package and of CuPy, and what lets ptxas say what a kernel needs.
-OPTIONS = (*compiler.OPTIONS, "-ftz=true", "--ptxas-options=-v", "--no-cache")
+# Besides those of the package, those of CuPy, and what lets ptxas say what a kernel needs.
+OPTIONS = ("-ftz=true", "--ptxas-options=-v", "--no-cache")
 
 Job = tuple[str, str, str, str, str]  # library, cache folder, function, source, architecture
 
@@ -39,8 +40,14 @@ def number(architecture: str) -> int:
 
 def wanted(function: str, source: str) -> tuple[str, ...]:
     """Return the architectures for which an op may compile a kernel."""
-    oldest = 90 if _THRESHOLD in source else OLDEST.get(function, 0)
-    return tuple(name for name in ARCHITECTURES if number(name) >= oldest)
+    return chosen_on(function, by_threshold=_THRESHOLD in source)
+
+
+def chosen_on(function: str, *, by_threshold: bool = False) -> tuple[str, ...]:
+    """Return the architectures on which an op may choose a kernel. `by_threshold`: it has BY_THRESHOLD."""
+    oldest = 90 if by_threshold else OLDEST.get(function, ONLY.get(function, 0))
+    newest = ONLY.get(function, 999)
+    return tuple(name for name in ARCHITECTURES if oldest <= number(name) <= newest)
 
 
 _opened: dict[str, Nvrtc] = {}
@@ -52,14 +59,15 @@ def compile_job(job: Job) -> Resources | str:
     if library not in _opened:
         _opened[library] = Nvrtc(Path(library))
     nvrtc = _opened[library]
-    key = hashlib.sha256(repr((nvrtc.version, OPTIONS, *job[2:])).encode()).hexdigest()[:32]
+    options = (*compiler.options(source), *OPTIONS, f"-arch={architecture}")
+    key = hashlib.sha256(repr((nvrtc.version, options, *job[2:])).encode()).hexdigest()[:32]
     kept = Path(folder) / f"{function}-{architecture}-{key}.json"
     try:
         return Resources(*json.loads(kept.read_text()))
     except (OSError, ValueError, TypeError):
         pass
     try:
-        (log,) = nvrtc.compile(source, "kernel.cu", (*OPTIONS, f"-arch={architecture}"), "ProgramLog")
+        (log,) = nvrtc.compile(source, "kernel.cu", options, "ProgramLog")
     except CompileError as error:
         return str(error)
     found = resources(log.decode(errors="replace"), function)

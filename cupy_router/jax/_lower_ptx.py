@@ -78,7 +78,7 @@ def _compiled(
     begin = time.perf_counter()
     ptx = _ptx.kernel(source, architecture, signature, buffers, constants)
     milliseconds = (time.perf_counter() - begin) * 1000
-    kernel_log.announce(kernel_log.KernelReady(*about, True, milliseconds, source, compiler.OPTIONS))
+    kernel_log.announce(kernel_log.KernelReady(*about, True, milliseconds, source, compiler.options(source)))
     return ptx
 
 

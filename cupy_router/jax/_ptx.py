@@ -30,7 +30,7 @@ def kernel(
     text = with_entry(source, signature.function, arguments, dict(constants))
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*compiler.OPTIONS, "-ftz=true", f"-arch={architecture}"))
+        nvrtc.compileProgram(program, (*compiler.options(source), "-ftz=true", f"-arch={architecture}"))
         ptx = nvrtc.getPTX(program)
     except nvrtc.NVRTCError:
         raise CompileError(nvrtc.getProgramLog(program)) from None

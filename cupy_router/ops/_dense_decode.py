@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Macros, grid and block of kernels/dense_router_decode.cu for a shape on a GPU.
+"""Macros, grid and block of kernels/dense_router_decode.cu, and of dense_router_prefill.cu, for a shape on a GPU.
 
-The kernel's parameters are VARYING, which are INPUTS, the results (weights, indices, and logits_out or null), the
+The parameters of both are VARYING, which are INPUTS, the results (weights, indices, and logits_out or null), the
 scratch memory (counters, partials) and `num_valid_value`, and then those of :func:`fixed_arguments`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
 
 FILE = FUNCTION = "dense_router_decode"
+PREFILL = "dense_router_prefill"
 INPUTS = (
     "x", "weight", "bias", "bias_index", "logit_bias", "expert_scale", "given_experts", "replicas",
     "replica_counts", "num_valid",
@@ -36,23 +38,36 @@ COUNTERS, GROUP_COUNTERS = 128, 1024
 # order, first those of a block's warps. Any change changes the bits of results.
 INVARIANT_PARTS, INVARIANT_WARP_PARTS = 8, 2
 
+# In the kernel for many tokens: blocks of a cluster, and experts of a warpgroup.
+CLUSTER, WARPGROUP_EXPERTS = 8, (32, 64, 96, 128, 192)
+_ONLY_ON = (9, 0)  # the compute capability that has its instructions
+
 _BIAS_FLOATS = 2048  # in shared memory; several biases of more stay where they are
 _SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
+_MAX_STAGES, _MIN_WIDE_STAGES, _ALIGNMENT = 7, 4, 1024  # of the ring in shared memory
 
 
 class DecodeLaunch(NamedTuple):
-    """A launch of the kernel, and its scratch memory."""
+    """A launch of a kernel, and its scratch memory."""
 
+    file: str
     macros: dict[str, int]
     grid: int
     block: int
     counters: int  # uint32 words, zero before the first launch and left zero by each
     partials: int  # floats, uninitialised, aligned to 16 bytes
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiling of the gate GEMM: see the constants of the same names in the kernel (`parts`: SPLITS)."""
+    """Tiling of the gate GEMM: see the constants of the same names in the kernel (`parts`: SPLITS).
+
+    warps_along_tokens: warps that divide the tokens of a block.
+    in_flight: loads of a thread before their first use; 0: the default of the kernel.
+    stages: of the kernel for many tokens, which has clusters of blocks; 0: that for few.
+    cluster_parts, cluster_tiles: how a cluster divides hidden and experts.
+    """
 
     tokens: int
     parts: int
@@ -63,19 +78,52 @@ class Tiling:
     at_once: int = 0
     tensor_cores: bool = True
     invariant: bool = False
+    warps_along_tokens: int = 1
+    in_flight: int = 0
+    stages: int = 0
+    stage_columns: int = 64
+    cluster_parts: int = 1
+    cluster_tiles: int = 1
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_parts * self.cluster_tiles
 
     def groups(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.tokens)
+        return -(-num_tokens // (self.cluster * self.tokens)) * self.cluster
 
     def tiles(self, num_experts: int) -> int:
         return -(-num_experts // self.experts_per_block)
 
     def shared_bytes(self, num_experts: int, num_biases: int = 1) -> int:
-        layers = self.warps * self.experts_per_warp // self.experts_per_block
+        layers = self.warps * self.experts_per_warp // (self.experts_per_block * self.warps_along_tokens)
         row = 128 * -(-num_experts // 128)
         routed = self.share or self.at_once or self.tokens
         biases = num_biases * row if num_biases * row <= _BIAS_FLOATS else 0
-        return 4 * (max(layers * self.tokens * (self.experts_per_block + 4), routed * row) + biases)
+        floats = max(layers * self.tokens * (self.experts_per_block + 4), routed * row)
+        return 4 * (biases if self.stages else floats + biases)
+
+    @property
+    def stage_bytes(self) -> int:
+        return 2 * self.stage_columns * (64 * self.token_tiles + self.experts_per_block)
+
+    @property
+    def token_tiles(self) -> int:
+        return -(-self.cluster * self.tokens // 64)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Return the bytes of sums for which registers are too few: see gate/gemm_wgmma.cuh."""
+        sums = self.experts_per_block * 64 * self.token_tiles // (32 * self.warps)
+        parks = self.cluster_parts == 1 and 3 * sums + 56 > 65536 // (32 * self.warps)
+        return 4 * sums * 32 * self.warps if parks else 0
+
+    def fits_ring(self, num_experts: int) -> bool:
+        """Return whether there are enough stages, and sums and then scores fit where they were."""
+        pairs = INVARIANT_PARTS // self.cluster_parts if self.cluster_parts > 1 else 0
+        sums = pairs * self.cluster * self.tokens * (self.experts_per_block + 8)
+        scores = self.tokens * 128 * -(-num_experts // 128)
+        return self.stages >= 3 and 4 * max(sums, scores) <= self.stages * self.stage_bytes
 
 
 def launch_for(
@@ -109,7 +157,7 @@ def launch_for(
     """
     if tiling is None:
         num_biases = biases.get("NUM_BIASES", 1)
-        more = with_layout, num_biases, batch_invariant
+        more = with_layout, num_biases, batch_invariant, aligned
         tiling = choose(gpu, num_tokens, method.num_logits, hidden, x_dtype, weight_dtype, *more)
     macros = {
         **method_macros(method, given),
@@ -128,14 +176,29 @@ def launch_for(
         "WARPS": tiling.warps,
         "SHARE": tiling.share,
         **({"AT_ONCE": tiling.at_once} if tiling.at_once else {}),
+        **({"WARPS_ALONG_TOKENS": tiling.warps_along_tokens} if tiling.warps_along_tokens > 1 else {}),
+        **({"IN_FLIGHT": tiling.in_flight} if tiling.in_flight else {}),
         **({"INVARIANT": 1} if tiling.invariant else {}),
+        **(
+            {
+                "STAGES": tiling.stages,
+                "STAGE_COLUMNS": tiling.stage_columns,
+                "CLUSTER_PARTS": tiling.cluster_parts,
+                "CLUSTER_TILES": tiling.cluster_tiles,
+            }
+            if tiling.stages
+            else {}
+        ),
     }
     if logits_dtype is not None:
         macros["LOGITS_OUT"] = row_lanes.DTYPE_CODES[logits_dtype]
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_logits)
-    blocks = groups * tiles * tiling.parts
-    partials = blocks * tiling.tokens * tiling.experts_per_block
-    return DecodeLaunch(macros, blocks, 32 * tiling.warps, COUNTERS, partials)
+    blocks = groups // tiling.cluster_tiles * tiles * tiling.parts
+    partials = groups * tiles * tiling.parts * tiling.tokens * tiling.experts_per_block
+    file, shared_bytes = FILE, 0
+    if tiling.stages:
+        file, shared_bytes = PREFILL, tiling.stages * tiling.stage_bytes + tiling.parked_bytes + _ALIGNMENT
+    return DecodeLaunch(file, macros, blocks, 32 * tiling.warps, COUNTERS, partials, shared_bytes)
 
 
 def fixed_arguments(
@@ -178,13 +241,17 @@ def choose(
     with_layout: bool = False,
     num_biases: int = 1,
     batch_invariant: bool = False,
+    aligned: bool = False,
 ) -> Tiling:
     """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
     if not tensor_cores(x_dtype, weight_dtype):
         return _fma(gpu, num_tokens, num_experts, hidden, batch_invariant)
     table = gpu.table.decode
     if num_tokens > MAX_TOKENS:  # in a call that is batch-invariant
-        return _groups(gpu, num_tokens)
+        if not by_clusters(gpu, x_dtype, weight_dtype, aligned):
+            return _groups(gpu, num_tokens)
+        tilings = _clusters(gpu, num_experts, hidden, num_biases)
+        return next((tiling for tiling, most in tilings if num_tokens <= most), tilings[-1][0])
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
     if batch_invariant:
         return _invariant(gpu, tokens, num_experts, with_layout, num_biases)
@@ -205,19 +272,35 @@ def choose(
 
 def _invariant(gpu: Gpu, tokens: int, num_experts: int, with_layout: bool, num_biases: int) -> Tiling:
     """Return a tiling that divides hidden into the same parts for any number of tokens."""
-    experts, of_warp = next(shape for most, *shape in gpu.table.decode.invariant_shapes if tokens <= most)
-    warps = INVARIANT_WARP_PARTS * experts // of_warp
+    most = next(most for most, *_ in gpu.table.decode.invariant_shapes if tokens <= most)
+    shapes = [shape for up_to, *shape in gpu.table.decode.invariant_shapes if up_to == most]
+    blocks = [INVARIANT_PARTS * -(-num_experts // experts) for experts, *_ in shapes]
+    at_once = (shape for shape, count in zip(shapes, blocks, strict=True) if count <= gpu.multiprocessors)
+    experts, of_warp, along_tokens = next(at_once, shapes[-1])
+    warps = INVARIANT_WARP_PARTS * experts // of_warp * along_tokens
     share = int(tokens >= (gpu.table.fused_layout if with_layout else gpu.table.decode).min_shared_tokens)
-    tiling = Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, share, invariant=True)
+    tiling = Tiling(
+        tokens, INVARIANT_PARTS, experts, of_warp, warps, share, invariant=True, warps_along_tokens=along_tokens,
+        in_flight=gpu.table.decode.invariant_loads_in_flight,
+    )  # fmt: skip
     fits = tiling.shared_bytes(num_experts, num_biases) <= _SHARED_BYTES
     return tiling if fits else replace(tiling, share=1)
 
 
-def invariant_rows(gpu: Gpu, num_logits: int) -> int:
-    """Return the most tokens of a launch of a call that is batch-invariant, in whole groups."""
-    token_bytes = 4 * INVARIANT_PARTS * 64 * -(-num_logits // 64)
+def by_clusters(gpu: Gpu, x_dtype: str, weight_dtype: str, aligned: bool) -> bool:
+    """Return whether a call that is batch-invariant uses the kernel for many tokens for more than MAX_TOKENS."""
+    return gpu.capability == _ONLY_ON and aligned and tensor_cores(x_dtype, weight_dtype)
+
+
+def invariant_rows(
+    gpu: Gpu, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str, aligned: bool, num_biases: int
+) -> int:
+    """Return the most tokens of a launch of a call that is batch-invariant."""
+    if by_clusters(gpu, x_dtype, weight_dtype, aligned):
+        return max(MAX_TOKENS, _clusters(gpu, num_experts, hidden, num_biases)[-1][1])
+    token_bytes = 4 * INVARIANT_PARTS * 64 * -(-num_experts // 64)
     most = min(gpu.table.decode.max_partial_bytes // token_bytes, gpu.table.decode.fma.max_tokens * GROUP_COUNTERS)
-    return max(1, most // MAX_TOKENS) * MAX_TOKENS
+    return max(1, most // MAX_TOKENS) * MAX_TOKENS  # whole groups
 
 
 def _groups(gpu: Gpu, num_tokens: int) -> Tiling:
@@ -226,6 +309,47 @@ def _groups(gpu: Gpu, num_tokens: int) -> Tiling:
     tokens, experts, of_warp = next(shape for most, *shape in shapes if num_tokens <= most)
     warps = INVARIANT_WARP_PARTS * experts // of_warp
     return Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, at_once=min(tokens, warps), invariant=True)
+
+
+@cache
+def _clusters(gpu: Gpu, num_experts: int, hidden: int, num_biases: int) -> list[tuple[Tiling, int]]:
+    """Return tilings of the kernel for many tokens, the fastest first.
+
+    With each, the most tokens for which all its clusters run at once.
+    """
+    table, found = gpu.table.decode, []
+    for shape in table.clusters:
+        tiling = _cluster_tiling(gpu, num_experts, hidden, *shape, num_biases)
+        at_once = table.clusters_at_once[tiling.cluster - 1] * gpu.multiprocessors // gpu.table.multiprocessors
+        tiles = at_once * tiling.cluster_tiles // tiling.tiles(num_experts)
+        if tiling.fits_ring(num_experts):
+            found.append((tiling, tiles * tiling.cluster * tiling.tokens))
+    return found
+
+
+def _cluster_tiling(
+    gpu: Gpu, num_experts: int, hidden: int, tokens: int, experts: int, warps: int, cluster_parts: int, num_biases: int
+) -> Tiling:
+    """Return a tiling of the kernel for many tokens.
+
+    tokens: of a tile, at most.
+    experts: of a block, at most.
+    cluster_parts: blocks that divide hidden.
+    """
+    along_experts = warps // 4 // -(-tokens // 64)  # warpgroups
+    needed = -(-num_experts // -(-num_experts // experts))
+    experts = next(along_experts * of_one for of_one in WARPGROUP_EXPERTS if along_experts * of_one >= needed)
+    tiles = -(-num_experts // experts)
+    cluster_tiles = tiles if tiles * cluster_parts <= CLUSTER else 1
+    routed = tokens // (cluster_parts * cluster_tiles)
+    tiling = Tiling(routed, 1, experts, experts, warps, stages=_MAX_STAGES, cluster_parts=cluster_parts,
+                    cluster_tiles=cluster_tiles)  # fmt: skip
+    static = tiling.shared_bytes(num_experts, num_biases) + 1024  # biases, and their indices
+    room = gpu.shared_bytes - _ALIGNMENT - static - tiling.parked_bytes
+    wide = replace(tiling, stage_columns=2 * tiling.stage_columns)  # half as many barriers, if few stages do
+    if hidden % (2 * INVARIANT_PARTS * wide.stage_columns) == 0 and room // wide.stage_bytes >= _MIN_WIDE_STAGES:
+        tiling = wide
+    return replace(tiling, stages=min(_MAX_STAGES, room // tiling.stage_bytes))
 
 
 def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, batch_invariant: bool) -> Tiling:

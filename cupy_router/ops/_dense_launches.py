@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of kernels/dense_router_decode.cu: for few tokens, and for any number in chunks of few."""
+"""Launches of the kernels that multiply and route: for few tokens, and for any number in chunks."""
 
 from __future__ import annotations
 
@@ -50,11 +50,10 @@ def decode_kernel(
     """
     method, x, weight, given = options.method, arrays.x, arrays.weight, arrays.given_experts
     hidden = x.shape[1]
-    both_aligned = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in (x, weight))
     strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
     logits = arrays.logits_out
     launch = decode.launch_for(
-        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=both_aligned and hidden % 8 == 0,
+        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=_aligned(arrays),
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*decode.INPUTS),
         logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
         batch_invariant=options.batch_invariant,
@@ -62,7 +61,9 @@ def decode_kernel(
     strides = (*strides, *(0 if view is None else view.row_stride for view in (given, logits)))
     fixed = decode.fixed_arguments(method, num_tokens, *strides) | replica_arguments(options)
     macros = {**launch.macros, **given_macros(options, arrays), **replica_macros(options, arrays), **more}
-    kernel = Kernel(decode.FILE, decode.FUNCTION, macros, launch.grid, launch.block, fixed, headers(method))
+    kernel = Kernel(
+        launch.file, launch.file, macros, launch.grid, launch.block, fixed, headers(method), launch.shared_bytes
+    )
     return kernel, launch.partials
 
 
@@ -115,6 +116,19 @@ def fused_chunks(
     return _DecodeChunks(op, options, arrays, gpu, parameters, more)
 
 
+def _aligned(arrays: Arrays) -> bool:
+    views = arrays.x, arrays.weight
+    both = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in views)
+    return both and arrays.x.shape[1] % 8 == 0
+
+
+def _invariant_rows(options: Any, arrays: Arrays, gpu: Gpu) -> int:
+    x, weight = arrays.x, arrays.weight
+    num_biases = bias_macros(arrays).get("NUM_BIASES", 1)
+    of = options.method.num_logits, x.shape[1], x.dtype, weight.dtype
+    return decode.invariant_rows(gpu, *of, aligned=_aligned(arrays), num_biases=num_biases)
+
+
 class _DecodeChunks(Chunks):
     def __init__(
         self,
@@ -125,8 +139,7 @@ class _DecodeChunks(Chunks):
         parameters: Callable[[Sequence[str]], Sequence[str]],
         more: Mapping[str, int],
     ) -> None:
-        invariant = options.batch_invariant
-        most = decode.invariant_rows(gpu, options.method.num_logits) if invariant else decode.MAX_TOKENS
+        most = _invariant_rows(options, arrays, gpu) if options.batch_invariant else decode.MAX_TOKENS
         super().__init__(op, arrays, most)
         names = parameters(self.names)
 

@@ -81,10 +81,16 @@ class Decode(Family):
     max_parts: int  # split-K parts of hidden
     min_part_columns: int
     min_shared_tokens: int  # from here on, blocks route a token each; fewer tokens are routed by the last block
-    # Batch-invariant calls: (for up to this many tokens, experts of a block, experts of a warp), ascending by tokens.
-    invariant_shapes: tuple[tuple[int, int, int], ...]
+    # Batch-invariant calls: (for up to this many tokens, experts of a block, experts of a warp, warps along tokens),
+    # ascending by tokens, then by experts. Chosen is the first with at most one block for each multiprocessor.
+    invariant_shapes: tuple[tuple[int, int, int, int], ...]
+    invariant_loads_in_flight: int
     # For more tokens, in groups: (up to this many tokens, tokens of a group, experts of a block, experts of a warp).
     invariant_groups: tuple[tuple[int, int, int, int], ...]
+    # The same by clusters, the fastest first: (tokens of a tile, at most experts of a block, warps of a block, blocks
+    # of a cluster that divide hidden). Chosen is the first of which all clusters run at once.
+    clusters: tuple[tuple[int, int, int, int], ...]
+    clusters_at_once: tuple[int, ...]  # of 1, 2, ... 8 blocks, of which a multiprocessor holds one
     max_partial_bytes: int  # partial sums of a launch for several groups, which should stay in L2
     fma: DecodeFma
 

@@ -57,6 +57,29 @@ __device__ __forceinline__ Vector8<T> load_vector8(const T* source, int left) {
     return vector;
 }
 
+// The same for twice four elements of 16 bits, `Distance` from one four to the next.
+template <bool Aligned, int Distance, typename T>
+__device__ __forceinline__ Vector8<T> load_vector4_twice(const T* source, int left) {
+    static_assert(sizeof(T) == 2, "four elements are a word of 8 bytes");
+    Vector8<T> vector = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const T* four = source + i * Distance;
+        if (Aligned) {
+            if (left <= i * Distance) continue;
+            const uint2 word = __ldg(reinterpret_cast<const uint2*>(four));
+            vector.words[2 * i] = word.x;
+            vector.words[2 * i + 1] = word.y;
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (i * Distance + j < left) vector.words[2 * i + j / 2] |= bits_of(four[j]) << j % 2 * 16;
+            }
+        }
+    }
+    return vector;
+}
+
 // Add the products of eight pairs to a dot product.
 template <typename A, typename B>
 __device__ __forceinline__ float dot(const Vector8<A>& a, const Vector8<B>& b, float sum) {

@@ -11,10 +11,12 @@ SPECIALISED bool ALIGNED = true;  // rows of both start at 16-byte words, and HI
 SPECIALISED bool TENSOR_CORES = true;
 SPECIALISED int TOKENS = 1;  // tokens of a group
 SPECIALISED int SPLITS = 8;
-SPECIALISED int EXPERTS_PER_BLOCK = 16;
+SPECIALISED int EXPERTS_PER_BLOCK = 64;
 SPECIALISED int EXPERTS_PER_WARP = 16;
 SPECIALISED int WARPS = 8;
+SPECIALISED int WARPS_ALONG_TOKENS = 1;
 SPECIALISED bool INVARIANT = false;  // sums have one order for any number of tokens, which depends on HIDDEN alone
+SPECIALISED int STAGES = 0;          // of copies to shared memory, see gemm_wgmma.cuh; 0: there are none
 SPECIALISED int IN_FLIGHT = 36;      // 16-byte loads of a thread before their first use
 
 typedef Scalar<DTYPE>::type x_t;
@@ -30,14 +32,14 @@ constexpr int GATE_ROWS = NUM_LOGITS;
 constexpr int TILES = quotient(GATE_ROWS, EXPERTS_PER_BLOCK);
 constexpr int COLUMNS = TILES * EXPERTS_PER_BLOCK;  // columns of a row of partial sums
 constexpr int WARPS_ALONG_EXPERTS = EXPERTS_PER_BLOCK / EXPERTS_PER_WARP;
-constexpr int WARP_SPLITS = WARPS / WARPS_ALONG_EXPERTS;  // warps that divide a split among them
+constexpr int WARP_SPLITS = WARPS / (WARPS_ALONG_EXPERTS * WARPS_ALONG_TOKENS);  // warps that divide a split among them
 constexpr int ROW = EXPERTS_PER_BLOCK + 4;  // 4 more, so that the stores of a fragment hit different banks
 
 static_assert(EXPERTS_PER_BLOCK % 4 == 0 && EXPERTS_PER_BLOCK % EXPERTS_PER_WARP == 0,
               "warps divide the block's experts");
-static_assert(WARPS % WARPS_ALONG_EXPERTS == 0, "warps divide the split");
-static_assert(TENSOR_CORES || WARP_SPLITS == 1, "without tensor cores a warp has the whole split");
+static_assert(WARPS % (WARPS_ALONG_EXPERTS * WARPS_ALONG_TOKENS) == 0, "warps divide the split");
+static_assert(TENSOR_CORES || (WARP_SPLITS == 1 && WARPS_ALONG_TOKENS == 1),
+              "without tensor cores a warp has the whole split");
 static_assert(!INVARIANT || (SPLITS == 8 && WARP_SPLITS == (TENSOR_CORES ? 2 : 1)),
               "hidden is always divided into the same parts, and pairs of neighbours are added first");
-static_assert(!TENSOR_CORES || (EXPERTS_PER_WARP % 16 == 0 && DTYPE == WEIGHT_DTYPE && DTYPE != 0),
-              "tiles of one type");
+static_assert(!TENSOR_CORES || (DTYPE == WEIGHT_DTYPE && DTYPE != 0), "tensor cores multiply one type");

@@ -3,7 +3,9 @@
 //
 // Experts lie on the 16 rows of mma.m16n8k16, tokens on its 8 columns. A lane loads 8 neighbours along hidden, 16
 // bytes, and uses them as its elements of two products: the same permutation of hidden in both operands changes no sum.
-// Warps divide the experts of the block (EXPERTS_PER_WARP each) and then its split; their sums meet in shared memory.
+// INVARIANT: it loads 4 neighbours for each of them, so that a product has 16 neighbours, as in gemm_wgmma.cuh.
+// Warps divide the experts of the block (EXPERTS_PER_WARP each), then its tokens and then its split; their sums meet in
+// shared memory.
 #pragma once
 
 #include "device/mma.cuh"
@@ -13,8 +15,9 @@
 namespace mma_gemm {
 
 constexpr int STEP = 32;  // along hidden: four lanes with 8 elements each, for two products
+static_assert(!TENSOR_CORES || EXPERTS_PER_WARP % 16 == 0, "tiles of 16 experts");
 constexpr int M_TILES = at_least_1(EXPERTS_PER_WARP / 16);
-constexpr int N_TILES = quotient(TOKENS, 8);
+constexpr int N_TILES = quotient(TOKENS, 8 * WARPS_ALONG_TOKENS);
 constexpr int CHAINS = !INVARIANT && M_TILES * N_TILES < 4 ? 2 : 1;  // of dependent products for each tile
 constexpr int ALL_STEPS = quotient(HIDDEN, STEP);
 static_assert(ALL_STEPS < 0x7fffffff / (SPLITS * WARP_SPLITS), "parts of hidden are counted in int");
@@ -22,6 +25,16 @@ constexpr int STEPS = quotient(ALL_STEPS, SPLITS* WARP_SPLITS);  // of a warp, a
 constexpr int BATCHES = at_least_1(quotient(STEPS, at_least_1(IN_FLIGHT / (2 * M_TILES + N_TILES))));
 constexpr int BATCH = at_least_1(quotient(STEPS, BATCHES));  // steps whose loads are all in flight before the first use
 constexpr bool EVEN = ALIGNED && HIDDEN == BATCHES * BATCH * STEP * SPLITS * WARP_SPLITS;  // no step ends early
+
+// Load a lane's elements of the two products of a step, of which the first `left` are within the row.
+template <typename T>
+__device__ __forceinline__ Vector8<T> load_step(const T* source, int left) {
+    if constexpr (INVARIANT && sizeof(T) == 2) {
+        return load_vector4_twice<ALIGNED, STEP / 2>(source, left);
+    } else {
+        return load_vector8<ALIGNED>(source, left);
+    }
+}
 
 __device__ __forceinline__ void multiply(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     if (DTYPE == 2) {
@@ -35,10 +48,13 @@ template <typename X, typename Gate>
 __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_stride, int64_t weight_stride,
                                     int first_expert, int split, int num_tokens, float* shared_sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warp_split = warp / WARPS_ALONG_EXPERTS, own_experts = warp % WARPS_ALONG_EXPERTS * EXPERTS_PER_WARP;
+    constexpr int WARPS_OF_SPLIT = WARPS_ALONG_EXPERTS * WARPS_ALONG_TOKENS;
+    const int warp_split = warp / WARPS_OF_SPLIT, own_experts = warp % WARPS_ALONG_EXPERTS * EXPERTS_PER_WARP;
+    const int own_tokens =
+        WARPS_ALONG_TOKENS == 1 ? 0 : warp / WARPS_ALONG_EXPERTS % WARPS_ALONG_TOKENS * (8 * N_TILES);
     const int part = split * WARP_SPLITS + warp_split;  // of hidden, for this warp; parts differ by at most one step
     const int end = min((part + 1) * ALL_STEPS / (SPLITS * WARP_SPLITS) * STEP, HIDDEN);
-    const int begin = part * ALL_STEPS / (SPLITS * WARP_SPLITS) * STEP + lane % 4 * 8;
+    const int begin = part * ALL_STEPS / (SPLITS * WARP_SPLITS) * STEP + lane % 4 * (INVARIANT ? 4 : 8);
 
     const Gate* experts[M_TILES][2];
     const X* tokens[N_TILES];
@@ -51,7 +67,7 @@ __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_st
         }
     }
 #pragma unroll
-    for (int t = 0; t < N_TILES; ++t) tokens[t] = x + (8 * t + lane / 4) * x_stride;
+    for (int t = 0; t < N_TILES; ++t) tokens[t] = x + (own_tokens + 8 * t + lane / 4) * x_stride;
 
     float sums[CHAINS][M_TILES][N_TILES][4] = {};
 #pragma unroll 1
@@ -60,15 +76,15 @@ __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_st
         Vector8<X> b[BATCH][N_TILES];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int column = begin + (step + i) * STEP, left = EVEN ? 8 : end - column;
+            const int column = begin + (step + i) * STEP, left = EVEN ? STEP : end - column;
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m) {
-                a[i][m][0] = load_vector8<ALIGNED>(experts[m][0] + column, left);
-                a[i][m][1] = load_vector8<ALIGNED>(experts[m][1] + column, left);
+                a[i][m][0] = load_step(experts[m][0] + column, left);
+                a[i][m][1] = load_step(experts[m][1] + column, left);
             }
 #pragma unroll
             for (int t = 0; t < N_TILES; ++t) {  // nothing is read where there is no token
-                b[i][t] = load_vector8<ALIGNED>(tokens[t] + column, 8 * t + lane / 4 < num_tokens ? left : 0);
+                b[i][t] = load_step(tokens[t] + column, own_tokens + 8 * t + lane / 4 < num_tokens ? left : 0);
             }
         }
 #pragma unroll
@@ -95,7 +111,7 @@ __device__ __forceinline__ void run(const X* x, const Gate* weight, int64_t x_st
         for (int t = 0; t < N_TILES; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int token = 8 * t + lane % 4 * 2 + i % 2;
+                const int token = own_tokens + 8 * t + lane % 4 * 2 + i % 2;
                 const int expert = own_experts + 16 * m + lane / 4 + i / 2 * 8;
                 const float sum = CHAINS == 1 ? sums[0][m][t][i] : sums[0][m][t][i] + sums[CHAINS - 1][m][t][i];
                 if (token < TOKENS) shared_sums[(warp_split * TOKENS + token) * ROW + expert] = sum;

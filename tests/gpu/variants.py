@@ -259,6 +259,10 @@ def _replicas_and_batch_invariant() -> Iterator[Case]:
         for more in ({}, {"batch_invariant": True}):
             yield Case("dense_router", {"x": x, "weight": weight}, method, more)
             yield Case("dense_router", {"x": x, "weight": weight} | maps, method, options | more, {}, i % 3 - 1)
+    x, weight = _products((500, 40), "bfloat16"), _products((1024, 40), "bfloat16")
+    for rows in (70, 300, 500):  # clusters whose blocks have an eighth of hidden, a quarter or all
+        arrays = {"x": x[:rows], "weight": weight}
+        yield Case("dense_router", arrays, RoutingMethod(1024, 6, "sigmoid"), {"batch_invariant": True})
 
 
 def _backward() -> Iterator[Case]:
