@@ -2,8 +2,8 @@
 """A model of tensor cores, bit for bit: products of 16-bit floats added to float32 accumulators.
 
 A tensor core adds the products of a step and the accumulator at once. It aligns them to the largest exponent among
-them, cuts off what lies below a fixed number of bits, adds exactly, and truncates the sum to float32. A sum that is
-truncated to 0 is +0. So the order within a step does not matter, but small terms beside a large one do lose bits.
+them, or to a least one, cuts off what lies below a fixed number of bits, adds exactly, and truncates the sum to float32.
+A sum that is truncated to 0 is +0. So the order within a step does not matter, but small terms beside a large one do lose bits.
 
 The constants describe Hopper (compute capability 9.0), for `mma.sync` and `wgmma`. They follow published models of
 tensor cores (arXiv:2511.10909, arXiv:2512.07004). tests/test_mma_model.py compares the model with what an H200 gave,
@@ -19,6 +19,7 @@ import numpy as np
 WIDTH = 16  # products that are added at once
 FRACTION_BITS = 25  # that an aligned term keeps, from the largest exponent down
 LOWEST_EXPONENT = {"float16": -14, "bfloat16": -126, "float32": -126}  # of normal numbers, and of all subnormal ones
+LEAST_ALIGNMENT = -133  # terms that are all smaller are aligned to this exponent
 NOTHING = -10_000  # exponent of 0: it does not count in an alignment
 NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
 
@@ -40,7 +41,7 @@ def _add_products(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     products = a.astype(np.float64) * b.astype(np.float64)  # exact
     exponents = np.where(products == 0, NOTHING, exponents_of(a) + exponents_of(b))
     largest = np.maximum(exponents.max(-1), np.where(c == 0, NOTHING, exponents_of(c)))
-    unit = np.ldexp(1.0, np.maximum(largest, -300) - FRACTION_BITS)  # not 0 where all terms are
+    unit = np.ldexp(1.0, np.maximum(largest, LEAST_ALIGNMENT) - FRACTION_BITS)
     terms = np.trunc(products / unit[..., None]).sum(-1) + np.trunc(c / unit)  # exact: up to 33 bits
     return truncated(terms * unit)
 

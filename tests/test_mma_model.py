@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -22,6 +23,17 @@ def test_recorded_products(dtype: str, k: int) -> None:
     """Subnormal numbers, overflow, infinities, NaN and zeros of both signs are among the recorded ones."""
     tiles, expected = recorded(dtype, k)
     compare.assert_same_bits(mma_model.multiply(*tiles), expected)
+
+
+def test_terms_that_are_all_below_the_least_alignment() -> None:
+    """What an H200 gave for two rows of which each keeps bits of its small terms only down to 2**-158."""
+    a, b = np.zeros((2, 2, 16), np.uint16)
+    a[0, :3], b[0, :3] = (0x9C75, 0x1A9D, 0x1B6D), (0x9A1F, 0x17C0, 0x9DB9)
+    a[1, :3], b[1, :3] = (0x9C2B, 0x9C82, 0x1A7A), (0x98AA, 0x1D79, 0x99AA)
+    sums = mma_model.multiply(
+        a.view(ml_dtypes.bfloat16)[:, None], b.view(ml_dtypes.bfloat16)[:, None], np.zeros((2, 1, 1), np.float32)
+    )
+    assert sums.view(np.uint32).ravel().tolist() == [0x8000029A, 0x800007E6]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

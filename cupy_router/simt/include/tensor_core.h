@@ -51,7 +51,7 @@ SIMT_RUNTIME inline float truncated(int64_t significand, int unit) {
 // a[0..15] * b[0..15] + c
 SIMT_RUNTIME inline float add_products(const Factor* a, const Factor* b, float c) {
     const Factor start = factor(c, -126);
-    int largest = std::max(start.exponent, -1000);
+    int largest = std::max(start.exponent, -133);
     for (int k = 0; k < 16; ++k) largest = std::max(largest, a[k].exponent + b[k].exponent);
     if (largest > 1000) {  // infinities or NaN; others only count by their signs
         const auto sign = [](Factor x) {
