@@ -2,8 +2,9 @@
 """A model of tensor cores, bit for bit: products of 16-bit floats added to float32 accumulators.
 
 A tensor core adds the products of a step and the accumulator at once. It aligns them to the largest exponent among
-them, or to a least one, cuts off what lies below a fixed number of bits, adds exactly, and truncates the sum to float32.
-A sum that is truncated to 0 is +0. So the order within a step does not matter, but small terms beside a large one do lose bits.
+them, or to a least one, cuts off what lies below a fixed number of bits, adds exactly, and truncates the sum to
+float32. A sum that is truncated to 0 is +0. So the order within a step does not matter, but small terms beside a large
+one do lose bits.
 
 The constants describe Hopper (compute capability 9.0), for `mma.sync` and `wgmma`. They follow published models of
 tensor cores (arXiv:2511.10909, arXiv:2512.07004). tests/test_mma_model.py compares the model with what an H200 gave,

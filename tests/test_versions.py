@@ -33,7 +33,7 @@ def test_every_declared_python_was_tried() -> None:
     listed = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d", text)]
     assert listed[0] == LOWEST
     floors = versions.floors()
-    frameworks = f"PyTorch from {floors['torch']}, JAX from {floors['jax']}, CuPy from {floors['cupy-cuda12x']}."
+    frameworks = f"PyTorch from {floors['torch']}, JAX from {floors['jax']}, CuPy from {floors['cupy-cuda12x']}"
     assert f"- Python {LOWEST} to {listed[-1]}, {frameworks}" in (ROOT / "README.md").read_text("utf-8")
     pythons = [run["python"] for run in RUNS] + [versions.gpu_environment()["python"]]
     tried = {".".join(python.split(".")[:2]) for python in pythons}
