@@ -145,7 +145,7 @@ LINES = {  # a benchmark that is not here is run with --n 8
     "methods": ["--n 8 --preset deepseek-v3"],
 }
 FILES = {path.stem.removeprefix("bench_") for path in Path(one_size.__file__).parent.glob("bench_*.py")}
-FILES -= {"frameworks", "transformers"}  # of one shape, by many ways; of whole models
+FILES -= {"frameworks", "transformers", "expert_parallel"}  # of one shape, by many ways; of whole models; of ranks
 RUNS = [
     (name, line.format(dtype))
     for name in sorted(FILES)
