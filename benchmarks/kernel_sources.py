@@ -30,10 +30,13 @@ MEASURED: dict[
     "batch_invariance": ("dense_router", "activation_topk"),
     "compile_methods": ("activation_topk",),
     "dense_router": ("dense_router", "activation_topk"),
+    "expert_parallel": ("expert_layout", "permute", "unpermute"),
     "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout"),
+    "given_experts": ("activation_topk", "dense_router"),
     "methods": ("activation_topk",),
     "ncu": ("activation_topk", "topk_select"),
     "permute": ("permute", "unpermute"),
+    "several_biases": ("activation_topk", "dense_router", "hash_router"),
     "transformers": ("dense_router", "activation_topk", "hash_router", "expert_layout", "permute", "unpermute"),
 }
 

@@ -43,7 +43,8 @@ MAIN: list[dict[str, Any]] = [
 ]
 OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_router")
 LAYOUTS = ("expert_layout", "fused_layout", "permute")
-BARRED = (*OPS, "dense_router", *LAYOUTS, "transformers", "host_profile", "host_calls")
+GIVEN = ("given_experts", "several_biases")
+BARRED = (*OPS, "dense_router", *GIVEN, *LAYOUTS, "expert_parallel", "transformers", "host_profile", "host_calls")
 COUNTED = ("logits", "weights", "experts")
 NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
