@@ -16,10 +16,10 @@ from cupy_router.ops import _hash_layer, activation_topk, dense_router, hash_rou
 from cupy_router.ops._declared import FLOATS, Input
 from cupy_router.ops._given import EMPTY, ROUTE, as_unset
 from cupy_router.ops._invariant import as_batch_invariant
-from cupy_router.ops._layout import as_spec
+from cupy_router.ops._layout import LayoutSpec, as_spec
 from cupy_router.ops._method import MethodOptions, method_sizes
 from cupy_router.ops._op import Op
-from cupy_router.ops._planned import kernels_of
+from cupy_router.ops._planned import kernels_of, with_rows
 from cupy_router.ops._replicas import as_physical
 from cupy_router.ops._routed import as_logits_dtype
 from cupy_router.ops.dense_router import DenseOptions
@@ -39,7 +39,22 @@ _OPTIONS = {
     "layout": None, "unset": ROUTE, "path": None, "return_logits": False, "logits_dtype": "float32",
     "batch_invariant": False, "num_physical": None, "replica_offset": 0,
 }  # fmt: skip
+_OF_ROUTER = (
+    "token_ids", "bias_index", "indices", "replicas", "replica_counts", "replica_offset", "num_physical", "num_valid",
+    "layout", "unset", "return_logits", "batch_invariant",
+)  # fmt: skip
 _ADDRESS = 1 << 20  # of arrays that do not exist
+
+
+class Chosen(NamedTuple):
+    """The options of calls, checked one by one."""
+
+    layout: LayoutSpec | None
+    unset: str
+    path: str | None
+    logits_dtype: str | None
+    batch_invariant: bool
+    physical: tuple[int | None, int]
 
 
 class Calls(NamedTuple):
@@ -65,7 +80,7 @@ def warmup(
     Afterwards no such call compiles anything, if rows are dense, addresses are multiples of 16 bytes, and the calls
     have exactly the arrays and options that are named here. Other calls may compile once;
     :func:`cupy_router.on_compile` reports them. The compiled kernels are also kept in CuPy's cache folder, from which
-    other processes load them within milliseconds.
+    other processes load them, within some tens of milliseconds each.
 
     With `hidden`, the calls are those of :func:`cupy_router.dense_router` and of a :class:`cupy_router.Router`, without
     it those of :func:`cupy_router.activation_topk`; with `table` those of :func:`cupy_router.hash_router` and of a
@@ -82,10 +97,10 @@ def warmup(
             `bias_index`, `logit_bias`, `expert_scale`, `indices`, `replicas`, `replica_counts`, `table`, `token_ids`,
             `num_valid`) is True, the name of its dtype, or an array like it, which is not read. True is float32 or
             int32, for a weight the dtype of x.
-            `replicas`, several biases and their table have to be arrays, because their shapes matter. `token_ids` are
-            int64 unless they are named. A `num_valid` that is an int need not be named. Options (`layout`, `unset`,
-            `path`, `return_logits`, `logits_dtype`, `batch_invariant`, `num_physical`, `replica_offset`) have their
-            values.
+            `replicas`, several biases and their table, and `indices` with the columns of shared experts have to be
+            arrays, because their shapes matter; the number of rows of `indices` does not. `token_ids` are int64 unless
+            they are named. A `num_valid` that is an int need not be named. Options (`layout`, `unset`, `path`,
+            `return_logits`, `logits_dtype`, `batch_invariant`, `num_physical`, `replica_offset`) have their values.
 
     Returns:
         What became ready, one entry for each kernel, as :func:`cupy_router.on_compile` reports it; nothing if all were
@@ -104,17 +119,18 @@ def warmup(
     >>> if why_no_cuda() is None:
     ...     ready = cupy_router.warmup("deepseek-v4-flash", hidden=4096, num_tokens=(1, 64), bias=True)
     """
+    chosen = _as_chosen(_LABEL, arrays_given, (*_ARRAYS, *_OPTIONS))
     with check.named(_LABEL):
-        unknown = arrays_given.keys() - {*_ARRAYS, *_OPTIONS}
-        if unknown:
-            raise TypeError(f"there is no argument {min(unknown)!r}; calls have {', '.join((*_ARRAYS, *_OPTIONS))}")
+        report = _as_progress(progress)
         if hidden is not None:
             hidden = check.integer("hidden", hidden, 1)
             arrays_given.setdefault("weight", True)
         where = _cuda(device)
-        calls = calls_of(resolve(method), hidden, _as_dtypes(dtypes), arrays_given, where)
-        wanted = wanted_by(calls, _as_range(num_tokens), gpu_of(where))
-    return make_ready(wanted, where, progress)
+        range_ = _as_range(num_tokens)
+        calls = calls_of(resolve(method), hidden, _as_dtypes(dtypes), arrays_given, chosen, where)
+        check_calls(calls, range_)
+        wanted = wanted_by(calls, range_, gpu_of(where))
+    return make_ready(wanted, where, report)
 
 
 def warm_up_layer(
@@ -126,44 +142,32 @@ def warm_up_layer(
     num_tokens: tuple[int, int],
     progress: Progress | None,
     arrays_given: Mapping[str, Any],
-    known: Sequence[str] = (
-        "token_ids",
-        "bias_index",
-        "indices",
-        "replicas",
-        "replica_counts",
-        "replica_offset",
-        "num_physical",
-        "num_valid",
-        "layout",
-        "unset",
-        "return_logits",
-        "batch_invariant",
-    ),
+    known: Sequence[str] = _OF_ROUTER,
 ) -> tuple[KernelReady, ...]:
     """Make the kernels ready of calls of a Router or a Gate with these arrays.
 
     follows_inputs: the arrays move to the device of x.
     known: the further arguments that the calls may have.
     """
+    chosen = _as_chosen(label, arrays_given, known)
     with check.named(label):
-        unknown = arrays_given.keys() - set(known)
-        if unknown:
-            raise TypeError(f"there is no argument {min(unknown)!r}; calls have {', '.join(known)}")
+        report = _as_progress(progress)
         views = {name: view_of(name, array) for name, array in arrays.items() if array is not None}
         weight = views.get("weight")
         where = next(iter(views.values())).device
         if follows_inputs and compiler.why_no_cuda() is None:
             where = _cuda(None)
         range_ = _as_range(num_tokens)
-        names = _as_dtypes(dtypes or ("float32" if weight is None else weight.dtype,))
+        default = "float32" if weight is None else weight.dtype
+        names = _as_dtypes(default if dtypes is None else dtypes)
         hidden = 1 if weight is None else weight.shape[1]  # without a weight, x is not read
         given = {**arrays, **arrays_given}
+        calls = calls_of(method, hidden, names, given, chosen, where, of_layer=True)
+        check_calls(calls, range_)
         if compiler.backend(where[0]) is None:  # the reference needs no kernels
             return ()
-        calls = calls_of(method, hidden, names, given, where, of_layer=True)
         wanted = wanted_by(calls, range_, gpu_of(where))
-    return make_ready(wanted, where, progress)
+    return make_ready(wanted, where, report)
 
 
 # -- Calls -------------------------------------------------------------------------------------------------------------
@@ -174,6 +178,7 @@ def calls_of(
     hidden: int | None,
     dtypes: Sequence[str],
     given: Mapping[str, Any],
+    chosen: Chosen,
     device: tuple[str, int],
     *,
     of_layer: bool = False,
@@ -182,26 +187,26 @@ def calls_of(
 
     of_layer: those of a Router; otherwise also those of the function beside it.
     """
-    options = _OPTIONS | {name: value for name, value in given.items() if name in _OPTIONS}
+    layout, unset, path, logits, invariant, physical = chosen
     arrays = {name: given[name] for name in _ARRAYS if given.get(name) is not None and given.get(name) is not False}
-    layout = None if options["layout"] is None else as_spec(_LABEL, options["layout"])
-    logits = as_logits_dtype(_LABEL, options["return_logits"], options["logits_dtype"])
-    unset, invariant = as_unset(_LABEL, options["unset"]), as_batch_invariant(_LABEL, options["batch_invariant"])
-    if options["path"] not in (None, *dense_router.PATHS):
-        raise ValueError(f"path must be None, 'decode' or 'prefill', got {options['path']!r}")
-    if hidden is None and (logits is not None or options["path"] is not None):
+    if hidden is None and (logits is not None or path is not None):
         raise ValueError("return_logits and path need hidden, without which calls are those on logits")
     if isinstance(arrays.get("replicas"), (bool, str)):
         raise ValueError("replicas must be an array, since its number of columns matters")
-    physical = as_physical(_LABEL, options["num_physical"], options["replica_offset"])
+    if of_layer and "table" not in arrays:
+        arrays.pop("token_ids", None)  # such a router ignores them
     listed: list[tuple[Op, Any, dict[str, Any], bool]]
     if "table" not in arrays and hidden is None:
         listed = [(activation_topk.OP, MethodOptions(method, layout, unset, *physical), arrays, True)]
     elif "table" not in arrays:
-        dense = DenseOptions(method, options["path"], layout, logits, unset, invariant, *physical)
+        if "weight" not in arrays:
+            raise TypeError(
+                f"weight must be True, the name of its dtype or an array like it, got {given.get('weight')!r}"
+            )
+        dense = DenseOptions(method, path, layout, logits, unset, invariant, *physical)
         listed = [(dense_router.OP, dense, arrays, True)]
-    elif physical != (None, 0):
-        raise ValueError("calls with a table have no num_physical and no replica_offset")
+    elif physical != (None, 0) or path is not None:
+        raise ValueError("calls with a table have no path, num_physical or replica_offset")
     else:
         listed = list(_hash_calls(method, hidden, arrays, layout, logits, unset, invariant, of_layer))
     found = []
@@ -210,7 +215,7 @@ def calls_of(
             **method_sizes(method), "hidden": hidden or 1, "top_k": method.top_k, "num_tokens": 1, "vocab_size": 1,
             "top_k or top_k + shared": method.top_k, "max_replicas": 1,
         }  # fmt: skip
-        for op, chosen, named, scored in listed:
+        for op, options, named, scored in listed:
             inputs = {**named, **({("logits" if hidden is None else "x"): dtype} if scored else {})}
             if inputs.get("weight") is True:
                 inputs["weight"] = dtype
@@ -219,7 +224,7 @@ def calls_of(
                 wrong = min(inputs.keys() - set(shown))
                 raise ValueError(f"{wrong} is no argument of {op.name}: it has {', '.join(shown)}")
             views = [_outline(declared, inputs.get(declared.shown), sizes, device) for declared in op.inputs]
-            found.append(Calls(op, chosen, views))
+            found.append(Calls(op, options, views))
     return found
 
 
@@ -258,10 +263,9 @@ def _outline(declared: Input, value: Any, sizes: Mapping[str, int], device: tupl
     else:
         seen = view_of(declared.shown, value)
         dtype = seen.dtype
-        if declared.kind == "layer":
-            if seen.device == device:
-                return seen
-            shape = seen.shape
+        if declared.kind == "layer" and seen.device == device:
+            return seen
+        shape = seen.shape
     strides = dense_strides(shape)
     return View(declared.shown, _ADDRESS, shape, strides, dtype, device, False, None)
 
@@ -274,9 +278,39 @@ def _cuda(index: int | None) -> tuple[str, int]:
     return "cuda", check.integer("device", index, 0, int(runtime.getDeviceCount()) - 1)
 
 
+def _as_chosen(label: str, given: Mapping[str, Any], known: Sequence[str]) -> Chosen:
+    """Return the options among the arguments of calls; errors begin with the label."""
+    unknown = given.keys() - set(known)
+    if unknown:
+        raise TypeError(f"{label}: there is no argument {min(unknown)!r}; calls have {', '.join(known)}")
+    options = _OPTIONS | {name: value for name, value in given.items() if name in _OPTIONS}
+    if options["path"] not in (None, *dense_router.PATHS):
+        raise ValueError(f"{label}: path must be None, 'decode' or 'prefill', got {options['path']!r}")
+    return Chosen(
+        None if options["layout"] is None else as_spec(label, options["layout"]),
+        as_unset(label, options["unset"]),
+        options["path"],
+        as_logits_dtype(label, options["return_logits"], options["logits_dtype"]),
+        as_batch_invariant(label, options["batch_invariant"]),
+        as_physical(label, options["num_physical"], options["replica_offset"]),
+    )
+
+
+def _as_progress(progress: Any) -> Progress:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, got {type(progress).__name__}")
+    return progress or (lambda done, total: None)
+
+
 def _as_dtypes(dtypes: Any) -> tuple[str, ...]:
+    if not isinstance(dtypes, Iterable):
+        raise TypeError(f"dtypes must be names, such as 'bfloat16', got {dtypes!r}")
     names = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    if not names:
+        raise ValueError(f"dtypes must have at least one of {', '.join(FLOATS)}, got {dtypes!r}")
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"dtypes must be by name, such as 'bfloat16', got {name!r}")
         if name not in FLOATS:
             raise ValueError(f"dtypes must be among {', '.join(FLOATS)}, got {name!r}")
     return names
@@ -292,6 +326,13 @@ def _as_range(num_tokens: Any) -> tuple[int, int]:
 # -- Kernels -----------------------------------------------------------------------------------------------------------
 
 
+def check_calls(calls: Iterable[Calls], num_tokens: tuple[int, int]) -> None:
+    """Refuse arguments that calls with the least or the greatest number of tokens refuse."""
+    for op, options, views in calls:
+        for number in num_tokens:
+            op.check_inputs(options, with_rows(op, views, number))
+
+
 def wanted_by(calls: Iterable[Calls], num_tokens: tuple[int, int], gpu: Gpu) -> list[Wanted]:
     """Return the kernels of calls with each number of tokens in a range, each once."""
     wanted: dict[Wanted, None] = {}
@@ -300,13 +341,10 @@ def wanted_by(calls: Iterable[Calls], num_tokens: tuple[int, int], gpu: Gpu) -> 
     return list(wanted)
 
 
-def make_ready(
-    wanted: Sequence[Wanted], device: tuple[str, int], progress: Progress | None = None
-) -> tuple[KernelReady, ...]:
+def make_ready(wanted: Sequence[Wanted], device: tuple[str, int], report: Progress) -> tuple[KernelReady, ...]:
     """Compile kernels, or load them from the cache folder, and return those that were not ready."""
     ready: list[KernelReady] = []
     stop = kernel_log.on_compile(ready.append)
-    report = progress or (lambda done, total: None)
     try:
         report(0, len(wanted))
         for done, (kernel, function, macros, headers) in enumerate(wanted, 1):
@@ -339,7 +377,7 @@ class CanWarmUp:
         """Compile all kernels that calls of this router need, for every number of tokens in a range.
 
         As :func:`cupy_router.warmup`, but the method and the arrays of the layer are those of the router, on their
-        device, with their strides. On a CPU there is nothing to do.
+        device, with their strides. On a CPU there is nothing to compile.
 
         Args:
             dtypes: The dtypes of x, by name; that of the weight by default.

@@ -7,6 +7,7 @@ import random
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,10 @@ DENSE: dict[str, tuple[RoutingMethod, dict[str, Any], Given]] = {
     ),
     "given, none unset": (
         V4, {"indices": True, "unset": "empty"}, lambda n: {"indices": new(n, 6, dtype="int32"), "unset": "empty"}
+    ),
+    "given, with the columns of shared experts": (
+        SHARED, {"indices": np.empty((1, 8), np.int16), "unset": "empty"},
+        lambda n: {"indices": new(n, 8, dtype="int16"), "unset": "empty"},
     ),
     "several biases": (
         V4, {"bias": np.empty((2, 256), np.float32), "bias_index": True},
@@ -202,6 +207,10 @@ def test_hash_routers_after_a_warm_up(machine: Recorder, case: str, several: boo
 def test_tables_without_a_gate_and_given_experts_after_a_warm_up(machine: Recorder) -> None:
     cupy_router.warmup(V4, dtypes="float32", table="int64")
     ids: Callable[[int], Array] = lambda n: new(n, dtype="int64")  # noqa: E731
+    cupy_router.warmup(SHARED, indices=np.empty((1, 8), np.int16), unset="empty")
+    with_shared: Callable[[int], Array] = lambda n: new(n, 8, dtype="int16")  # noqa: E731
+    call = partial(cupy_router.activation_topk, method=SHARED, unset="empty")
+    assert_nothing_compiles(sizes(), lambda n: call(new(n, 66, dtype="bfloat16"), indices=with_shared(n)))
     assert_nothing_compiles(sizes(), lambda n: cupy_router.hash_router(ids(n), TABLE, V4))
     assert_nothing_compiles(sizes(), lambda n: cupy_router.hash_router(ids(n), TABLE, V4, logits=new(n, 256)))
     alone = Router(V4, table=TABLE)
@@ -224,8 +233,31 @@ def test_progress_counts_every_kernel(machine: Recorder) -> None:
 def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
     router = Router(RoutingMethod(4, 2), weight=np.ones((4, 8), np.float32))
     assert router.warmup(num_tokens=(1, 100), num_valid=True) == ()
-    with pytest.raises(TypeError, match=r"Router\.warmup: there is no argument 'bias'"):
-        router.warmup(bias=True)
+    assert router.warmup(token_ids=True) == ()  # ignored, as in a call
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"bias": True}, TypeError, "there is no argument 'bias'; calls have token_ids, "),
+        ({"layout": True}, TypeError, "layout must be a LayoutSpec or None, got bool"),
+        ({"bias_index": True}, ValueError, "bias_index needs a bias [num_biases, num_experts], got none"),
+        ({"indices": np.zeros((6, 3), np.int32)}, ValueError, "indices must have top_k = 2 columns, got int32 [1, 3]"),
+        ({"replicas": True}, ValueError, "replicas must be an array, since its number of columns matters"),
+        ({"unset": "no"}, ValueError, "unset must be 'route' or 'empty', got 'no'"),
+        ({"dtypes": ()}, ValueError, "dtypes must have at least one of float32, float16, bfloat16, got ()"),
+        ({"progress": 3}, TypeError, "progress must be a function or None, got int"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_a_router(
+    machine: Recorder, on_gpu: bool, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    router = Router(RoutingMethod(4, 2), weight=new(4, 8) if on_gpu else np.ones((4, 8), np.float32))
+    with pytest.raises(kind) as raised:
+        router.warmup(**arguments)
+    assert str(raised.value).startswith(f"Router.warmup: {message}")
+    assert machine.sources == []
 
 
 @pytest.mark.parametrize(
@@ -236,7 +268,19 @@ def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
         ({"num_tokens": (8, 4)}, ValueError, r"num_tokens\[1\]"),
         ({"num_tokens": (0, 4)}, ValueError, r"num_tokens\[0\]"),
         ({"dtypes": ("float64",)}, ValueError, "dtypes must be among float32, float16, bfloat16, got 'float64'"),
+        ({"dtypes": ()}, ValueError, r"dtypes must have at least one of float32, float16, bfloat16, got \(\)"),
+        ({"dtypes": None}, TypeError, "dtypes must be names, such as 'bfloat16', got None"),
+        ({"dtypes": np.float32}, TypeError, "dtypes must be names, such as 'bfloat16', got <class 'numpy.float32'>"),
+        ({"dtypes": (np.float32,)}, TypeError, "dtypes must be by name, such as 'bfloat16', got <class 'numpy"),
+        ({"progress": 3}, TypeError, "progress must be a function or None, got int"),
         ({"hidden": 0}, ValueError, "hidden"),
+        ({"hidden": 64, "weight": False}, TypeError, "weight must be True, .* or an array like it, got False"),
+        ({"hidden": 64, "table": True, "path": "decode"}, ValueError, "calls with a table have no path"),
+        ({"indices": np.zeros((6, 3), np.int32)}, ValueError, r"indices must have top_k = 2 columns, got int32 \[1, 3"),
+        ({"indices": np.zeros(6, np.int32)}, ValueError, r"indices must have shape .*, got int32 \[1\]"),
+        ({"unset": "no"}, ValueError, "unset must be 'route' or 'empty', got 'no'"),
+        ({"hidden": 64, "batch_invariant": 1}, TypeError, "batch_invariant must be a bool, got 1"),
+        ({"hidden": 64, "logits_dtype": "int8"}, ValueError, "logits_dtype must be 'float32' or .*, got 'int8'"),
         ({"hidden": 64, "path": "decode"}, ValueError, "path 'decode' takes at most 64 tokens"),
         ({"hidden": 64, "path": "fast"}, ValueError, "path must be None, 'decode' or 'prefill', got 'fast'"),
         ({"token_ids": True}, ValueError, "token_ids is no argument of activation_topk"),
@@ -250,7 +294,7 @@ def test_a_router_in_cpu_memory_has_nothing_to_compile() -> None:
 def test_wrong_arguments(machine: Recorder, arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message) as raised:
         cupy_router.warmup(RoutingMethod(8, 2), **arguments)
-    assert str(raised.value).startswith("warmup: ")
+    assert re.match("warmup: (?!warmup)", str(raised.value))
     assert machine.sources == []
 
 

@@ -16,6 +16,14 @@ from cupy_router.ops._op import Op
 from cupy_router.tuning import Gpu
 
 
+def with_rows(op: Op, views: Sequence[View | None], number: int) -> list[View | None]:
+    """Return the views of the inputs of a call with another number of rows."""
+    return [
+        replace(view, shape=(number, *view.shape[1:])) if view and name in op.by_row else view
+        for name, view in zip(op.names, views, strict=True)
+    ]
+
+
 def kernels_of(
     op: Op, options: Any, views: Sequence[View | None], num_rows: tuple[int, int], gpu: Gpu
 ) -> dict[Wanted, None]:
@@ -25,10 +33,7 @@ def kernels_of(
     """
     wanted: dict[Wanted, None] = {}
     for count in classes(*num_rows):
-        rows = [
-            replace(view, shape=(count, *view.shape[1:])) if view and name in op.by_row else view
-            for name, view in zip(op.names, views, strict=True)
-        ]
+        rows = with_rows(op, views, count)
         op.check_inputs(options, rows)
         arrays = arrays_of(op, options, rows, (), op.outputs_of(options, rows))
         with kernel_plan.collecting() as found:
