@@ -9,9 +9,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from cupy_router import compiler, nvrtc
+from cupy_router import nvrtc
 from cupy_router.check.architectures import ARCHITECTURES as ARCHITECTURES
 from cupy_router.check.architectures import OPTIONS
+from cupy_router.compiler_options import OPTIONS as COMPILER_OPTIONS
+from cupy_router.compiler_options import architecture_option
 from cupy_router.nvrtc import Resources, resources
 
 FOLDERS = "CUPY_ROUTER_TEST_NVRTC"  # environment: folders with libraries that are to be tested beside those installed
@@ -33,7 +35,7 @@ class Nvrtc(nvrtc.Nvrtc):
 
 def options(source: str, architecture: str) -> list[str]:
     """What the compiler is given beside the text."""
-    return [*compiler.options(source), *OPTIONS, f"-arch={architecture}"]
+    return [*COMPILER_OPTIONS, *OPTIONS, architecture_option(source, architecture)]
 
 
 def section(elf: bytes, wanted: str) -> bytes:

@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "simt": {"compiler"},
     "check": {
         "compiler",
+        "compiler_options",
         "declarations",
         "launcher",
         "method",
@@ -85,6 +86,7 @@ MAY_IMPORT = {
         "_hooks",
         "arrays",
         "compiler",
+        "compiler_options",
         "gemm",
         "kernel_plan",
         "launcher",
@@ -116,6 +118,7 @@ MAY_IMPORT = {
     "jax": {
         "arrays",
         "compiler",
+        "compiler_options",
         "declarations",
         "kernel_log",
         "method",

@@ -173,6 +173,9 @@ def test_clusters_for_many_tokens_run_at_once(gpu: Gpu, num_experts: int) -> Non
         assert chosen == sorted(chosen), "more tokens never take a faster shape"
     assert not _dense_decode.by_clusters(gpu, "bfloat16", "bfloat16", aligned=False)
     assert not _dense_decode.by_clusters(gpu, "float32", "float32", aligned=True)
+    older = replace(gpu, nvrtc=(12, 8))  # which does not compile it beside CuPy's architecture
+    assert not _dense_decode.by_clusters(older, "bfloat16", "bfloat16", aligned=True)
+    assert _dense_decode.by_clusters(gpu, "bfloat16", "bfloat16", aligned=True)
     assert not _dense_decode.by_clusters(replace(gpu, capability=(10, 0)), "bfloat16", "bfloat16", aligned=True)
 
 
@@ -277,11 +280,13 @@ def test_a_cuda_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(
         deviceGetAttribute=attribute, **{f"cudaDevAttr{name}": code for name, code in codes.items()}
     )
-    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: SimpleNamespace(compute_capability="103"))
+    nvrtc = SimpleNamespace(getVersion=lambda: (12, 8))
+    device = SimpleNamespace(compute_capability="103")
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: device, nvrtc=nvrtc)
     monkeypatch.setattr(compiler, "require_cuda", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(compiler.BACKENDS, "cuda", object.__new__(compiler.CudaBackend))
     for _ in range(2):
-        assert tuning.gpu_of(("cuda", 77)) == Gpu("cuda:77", (10, 3), 16_000, 97_000, 38_000)
+        assert tuning.gpu_of(("cuda", 77)) == Gpu("cuda:77", (10, 3), 16_000, 97_000, 38_000, (12, 8))
     assert sorted(asked) == [(16, 77), (38, 77), (97, 77)]
 
 

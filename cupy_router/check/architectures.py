@@ -11,7 +11,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cupy_router import compiler
+from cupy_router.compiler_options import OPTIONS as COMPILER_OPTIONS
+from cupy_router.compiler_options import architecture_option
 from cupy_router.declarations import CompileError
 from cupy_router.nvrtc import Nvrtc, Resources, resources
 
@@ -59,7 +60,7 @@ def compile_job(job: Job) -> Resources | str:
     if library not in _opened:
         _opened[library] = Nvrtc(Path(library))
     nvrtc = _opened[library]
-    options = (*compiler.options(source), *OPTIONS, f"-arch={architecture}")
+    options = (*COMPILER_OPTIONS, *OPTIONS, architecture_option(source, architecture))
     key = hashlib.sha256(repr((nvrtc.version, options, *job[2:])).encode()).hexdigest()[:32]
     kept = Path(folder) / f"{function}-{architecture}-{key}.json"
     try:

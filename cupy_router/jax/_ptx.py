@@ -11,6 +11,7 @@ import struct
 
 from cupy_router import compiler, thread_locale
 from cupy_router.compiler import CompileError, Signature
+from cupy_router.compiler_options import OPTIONS, architecture_option
 from cupy_router.declarations import Parameter, declaration, members
 
 
@@ -30,7 +31,7 @@ def kernel(
     text = with_entry(source, signature.function, arguments, dict(constants))
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*compiler.options(source), "-ftz=true", f"-arch={architecture}"))
+        nvrtc.compileProgram(program, (*OPTIONS, "-ftz=true", architecture_option(source, architecture)))
         ptx = nvrtc.getPTX(program)
     except nvrtc.NVRTCError:
         raise CompileError(nvrtc.getProgramLog(program)) from None

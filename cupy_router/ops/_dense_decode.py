@@ -13,6 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
+from cupy_router.compiler_options import SEVERAL_ARCHITECTURES
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import NUMBER
@@ -289,7 +290,8 @@ def _invariant(gpu: Gpu, tokens: int, num_experts: int, with_layout: bool, num_b
 
 def by_clusters(gpu: Gpu, x_dtype: str, weight_dtype: str, aligned: bool) -> bool:
     """Return whether a call that is batch-invariant uses the kernel for many tokens for more than MAX_TOKENS."""
-    return gpu.capability == _ONLY_ON and aligned and tensor_cores(x_dtype, weight_dtype)
+    runs = gpu.capability == _ONLY_ON and gpu.nvrtc >= SEVERAL_ARCHITECTURES
+    return runs and aligned and tensor_cores(x_dtype, weight_dtype)
 
 
 def invariant_rows(

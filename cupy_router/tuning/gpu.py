@@ -23,6 +23,7 @@ class Gpu:
     multiprocessors: int
     shared_bytes: int  # shared memory of a block that opts in
     l2_bytes: int
+    nvrtc: tuple[int, int] = (13, 0)  # version of the compiler
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any]) -> Gpu:
@@ -82,6 +83,7 @@ def _described(index: int) -> Gpu:
         multiprocessors=attribute("MultiProcessorCount"),
         shared_bytes=attribute("MaxSharedMemoryPerBlockOptin"),
         l2_bytes=attribute("L2CacheSize"),
+        nvrtc=cuda.nvrtc.getVersion(),
     )
 
 
