@@ -23,7 +23,7 @@ pytestmark = [
 from tests import expert_parallel_training as training  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-STEPS = 100  # the example below makes 200
+STEPS = 200
 
 
 @pytest.fixture
