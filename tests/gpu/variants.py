@@ -12,6 +12,7 @@ import numpy as np
 
 from cupy_router import RoutingMethod
 from cupy_router.method import SCORES
+from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops._topk_select_many import ManyShape
 from tests import inputs, methods, oracle
@@ -115,6 +116,11 @@ def _long_rows() -> Iterator[Case]:
                 hidden = {"scores": misleading(plan, 2, 12_000, dtype, shows_best=False)}
                 options = {"k": 300, "order": ("column", "value")[j % 2 == 0]}
                 yield Case("topk_select", hidden, None, options, plan=name)
+            if isinstance(plan, ClusterShape):  # more than its list holds: ties and scores above them are counted
+                row = inputs.distinct(1, 12_000, dtype)[0]
+                tied = np.stack([np.full_like(row, 1), np.repeat(row[:6000], 2), np.maximum(row, np.sort(row)[-100])])
+                for order in ("any", "value"):
+                    yield Case("topk_select", {"scores": tied}, None, {"k": 300, "order": order}, plan=name)
     yield case(1, 70_000, 8000, "float32", DENSE)
     yield case(1, 600_000, 2048, "float32", DENSE)
     yield case(2, 9000, 5000, "float32", DENSE)
@@ -263,6 +269,11 @@ def _replicas_and_batch_invariant() -> Iterator[Case]:
     for rows in (70, 300, 500):  # clusters whose blocks have an eighth of hidden, a quarter or all
         arrays = {"x": x[:rows], "weight": weight}
         yield Case("dense_router", arrays, RoutingMethod(1024, 6, "sigmoid"), {"batch_invariant": True})
+    for rows, hidden in ((100, 2048), (300, 7168)):  # whole stages, in a ring that is filled again
+        arrays = {"x": _products((rows, hidden), "bfloat16"), "weight": _products((72, hidden), "bfloat16")}
+        yield Case(
+            "dense_router", arrays | {"bias": _bias(72)}, method, {"batch_invariant": True, "num_valid": rows - 3}
+        )
 
 
 def _backward() -> Iterator[Case]:
