@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     index_dtype: torch.dtype = torch.int32
+    transposed: bool = False  # what ranks pass is stored column by column
 
     def arrays(self, seed: int = 0) -> dict[str, torch.Tensor]:
         """Return the arrays of all ranks together: x, weights, indices, matrices of the experts, gradients."""
@@ -77,18 +78,24 @@ def of_ranks(parallel: ExpertParallel, problem: Problem, seed: int) -> dict[str,
     """Return the same, computed by all ranks: this one's tokens and experts."""
     arrays, (first, count) = problem.arrays(seed), parallel.experts
     own = tokens_of(problem, dist.get_rank())
-    x, weights = (arrays[name][own].requires_grad_() for name in ("x", "weights"))
+    x, weights, indices = (_stored(problem, arrays[name][own]) for name in ("x", "weights", "indices"))
+    x.requires_grad_()
+    weights.requires_grad_()
     matrices = arrays["matrices"][first : first + count].requires_grad_()
-    rows, layout, ticket = parallel.dispatch(x, weights, arrays["indices"][own])
+    rows, layout, ticket = parallel.dispatch(x, weights, indices)
     assert rows.shape == (layout.capacity, HIDDEN)
     assert count or not layout.capacity
     assert rows.dtype == x.dtype
     assert not rows[int(layout.offsets[-1]) :].any()
-    out = parallel.combine(experts(rows, layout.ends, matrices), ticket)
+    out = parallel.combine(_stored(problem, experts(rows, layout.ends, matrices)), ticket)
     assert out.shape == x.shape
     out.backward(arrays["grad"][own])
     gradients = {"x": x.grad, "weights": weights.grad, "matrices": matrices.grad if count else matrices.detach()}
     return {"out": out.detach(), "counts": layout.counts, **gradients}
+
+
+def _stored(problem: Problem, matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.t().contiguous().t() if problem.transposed else matrix
 
 
 def tokens_of(problem: Problem, rank: int) -> slice:

@@ -46,6 +46,7 @@ def problems(num_ranks: int) -> dict[str, Problem]:
         "tokens on the last rank only": Problem((*[0] * (num_ranks - 1), 6), 8, 3),
         "bfloat16": Problem(uneven, 8, 3, torch.bfloat16, torch.bfloat16, torch.int64),
         "float16, uint8": Problem(uneven, 8, 3, torch.float16, torch.float32, torch.uint8),
+        "transposed": Problem(uneven, 8, 3, transposed=True),
     }
 
 

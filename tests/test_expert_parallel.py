@@ -48,8 +48,9 @@ def device(backend: Any) -> Iterator[None]:
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("method", ["gather", "exchange"])
 @pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
-def test_one_rank_communicates_nothing(method: str, exact: bool, group: Any) -> None:
-    nine = problem.Problem((9,), 8, 3, weight_dtype=torch.bfloat16)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_one_rank_communicates_nothing(method: str, exact: bool, transposed: bool, group: Any) -> None:
+    nine = problem.Problem((9,), 8, 3, weight_dtype=torch.bfloat16, transposed=transposed)
     parallel = ExpertParallel(None, 8, method=method, exact=exact, max_tokens=9)
     assert parallel.experts == (0, 8)
     with ranks.recorded() as calls:

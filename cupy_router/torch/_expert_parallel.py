@@ -130,6 +130,8 @@ class ExpertParallel:
             indices: [num_tokens, top_k] uint8, int16, uint16, int32 or int64, experts of all ranks. Entries outside
                 0..num_experts-1 are no experts.
 
+        They may have any strides; what is not contiguous is copied.
+
         Returns:
             rows, layout and ticket.
 
@@ -145,6 +147,8 @@ class ExpertParallel:
             RuntimeError: Another rank refuses its arguments, or a collective fails.
         """
         error = agreement.refusal(x, weights, indices, self._max_tokens)
+        if error is None:
+            x, weights, indices = x.contiguous(), weights.contiguous(), indices.contiguous()
         if self._num_ranks > 1:
             with torch.no_grad():
                 transport = self._transport(x, weights, indices, error)
@@ -180,7 +184,7 @@ class ExpertParallel:
         if y.shape != ticket.shape:
             raise ValueError(f"ExpertParallel: y must have the shape of the rows, {[*ticket.shape]}, got {[*y.shape]}")
         if ticket.transport is None:
-            return unpermute(y, ticket.layout, ticket.weights)
+            return unpermute(y.contiguous(), ticket.layout, ticket.weights)
         return Combine.apply(ticket.transport, self._exact, y, ticket.weights, ticket.anchor)
 
     def _transport(self, x: Any, weights: Any, indices: Any, error: Exception | None) -> Transport:
