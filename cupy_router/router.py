@@ -15,7 +15,7 @@ from cupy_router.layer_arrays import as_float32, described, stacked, to_gpu
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, dense_router
-from cupy_router.ops._given import EMPTY, ROUTE
+from cupy_router.ops._given import EMPTY, ROUTE, as_unset
 from cupy_router.ops._layout import LayoutSpec
 from cupy_router.ops._method import check_layer
 from cupy_router.ops._replicas import given_replicas
@@ -187,6 +187,8 @@ class Router(CanWarmUp):
         Returns:
             Routing, or what :func:`cupy_router.dense_router` returns, of arrays of the framework of x, on its device.
         """
+        if not isinstance(unset, str):  # what has no truth value is not compared
+            as_unset("Router", unset)
         physical = given_replicas(replicas, replica_counts, replica_offset, num_physical)
         wanted = (layout, return_logits, unset, batch_invariant, physical)
         inputs = (x, token_ids, bias_index, indices, num_valid)
@@ -210,12 +212,18 @@ class Router(CanWarmUp):
         is_given = self.weight is not None and indices is not None and (token_ids is None or unset == EMPTY)
         if self.table is None or is_given:  # with both, the table says nothing
             chosen: Any = {"bias": self.bias, "bias_index": bias_index, "unset": unset}
-            return dense_router.dense_router(
-                x, self.weight, self.method, **(chosen if self.table is None else {"unset": EMPTY}),
-                logit_bias=self.logit_bias, expert_scale=self.expert_scale, indices=indices,
-                return_logits=return_logits, batch_invariant=batch_invariant, layout=layout, num_valid=num_valid,
-                out=out, stream=stream, **physical,
-            )  # fmt: skip
+            try:
+                return dense_router.dense_router(
+                    x, self.weight, self.method, **(chosen if self.table is None else {"unset": EMPTY}),
+                    logit_bias=self.logit_bias, expert_scale=self.expert_scale, indices=indices,
+                    return_logits=return_logits, batch_invariant=batch_invariant, layout=layout, num_valid=num_valid,
+                    out=out, stream=stream, **physical,
+                )  # fmt: skip
+            except (TypeError, ValueError, RuntimeError) as error:
+                label, _, message = str(error).partition(": ")
+                if label != dense_router.OP.label:
+                    raise
+                raise type(error)(f"Router: {message}") from error
         return _hash_layer.hash_layer(
             self.method, x, token_ids, self.table, self.weight, self.bias, bias_index, self.logit_bias,
             self.expert_scale, layout, num_valid, out, stream, return_logits, indices, unset, batch_invariant,

@@ -257,12 +257,14 @@ def test_nan_and_infinite_logits_of_given_experts(backend: Backend) -> None:
 
 LOGITS = np.zeros((6, 16), np.float32)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"indices": np.zeros((6, 3), np.int32)}, ValueError, r"indices must have top_k = 2 columns, got int32 \[6, 3\]"),
-    ({"indices": np.zeros((5, 2), np.int32)}, ValueError, r"indices must have shape \[num_tokens, .*\] = .*, got"),
+    ({"indices": np.zeros((6, 3), np.int32)}, ValueError, r"indices must have shape .* = \[6, 2\], got int32 \[6, 3\]"),
+    ({"indices": np.zeros((5, 2), np.int32)}, ValueError, r"indices must have shape .* = \[6, 2\], got int32 \[5, 2\]"),
+    ({"indices": np.zeros((2, 6), np.int32)}, ValueError, r"indices must have shape .* = \[6, 2\], got int32 \[2, 6\]"),
     ({"indices": np.zeros(6, np.int32)}, ValueError, r"indices must have shape \[num_tokens, .*\], got int32 \[6\]"),
     ({"indices": np.zeros((6, 2), np.int8)}, TypeError, "indices must be uint8 or .* got int8"),
     ({"indices": np.zeros((6, 2), np.float32)}, TypeError, "indices must be uint8 or .* got float32"),
     ({"indices": np.zeros((6, 2), np.int32), "unset": "keep"}, ValueError, "unset must be 'route' or 'empty', got 'k"),
+    ({"unset": np.array(["route", "empty"])}, ValueError, "unset must be 'route' or 'empty', got ndarray"),
     ({"indices": np.zeros((2, 6), np.int32).T}, ValueError, "indices must be contiguous along its last axis, got"),
 ]
 
@@ -274,9 +276,11 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
     x, weight = np.zeros((6, 8), np.float32), np.zeros((16, 8), np.float32)
     with pytest.raises(error, match=f"^dense_router: {message}"):
         dense_router(x, weight, RoutingMethod(16, 2), **arguments)
+    with pytest.raises(error, match=f"^Router: {message}"):
+        Router(RoutingMethod(16, 2), weight=weight)(x, **arguments)
 
 
 def test_columns_of_shared_experts_in_errors() -> None:
     method = RoutingMethod(16, 2, num_shared_experts=2)
-    with pytest.raises(ValueError, match=r"top_k = 2 or 4, with those of shared experts columns, got int32 \[6, 3\]"):
+    with pytest.raises(ValueError, match=r"top_k = 2 or, with those of shared experts, 4 columns, got int32 \[6, 3\]"):
         activation_topk(LOGITS, method, indices=np.zeros((6, 3), np.int32))

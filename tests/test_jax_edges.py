@@ -148,7 +148,7 @@ def test_a_router_whose_leaves_are_no_arrays(leaf: Any) -> None:
     router = jax.tree.map(lambda array: leaf, Router(METHOD, weight=WEIGHT))
     assert isinstance(router, Router)
     assert repr(router).startswith("Router(RoutingMethod(")
-    with pytest.raises(TypeError, match=r"^dense_router: weight must be an array"):
+    with pytest.raises(TypeError, match=r"^Router: weight must be an array"):
         router(X)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shapes = jax.eval_shape(lambda router, x: router(x), router, X)
@@ -265,7 +265,7 @@ def test_numbers_and_ids_in_holders() -> None:
         (None, TypeError, "logits must hold an array of numbers, got NoneType"),
         ("a", TypeError, "logits must hold an array of numbers, got str"),
         (KEYS, TypeError, r"logits must be an array of numbers, got key<fry> \[6, 32\]"),
-        (LOGITS[:, 1:], ValueError, r"logits must have shape .* = \[6, 32\], got float32 \[6, 31\]"),
+        (LOGITS[:, 1:], ValueError, r"logits must have shape .* = \[num_tokens, 32\], got float32 \[6, 31\]"),
     ],
 )
 def test_what_a_holder_holds_is_checked(value: Any, error: type[Exception], message: str) -> None:

@@ -92,6 +92,8 @@ def on_one_device(function: Callable[[], Any]) -> None:
         ({"axis": "b"}, ValueError, "axis must be an axis of a jax.shard_map around the call, got 'b'"),
         ({"axis": ("a", "b")}, ValueError, r"axis must be an axis .* around the call, got \('a', 'b'\)"),
         ({"axis": None}, ValueError, "axis must be an axis of a jax.shard_map around the call, got None"),
+        ({"axis": 0}, ValueError, "axis must be an axis of a jax.shard_map around the call, got 0"),
+        ({"axis": 8, "num_experts": "a"}, TypeError, "num_experts must be an int, got str"),
     ],
 )
 def test_refused_options(options: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -196,7 +196,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
         lambda a: activation_topk(a, METHOD),
         LOGITS[:, 1:],
         ValueError,
-        "logits must have shape .* = \\[6, 32\\]",
+        "logits must have shape .* = \\[num_tokens, 32\\]",
     ),
     "k": (lambda a: topk_select(a, 33), LOGITS, ValueError, "k must be in 1..32, got 33"),
     "no array": (lambda a: activation_topk(a, METHOD, bias=[0.0] * 32), LOGITS, TypeError, "bias must be an array"),

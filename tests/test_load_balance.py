@@ -142,10 +142,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"logits": torch.zeros(1, 5, 8)},
         ValueError,
-        r"logits must have shape \[num_tokens, num_experts \(\+ shared\)\], got",
+        r"logits must have shape \[num_tokens, num_experts \(\+ shared\)\] = \[num_tokens, 8\], got",
     ),
-    ({"logits": torch.zeros(5, 7)}, ValueError, r"logits must have shape \[.*\] = \[5, 8\], got"),
-    ({"method": RoutingMethod(4, 2)}, ValueError, r"logits must have shape \[.*\] = \[5, 4\], got"),
+    ({"logits": torch.zeros(5, 7)}, ValueError, r"logits must have shape \[.*\] = \[num_tokens, 8\], got"),
+    ({"method": RoutingMethod(4, 2)}, ValueError, r"logits must have shape \[.*\] = \[num_tokens, 4\], got"),
     ({"indices": None}, TypeError, "indices must be a PyTorch tensor, got NoneType"),
     ({"indices": torch.zeros(5, 2)}, TypeError, "indices must be uint8 or .* or int64, got float32"),
     ({"indices": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"indices must have shape \[.*\] = \[5, 2\], got"),
@@ -175,7 +175,7 @@ def test_refused_arguments_of_load_balance_in_a_graph() -> None:
     wrong = given(logits=torch.zeros(5, 7))
     with pytest.raises(RuntimeError):  # PyTorch's own, which shows the line
         compiled(**wrong)
-    with pytest.raises(ValueError, match=r"^load_balance: logits must have shape \[.*\] = \[5, 8\]"):
+    with pytest.raises(ValueError, match=r"^load_balance: logits must have shape \[.*\] = \[num_tokens, 8\]"):
         torch.compile(load_balance, backend="aot_eager")(**wrong)
 
 
@@ -186,5 +186,5 @@ def test_load_balance_with_shared_experts() -> None:
     indices = activation_topk(logits, method).indices
     for got, want in zip(*(load_balance(logits, i, method) for i in (indices, indices[:, :2])), strict=True):
         assert torch.equal(got, want)
-    with pytest.raises(ValueError, match=r"logits must have shape \[.*\] = \[5, 9\], got float32 \[5, 8\]"):
+    with pytest.raises(ValueError, match=r"logits must have shape \[.*\] = \[num_tokens, 9\], got float32 \[5, 8\]"):
         load_balance(logits[:, :8], indices, method)

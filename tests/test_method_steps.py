@@ -220,7 +220,7 @@ BAD: list[tuple[Callable[..., Any], str]] = [
     (lambda a: activation_topk(a(2, 64), M(64, 4), expert_scale=a(1, 64)), r"expert_scale must have shape \[num_exp"),
     (
         lambda a: activation_topk(a(2, 64), METHODS["shared in the normaliser"]),
-        r"logits must have shape .* = \[2, 66\], got float32 \[2, 64\]",
+        r"logits must have shape .* = \[num_tokens, 66\], got float32 \[2, 64\]",
     ),
     (
         lambda a: activation_topk(a(2, 64), METHODS["softmax after top-k"], bias=a(64)),

@@ -142,7 +142,7 @@ MAPS: dict[str, Any] = {"replicas": np.zeros((4, 2), np.int32), "replica_counts"
         (MAPS | {"num_physical": 4.0}, TypeError, "num_physical must be an int"),
         (MAPS | {"num_physical": 4, "replica_offset": -1}, ValueError, "replica_offset must be in 0..2147483647"),
         (MAPS | {"num_physical": 4, "replicas": np.zeros((4, 0), np.int32)}, ValueError, "at least one column"),
-        (MAPS | {"num_physical": 4, "replicas": np.zeros((3, 2), np.int32)}, ValueError, r"replicas must have shape"),
+        (MAPS | {"num_physical": 4, "replicas": np.zeros((3, 2), np.int32)}, ValueError, r"= \[4, max_replicas\], got"),
         (MAPS | {"num_physical": 4, "replica_counts": np.zeros(5, np.int32)}, ValueError, "replica_counts must have"),
         (MAPS | {"num_physical": 4, "replicas": np.zeros((4, 2), np.int16)}, TypeError, "replicas must be int32"),
     ],

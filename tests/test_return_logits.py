@@ -283,7 +283,7 @@ def router(**more: Any) -> Any:
 BAD: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
     (dense, {"return_logits": 1}, TypeError, "dense_router: return_logits must be .*, got"),
     (hashed, {"return_logits": None}, TypeError, "hash_router: return_logits must be .*, got"),
-    (router, {"return_logits": "yes"}, TypeError, "router: return_logits must be .*, got"),
+    (router, {"return_logits": "yes"}, TypeError, "Router: return_logits must be .*, got"),
     (dense, {"logits_dtype": "float64"}, ValueError, "dense_router: logits_dtype must be .*, got 'float64'"),
     (dense, {"logits_dtype": np.float32}, ValueError, "dense_router: logits_dtype must be .*, got <class"),
     (hashed, {"x": None, "weight": None}, ValueError, "hash_router: return_logits needs x and weight"),

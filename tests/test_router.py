@@ -206,6 +206,14 @@ def test_a_hash_router_needs_token_ids(backend: Backend) -> None:
         router(backend.array(tokens(3)), backend.array(np.arange(2)))
 
 
+def test_errors_of_calls_without_a_table_begin_with_router() -> None:
+    router = Router(METHOD, weight=gate())
+    with pytest.raises(ValueError, match=r"^Router: bias_index needs a bias \[num_biases, num_experts\], got none$"):
+        router(tokens(3), bias_index=np.zeros(3, np.int32))
+    with pytest.raises(TypeError, match=r"^Router: x must be an array of CuPy"):
+        router([1.0])
+
+
 def test_results_have_the_framework_of_x() -> None:
     torch = pytest.importorskip("torch")
     router = Router(METHOD, weight=gate(), table=table())
@@ -225,13 +233,17 @@ def test_results_have_the_framework_of_x() -> None:
         (
             {"weight": gate().T},
             ValueError,
-            r"Router: weight must have shape \[num_experts \(\+ shared\), hidden\] = \[24, 24\]",
+            r"Router: weight must have shape \[num_experts \(\+ shared\), hidden\] = \[24, hidden\]",
         ),
         ({"weight": gate().astype(np.float64)}, TypeError, "Router: weight must be float32 .* got float64"),
         ({"weight": gate()[:, ::2]}, ValueError, "Router: weight must be contiguous along its last axis"),
         ({"weight": gate(), "bias": BIAS[:5]}, ValueError, r"Router: bias must have shape \[num_experts\] = \[24\]"),
         ({"weight": gate(), "bias": BIAS.astype(np.float16)}, TypeError, "Router: bias must be float32, got float16"),
-        ({"weight": gate(), "table": table()[:, :3]}, ValueError, r"Router: table must have shape .* = \[50, 4\]"),
+        (
+            {"weight": gate(), "table": table()[:, :3]},
+            ValueError,
+            r"Router: table must have shape .* = \[vocab_size, 4\]",
+        ),
         ({"weight": gate(), "table": BIAS}, TypeError, "Router: table must be int32 or int64, got float32"),
         ({"weight": gate(), "table": table(), "bias": BIAS}, ValueError, "Router: bias and table do not go together"),
         ({"table": table(), "bias": BIAS[None]}, ValueError, "Router: bias needs a weight"),

@@ -208,7 +208,7 @@ def expert_parallel(
     exact = check.boolean("expert_parallel: exact", exact)
     try:
         num_devices = jax.lax.axis_size(axis)
-    except (NameError, TypeError) as error:
+    except (NameError, TypeError, ValueError) as error:  # ValueError: an int
         raise ValueError(
             f"expert_parallel: axis must be an axis of a jax.shard_map around the call, got {axis!r}"
         ) from error

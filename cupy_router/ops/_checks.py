@@ -46,14 +46,12 @@ def moved(view: View) -> None:
 
 def axes(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     """Check rank and shape by the names of the axes. Add the sizes of new names to `sizes`."""
-    if len(view.shape) != len(names):
-        known = f" = {[sizes[axis] for axis in names]}" if sizes.keys() >= set(names) else ""
-        raise ValueError(
-            f"{view.name} must have shape [{', '.join(names)}]{known}, got {view}{_reshape(view, names, sizes)}"
-        )
-    expected = tuple(map(sizes.setdefault, names, view.shape))
-    if view.shape != expected:
-        raise ValueError(f"{view.name} must have shape [{', '.join(names)}] = {list(expected)}, got {view}")
+    known = dict(sizes)
+    if len(view.shape) != len(names) or view.shape != tuple(map(sizes.setdefault, names, view.shape)):
+        wanted = f"[{', '.join(names)}]"
+        if not known.keys().isdisjoint(names):
+            wanted += f" = [{', '.join(str(known.get(axis, axis)) for axis in names)}]"
+        raise ValueError(f"{view.name} must have shape {wanted}, got {view}{_reshape(view, names, known)}")
 
 
 def _reshape(view: View, names: tuple[str, ...], sizes: dict[str, int]) -> str:

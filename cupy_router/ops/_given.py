@@ -22,17 +22,18 @@ TOKEN_IDS = "token_ids"  # the parameter of kernels that select
 
 def as_unset(label: str, unset: Any) -> str:
     """Return what becomes of a row of -1."""
-    if unset not in (ROUTE, EMPTY):
-        raise ValueError(f"{label}: unset must be {ROUTE!r} or {EMPTY!r}, got {unset!r}")
+    if not isinstance(unset, str) or unset not in (ROUTE, EMPTY):
+        given = repr(unset) if isinstance(unset, str) else type(unset).__name__
+        raise ValueError(f"{label}: unset must be {ROUTE!r} or {EMPTY!r}, got {given}")
     return str(unset)
 
 
 def check_given(options: Any, arrays: Arrays) -> None:
-    """Refuse a wrong number of columns. Those of shared experts may be left out, and are not read."""
+    """Refuse a wrong number of columns where shared experts may have some. They may be left out, and are not read."""
     method, given = options.method, arrays.given_experts
     if given is not None and given.shape[1] not in (method.top_k, method.num_columns):
-        more = f" or {method.num_columns}, with those of shared experts" if method.num_shared_experts else ""
-        raise ValueError(f"indices must have top_k = {method.top_k}{more} columns, got {given}")
+        both = f"{method.top_k} or, with those of shared experts, {method.num_columns}"
+        raise ValueError(f"indices must have top_k = {both} columns, got {given}")
 
 
 def selects(options: Any, given: Any) -> bool:

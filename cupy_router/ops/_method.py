@@ -50,10 +50,12 @@ def gate(*, required: bool) -> Input:
 
 def method_sizes(method: RoutingMethod) -> dict[str, int]:
     """Return the sizes of axes that follow from a method."""
+    of_given = {} if method.num_shared_experts else {"top_k or top_k + shared": method.top_k}
     return {
         "num_experts": method.num_experts,
         "num_experts (+ shared)": method.num_logits,
         "top_k (+ shared)": method.num_columns,
+        **of_given,
     }
 
 

@@ -270,7 +270,7 @@ def activation_topk(
     number, num_valid = check.split_num_valid("activation_topk", num_valid)
     inputs = (logits, bias, bias_index, logit_bias, expert_scale, indices, replicas, replica_counts, num_valid)
     fields: Any = resolve(method) if layout is None else (resolve(method), as_spec("activation_topk", layout))
-    if unset != ROUTE or num_physical is not None or replica_offset != 0:
+    if not isinstance(unset, str) or unset != ROUTE or num_physical is not None or replica_offset != 0:
         spec = None if layout is None else fields[1]
         physical = as_physical("activation_topk", num_physical, replica_offset)
         fields = (resolve(method), spec, as_unset("activation_topk", unset), *physical)

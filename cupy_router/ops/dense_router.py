@@ -265,7 +265,7 @@ def dense_router(
         wanted = as_logits_dtype("dense_router", return_logits, logits_dtype)
         fields = (*fields, wanted) if layout is not None else (*fields, None, wanted)
     physical = num_physical is not None or replica_offset != 0
-    if unset != ROUTE:
+    if not isinstance(unset, str) or unset != ROUTE:
         no_layout_or_logits = (None,) * (4 - len(fields))
         fields = (*fields, *no_layout_or_logits, as_unset("dense_router", unset))
     if batch_invariant is not False or physical:
