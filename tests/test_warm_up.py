@@ -276,7 +276,7 @@ def test_wrong_arguments_of_a_router(
         ({"hidden": 0}, ValueError, "hidden"),
         ({"hidden": 64, "weight": False}, TypeError, "weight must be True, .* or an array like it, got False"),
         ({"hidden": 64, "table": True, "path": "decode"}, ValueError, "calls with a table have no path"),
-        ({"indices": np.zeros((6, 3), np.int32)}, ValueError, r"indices must have shape .* = \[1, 2\], got int32 \[1, 3"),
+        ({"indices": np.zeros((6, 3), np.int32)}, ValueError, r"indices must have shape .* = \[1, 2\], got"),
         ({"indices": np.zeros(6, np.int32)}, ValueError, r"indices must have shape .*, got int32 \[1\]"),
         ({"unset": "no"}, ValueError, "unset must be 'route' or 'empty', got 'no'"),
         ({"hidden": 64, "batch_invariant": 1}, TypeError, "batch_invariant must be a bool, got 1"),
