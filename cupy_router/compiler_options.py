@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVRTC is given beside a kernel's text. Knows nothing of routing."""
+"""Options of NVRTC for the text of a kernel."""
 
 from __future__ import annotations
 
 OPTIONS = ("-std=c++17",)  # CuPy adds the architecture and -ftz=true
 _WGMMA, _ITS_ARCHITECTURE = "wgmma.mma_async", "-arch=sm_90a"  # instructions that are in no sm_90
-
-
 SEVERAL_ARCHITECTURES = (12, 9)  # the first NVRTC that accepts two, of which sm_90a counts beside sm_90
 
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The k largest scores of a few long rows, exact, in any order: a cluster of blocks for each row; sm_90 and later.
 //
-// The blocks share the scores of the row (cluster_share.cuh), which stay in registers. If each block has as many threads
-// whose best score reaches a key as is its share of k, so many scores of the row reach it. The lowest such key of the
-// blocks is a threshold, and few scores more than wanted reach it, since winners mostly are in different threads. Each
-// block lists those it has. The blocks count the keys of their lists in equal parts of their range, add up the counts
+// The blocks share the scores of the row (cluster_share.cuh), which stay in registers. Each block finds the highest key
+// that the best scores of enough of its threads reach: as many threads as its share of k. At least k scores of the row
+// reach the lowest of these keys, the threshold; and few more do, since most winners are in different threads. Each
+// block lists its scores that reach it. The blocks count the keys of their lists in equal parts of their range, add up the counts
 // over the cluster (narrow.cuh) and send the few entries around the last winner to each other. Then each block knows
 // the last winner, and how many winners the blocks before it have, and writes its own. If they are to be sorted, it sends
 // them to all blocks instead, and each writes a part of the order (list_sort.cuh).

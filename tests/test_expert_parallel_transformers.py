@@ -15,7 +15,7 @@ frameworks.transformers_with_models()
 pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers has no expert parallelism")
 
 from tests import expert_parallel_transformers as ranks  # noqa: E402  # it needs transformers
-from tests import rank_processes  # noqa: E402  # likewise
+from tests import rank_processes  # noqa: E402  # after importorskip
 
 
 @pytest.mark.slow("process")

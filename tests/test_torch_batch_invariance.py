@@ -13,8 +13,8 @@ from cupy_router import Router, RoutingMethod, dense_router
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch.utils.checkpoint import checkpoint  # noqa: E402  # it may be missing
 
-from cupy_router.torch import Gate, replace_routers  # noqa: E402  # likewise
-from tests.trainer_checks import CHECKS  # noqa: E402  # likewise
+from cupy_router.torch import Gate, replace_routers  # noqa: E402  # after importorskip
+from tests.trainer_checks import CHECKS  # noqa: E402  # after importorskip
 
 N, HIDDEN = 90, 96
 METHODS = {

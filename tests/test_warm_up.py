@@ -191,7 +191,10 @@ def test_hash_routers_after_a_warm_up(machine: Recorder, case: str, several: boo
     biases = {"bias": WIDE_BIAS} if several else {}
     several_biases = {"bias_index": True} if several else {}
     router = Router(V4, weight=weight, table=TABLE, **biases)
-    index: Given = lambda n: {"bias_index": new(n, dtype="int32")} if several else {}  # noqa: E731
+
+    def index(n: int) -> dict[str, Any]:
+        return {"bias_index": new(n, dtype="int32")} if several else {}
+
     router.warmup(**named, **several_biases)
     assert_nothing_compiles(sizes(), lambda n: router(new(n, HIDDEN, dtype="bfloat16"), **given(n), **index(n)))
     cupy_router.warmup(V4, hidden=HIDDEN, table=TABLE, **named, **biases, **several_biases)
@@ -206,9 +209,14 @@ def test_hash_routers_after_a_warm_up(machine: Recorder, case: str, several: boo
 
 def test_tables_without_a_gate_and_given_experts_after_a_warm_up(machine: Recorder) -> None:
     cupy_router.warmup(V4, dtypes="float32", table="int64")
-    ids: Callable[[int], Array] = lambda n: new(n, dtype="int64")  # noqa: E731
+
+    def ids(n: int) -> Array:
+        return new(n, dtype="int64")
+
+    def with_shared(n: int) -> Array:
+        return new(n, 8, dtype="int16")
+
     cupy_router.warmup(SHARED, indices=np.empty((1, 8), np.int16), unset="empty")
-    with_shared: Callable[[int], Array] = lambda n: new(n, 8, dtype="int16")  # noqa: E731
     call = partial(cupy_router.activation_topk, method=SHARED, unset="empty")
     assert_nothing_compiles(sizes(), lambda n: call(new(n, 66, dtype="bfloat16"), indices=with_shared(n)))
     assert_nothing_compiles(sizes(), lambda n: cupy_router.hash_router(ids(n), TABLE, V4))

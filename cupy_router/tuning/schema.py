@@ -87,8 +87,8 @@ class Decode(Family):
     invariant_loads_in_flight: int
     # For more tokens, in groups: (up to this many tokens, tokens of a group, experts of a block, experts of a warp).
     invariant_groups: tuple[tuple[int, int, int, int], ...]
-    # The same by clusters, the fastest first: (tokens of a tile, at most experts of a block, warps of a block, blocks
-    # of a cluster that divide hidden). Chosen is the first of which all clusters run at once.
+    # Or in clusters, fastest first: (tokens of a tile, most experts of a block, warps of a block, blocks of a cluster
+    # that divide hidden). The first whose clusters all run at the same time is chosen.
     clusters: tuple[tuple[int, int, int, int], ...]
     clusters_at_once: tuple[int, ...]  # of 1, 2, ... 8 blocks, of which a multiprocessor holds one
     max_partial_bytes: int  # partial sums of a launch for several groups, which should stay in L2

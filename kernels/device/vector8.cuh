@@ -57,7 +57,7 @@ __device__ __forceinline__ Vector8<T> load_vector8(const T* source, int left) {
     return vector;
 }
 
-// The same for twice four elements of 16 bits, `Distance` from one four to the next.
+// The same for two groups of four 16-bit elements. The second begins `Distance` elements after the first.
 template <bool Aligned, int Distance, typename T>
 __device__ __forceinline__ Vector8<T> load_vector4_twice(const T* source, int left) {
     static_assert(sizeof(T) == 2, "four elements are a word of 8 bytes");

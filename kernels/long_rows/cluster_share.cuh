@@ -105,7 +105,7 @@ struct ClusterShare {
         return found;
     }
 
-    // The same of scores that are read again, so that the vectors need no registers until here.
+    // Return the same, but load the scores again, so that they occupy no registers before.
     __device__ __forceinline__ unsigned passing_again(const Passes<Code>& passes) const {
         if (passes.nothing) return 0;
         if (passes.everything) return bits_of_vectors(mine);

@@ -29,8 +29,8 @@ struct KeyCounter {
     }
 };
 
-// As block_prefix, with one barrier: `sums` has a word for each warp, and a barrier is passed before they are used
-// again.
+// Like block_prefix, but with one barrier. `sums` has a word for each warp. Threads pass another barrier before it is
+// used again.
 template <int Block>
 __device__ __forceinline__ int block_prefix_once(int value, int& total, int* sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -42,10 +42,10 @@ __device__ __forceinline__ int block_prefix_once(int value, int& total, int* sum
     return static_cast<int>(warp_sum(lane < warp ? sum : 0)) + inclusive - value;
 }
 
-// Return the part of a counter's range with the `wanted`-th best key; an empty one if the range has fewer. Cluster: add
-// up the bins of so many blocks of a cluster, which call this together. All their threads have passed a barrier since
-// keys were counted, and pass one of their block before they return. `used` are other bins, or the same of one block:
-// they are 0 afterwards.
+// Return the part of a counter's range that has the `wanted`-th best key, or an empty part if the range has fewer keys.
+// All blocks of a cluster of Cluster blocks call this, and their bins are added. Before the call, all threads pass a
+// barrier after the last key was counted; before it returns, they pass one of their block. `used` are bins to clear:
+// other bins, or, if Cluster is 1, the same.
 template <int Block, int Cluster>
 __device__ __forceinline__ Bin choose_part(const KeyCounter& counter, int wanted, int* used) {
     constexpr int MINE = BINS > Block ? BINS / Block : 1;  // of a thread

@@ -57,7 +57,7 @@ __device__ __forceinline__ Chosen choose_exactly(const float (&logits)[PerLane],
     return {winner.column, value};
 }
 
-// What a lane holds of a row and of the arrays of its layer, in N of its columns.
+// N columns of a row in the registers of a lane: their logits, and their biases.
 template <int N>
 struct LaneColumns {
     float logits[N], logit_biases[N], biases[N];
@@ -88,8 +88,8 @@ struct LaneColumns {
         for (int j = 0; j < N; ++j) logits[j] = prepare(logits[j], HAS_LOGIT_BIAS ? logit_biases[j] : 0.0f, numbers);
     }
 
-    // Return true once all is loaded: the compiler would load after a branch what is used there alone. Of all bits there
-    // may be, one value returns false.
+    // Return true, for nearly all values, once the columns are loaded. A branch on it keeps their loads before it, where
+    // the compiler would move them behind it. If it is false, a warp selects in vain.
     __device__ __forceinline__ bool loaded() const {
         unsigned bits = 0;
 #pragma unroll
@@ -174,7 +174,7 @@ struct InterleavedChoice : Candidates<TOP_K, Interleaved::Lanes> {
     // Whether the heads always include TOP_K + 1 experts.
     static constexpr bool ENOUGH = NUM_GROUPS == 0 || SPREAD * HEADS > TOP_K;
 
-    // What a lane holds at first: a chunk, or with groups all.
+    // The columns that a lane loads first: a chunk, or all of its columns if experts are in groups.
     typedef LaneColumns<NUM_GROUPS == 0 ? Interleaved::Chunk : Interleaved::PerLane> First;
 
     unsigned next;  // the keys of all others are at most this

@@ -120,7 +120,7 @@ __device__ __forceinline__ void route_rows(const logit_t* logits, const float* b
     int64_t expert[1];
     float weight[1];
     Task task = {lane, false, false, {}, expert_scale};
-    // What the lanes load of a row, padding too, is on its way before num_valid and the ids of given experts are there.
+    // Lanes load their columns first, of padding too, so that these loads do not wait for num_valid or the given ids.
     const auto selects_any = [&](bool loaded) {
         task.given = given_expert<LANES>(id, its_bias, lane);
         task.valid = token < num_routed && (task.given.is_set ? task.given.exists : its_bias.exists);
