@@ -8,11 +8,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from cupy_router.torch import ExpertParallel
+from cupy_router.torch import ExpertParallel, _expert_parallel
 from cupy_router.torch import _agreement as agreement
 from tests.expert_parallel_problem import HIDDEN, refused
 
@@ -63,6 +64,19 @@ def a_rank_refuses_its_arguments(method: str) -> None:
     assert torch.equal(parallel.combine(rows, ticket), 2 * x)
 
 
+def a_rank_fails_before_the_ranks_agree(method: str) -> None:
+    """As if it had too little memory for what it prepares: the others hear of it."""
+    parallel = ExpertParallel(None, 8, method=method)
+    x, indices = torch.ones(3, HIDDEN), torch.zeros(3, 2, dtype=torch.int32)
+    if dist.get_rank() == 1:
+        with mock.patch.object(_expert_parallel, "_as_ids", side_effect=torch.OutOfMemoryError("too little memory")):
+            message = refused(lambda: parallel.dispatch(x, indices.float(), indices), torch.OutOfMemoryError)
+        assert message == "too little memory"
+    else:
+        message = refused(lambda: parallel.dispatch(x, indices.float(), indices), RuntimeError)
+        assert "rank 1 refuses its arguments" in message
+
+
 def later_calls_have_the_shapes_of_the_first() -> None:
     parallel = ExpertParallel(None, 8, max_tokens=4)
     x, indices = torch.ones(3, HIDDEN), torch.zeros(3, 2, dtype=torch.int32)
@@ -110,6 +124,8 @@ def cases(backend: str) -> dict[str, Callable[[], None]]:
         found[f"ranks disagree, {field}"] = partial(ranks_disagree, field)
     for method in agreement.METHODS:
         found[f"a rank refuses its arguments, {method}"] = partial(a_rank_refuses_its_arguments, method)
+    for method in agreement.METHODS:
+        found[f"a rank fails early, {method}"] = partial(a_rank_fails_before_the_ranks_agree, method)
     found["later calls"] = later_calls_have_the_shapes_of_the_first
     found["a group of some ranks"] = a_group_of_some_ranks
     for method in agreement.METHODS if backend == "gloo" else ():

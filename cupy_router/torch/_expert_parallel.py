@@ -147,8 +147,6 @@ class ExpertParallel:
             RuntimeError: Another rank refuses its arguments, or a collective fails.
         """
         error = agreement.refusal(x, weights, indices, self._max_tokens)
-        if error is None:
-            x, weights, indices = x.contiguous(), weights.contiguous(), indices.contiguous()
         if self._num_ranks > 1:
             with torch.no_grad():
                 transport = self._transport(x, weights, indices, error)
@@ -156,10 +154,11 @@ class ExpertParallel:
             leaf = x.new_empty(0, requires_grad=torch.is_grad_enabled())
             rows, anchor = Dispatch.apply(transport, self._exact, x, leaf)
             return rows, transport.layout, Ticket(
-                transport.layout, weights.float(), rows.shape, x.dtype, transport, anchor
+                transport.layout, weights.float().contiguous(), rows.shape, x.dtype, transport, anchor
             )  # fmt: skip
         if error is not None:
             raise error
+        x, weights, indices = x.contiguous(), weights.contiguous(), indices.contiguous()
         layout = expert_layout(indices, self._shard.num_experts, capacity=self._shard.capacity)
         rows = permute(x, layout)
         return rows, layout, Ticket(layout, weights, rows.shape, x.dtype)
@@ -191,13 +190,17 @@ class ExpertParallel:
         """Return the transport of a call, after all ranks have agreed on it."""
         call, num_tokens, ids, destinations = self._call, 0, None, None
         if error is None:
-            call, num_tokens = call.with_shapes(x, indices), x.shape[0]
-            ids, weights = _as_ids(indices, self._shard.num_experts), weights.float()
+            try:
+                call, num_tokens = call.with_shapes(x, indices), x.shape[0]
+                x, weights = x.contiguous(), weights.float().contiguous()
+                ids = _as_ids(indices, self._shard.num_experts).contiguous()
+                if self._exchanges:
+                    destinations = Destinations(ids, self._shard.num_experts, self._num_ranks, self._exact)
+            except Exception as failure:  # such as too little memory, of which the other ranks have to hear
+                error = failure
         if self._static is not None:
             self._check_again(call, error)
             return Gather(self._group, x, ids, weights, self._shard, self._static.max_tokens)
-        if ids is not None and self._exchanges:
-            destinations = Destinations(ids, self._shard.num_experts, self._num_ranks, self._exact)
         counts = (
             torch.zeros(2 * self._num_ranks, device=self._device(x)) if destinations is None else destinations.counts
         )
