@@ -11,20 +11,21 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, thread_locale
 from cupy_router.compiler_options import options as options
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
 from cupy_router.declarations import signature_in, with_constants
+from cupy_router.kernel_build import Backend as Backend
+from cupy_router.kernel_build import Build, build
 from cupy_router.relaxed import relaxed
 from cupy_router.watch import Watch
 
@@ -34,44 +35,8 @@ Headers = tuple[tuple[str, str], ...]
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"')
 
 
-class Backend(Protocol):
-    """A kind of device that compiles and launches: CUDA by CuPy, or kernels executed on the CPU in the tests."""
-
-    compiled: bool  # by the last `build`; False: it found the machine code in a cache
-    switches: bool  # there are several devices; False: it is enough to call `use` once in a thread
-
-    def build(self, source: str, function: str, device: int) -> int:
-        """Compile the text and return a handle of the function; CompileError with file and line if that fails."""
-
-    def shared_limit(self, device: int) -> int:
-        """Return the bytes of shared memory that a block may have on the device if it opts in."""
-
-    def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
-        """Opt in to more than 48 KB of dynamic shared memory; ValueError if the device has less."""
-
-    def use(self, device: int) -> int | None:
-        """Make the device current in this thread, and return the device to restore, or None."""
-
-    def launch(  # as cuLaunchKernel
-        self,
-        handle: int,
-        gx: int,
-        gy: int,
-        gz: int,
-        bx: int,
-        by: int,
-        bz: int,
-        shared_bytes: int,
-        stream: int,
-        kernel_params: int,
-        extra: int,
-        /,
-    ) -> None:
-        """Enqueue; `kernel_params` is the address of an array of pointers, one to each argument."""
-
-
-class _CompilerLog:
-    """File that records whether anything was written, even an empty text."""
+class _CompilerLog(threading.local):
+    """File that records whether anything was written in this thread, even an empty text."""
 
     written = False
 
@@ -81,8 +46,6 @@ class _CompilerLog:
 
 class CudaBackend:
     """CuPy's RawKernel and NVRTC."""
-
-    compiled = False
 
     def __init__(self) -> None:
         cupy = require_cuda()
@@ -95,7 +58,7 @@ class CudaBackend:
 
     @thread_locale.kept()
     def build(self, source: str, function: str, device: int) -> int:
-        cupy = self._cupy
+        cupy, folder = self._cupy, kernel_cache.folder()
         with cupy.cuda.Device(device), relaxed():
             kernel = cupy.RawKernel(source, function, options(source), "nvrtc")
             # CuPy writes the compiler's log if and only if the compiler ran, even an empty one. This is public API, and
@@ -108,11 +71,15 @@ class CudaBackend:
             except cupy.cuda.compiler.CompileException as error:
                 raise CompileError(str(error).strip()) from None
             except OSError as error:  # of CuPy's cache: removed, full, not to be written, a folder instead of a file
-                kernel_cache.replace(error)
+                kernel_cache.replace(error, folder)
                 return self.build(source, function, device)
         self._modules[handle] = kernel
-        self.compiled = self._log.written
         return handle
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the last build of this thread ran the compiler."""
+        return self._log.written
 
     def shared_limit(self, device: int) -> int:
         return int(self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
@@ -367,14 +334,20 @@ class Function:
 _functions: dict[tuple[str, str, Macros, Headers, str, int], Function] = {}
 
 
+def is_ready(wanted: kernel_plan.Wanted, device: tuple[str, int]) -> bool:
+    """Return whether :func:`compile` has this function already."""
+    return (*wanted, *device) in _functions
+
+
 def compile(
     kernel: str,
     function: str,
     macros: Mapping[str, int],
     device: tuple[str, int],
     headers: Mapping[str, str] = MappingProxyType({}),
+    build: Build = build,
 ) -> Function:
-    """Return the function of kernels/<kernel>.cu for these macros, headers and device, compiled once per process."""
+    """Return the function of kernels/<kernel>.cu for these macros, headers and device, built once per process."""
     if kernel_plan.collects():
         kernel_plan.add(kernel, function, macros, headers)
         return Function(0, signature(kernel, function), kernel_plan.NOWHERE, device[1])
@@ -387,11 +360,9 @@ def compile(
         where = backend(device[0])
         assert where is not None, "ops ask for a backend before they ask for a kernel"
         source = expand(kernel, key[2], key[3])
-        begin = time.perf_counter()
-        handle = where.build(source, function, device[1])
-        milliseconds = (time.perf_counter() - begin) * 1000
+        handle, compiled, milliseconds = build(where, source, function, device[1])
         found = _functions[key] = Function(handle, signature(kernel, function), where, device[1])
-        ready = kernel_log.KernelReady(*key[:4], device, where.compiled, milliseconds, source, options(source))
+        ready = kernel_log.KernelReady(*key[:4], device, compiled, milliseconds, source, options(source))
     kernel_log.announce(ready)  # after the lock is free: a listener may wait for another thread
     return found
 

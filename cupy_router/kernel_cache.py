@@ -20,9 +20,9 @@ from typing import Any
 
 FOLDER, IN_MEMORY = "CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY"  # environment, which CuPy reads
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))  # a thread may have held it
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))  # a thread may have held it
 _temporary: str | None = None
 
 
@@ -48,17 +48,24 @@ def prepare() -> None:
         try:
             try_folder()
         except OSError as error:
-            replace(error)
+            replace(error, folder())
         for name in [name for name in sys.modules if name.startswith("cupy.")]:
             del sys.modules[name]  # of an import that failed, which would fail again with half of its modules
 
 
-def replace(error: OSError) -> None:
-    """Keep kernels elsewhere from now on, because of this error; raise it if they are in memory already.
+def replace(error: OSError, unusable: str) -> None:
+    """Keep kernels elsewhere than in this folder from now on; raise the error if they are in memory already.
 
-    The first time there is one warning, unless the user has chosen memory.
+    The first time there is one warning, unless the user has chosen memory. Nothing happens if another thread has
+    replaced the folder already.
     """
-    unusable, in_memory, first = folder(), os.environ.get(IN_MEMORY) == "1", _temporary is None
+    with _lock:
+        if unusable == folder():
+            _replace(error, unusable)
+
+
+def _replace(error: OSError, unusable: str) -> None:
+    in_memory, first = os.environ.get(IN_MEMORY) == "1", _temporary is None
     if in_memory and "cupy" in sys.modules:
         raise error
     instead = _use_temporary() if first else None
@@ -70,7 +77,7 @@ def replace(error: OSError) -> None:
             f"CuPy cannot keep compiled kernels in {unusable!r} ({error}): this process keeps them in "
             f"{instead or 'memory'}; set {FOLDER} to a folder that can be written",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -35,7 +35,7 @@ class Resources:
 
 
 class Nvrtc:
-    """One NVRTC library. It compiles one program at a time in a process."""
+    """One NVRTC library, which several threads may use at once."""
 
     def __init__(self, library: Path) -> None:
         self.path = library

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cupy_router import compiler, kernel_log
+from cupy_router import compiler
 from cupy_router.arrays import View, dense_strides, view_of
 from cupy_router.kernel_log import KernelReady as KernelReady
 from cupy_router.kernel_plan import Wanted
+from cupy_router.make_ready import Progress as Progress
+from cupy_router.make_ready import make_ready
 from cupy_router.method import RoutingMethod, resolve
 from cupy_router.ops import _checks as check
 from cupy_router.ops import _hash_layer, activation_topk, dense_router, hash_router
@@ -25,8 +27,6 @@ from cupy_router.ops._routed import as_logits_dtype
 from cupy_router.ops.dense_router import DenseOptions
 from cupy_router.ops.hash_router import HashOptions
 from cupy_router.tuning import Gpu, gpu_of
-
-Progress = Callable[[int, int], object]
 
 NUM_TOKENS = (1, 8192)
 MAX_TOKENS = 2**20
@@ -339,21 +339,6 @@ def wanted_by(calls: Iterable[Calls], num_tokens: tuple[int, int], gpu: Gpu) -> 
     for call in calls:
         wanted |= kernels_of(*call, num_tokens, gpu)
     return list(wanted)
-
-
-def make_ready(wanted: Sequence[Wanted], device: tuple[str, int], report: Progress) -> tuple[KernelReady, ...]:
-    """Compile kernels, or load them from the cache folder, and return those that were not ready."""
-    ready: list[KernelReady] = []
-    stop = kernel_log.on_compile(ready.append)
-    try:
-        report(0, len(wanted))
-        for done, (kernel, function, macros, headers) in enumerate(wanted, 1):
-            compiler.compile(kernel, function, dict(macros), device, dict(headers))
-            report(done, len(wanted))
-    finally:
-        stop()
-    keys = {(each.kernel, each.function, each.macros, each.headers) for each in wanted}
-    return tuple(one for one in ready if (one.kernel, one.function, one.macros, one.headers) in keys)
 
 
 class CanWarmUp:

@@ -55,11 +55,13 @@ class Recorder:
         self.failure: Exception | None = None  # raised by every launch
         self._built: list[tuple[str, int]] = []
         self._thread = threading.local()
+        self._lock = threading.Lock()
 
     def build(self, source: str, function: str, device: int) -> int:
-        self.sources.append(source)
-        self._built.append((function, device))
-        return len(self._built)
+        with self._lock:
+            self.sources.append(source)
+            self._built.append((function, device))
+            return len(self._built)
 
     def shared_limit(self, device: int) -> int:
         return 227 * 1024

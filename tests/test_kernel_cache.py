@@ -288,6 +288,16 @@ def test_a_folder_that_goes_bad_is_replaced_with_one_warning(
         assert [build(3), build(3)] == [True, True], "in memory"
 
 
+def test_threads_that_find_a_folder_unusable_replace_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.warns(RuntimeWarning, match=WARNING.format("cache", ".*cupy_router_kernels-.*")):
+        kernel_cache.replace(OSError("gone"), str(tmp_path / "cache"))
+    temporary = kernel_cache.folder()
+    kernel_cache.replace(OSError("gone"), str(tmp_path / "cache"))
+    assert kernel_cache.folder() == temporary
+    assert os.environ.get(kernel_cache.IN_MEMORY) != "1"
+
+
 @pytest.mark.slow("compiler")
 def test_a_full_disk(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -317,7 +327,7 @@ def test_an_error_that_is_not_of_the_cache_is_raised_in_the_end(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
     with pytest.raises(OSError, match="odd"):
-        kernel_cache.replace(OSError("odd"))
+        kernel_cache.replace(OSError("odd"), kernel_cache.folder())
 
 
 RACE = """

@@ -118,8 +118,9 @@ class SimtBackend:
         entry = library.simt_launch
         entry.restype = ctypes.c_char_p
         entry.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_ulonglong, ctypes.c_double, ctypes.c_void_p]
-        self._kernels.append((function, entry))
-        return len(self._kernels)
+        with _lock:
+            self._kernels.append((function, entry))
+            return len(self._kernels)
 
     def launch(
         self, handle: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int,
