@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -23,10 +22,11 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from cupy_router import kernel_build
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES, Resources
 
@@ -82,29 +82,22 @@ def extract(commit: str, folder: Path) -> None:
         files.extractall(folder, filter="data")
 
 
-def compile_all(library: Path, jobs: Sequence[tuple[str, str, str]], cache: Path | None) -> list[Code]:
-    """(source, function, architecture) each, in processes: NVRTC compiles one program at a time in each."""
-    todo = [(str(library), *job, cache) for job in jobs]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_code, todo, chunksize=4))
+def compile_all(library: nvrtc.Nvrtc, jobs: Sequence[tuple[str, str, str]], cache: Path | None) -> list[Code]:
+    """(source, function, architecture) each, in threads."""
 
+    def code(job: tuple[str, str, str]) -> Code:
+        key = hashlib.sha256(repr((str(library.path), *job)).encode()).hexdigest()
+        kept = cache and cache / key
+        if kept and kept.exists():
+            return Code(*pickle.loads(kept.read_bytes()))
+        text, needs = library.machine_code(*job)
+        found = Code(hashlib.sha256(text).hexdigest(), count(text), needs)
+        if kept:
+            kept.write_bytes(pickle.dumps(tuple(found)))
+        return found
 
-_opened: dict[str, nvrtc.Nvrtc] = {}
-
-
-def _code(job: tuple[str, str, str, str, Path | None]) -> Code:
-    path, source, function, architecture, cache = job
-    key = hashlib.sha256(repr(job[:4]).encode()).hexdigest()
-    kept = cache and cache / key
-    if kept and kept.exists():
-        return Code(*pickle.loads(kept.read_bytes()))
-    if path not in _opened:
-        _opened[path] = nvrtc.Nvrtc(Path(path))
-    text, needs = _opened[path].machine_code(source, function, architecture)
-    found = Code(hashlib.sha256(text).hexdigest(), count(text), needs)
-    if kept:
-        kept.write_bytes(pickle.dumps(tuple(found)))
-    return found
+    with ThreadPoolExecutor(kernel_build.num_threads()) as pool:
+        return list(pool.map(code, jobs))
 
 
 def count(text: bytes) -> int:
@@ -151,7 +144,7 @@ def main() -> int:
     jobs = [(one.sources[each], one.function, each) for old, new, each in pairs for one in (old, new)]
     failed = 0
     for version, library in nvrtc.libraries().items():
-        codes = compile_all(library.path, jobs, options.cache)
+        codes = compile_all(library, jobs, options.cache)
         same = total = more = 0
         for (_, new, each), old_code, new_code in zip(pairs, codes[::2], codes[1::2], strict=True):
             is_same = old_code.digest == new_code.digest

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
-import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cupy_router import kernel_build
 from tests import nvrtc
 from tests.nvrtc import ARCHITECTURES, Resources
 from tests.specialisations import CORNER, Specialisation, specialisations
@@ -140,25 +139,17 @@ def _unchanged(version: str, one: Specialisation, architecture: str, row: Row | 
 
 
 def _compile(version: str, todo: Sequence[tuple[Specialisation, str]]) -> Table:
-    """In processes: NVRTC compiles one program at a time in each."""
-    path = nvrtc.libraries()[version].path
-    jobs = [(str(path), one.source(architecture), one.function, architecture) for one, architecture in todo]
-    table: Table = {}
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for (one, architecture), needs in zip(todo, pool.map(_resources, jobs, chunksize=4), strict=True):
-            row = Row.of(one, architecture, needs)
-            table[str(one), architecture] = replace(row, seal=seal(version, one, architecture, row))
-    return table
+    library = nvrtc.libraries()[version]
 
+    def row_of(job: tuple[Specialisation, str]) -> Row:
+        one, architecture = job
+        row = Row.of(one, architecture, library.resources(one.source(architecture), one.function, architecture))
+        return replace(row, seal=seal(version, one, architecture, row))
 
-_opened: dict[str, nvrtc.Nvrtc] = {}
-
-
-def _resources(job: tuple[str, str, str, str]) -> Resources:
-    path, source, function, architecture = job
-    if path not in _opened:
-        _opened[path] = nvrtc.Nvrtc(Path(path))
-    return _opened[path].resources(source, function, architecture)
+    with ThreadPoolExecutor(kernel_build.num_threads()) as pool:
+        return {
+            (str(one), architecture): row for (one, architecture), row in zip(todo, pool.map(row_of, todo), strict=True)
+        }
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------

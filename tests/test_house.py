@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "compiler",
         "compiler_options",
         "declarations",
+        "kernel_build",
         "launcher",
         "method",
         "nvrtc",

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled by NVRTC for every architecture, in processes: it compiles one program at a time in each."""
+"""Kernels compiled by NVRTC for every architecture."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import astuple
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from cupy_router.compiler_options import OPTIONS as COMPILER_OPTIONS
 from cupy_router.compiler_options import architecture_option
-from cupy_router.declarations import CompileError
-from cupy_router.nvrtc import Nvrtc, Resources, resources
+from cupy_router.nvrtc import Nvrtc
 
 # One of each kind: kernels need the same on sm_89 as on sm_86, and the same on sm_90a as on sm_90.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -30,8 +26,6 @@ ONLY = {"dense_router_prefill": 90}  # the only architecture on which one is cho
 _THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
 # Besides those of the package, those of CuPy, and what lets ptxas say what a kernel needs.
 OPTIONS = ("-ftz=true", "--ptxas-options=-v", "--no-cache")
-
-Job = tuple[str, str, str, str, str]  # library, cache folder, function, source, architecture
 
 
 def number(architecture: str) -> int:
@@ -51,35 +45,16 @@ def chosen_on(function: str, *, by_threshold: bool = False) -> tuple[str, ...]:
     return tuple(name for name in ARCHITECTURES if oldest <= number(name) <= newest)
 
 
-_opened: dict[str, Nvrtc] = {}
-
-
-def compile_job(job: Job) -> Resources | str:
-    """Return what a kernel needs, or the compiler's lines. Needs are kept in the cache folder."""
-    library, folder, function, source, architecture = job
-    if library not in _opened:
-        _opened[library] = Nvrtc(Path(library))
-    nvrtc = _opened[library]
+def compile_text(library: Nvrtc, folder: Path, source: str, architecture: str) -> str:
+    """Return what ptxas says of the kernels of a text, also from an earlier run; CompileError with the log."""
     options = (*COMPILER_OPTIONS, *OPTIONS, architecture_option(source, architecture))
-    key = hashlib.sha256(repr((nvrtc.version, options, *job[2:])).encode()).hexdigest()[:32]
-    kept = Path(folder) / f"{function}-{architecture}-{key}.json"
-    try:
-        return Resources(*json.loads(kept.read_text()))
-    except (OSError, ValueError, TypeError):
-        pass
-    try:
-        (log,) = nvrtc.compile(source, "kernel.cu", options, "ProgramLog")
-    except CompileError as error:
-        return str(error)
-    found = resources(log.decode(errors="replace"), function)
+    key = hashlib.sha256(repr((library.version, options, source)).encode()).hexdigest()[:32]
+    kept = folder / f"{architecture}-{key}.log"
+    with suppress(OSError):
+        return kept.read_text("utf-8")
+    (log,) = library.compile(source, "kernel.cu", options, "ProgramLog")
+    text = log.decode(errors="replace")
     partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-    partial.write_text(json.dumps(astuple(found)))
+    partial.write_text(text, "utf-8")
     partial.replace(kept)
-    return found
-
-
-def supported(library: Path) -> Sequence[Any]:
-    """Return the version of a library, and the architectures that it knows."""
-    nvrtc = Nvrtc(library)
-    known = nvrtc.architectures
-    return nvrtc.version, [name for name in ARCHITECTURES if number(name) in known]
+    return text

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from cupy_router import compiler, nvrtc
+from cupy_router import compiler, kernel_build, nvrtc
 from cupy_router.check import architectures, comparison
 from cupy_router.check.backend import Kernel, LateBackend, executing
 from cupy_router.check.cases import CASES, run_case
 from cupy_router.check.execution import executions
+from cupy_router.declarations import CompileError
 from cupy_router.nvrtc import Resources
 from cupy_router.simt import device
 from cupy_router.simt.sanitized import Call, Report, call_sanitized, why_not_sanitized
@@ -141,33 +141,31 @@ def _build(kernel: Kernel, sanitizer: str | None) -> str | None:
 
 
 def _for_all_architectures(owners: dict[Kernel, tuple[str, str]], outcome: Outcome) -> None:
-    library = nvrtc.find()
-    if library is None:
+    path = nvrtc.find()
+    if path is None:
         remedy = "install nvidia-cuda-nvrtc-cu12 or cupy-router[cuda12]"
         outcome.gaps.append(f"nothing was compiled for GPUs, as there is no NVRTC: {remedy}")
         return
-    folder = device.cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    version, known = architectures.supported(library)
+    library = nvrtc.Nvrtc(path)
+    version, supported = library.version, library.architectures
+    known = [name for name in architectures.ARCHITECTURES if architectures.number(name) in supported]
     missing = [name for name in architectures.ARCHITECTURES if name not in known]
     if missing:
         outcome.gaps.append(f"NVRTC {version} does not know {', '.join(missing)}: install a newer one")
     todo = [(kernel, name) for kernel in owners for name in architectures.wanted(*_text(kernel)) if name in known]
-    todo.sort(key=lambda job: job[1] != FIRST)
-    jobs = [(str(library), str(folder), *_text(kernel), name) for kernel, name in todo]
-    num_first = sum(name == FIRST for _, name in todo)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        answers = list(pool.map(architectures.compile_job, jobs[:num_first]))
-        if all(isinstance(answer, Resources) for answer in answers):  # else the other architectures say the same
-            answers += pool.map(architectures.compile_job, jobs[num_first:])
-        else:
-            known = [FIRST]
+    first = [(kernel, name) for kernel, name in todo if name == FIRST]
+    logs = _logs(library, first)
+    if any(isinstance(log, CompileError) for log in logs.values()):  # the other architectures say the same
+        todo, known = first, [FIRST]
+    else:
+        logs |= _logs(library, [(kernel, name) for kernel, name in todo if name != FIRST])
     refused: dict[str, tuple[Kernel, list[str]]] = {}
-    for (kernel, name), answer in zip(todo, answers, strict=False):
-        if isinstance(answer, Resources):
-            outcome.needs.setdefault((kernel.files[0], name), []).append(answer)
+    for kernel, name in todo:
+        log = logs[kernel.source, name]
+        if isinstance(log, str):
+            outcome.needs.setdefault((kernel.files[0], name), []).append(nvrtc.resources(log, kernel.function))
             continue
-        for line in _errors(answer):
+        for line in _errors(str(log)):
             refused.setdefault(line, (kernel, []))[1].append(name)
     for line, (kernel, names) in list(refused.items())[:3]:
         where = [name for name in known if name in names]
@@ -175,6 +173,22 @@ def _for_all_architectures(owners: dict[Kernel, tuple[str, str]], outcome: Outco
         outcome.faults.append(Fault(op, title if where == known else f"{title} for {', '.join(where)}", line))
     if not refused:
         outcome.notes.append(f"{_count(len(owners), 'kernel')} compiled for {' '.join(known)} by NVRTC {version}")
+
+
+def _logs(library: nvrtc.Nvrtc, todo: Sequence[tuple[Kernel, str]]) -> dict[tuple[str, str], str | CompileError]:
+    """Compile each text once for an architecture, in threads, and return what ptxas says, or the errors."""
+    folder = device.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def log(text: tuple[str, str]) -> str | CompileError:
+        try:
+            return architectures.compile_text(library, folder, *text)
+        except CompileError as error:
+            return error
+
+    texts = list(dict.fromkeys((kernel.source, name) for kernel, name in todo))
+    with ThreadPoolExecutor(kernel_build.num_threads()) as pool:
+        return dict(zip(texts, pool.map(log, texts), strict=True))
 
 
 def _count(number: int, thing: str) -> str:

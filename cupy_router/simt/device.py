@@ -176,7 +176,8 @@ def build_library(source: str, function: str, sanitizer: str | None = None) -> P
         os.utime(library)
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.so"), *folder.glob("*.gch")):  # of kernels that have been edited since
+    old_files = (path for kind in ("so", "gch", "log") for path in folder.glob(f"*.{kind}"))
+    for old in old_files:  # of kernels that have been edited since
         with contextlib.suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
                 old.unlink()
