@@ -3,8 +3,8 @@
 
 Under a table stands the run that measured it, and the mark "Older than the kernels" if their code has changed since.
 
-A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write`
-nothing is written, and the exit code is 1 if a file does not match the results.
+A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write` nothing is written, and
+the exit code is 1 if a file does not match the results, or if the table of README.md is older than its kernels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ FILES = tuple(
     ROOT / name for name in ("README.md", "docs/performance.md", "docs/batch_invariance.md", "benchmarks/README.md")
 )
 NONE = "Not measured yet."
+OLDER = "Older than the kernels"
+CURRENT = ("README.md",)  # files whose tables may not be older
 CLIFF = 1.5
 BY = {  # in this order
     OURS: "**cupy_router**",
@@ -70,7 +72,7 @@ def sources(files: Files, *names: str) -> str:
     mark = ""
     if changed:
         ops = ", ".join(f"`{op}`" for op in changed)
-        mark = f" **Older than the kernels** of {ops}: their code, or a header of theirs, has changed since."
+        mark = f" **{OLDER}** of {ops}: their code, or a header of theirs, has changed since."
     return "; ".join(dict.fromkeys(map(results.source, environments.values()))) + "." + mark
 
 
@@ -297,17 +299,21 @@ def main(arguments: Sequence[str] | None = None, files: Iterable[Path] = FILES) 
     parser.add_argument("--write", action="store_true", help="replace the tables that are out of date")
     options = parser.parse_args(arguments)
     content = {path.stem: results.load(path) for path in sorted(options.results.glob("*.json"))}
-    outdated = []
+    outdated, older = [], []
     for path in files:
         text = path.read_text()
         new = filled(text, content)
+        if OLDER in new and path in (ROOT / name for name in CURRENT):
+            older.append(path)
         if new != text:
             outdated.append(path)
             if options.write:
                 path.write_text(new)
     for path in outdated:
         print(f"{path} {'written' if options.write else 'is out of date: run python -m benchmarks.table --write'}")
-    return 1 if outdated and not options.write else 0
+    for path in older:
+        print(f"{path} is older than the kernels: measure again on a GPU, with --output benchmarks/results")
+    return 1 if older or (outdated and not options.write) else 0
 
 
 if __name__ == "__main__":

@@ -152,6 +152,21 @@ def test_results_are_as_old_as_the_code_of_their_kernels(tmp_path: Path) -> None
     assert unknown == ["permute", "unpermute"]
 
 
+def test_the_table_of_the_readme_may_not_be_older_than_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = kernel_sources.digests()
+    monkeypatch.setattr(kernel_sources, "digests", lambda: now | {"activation_topk": "of other code"})
+    written: dict[Path, str] = {}
+    monkeypatch.setattr(Path, "write_text", lambda path, text: written.update({path: text}))
+    readme, others = ROOT / "README.md", [path for path in table.FILES if path != ROOT / "README.md"]
+    for arguments in ([], ["--write"]):
+        assert table.main(arguments, [readme]) == 1
+        assert "README.md is older than the kernels: measure again on a GPU" in capsys.readouterr().out
+    assert table.main(["--write"], others) == 0, "these say that they are older"
+    assert all(table.OLDER in text for text in written.values())
+
+
 def test_every_kernel_is_of_an_op_and_results_are_of_ops() -> None:
     assert {kernel_sources.family(path.stem) for path in kernel_sources.KERNELS.glob("*.cu")} == set(
         kernel_sources.FAMILIES
