@@ -17,7 +17,7 @@ from benchmarks import harness
 from benchmarks.rows import OURS, Row
 
 CPUS = (1, 2, 4, 8)
-ROUNDS = 3
+ROUNDS = 2
 _CODE = """
 import os, sys, time
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
