@@ -31,6 +31,7 @@ MEASURED: dict[
     "compile_methods": ("activation_topk",),
     "dense_router": ("dense_router", "activation_topk"),
     "expert_parallel": ("expert_layout", "permute", "unpermute"),
+    "frameworks": ("activation_topk",),
     "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout"),
     "given_experts": ("activation_topk", "dense_router"),
     "methods": ("activation_topk",),

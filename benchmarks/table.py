@@ -3,8 +3,8 @@
 
 Under a table stands the run that measured it, and the mark "Older than the kernels" if their code has changed since.
 
-A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write` nothing is written, and
-the exit code is 1 if a file does not match the results, or if the table of README.md is older than its kernels.
+A table is between `<!-- name -->` and `<!-- /name -->`, with a name of TABLES. Without `--write` nothing is written.
+The exit code is 1 if a file does not match the results, or if the table of README.md is older than its kernels.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ OPS = ("activation_topk", "activation_topk_backward", "topk_select", "hash_route
 LAYOUTS = ("expert_layout", "fused_layout", "permute")
 GIVEN = ("given_experts", "several_biases")
 BARRED = (*OPS, "dense_router", *GIVEN, *LAYOUTS, "expert_parallel", "transformers", "host_profile", "host_calls")
+BY_HANDLERS = ", by handlers"
 COUNTED = ("logits", "weights", "experts")
 NARROW = 1024  # most columns that a warp holds
 MAIN_N = (1, 16, 64, 1024, 8192, 65536)
@@ -237,6 +238,19 @@ def host(files: Files) -> str:
     return markdown_table(["microseconds on the host", "before", "after"], lines) if lines else NONE
 
 
+def frameworks(files: Files) -> str:
+    """Return the time of calls inside of frameworks on the host, of JAX also by handlers in Python."""
+    lines: dict[str, list[str]] = {}
+    for row in select(_rows(files, "frameworks"), what="host"):
+        name = row["call"].replace(BY_HANDLERS, "")
+        cells = lines.setdefault(name, [name, "", ""])
+        cells[2 if BY_HANDLERS in row["call"] else 1] = microseconds(row["us"])
+    if not lines:
+        return NONE
+    table = markdown_table(["call", "us", "by handlers, us"], lines.values())
+    return f"{table}\n\n{sources(files, 'frameworks')}"
+
+
 def batch_invariance(files: Files) -> str:
     """Return how many tokens have other results in a batch than alone."""
     rows = _rows(files, "batch_invariance")
@@ -279,6 +293,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "cliffs": cliffs,
     "methods": methods,
     "host": host,
+    "frameworks": frameworks,
     "ncu": counters,
     "batch_invariance": batch_invariance,
 }

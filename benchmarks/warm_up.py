@@ -25,7 +25,7 @@ import cupy
 import cupy_router
 cupy.zeros(1)  # the context of CUDA, and CuPy
 begin = time.perf_counter()
-ready = cupy_router.warmup("deepseek-v4-flash", hidden=4096, dtypes=("bfloat16", "float32"), bias=True)
+ready = cupy_router.warmup("deepseek-v4-flash", hidden=4096, dtypes=("bfloat16", "float16", "float32"), bias=True)
 print(time.perf_counter() - begin, len(ready), sum(kernel.compiled for kernel in ready))
 """
 
