@@ -338,13 +338,14 @@ def resolve(method: RoutingMethod | str) -> RoutingMethod:
     if isinstance(method, RoutingMethod):
         return method
     if not isinstance(method, str):
-        raise TypeError(f"method is a {type(method).__name__}, but must be a RoutingMethod or the name of a preset")
+        raise TypeError(f"method must be a RoutingMethod or the name of a preset, got {type(method).__name__}")
     try:
         return _PRESETS[method]
     except KeyError:
         import difflib  # only needed for this message
 
-        near = difflib.get_close_matches(method, _PRESETS, cutoff=0.5)
+        near = [name for name in _PRESETS if method and name.startswith(method)]
+        near = near or difflib.get_close_matches(method, _PRESETS, cutoff=0.5)
         nearest = f", the nearest are {', '.join(map(repr, near))}" if near else ""
         raise ValueError(
             f"method is {method!r}, but must be the name of a preset{nearest} (cupy_router.presets() lists all)"

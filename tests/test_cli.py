@@ -233,7 +233,13 @@ def test_info_warns_of_two_cupys(installed: list[str], said: str, monkeypatch: p
     assert re.fullmatch(said, info.cupy_packages())
 
 
-@pytest.mark.parametrize("args", [["frobnicate"], [], ["demo", "--device", "abacus"]])
+def test_no_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(f"\n    {command} " in shown for command in ("demo", "info", "doctor", "check", "warmup"))
+
+
+@pytest.mark.parametrize("args", [["frobnicate"], ["demo", "--device", "abacus"]])
 def test_a_wrong_command_line_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)

@@ -281,16 +281,21 @@ def test_resolve() -> None:
     assert resolve(method) is method
     for name, preset in presets().items():
         assert resolve(name) is preset
-    with pytest.raises(ValueError) as unknown:  # noqa: PT011
-        resolve("deepseek")
-    near = "'deepseek-v3', 'deepseek-v2', 'deepseek-v4-pro'"
-    assert str(unknown.value) == (
-        f"method is 'deepseek', but must be the name of a preset, the nearest are {near} "
-        "(cupy_router.presets() lists all)"
-    )
+    for name, near in (
+        ("deepseek-v4", "'deepseek-v4-flash', 'deepseek-v4-pro'"),
+        ("deepseek_v3", "'deepseek-v3', 'deepseek-v2', 'deepseek-v4-pro'"),
+    ):
+        with pytest.raises(ValueError) as unknown:  # noqa: PT011
+            resolve(name)
+        assert str(unknown.value) == (
+            f"method is '{name}', but must be the name of a preset, the nearest are {near} "
+            "(cupy_router.presets() lists all)"
+        )
+    with pytest.raises(ValueError, match=r"method is '', but must be the name of a preset \(cupy_router"):
+        resolve("")
     with pytest.raises(TypeError) as no_method:
         resolve({"num_experts": 8})  # type: ignore[arg-type]
-    assert str(no_method.value) == "method is a dict, but must be a RoutingMethod or the name of a preset"
+    assert str(no_method.value) == "method must be a RoutingMethod or the name of a preset, got dict"
 
 
 @pytest.mark.slow("process")

@@ -191,7 +191,7 @@ def test_refused_calls(call: Callable[[Any, Any], Any], error: type, words: str)
         ({"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
         ({"hidden": None}, TypeError, "hidden must be an int, got NoneType"),
         ({"method": "deepseek"}, ValueError, "method is 'deepseek', but must be the name of a preset"),
-        ({"method": 3}, TypeError, "method is a int"),
+        ({"method": 3}, TypeError, "method must be a RoutingMethod or the name of a preset, got int"),
         ({"bias": 2}, TypeError, "bias must be True or False, got int"),
         ({"logit_bias": torch.ones(EXPERTS)}, TypeError, "logit_bias must be True or False, got Tensor"),
         ({"expert_scale": 1.0}, TypeError, "expert_scale must be True or False, got float"),

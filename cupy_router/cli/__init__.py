@@ -18,10 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 for success, 1 for a failure, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="cupy-router", description="Mixture-of-experts routing on CUDA.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {cupy_router.__version__}")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command")
     for command in (demo, info, doctor, check, warmup, invariance):
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a path the terminal cannot show must not fail
     try:

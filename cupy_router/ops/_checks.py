@@ -92,7 +92,9 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        kind = type(value).__name__
+        remedy = ": name it in the static_argnames of jax.jit" if kind.endswith("Tracer") else ""
+        raise TypeError(f"{name} must be an int, got {kind}{remedy}")
     if number < low or (high is not None and number > high):
         allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
         raise ValueError(f"{name} must be {allowed}, got {brief(number)}")
