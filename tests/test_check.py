@@ -84,6 +84,33 @@ def test_a_missing_barrier_is_named_by_file_and_line(tmp_path: Path, capsys: pyt
 
 @needs_compilers
 @pytest.mark.slow("compiler")
+@pytest.mark.parametrize(
+    ("name", "old", "op"),
+    [
+        ("permute.cu", "                __syncthreads();\n", "permute, a block for each row"),
+        ("rows/dots.cuh", "if (WARPS > 1) __syncthreads();", "unpermute, gradients, a block for each row"),
+        (
+            "activation_topk_backward_wide.cu", "        __syncthreads();  // orders",
+            "activation_topk_backward, softmax of 1500 experts",
+        ),
+        (
+            "gate/route_by_gate.cuh", "__syncthreads();\n            route_tokens(first, min(count - first, STRIDE",
+            "dense_router, decode path in bfloat16",
+        ),
+    ],
+)  # fmt: skip
+def test_barriers_that_only_some_calls_need_are_missed(
+    name: str, old: str, op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = copy_of(name, tmp_path, old, old.replace("__syncthreads();", ";"))
+    code, printed = check(capsys, path)
+    assert code == 1
+    assert f"FAULT {op}" in printed
+    assert "data race at " in printed
+
+
+@needs_compilers
+@pytest.mark.slow("compiler")
 def test_a_misspelt_name_is_named_by_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, line = copy_of("update_bias.cu", tmp_path, "own_total += ", "own_totl += ")
     code, printed = check(capsys, path)

@@ -113,6 +113,7 @@ GROUPED = M(
 )  # fmt: skip
 SOFTMAX = M(256, 6, "softmax", renormalize=False)
 WIDE = M(1500, 40, "sigmoid", num_groups=12, top_groups=5, group_score="top2", scale=2.0)
+WIDE_SOFTMAX = M(1500, 40, "softmax", renormalize=False)
 LAST = M(32, 4, "softmax", score_after_topk=True)
 
 
@@ -124,11 +125,12 @@ def _routed(n: int, method: RoutingMethod, logits: Array | None = None, **more: 
     return activation_topk(distinct(n, method.num_experts) if logits is None else logits, method, **more)
 
 
-def _backward(n: int, method: RoutingMethod, dtype: Any) -> Any:
+def _backward(n: int, method: RoutingMethod, dtype: Any, repeated: bool = False) -> Any:
     indices = ids(n, method.top_k, method.num_experts)
-    return activation_topk_backward(
-        normal(n, method.num_columns), indices, distinct(n, method.num_experts, dtype), method, dtype="float32"
-    )
+    if repeated:
+        indices[:, 1::2] = indices[:, ::2]
+    upstream, logits = normal(n, method.num_columns), distinct(n, method.num_experts, dtype)
+    return activation_topk_backward(upstream, indices, logits, method, dtype="float32", repeated=repeated)
 
 
 ROWS = (
@@ -166,6 +168,10 @@ ROWS = (
     Case("activation_topk_backward", "sigmoid", lambda: _backward(5, SIGMOID, np.float32)),
     Case("activation_topk_backward", "softmax of bfloat16", lambda: _backward(5, SOFTMAX, ml_dtypes.bfloat16)),
     Case("activation_topk_backward", "1500 experts", lambda: _backward(2, WIDE, np.float32)),
+    Case(
+        "activation_topk_backward", "softmax of 1500 experts, each of them chosen twice",
+        lambda: _backward(2, WIDE_SOFTMAX, np.float32, repeated=True),
+    ),
 )  # fmt: skip
 
 
@@ -223,7 +229,11 @@ HIDDEN = (
     Case("dense_router", "decode path in float32", lambda: _dense(3, 72, SIGMOID, np.float32, path="decode")),
     Case(
         "dense_router", "decode path in bfloat16, by tensor cores",
-        lambda: _dense(9, 256, SIGMOID, ml_dtypes.bfloat16, path="decode", logit_bias=eighths(128)),
+        lambda: _dense(20, 256, SIGMOID, ml_dtypes.bfloat16, path="decode", logit_bias=eighths(128)),
+    ),
+    Case(
+        "dense_router", "many tokens, the same in any batch, without clusters",
+        on_small_gpu(lambda: _dense(70, 64, SIGMOID, ml_dtypes.bfloat16, batch_invariant=True)),
     ),
     Case(
         "dense_router", "decode path with a layout",
@@ -271,10 +281,10 @@ def _permute_backward() -> Any:
     return run(PERMUTE_BACKWARD, GradientOptions(("sums", "dots")), given, None, None)
 
 
-def _unpermute_backward() -> Any:
+def _unpermute_backward(hidden: int) -> Any:
     layout = layout_of(ids(7, 4, 12), 12, 4)
-    x, y = normal(7, 40), normal(layout.capacity, 40, seed=9)
-    given = (x, layout.order, layout.positions, _weights(layout), y, normal(7, 40, seed=10), normal(7))
+    x, y = normal(7, hidden), normal(layout.capacity, hidden, seed=9)
+    given = (x, layout.order, layout.positions, _weights(layout), y, normal(7, hidden, seed=10), normal(7))
     want = GradientOptions(("rows", "dots", "scaled", "residual_dots"))
     return run(UNPERMUTE_BACKWARD, want, given, None, None)
 
@@ -287,10 +297,12 @@ LAYOUTS = (
     Case("expert_layout", "in three launches", lambda: _layout(40, 6, 2000)),
     Case("permute", "float16, weighted", lambda: _permute(np.float16, 40, True)),
     Case("permute", "an odd number of bytes", lambda: _permute(np.uint8, 37, False)),
+    Case("permute", "a block for each row", lambda: _permute(np.float16, 1024, False)),
     Case("permute", "gradients", _permute_backward),
     Case("unpermute", "float32", lambda: _unpermute(np.float32, 40, False)),
     Case("unpermute", "bfloat16 with a scaled residual", lambda: _unpermute(ml_dtypes.bfloat16, 37, True)),
-    Case("unpermute", "gradients", _unpermute_backward),
+    Case("unpermute", "gradients", lambda: _unpermute_backward(40)),
+    Case("unpermute", "gradients, a block for each row", lambda: _unpermute_backward(1000)),
     Case(
         "update_bias", "centred",
         lambda: update_bias(eighths(60), random(11).integers(0, 100, 60).astype(np.int32), rate=0.25, center=True),

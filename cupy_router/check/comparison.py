@@ -41,8 +41,9 @@ def _difference(name: str, found: NDArray[Any], right: NDArray[Any]) -> str | No
     text = f"{name}{[*first]} is {values}; {wrong.sum()} of {wrong.size} differ"
     if exact:
         return text
-    ratio = got[wrong] / np.where(want[wrong] == 0, np.nan, want[wrong])
-    if np.isfinite(ratio).all() and len(ratio) > 1 and np.ptp(ratio) <= 4e-6 * abs(ratio.mean()):
+    with np.errstate(invalid="ignore"):
+        ratio = got[wrong] / np.where(want[wrong] == 0, np.nan, want[wrong])
+    if np.isfinite(ratio).all() and ratio.any() and len(ratio) > 1 and np.ptp(ratio) <= 4e-6 * abs(ratio.mean()):
         return f"{text}, {FACTOR} {ratio.mean():.6g}"
     if np.isnan(got[wrong]).any():
         return f"{text}, {np.isnan(got[wrong]).sum()} of them NaN, as shared memory is that was not written"
