@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 MOST_THREADS = 8
 
@@ -79,6 +81,8 @@ def in_threads(backend: Backend, texts: Iterable[tuple[str, str]], device: int) 
 
     What fails in a thread is built once more where it is asked for, which raises its error there.
     """
+    from concurrent.futures import ThreadPoolExecutor  # 4 ms, which a first call need not wait for
+
     started: dict[tuple[str, str], Future[Built]] = {}
     with ThreadPoolExecutor(num_threads(), "cupy_router build") as pool:
 
