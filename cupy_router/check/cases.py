@@ -218,11 +218,12 @@ def _hash(n: int, method: RoutingMethod | None = None, **given: Any) -> Any:
 
 
 HASHED = M(64, 6, "sqrtsoftplus", scale=1.5)
+HASHED_SOFTMAX = M(64, 6, "softmax", renormalize=False)
 
 
-def _hash_dots(n: int, **more: Any) -> Any:
+def _hash_dots(n: int, method: RoutingMethod = HASHED) -> Any:
     x, weight = gate(n, 128, 64, ml_dtypes.bfloat16)
-    return _hash(n, HASHED, x=x, weight=weight, **more)
+    return _hash(n, method, x=x, weight=weight)
 
 
 HIDDEN = (
@@ -246,6 +247,7 @@ HIDDEN = (
     Case("hash_router", "uniform weights", lambda: _hash(40)),
     Case("hash_router", "weights of logits", lambda: _hash(9, HASHED, logits=distinct(9, 64, np.float16))),
     Case("hash_router", "weights of hidden states", lambda: _hash_dots(7)),
+    Case("hash_router", "softmax of hidden states", lambda: _hash_dots(7, HASHED_SOFTMAX)),
     Case("hash_router", "with a layout", lambda: _hash(7, HASHED, logits=distinct(7, 64), layout=LayoutSpec(4))),
 )  # fmt: skip
 
@@ -333,7 +335,10 @@ SCORES = (
     Case("topk_select", "64 columns of float16", lambda: _top(9, 64, 7, np.float16)),
     Case("topk_select", "3000 columns, lengths", lambda: _top(2, 3000, 40, lengths=_lengths(2, 3000))),
     Case("topk_select", "33,000 columns of a row", lambda: _top(1, 33_000, 600)),
-    Case("topk_select", "4000 columns of many rows", on_small_gpu(lambda: _top(5, 4000, 600))),
+    Case(
+        "topk_select", "4000 columns of many rows, lengths",
+        on_small_gpu(lambda: _top(5, 4000, 600, lengths=_lengths(5, 4000))),
+    ),
     Case("topk_select", "20,000 of 30,000 columns", lambda: _top(1, 30_000, 20_000)),
 )  # fmt: skip
 
