@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-FAMILIES: dict[str, tuple[str, ...]] = {  # op -> the kernel files that it launches, and those that begin so
-    "activation_topk": ("activation_topk", "given_experts"),
+FAMILIES: dict[str, tuple[str, ...]] = {  # op, or a way of it -> its kernel files, and those that begin so
+    "activation_topk": ("activation_topk",),
     "activation_topk_backward": ("activation_topk_backward",),
     "dense_router": ("dense_router", "to_float32", "physical_experts"),
     "expert_layout": ("expert_layout", "slice_counts"),
+    "fused_layout": (
+        "activation_topk_cluster",
+        "activation_topk_layout",
+        "dense_router_decode_layout",
+        "hash_router_layout",
+    ),
+    "given_experts": ("given_experts",),
     "hash_router": ("hash_router",),
     "permute": ("permute",),
     "topk_select": ("topk_select",),
@@ -32,13 +39,21 @@ MEASURED: dict[
     "dense_router": ("dense_router", "activation_topk"),
     "expert_parallel": ("expert_layout", "permute", "unpermute"),
     "frameworks": ("activation_topk",),
-    "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout"),
-    "given_experts": ("activation_topk", "dense_router"),
+    "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout", "fused_layout"),
+    "given_experts": ("activation_topk", "dense_router", "given_experts"),
     "methods": ("activation_topk",),
     "ncu": ("activation_topk", "topk_select"),
     "permute": ("permute", "unpermute"),
     "several_biases": ("activation_topk", "dense_router", "hash_router"),
-    "transformers": ("dense_router", "activation_topk", "hash_router", "expert_layout", "permute", "unpermute"),
+    "transformers": (
+        "dense_router",
+        "activation_topk",
+        "hash_router",
+        "expert_layout",
+        "permute",
+        "unpermute",
+        "fused_layout",
+    ),
 }
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([\w./]+)"', re.M)

@@ -147,6 +147,7 @@ def test_results_are_as_old_as_the_code_of_their_kernels(tmp_path: Path) -> None
     assert after("activation_topk_wide.cu", "{", "{ ;") == {
         "dense_router": ["activation_topk"], "methods": ["activation_topk"]
     }  # fmt: skip
+    assert after("given_experts.cu", "{", "{ ;") == {}, "only its own benchmark times it"
     assert list(after("device/types.cuh", "{", "{ ;")) == ["permute", "update_bias", "dense_router", "methods"]
     unknown = kernel_sources.changed("permute", {}, recorded["kernels"])
     assert unknown == ["permute", "unpermute"]
