@@ -214,6 +214,18 @@ def test_dot_products(backend: Backend, hidden: int, dtype: str) -> None:
     look_up(backend, token_ids(n), tables(experts, k), RoutingMethod(experts, k, scale=1.5), x=x, weight=weight)
 
 
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 9, 20, 32, 33])
+@pytest.mark.parametrize("hidden", [200, 5000])
+@pytest.mark.acceptance("x and weight")
+def test_dot_products_of_any_number_of_experts(backend: Backend, hidden: int, k: int) -> None:
+    """Read in groups, by warps that have one part of hidden or two."""
+    n, experts = backend.rows(20, hidden), 40
+    x = inputs.normal((n, hidden), "bfloat16", seed=43)
+    weight = inputs.normal((experts, hidden), "float16" if k == 9 else "bfloat16", seed=44, scale=hidden**-0.5)
+    method = RoutingMethod(experts, k, scale=1.5, num_shared_experts=int(k < 32))
+    look_up(backend, token_ids(n), tables(experts, k), method, x=x, weight=weight)
+
+
 @pytest.mark.parametrize("score", inputs.SCORES)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.acceptance("x and weight")

@@ -79,14 +79,10 @@ def table_kernel(method: RoutingMethod | None, arrays: Arrays, gpu: Gpu, *, shar
             warps = min(method.num_experts if whole_rows else top_k, tuned.max_warps)
         else:
             steps = max(1, -(-hidden // 256))
-            most = max(1, min(tuned.sharing_warps // top_k, tuned.max_parts, steps))
-            parts = next(parts for parts in range(most, 0, -1) if parts <= most // 2 or steps % parts == 0)
-            warps = top_k * parts
-            float32 = "float32" in (x.dtype, weight.dtype)
-            crowded = warps > tuned.uncrowded_warps
-            in_flight = (tuned.crowded_loads if crowded else tuned.loads_in_flight) // (1 + float32)
-            batches = -(-steps // parts // in_flight)
-            macros |= {"PARTS": parts, "UNROLL": -(-steps // parts // batches), "HIDDEN": hidden}
+            rounds = -(-steps // tuned.sharing_warps)
+            warps = -(-steps // rounds)
+            in_flight = tuned.loads_in_flight // (2 if weight.dtype == "float32" else 1)
+            macros |= {"GROUP": min(top_k, in_flight), "HIDDEN": hidden}
         macros["WARPS"] = warps
         grid = min(num_tokens, MAX_GRID)
         return Kernel(name, name, macros, grid, 32 * warps, fixed, headers(method), takes=_TAKES)

@@ -143,11 +143,8 @@ class HashProducts(Family):
     """hash_router with x and weight."""
 
     max_warps: int  # of a token, where a warp computes whole dot products
-    sharing_warps: int  # of a token, where several warps share a dot product
-    max_parts: int  # of a dot product
-    loads_in_flight: int  # 16-byte words of 16-bit floats that a lane waits for at once
-    uncrowded_warps: int  # up to which a lane has registers for all these loads
-    crowded_loads: int  # with more warps
+    sharing_warps: int  # of a token, where warps divide hidden, at most
+    loads_in_flight: int  # 16-byte words of the gate that a lane waits for at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +152,15 @@ class HashLayer(Family):
     """A hash layer of Router: only the dot products that are needed, or the whole gate GEMM."""
 
     max_gates_read: int  # needed dot products only, while they read at most this many times the whole gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenExperts(Family):
+    """dense_router with given experts, and its gradient: only the dot products that are needed, or those of all."""
+
+    max_gates_read: int  # needed dot products only, while they read at most this many times the whole gate
+    max_elements_read: int  # and at most so many elements
+    max_gates_read_backward: int  # the same in the backward pass, also where experts are selected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +243,7 @@ class Table:
     hash_router: HashRouter
     hash_products: HashProducts
     hash_layer: HashLayer
+    given_experts: GivenExperts
     layout: Layout
     move_rows: MoveRows
     fused_layout: FusedLayout

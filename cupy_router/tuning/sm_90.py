@@ -11,6 +11,7 @@ from cupy_router.tuning.schema import (
     DecodeTile,
     FusedLayout,
     Gemm,
+    GivenExperts,
     HashLayer,
     HashProducts,
     HashRouter,
@@ -129,15 +130,20 @@ TABLE = Table(
     hash_products=HashProducts(
         measured_by="python -m benchmarks.bench_dense_router",
         max_warps=8,
-        sharing_warps=32,
-        max_parts=8,
-        loads_in_flight=7,
-        uncrowded_warps=24,
-        crowded_loads=4,
+        sharing_warps=16,
+        loads_in_flight=8,
     ),
     # The dot products read from L2, and cuBLAS takes 6 us for even the smallest product. Both ways take the same time
     # at 8 (E 384, H 7168) to 13 (E 256, H 4096).
     hash_layer=HashLayer(measured_by="python -m benchmarks.bench_dense_router", max_gates_read=8),
+    # Measured on an H200. Both ways take the same time at 22 (E 384, H 7168) to 28 million elements (E 256, H 4096).
+    # Backward the needed ones win up to 512 tokens, and from 1024 on GEMMs on tensor cores.
+    given_experts=GivenExperts(
+        measured_by="python -m benchmarks.bench_given_experts",
+        max_gates_read=16,
+        max_elements_read=20 * 2**20,
+        max_gates_read_backward=16,
+    ),
     layout=Layout(
         measured_by="python -m benchmarks.bench_expert_layout",
         few_pairs=16,
