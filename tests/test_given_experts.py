@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from cupy_router import LayoutSpec, Router, Routing, RoutingMethod, activation_topk, dense_router, expert_layout
-from tests import compare, oracle
+from cupy_router import LayoutSpec, Router, Routing, RoutingMethod, activation_topk, dense_router, expert_layout, tuning
+from cupy_router.ops import _cached
+from cupy_router.ops.activation_topk import interleaved_lanes
+from cupy_router.tuning import DEFAULT
+from tests import compare, inputs, oracle
 from tests.backends import Backend
 from tests.canvas import Canvas
 from tests.fuzz.case import _Chosen
 from tests.given_calls import HASHED, IDS, KINDS, NAMES, UNSET, WIDE, Call
 from tests.methods import Layer
+from tests.recorder import recording
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 BOTH = pytest.mark.parametrize("unset", UNSET)
@@ -51,6 +57,27 @@ def test_every_token_has_the_weights_of_its_experts(kind: str, unset: str, name:
     _, exist = call.experts()
     assert 0 < exist.sum() < call.n
     check(backend, call, call(uploaded(backend, call)))
+
+
+@pytest.mark.many_kernels
+@pytest.mark.parametrize("name", ["int16 indices", "everything", "8 groups, best 4, top 2", "uint8 indices"])
+@BOTH
+def test_given_rows_beside_rows_that_are_chosen_again(unset: str, name: str, backend: Backend) -> None:
+    """Among many rows, several share a warp, which sorts all their candidates if bounds leave the order of one open."""
+    call, rows = Call("activation_topk", name, unset, n=60), DEFAULT.table.rows
+    arrays = call.arrays()
+    arrays["logits"] = inputs.rng(736).integers(0, 3, arrays["logits"].shape).astype(np.float32)
+    arrays["indices"][::7] = arrays["indices"][::7, :1]  # one expert in all places
+    given = {key: backend.array(array) for key, array in arrays.items()}
+    want = call(given)  # a row for a warp
+    many = replace(DEFAULT.table, rows=replace(rows, few_rows=0, very_few_rows=0))
+    with mock.patch.object(tuning.gpu, "nearest", return_value=many):
+        _cached.forget()
+        assert 0 < interleaved_lanes(DEFAULT, call.method, call.n) < 32
+        got = call(given)
+    _cached.forget()
+    for array, right in zip(got, want, strict=True):
+        compare.assert_same_bits(backend.numpy(array), backend.numpy(right))
 
 
 @pytest.mark.many_kernels
@@ -251,6 +278,19 @@ def test_nan_and_infinite_logits_of_given_experts(backend: Backend) -> None:
         result = activation_topk(backend.array(logits), method, indices=backend.array(ids), unset=unset)
         want = [[1 / 3, 2 / 3], [np.nan, 1], [np.nan, 0]]
         np.testing.assert_allclose(backend.numpy(result.weights), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [512, 10240])
+def test_only_the_products_that_are_needed_while_these_are_few(hidden: int) -> None:
+    """A limit of the gate's rows that they read, and one of elements."""
+    tuned, method = DEFAULT.table.given_experts, RoutingMethod(256, 8)
+    most = min(tuned.max_gates_read * 256, tuned.max_elements_read // hidden) // 8
+    weight, products, logits = np.zeros((256, hidden), np.float16), 2, 1  # sources of the weights
+    for n, source in ((1, products), (most, products), (most + 1, logits)):
+        x, ids = np.zeros((n, hidden), np.float16), np.zeros((n, 8), np.int16)
+        with recording() as recorder:
+            dense_router(x, weight, method, indices=ids, unset="empty")
+        assert [(call.kernel, call.macros["SOURCE"]) for call in recorder.launches] == [("given_experts", source)]
 
 
 # -- Arguments ---------------------------------------------------------------------------------------------------------

@@ -307,5 +307,7 @@ def _multiplies_given_only(options: DenseOptions, arrays: Arrays, gpu: Gpu) -> b
         return False
     if needs_whole_rows(method) or method.shared_in_normalizer or method.num_columns > row_lanes.MAX_LANES:
         return False
-    few = arrays.x.shape[0] * method.top_k <= gpu.table.hash_layer.max_gates_read * method.num_experts
+    tuned, (num_tokens, hidden) = gpu.table.given_experts, arrays.x.shape
+    rows = num_tokens * method.top_k
+    few = rows <= tuned.max_gates_read * method.num_experts and rows * hidden <= tuned.max_elements_read
     return options.path == "decode" or few or gemm.why_not(arrays.x.device) is not None
