@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from cupy_router import Router, RoutingMethod, activation_topk, dense_router
+from cupy_router import Router, RoutingMethod, activation_topk, dense_router, tuning
+from cupy_router.ops import _cached
+from cupy_router.tuning import DEFAULT
 from tests import inputs, oracle
 from tests.backends import DTYPES
 from tests.logit_calls import exact
@@ -26,6 +29,15 @@ NAMES = (
     "shared in the normaliser, in groups", "float16 weights, int64 indices", "uint8 indices",
 )  # fmt: skip
 WIDE = ("4096 experts, 64 chosen", "33 columns of results", "shared in the normaliser, by a block")
+
+
+def read_gates(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Compute only the products that are needed, up to a large number, or, with 0, never."""
+    table = DEFAULT.table
+    limits: dict[str, Any] = dict.fromkeys(("max_gates_read", "max_elements_read", "max_gates_read_backward"), most)
+    given = replace(table.given_experts, **limits)
+    monkeypatch.setattr(tuning.gpu, "nearest", lambda capability: replace(table, given_experts=given))
+    _cached.forget()
 
 
 @dataclass(frozen=True)

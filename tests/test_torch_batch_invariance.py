@@ -71,6 +71,28 @@ def test_gradients_of_tokens_do_not_depend_on_their_batch(name: str, dtype: Any,
     assert torch.equal(again[0], found[0])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_of_given_experts(name: str) -> None:
+    """A row may have an expert twice, or none."""
+    method = METHODS[name]
+    x, gate, grad = problem(method, torch.float32)
+    ids = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(row))[:4] for row in range(N)])
+    ids[::5, 1], ids[7] = ids[::5, 0], -1
+    number = torch.arange(N)[:, None].float()  # of a token, as its last column, which the gate leaves out
+    wide_gate = torch.nn.functional.pad(gate, (0, 1))
+
+    def call(x: Any, **options: Any) -> Any:
+        rows = ids[x[:, -1].detach().long()]
+        return dense_router(x, wide_gate, method, indices=rows, unset="empty", **options)
+
+    with_number = torch.cat([x, number], 1)
+    whole = differentiated(lambda x: call(x, batch_invariant=True), with_number, grad)
+    parts = [differentiated(lambda x: call(x, batch_invariant=True), with_number[r], grad[r]) for r in SPLITS]
+    for array, split in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(array, torch.cat(split))
+    torch.testing.assert_close(whole[-1], differentiated(call, with_number, grad)[-1], rtol=1e-5, atol=1e-5)
+
+
 def test_graphs_have_the_bits_of_eager_calls() -> None:
     method = METHODS["of the chosen"]
     x, gate, grad = problem(method, torch.bfloat16)

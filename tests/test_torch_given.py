@@ -31,11 +31,14 @@ def on_torch(call: Call, device: str = "cpu") -> tuple[dict[str, Any], dict[str,
     return arrays, {name: array.requires_grad_() for name, array in arrays.items() if name in SMOOTH}
 
 
-def check_against_twin(call: Call, routing: Any, smooth: dict[str, Any]) -> None:
-    """Assert that weights and gradients of the rows with experts are those of the twin, and 0 in all others."""
+def check_against_twin(call: Call, routing: Any, smooth: dict[str, Any], **frozen: Any) -> None:
+    """Assert that weights and gradients of the rows with experts are those of the twin, and 0 in all others.
+
+    frozen: the other float arrays of the call.
+    """
     method, (experts, exist) = call.method, call.experts()
     rows = torch.from_numpy(np.flatnonzero(exist)).to(routing.weights.device)
-    wide = {name: array.detach().double().requires_grad_() for name, array in smooth.items()}
+    wide = {name: array.detach().double().requires_grad_() for name, array in (smooth | frozen).items()}
     logits = wide["logits"] if "logits" in wide else wide["x"] @ wide["weight"].t()
     layer = {name: wide.get(name) for name in ("logit_bias", "expert_scale")}
     ids = torch.from_numpy(experts).to(rows.device)[rows]
@@ -47,7 +50,7 @@ def check_against_twin(call: Call, routing: Any, smooth: dict[str, Any]) -> None
     upstream = torch.linspace(-1, 2, routing.weights.numel(), dtype=torch.float64).reshape(routing.weights.shape)
     upstream = upstream.to(rows.device)
     got = torch.autograd.grad((routing.weights.double() * upstream).sum(), list(smooth.values()), retain_graph=True)
-    right = torch.autograd.grad((want * upstream[rows]).sum(), list(wide.values()))
+    right = torch.autograd.grad((want * upstream[rows]).sum(), [wide[name] for name in smooth])
     for (name, array), gradient, its_twin in zip(smooth.items(), got, right, strict=True):
         assert (gradient.dtype, gradient.shape) == (array.dtype, array.shape)
         rtol = TOLERANCE[str(array.dtype).removeprefix("torch.")]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cupy_router.jax import _chosen_gradient
 from cupy_router.jax._vmap import call_of, function_of
 from cupy_router.method import RoutingMethod
 from cupy_router.ops import _checks as check
@@ -97,7 +98,10 @@ def _gradients(
         check_derivative(method)
     logits, x, weight, logit_bias, expert_scale = map(arrays.__getitem__, _SAVED)
     found: dict[str, Any] = {}
-    bias = logit_bias
+    bias, exact = logit_bias, logits is not None or grad_returned is not None or batch_invariant
+    if not exact and _chosen_gradient.serves(method, arrays):
+        found["x"], grad_logits = _chosen_gradient.gradients(method, grad_weights, indices, arrays)
+        return found | _summed(method, grad_logits, arrays)
     if returned is not None:
         logits, bias = returned, None
     elif logits is None and batch_invariant:
@@ -115,16 +119,25 @@ def _gradients(
         found["logits"] = grad_logits.astype(logits.dtype)
     else:
         if batch_invariant:
-            of_chosen = grad_returned is None and is_of_chosen_experts(method, repeated)
-            experts = indices[:, : method.top_k] if of_chosen else None
-            found["x"] = _invariant_x_gradient(x.dtype, weight, grad_logits, experts)
+            positions = jnp.broadcast_to(jnp.arange(grad_logits.shape[1], dtype=jnp.int32), grad_logits.shape)
+            rows = positions, grad_logits
+            if grad_returned is None and is_of_chosen_experts(method):
+                rows = _chosen_gradient.factors_by_logits(method, grad_weights, indices, logits, bias, expert_scale)
+            found["x"] = _sum_of_rows(x.dtype, weight, *rows)
         else:
             found["x"] = _matmul(grad_logits, weight).astype(x.dtype)
-        found["weight"] = _matmul(grad_logits.T, x).astype(weight.dtype)
-    if logit_bias is not None:
-        found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
     if expert_scale is not None:
         found["expert_scale"] = _expert_scale_gradient(method, grad_weights, indices, logits, bias)
+    return found | _summed(method, grad_logits, arrays)
+
+
+def _summed(method: RoutingMethod, grad_logits: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the gradients that are sums over the tokens, with respect to the gate and to logit_bias."""
+    found, x, weight = {}, arrays["x"], arrays["weight"]
+    if x is not None:
+        found["weight"] = _matmul(grad_logits.T, x).astype(weight.dtype)
+    if arrays["logit_bias"] is not None:
+        found["logit_bias"] = grad_logits[:, : method.num_experts].sum(0)
     return found
 
 
@@ -138,18 +151,11 @@ def _matmul(a: Any, b: Any, precision: Any = None) -> Any:
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _invariant_x_gradient(dtype: Any, weight: Any, grad_logits: Any, experts: Any) -> Any:
-    """Return the gradient with respect to x, in its dtype; each token's is the same to the bit in any batch.
+def _sum_of_rows(dtype: Any, weight: Any, positions: Any, factors: Any) -> Any:
+    """Return, for each token, the sum of the gate's rows at these positions times their factors, in the order given.
 
-    experts: [num_tokens, top_k], the only ones whose logits have a gradient, or no expert; None: all have.
+    It is float32, and then rounded to dtype. A position that is no row is left out.
     """
-    num_tokens, num_logits = grad_logits.shape
-    if experts is None:
-        positions = jnp.broadcast_to(jnp.arange(num_logits, dtype=jnp.int32), (num_tokens, num_logits))
-        factors = grad_logits
-    else:
-        positions = experts.astype(jnp.int32)
-        factors = jnp.take_along_axis(grad_logits, jnp.clip(positions, 0, num_logits - 1), axis=1)
     rows = weight if weight.dtype == dtype else weight.astype(jnp.float32)
     (summed,) = call_of(unpermute.OP, LayoutInts(), {"y": rows, "positions": positions, "weights": factors})
     return summed.astype(dtype)

@@ -18,9 +18,6 @@ def logits_options(num_logits: int) -> DenseOptions:
     return DenseOptions(method, None, None, "float32", batch_invariant=True)
 
 
-def is_of_chosen_experts(method: RoutingMethod, repeated: bool) -> bool:
-    """Return whether the logits' gradient of the weights is 0 but for the chosen experts, each of which a row has once.
-
-    repeated: a row may have an expert more than once.
-    """
-    return not (repeated or needs_whole_rows(method) or method.shared_in_normalizer)
+def is_of_chosen_experts(method: RoutingMethod) -> bool:
+    """Return whether the weights depend on the logits of the chosen experts alone."""
+    return not (needs_whole_rows(method) or method.shared_in_normalizer)

@@ -36,18 +36,18 @@ def _dense(tensor: Any) -> Any:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def invariant_x_gradient(dtype: Any, weight: Any, grad_logits: Any, experts: Any, by_op: bool) -> Any:
-    """Return the gradient with respect to x, in its dtype; each token's is the same to the bit in any batch.
-
-    experts: [num_tokens, top_k], the only ones whose logits have a gradient, or -1; None: all have.
-    """
+def invariant_x_gradient(dtype: Any, weight: Any, grad_logits: Any, by_op: bool) -> Any:
+    """Return the gradient with respect to x, in its dtype; each token's is the same to the bit in any batch."""
     num_tokens, num_logits = grad_logits.shape
-    if experts is None:
-        positions = torch.arange(num_logits, dtype=torch.int32, device=weight.device).repeat(num_tokens, 1)
-        factors = grad_logits
-    else:
-        factors = grad_logits.gather(1, experts.long().clamp(0, num_logits - 1))
-        positions = experts.int().contiguous()
+    positions = torch.arange(num_logits, dtype=torch.int32, device=weight.device).repeat(num_tokens, 1)
+    return sum_of_rows(dtype, weight, positions, grad_logits, by_op)
+
+
+def sum_of_rows(dtype: Any, weight: Any, positions: Any, factors: Any, by_op: bool) -> Any:
+    """Return, for each token, the sum of the gate's rows at these positions times their factors, in the order given.
+
+    It is float32, and then rounded to dtype. A position that is no row is left out.
+    """
     rows = weight if weight.dtype == dtype else weight.float()
     inputs = rows, positions, None, factors.contiguous(), None, None
     if by_op:

@@ -22,6 +22,7 @@ from cupy_router.ops._replicas import has_replicas, routing_alone
 from cupy_router.ops._run import run
 from cupy_router.ops.activation_topk_backward import BackwardOptions, without_factors
 from cupy_router.ops.hash_router import HashOptions
+from cupy_router.torch import _chosen_gradient
 from cupy_router.torch._gate_gemm import gate_gemm, gate_gemm_gradients
 from cupy_router.torch._invariant import invariant_logits, invariant_x_gradient
 
@@ -120,9 +121,12 @@ def gradients_of(
     logits, x, weight, logit_bias, expert_scale = (arrays[name] for name in _SAVED)
     found: dict[str, Any] = {}
     with nullcontext() if x is None else torch.autocast(indices.device.type, enabled=False):
+        exact = logits is not None or grad_logits is not None or batch_invariant
+        if not exact and grad_weights is not None and _chosen_gradient.serves(method, needed, x):
+            return _chosen_gradient.gradients(method, grad_weights, indices, needed, arrays, by_op)
         if logits is None and grad_weights is not None:
             logits = invariant_logits(x, weight, by_op) if batch_invariant else gate_gemm(x, weight)
-        of_chosen = grad_logits is None and is_of_chosen_experts(method, repeated)
+        of_chosen = grad_logits is None and is_of_chosen_experts(method)
         smooth = not {"logits", "x", "weight", "logit_bias"}.isdisjoint(needed)
         if smooth and grad_weights is not None:
             # Logits computed from x are float32 already.
@@ -145,9 +149,11 @@ def gradients_of(
             if x is not None:
                 which = "x" in needed and not batch_invariant, "weight" in needed
                 found["x"], found["weight"] = gate_gemm_gradients(x, weight, grad_logits, which)
-                if "x" in needed and batch_invariant:
-                    experts = indices.narrow(1, 0, method.top_k) if of_chosen else None
-                    found["x"] = invariant_x_gradient(x.dtype, weight, grad_logits, experts, by_op)
+                if "x" in needed and batch_invariant and of_chosen:
+                    with_logits = {**arrays, "logits": logits}
+                    found["x"] = _chosen_gradient.x_gradient(method, grad_weights, indices, with_logits, by_op)
+                elif "x" in needed and batch_invariant:
+                    found["x"] = invariant_x_gradient(x.dtype, weight, grad_logits, by_op)
         if "expert_scale" in needed and grad_weights is not None:
             found["expert_scale"] = _expert_scale_gradient(
                 method, grad_weights, indices, logits, logit_bias, repeated=repeated, by_op=by_op

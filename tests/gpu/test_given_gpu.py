@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cupy_router import RoutingMethod, dense_router
-from tests.given_calls import KINDS, UNSET, Call
+from tests.given_calls import KINDS, UNSET, Call, read_gates
 from tests.gpu.support import LAUNCHED_BY, assert_graph_follows, launched_by, on_gpu, upload
 from tests.jax_calls import same_bits
 
@@ -34,6 +34,25 @@ def test_weights_and_gradients_are_those_of_a_plain_router(torch: Any, kind: str
             call = Call(kind, name, unset, "int16", n)
             arrays, smooth = on_torch(call, "cuda")
             check_against_twin(call, call(arrays), smooth)
+
+
+@pytest.mark.parametrize("name", ["sigmoid, bias on logits", "two shared experts", "uint8 indices", "everything"])
+@pytest.mark.parametrize("most", [0, 1 << 40])
+def test_gradients_by_the_chosen_experts_and_by_all(
+    torch: Any, most: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are right, and repeatable to the bit."""
+    from tests.test_torch_given import check_against_twin, on_torch
+
+    read_gates(monkeypatch, most)
+    for n, dtype in ((1, "float32"), (23, "bfloat16"), (300, "float32"), (300, "float16")):
+        call = Call("dense_router", name, "route", "int32", n, dtype)
+        arrays, smooth = on_torch(call, "cuda")
+        frozen = {key: smooth.pop(key).requires_grad_(False) for key in ("expert_scale",) if key in smooth}
+        weights = call(arrays).weights
+        check_against_twin(call, call(arrays), smooth, **frozen)
+        both = [torch.autograd.grad(weights.sum(), list(smooth.values()), retain_graph=True) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 @BOTH
