@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, thread_locale
+from cupy_router import kernel_cache, kernel_dump, kernel_log, kernel_plan, tensor_map, thread_locale
 from cupy_router.compiler_options import options as options
 from cupy_router.declarations import CompileError as CompileError
 from cupy_router.declarations import Signature as Signature
@@ -92,6 +92,8 @@ class CudaBackend:
             )
         with self._cupy.cuda.Device(device), relaxed():
             self._modules[handle].max_dynamic_shared_size_bytes = num_bytes
+
+    tensor_map = staticmethod(tensor_map.encode)
 
     def use(self, device: int) -> int | None:
         if not self.switches and hasattr(self._thread, "ready"):

@@ -16,7 +16,8 @@ _CONSTANT = re.compile(r"^SPECIALISED (\w+(?: \w+)*) (\w+) = ([^;]+);", re.M)
 _COMMENT = re.compile(r"//[^\n]*")
 _ATTRIBUTES = r"(?:__cluster_dims__\s*\([^)]*\)\s*)?(?:__launch_bounds__\s*\([^)]*\)\s*)?"
 _KERNEL = rf'extern\s+"C"\s+__global__\s+void\s+({_ATTRIBUTES}){{name}}\s*\(([^)]*)\)'
-_TYPES = {"*": "P", "int": "i", "long long": "q", "float": "f"}
+TENSOR_MAP = "T"  # in a format, for the 128 bytes of a TensorMap
+_TYPES = {"*": "P", "int": "i", "long long": "q", "float": "f", "TensorMap": TENSOR_MAP}
 
 
 class CompileError(RuntimeError):
@@ -64,7 +65,7 @@ def constants(source: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Signature:
-    """A kernel's parameters as its file declares them; `format` has a `struct` code for each.
+    """A kernel's parameters as its file declares them; `format` has a `struct` code for each, or TENSOR_MAP.
 
     A parameter that is a struct counts as its members. Where there is one, `members` is how many each parameter has.
     """

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from cupy_router.tensor_map import Matrix
+
 MOST_THREADS = 8
 
 
@@ -35,6 +37,9 @@ class Backend(Protocol):
 
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
         """Opt in to more than 48 KB of dynamic shared memory; ValueError if the device has less."""
+
+    def tensor_map(self, address: int, matrix: Matrix) -> bytes:
+        """Return the map of a matrix at an address."""
 
     def use(self, device: int) -> int | None:
         """Make the device current in this thread, and return the device to restore, or None."""

@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any
 
 from cupy_router.compiler import Function, Signature
+from cupy_router.declarations import TENSOR_MAP
 
 MAX_GRID = 2**31 - 1
 MAX_BLOCK = 1024
@@ -34,11 +35,16 @@ class _Arguments(threading.local):
         self.parts = buffer, ctypes.addressof(self._pointers)
 
 
+def _packed(codes: str) -> str:
+    """Return the format of `struct` for these codes."""
+    return f"@{codes.replace(TENSOR_MAP, '128s')}"
+
+
 def _starts(signature: Signature) -> list[int]:
     """Return where the parameters begin in the buffer."""
     codes = signature.format
-    sizes = [struct.calcsize(f"@{code}") for code in codes]
-    starts = [struct.calcsize(f"@{codes[: i + 1]}") - size for i, size in enumerate(sizes)]
+    sizes = [struct.calcsize(_packed(code)) for code in codes]
+    starts = [struct.calcsize(_packed(codes[: i + 1])) - size for i, size in enumerate(sizes)]
     if signature.members:  # of a struct, which all its members follow, the driver reads the address of the first
         starts = [starts[sum(signature.members[:i])] for i in range(len(signature.members))]
     return starts
@@ -103,9 +109,10 @@ class Launch:
                 code if name in passed else f"0{code}{struct.calcsize(code)}x"
                 for name, code in zip(varying, codes, strict=True)
             )
-        self._pack_into = struct.Struct(f"@{codes}").pack_into
+        self._pack_into = struct.Struct(_packed(codes)).pack_into
         try:
-            content = struct.pack(f"@{signature.format}", *[0] * len(varying), *fixed.values())
+            unknown = [b"" if code == TENSOR_MAP else 0 for code in signature.format[: len(varying)]]
+            content = struct.pack(_packed(signature.format), *unknown, *fixed.values())
         except struct.error as error:
             raise self._unfit(error) from None
         use = partial(backend.use, function.device)
@@ -117,7 +124,7 @@ class Launch:
         signature = self.function.signature
         return TypeError(f"{signature.function}({', '.join(signature.names)}): {error}")
 
-    def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
+    def __call__(self, stream: int, varying: Sequence[int | float | bytes]) -> None:
         """Enqueue the kernel on `stream` without waiting. TypeError if a value does not fit its parameter."""
         buffer, pointers = self._arguments.parts
         pick = self._pick

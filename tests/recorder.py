@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from cupy_router import compiler, declarations
+from cupy_router import compiler, declarations, tensor_map
 
 _FILE = re.compile(r'#line 1 "kernels/(\w+)\.cu"')
 _TYPES: dict[str, Any] = {
@@ -21,6 +21,7 @@ _TYPES: dict[str, Any] = {
     "int": ctypes.c_int32,
     "long long": ctypes.c_int64,
     "float": ctypes.c_float,
+    "TensorMap": ctypes.c_char * tensor_map.BYTES,
 }
 
 
@@ -74,6 +75,8 @@ class Recorder:
         """The device that is current in this thread."""
         device: int = getattr(self._thread, "device", 0)
         return device
+
+    tensor_map = staticmethod(tensor_map.for_cpu)
 
     def use(self, device: int) -> int | None:
         previous = self.current

@@ -222,7 +222,7 @@ def functions(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_the_parameters_of_every_kernel_are_read(path: Path) -> None:
-    codes = {"*": "P", "int": "i", "long long": "q", "float": "f"}
+    codes = {"*": "P", "int": "i", "long long": "q", "float": "f", "TensorMap": "T"}
     names = functions(path)
     assert names, path
     assert all(name.startswith(path.stem) for name in names), f"{path}: kernels are named as the file, or begin so"

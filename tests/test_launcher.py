@@ -286,5 +286,5 @@ def test_the_only_device_is_made_current_once_in_each_thread(
 def test_sizes_are_those_of_the_device() -> None:
     """`struct` packs by the sizes of this machine's C, which have to be CUDA's: the kernel reads these bytes."""
     assert {code: struct.calcsize(f"@{code}") for code in "Piqf"} == {"P": 8, "i": 4, "q": 8, "f": 4}
-    assert set(declarations._TYPES.values()) == set("Piqf")
+    assert set(declarations._TYPES.values()) == {*"Piqf", declarations.TENSOR_MAP}
     assert launcher.MAX_GRID == 2**31 - 1

@@ -30,6 +30,7 @@ INPUTS = (
 ARRAYS = (*INPUTS, *ROUTING)
 SCRATCH = ("counters", "partials")
 VARYING = (*ARRAYS, LOGITS, *SCRATCH, NUMBER)
+MAPS = ("x_map", "weight_map")  # after these, of the kernel for many tokens
 MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 # The most counters that a launch needs, for up to MAX_TOKENS and for more tokens, so that the partial sums of every
 # launch start at the same offset.
@@ -39,12 +40,12 @@ COUNTERS, GROUP_COUNTERS = 128, 1024
 # order, first those of a block's warps. Any change changes the bits of results.
 INVARIANT_PARTS, INVARIANT_WARP_PARTS = 8, 2
 
-# In the kernel for many tokens: blocks of a cluster, and experts of a warpgroup.
-CLUSTER, WARPGROUP_EXPERTS = 8, (32, 64, 96, 128, 192)
+CLUSTER, WARPGROUP_EXPERTS = 8, 64  # in the kernel for many tokens: blocks of a cluster, experts of a warpgroup
 _ONLY_ON = (9, 0)  # the compute capability that has its instructions
 
 _BIAS_FLOATS = 2048  # in shared memory; several biases of more stay where they are
 _SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
+_LEAST_WARPS = 16  # of its blocks, so that enough of them route
 _MAX_STAGES, _MIN_WIDE_STAGES, _ALIGNMENT = 7, 4, 1024  # of the ring in shared memory
 
 
@@ -58,6 +59,7 @@ class DecodeLaunch(NamedTuple):
     counters: int  # uint32 words, zero before the first launch and left zero by each
     partials: int  # floats, uninitialised, aligned to 16 bytes
     shared_bytes: int = 0
+    tile_rows: tuple[int, int] = (0, 0)  # of x and of the gate, that one copy has; 0: they are not copied by tiles
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Tiling:
     in_flight: int = 0
     stages: int = 0
     stage_columns: int = 64
+    token_warpgroups: int = 1
     cluster_parts: int = 1
     cluster_tiles: int = 1
 
@@ -105,26 +108,35 @@ class Tiling:
         return 4 * (biases if self.stages else floats + biases)
 
     @property
-    def stage_bytes(self) -> int:
-        return 2 * self.stage_columns * (64 * self.token_tiles + self.experts_per_block)
+    def token_rows(self) -> int:
+        return 8 * -(-self.cluster * self.tokens // 8)
 
     @property
-    def token_tiles(self) -> int:
-        return -(-self.cluster * self.tokens // 64)
+    def tile_rows(self) -> tuple[int, int]:
+        """Return the rows of x and of the gate that a block copies at once."""
+        return self.token_rows, self.experts_per_block
+
+    @property
+    def stage_bytes(self) -> int:
+        return 2 * self.stage_columns * (self.token_rows + self.experts_per_block)
 
     @property
     def parked_bytes(self) -> int:
         """Return the bytes of sums for which registers are too few: see gate/gemm_wgmma.cuh."""
-        sums = self.experts_per_block * 64 * self.token_tiles // (32 * self.warps)
-        parks = self.cluster_parts == 1 and 3 * sums + 56 > 65536 // (32 * self.warps)
-        return 4 * sums * 32 * self.warps if parks else 0
+        warpgroups = self.experts_per_block // WARPGROUP_EXPERTS * self.token_warpgroups  # that multiply
+        sums = self.token_rows // self.token_warpgroups // 2
+        registers = min(512 // (self.warps // 4) // 8 * 8, 248)  # of a thread
+        left = registers * (self.warps // 4) - 24 * (self.warps // 4 - warpgroups)
+        parks = self.cluster_parts == 1 and 3 * sums + 32 > max(registers, min(left // warpgroups // 8 * 8, 240))
+        return 512 * warpgroups * sums if parks else 0
 
     def fits_ring(self, num_experts: int) -> bool:
         """Return whether there are enough stages, and sums and then scores fit where they were."""
-        pairs = INVARIANT_PARTS // self.cluster_parts if self.cluster_parts > 1 else 0
-        sums = pairs * self.cluster * self.tokens * (self.experts_per_block + 8)
-        scores = self.tokens * 128 * -(-num_experts // 128)
-        return self.stages >= 3 and 4 * max(sums, scores) <= self.stages * self.stage_bytes
+        sets = INVARIANT_PARTS // self.cluster_parts if self.cluster_parts > 1 else 1
+        sums = sets * self.cluster * self.tokens * (self.experts_per_block + 4)
+        rows = self.warps if self.cluster_tiles == self.tiles(num_experts) else self.tokens
+        scores = rows * 128 * -(-num_experts // 128)
+        return self.stages >= 2 and 4 * (sums + scores) <= self.stages * self.stage_bytes + self.parked_bytes
 
 
 def launch_for(
@@ -184,6 +196,7 @@ def launch_for(
             {
                 "STAGES": tiling.stages,
                 "STAGE_COLUMNS": tiling.stage_columns,
+                "TOKEN_WARPGROUPS": tiling.token_warpgroups,
                 "CLUSTER_PARTS": tiling.cluster_parts,
                 "CLUSTER_TILES": tiling.cluster_tiles,
             }
@@ -196,10 +209,11 @@ def launch_for(
     groups, tiles = tiling.groups(num_tokens), tiling.tiles(method.num_logits)
     blocks = groups // tiling.cluster_tiles * tiles * tiling.parts
     partials = groups * tiles * tiling.parts * tiling.tokens * tiling.experts_per_block
-    file, shared_bytes = FILE, 0
-    if tiling.stages:
-        file, shared_bytes = PREFILL, tiling.stages * tiling.stage_bytes + tiling.parked_bytes + _ALIGNMENT
-    return DecodeLaunch(file, macros, blocks, 32 * tiling.warps, COUNTERS, partials, shared_bytes)
+    launch = DecodeLaunch(FILE, macros, blocks, 32 * tiling.warps, COUNTERS, partials)
+    if not tiling.stages:
+        return launch
+    shared_bytes = tiling.stages * tiling.stage_bytes + tiling.parked_bytes + _ALIGNMENT
+    return launch._replace(file=PREFILL, shared_bytes=shared_bytes, tile_rows=tiling.tile_rows)
 
 
 def fixed_arguments(
@@ -330,23 +344,32 @@ def _clusters(gpu: Gpu, num_experts: int, hidden: int, num_biases: int) -> list[
 
 
 def _cluster_tiling(
-    gpu: Gpu, num_experts: int, hidden: int, tokens: int, experts: int, warps: int, cluster_parts: int, num_biases: int
+    gpu: Gpu,
+    num_experts: int,
+    hidden: int,
+    tokens: int,
+    experts: int,
+    along_tokens: int,
+    cluster_parts: int,
+    num_biases: int,
 ) -> Tiling:
     """Return a tiling of the kernel for many tokens.
 
     tokens: of a tile, at most.
     experts: of a block, at most.
+    along_tokens: warpgroups that divide the tokens of a tile.
     cluster_parts: blocks that divide hidden.
     """
-    along_experts = warps // 4 // -(-tokens // 64)  # warpgroups
     needed = -(-num_experts // -(-num_experts // experts))
-    experts = next(along_experts * of_one for of_one in WARPGROUP_EXPERTS if along_experts * of_one >= needed)
+    along_experts = -(-needed // WARPGROUP_EXPERTS)  # warpgroups
+    experts = along_experts * WARPGROUP_EXPERTS
     tiles = -(-num_experts // experts)
     cluster_tiles = tiles if tiles * cluster_parts <= CLUSTER else 1
+    warps = max(4 * (along_experts * along_tokens + 1), _LEAST_WARPS)  # one warpgroup copies
     routed = tokens // (cluster_parts * cluster_tiles)
-    tiling = Tiling(routed, 1, experts, experts, warps, stages=_MAX_STAGES, cluster_parts=cluster_parts,
-                    cluster_tiles=cluster_tiles)  # fmt: skip
-    static = tiling.shared_bytes(num_experts, num_biases) + 1024  # biases, and their indices
+    tiling = Tiling(routed, 1, experts, experts, warps, stages=_MAX_STAGES, token_warpgroups=along_tokens,
+                    cluster_parts=cluster_parts, cluster_tiles=cluster_tiles)  # fmt: skip
+    static = tiling.shared_bytes(num_experts, num_biases) + 1024  # biases, their indices, and barriers
     room = gpu.shared_bytes - _ALIGNMENT - static - tiling.parked_bytes
     wide = replace(tiling, stage_columns=2 * tiling.stage_columns)  # half as many barriers, if few stages do
     if hidden % (2 * INVARIANT_PARTS * wide.stage_columns) == 0 and room // wide.stage_bytes >= _MIN_WIDE_STAGES:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,7 @@ from cupy_router.ops._method import bias_macros, headers
 from cupy_router.ops._op import Op
 from cupy_router.ops._replicas import replica_arguments, replica_macros
 from cupy_router.ops._routed import LOGITS
+from cupy_router.tensor_map import Maps, Matrix
 from cupy_router.tuning import Gpu
 
 
@@ -34,6 +36,19 @@ def decodes(path: str | None, num_tokens: int, gpu: Gpu) -> bool:
     return path == "decode" if path else num_tokens <= min(gpu.table.decode.max_tokens, decode.MAX_TOKENS)
 
 
+def fuses(options: Any, arrays: Arrays, gpu: Gpu) -> bool:
+    """Return whether a call of more tokens is faster by one launch than by cuBLAS and a second launch."""
+    x, weight = arrays.x, arrays.weight
+    gate_bytes = 2 * weight.shape[0] * x.shape[1]
+    most = next((tokens for up_to, tokens in gpu.table.decode.fused if gate_bytes <= up_to), 0)
+    if options.path is not None or x.shape[0] > most or not fits_decode(options.method, gpu):
+        return False
+    invariant = replace(options, batch_invariant=True)
+    return decode.by_clusters(gpu, x.dtype, weight.dtype, _aligned(invariant, arrays)) and (
+        x.shape[0] <= _invariant_rows(invariant, arrays, gpu)
+    )
+
+
 def decode_kernel(
     options: Any,
     num_tokens: int,
@@ -42,8 +57,8 @@ def decode_kernel(
     *,
     with_layout: bool = False,
     more: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Kernel, int]:
-    """Return the kernel for few tokens, and the number of its partial sums.
+) -> tuple[Kernel, int, list[Matrix]]:
+    """Return the kernel for few tokens, the number of its partial sums, and the matrices that it copies by tiles.
 
     with_layout: a layout will follow.
     more: further macros.
@@ -53,7 +68,7 @@ def decode_kernel(
     strides = (x.row_stride, weight.row_stride, arrays.weights.row_stride, arrays.indices.row_stride)
     logits = arrays.logits_out
     launch = decode.launch_for(
-        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=_aligned(arrays),
+        gpu, method, x.dtype, weight.dtype, num_tokens, hidden, aligned=_aligned(options, arrays),
         dense=strides == (hidden, hidden, method.num_columns, method.num_columns), given=arrays.given(*decode.INPUTS),
         logits_dtype=None if logits is None else logits.dtype, biases=bias_macros(arrays), with_layout=with_layout,
         batch_invariant=options.batch_invariant,
@@ -64,7 +79,12 @@ def decode_kernel(
     kernel = Kernel(
         launch.file, launch.file, macros, launch.grid, launch.block, fixed, headers(method), launch.shared_bytes
     )
-    return kernel, launch.partials
+    matrices = [
+        Matrix(rows, hidden, 2 * view.row_stride, tile_rows)
+        for view, rows, tile_rows in zip((x, weight), (num_tokens, method.num_logits), launch.tile_rows, strict=True)
+        if tile_rows
+    ]
+    return kernel, launch.partials, matrices
 
 
 class Decode:
@@ -74,20 +94,32 @@ class Decode:
     """
 
     def __init__(
-        self, kernel: Kernel, partials: int, device: tuple[str, int], arrays: Sequence[str], counters: int = COUNTERS
+        self,
+        kernel: Kernel,
+        partials: int,
+        matrices: Sequence[Matrix],
+        device: tuple[str, int],
+        arrays: Sequence[str],
+        counters: int = COUNTERS,
     ) -> None:
         layout = [name for name in arrays if name in LAYOUT_ARRAYS]
-        varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER)
+        maps = decode.MAPS[: len(matrices)]
+        varying = (*decode.ARRAYS, LOGITS, *layout, *decode.SCRATCH, NUMBER, *maps)
         if TOKEN_IDS in arrays:
             varying, kernel = (*varying, TOKEN_IDS), by_token_id(kernel)
-        self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER))
+        self._launch = launch_with(varying, kernel, device, (*arrays, *decode.SCRATCH, NUMBER, *maps))
         self._device, self._use = device, "decode" if counters == COUNTERS else "decode by groups"
         self._counter_bytes, self._scratch_bytes = 4 * counters, 4 * (counters + partials)  # in one buffer
         self.function = self._launch.function
+        encode = self.function.backend.tensor_map
+        self._maps = [
+            (arrays.index(name), Maps(encode, matrix)) for name, matrix in zip(("x", "weight"), matrices, strict=False)
+        ]
 
     def __call__(self, stream: int, varying: Sequence[int | float]) -> None:
         counters = scratch.buffer(self._device, stream, self._use, self._scratch_bytes)
-        self._launch(stream, (*varying[:-1], counters, counters + self._counter_bytes, varying[-1]))
+        maps = [map_of(int(varying[place])) for place, map_of in self._maps]
+        self._launch(stream, (*varying[:-1], counters, counters + self._counter_bytes, varying[-1], *maps))
 
 
 def by_token_id(kernel: Kernel) -> Kernel:
@@ -116,17 +148,19 @@ def fused_chunks(
     return _DecodeChunks(op, options, arrays, gpu, parameters, more)
 
 
-def _aligned(arrays: Arrays) -> bool:
-    views = arrays.x, arrays.weight
+def _aligned(options: Any, arrays: Arrays) -> bool:
+    """Return whether rows are read by words of 16 bytes; not those that overlap if they may be copied by tiles."""
+    views, hidden = (arrays.x, arrays.weight), arrays.x.shape[1]
     both = all(row_lanes.aligned(view.pointer, view.row_stride, view.dtype, 8) for view in views)
-    return both and arrays.x.shape[1] % 8 == 0
+    overlap = options.batch_invariant and any(view.row_stride < hidden for view in views)
+    return both and hidden % 8 == 0 and not overlap
 
 
 def _invariant_rows(options: Any, arrays: Arrays, gpu: Gpu) -> int:
     x, weight = arrays.x, arrays.weight
     num_biases = bias_macros(arrays).get("NUM_BIASES", 1)
     of = options.method.num_logits, x.shape[1], x.dtype, weight.dtype
-    return decode.invariant_rows(gpu, *of, aligned=_aligned(arrays), num_biases=num_biases)
+    return decode.invariant_rows(gpu, *of, aligned=_aligned(options, arrays), num_biases=num_biases)
 
 
 class _DecodeChunks(Chunks):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,8 @@ class DenseRouter(RoutedOp):
             raise ValueError("batch_invariant takes a GPU of compute capability 8.0 or later")
         given_only = _multiplies_given_only(options, arrays, gpu)
         is_few = not given_only and fits and launches.decodes(path, num_tokens, gpu)
+        if not (given_only or is_few or has_replicas(options)) and launches.fuses(options, arrays, gpu):
+            options = replace(options, batch_invariant=True)
         if has_replicas(options) and not (given_only or is_few or _is_one_chunk(options, arrays, gpu)):
             return RouteThenReplace(self, options, arrays, gpu)
         if given_only:
@@ -156,14 +158,14 @@ class DenseRouter(RoutedOp):
         is_few = launches.fits_decode(options.method, gpu) and launches.decodes(options.path, num_tokens, gpu)
         if found is None or not is_few:
             return None
-        routed, partials = launches.decode_kernel(options, num_tokens, arrays, gpu, with_layout=True)
+        routed, partials, _ = launches.decode_kernel(options, num_tokens, arrays, gpu, with_layout=True)
         several = routed.macros["SHARE"] > 0 or num_tokens > routed.macros["TOKENS"]
         layout_by = fused_layout.LAST_BLOCK if several else fused_layout.ONE_BLOCK
         kernel = fused_layout.fused(options, routed, found, arrays, gpu, f"{decode.FILE}_layout", layout_by)
         if kernel is None:
             return None
         kernel.macros["SHARED_FLOATS"] = fused_layout.shared_bytes(found.num_experts, routed.block) // 4
-        return launches.Decode(kernel, partials, arrays.x.device, self.parameters(options))
+        return launches.Decode(kernel, partials, [], arrays.x.device, self.parameters(options))
 
 
 OP = DenseRouter()

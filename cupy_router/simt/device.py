@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from cupy_router import tensor_map
 from cupy_router.compiler import CompileError
 
 SCHEDULES = ("round_robin", "reversed", "shuffled", "run_ahead")
@@ -139,6 +140,8 @@ class SimtBackend:
     def allow_shared(self, handle: int, device: int, num_bytes: int) -> None:
         if num_bytes > self.shared_limit(device):
             raise ValueError(f"a block may have at most 227 KB of shared memory, got {num_bytes} bytes")
+
+    tensor_map = staticmethod(tensor_map.for_cpu)
 
     def use(self, device: int) -> int | None:
         return None

@@ -41,6 +41,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The first half, where the others need not see what was written before.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#ifdef __CUDACC__
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #ifdef __CUDACC__
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");

@@ -51,6 +51,7 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
 #define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_24 WGMMA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define WGMMA_NAMES_32 WGMMA_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_NAMES_36 WGMMA_NAMES_32 ", %32, %33, %34, %35"
 #define WGMMA_NAMES_40 WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define WGMMA_NAMES_48 WGMMA_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_NAMES_56 WGMMA_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -66,6 +67,7 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
     WGMMA_D_16, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
 #define WGMMA_D_32 \
     WGMMA_D_24, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define WGMMA_D_36 WGMMA_D_32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
 #define WGMMA_D_40 \
     WGMMA_D_32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
 #define WGMMA_D_48 \
@@ -98,10 +100,12 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
 // Start a product with N = 2 * Size.
 template <bool BFLOAT16, int Size>
 __device__ __forceinline__ void wgmma(float (&d)[Size], WgmmaOperand a, WgmmaOperand b) {
-    static_assert(Size == 16 || Size == 32 || Size == 48 || Size == 64 || Size == 96,
+    static_assert(Size == 8 || Size == 16 || Size == 32 || Size == 36 || Size == 48 || Size == 64 || Size == 96,
                   "these have an instruction below");
+    WGMMA_OF_SIZE(16, 8, "%8, %9")
     WGMMA_OF_SIZE(32, 16, "%16, %17")
     WGMMA_OF_SIZE(64, 32, "%32, %33")
+    WGMMA_OF_SIZE(72, 36, "%36, %37")
     WGMMA_OF_SIZE(96, 48, "%48, %49")
     WGMMA_OF_SIZE(128, 64, "%64, %65")
     WGMMA_OF_SIZE(192, 96, "%96, %97")

@@ -48,19 +48,39 @@ __device__ constexpr int longest_word() {
     return 1;
 }
 
-// Compute the logits of tokens first .. first + count - 1 of a group from their partial sums, in a fixed order; leave
-// their scores, or prepared logits, in shared memory. `keep_logit(token, expert, logit)` gets each with its bias.
-template <typename KeepLogit>
-__device__ __forceinline__ void gather_scores(const float* partials, int first, int count, const float* logit_bias,
-                                              const MethodNumbers numbers, float* scores, KeepLogit keep_logit) {
-    constexpr int N = longest_word();
+// Leave the scores of tokens 0 .. count - 1 of a group, or their prepared logits, in shared memory. `read_logits(token,
+// expert)` returns the sums of N neighbouring experts, of which a thread waits for AtOnce, and `keep_logit(token, expert, logit)` gets each with its bias.
+template <int N, int AtOnce, typename ReadLogits, typename KeepLogit>
+__device__ __forceinline__ void score_tokens(ReadLogits read_logits, int count, const float* logit_bias,
+                                             const MethodNumbers numbers, float* scores, KeepLogit keep_logit) {
     constexpr int WORDS = COLUMNS / N;
-    static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of partial sums hold whole words");
-#pragma unroll 2
+    static_assert(EXPERTS_PER_BLOCK % N == 0, "rows of sums hold whole words");
+#pragma unroll AtOnce
     for (int round = 0; round < quotient(ROUTED * WORDS, THREADS); ++round) {
         const unsigned i = round * THREADS + threadIdx.x;
         const int token = i / WORDS, expert = i % WORDS * N;
         if (token >= count) break;
+        const Floats<N> logits = read_logits(token, expert);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            float logit = logits.value[j];
+            if (expert + j >= 32 * PER_LANE) continue;
+            const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
+            const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
+            const float its_bias = HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f;
+            if (RETURNS_LOGITS && expert + j < GATE_ROWS) keep_logit(token, expert + j, biased(logit, its_bias));
+            logit = prepare(logit, its_bias, numbers);
+            scores[token * (32 * PER_LANE) + expert + j] = KEEPS_SCORES ? score_of(logit, SoftmaxStatistics()) : logit;
+        }
+    }
+}
+
+// The same for tokens first .. first + count - 1, from their partial sums in global memory, in a fixed order.
+template <typename KeepLogit>
+__device__ __forceinline__ void gather_scores(const float* partials, int first, int count, const float* logit_bias,
+                                              const MethodNumbers numbers, float* scores, KeepLogit keep_logit) {
+    constexpr int N = longest_word();
+    const auto read_logits = [&](int token, int expert) {
         const float* source = partials + (first + token) * COLUMNS + expert;
         Floats<N> parts[SPLITS];
 #pragma unroll
@@ -69,19 +89,14 @@ __device__ __forceinline__ void gather_scores(const float* partials, int first, 
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            float logit = parts[0].value[j];
 #pragma unroll
-            for (int s = 1; s < SPLITS; ++s) logit += parts[s].value[j];
-            if (expert + j >= 32 * PER_LANE) continue;
-            const int column = HAS_LOGIT_BIAS ? min(expert + j, NUM_EXPERTS - 1) : 0;
-            const bool is_shared = SHARED_LOGITS && expert + j >= NUM_EXPERTS;
-            const float its_bias = HAS_LOGIT_BIAS && !is_shared ? __ldg(logit_bias + column) : 0.0f;
-            if (RETURNS_LOGITS && expert + j < GATE_ROWS)
-                keep_logit(first + token, expert + j, biased(logit, its_bias));
-            logit = prepare(logit, its_bias, numbers);
-            scores[token * (32 * PER_LANE) + expert + j] = KEEPS_SCORES ? score_of(logit, SoftmaxStatistics()) : logit;
+            for (int s = 1; s < SPLITS; ++s) parts[0].value[j] += parts[s].value[j];
         }
-    }
+        return parts[0];
+    };
+    score_tokens<N, 2>(read_logits, count, logit_bias, numbers, scores, [&](int token, int expert, float logit) {
+        keep_logit(first + token, expert, logit);
+    });
 }
 
 struct Results {

@@ -37,6 +37,7 @@ RIGHT = {
     "uninitialised_shared": BLOCK_ROWS.sum(1).repeat(64),
     "missing_syncwarp": WARP_ROWS[:, ::-1],
     "missing_fence": np.array([*BLOCK_ROWS.sum(1), X.sum(), BLOCKS]),
+    "missing_arrival_wait": WARP_ROWS[:, ::-1],
     "swapped_tie": np.argsort(-WARP_ROWS, 1, kind="stable")[:, :8],
     "missing_copy_wait": X,
     "missing_cluster_barrier": BLOCK_ROWS[[1, 0, 3, 2]],
@@ -72,6 +73,7 @@ VISIBLE = {  # under which schedules the result is wrong, and whether NaN gives 
     "swapped_tie": (set(SCHEDULES), False),
     "missing_copy_wait": ({"shuffled", "run_ahead"}, True),
     "missing_cluster_barrier": (set(SCHEDULES), True),
+    "missing_arrival_wait": ({"round_robin", "shuffled", "run_ahead"}, True),
 }
 
 

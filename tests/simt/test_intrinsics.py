@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cupy_router import tensor_map
 from cupy_router.simt import device
 from cupy_router.simt.device import SCHEDULES, SimtBackend
 from tests.simt.sources import PROBES, build_all, run
@@ -235,6 +236,21 @@ def test_atomics(cpu: SimtBackend) -> None:
     want = [wide.sum(dtype=np.uint64), wide.min(), wide.max(), *reduced, np.bitwise_xor.reduce(wide, None), 13]
     np.testing.assert_array_equal(wides, np.array(want, np.uint64))
     assert floats[0] == doubles[0] == np.fmod(x, 16).sum()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tiles_of_a_matrix(schedule: str) -> None:
+    """Also those that reach beyond its last row and column: they have zeros there."""
+    words = RNG.integers(1, 2**16, (20, 160)).astype(np.uint16)
+    matrix = tensor_map.Matrix(rows=19, columns=152, row_bytes=320, tile_rows=16)
+    padded = np.zeros((40, 64 * 5), np.uint16)
+    padded[:19, :152] = words[:19, :152]
+    for column, row in ((0, 0), (32, 8), (64, 16)):
+        encoded = np.frombuffer(tensor_map.for_cpu(words.ctypes.data, matrix), np.uint64).copy()
+        out = np.zeros((3, 16, 64), np.uint16)
+        run(SimtBackend(schedule, seed=2), "tiles", 1, 64, encoded, out, np.int32(column), np.int32(row), np.int32(3))
+        want = padded[row : row + 16, column : column + 192].reshape(16, 3, 64).transpose(1, 0, 2)
+        np.testing.assert_array_equal(out, want)
 
 
 def test_geometry_and_parameters(cpu: SimtBackend) -> None:

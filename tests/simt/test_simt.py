@@ -191,7 +191,7 @@ def test_a_syntax_error_names_its_line() -> None:
 ARCHITECTURES = {name: ["sm_75"] for name in ("integers", "floats", "atomics")} | {
     name: ["sm_90", "sm_100"] for name in ("cluster", "kth_key")
 }
-ARCHITECTURES["wgmma_chain"] = ["sm_90a"]
+ARCHITECTURES |= {"wgmma_chain": ["sm_90a"], "tiles": ["sm_90"]}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROBES.glob("*.cu")))

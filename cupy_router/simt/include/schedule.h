@@ -49,13 +49,15 @@ SIMT_RUNTIME static void thread_main() {
 SIMT_RUNTIME static bool resume(Thread& thread) {
     if (thread.wait != Wait::kNothing || report_length) return false;
     self = &thread;
+    thread.polls = false;
     threadIdx = thread.index;
     switch_fiber(host, thread.fiber);
     self = nullptr;
     return true;
 }
 
-// Gives every thread of the block its turns until none of them can go on; false if none had one.
+// Gives every thread of the block its turns until none of them can go on, or those that can only look at what others
+// will write; false if none had one.
 SIMT_RUNTIME static bool run_block(Block& block, std::vector<unsigned>& order) {
     bool ran = false;
     enter_block(block);
@@ -63,18 +65,19 @@ SIMT_RUNTIME static bool run_block(Block& block, std::vector<unsigned>& order) {
         again = false;
         if (launch->schedule >= Schedule::kShuffled) shuffle(order);
         for (unsigned entry : order) {
-            if (launch->schedule != Schedule::kRunAhead) {
-                again |= resume(block.threads[entry]);
-                continue;
-            }
-            const unsigned end = entry + 32 < block.size ? entry + 32 : block.size;  // an entry is a warp
+            const bool whole_warp = launch->schedule == Schedule::kRunAhead;  // an entry is a warp
+            const unsigned end = whole_warp && entry + 32 < block.size ? entry + 32 : whole_warp ? block.size : entry + 1;
             for (bool more = true; more;) {
                 more = false;
-                for (unsigned i = entry; i < end; ++i) more |= resume(block.threads[i]);
+                for (unsigned i = entry; i < end; ++i) {
+                    if (!resume(block.threads[i])) continue;
+                    ran = true;
+                    more |= !block.threads[i].polls;
+                }
                 again |= more;
+                more &= whole_warp;
             }
         }
-        ran |= again;
     }
     return ran;
 }

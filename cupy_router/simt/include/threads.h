@@ -67,6 +67,7 @@ struct Thread {
     unsigned generation = 0;
     Tag tags[4];
     Copy copies[16];
+    bool polls = false;  // it looks again when the others have had a turn
     unsigned num_copies = 0, copy_group = 0;
 };
 
@@ -128,6 +129,11 @@ SIMT_RUNTIME static unsigned lane() { return self->lane; }
 SIMT_RUNTIME static void yield() {
     Thread& me = *self;
     switch_fiber(me.fiber, host);
+}
+
+SIMT_RUNTIME static void poll() {
+    self->polls = true;
+    yield();
 }
 
 SIMT_RUNTIME static int block_barrier(const char* operation, int vote, Site site) {

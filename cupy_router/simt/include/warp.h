@@ -55,7 +55,7 @@ inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) {
     simt::collective("__syncwarp", mask, 0, simt::combine_nothing, site);
 }
 
-inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __nanosleep(unsigned) { simt::poll(); }
 inline void __trap(SIMT_SITE) { simt::fault(site, "trap", "__trap"); }
 
 template <class T>

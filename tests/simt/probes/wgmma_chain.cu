@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Four warps: a [64][columns] times b [size][columns] as chains of products of 16 columns from zero, by wgmma with both
-// in shared memory, and by mma.sync with rows of b as its rows. place: where wgmma has each column of a product.
+// in shared memory, and by mma.sync with rows of a as its rows. place: where wgmma has each column of a product.
 #include "device/mma.cuh"
 #include "device/wgmma.cuh"
 
-__shared__ __align__(1024) unsigned short tile_a[64 * 64], tile_b[192 * 64];
+__shared__ __align__(1024) unsigned short tile_a[64 * 64], tile_b[128 * 64];
 
 __device__ void store_tile(unsigned short* tile, const unsigned short* rows, int count, int columns, int first,
                            const int* place) {
@@ -38,26 +38,26 @@ __device__ void by_wgmma(const unsigned short* a, const unsigned short* b, const
 template <bool BFLOAT16>
 __device__ void by_mma(const unsigned short* a, const unsigned short* b, float* d, int columns, int size) {
     const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-    for (int tile = threadIdx.x / 32; tile < 8 * (size / 16); tile += 4) {
-        const int first_a = tile % 8 * 8, first_b = tile / 8 * 16;
+    for (int tile = threadIdx.x / 32; tile < 4 * (size / 8); tile += 4) {
+        const int first_a = tile % 4 * 16, first_b = tile / 4 * 8;
         float sums[4] = {};
         for (int first = 0; first < columns; first += 16) {
-            unsigned rows_b[4], rows_a[2];
+            unsigned rows_a[4], rows_b[2];
             for (int i = 0; i < 4; ++i) {
-                const unsigned short* pair = b + (first_b + row + i % 2 * 8) * columns + first + column + i / 2 * 8;
-                rows_b[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
-            }
-            for (int i = 0; i < 2; ++i) {
-                const unsigned short* pair = a + (first_a + row) * columns + first + column + i * 8;
+                const unsigned short* pair = a + (first_a + row + i % 2 * 8) * columns + first + column + i / 2 * 8;
                 rows_a[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
             }
+            for (int i = 0; i < 2; ++i) {
+                const unsigned short* pair = b + (first_b + row) * columns + first + column + i * 8;
+                rows_b[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+            }
             if (BFLOAT16) {
-                mma_bfloat16(sums, rows_b, rows_a);
+                mma_bfloat16(sums, rows_a, rows_b);
             } else {
-                mma_float16(sums, rows_b, rows_a);
+                mma_float16(sums, rows_a, rows_b);
             }
         }
-        for (int i = 0; i < 4; ++i) d[(first_a + column + i % 2) * size + first_b + row + i / 2 * 8] = sums[i];
+        for (int i = 0; i < 4; ++i) d[(first_a + row + i / 2 * 8) * size + first_b + column + i % 2] = sums[i];
     }
 }
 
@@ -66,9 +66,8 @@ __device__ void both(const unsigned short* a, const unsigned short* b, const int
                      int columns, int size) {
     if (size == 32) by_wgmma<BFLOAT16, 32>(a, b, place, wgmma_d, columns);
     if (size == 64) by_wgmma<BFLOAT16, 64>(a, b, place, wgmma_d, columns);
-    if (size == 96) by_wgmma<BFLOAT16, 96>(a, b, place, wgmma_d, columns);
+    if (size == 72) by_wgmma<BFLOAT16, 72>(a, b, place, wgmma_d, columns);
     if (size == 128) by_wgmma<BFLOAT16, 128>(a, b, place, wgmma_d, columns);
-    if (size == 192) by_wgmma<BFLOAT16, 192>(a, b, place, wgmma_d, columns);
     by_mma<BFLOAT16>(a, b, mma_d, columns, size);
 }
 
