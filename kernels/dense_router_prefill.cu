@@ -2,10 +2,10 @@
 // From hidden states to experts in one launch, for many tokens; sm_90 alone.
 //
 // A cluster of CLUSTER_PARTS * CLUSTER_TILES blocks computes the logits of a tile of tokens for its tiles of experts:
-// see gate/gemm_wgmma.cuh. They go to global memory, as the partial sums of one split. Each block of the cluster routes
-// TOKENS tokens of the tile, if the cluster has all experts; otherwise there is a counter for these tokens, and the last
-// of the TILES blocks that have logits of them does. Sums have the order of dense_router_decode.cu with INVARIANT, and
-// are the same to the bit.
+// see gate/gemm_wgmma.cuh. Each block of the cluster routes TOKENS tokens of the tile. If the cluster does not have all
+// experts, logits go to global memory, as the partial sums of one split; there is a counter for these tokens, and the last
+// of the TILES blocks that have logits of them routes. Sums have the order of dense_router_decode.cu with INVARIANT, and
+// are the same to the bit. x and the gate are read by their tensor maps alone.
 #include "device/last_block.cuh"
 #include "device/num_valid.cuh"
 #include "gate/gemm_wgmma.cuh"
@@ -13,6 +13,7 @@
 
 using namespace wgmma_gemm;
 
+constexpr bool ALL_TILES = CLUSTER_TILES == TILES;  // of experts, in a cluster
 static_assert(SUMS_BYTES + 4 * SCORE_FLOATS <= SHARED_BYTES, "scores follow the sums in place of stages");
 static_assert(STAGES == 0 || (SPLITS == 1 && ROUTED == TOKENS), "the cluster adds the sums of all parts");
 
@@ -57,7 +58,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER_PARTS* CLUSTER_TILES, 1, 1) 
     }
     constexpr int WORDS = EXPERTS_PER_BLOCK / 4;
     float* logits = partials + static_cast<int64_t>(first_token) * COLUMNS;
-    if (CLUSTER_TILES != TILES) {
+    if (!ALL_TILES) {
         for (int i = threadIdx.x; i < count * WORDS; i += THREADS) {
             const int token = i / WORDS, expert = i % WORDS * 4;
             *reinterpret_cast<float4*>(logits + token * COLUMNS + first_expert + expert) =
@@ -78,7 +79,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER_PARTS* CLUSTER_TILES, 1, 1) 
     float* scores = reinterpret_cast<float*>(shared + SUMS_BYTES);
     const int warp = threadIdx.x / 32;
     int id = given_id_of(warp);  // in flight while scores are gathered
-    if (CLUSTER_TILES == TILES) {
+    if (ALL_TILES) {
         const auto of_cluster = [&](int token, int expert) {
             const float4 sums = read_logits(shared, rank, first_routed + token, expert);
             return Floats<4>{{sums.x, sums.y, sums.z, sums.w}};

@@ -134,8 +134,7 @@ class Tiling:
         """Return whether there are enough stages, and sums and then scores fit where they were."""
         sets = INVARIANT_PARTS // self.cluster_parts if self.cluster_parts > 1 else 1
         sums = sets * self.cluster * self.tokens * (self.experts_per_block + 4)
-        rows = self.warps if self.cluster_tiles == self.tiles(num_experts) else self.tokens
-        scores = rows * 128 * -(-num_experts // 128)
+        scores = self.tokens * 128 * -(-num_experts // 128)
         return self.stages >= 2 and 4 * (sums + scores) <= self.stages * self.stage_bytes + self.parked_bytes
 
 

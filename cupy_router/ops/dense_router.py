@@ -218,7 +218,8 @@ def dense_router(
         replicas, replica_counts, replica_offset, num_physical: physical experts in place of experts, as for
             :func:`activation_topk`.
         path: "decode" is one fused launch, for at most 64 tokens, top_k 32 and 1024 experts. "prefill" is cuBLAS and a
-            second kernel, for any size. None chooses by size.
+            second kernel, for any size. None chooses what is fastest for the size; on Hopper, that is one launch for
+            some hundred tokens, too.
         return_logits: whether to return the logits, too: of all experts, with logit_bias, before all other steps. They
             cost no further launch.
         logits_dtype: their dtype, "float32", "float16" or "bfloat16". Experts are chosen by those in float32.

@@ -87,8 +87,8 @@ class Decode(Family):
     invariant_loads_in_flight: int
     # For more tokens, in groups: (up to this many tokens, tokens of a group, experts of a block, experts of a warp).
     invariant_groups: tuple[tuple[int, int, int, int], ...]
-    # Or in clusters, fastest first: (tokens of a tile, most experts of a block, warpgroups that divide the tokens, blocks
-    # of a cluster that divide hidden). The first whose clusters all run at the same time is chosen.
+    # Or in clusters, fastest first: (tokens of a tile, most experts of a block, warpgroups that divide the tokens,
+    # blocks of a cluster that divide hidden). The first whose clusters all run at the same time is chosen.
     clusters: tuple[tuple[int, int, int, int], ...]
     clusters_at_once: tuple[int, ...]  # of 1, 2, ... 8 blocks, of which a multiprocessor holds one
     # (bytes of the gate up to here, tokens up to which the fastest of these is faster than cuBLAS and a second launch).

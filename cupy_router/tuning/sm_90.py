@@ -76,17 +76,15 @@ TABLE = Table(
         invariant_groups=((512, 16, 64, 16), (2048, 32, 64, 16), (2**31, 64, 64, 16)),
         # The less a cluster does, the sooner it ends; those that start when others have ended take twice as long.
         clusters=(
-            (32, 64, 1, 8),
             (64, 64, 1, 8),
             (64, 128, 1, 8),
-            (64, 256, 1, 8),
             (72, 192, 1, 4),
             (72, 256, 1, 4),
             (64, 192, 1, 1),
             (128, 192, 1, 1),
         ),
         clusters_at_once=(132, 66, 39, 30, 15, 15, 15, 15),
-        fused=((3 << 20, 1080),),
+        fused=((3 << 20, 448),),
         max_partial_bytes=32 * 2**20,
         # A warp multiplies two experts over its whole part of hidden.
         fma=DecodeFma(

@@ -56,10 +56,6 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
 #define WGMMA_NAMES_48 WGMMA_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_NAMES_56 WGMMA_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define WGMMA_NAMES_64 WGMMA_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_NAMES_72 WGMMA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define WGMMA_NAMES_80 WGMMA_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_NAMES_88 WGMMA_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define WGMMA_NAMES_96 WGMMA_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define WGMMA_D_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
 #define WGMMA_D_16 \
     WGMMA_D_8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
@@ -76,14 +72,6 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
     WGMMA_D_48, "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
 #define WGMMA_D_64 \
     WGMMA_D_56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define WGMMA_D_72 \
-    WGMMA_D_64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
-#define WGMMA_D_80 \
-    WGMMA_D_72, "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
-#define WGMMA_D_88 \
-    WGMMA_D_80, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
-#define WGMMA_D_96 \
-    WGMMA_D_88, "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 #define WGMMA(n, type, size, a_and_b)                                                                    \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" WGMMA_NAMES_##size \
                  "}, " a_and_b ", 1, 1, 1, 0, 0;"                                                        \
@@ -100,15 +88,11 @@ __device__ __forceinline__ void wgmma_finish(float (&d)[Size]) {
 // Start a product with N = 2 * Size.
 template <bool BFLOAT16, int Size>
 __device__ __forceinline__ void wgmma(float (&d)[Size], WgmmaOperand a, WgmmaOperand b) {
-    static_assert(Size == 8 || Size == 16 || Size == 32 || Size == 36 || Size == 48 || Size == 64 || Size == 96,
-                  "these have an instruction below");
-    WGMMA_OF_SIZE(16, 8, "%8, %9")
+    static_assert(Size == 16 || Size == 32 || Size == 36 || Size == 64, "these have an instruction below");
     WGMMA_OF_SIZE(32, 16, "%16, %17")
     WGMMA_OF_SIZE(64, 32, "%32, %33")
     WGMMA_OF_SIZE(72, 36, "%36, %37")
-    WGMMA_OF_SIZE(96, 48, "%48, %49")
     WGMMA_OF_SIZE(128, 64, "%64, %65")
-    WGMMA_OF_SIZE(192, 96, "%96, %97")
 }
 
 #undef WGMMA_OF_SIZE

@@ -94,9 +94,8 @@ __device__ __forceinline__ void gather_scores(const float* partials, int first, 
         }
         return parts[0];
     };
-    score_tokens<N, 2>(read_logits, count, logit_bias, numbers, scores, [&](int token, int expert, float logit) {
-        keep_logit(first + token, expert, logit);
-    });
+    score_tokens<N, 2>(read_logits, count, logit_bias, numbers, scores,
+                       [&](int token, int expert, float logit) { keep_logit(first + token, expert, logit); });
 }
 
 struct Results {

@@ -15,7 +15,7 @@ from cupy_router import compiler
 from tests.simt.sources import source
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-SIZES = (32, 64, 96, 128, 192)
+SIZES = (32, 64, 72, 128)
 COLUMNS = (16, 64, 256, 448, 7168)
 
 
