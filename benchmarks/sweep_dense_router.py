@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dense_router's decode kernel in many tilings: GPU time of each, checked against the first; for choosing among them.
+"""dense_router's fused kernels in many tilings: GPU time of each, checked against the reference; to choose among them.
+
+Up to 64 tokens that is the kernel of the decode path, beyond them the one of batch-invariant calls on Hopper, beside
+cuBLAS with a second launch.
 
 python -m benchmarks.sweep_dense_router [--tokens 1 4 16 64] [--variants 20]
+python -m benchmarks.sweep_dense_router --tokens 128 256 512 1024 2048 4096 8192
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -20,11 +26,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import harness
-from cupy_router import RoutingMethod, compiler, presets
+from cupy_router import Routing, RoutingMethod, compiler, dense_router, presets
 from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._dense_decode import Tiling
 from cupy_router.reference import dense_router as reference
+from cupy_router.tensor_map import Maps, Matrix, encode
 from cupy_router.tuning import gpu_of
 
 SHAPES = {"deepseek-v4-flash": 4096, "deepseek-v4-pro": 7168}
@@ -50,7 +57,9 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
 
 def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[Tiling]:
     """The chosen tiling, those of 8 and 16 tokens, which need fewer kernels for all numbers, FMA for few tokens, and by
-    estimate the best with up to two blocks a multiprocessor."""
+    estimate the best with up to two blocks a multiprocessor. For more tokens, all whose clusters run at once."""
+    if num_tokens > decode.MAX_TOKENS:
+        return [tiling for tiling, at_once in _clusters(num_experts, hidden) if num_tokens <= at_once]
     chosen = decode.choose(GPU, num_tokens, num_experts, hidden, DTYPE, DTYPE)
     found = [chosen]
     for tokens in (8, 16):
@@ -90,12 +99,21 @@ def _candidates(num_tokens: int, num_experts: int) -> Iterator[Tiling]:
                                 yield tiling
 
 
+def _clusters(num_experts: int, hidden: int) -> list[tuple[Tiling, int]]:
+    """Tilings of the kernel for many tokens, and the most tokens for which all clusters run at once."""
+    shapes = itertools.product((32, 64, 72, 128), (64, 128, 192, 256), (1, 2), (8, 4, 2, 1))
+    table = replace(GPU.table.decode, clusters=tuple(shapes))
+    found = dict(decode.clusters(GPU, table, num_experts, hidden, 1))
+    return [pair for pair in found.items() if pair[0].token_rows // pair[0].token_warpgroups in (32, 64, 72, 128)]
+
+
 def compiled(method: RoutingMethod, num_tokens: int, hidden: int, tiling: Tiling) -> Any:
     """The plan and its function; also run by other processes, which leave the machine code in CuPy's disk cache."""
     plan = decode.launch_for(
-        GPU, method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, dense=True, given=["bias"], tiling=tiling
-    )
-    return plan, compiler.compile(decode.FILE, decode.FUNCTION, plan.macros, ("cuda", 0))
+        GPU, method, DTYPE, DTYPE, num_tokens, hidden, aligned=True, dense=True, given=["bias"], tiling=tiling,
+        batch_invariant=tiling.stages > 0,
+    )  # fmt: skip
+    return plan, compiler.compile(plan.file, plan.file, plan.macros, ("cuda", 0))
 
 
 def _compile_only(job: tuple[RoutingMethod, int, int, Tiling]) -> None:
@@ -123,7 +141,7 @@ class Case:
         self.weights = harness.cold_inputs(make, 2 * method.num_experts * hidden)
         self.bias = cupy.random.standard_normal(method.num_experts, dtype=cupy.float32)
         self.out = tuple(cupy.zeros((num_tokens, method.top_k), dtype) for dtype in (cupy.float32, cupy.int32))
-        self.counters = cupy.zeros(decode.COUNTERS, cupy.uint32)
+        self.counters = cupy.zeros(decode.GROUP_COUNTERS, cupy.uint32)
         x, weight = to_host(self.x), to_host(self.weights[0])
         self.want = reference.dense_router(x, weight, method, self.bias.get())
 
@@ -132,18 +150,33 @@ class Case:
         self.counters.fill(0)  # whatever the variant before did
         k = self.method.top_k
         fixed = decode.fixed_arguments(self.method, self.num_tokens, self.hidden, self.hidden, k, k)
-        launch = Launch(function, plan.grid, plan.block, decode.VARYING, fixed)
+        maps = decode.MAPS if any(plan.tile_rows) else ()
+        launch = Launch(function, plan.grid, plan.block, (*decode.VARYING, *maps), fixed, plan.shared_bytes)
+        map_of = [
+            Maps(encode, Matrix(rows, self.hidden, 2 * self.hidden, of_tile))
+            for rows, of_tile in zip((self.num_tokens, self.method.num_experts), plan.tile_rows, strict=True)
+        ]
         arrays = {"x": self.x, "bias": self.bias, "weights": self.out[0], "indices": self.out[1]}
         arrays |= {"counters": self.counters, "partials": cupy.empty(plan.partials, cupy.float32)}
 
         def call(i: int, weights: Any) -> None:
             given = arrays | {"weight": weights[i % len(weights)]}
             pointers = [given[name].data.ptr if name in given else 0 for name in decode.VARYING[:-1]]
-            launch(cupy.cuda.get_current_stream().ptr, [*pointers, -1])
+            tiles = [of(given[name].data.ptr) for of, name in zip(map_of, ("x", "weight"), strict=True) if maps]
+            launch(cupy.cuda.get_current_stream().ptr, [*pointers, -1, *tiles])
 
         warm, spread = harness.graph_microseconds(lambda i: call(i, self.weights[:1]))
         cold, _ = harness.graph_microseconds(lambda i: call(i, self.weights), calls=max(50, len(self.weights)))
         return {"us": warm, "cold": cold, "spread": spread, "blocks": plan.grid, "ok": self._check(call)}
+
+    def by_cublas(self) -> float:
+        """Microseconds of cuBLAS with a second launch."""
+        out = Routing(*self.out)
+
+        def call(_: int) -> None:
+            dense_router(self.x, self.weights[0], self.method, bias=self.bias, path="prefill", out=out)
+
+        return harness.graph_microseconds(call)[0]
 
     def _check(self, call: Any) -> str:
         for array in self.out:
@@ -158,6 +191,14 @@ class Case:
         same = indices == self.want[1]
         error = np.max(np.abs(weights - self.want[0])[same] / self.want[0][same], initial=0)
         return f"{'' if repeatable else 'NOT REPEATABLE '}{wrong} rows differ, weights {error:.0e}"
+
+
+def product(tiling: Tiling) -> str:
+    """How a tiling multiplies."""
+    if not tiling.stages:
+        return "mma" if tiling.tensor_cores else "fma"
+    along = f"{tiling.cluster_parts} parts of hidden, {tiling.cluster_tiles} tiles of experts in a cluster"
+    return f"wgmma, {tiling.token_warpgroups} along tokens, {along}, {tiling.stages} stages of {tiling.stage_columns}"
 
 
 def main() -> None:
@@ -182,6 +223,8 @@ def main() -> None:
             case = Case(method, n, hidden)
             rows = []
             print(f"\nE {method.num_experts}  H {hidden}  n {n}   (> marks the tiling that is used)")
+            if n > decode.MAX_TOKENS:
+                print(f"cuBLAS and a second launch: {case.by_cublas():.2f}")
             print("    warm   cold spread blocks   est tokens  parts experts/block /warp warps share  product")
         t, mark = tiling, ">" if not rows else " "
         try:
@@ -190,7 +233,7 @@ def main() -> None:
             text = (
                 f"{mark} {m['us']:6.2f} {m['cold']:6.2f} {m['spread']:6.2f} {m['blocks']:6} {estimate:5.2f}"
                 f" {t.tokens:6} {t.parts:6} {t.experts_per_block:13} {t.experts_per_warp:5} {t.warps:5} {t.share:5}"
-                f"  {'mma' if t.tensor_cores else 'fma'}  {m['ok']}"
+                f"  {product(t)}  {m['ok']}"
             )
             rows.append((m["us"], text))
         except Exception as error:  # one variant that does not run is no reason to lose the others

@@ -100,7 +100,7 @@ def test_tokens_do_not_depend_on_their_batch(kind: str, name: str, backend: Back
 
 @pytest.mark.many_kernels
 @pytest.mark.parametrize("dtypes", [("float16", ""), ("float32", ""), ("bfloat16", "float32")], ids="-".join)
-@pytest.mark.parametrize("hidden", [1, 33, 520, 1031])
+@pytest.mark.parametrize("hidden", [1, 33, 40, 520, 1031])
 def test_dtypes_and_sizes_of_hidden(dtypes: tuple[str, str], hidden: int, backend: Backend) -> None:
     problem = Problem("dense", METHODS["sqrtsoftplus"], 100, hidden, *dtypes)
     whole = problem(backend, return_logits=True)

@@ -20,6 +20,7 @@ from cupy_router.ops._cached import NUMBER
 from cupy_router.ops._method import method_arguments, method_macros
 from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
+from cupy_router.tuning.schema import Decode
 
 FILE = FUNCTION = "dense_router_decode"
 PREFILL = "dense_router_prefill"
@@ -328,11 +329,15 @@ def _groups(gpu: Gpu, num_tokens: int) -> Tiling:
 
 @cache
 def _clusters(gpu: Gpu, num_experts: int, hidden: int, num_biases: int) -> list[tuple[Tiling, int]]:
+    return clusters(gpu, gpu.table.decode, num_experts, hidden, num_biases)
+
+
+def clusters(gpu: Gpu, table: Decode, num_experts: int, hidden: int, num_biases: int) -> list[tuple[Tiling, int]]:
     """Return tilings of the kernel for many tokens, the fastest first.
 
     With each, the most tokens for which all its clusters run at once.
     """
-    table, found = gpu.table.decode, []
+    found = []
     for shape in table.clusters:
         tiling = _cluster_tiling(gpu, num_experts, hidden, *shape, num_biases)
         at_once = table.clusters_at_once[tiling.cluster - 1] * gpu.multiprocessors // gpu.table.multiprocessors
