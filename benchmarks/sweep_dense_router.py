@@ -28,8 +28,9 @@ import numpy as np
 from benchmarks import harness
 from cupy_router import Routing, RoutingMethod, compiler, dense_router, presets
 from cupy_router.launcher import Launch
+from cupy_router.ops import _dense_clusters as clusters
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops._dense_decode import Tiling
+from cupy_router.ops._dense_tiling import Tiling
 from cupy_router.reference import dense_router as reference
 from cupy_router.tensor_map import Maps, Matrix, encode
 from cupy_router.tuning import gpu_of
@@ -103,7 +104,7 @@ def _clusters(num_experts: int, hidden: int) -> list[tuple[Tiling, int]]:
     """Tilings of the kernel for many tokens, and the most tokens for which all clusters run at once."""
     shapes = itertools.product((32, 64, 72, 128), (64, 128, 192, 256), (1, 2), (8, 4, 2, 1))
     table = replace(GPU.table.decode, clusters=tuple(shapes))
-    found = dict(decode.clusters(GPU, table, num_experts, hidden, 1))
+    found = dict(clusters.tilings(GPU, table, num_experts, hidden, 1))
     return [pair for pair in found.items() if pair[0].token_rows // pair[0].token_warpgroups in (32, 64, 72, 128)]
 
 

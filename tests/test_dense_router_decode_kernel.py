@@ -18,7 +18,7 @@ from cupy_router import RoutingMethod, compiler
 from cupy_router.arrays import framework_of
 from cupy_router.launcher import Launch
 from cupy_router.ops import _dense_decode as decode
-from cupy_router.ops._dense_decode import Tiling
+from cupy_router.ops._dense_tiling import Tiling
 from cupy_router.reference.activation_topk import activation_topk
 from cupy_router.tuning import gpu_of
 from tests import compare, inputs, oracle

@@ -26,21 +26,14 @@ MODULES = [path for path in SOURCES if path.is_relative_to(PACKAGE) and path.suf
 # How a Router calls hash_router, and gradients that are kernels of the op and of its inverse, are not public.
 OPS = sorted(registry.OPS.keys() - {"hash_layer", "permute_backward", "unpermute_backward"})
 
+NOTHING = """_hooks watch unique_keys declarations kernel_cache kernel_log kernel_plan thread_locale relaxed
+compiler_options checkpoint huggingface_families results typing method_fields"""
 # Module or folder of the package -> those that it may import; `results` only names the outputs.
 MAY_IMPORT = {
-    "_hooks": set(),
-    "watch": set(),
-    "unique_keys": set(),
-    "declarations": set(),
-    "kernel_cache": set(),
-    "kernel_build": set(),
-    "kernel_log": set(),
-    "kernel_plan": set(),
+    **{name: set[str]() for name in NOTHING.split()},
+    "kernel_build": {"tensor_map"},
     "kernel_dump": {"kernel_log", "nvrtc", "thread_locale"},
-    "thread_locale": set(),
-    "relaxed": set(),
     "tensor_map": {"relaxed"},
-    "compiler_options": set(),
     "compiler": {
         "compiler_options",
         "declarations",
@@ -54,11 +47,8 @@ MAY_IMPORT = {
         "thread_locale",
         "watch",
     },
-    "checkpoint": set(),
     "huggingface": {"method"},
     "huggingface_configs": {"huggingface_families"},
-    "huggingface_families": set(),
-    "results": set(),
     "nvrtc": {"declarations", "thread_locale"},
     "simt": {"compiler", "tensor_map"},
     "check": {
@@ -76,11 +66,9 @@ MAY_IMPORT = {
         "simt",
         "tuning",
     },
-    "typing": set(),
     "score_function": {"declarations", "nvrtc", "unique_keys"},
     "score_comparison": {"compiler", "method", "method_fields", "ops", "reference", "score_function"},
     "method": {"_hooks", "huggingface_configs", "method_fields", "score_function", "typing"},
-    "method_fields": set(),
     "launcher": {"compiler", "declarations"},
     "scratch": {"compiler", "relaxed"},
     "tuning": {"compiler"},

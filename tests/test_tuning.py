@@ -17,7 +17,14 @@ import pytest
 
 from cupy_router import RoutingMethod, compiler, dense_router, topk_select, tuning
 from cupy_router.cli import info
-from cupy_router.ops import _cached, _dense_decode, _expert_layout_launch, _row_lanes, _topk_select_long
+from cupy_router.ops import (
+    _cached,
+    _dense_clusters,
+    _dense_decode,
+    _expert_layout_launch,
+    _row_lanes,
+    _topk_select_long,
+)
 from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
 from cupy_router.ops.activation_topk import interleaved_lanes
@@ -155,7 +162,7 @@ def test_decode_has_a_block_for_each_multiprocessor() -> None:
 def test_clusters_for_many_tokens_run_at_once(gpu: Gpu, num_experts: int) -> None:
     for hidden, num_biases in ((40, 1), (4096, 16), (7168, 2)):
         of = num_experts, hidden, "bfloat16", "bfloat16"
-        tilings = _dense_decode._clusters(gpu, num_experts, hidden, num_biases)
+        tilings = _dense_clusters.of_many(gpu, num_experts, hidden, num_biases)
         missing = len(gpu.table.decode.clusters) - len(tilings)  # those that do not fit into shared memory
         assert missing == (num_experts in (160, 1024))
         rows = _dense_decode.invariant_rows(gpu, *of, aligned=True, num_biases=num_biases)
@@ -172,12 +179,12 @@ def test_clusters_for_many_tokens_run_at_once(gpu: Gpu, num_experts: int) -> Non
             assert tiling.cluster_tiles == tiling.tiles(num_experts) or tiling.groups(n) <= _dense_decode.COUNTERS
             chosen.append([each for each, _ in tilings].index(tiling))
         assert chosen == sorted(chosen), "more tokens never take a faster shape"
-    assert not _dense_decode.by_clusters(gpu, "bfloat16", "bfloat16", aligned=False)
-    assert not _dense_decode.by_clusters(gpu, "float32", "float32", aligned=True)
+    assert not _dense_clusters.by_clusters(gpu, "bfloat16", "bfloat16", aligned=False)
+    assert not _dense_clusters.by_clusters(gpu, "float32", "float32", aligned=True)
     older = replace(gpu, nvrtc=(12, 8))  # which does not compile it beside CuPy's architecture
-    assert not _dense_decode.by_clusters(older, "bfloat16", "bfloat16", aligned=True)
-    assert _dense_decode.by_clusters(gpu, "bfloat16", "bfloat16", aligned=True)
-    assert not _dense_decode.by_clusters(replace(gpu, capability=(10, 0)), "bfloat16", "bfloat16", aligned=True)
+    assert not _dense_clusters.by_clusters(older, "bfloat16", "bfloat16", aligned=True)
+    assert _dense_clusters.by_clusters(gpu, "bfloat16", "bfloat16", aligned=True)
+    assert not _dense_clusters.by_clusters(replace(gpu, capability=(10, 0)), "bfloat16", "bfloat16", aligned=True)
 
 
 def test_long_rows_are_split_over_the_multiprocessors_of_the_gpu() -> None:

@@ -8,19 +8,18 @@ scratch memory (counters, partials) and `num_valid_value`, and then those of :fu
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from cupy_router.compiler_options import SEVERAL_ARCHITECTURES
 from cupy_router.method import RoutingMethod
+from cupy_router.ops import _dense_clusters as clusters
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import NUMBER
+from cupy_router.ops._dense_tiling import INVARIANT_PARTS, INVARIANT_WARP_PARTS, Tiling
 from cupy_router.ops._method import method_arguments, method_macros
 from cupy_router.ops._routed import LOGITS, ROUTING
 from cupy_router.tuning import Gpu
-from cupy_router.tuning.schema import Decode
 
 FILE = FUNCTION = "dense_router_decode"
 PREFILL = "dense_router_prefill"
@@ -37,17 +36,7 @@ MAX_TOKENS, MAX_EXPERTS, MAX_K = 64, row_lanes.MAX_COLUMNS, row_lanes.MAX_LANES
 # launch start at the same offset.
 COUNTERS, GROUP_COUNTERS = 128, 1024
 
-# The parts of hidden in calls that are batch-invariant, of blocks, and of the warps of a block. Their sums are added in
-# order, first those of a block's warps. Any change changes the bits of results.
-INVARIANT_PARTS, INVARIANT_WARP_PARTS = 8, 2
-
-CLUSTER, WARPGROUP_EXPERTS = 8, 64  # in the kernel for many tokens: blocks of a cluster, experts of a warpgroup
-_ONLY_ON = (9, 0)  # the compute capability that has its instructions
-
-_BIAS_FLOATS = 2048  # in shared memory; several biases of more stay where they are
 _SHARED_BYTES = 46 * 1024  # static; the rest is for the last-block reduction
-_LEAST_WARPS = 16  # of its blocks, so that enough of them route
-_MAX_STAGES, _MIN_WIDE_STAGES, _ALIGNMENT = 7, 4, 1024  # of the ring in shared memory
 
 
 class DecodeLaunch(NamedTuple):
@@ -61,82 +50,6 @@ class DecodeLaunch(NamedTuple):
     partials: int  # floats, uninitialised, aligned to 16 bytes
     shared_bytes: int = 0
     tile_rows: tuple[int, int] = (0, 0)  # of x and of the gate, that one copy has; 0: they are not copied by tiles
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Tiling of the gate GEMM: see the constants of the same names in the kernel (`parts`: SPLITS).
-
-    warps_along_tokens: warps that divide the tokens of a block.
-    in_flight: loads of a thread before their first use; 0: the default of the kernel.
-    stages: of the kernel for many tokens, which has clusters of blocks; 0: that for few.
-    cluster_parts, cluster_tiles: how a cluster divides hidden and experts.
-    """
-
-    tokens: int
-    parts: int
-    experts_per_block: int
-    experts_per_warp: int
-    warps: int
-    share: int = 0
-    at_once: int = 0
-    tensor_cores: bool = True
-    invariant: bool = False
-    warps_along_tokens: int = 1
-    in_flight: int = 0
-    stages: int = 0
-    stage_columns: int = 64
-    token_warpgroups: int = 1
-    cluster_parts: int = 1
-    cluster_tiles: int = 1
-
-    @property
-    def cluster(self) -> int:
-        return self.cluster_parts * self.cluster_tiles
-
-    def groups(self, num_tokens: int) -> int:
-        return -(-num_tokens // (self.cluster * self.tokens)) * self.cluster
-
-    def tiles(self, num_experts: int) -> int:
-        return -(-num_experts // self.experts_per_block)
-
-    def shared_bytes(self, num_experts: int, num_biases: int = 1) -> int:
-        layers = self.warps * self.experts_per_warp // (self.experts_per_block * self.warps_along_tokens)
-        row = 128 * -(-num_experts // 128)
-        routed = self.share or self.at_once or self.tokens
-        biases = num_biases * row if num_biases * row <= _BIAS_FLOATS else 0
-        floats = max(layers * self.tokens * (self.experts_per_block + 4), routed * row)
-        return 4 * (biases if self.stages else floats + biases)
-
-    @property
-    def token_rows(self) -> int:
-        return 8 * -(-self.cluster * self.tokens // 8)
-
-    @property
-    def tile_rows(self) -> tuple[int, int]:
-        """Return the rows of x and of the gate that a block copies at once."""
-        return self.token_rows, self.experts_per_block
-
-    @property
-    def stage_bytes(self) -> int:
-        return 2 * self.stage_columns * (self.token_rows + self.experts_per_block)
-
-    @property
-    def parked_bytes(self) -> int:
-        """Return the bytes of sums for which registers are too few: see gate/gemm_wgmma.cuh."""
-        warpgroups = self.experts_per_block // WARPGROUP_EXPERTS * self.token_warpgroups  # that multiply
-        sums = self.token_rows // self.token_warpgroups // 2
-        registers = min(512 // (self.warps // 4) // 8 * 8, 248)  # of a thread
-        left = registers * (self.warps // 4) - 24 * (self.warps // 4 - warpgroups)
-        parks = self.cluster_parts == 1 and 3 * sums + 32 > max(registers, min(left // warpgroups // 8 * 8, 240))
-        return 512 * warpgroups * sums if parks else 0
-
-    def fits_ring(self, num_experts: int) -> bool:
-        """Return whether there are enough stages, and sums and then scores fit where they were."""
-        sets = INVARIANT_PARTS // self.cluster_parts if self.cluster_parts > 1 else 1
-        sums = sets * self.cluster * self.tokens * (self.experts_per_block + 4)
-        scores = self.tokens * 128 * -(-num_experts // 128)
-        return self.stages >= 2 and 4 * (sums + scores) <= self.stages * self.stage_bytes + self.parked_bytes
 
 
 def launch_for(
@@ -212,7 +125,7 @@ def launch_for(
     launch = DecodeLaunch(FILE, macros, blocks, 32 * tiling.warps, COUNTERS, partials)
     if not tiling.stages:
         return launch
-    shared_bytes = tiling.stages * tiling.stage_bytes + tiling.parked_bytes + _ALIGNMENT
+    shared_bytes = tiling.stages * tiling.stage_bytes + tiling.parked_bytes + clusters.ALIGNMENT
     return launch._replace(file=PREFILL, shared_bytes=shared_bytes, tile_rows=tiling.tile_rows)
 
 
@@ -241,11 +154,6 @@ def fixed_arguments(
     }
 
 
-def tensor_cores(x_dtype: str, weight_dtype: str) -> bool:
-    """Return whether the kernel uses tensor cores: for 16-bit floats of one dtype. Others use float32 FMA."""
-    return x_dtype == weight_dtype != "float32"
-
-
 def choose(
     gpu: Gpu,
     num_tokens: int,
@@ -259,16 +167,20 @@ def choose(
     aligned: bool = False,
 ) -> Tiling:
     """Return the tiling for a shape. With tensor cores, only the next power of two of num_tokens matters."""
-    if not tensor_cores(x_dtype, weight_dtype):
+    if not clusters.tensor_cores(x_dtype, weight_dtype):
         return _fma(gpu, num_tokens, num_experts, hidden, batch_invariant)
     table = gpu.table.decode
     if num_tokens > MAX_TOKENS:  # in a call that is batch-invariant
-        if not by_clusters(gpu, x_dtype, weight_dtype, aligned):
+        if not clusters.by_clusters(gpu, x_dtype, weight_dtype, aligned):
             return _groups(gpu, num_tokens)
-        tilings = _clusters(gpu, num_experts, hidden, num_biases)
+        tilings = clusters.of_many(gpu, num_experts, hidden, num_biases)
         return next((tiling for tiling, most in tilings if num_tokens <= most), tilings[-1][0])
     tokens = next(tokens for tokens in (1, 2, 4, 8, 16, 32, 64) if tokens >= num_tokens)
     if batch_invariant:
+        if not with_layout and clusters.by_clusters(gpu, x_dtype, weight_dtype, aligned):
+            tiling, at_once = clusters.of_few(gpu, num_experts, hidden, num_biases)
+            if table.min_tokens_in_cluster <= num_tokens <= at_once:
+                return tiling
         return _invariant(gpu, tokens, num_experts, with_layout, num_biases)
     tokens = 8 if tokens == 4 else tokens  # a kernel more would save nothing
     tile = next((tile for tile in table.tiles if tokens <= tile.max_tokens), table.tiles[-1])
@@ -302,18 +214,12 @@ def _invariant(gpu: Gpu, tokens: int, num_experts: int, with_layout: bool, num_b
     return tiling if fits else replace(tiling, share=1)
 
 
-def by_clusters(gpu: Gpu, x_dtype: str, weight_dtype: str, aligned: bool) -> bool:
-    """Return whether a call that is batch-invariant uses the kernel for many tokens for more than MAX_TOKENS."""
-    runs = gpu.capability == _ONLY_ON and gpu.nvrtc >= SEVERAL_ARCHITECTURES
-    return runs and aligned and tensor_cores(x_dtype, weight_dtype)
-
-
 def invariant_rows(
     gpu: Gpu, num_experts: int, hidden: int, x_dtype: str, weight_dtype: str, aligned: bool, num_biases: int
 ) -> int:
     """Return the most tokens of a launch of a call that is batch-invariant."""
-    if by_clusters(gpu, x_dtype, weight_dtype, aligned):
-        return max(MAX_TOKENS, _clusters(gpu, num_experts, hidden, num_biases)[-1][1])
+    if clusters.by_clusters(gpu, x_dtype, weight_dtype, aligned):
+        return max(MAX_TOKENS, *(most for _, most in clusters.of_many(gpu, num_experts, hidden, num_biases)))
     token_bytes = 4 * INVARIANT_PARTS * 64 * -(-num_experts // 64)
     most = min(gpu.table.decode.max_partial_bytes // token_bytes, gpu.table.decode.fma.max_tokens * GROUP_COUNTERS)
     return max(1, most // MAX_TOKENS) * MAX_TOKENS  # whole groups
@@ -325,60 +231,6 @@ def _groups(gpu: Gpu, num_tokens: int) -> Tiling:
     tokens, experts, of_warp = next(shape for most, *shape in shapes if num_tokens <= most)
     warps = INVARIANT_WARP_PARTS * experts // of_warp
     return Tiling(tokens, INVARIANT_PARTS, experts, of_warp, warps, at_once=min(tokens, warps), invariant=True)
-
-
-@cache
-def _clusters(gpu: Gpu, num_experts: int, hidden: int, num_biases: int) -> list[tuple[Tiling, int]]:
-    return clusters(gpu, gpu.table.decode, num_experts, hidden, num_biases)
-
-
-def clusters(gpu: Gpu, table: Decode, num_experts: int, hidden: int, num_biases: int) -> list[tuple[Tiling, int]]:
-    """Return tilings of the kernel for many tokens, the fastest first.
-
-    With each, the most tokens for which all its clusters run at once.
-    """
-    found = []
-    for shape in table.clusters:
-        tiling = _cluster_tiling(gpu, num_experts, hidden, *shape, num_biases)
-        at_once = table.clusters_at_once[tiling.cluster - 1] * gpu.multiprocessors // gpu.table.multiprocessors
-        tiles = at_once * tiling.cluster_tiles // tiling.tiles(num_experts)
-        if tiling.fits_ring(num_experts):
-            found.append((tiling, tiles * tiling.cluster * tiling.tokens))
-    return found
-
-
-def _cluster_tiling(
-    gpu: Gpu,
-    num_experts: int,
-    hidden: int,
-    tokens: int,
-    experts: int,
-    along_tokens: int,
-    cluster_parts: int,
-    num_biases: int,
-) -> Tiling:
-    """Return a tiling of the kernel for many tokens.
-
-    tokens: of a tile, at most.
-    experts: of a block, at most.
-    along_tokens: warpgroups that divide the tokens of a tile.
-    cluster_parts: blocks that divide hidden.
-    """
-    needed = -(-num_experts // -(-num_experts // experts))
-    along_experts = -(-needed // WARPGROUP_EXPERTS)  # warpgroups
-    experts = along_experts * WARPGROUP_EXPERTS
-    tiles = -(-num_experts // experts)
-    cluster_tiles = tiles if tiles * cluster_parts <= CLUSTER else 1
-    warps = max(4 * (along_experts * along_tokens + 1), _LEAST_WARPS)  # one warpgroup copies
-    routed = tokens // (cluster_parts * cluster_tiles)
-    tiling = Tiling(routed, 1, experts, experts, warps, stages=_MAX_STAGES, token_warpgroups=along_tokens,
-                    cluster_parts=cluster_parts, cluster_tiles=cluster_tiles)  # fmt: skip
-    static = tiling.shared_bytes(num_experts, num_biases) + 1024  # biases, their indices, and barriers
-    room = gpu.shared_bytes - _ALIGNMENT - static - tiling.parked_bytes
-    wide = replace(tiling, stage_columns=2 * tiling.stage_columns)  # half as many barriers, if few stages do
-    if hidden % (2 * INVARIANT_PARTS * wide.stage_columns) == 0 and room // wide.stage_bytes >= _MIN_WIDE_STAGES:
-        tiling = wide
-    return replace(tiling, stages=min(_MAX_STAGES, room // tiling.stage_bytes))
 
 
 def _fma(gpu: Gpu, num_tokens: int, num_experts: int, hidden: int, batch_invariant: bool) -> Tiling:

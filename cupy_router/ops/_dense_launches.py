@@ -15,6 +15,7 @@ from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import NUMBER, Kernel, Work, launch_with
 from cupy_router.ops._chunks import Chunks
 from cupy_router.ops._declared import Arrays
+from cupy_router.ops._dense_clusters import by_clusters
 from cupy_router.ops._dense_decode import COUNTERS
 from cupy_router.ops._given import TOKEN_IDS, given_macros
 from cupy_router.ops._layout import ARRAYS as LAYOUT_ARRAYS
@@ -44,7 +45,7 @@ def fuses(options: Any, arrays: Arrays, gpu: Gpu) -> bool:
     if options.path is not None or x.shape[0] > most or not fits_decode(options.method, gpu):
         return False
     invariant = replace(options, batch_invariant=True)
-    return decode.by_clusters(gpu, x.dtype, weight.dtype, _aligned(invariant, arrays)) and (
+    return by_clusters(gpu, x.dtype, weight.dtype, _aligned(invariant, arrays)) and (
         x.shape[0] <= _invariant_rows(invariant, arrays, gpu)
     )
 

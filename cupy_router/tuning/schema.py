@@ -90,6 +90,9 @@ class Decode(Family):
     # Or in clusters, fastest first: (tokens of a tile, most experts of a block, warpgroups that divide the tokens,
     # blocks of a cluster that divide hidden). The first whose clusters all run at the same time is chosen.
     clusters: tuple[tuple[int, int, int, int], ...]
+    # With more experts than one block for each multiprocessor can have, so many tokens take this one instead.
+    cluster_of_few: tuple[int, int, int, int]
+    min_tokens_in_cluster: int
     clusters_at_once: tuple[int, ...]  # of 1, 2, ... 8 blocks, of which a multiprocessor holds one
     # (bytes of the gate up to here, tokens up to which the fastest of these is faster than cuBLAS and a second launch).
     fused: tuple[tuple[int, int], ...]
