@@ -33,6 +33,16 @@ def results(num_tokens: int, method: RoutingMethod) -> Routing:
     return Routing(cupy.empty(shape, cupy.float32), cupy.empty(shape, cupy.int32))
 
 
+class Problem:
+    """A batch-invariant call of one size, with its inputs, for the counters of Nsight Compute."""
+
+    def __init__(self, num_experts: int, hidden: int, n: int) -> None:
+        method = RoutingMethod(num_experts, 8, score="sigmoid", renormalize=True)
+        x, weight = normal(n, hidden), normal(num_experts, hidden, scale=hidden**-0.5)
+        bias, out = cupy.random.standard_normal(num_experts, dtype=cupy.float32), results(n, method)
+        self.call = partial(dense_router, x, weight, method, bias=bias, batch_invariant=True, out=out)
+
+
 def timed(call: Callable[[int], Any], path: str, rotation: int = 1, by: str = OURS, **cell: Any) -> Row:
     return harness.gpu_row(call, {"op": "dense_router", "path": path} | cell, by, rotation=rotation)
 

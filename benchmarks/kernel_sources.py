@@ -42,7 +42,7 @@ MEASURED: dict[
     "fused_layout": ("activation_topk", "dense_router", "hash_router", "expert_layout", "fused_layout"),
     "given_experts": ("activation_topk", "dense_router", "given_experts"),
     "methods": ("activation_topk",),
-    "ncu": ("activation_topk", "topk_select"),
+    "ncu": ("activation_topk", "dense_router", "hash_router", "topk_select"),
     "permute": ("permute", "unpermute"),
     "several_biases": ("activation_topk", "dense_router", "hash_router"),
     "transformers": (

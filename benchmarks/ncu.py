@@ -28,6 +28,7 @@ METRICS = {  # name in the results -> ncu's name
     "registers": "launch__registers_per_thread",
     "blocks": "launch__grid_size",
     "threads_per_block": "launch__block_size",
+    "tensor_cores_active_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "warps_active_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "l2_bytes": "lts__t_bytes.sum",
     "dram_read_bytes": "dram__bytes_read.sum",
@@ -39,6 +40,9 @@ CELLS = {  # name -> module, arguments of its Problem, what ncu does to caches b
     "activation_topk E 256 n 8192 warm": ("activation_topk", (256, 6, 8192), "none"),
     "topk_select E 256 n 8192 cold": ("topk_select", (256, 8, 8192), "all"),
     "hash_router logits E 256 n 64 warm": ("hash_router", ("deepseek-v4-flash", "logits", 64), "none"),
+    "dense_router batch invariant E 256 n 1024 warm": ("dense_router", (256, 4096, 1024), "none"),
+    "dense_router batch invariant E 256 n 8192 warm": ("dense_router", (256, 4096, 8192), "none"),
+    "dense_router batch invariant E 384 n 8192 warm": ("dense_router", (384, 7168, 8192), "none"),
 }
 LAUNCHES = 3
 
@@ -47,11 +51,12 @@ def child(cell: str) -> None:
     """Run a cell; ncu profiles the launches between start and stop of the profiler."""
     import cupy
 
-    from benchmarks import bench_activation_topk, bench_hash_router, bench_topk_select
+    from benchmarks import bench_activation_topk, bench_dense_router, bench_hash_router, bench_topk_select
 
     op, arguments, _ = CELLS[cell]
     module = {
         "activation_topk": bench_activation_topk,
+        "dense_router": bench_dense_router,
         "topk_select": bench_topk_select,
         "hash_router": bench_hash_router,
     }[op]
