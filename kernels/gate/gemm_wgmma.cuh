@@ -128,7 +128,7 @@ struct Multiplier {
     int gate_byte, x_byte;           // of its rows in a tile
     Mbarrier* multiplied = nullptr;  // of the place whose products may still run
 
-    // Start the products of a part, into sums that were zero.
+    // Start the products of a part, as sums from zero.
     __device__ __forceinline__ void start(float (&sums)[SUMS], int part) {
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
