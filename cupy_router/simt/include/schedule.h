@@ -66,7 +66,9 @@ SIMT_RUNTIME static bool run_block(Block& block, std::vector<unsigned>& order) {
         if (launch->schedule >= Schedule::kShuffled) shuffle(order);
         for (unsigned entry : order) {
             const bool whole_warp = launch->schedule == Schedule::kRunAhead;  // an entry is a warp
-            const unsigned end = whole_warp && entry + 32 < block.size ? entry + 32 : whole_warp ? block.size : entry + 1;
+            const unsigned end = whole_warp && entry + 32 < block.size ? entry + 32
+                                 : whole_warp                          ? block.size
+                                                                       : entry + 1;
             for (bool more = true; more;) {
                 more = false;
                 for (unsigned i = entry; i < end; ++i) {
