@@ -66,9 +66,7 @@ SIMT_RUNTIME static bool run_block(Block& block, std::vector<unsigned>& order) {
         if (launch->schedule >= Schedule::kShuffled) shuffle(order);
         for (unsigned entry : order) {
             const bool whole_warp = launch->schedule == Schedule::kRunAhead;  // an entry is a warp
-            const unsigned end = whole_warp && entry + 32 < block.size ? entry + 32
-                                 : whole_warp                          ? block.size
-                                                                       : entry + 1;
+            const unsigned last = entry + (whole_warp ? 31 : 0), end = last < block.size ? last + 1 : block.size;
             for (bool more = true; more;) {
                 more = false;
                 for (unsigned i = entry; i < end; ++i) {
