@@ -39,6 +39,7 @@ from cupy_router import (
     unpermute,
 )
 from cupy_router.check.architectures import chosen_on, number
+from cupy_router.ops import _dense_decode as decode
 from cupy_router.ops._permute_backward import OP as PERMUTE_BACKWARD
 from cupy_router.ops._rows import GradientOptions
 from cupy_router.ops._run import run
@@ -103,9 +104,11 @@ def _largest(*parts: Callable[[], None]) -> dict[tuple[str, _Macros, str], tuple
     macros of the same launch on a GPU of compute capability 10.0."""
     found: dict[tuple[str, _Macros, str], tuple[tuple[int, int], _Macros]] = {}
     newest = replace(tuning.DEFAULT, capability=(10, 0))
-    launches = [_launches(gpu, parts) for gpu in (tuning.DEFAULT, newest)]
+    with _without_clusters():
+        launches = [_launches(gpu, parts) for gpu in (tuning.DEFAULT, newest)]
     pairs = zip(*([launch for launch in part if not _on_some_gpus(launch)] for part in launches), strict=True)
-    others = ((launch, launch) for launch in chain(*launches) if _on_some_gpus(launch))
+    all_launches = chain(*launches, _launches(tuning.DEFAULT, parts))
+    others = ((launch, launch) for launch in all_launches if _on_some_gpus(launch))
     for launch, on_newest in chain(pairs, others):
         assert launch.function == on_newest.function
         key = launch.function, tuple(sorted(launch.macros.items())), launch.kernel
@@ -113,6 +116,15 @@ def _largest(*parts: Callable[[], None]) -> dict[tuple[str, _Macros, str], tuple
         sizes = max(block, launch.block[0]), max(shared_bytes, launch.shared_bytes)
         found[key] = sizes, tuple(sorted(on_newest.macros.items()))
     return found
+
+
+@contextmanager
+def _without_clusters() -> Iterator[None]:
+    """Let dense_router choose its kernel for many tokens only where a call is batch-invariant and has many tokens."""
+    table = tuning.DEFAULT.table
+    changed = replace(table, decode=replace(table.decode, fused=(), min_tokens_in_cluster=decode.MAX_TOKENS + 1))
+    with mock.patch.object(tuning.Gpu, "table", property(lambda gpu: changed)):
+        yield
 
 
 def _on_some_gpus(launch: Launch) -> bool:
