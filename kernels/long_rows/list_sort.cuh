@@ -4,8 +4,8 @@
 //
 // The place of a rank is guessed by interpolation between minimum and maximum. There are as many slots as places; the
 // ranks of each slot are counted, and prefix sums of the counts are where slots begin. Within a slot, which holds a few
-// ranks, each counts those before it. The ranks of crowded slots are first guessed again within their own bounds, or by
-// their lower bits if the upper ones are equal. So the time depends little on the distribution of scores, and not at all
+// ranks, each counts those before it. The ranks of crowded slots are first guessed again within their own bounds: of their
+// upper bits, or of the lower ones if the upper ones are equal. So the time depends little on the distribution of scores, and not at all
 // on their order.
 #pragma once
 
@@ -113,6 +113,14 @@ struct ListSort {
         }
     }
 
+    // Call take(crowd) for every crowded slot that there can be; they begin more than CROWD places apart.
+    template <typename Take>
+    static __device__ __forceinline__ void for_each_crowd(Take take) {
+#pragma unroll 1
+        for (int crowd = threadIdx.x; crowd < CROWDS; crowd += Block) take(crowd);
+        __syncthreads();
+    }
+
     // Return how far a rank lies below the maximum.
     __device__ __forceinline__ unsigned upper(Rank rank) const {
         return static_cast<unsigned>((high - (rank & mask)) >> shift);
@@ -153,32 +161,44 @@ struct ListSort {
         return __syncthreads_or(most > CROWD);
     }
 
-    // Spread the ranks of each crowded slot over as many slots as it has ranks.
+    // Spread the ranks of each crowded slot over as many slots as it has ranks: between the bounds of their upper bits or,
+    // if these are all equal, of their lower ones.
     __device__ __forceinline__ void guess_again(const List& list) const {
-        // Bounds of crowded slots only, which begin more than CROWD places apart.
         __shared__ Extent bounds[CROWDS];
-        for (int i = threadIdx.x; i < CROWDS; i += Block) bounds[i] = {~0u, 0u};
-        __syncthreads();
-        for_each(list, [&](Rank rank, int i) {
-            const int slot = slot_of[i], begin = slots[slot];
-            if (slots[slot + 1] - begin > CROWD) {
-                Extent& own = bounds[begin / (CROWD + 1)];
-                atomicMin(&own.low, upper(rank));
-                atomicMax(&own.high, upper(rank));
-            }
+        __shared__ bool tied[CROWDS];  // by upper bits
+        const auto depth_of = [&](Rank rank, bool by_lower) {
+            const Rank lower = (static_cast<Rank>(1) << shift) - 1;
+            return by_lower ? static_cast<unsigned>((high - (rank & mask)) & lower) : upper(rank);
+        };
+        for_each_crowd([&](int crowd) {
+            bounds[crowd] = {~0u, 0u};
+            tied[crowd] = false;
         });
-        __syncthreads();
-        const Rank lower = (static_cast<Rank>(1) << shift) - 1;
+#pragma unroll 1
+        for (int lower = 0; lower < 2; ++lower) {
+            for_each(list, [&](Rank rank, int i) {
+                const int slot = slot_of[i], begin = slots[slot], crowd = begin / (CROWD + 1);
+                if (slots[slot + 1] - begin <= CROWD || (lower != 0 && !tied[crowd])) return;
+                const unsigned depth = depth_of(rank, lower != 0);
+                atomicMin(&bounds[crowd].low, depth);
+                atomicMax(&bounds[crowd].high, depth);
+            });
+            __syncthreads();
+            if (lower != 0) break;
+            for_each_crowd([&](int crowd) {
+                if (bounds[crowd].low != bounds[crowd].high) return;
+                bounds[crowd] = {~0u, 0u};
+                tied[crowd] = true;
+            });
+        }
         for_each(list, [&](Rank rank, int i) {
             const int slot = slot_of[i], begin = slots[slot], size = slots[slot + 1] - begin;
             int further = 0;
             if (size > CROWD) {
-                const Extent own = bounds[begin / (CROWD + 1)];
-                const bool same = own.low == own.high;
-                const unsigned depth =
-                    same ? static_cast<unsigned>((high - (rank & mask)) & lower) : upper(rank) - own.low;
-                const float range = static_cast<float>(same ? lower : own.high - own.low) + 1.0f;
-                further = min(size - 1, static_cast<int>(depth * (size / range)));
+                const int crowd = begin / (CROWD + 1);
+                const Extent own = bounds[crowd];
+                const float range = static_cast<float>(own.high - own.low) + 1.0f;
+                further = min(size - 1, static_cast<int>((depth_of(rank, tied[crowd]) - own.low) * (size / range)));
             }
             slot_of[i] = begin + further;
         });
