@@ -21,10 +21,21 @@ __device__ __forceinline__ KthKey radix_threshold(const typename Scalar<Code>::t
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = threadIdx.x; i < BINS; i += Block) histogram[i] = 0;
         __syncthreads();
-        for (unsigned c = threadIdx.x; c < length; c += Block) {
-            const unsigned key = bits_key<Code>(score_bits(row[c]));
-            const bool shares = shift == 24 || (key ^ prefix) >> (shift + 8) % 32 == 0;
-            if (shares) atomicAdd(&histogram[key >> shift & (BINS - 1)], 1);
+        constexpr int LOADS = 8;  // in flight
+#pragma unroll 1
+        for (unsigned first = threadIdx.x; first < length; first += LOADS * Block) {
+            unsigned bits[LOADS];
+#pragma unroll
+            for (int u = 0; u < LOADS; ++u) {
+                const unsigned c = first + u * Block;
+                bits[u] = score_bits(row[c < length ? c : first]);
+            }
+#pragma unroll
+            for (int u = 0; u < LOADS; ++u) {
+                const unsigned key = bits_key<Code>(bits[u]);
+                const bool shares = shift == 24 || (key ^ prefix) >> (shift + 8) % 32 == 0;
+                if (shares && first + u * Block < length) atomicAdd(&histogram[key >> shift & (BINS - 1)], 1);
+            }
         }
         __syncthreads();
         const ChosenBin chosen = choose_bin(histogram, rest);
