@@ -42,6 +42,8 @@ RIGHT = {
     "missing_copy_wait": X,
     "missing_cluster_barrier": BLOCK_ROWS[[1, 0, 3, 2]],
     "lone_cluster_barrier": X,
+    "lost_mail": BLOCK_ROWS[[1, 0, 3, 2]],
+    "missing_mail_wait": BLOCK_ROWS[[1, 0, 3, 2]],
     "endless_loop": np.array([1, BLOCKS]),
 }
 
@@ -54,6 +56,7 @@ REPORTED = {
     "outside_mask": ("lane outside its own mask", "__ballot_sync with mask 0x7fffffff"),
     "mixed_collectives": ("warp collective not reached by all lanes of its mask", "(warp 0) in __any_sync"),
     "lone_cluster_barrier": ("cluster barrier not reached by all threads", "threads 0-63 exited"),
+    "lost_mail": ("mail that does not come", "threads 0-63 in a wait for mail at mailbox.cuh:"),
     "endless_loop": ("time limit", "thread 0"),
 }
 SANITIZED = {
@@ -74,6 +77,7 @@ VISIBLE = {  # under which schedules the result is wrong, and whether NaN gives 
     "missing_copy_wait": ({"shuffled", "run_ahead"}, True),
     "missing_cluster_barrier": (set(SCHEDULES), True),
     "missing_arrival_wait": ({"round_robin", "shuffled", "run_ahead"}, True),
+    "missing_mail_wait": (set(SCHEDULES), True),
 }
 
 

@@ -97,13 +97,15 @@ SIMT_RUNTIME static unsigned missing_lanes(const Thread& thread) {
 }
 
 SIMT_RUNTIME static void report_deadlock() {
-    bool in_warp = false, at_barrier = false;
+    bool in_warp = false, at_barrier = false, at_mail = false;
     for (const Thread& thread : launch->threads) {
         in_warp |= thread.wait == Wait::kWarp;
         at_barrier |= thread.wait == Wait::kBlock;
+        at_mail |= thread.wait == Wait::kMail;
     }
     say("%s", in_warp      ? "warp collective not reached by all lanes of its mask"
               : at_barrier ? "barrier not reached by all threads"
+              : at_mail    ? "mail that does not come"
                            : "cluster barrier not reached by all threads");
     for (const Block& block : launch->blocks) {
         say("%s block (%u, %u, %u)", launch->blocks.size() > 1 ? "\n " : " in", block.index.x, block.index.y,
@@ -130,6 +132,7 @@ SIMT_RUNTIME static void run_cluster(uint3 first, dim3 cluster, char* stack_memo
     std::vector<Thread>(size * blocks).swap(launch->threads);  // all new, so that no tag remembers the last cluster
     std::vector<Block>(blocks).swap(launch->blocks);
     launch->arrived = launch->generation = 0;
+    launch->num_letters = 0;
     for (unsigned b = 0; b < blocks; ++b) {
         Block& block = launch->blocks[b];
         block.rank = b;

@@ -20,7 +20,7 @@ extern "C" __attribute__((visibility("hidden"))) char simt_shared_begin[], simt_
 namespace simt {
 
 enum class Schedule : unsigned { kRoundRobin, kReversed, kShuffled, kRunAhead };
-enum class Wait : unsigned char { kNothing, kBlock, kCluster, kWarp, kExited };
+enum class Wait : unsigned char { kNothing, kBlock, kCluster, kMail, kWarp, kExited };
 
 struct Site {  // a line of a kernel file
     const char* file;
@@ -71,13 +71,21 @@ struct Thread {
     unsigned num_copies = 0, copy_group = 0;
 };
 
+constexpr unsigned kLetters = 1 << 15;
+struct Letter {  // what a block sends into the shared memory of the block of that rank
+    char *mailbox, *variable;
+    unsigned rank, bytes;
+    char value[16];
+};
+
 struct Block {
     uint3 index;
     unsigned rank, size;
     Thread* threads;
     unsigned exited = 0, arrived = 0, votes = 0, result = 0, generation = 0;
     Tag tags[2];
-    std::vector<char> shared;  // its shared memory while another block of the cluster runs
+    void* waits_for = nullptr;  // the mailbox that its threads waited for last
+    std::vector<char> shared;   // its shared memory while another block of the cluster runs
 };
 
 struct Launch {
@@ -89,10 +97,12 @@ struct Launch {
     std::vector<Block> blocks;  // of the cluster that runs now
     std::vector<Thread> threads;
     unsigned arrived, generation;  // at the cluster's barrier
-    Tag tags[2], end_tag;
+    Tag tags[2], end_tag, mail_tag;
+    unsigned num_letters;  // not yet delivered
 };
 
 static Launch* launch = nullptr;
+static Letter letters[kLetters];
 static Thread* self = nullptr;  // the thread that runs now
 static char report[16384];      // empty, or why the launch ended early
 static size_t report_length = 0;
