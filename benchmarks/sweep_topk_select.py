@@ -38,7 +38,7 @@ Size = tuple[int, int, int, str]
 
 def shapes(rows: int, columns: int, k: int, dtype: str) -> Iterator[ClusterShape]:
     """Yield the chosen shape, then others, whose blocks all run at the same time."""
-    chosen = cluster.choose(GPU, rows, columns, k, dtype, sorts=False)
+    chosen = cluster.choose(GPU, rows, columns, k, dtype)
     if chosen is not None:
         yield chosen
     for blocks_of_row in (2, 4, 8):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 from cupy_router.ops import _row_lanes as row_lanes
@@ -17,8 +18,9 @@ ORDERS = ("any", "column", "value")  # by the number that the kernel has for eac
 
 _FIXED = ("num_columns", "k", "page_size", "scores_stride", "values_stride", "indices_stride", "map_stride")
 _VECTOR, _ENTRY_BYTES = 16, 8
+_CROWD = 256  # as in the kernel
 _MAX_HELD = {4: 8, 2: 4}  # vectors of a thread by the size of a score: a bit for each score in a word
-_STATIC_BYTES = 12 * 1024
+_STATIC_BYTES, _SENT_BYTES = 8 * 1024, 2080  # of a block; what another one sends it
 _MAX_COLUMNS = 1 << 26  # vectors and columns are numbered by ints
 
 
@@ -32,19 +34,28 @@ class ClusterShape(NamedTuple):
     capacity: int
     sorted: int
 
+    @property
+    def static_bytes(self) -> int:
+        """Return no less than the static shared memory of a block."""
+        return _STATIC_BYTES + _SENT_BYTES * self.cluster
+
     def shared_bytes(self, order: str) -> int:
         """Return the dynamic shared memory of a block."""
-        sort = 0 if order == "any" else 2 * _ENTRY_BYTES * self.sorted + 64
-        return _ENTRY_BYTES * self.capacity + sort
+        lists = self.cluster * self.capacity
+        sort = 0 if order == "any" else _ENTRY_BYTES * self.sorted + 64
+        return _ENTRY_BYTES * (lists + self.sorted + _CROWD) + sort
 
 
-def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool) -> ClusterShape | None:
-    """Return the launch shape; None if another kernel is faster or has to serve. `sorts`: not for order "any"."""
+def choose(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str) -> ClusterShape | None:
+    """Return the launch shape; None if another kernel is faster or has to serve."""
     table = gpu.table.long_rows_cluster
-    min_bytes = table.min_row_bytes_sorted if sorts else table.min_row_bytes
-    if gpu.capability < FROM or num_columns * row_lanes.SIZES[dtype] < min_bytes or k > table.max_winners:
+    row_bytes = num_columns * row_lanes.SIZES[dtype]
+    if gpu.capability < FROM or row_bytes < table.min_row_bytes or k > table.max_winners:
         return None
-    for cluster, block in table.shapes:
+    shapes = table.shapes
+    if num_rows == 1 and row_bytes >= table.min_row_bytes_one_row:
+        shapes = (*(shape for shape in table.shapes_one_row if 3 * k <= prod(shape)), *shapes)
+    for cluster, block in shapes:
         if num_rows * cluster <= gpu.multiprocessors:
             shape = shape_with(gpu, cluster, block, num_columns, k, dtype)
             if shape is not None:
@@ -62,10 +73,10 @@ def shape_with(
     size = row_lanes.SIZES[dtype]
     threads = cluster * block
     held = _power_of_two(-(-num_columns * size // (_VECTOR * threads)))
-    # Powers of two, so that few specialisations serve all k. A list has room for all winners, should one block have
-    # them all, and for ties in the last line.
-    shape = ClusterShape(cluster, block, blocks, held, _power_of_two(k + 512), _power_of_two(max(k, 256)))
-    fits = _STATIC_BYTES + shape.shared_bytes("value") <= gpu.shared_bytes // blocks
+    # Powers of two as far as there is room, so that few specialisations serve all k. A list has room for all winners,
+    # should one block have them all, and for ties in the last line.
+    shape = ClusterShape(cluster, block, blocks, held, min(_power_of_two(k + 512), 2560), _power_of_two(max(k, 256)))
+    fits = shape.static_bytes + shape.shared_bytes("value") <= gpu.shared_bytes // blocks
     return shape if fits and held <= _MAX_HELD[size] and 3 * k <= 2 * threads and num_columns <= _MAX_COLUMNS else None
 
 
@@ -88,5 +99,5 @@ def kernel(
         "ORDER": ORDERS.index(order),
     }
     numbers = {name: fixed[name] for name in _FIXED}
-    grid, shared_bytes = num_rows * shape.cluster, opted_in(shape.shared_bytes(order), _STATIC_BYTES)
+    grid, shared_bytes = num_rows * shape.cluster, opted_in(shape.shared_bytes(order), shape.static_bytes)
     return Kernel(CLUSTER, CLUSTER, {**macros, **own}, grid, shape.block, numbers, shared_bytes=shared_bytes)

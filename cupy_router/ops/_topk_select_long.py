@@ -50,7 +50,7 @@ def choose(
     gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool = True
 ) -> LaunchShape | ManyShape | ClusterShape | None:
     """Return the launch shape; None if k is too large for a list in shared memory. `sorts`: not for order "any"."""
-    by_clusters = cluster.choose(gpu, num_rows, num_columns, k, dtype, sorts)
+    by_clusters = cluster.choose(gpu, num_rows, num_columns, k, dtype)
     if by_clusters is not None:
         return by_clusters
     many = choose_many(gpu, num_rows, num_columns, k, dtype, sorts)

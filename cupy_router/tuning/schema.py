@@ -128,8 +128,9 @@ class LongRowsCluster(Family):
     """
 
     shapes: Steps  # blocks, threads of a block: the first that holds all scores in registers
-    min_row_bytes: int  # in any order
-    min_row_bytes_sorted: int
+    min_row_bytes: int
+    shapes_one_row: Steps  # preferred for one row of at least min_row_bytes_one_row, with three threads for each winner
+    min_row_bytes_one_row: int
     max_winners: int
 
 

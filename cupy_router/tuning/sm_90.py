@@ -117,7 +117,8 @@ TABLE = Table(
         measured_by="python -m benchmarks.sweep_topk_select",
         shapes=((4, 256), (2, 512), (4, 512), (2, 1024), (8, 512)),
         min_row_bytes=32 * 1024,
-        min_row_bytes_sorted=128 * 1024,
+        shapes_one_row=((8, 256), (8, 512)),
+        min_row_bytes_one_row=128 * 1024,
         max_winners=2048,
     ),
     hash_router=HashRouter(

@@ -6,7 +6,7 @@
 // that are neighbours in the row are spread over the cluster, whatever is in it.
 #pragma once
 
-#include "select/order_bits.cuh"
+#include "long_rows/stream.cuh"
 
 // The greatest score of words as they lie in memory: one float32, or two 16-bit floats in each. NaN is ignored.
 template <int Code>
@@ -110,7 +110,7 @@ struct ClusterShare {
         if (passes.nothing) return 0;
         if (passes.everything) return bits_of_vectors(mine);
         unsigned all_found = 0;
-#pragma unroll 2
+#pragma unroll 1
         for (int u = 0; u < mine; ++u) {
             unsigned found = 0;
             const Words<4> vector[1] = {load_vector(u)};
@@ -130,6 +130,21 @@ struct ClusterShare {
     // Return the bits of vector u.
     static __device__ __forceinline__ unsigned bits_of_vector(int u) {
         return (sizeof(T) == 2 ? 0xf000fu : 0xfu) << 4 * u;
+    }
+
+    // List the scores of the bits, in the order of bits, by list_entry(). From registers: each score has its code.
+    __device__ __forceinline__ void list(unsigned found, unsigned long long* target) const {
+        constexpr int WORDS = 4 * Held, HALVES = 4 / sizeof(T);
+        const int first_column = head + first * VECTOR;
+#pragma unroll
+        for (int i = 0; i < WORDS * HALVES; ++i) {
+            const int w = i % WORDS, half = i / WORDS;
+            const unsigned word = vectors[w / 4].word[w % 4];
+            const unsigned bits = HALVES == 1 ? word : half == 0 ? word << 16 : word & 0xffff0000u;
+            const unsigned here = found >> (w + 16 * half) & 1u;
+            if (here != 0) *target = list_entry(bits, first_column + w / 4 * (STEP * VECTOR) + w % 4 * HALVES + half);
+            target += here;
+        }
     }
 
     // Return the column of the score of a bit.

@@ -24,8 +24,10 @@ struct KeyCounter {
     __device__ __forceinline__ KeyCounter(Extent range, int* bins)
         : range(range), bins(bins), shift(max(32 - __clz(range.high - range.low) - BIN_BITS, 0)) {}
 
+    __device__ __forceinline__ int bin(unsigned key) const { return static_cast<int>((key - range.low) >> shift); }
+
     __device__ __forceinline__ void operator()(unsigned key, int times = 1) const {
-        if (key - range.low <= range.high - range.low) atomicAdd(&bins[(key - range.low) >> shift], times);
+        if (key - range.low <= range.high - range.low) atomicAdd(&bins[bin(key)], times);
     }
 };
 
@@ -42,45 +44,76 @@ __device__ __forceinline__ int block_prefix_once(int value, int& total, int* sum
     return static_cast<int>(warp_sum(lane < warp ? sum : 0)) + inclusive - value;
 }
 
+// Counts of a block in bins, two for each of the first BINS / 2 threads: the first thread has the best ones.
+struct OwnBins {
+    int low, high;
+};
+
+__device__ __forceinline__ int own_pair() { return BINS / 2 - 1 - static_cast<int>(threadIdx.x); }
+
+// Take the counts of this thread's bins out of `bins`, which are 0 afterwards. All threads have passed a barrier since
+// the last key was counted.
+__device__ __forceinline__ OwnBins take_bins(int* bins) {
+    if (own_pair() < 0) return {0, 0};
+    int2& pair = reinterpret_cast<int2*>(bins)[own_pair()];
+    const OwnBins own = {pair.x, pair.y};
+    pair = {0, 0};
+    return own;
+}
+
+// Counts in bins that the blocks of a cluster have sent, at most 65535 in each: two bins in a word.
+template <int Cluster>
+struct SentBins {
+    unsigned pairs[Cluster][BINS / 2];
+
+    // Send the counts of a block to all blocks, which see them after a cluster barrier.
+    __device__ __forceinline__ void send(int rank, OwnBins own) {
+        if (own_pair() < 0) return;
+#pragma unroll
+        for (int to = 0; to < Cluster; ++to) {
+            cluster_map(pairs[rank], to)[own_pair()] = own.low | static_cast<unsigned>(own.high) << 16;
+        }
+    }
+
+    // Return the sums over the blocks from `first` on and before `end`.
+    __device__ __forceinline__ OwnBins sum(int first = 0, int end = Cluster) const {
+        OwnBins sum = {0, 0};
+        if (own_pair() < 0) return sum;
+#pragma unroll
+        for (int from = 0; from < Cluster; ++from) {
+            const unsigned pair = from >= first && from < end ? pairs[from][own_pair()] : 0;
+            sum = {sum.low + static_cast<int>(pair & 0xffffu), sum.high + static_cast<int>(pair >> 16)};
+        }
+        return sum;
+    }
+};
+
 // Return the part of a counter's range that has the `wanted`-th best key, or an empty part if the range has fewer keys.
-// All blocks of a cluster of Cluster blocks call this, and their bins are added. Before the call, all threads pass a
-// barrier after the last key was counted; before it returns, they pass one of their block. `used` are bins to clear:
-// other bins, or, if Cluster is 1, the same.
-template <int Block, int Cluster>
-__device__ __forceinline__ Bin choose_part(const KeyCounter& counter, int wanted, int* used) {
-    constexpr int MINE = BINS > Block ? BINS / Block : 1;  // of a thread
-    static_assert(MINE <= 4, "one word");
-    struct __align__(4 * MINE) Counts {
-        int bin[MINE];
-    };
+// `own`: the counts of this thread's bins. Call take(bin, above, inside) for each of them, with the keys of the range
+// above it and in it. All threads pass a barrier before this returns.
+template <int Block, typename Take>
+__device__ __forceinline__ Bin choose_part(const KeyCounter& counter, int wanted, OwnBins own, Take take) {
+    static_assert(2 * Block >= BINS, "two bins for each thread");
     __shared__ Bin found;
     __shared__ int sums[Block / 32];
-    const int thread = threadIdx.x;
-    const int first = BINS - MINE * (thread + 1);  // the first thread has the best bins
-    Counts counts = {};
-    if (first >= 0) {
-#pragma unroll
-        for (int rank = 0; rank < Cluster; ++rank) {
-            const int* bins = Cluster == 1 ? counter.bins : cluster_map(counter.bins, rank);
-            const Counts others = *reinterpret_cast<const Counts*>(bins + first);
-#pragma unroll
-            for (int j = 0; j < MINE; ++j) counts.bin[j] += others.bin[j];
+    if (threadIdx.x == 0) found = {counter.range, 0, 0};  // until it is found
+    int all;
+    const int first = block_prefix_once<Block>(own.low + own.high, all, sums);
+    const auto check = [&](int bin, int above, int inside) {
+        if (bin < 0) return;
+        take(bin, above, inside);
+        if (above < wanted && wanted <= above + inside) {
+            const unsigned low = counter.range.low + (static_cast<unsigned>(bin) << counter.shift);
+            found = {{low, low + min(counter.range.high - low, (1u << counter.shift) - 1)}, above, inside};
         }
-        *reinterpret_cast<Counts*>(used + first) = {};
-    }
-    if (thread == 0) found = {counter.range, 0, 0};  // until it is found
-    int sum = 0, all;
-#pragma unroll
-    for (int j = 0; j < MINE; ++j) sum += counts.bin[j];
-    int above = block_prefix_once<Block>(sum, all, sums);
-#pragma unroll
-    for (int j = MINE - 1; j >= 0; --j) {
-        if (above < wanted && wanted <= above + counts.bin[j]) {
-            const unsigned low = counter.range.low + (static_cast<unsigned>(first + j) << counter.shift);
-            found = {{low, low + min(counter.range.high - low, (1u << counter.shift) - 1)}, above, counts.bin[j]};
-        }
-        above += counts.bin[j];
-    }
+    };
+    check(2 * own_pair() + 1, first, own.high);
+    check(2 * own_pair(), first + own.high, own.low);
     __syncthreads();
     return found;
+}
+
+template <int Block>
+__device__ __forceinline__ Bin choose_part(const KeyCounter& counter, int wanted, OwnBins own) {
+    return choose_part<Block>(counter, wanted, own, [](int, int, int) {});
 }
