@@ -212,7 +212,8 @@ def main(given: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
         if chosen.output:  # what is known so far, should a later tool take too long
             chosen.output.parent.mkdir(parents=True, exist_ok=True)
-            chosen.output.write_text(json.dumps(content, indent=1) + "\n")
+            file = chosen.output / "sanitizers.json" if chosen.output.is_dir() else chosen.output
+            file.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(row["ok"] for row in content["tools"]) else 1
 
 
