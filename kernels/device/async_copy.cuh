@@ -15,17 +15,6 @@ __device__ __forceinline__ void copy_async4(T* shared, const T* global) {
 #endif
 }
 
-// Copy a word of 16 bytes, past L1, or write zeros: then nothing is read. Both addresses are multiples of 16.
-__device__ __forceinline__ void copy_async16_or_zero(void* shared, const void* global, bool copies) {
-#ifdef __CUDACC__
-    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared)), bytes = copies ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
-#else
-    static const char zeros[16] = {};
-    simt::copy_async(shared, copies ? global : zeros, 16);
-#endif
-}
-
 // End a group: all copies that this thread has started since the last one.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef __CUDACC__

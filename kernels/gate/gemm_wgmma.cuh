@@ -27,8 +27,8 @@ constexpr int BLOCKS = CLUSTER_PARTS * CLUSTER_TILES;  // of a cluster
 constexpr int TILE_TOKENS = BLOCKS * TOKENS, TOKEN_ROWS = 8 * quotient(TILE_TOKENS, 8);
 constexpr int EXPERT_WARPGROUPS = EXPERTS_PER_BLOCK / 64;
 constexpr int WARPGROUPS = EXPERT_WARPGROUPS * TOKEN_WARPGROUPS, MULTIPLYING_WARPS = 4 * WARPGROUPS;
-constexpr int OTHER_WARPGROUPS = WARPS / 4 - WARPGROUPS;       // of which one copies; all of them route
-constexpr int TOKENS_AT_ONCE = TOKEN_ROWS / TOKEN_WARPGROUPS;  // of a warpgroup
+constexpr int OTHER_WARPGROUPS = WARPS / 4 - WARPGROUPS;  // of which one copies; all of them route
+constexpr int TOKENS_AT_ONCE = STAGES > 0 ? TOKEN_ROWS / TOKEN_WARPGROUPS : 32;  // of a warpgroup
 constexpr int STEP = 32, ALL_STEPS = quotient(HIDDEN, STEP), PARTS = 16;
 constexpr int STAGE_STEPS = STAGE_COLUMNS / STEP, ROW_BYTES = 128;
 constexpr bool EVEN = HIDDEN % (PARTS * STAGE_STEPS * STEP) == 0;  // every part has the same number of whole stages
