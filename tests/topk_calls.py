@@ -86,8 +86,14 @@ def select_by_plan(scores: np.ndarray, k: int, plan: str, **options: Any) -> Top
 
 
 def by_index(results: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return values or indices of rows in the order of their indices."""
-    return np.take_along_axis(results, np.argsort(indices, axis=1, kind="stable"), axis=1)
+    """Return values or indices of rows in the order of their indices, those of one index in the order of their bits.
+
+    An index_map may have one index for several columns.
+    """
+    bits = np.ascontiguousarray(results).view(f"u{results.dtype.itemsize}")
+    order = np.argsort(bits, axis=1, kind="stable")
+    order = np.take_along_axis(order, np.argsort(np.take_along_axis(indices, order, 1), axis=1, kind="stable"), 1)
+    return np.take_along_axis(results, order, axis=1)
 
 
 def edge_lengths(k: int, columns: int) -> np.ndarray:
