@@ -58,11 +58,14 @@ def nanoseconds(tiling: Tiling, num_tokens: int, num_experts: int, hidden: int, 
 
 def tilings(num_tokens: int, num_experts: int, hidden: int, most: int) -> list[Tiling]:
     """The chosen tiling, those of 8 and 16 tokens, which need fewer kernels for all numbers, FMA for few tokens, and by
-    estimate the best with up to two blocks a multiprocessor. For more tokens, all whose clusters run at once."""
+    estimate the best with up to two blocks a multiprocessor. For more than 16 tokens also the cluster for few, and for
+    more than 64 all whose clusters run at once."""
     if num_tokens > decode.MAX_TOKENS:
         return [tiling for tiling, at_once in _clusters(num_experts, hidden) if num_tokens <= at_once]
     chosen = decode.choose(GPU, num_tokens, num_experts, hidden, DTYPE, DTYPE)
     found = [chosen]
+    if num_tokens > 16:
+        found.append(clusters.of_few(GPU, num_experts, hidden, 1)[0])
     for tokens in (8, 16):
         if num_tokens < tokens:
             found.append(decode.choose(GPU, tokens, num_experts, hidden, DTYPE, DTYPE))

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from cupy_router.relaxed import driver
 
 BYTES = 128
-TILE_COLUMNS, MOST_TILE_ROWS = 64, 256
+TILE_COLUMNS = 64
 _UINT16, _SWIZZLE_128, _L2_256 = 1, 3, 3  # of CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 
 
 class Matrix(NamedTuple):
-    """What all matrices of a launch share: sizes in elements, the bytes from a row to the next, and rows of a tile."""
+    """The shape of a matrix and of its tiles. `row_bytes` is the distance in bytes from one row to the next."""
 
     rows: int
     columns: int

@@ -285,7 +285,7 @@ def test_resolve() -> None:
         ("deepseek-v4", "'deepseek-v4-flash', 'deepseek-v4-pro'"),
         ("deepseek_v3", "'deepseek-v3', 'deepseek-v2', 'deepseek-v4-pro'"),
     ):
-        with pytest.raises(ValueError) as unknown:  # noqa: PT011
+        with pytest.raises(ValueError) as unknown:  # noqa: PT011  # the message is compared below
             resolve(name)
         assert str(unknown.value) == (
             f"method is '{name}', but must be the name of a preset, the nearest are {near} "

@@ -90,7 +90,8 @@ class Decode(Family):
     # Or in clusters, fastest first: (tokens of a tile, most experts of a block, warpgroups that divide the tokens,
     # blocks of a cluster that divide hidden). The first whose clusters all run at the same time is chosen.
     clusters: tuple[tuple[int, int, int, int], ...]
-    # With more experts than one block for each multiprocessor can have, so many tokens take this one instead.
+    # The cluster for 64 tokens or fewer, from `min_tokens_in_cluster` on, where one block for each multiprocessor
+    # cannot hold all experts.
     cluster_of_few: tuple[int, int, int, int]
     min_tokens_in_cluster: int
     clusters_at_once: tuple[int, ...]  # of 1, 2, ... 8 blocks, of which a multiprocessor holds one
@@ -165,7 +166,7 @@ class GivenExperts(Family):
     """dense_router with given experts, and its gradient: only the dot products that are needed, or those of all."""
 
     max_gates_read: int  # needed dot products only, while they read at most this many times the whole gate
-    max_elements_read: int  # and at most so many elements
+    max_elements_read: int  # and while they read at most this many elements
     max_gates_read_backward: int  # the same in the backward pass, also where experts are selected
 
 

@@ -122,7 +122,7 @@ __device__ __forceinline__ void fill(Ring ring, const TensorMap& x_map, const Te
     }
 }
 
-// What a warpgroup multiplies.
+// Multiplies the tiles of a ring for one warpgroup.
 struct Multiplier {
     Ring ring;
     int gate_byte, x_byte;           // of its rows in a tile

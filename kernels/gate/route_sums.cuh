@@ -49,7 +49,8 @@ __device__ constexpr int longest_word() {
 }
 
 // Leave the scores of tokens 0 .. count - 1 of a group, or their prepared logits, in shared memory. `read_logits(token,
-// expert)` returns the sums of N neighbouring experts, of which a thread waits for AtOnce, and `keep_logit(token, expert, logit)` gets each with its bias.
+// expert)` returns the sums of N neighbouring experts, of which a thread waits for AtOnce. `keep_logit(token, expert,
+// logit)` gets each with its bias.
 template <int N, int AtOnce, typename ReadLogits, typename KeepLogit>
 __device__ __forceinline__ void score_tokens(ReadLogits read_logits, int count, const float* logit_bias,
                                              const MethodNumbers numbers, float* scores, KeepLogit keep_logit) {
