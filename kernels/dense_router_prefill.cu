@@ -49,7 +49,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER_PARTS* CLUSTER_TILES, 1, 1) 
 
     const int fetched_valid = fetch_valid(num_valid, num_valid_value);
     fetch_biases(bias, NUM_BIASES > 0 ? bias_index + first_token : nullptr, count);
-    __shared__ Mbarrier barriers[2 * PLACES];
+    __shared__ Mbarrier barriers[BARRIERS];
     run(x_map, weight_map, first_expert, first_of_tile, rank % CLUSTER_PARTS * PAIRS, shared, barriers);
     if (BLOCKS > 1) {
         cluster_barrier();

@@ -94,6 +94,6 @@ class Case(Inputs):
         first = indices[:, 0].long()  # not an expert where a row has none: -1, or the highest value of the dtype
         rows = ((first >= 0) & (first < self.method.num_experts)).nonzero()[:, 0]
         layer = {name: wide.get(name) for name in ("logit_bias", "expert_scale")}
-        weights = twin(logits[rows], indices[rows], self.method, **layer)
+        weights = twin(logits[rows], indices.long()[rows], self.method, **layer)
         loss = (weights * self.upstream[rows].double()).sum()
         return dict(zip(wide, torch.autograd.grad(loss, list(wide.values())), strict=True))

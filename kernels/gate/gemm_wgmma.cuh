@@ -7,7 +7,7 @@
 // A thread of one warpgroup copies STAGE_COLUMNS columns of x and of the gate at a time to one of STAGES places of a
 // ring, and the other warpgroups multiply what has arrived, each 64 of the block's experts and TOKENS_AT_ONCE tokens.
 // A place of the ring has two barriers: it is full when all copies to it are done, and empty when all warps have
-// multiplied it. Products have the same 16 columns as in gemm_mma.cuh.
+// multiplied it. One more barrier tells when all products are done. Products have the same 16 columns as in gemm_mma.cuh.
 #pragma once
 
 #include "device/cluster.cuh"
@@ -35,7 +35,8 @@ constexpr bool EVEN = HIDDEN % (PARTS * STAGE_STEPS * STEP) == 0;  // every part
 constexpr int GATE_BYTES = EXPERTS_PER_BLOCK * ROW_BYTES, TILE_BYTES = GATE_BYTES + TOKEN_ROWS * ROW_BYTES;
 constexpr int STAGE_TILES = STAGE_COLUMNS / 64, STAGE_BYTES = STAGE_TILES * TILE_BYTES;  // of 64 columns
 constexpr int PLACES = STAGES > 0 ? STAGES : 2;                                          // of the ring
-constexpr int PAIRS = PARTS / 2 / CLUSTER_PARTS;                                         // of a block
+constexpr int BARRIERS = 2 * PLACES + 1;
+constexpr int PAIRS = PARTS / 2 / CLUSTER_PARTS;      // of a block
 constexpr int SETS = CLUSTER_PARTS == 1 ? 1 : PAIRS;  // of sums that the block leaves in shared memory
 constexpr int SUMS_ROW = EXPERTS_PER_BLOCK + 4;       // 4 more, so that the stores of a fragment hit different banks
 constexpr int SUMS = TOKENS_AT_ONCE / 2;              // of a thread
@@ -74,7 +75,7 @@ __device__ __forceinline__ void set_registers() {
 #endif
 }
 
-// A barrier for each place of the ring when it is full, then one for each when it is empty.
+// A barrier for each place of the ring when it is full, one for each when it is empty, and one for the end.
 struct Ring {
     char* places;
     Mbarrier* barriers;
@@ -84,6 +85,7 @@ struct Ring {
     __device__ __forceinline__ char* stage() const { return places + place * STAGE_BYTES; }
     __device__ __forceinline__ Mbarrier* full() const { return barriers + place; }
     __device__ __forceinline__ Mbarrier* empty() const { return barriers + PLACES + place; }
+    __device__ __forceinline__ Mbarrier* end() const { return barriers + 2 * PLACES; }
     __device__ __forceinline__ void advance() {
         if (++place == PLACES) {
             place = 0;
@@ -93,7 +95,7 @@ struct Ring {
 };
 
 __device__ __forceinline__ void init_ring(Mbarrier* barriers) {
-    if (threadIdx.x < 2 * PLACES) {
+    if (threadIdx.x < BARRIERS) {
         mbarrier_init(&barriers[threadIdx.x], threadIdx.x < PLACES ? 1 : MULTIPLYING_WARPS);
         mbarrier_init_done();
     }
@@ -216,7 +218,6 @@ __device__ __forceinline__ void run(const TensorMap& x_map, const TensorMap& wei
         if (threadIdx.x == 32 * MULTIPLYING_WARPS)
             fill(ring, x_map, weight_map, first_expert, first_token, 2 * first_pair);
         __syncwarp();
-        __syncthreads();
         set_registers<FEWEST_REGISTERS, REGISTERS>();
         return;
     }
@@ -226,7 +227,8 @@ __device__ __forceinline__ void run(const TensorMap& x_map, const TensorMap& wei
     float sets[SETS][SUMS];
     multiply(Multiplier{ring, own_experts * ROW_BYTES, GATE_BYTES + own_tokens * ROW_BYTES}, first_pair,
              reinterpret_cast<float*>(shared + RING_BYTES) + threadIdx.x, sets);
-    __syncthreads();  // all products are done, so sums may take the place of their factors
+    if (lane == 0) mbarrier_arrive(ring.end());
+    mbarrier_wait(ring.end(), 0);  // all products are done, so sums may take the place of their factors
     float* target = reinterpret_cast<float*>(shared) + own_experts + warp % 4 * 16 + lane / 4;
 #pragma unroll
     for (int set = 0; set < SETS; ++set) {

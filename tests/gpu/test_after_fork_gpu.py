@@ -93,7 +93,7 @@ import cupy_router, numpy as np
 cupy_router.topk_select(np.eye(2, 4, dtype=np.float32), 1)
 child = os.fork()
 import cupy
-print(cupy_router.topk_select(cupy.eye(2, 4, dtype="float32"), 1).indices.tolist(), flush=True)
+os.write(1, f"{cupy_router.topk_select(cupy.eye(2, 4, dtype='float32'), 1).indices.tolist()}\\n".encode())
 if child:
     os.waitpid(child, 0)
 else:

@@ -25,6 +25,7 @@ RIGHT = {
     "removed_barrier": BLOCK_ROWS[:, ::-1],
     "conditional_barrier": np.roll(BLOCK_ROWS, -1, 1),
     "early_return": np.roll(BLOCK_ROWS, -1, 1),
+    "different_barriers": BLOCK_ROWS[:, ::-1],
     "shared_off_by_one": X,
     "array_index": X,
     "global_off_by_one": np.append(X[1:], 0),
@@ -51,6 +52,7 @@ RIGHT = {
 REPORTED = {
     "conditional_barrier": ("barrier not reached by all threads", "in __syncthreads at conditional_barrier.cu:"),
     "early_return": ("barrier not reached by all threads", "threads 59-63 exited"),
+    "different_barriers": ("threads at different barriers", "others at different_barriers.cu:"),
     "wrong_mask": ("warp collective not reached by all lanes of its mask", "mask 0xffffffff, missing lanes 0xffff0000"),
     "exited_lane": ("warp collective not reached by all lanes of its mask", "missing lanes 0x80000000"),
     "outside_mask": ("lane outside its own mask", "__ballot_sync with mask 0x7fffffff"),

@@ -84,6 +84,7 @@ struct Block {
     Thread* threads;
     unsigned exited = 0, arrived = 0, votes = 0, result = 0, generation = 0;
     Tag tags[2];
+    Site barrier;               // the one that its threads come to
     void* waits_for = nullptr;  // the mailbox that its threads waited for last
     std::vector<char> shared;   // its shared memory while another block of the cluster runs
 };
@@ -151,6 +152,10 @@ SIMT_RUNTIME static int block_barrier(const char* operation, int vote, Site site
     Block& block = *me.block;
     Tag* tag = &block.tags[block.generation % 2];  // two in turn: who runs ahead to the next barrier uses the other
     me.wait = Wait::kBlock, me.operation = operation, me.site = site;
+    if (block.arrived == 0) block.barrier = site;
+    if (block.barrier.line != site.line || strcmp(block.barrier.file, site.file) != 0)
+        fault(site, "threads at different barriers", "in %s, and others at %s:%d", operation, block.barrier.file,
+              block.barrier.line);
     block.votes += vote != 0;
     release(tag);
     if (++block.arrived == block.size) {
