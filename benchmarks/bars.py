@@ -45,8 +45,14 @@ TOPK_SELECT_BFLOAT16 = {  # order "any", indices only
 TOPK_SELECT_PAGED = {  # the same through an index_map with pages of 8 columns, as the indexer of DeepSeek-V4.1 does
     (1, 16_384, 512): None, (8, 16_384, 512): None, (64, 16_384, 512): None, (1024, 16_384, 512): 18.0,
 }  # fmt: skip
+# Rows that a multiprocessor holds several of, without bars.
+TOPK_SELECT_HELD = (
+    (8192, 16_384, 512, "bfloat16"), (2048, 8192, 512, "bfloat16"), (8192, 4096, 64, "bfloat16"),
+    (5000, 3000, 300, "float32"), (8192, 2048, 64, "float32"),
+)  # fmt: skip
 ANY_ORDER_RATIO, ANY_ORDER_MORE = 1.02, 0.1  # of order "any" to the others: the larger of both is allowed
 ANY_ORDER_ADVERSARIAL = ((1, 32_768, 512), (8, 131_072, 2048), (256, 32_768, 2048), (1024, 32_768, 512))
+ANY_ORDER_ADVERSARIAL_BFLOAT16 = ((1024, 16_384, 512),)
 ANY_ORDER_ADVERSARIAL_RATIO = 1.6
 LONG_BFLOAT16 = ((64, 262_144, 1024), (1024, 131_072, 1024), (4096, 32_768, 512))
 LONG_BFLOAT16_RATIO, ADVERSARIAL_RATIO = 0.8, 2.0  # of bfloat16 to float32; of adversarial inputs to normal ones

@@ -16,6 +16,7 @@ from benchmarks import floor
 from benchmarks.bars import (
     ADVERSARIAL_RATIO,
     ANY_ORDER_ADVERSARIAL,
+    ANY_ORDER_ADVERSARIAL_BFLOAT16,
     ANY_ORDER_ADVERSARIAL_RATIO,
     ANY_ORDER_MORE,
     ANY_ORDER_RATIO,
@@ -25,6 +26,7 @@ from benchmarks.bars import (
     TOPK_SELECT_16_BITS,
     TOPK_SELECT_BFLOAT16,
     TOPK_SELECT_FEW,
+    TOPK_SELECT_HELD,
     TOPK_SELECT_LENGTHS,
     TOPK_SELECT_LONG,
     TOPK_SELECT_ORDERS,
@@ -222,11 +224,22 @@ def many_rows() -> list[Row]:
 def misleading_rows() -> list[Row]:
     """Data that is hard to select from in any order, as multiples of normal data."""
     rows = []
-    for n, num_columns, k in ANY_ORDER_ADVERSARIAL:
-        normal = Problem(num_columns, k, n, order="any", values=False).ours()
-        most = round(ANY_ORDER_ADVERSARIAL_RATIO * normal["us"], 3)
-        for data in MISLEADING:
-            rows.append(barred(Problem(num_columns, k, n, data=data, order="any", values=False).ours(), most))
+    for dtype, shapes in (("float32", ANY_ORDER_ADVERSARIAL), ("bfloat16", ANY_ORDER_ADVERSARIAL_BFLOAT16)):
+        for n, num_columns, k in shapes:
+            normal = Problem(num_columns, k, n, dtype, order="any", values=False).ours()
+            most = round(ANY_ORDER_ADVERSARIAL_RATIO * normal["us"], 3)
+            for data in MISLEADING:
+                problem = Problem(num_columns, k, n, dtype, data=data, order="any", values=False)
+                rows.append(barred(problem.ours(), most))
+    return rows
+
+
+def held_rows() -> list[Row]:
+    """Rows that fit in shared memory several times."""
+    rows = []
+    for n, num_columns, k, dtype in TOPK_SELECT_HELD:
+        problem = Problem(num_columns, k, n, dtype, order="any", values=False)
+        rows += [problem.ours(), problem.floor(), Problem(num_columns, k, n, dtype).ours()]
     return rows
 
 
@@ -287,7 +300,7 @@ def _torch_calls() -> dict[tuple[str, str], Action]:
 
 
 def measure(quick: bool) -> list[Row]:
-    long = long_rows() + many_rows() + few_long_rows() + misleading_rows()
+    long = long_rows() + many_rows() + few_long_rows() + misleading_rows() + held_rows()
     return call_rows() + barred_rows() + long + ([] if quick else sweep_rows())
 
 

@@ -32,6 +32,8 @@ TOPK_SELECT: dict[str, tuple[str, dict[str, int]]] = {  # the constants of bench
     "many long rows": ("topk_select_many", {}),
     "many long rows, order any": ("topk_select_many", {"SORTS": 0}),
     "many rows that fit into a list": ("topk_select_many", {"BLOCK": 128, "BLOCKS": 8, "CAPACITY": 1024, "FITS": 1}),
+    "held rows": ("topk_select_held", {}),
+    "held rows, order any": ("topk_select_held", {"SORTS": 0}),
     "large k": ("topk_select_large", {}),
 }
 

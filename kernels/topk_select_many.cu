@@ -134,7 +134,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     const Order order(range.length);
     const Rank high = order.lowest(keys.high) | order.last_column();
     Rank pivot = order.lowest(keys.low);
-    if (listed > wanted) pivot = pivots.find<BLOCK>(list, listed, wanted, pivot, high);
+    if (listed > wanted) {
+        pivot = pivots.find<BLOCK>(ListedRanks<Rank, BLOCK>{list.ranks, listed}, wanted, pivot, high);
+    }
 
     const auto write = [&](int place, Rank rank) {
         const unsigned key = order.key(rank);

@@ -84,6 +84,7 @@ def test_every_variant_is_called() -> None:
         assert called("topk_select_long", DTYPE=dtype, SPLIT=flag)
         assert called("topk_select_long", DTYPE=dtype, BLOCKS=1 + flag)
         assert called("topk_select_many", DTYPE=dtype, SORTS=flag)
+        assert called("topk_select_held", DTYPE=dtype, SORTS=flag)
         assert called("topk_select_large", DTYPE=dtype)
         assert called("topk_select", DTYPE=dtype, DENSE=flag)
         assert called("topk_select", DTYPE=dtype, HAS_LENGTHS=1, HAS_STARTS=flag)

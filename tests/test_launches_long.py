@@ -63,6 +63,30 @@ def test_more_long_rows_than_multiprocessors_share_them(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("order", "shape"), [("any", {"BLOCKS": 5, "SORTS": 0}), ("value", {"BLOCKS": 5, "SORTS": 1})])
+def test_a_multiprocessor_holds_several_rows(recorder: Recorder, order: str, shape: dict[str, int]) -> None:
+    topk_select(Array(0x400, (500, 16_000), "bfloat16", row_stride=17_000), 300, order=order)
+    launch = only(recorder)
+    assert_kernel(launch, "topk_select_held", "topk_select_held", BLOCK=128, ROW_BYTES=32 * 1024, SHORT=1, **shape)
+    assert launch.grid == (500, 1, 1)
+    assert 5 * (launch.shared_bytes + 5 * 1024) <= 228 * 1024
+    assert {name: launch.arguments[name] for name in ("by_column", "rows_ahead", "first_row", "num_columns", "k")} == {
+        "by_column": 0, "rows_ahead": 5 * 132, "first_row": 0, "num_columns": 16_000, "k": 300,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "k", "dtype", "held"),
+    [
+        (16_384, 512, "float16", True), (16_385, 512, "float16", False), (16_384, 547, "float16", False),
+        (4096, 512, "float32", True), (4097, 512, "float32", False), (1024, 512, "bfloat16", False),
+    ],
+)  # fmt: skip
+def test_rows_are_held_by_their_bytes_and_k(recorder: Recorder, columns: int, k: int, dtype: str, held: bool) -> None:
+    topk_select(Array(0x400, (1000, columns), dtype), k)
+    assert (only(recorder).kernel == "topk_select_held") == held
+
+
 @pytest.mark.parametrize(("rows", "k", "many"), [(132, 512, False), (133, 512, True), (133, 4096, False)])
 def test_the_kernel_follows_from_rows_and_k(recorder: Recorder, rows: int, k: int, many: bool) -> None:
     topk_select(Array(0x400, (rows, 70_000)), k)

@@ -19,10 +19,10 @@ from cupy_router.ops import _cached
 from cupy_router.ops import _topk_select_long as long
 from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
-from cupy_router.ops._topk_select_many import ManyShape, entry_bytes
+from cupy_router.ops._topk_select_many import HeldShape, ManyShape, entry_bytes
 from tests import compare, inputs
 from tests.backends import DTYPES, Backend
-from tests.topk_calls import PLANS, choice, edge_lengths, misleading, poisoned, select
+from tests.topk_calls import PLANS, Plan, choice, edge_lengths, misleading, poisoned, select
 
 pytestmark = pytest.mark.needs_kernels
 ITEM = pytest.mark.acceptance
@@ -30,14 +30,14 @@ ITEM = pytest.mark.acceptance
 COLUMNS, K = 5000, 300
 CLUSTERS = [name for name, plan in PLANS.items() if isinstance(plan, ClusterShape)]
 
-Planned = Callable[[str], "LaunchShape | ManyShape | ClusterShape | None"]
+Planned = Callable[[str], Plan]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Planned]:
     """Has calls go by the plan of this name."""
 
-    def plan(name: str) -> LaunchShape | ManyShape | ClusterShape | None:
+    def plan(name: str) -> Plan:
         monkeypatch.setattr(long, "choose", choice(name))
         _cached.forget()
         return PLANS[name]
@@ -175,7 +175,7 @@ def test_lengths_around_the_limits_of_plans(
     select(backend, scores, K, lengths=lengths, starts=starts, row_pad=1, offset=1)
 
 
-@pytest.mark.parametrize("name", ["one list", "many rows"])
+@pytest.mark.parametrize("name", ["one list", "many rows", "held rows"])
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
 def test_rows_that_just_fit_into_the_list(backend: Backend, planned: Planned, dtype: str, more: int, name: str) -> None:
@@ -219,11 +219,25 @@ def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, 
     select(backend, misleading(plan, 2, 40_000, dtype, shows == "the best"), 400)
 
 
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+@ITEM("a sample that misleads")
+def test_the_best_in_few_groups_of_a_held_row(backend: Backend, planned: Planned, order: str, dtype: str) -> None:
+    """More scores than a list holds reach the k-th best group: the exact key of the k-th best takes its place."""
+    planned("held rows")
+    columns = 32 * 1024 // np.dtype(DTYPES[dtype]).itemsize
+    scores = inputs.normal((2, columns), seed=11)
+    group = np.arange(columns) % 1024
+    scores[0, group < 40] += 10
+    scores[1, group % 25 == 0] += 10
+    select(backend, inputs.cast(scores, dtype), 600, order=order)
+
+
 @pytest.mark.parametrize(
     ("name", "order"),
     [
         *((name, "value") for name in PLANS if name not in CLUSTERS),
-        *((name, "any") for name in ("many rows", "one list", *CLUSTERS)),
+        *((name, "any") for name in ("many rows", "held rows", "one list", *CLUSTERS)),
     ],
 )
 @ITEM("100 bitwise repeats")
@@ -246,6 +260,12 @@ def test_lists_hold_what_the_sample_passes(dtype: str, kilobytes: int) -> None:
                 plan = long.choose(gpu, rows, columns, min(k, columns), dtype)
                 if plan is None:
                     assert k >= 1000 or columns == 2**31 - 1  # else a list fits everywhere
+                    continue
+                if isinstance(plan, HeldShape):
+                    assert rows > gpu.multiprocessors
+                    assert min(k, columns) <= plan.capacity < columns
+                    assert columns * np.dtype(DTYPES[dtype]).itemsize <= plan.row_bytes
+                    assert plan.blocks * (plan.shared_bytes(dtype, columns, True) + 5 * 1024) <= kilobytes * 1024
                     continue
                 if isinstance(plan, ManyShape):
                     assert rows > (plan.blocks - 1) * gpu.multiprocessors

@@ -13,32 +13,38 @@ from cupy_router import TopK, topk_select
 from cupy_router.ops import _cached, _topk_select_long
 from cupy_router.ops._topk_select_cluster import ClusterShape
 from cupy_router.ops._topk_select_long import LaunchShape
-from cupy_router.ops._topk_select_many import ManyShape
+from cupy_router.ops._topk_select_many import HeldShape, ManyShape
 from cupy_router.reference.topk_select import topk_select as reference
 from tests import compare, inputs, oracle
 from tests.backends import DTYPES, Backend
 
+Plan = LaunchShape | HeldShape | ManyShape | ClusterShape | None
+
 # With short lists: the op makes such for longer rows than a CPU executes in time. None: without any list.
-PLANS: dict[str, LaunchShape | ManyShape | ClusterShape | None] = {
+PLANS: dict[str, Plan] = {
     "one list": LaunchShape(block=256, blocks=2, capacity=1024, vectors=1, pieces=1),
     "2 pieces": LaunchShape(block=256, blocks=2, capacity=1024, vectors=2, pieces=2),
     "7 pieces": LaunchShape(block=512, blocks=1, capacity=2048, vectors=1, pieces=7),
     "many rows": ManyShape(block=128, blocks=8, capacity=1024, vectors=2),
+    "held rows": HeldShape(block=128, blocks=4, capacity=1024, row_bytes=32 * 1024),
     "no list": None,
     "a cluster": ClusterShape(cluster=4, block=256, blocks=1, held=2, capacity=1024, sorted=1024),
     "a cluster of two": ClusterShape(cluster=2, block=256, blocks=1, held=4, capacity=2048, sorted=1024),
 }
 
 
-def choice(name: str) -> Callable[..., LaunchShape | ManyShape | ClusterShape | None]:
-    """Return a function that takes the place of `choose` and goes by the plan of this name. Of a cluster, rows too long
-    for its threads are left to larger ones, or to the kernel that needs no list."""
+def choice(name: str) -> Callable[..., Plan]:
+    """Return a function that takes the place of `choose` and goes by the plan of this name. Rows too long for the
+    threads of a cluster are left to larger ones, or to the kernel that needs no list; so are those too long to be held.
+    """
 
     def choose(_: Any, __: int, num_columns: int, ___: int, dtype: str, ____: bool = True) -> Any:
         plan = PLANS[name]
+        size = np.dtype(DTYPES[dtype]).itemsize
+        if isinstance(plan, HeldShape):
+            return plan if num_columns * size <= plan.row_bytes else None
         if not isinstance(plan, ClusterShape):
             return plan
-        size = np.dtype(DTYPES[dtype]).itemsize
         for shape in (plan, plan._replace(cluster=8, block=512, held=32 // (16 // size))):
             if num_columns * size <= 16 * shape.held * shape.cluster * shape.block:
                 return shape

@@ -339,6 +339,10 @@ SCORES = (
         "topk_select", "4000 columns of many rows, lengths",
         on_small_gpu(lambda: _top(5, 4000, 600, lengths=_lengths(5, 4000))),
     ),
+    Case(
+        "topk_select", "4000 columns of many rows of bfloat16, lengths",
+        on_small_gpu(lambda: _top(5, 4000, 300, ml_dtypes.bfloat16, lengths=_lengths(5, 4000))),
+    ),
     Case("topk_select", "20,000 of 30,000 columns", lambda: _top(1, 30_000, 20_000)),
 )  # fmt: skip
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel selects from long rows, and macros, grid and block of kernels/topk_select_long.cu.
 
-For a few rows, it is kernels/topk_select_cluster.cu; for more rows than multiprocessors,
-kernels/topk_select_many.cu; if k is too large for a list in shared memory, kernels/topk_select_large.cu.
+For a few rows, it is kernels/topk_select_cluster.cu; for more rows than multiprocessors, kernels/topk_select_held.cu
+or kernels/topk_select_many.cu; if k is too large for a list in shared memory, kernels/topk_select_large.cu.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cupy_router.ops import _topk_select_cluster as cluster
 from cupy_router.ops._cached import Kernel, launch_with
 from cupy_router.ops._declared import Arrays
 from cupy_router.ops._topk_select_cluster import ClusterShape
-from cupy_router.ops._topk_select_many import ManyShape, choose_many, list_lengths
+from cupy_router.ops._topk_select_many import HeldShape, ManyShape, choose_held, choose_many, list_lengths
 from cupy_router.tuning import Gpu, Steps
 
 LONG, LARGE = "topk_select_long", "topk_select_large"
@@ -48,12 +48,13 @@ class LaunchShape(NamedTuple):
 
 def choose(
     gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool = True
-) -> LaunchShape | ManyShape | ClusterShape | None:
+) -> LaunchShape | HeldShape | ManyShape | ClusterShape | None:
     """Return the launch shape; None if k is too large for a list in shared memory. `sorts`: not for order "any"."""
     by_clusters = cluster.choose(gpu, num_rows, num_columns, k, dtype)
     if by_clusters is not None:
         return by_clusters
-    many = choose_many(gpu, num_rows, num_columns, k, dtype, sorts)
+    held = choose_held(gpu, num_rows, num_columns, k, dtype, sorts)
+    many = held or choose_many(gpu, num_rows, num_columns, k, dtype, sorts)
     if many is not None:
         return many
     table = gpu.table.long_rows
@@ -123,7 +124,7 @@ class LongTopK:
             numbers = {"num_rows": num_rows, "sorted": int(options.order == "value")} | fixed
             kernel = Kernel(LARGE, LARGE, macros, min(num_rows, MAX_GRID), _LARGE_BLOCK, numbers)
             self._launches.append(launch_with((*INPUTS, *OUTPUTS), kernel, scores.device))
-        elif isinstance(shape, ManyShape):
+        elif isinstance(shape, HeldShape | ManyShape):
             for first in range(0, num_rows, MAX_GRID):
                 numbers = {"rows_ahead": gpu.multiprocessors * shape.blocks, "first_row": first} | fixed
                 rows = min(num_rows - first, MAX_GRID)

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Macros, grid and block of kernels/topk_select_many.cu: long rows, more of them than multiprocessors."""
+"""Macros, grid and block of the kernels for more long rows than multiprocessors.
+
+These are kernels/topk_select_held.cu, where a multiprocessor holds several rows, and kernels/topk_select_many.cu.
+"""
 
 from __future__ import annotations
 
-from math import sqrt
+from math import log1p, sqrt
 from typing import NamedTuple
 
 from cupy_router.ops import _row_lanes as row_lanes
 from cupy_router.ops._cached import Kernel
 from cupy_router.tuning import Gpu, Steps
 
-MANY = "topk_select_many"
+MANY, HELD = "topk_select_many", "topk_select_held"
 
 _OPT_IN = 48 * 1024  # with more shared memory, a kernel has to opt in
 _STATIC_BYTES = 6 * 1024
 _STEP = 256  # of capacities, so that not every shape is another specialisation
+_ROW_STEP = 2048  # of the bytes of held rows, likewise
+_KEYS = 8  # of a thread, each the best of a group
+_COPIES_FROM = (8, 0)  # the compute capability from which on copies to shared memory are asynchronous
 
 
 class ManyShape(NamedTuple):
@@ -43,6 +49,36 @@ class ManyShape(NamedTuple):
         return Kernel(MANY, MANY, macros, num_rows, self.block, numbers, shared_bytes=shared)
 
 
+class HeldShape(NamedTuple):
+    """Launch shape: see the constants of the same names in the kernel."""
+
+    block: int
+    blocks: int
+    capacity: int
+    row_bytes: int
+
+    def kernel(self, dtype: str, order: str, num_rows: int, numbers: dict[str, int | float]) -> Kernel:
+        """Return the kernel for `num_rows` rows. numbers: its fixed parameters."""
+        num_columns, sorts = int(numbers["num_columns"]), order != "any"
+        macros = {
+            "DTYPE": row_lanes.DTYPE_CODES[dtype],
+            "BLOCK": self.block,
+            "BLOCKS": self.blocks,
+            "CAPACITY": self.capacity,
+            "ROW_BYTES": self.row_bytes,
+            "SORTS": int(sorts),
+            "SHORT": int(is_short(dtype, num_columns)),
+        }
+        shared = opted_in(self.shared_bytes(dtype, num_columns, sorts), _STATIC_BYTES)
+        numbers = {"by_column": int(order == "column")} | numbers
+        return Kernel(HELD, HELD, macros, num_rows, self.block, numbers, shared_bytes=shared)
+
+    def shared_bytes(self, dtype: str, num_columns: int, sorts: bool) -> int:
+        """Return the dynamic shared memory: the row or, in its place, what sorting needs; and the columns of a list."""
+        sorting = entry_bytes(dtype, num_columns, sorts) * self.capacity + 64 if sorts else 0
+        return max(self.row_bytes + 16, sorting) + 2 * self.capacity
+
+
 def opted_in(shared: int, static: int) -> int:
     """Return the dynamic shared memory for which the launcher opts in if dynamic and static together need that."""
     return max(shared, _OPT_IN + 16) if shared + static > _OPT_IN else shared
@@ -56,6 +92,25 @@ def is_short(dtype: str, num_columns: int) -> bool:
 def entry_bytes(dtype: str, num_columns: int, sorts: bool) -> int:
     """Return the bytes of dynamic shared memory for each entry of a list, and for sorting it."""
     return (4 if is_short(dtype, num_columns) else 8) + (8 if sorts else 0)
+
+
+def choose_held(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool) -> HeldShape | None:
+    """Return the launch shape; None if rows are too few, too short or too long, or k is too large."""
+    table = gpu.table.long_rows
+    size = row_lanes.SIZES[dtype]
+    row_bytes = -(-num_columns * size // _ROW_STEP) * _ROW_STEP
+    groups = _KEYS * table.held_block
+    most = k * 9 / 8 / groups  # share of the groups whose best reaches the threshold
+    most_bytes = table.held_row_bytes[size // 4]
+    if gpu.capability < _COPIES_FROM or row_bytes > most_bytes or most > table.held_most_groups:
+        return None
+    longest = -groups * log1p(-most)  # the list of a row in random order
+    capacity = _STEP * -(-int(longest + 4 * sqrt(longest)) // _STEP)
+    shape = HeldShape(table.held_block, 1, capacity, row_bytes)
+    at_once = gpu.shared_bytes // (shape.shared_bytes(dtype, num_columns, sorts) + _STATIC_BYTES)
+    if num_columns <= capacity or num_rows <= gpu.multiprocessors or at_once < 2:
+        return None
+    return shape._replace(blocks=min(at_once, table.held_most_blocks))
 
 
 def choose_many(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool) -> ManyShape | None:

@@ -117,6 +117,11 @@ class LongRows(Family):
     many_short_rows: Steps
     many_rows_many_winners: Steps
     many_rows_max_winners: int  # beyond them, rows are selected from as if they were few
+    # Of more rows than multiprocessors, each held in the shared memory of a block, at most: of 16 bits, of float32.
+    held_row_bytes: tuple[int, int]
+    held_block: int  # its threads
+    held_most_blocks: int  # on a multiprocessor
+    held_most_groups: float  # share of the groups of a row whose best scores are to reach a threshold
     sample_few_winners: int  # scores of a row, where there are more rows than multiprocessors
     sample_many_winners: int
 

@@ -106,6 +106,10 @@ TABLE = Table(
         shapes=((1024, 1),),
         # Measured on an H200. More and smaller blocks read while others select, but sort their lists more slowly.
         short_row_bytes=32 * 1024,
+        held_row_bytes=(32 * 1024, 16 * 1024),
+        held_block=128,
+        held_most_blocks=8,
+        held_most_groups=0.6,
         many_rows=((256, 4), (512, 2)),
         many_short_rows=((128, 8), (256, 4), (512, 2)),
         many_rows_many_winners=((512, 2),),

@@ -15,6 +15,16 @@ __device__ __forceinline__ void copy_async4(T* shared, const T* global) {
 #endif
 }
 
+// Copy 16 bytes; both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global) {
+#ifdef __CUDACC__
+    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+#else
+    simt::copy_async(shared, global, 16);
+#endif
+}
+
 // End a group: all copies that this thread has started since the last one.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef __CUDACC__

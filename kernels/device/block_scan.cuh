@@ -62,6 +62,19 @@ __device__ __forceinline__ int block_prefix(int value, int& total) {
     return before;
 }
 
+// Like block_prefix, but with one barrier. `sums` has a word for each warp. Threads pass another barrier before it is
+// used again.
+template <int Block>
+__device__ __forceinline__ int block_prefix_once(int value, int& total, int* sums) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int inclusive = warp_prefix(value);
+    if (lane == 31) sums[warp] = inclusive;
+    __syncthreads();
+    const int sum = lane < Block / 32 ? sums[lane] : 0;
+    total = static_cast<int>(warp_sum(sum));
+    return static_cast<int>(warp_sum(lane < warp ? sum : 0)) + inclusive - value;
+}
+
 struct Extent {
     unsigned low;
     unsigned high;

@@ -5,7 +5,6 @@
 
 #include "long_rows/histogram.cuh"
 #include "long_rows/rank.cuh"
-#include "long_rows/rank_list.cuh"
 
 template <typename Rank>
 struct Pivot {
@@ -22,10 +21,10 @@ struct Pivot {
         if (threadIdx.x == 0) num_few = 0;
     }
 
-    // Return the lower bound of the `wanted` best ranks. `low` and `high` are bounds of all `count` ranks on the list,
-    // more than `wanted`.
-    template <int Block, typename List>
-    __device__ __forceinline__ Rank find(const List& list, int count, int wanted, Rank low, Rank high) {
+    // Return the lower bound of the `wanted` best ranks, of more. `low` and `high` are bounds of all ranks; others are left
+    // out. ranks.for_each(take) calls take(rank) for those of a thread.
+    template <int Block, typename Ranks>
+    __device__ __forceinline__ Rank find(const Ranks& ranks, int wanted, Rank low, Rank high) {
         int round = 0;
 #pragma unroll 1
         for (;;) {
@@ -33,11 +32,9 @@ struct Pivot {
             int* histogram = histograms[round];
             round = round == 2 ? 0 : round + 1;
             for (int i = threadIdx.x; i < BINS; i += Block) histograms[round][i] = 0;
-#pragma unroll 4
-            for (int i = threadIdx.x; i < count; i += Block) {
-                const Rank rank = list.ranks[i];
+            ranks.for_each([&](Rank rank) {
                 if (rank >= low && rank <= high) atomicAdd(&histogram[(rank - low) >> shift], 1);
-            }
+            });
             __syncthreads();
             const ChosenBin chosen = choose_bin(histogram, wanted);
             low += static_cast<Rank>(chosen.bin) << shift;
@@ -45,25 +42,21 @@ struct Pivot {
             const Rank last = (static_cast<Rank>(1) << shift) - 1;
             if (high - low > last) high = low + last;
             wanted = chosen.rest;
-            if (chosen.count <= FEW) {
-                return among_few<Block>(list, count, wanted, low, high, chosen.count);
-            }
+            if (chosen.count <= FEW) return among_few(ranks, wanted, low, high, chosen.count);
         }
     }
 
   private:
-    template <int Block, typename List>
-    __device__ __forceinline__ Rank among_few(const List& list, int count, int wanted, Rank low, Rank high,
-                                              int number) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count; i += Block) {
-            const Rank rank = list.ranks[i];
+    template <typename Ranks>
+    __device__ __forceinline__ Rank among_few(const Ranks& ranks, int wanted, Rank low, Rank high, int number) {
+        ranks.for_each([&](Rank rank) {
             if (rank >= low && rank <= high) few[atomicAdd(&num_few, 1)] = rank;
-        }
+        });
         __syncthreads();
         const int lane = threadIdx.x % 32;
         const Rank own = lane < number ? few[lane] : 0;
         int better = 0;
+#pragma unroll 4
         for (int i = 0; i < number; ++i) better += few[i] > own;
         const unsigned found = __ballot_sync(FULL_WARP, lane < number && better == wanted - 1);
         return __shfl_sync(FULL_WARP, own, __ffs(found) - 1);

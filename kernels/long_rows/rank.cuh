@@ -46,5 +46,18 @@ struct RankOrder {
     }
 };
 
+// Ranks in registers; 0: none.
+template <typename Rank, int N>
+struct OwnRanks {
+    Rank rank[N];
+
+    // Call take(rank) for all.
+    template <typename Take>
+    __device__ __forceinline__ void for_each(Take take) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) take(rank[i]);
+    }
+};
+
 __device__ __forceinline__ int bit_length(unsigned x) { return 32 - __clz(x); }
 __device__ __forceinline__ int bit_length(unsigned long long x) { return 64 - __clzll(x); }

@@ -5,6 +5,20 @@
 #include "long_rows/rank.cuh"
 #include "long_rows/stream.cuh"
 
+// The first ranks of a list.
+template <typename Rank, int Block>
+struct ListedRanks {
+    const Rank* ranks;
+    int count;
+
+    // Call take(rank) for those of a thread.
+    template <typename Take>
+    __device__ __forceinline__ void for_each(Take take) const {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count; i += Block) take(ranks[i]);
+    }
+};
+
 template <typename Rank, int Block, int Capacity>
 struct RankList {
     static constexpr int WARPS = Block / 32;

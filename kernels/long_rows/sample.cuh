@@ -13,11 +13,6 @@
 
 constexpr int SAMPLED_READS = 3;  // of a row by thresholds of its sample, before it is read by the exact key
 
-struct Threshold {
-    unsigned key;
-    bool tied;  // too many scores may have this very key
-};
-
 // Narrow a range of keys until at least `target` of what count() counts reach its lower end, and at most an eighth more
 // if keys differ. Return how many do.
 template <typename Count>

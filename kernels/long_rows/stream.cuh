@@ -14,7 +14,14 @@ __device__ __forceinline__ unsigned long long list_entry(unsigned bits, int colu
     return static_cast<unsigned long long>(bits) << 32 | static_cast<unsigned>(column);
 }
 
-template <int Code, int Block, int Loads>
+// A key that enough scores of a row reach, almost certainly.
+struct Threshold {
+    unsigned key;
+    bool tied;  // too many scores may have this very key
+};
+
+// Shared: the row is in shared memory.
+template <int Code, int Block, int Loads, bool Shared = false>
 struct RowPiece {
     typedef typename Scalar<Code>::type T;
     typedef unsigned long long Entry;
@@ -53,7 +60,10 @@ struct RowPiece {
     }
 
     __device__ __forceinline__ Words<4> load_vector(int i) const {
-        return load_words(row + head + static_cast<int64_t>(i) * VECTOR, Words<4>());
+        const T* vector = row + head + static_cast<int64_t>(i) * VECTOR;
+        if (!Shared) return load_words(vector, Words<4>());
+        const uint4 read = *reinterpret_cast<const uint4*>(vector);
+        return {{read.x, read.y, read.z, read.w}};
     }
 
     // Load this thread's vectors of the block's chunk from `first` on.
@@ -160,10 +170,10 @@ struct RowPiece {
 
 // List the first `wanted` scores of a piece that have this very key, by column, as rank_of(column). Return how many there
 // are. A thread loads Vectors vectors at once.
-template <int Vectors, int Code, int Block, int Loads, typename Rank, typename RankOf>
-__device__ __forceinline__ int collect_ties(const RowPiece<Code, Block, Loads>& piece, unsigned key, Rank* list,
+template <int Vectors, int Code, int Block, int Loads, bool Shared, typename Rank, typename RankOf>
+__device__ __forceinline__ int collect_ties(const RowPiece<Code, Block, Loads, Shared>& piece, unsigned key, Rank* list,
                                             int wanted, RankOf rank_of) {
-    typedef RowPiece<Code, Block, Loads> Piece;
+    typedef RowPiece<Code, Block, Loads, Shared> Piece;
     constexpr int VECTOR = Piece::VECTOR;
     int taken = 0;
     const auto take = [&](unsigned ties, int column) {  // `ties`: a bit for each score from this column on

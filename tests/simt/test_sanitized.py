@@ -127,6 +127,10 @@ def test_long_rows_are_clean(sanitizer: str, order: str) -> None:
         Call("tests.topk_calls:select_by_plan", (base.astype(ml_dtypes.bfloat16), 200, "many rows"), {"order": order}),
     ]
     calls += [
+        Call("tests.topk_calls:select_by_plan", (scores, 300, "held rows"), {"order": order, "lengths": lengths})
+        for scores in (base, base.astype(ml_dtypes.bfloat16))
+    ]
+    calls += [
         Call(
             "tests.topk_calls:select_by_plan", (topk_calls.misleading(plan, 1, 8000, "float32", best), 300, "many rows")
         )
