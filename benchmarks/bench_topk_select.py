@@ -76,7 +76,7 @@ class Problem:
             self.scores = inputs((n, num_columns), dtype, cold=cold)
         else:
             self.cell["data"] = data
-            scores = DATA[data](inputs((n, num_columns), dtype, cold=False)[0])
+            scores = DATA[data](inputs((n, num_columns), "float32", cold=False)[0]).astype(dtype)
             self.scores = cold_inputs(scores.copy, scores.nbytes) if cold else [scores]
         self.out = TopK(cupy.empty((n, k), self.scores[0].dtype) if values else None, cupy.empty((n, k), cupy.int32))
 

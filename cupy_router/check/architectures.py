@@ -21,6 +21,7 @@ OLDEST = {
     "activation_topk_cluster": 90,
     "expert_layout_cluster": 90,
     "topk_select_cluster": 90,
+    "topk_select_held": 80,
 }
 ONLY = {"dense_router_prefill": 90}  # the only architecture on which one is chosen
 _THRESHOLD = "BY_THRESHOLD = true;"  # a switch for which the same holds
