@@ -46,6 +46,7 @@ from benchmarks.harness import (
 from benchmarks.one_size import FLOATS, OneSize
 from benchmarks.rows import OURS, Row
 from cupy_router import TopK, topk_select
+from cupy_router.ops.topk_select import ORDERS
 
 ALL_N = (64, 256, 1024, 4096, 8192, 16384, 65536)
 ALL_E = (8, 16, 32, 48, 60, 64, 72, 96, 128, 144, 160, 192, 256, 320, 384, 512, 576, 768, 896, 1024)
@@ -304,16 +305,23 @@ def measure(quick: bool) -> list[Row]:
     return call_rows() + barred_rows() + long + ([] if quick else sweep_rows())
 
 
-def one_size(rows: int, columns: int, k: int, dtype: str, cache: str, data: str) -> list[Row]:
+def one_size(
+    rows: int, columns: int, k: int, dtype: str, cache: str, data: str, order: str, page_size: int
+) -> list[Row]:
+    """With values but for order "any", as the bars are."""
     hard = None if data == "normal" else data
-    problem = Problem(columns, k, rows, dtype, cold=cache == "cold", data=hard)
-    return [problem.ours(), problem.floor(), *problem.rivals(("Triton", "torch.topk"))]
+    options: dict[str, Any] = {"order": order, "values": order != "any", "page_size": page_size}
+    problem = Problem(columns, k, rows, dtype, cold=cache == "cold", data=hard, **options)
+    return [problem.ours(), problem.floor(), *problem.rivals(("Triton", "torch.topk") if page_size == 0 else ())]
 
 
 ONE_SIZE = OneSize(
-    {"rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *DATA)},
+    {
+        "rows": 64, "columns": 256, "k": 8, "dtype": FLOATS, "cache": ("warm", "cold"), "data": ("normal", *DATA),
+        "order": ORDERS, "page_size": 0,
+    },
     one_size,
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main("topk_select", measure, ONE_SIZE)

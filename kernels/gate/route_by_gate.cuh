@@ -60,12 +60,6 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
 
     // Loads that routing needs start before the GEMM, so that they are there in time if this block routes.
     const int fetched_valid = fetch_valid(num_valid, num_valid_value);
-    const int warp = threadIdx.x / 32;
-    const auto given_id_of = [&](int token) {
-        return given_id(given_experts, given_stride, token_ids, first_token + token, threadIdx.x % 32, token < count);
-    };
-    const int own_first = SHARE > 0 ? blockIdx.x * SHARE : 0;
-    const int first_id = given_id_of(own_first + warp);
     fetch_biases(bias, NUM_BIASES > 0 ? bias_index + first_token : nullptr, count);
     gate_gemm(x + first_token * x_stride, weight, x_stride, weight_stride, first_expert, split, count, shared_floats);
     if (HAS_BIAS) copy_async_wait<0>();
@@ -78,8 +72,12 @@ __device__ __forceinline__ bool route_by_gate(const x_t* x, const gate_t* weight
         token += first_token;
         store_float(logits_out + token * logits_out_stride + expert, token < valid ? logit : 0.0f);
     };
+    const auto given_id_of = [&](int token) {
+        return given_id(given_experts, given_stride, token_ids, first_token + token, threadIdx.x % 32, token < count);
+    };
     const auto route_tokens = [&](int first, int tokens) {
-        int id = first == own_first ? first_id : given_id_of(first + warp);
+        const int warp = threadIdx.x / 32;
+        int id = given_id_of(first + warp);  // in flight while scores are gathered
         gather_scores(group_partials, first, tokens, logit_bias, numbers, shared_floats, keep_logit);
         __syncthreads();
         for (int t = warp; t < tokens; t += WARPS) {
