@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_select_many.cu for rows of which a multiprocessor holds several: a block copies its row to shared memory, and
 // while it selects, other blocks wait for theirs. No sample is read: a threshold follows from the best scores of groups,
-// and gives a list of scores (held_row.cuh). If that is too long, others are tried. Histograms find the k-th best of the
-// list (pivot.cuh). The k best are written in the order of the list, or sorted by score or column (list_sort.cuh).
+// and gives a list of scores (held_row.cuh). If it is too long, higher ones are tried by bisection, and ties at the last
+// of them fill up the list. Histograms find the k-th best of the list (pivot.cuh). The k best are written in the order of the list, or sorted by score or column (list_sort.cuh).
 #include "device/warp.cuh"
 #include "long_rows/held_row.cuh"
 #include "long_rows/list_sort.cuh"
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     if (selects) threshold = held.threshold(wanted, pivots.histograms, keys.high);
 
     int listed;  // scores above the threshold, and ties with it as far as they are needed
-    Extent thresholds = {threshold.key, keys.high + 1};  // the lower one gives too long a list, the upper one too short
+    Extent thresholds = {threshold.key, keys.high + Passes<DTYPE>::STEP};  // bounds of those to be tried after a list
 #pragma unroll 1
     for (int lists = 0;; ++lists) {
         const int above = held.collect({threshold.key, threshold.tied}, sums[lists % 2]);

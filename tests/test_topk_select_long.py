@@ -223,7 +223,7 @@ def test_a_sample_that_misleads(backend: Backend, planned: Planned, shows: str, 
 @pytest.mark.parametrize("order", ["column", "value", "any"])
 @ITEM("a sample that misleads")
 def test_the_best_in_few_groups_of_a_held_row(backend: Backend, planned: Planned, order: str, dtype: str) -> None:
-    """More scores than a list holds reach the k-th best group: the exact key of the k-th best takes its place."""
+    """More scores than a list holds reach the k-th best group: thresholds are bisected until the list fits."""
     planned("held rows")
     columns = 32 * 1024 // np.dtype(DTYPES[dtype]).itemsize
     scores = inputs.normal((2, columns), seed=11)
@@ -231,6 +231,31 @@ def test_the_best_in_few_groups_of_a_held_row(backend: Backend, planned: Planned
     scores[0, group < 40] += 10
     scores[1, group % 25 == 0] += 10
     select(backend, inputs.cast(scores, dtype), 600, order=order)
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("order", ["column", "value", "any"])
+@pytest.mark.parametrize("k", [300, 520])
+@pytest.mark.parametrize("others", [0.0, -np.inf, np.nan])
+@ITEM("a sample that misleads")
+def test_the_best_of_a_held_row_tie_in_few_groups(
+    backend: Backend, planned: Planned, others: float, k: int, order: str, dtype: str
+) -> None:
+    """More ties at the highest score than a list holds, in fewer groups than are wanted: other groups decide first."""
+    planned("held rows")
+    columns = 32 * 1024 // np.dtype(DTYPES[dtype]).itemsize
+    scores = np.full((3, columns), others, np.float32)
+    scores[0, ::2] = 1
+    scores[1, ::7] = 1
+    scores[2, np.arange(columns) % 1024 < 200] = np.inf
+    select(backend, inputs.cast(scores, dtype), k, order=order)
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+def test_empty_rows_that_are_held(backend: Backend, planned: Planned, dtype: str) -> None:
+    planned("held rows")
+    lengths, starts = np.array([0, 2000, 2000], np.int32), np.array([0, 0, 2000], np.int32)
+    select(backend, inputs.normal((3, 2000), dtype), 10, lengths, starts, order="any")
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,16 @@ def entry_bytes(dtype: str, num_columns: int, sorts: bool) -> int:
 
 
 def choose_held(gpu: Gpu, num_rows: int, num_columns: int, k: int, dtype: str, sorts: bool) -> HeldShape | None:
-    """Return the launch shape; None if rows are too few, too short or too long, or k is too large."""
+    """Return the launch shape, or None.
+
+    There is none if rows are too few, too short or too long, k is too large, a multiprocessor cannot hold two rows, or
+    copies to shared memory would not be asynchronous.
+    """
     table = gpu.table.long_rows
     size = row_lanes.SIZES[dtype]
     row_bytes = -(-num_columns * size // _ROW_STEP) * _ROW_STEP
     groups = _KEYS * table.held_block
-    most = k * 9 / 8 / groups  # share of the groups whose best reaches the threshold
+    most = k * 9 / 8 / groups  # share of the groups whose best reaches the threshold, see held_row.cuh
     most_bytes = table.held_row_bytes[size // 4]
     if gpu.capability < _COPIES_FROM or row_bytes > most_bytes or most > table.held_most_groups:
         return None

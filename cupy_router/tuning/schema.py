@@ -117,7 +117,8 @@ class LongRows(Family):
     many_short_rows: Steps
     many_rows_many_winners: Steps
     many_rows_max_winners: int  # beyond them, rows are selected from as if they were few
-    # Of more rows than multiprocessors, each held in the shared memory of a block, at most: of 16 bits, of float32.
+    # The longest row that a block holds in shared memory, where there are more rows than multiprocessors: of 16-bit
+    # scores, of float32.
     held_row_bytes: tuple[int, int]
     held_block: int  # its threads
     held_most_blocks: int  # on a multiprocessor

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row that a block holds in shared memory, and a list of the scores that reach a threshold: as many as are wanted, and
-// few more unless the best are in few groups. Of `wanted` groups the best score reaches the threshold; a group has two
-// scores of every four vectors of a thread.
+// few more unless many tie or the best are in few groups. Of `wanted` groups the best score reaches the threshold. A
+// thread has eight groups, each with two (float32) or four (16 bits) scores of every four vectors of the thread.
 //
 // A block is done soon, so what a thread waits for decides: its vectors, marks and ranks are in registers, a few at once.
 #pragma once
@@ -28,9 +28,9 @@ __device__ __forceinline__ unsigned greater_scores(unsigned a, unsigned b) {
     }
 }
 
-// The pages of a row of up to 32768 columns, or none: mapped_index by a multiplication in place of a division. With
-// `inverse` = 2**31 / page_size, rounded up, column * inverse is above column / page_size * 2**31 by less than 2**31 /
-// page_size.
+// The pages of a row of up to 32768 columns, or none: mapped_index by a multiplication in place of a division. `inverse`
+// is 2**31 / page_size, rounded up, so inverse * page_size = 2**31 + e with e < page_size. For pages of up to 65536
+// columns, column * e < 2**31, and the quotient is exact. For larger ones it is 0, since column / page_size is below 1/2.
 struct HeldPages {
     const int* map;
     int page_size;
@@ -82,7 +82,7 @@ struct HeldRow {
     typedef RowPiece<Code, Block, LOADS, true> Piece;
     static constexpr int VECTOR = Piece::VECTOR, SETS = Code == 0 ? 2 : 1, KEYS = SETS * VECTOR;
     static constexpr int LISTED = (Capacity + Block - 1) / Block;  // ranks of a thread
-    static constexpr int LEAST = Code == 0 ? 0 : 16;               // low bits of a key, which only NAN_KEY has
+    static constexpr int LEAST = Code == 0 ? 0 : 16;               // low bits that are 0 in every key but NAN_KEY
     static_assert(RowBytes / sizeof(T) <= 32768, "columns of 16 bits, and of HeldPages");
 
     Piece piece;
@@ -113,9 +113,11 @@ struct HeldRow {
         return Piece(row, source.length, 0, 1);
     }
 
-    // A narrower choice of thresholds than `range`, of which the lower one gives too long a list and the upper one none.
+    // Return a threshold within the range, the lower bound if there is none between the bounds. The list of the lower
+    // bound is too long, that of the upper one too short.
     static __device__ __forceinline__ unsigned between(Extent range) {
-        return range.low + ((range.high - range.low) / 2 & ~0u << LEAST);
+        const unsigned half = (range.high - range.low) / 2 & ~0u << LEAST;
+        return half == 0 ? range.low : (range.low + half) & ~0u << LEAST;  // NAN_KEY has other low bits
     }
 
     // Prefetch a row to L2.
@@ -127,7 +129,8 @@ struct HeldRow {
     }
 
     // Return a threshold that at least `wanted` scores reach, for a row with more scores than the list can have, and in
-    // `highest` the highest key. `histograms` are three of BINS words on a 16-byte boundary, the first of them 0.
+    // `highest` the highest key. Tied: too many groups have just this key, so the list is for scores above it, and for as
+    // many ties as are wanted. Otherwise at most an eighth more groups reach it than `wanted`. `histograms` are three of BINS words on a 16-byte boundary, the first of them 0.
     __device__ __forceinline__ Threshold threshold(int wanted, int (*histograms)[BINS], unsigned& highest) const {
         Words<4> best[SETS];
 #pragma unroll
@@ -218,7 +221,7 @@ struct HeldRow {
 #pragma unroll
         for (int j = 0; j < LISTED; ++j) {
             const int i = j * Block + static_cast<int>(threadIdx.x);
-            const int column = columns[i < count ? i : 0];
+            const int column = count > 0 ? columns[i < count ? i : 0] : 0;
             const Rank rank = order.rank(key_of(column), column);
             ranks[j] = i < count ? rank : 0;
         }

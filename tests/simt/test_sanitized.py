@@ -118,7 +118,7 @@ def test_long_rows_are_clean(sanitizer: str, order: str) -> None:
     """Sampled rows, short rows, ties at the threshold, samples that mislead; a cluster, also with ties only."""
     base = RNG.normal(size=4 * 3001 + 1).astype(np.float32)[1:].reshape(4, 3001)[:, :3000]
     base[1] = np.round(base[1])
-    lengths = np.array([3000, 2999, 1025, 7], np.int32)
+    lengths, some_empty = np.array([3000, 2999, 1025, 7], np.int32), np.array([3000, 0, 1025, 7], np.int32)
     equal = np.zeros(2 * 4501 + 1, np.float32)[1:].reshape(2, 4501)[:, :4500]
     plan = topk_calls.PLANS["many rows"]
     assert isinstance(plan, ManyShape)
@@ -127,7 +127,7 @@ def test_long_rows_are_clean(sanitizer: str, order: str) -> None:
         Call("tests.topk_calls:select_by_plan", (base.astype(ml_dtypes.bfloat16), 200, "many rows"), {"order": order}),
     ]
     calls += [
-        Call("tests.topk_calls:select_by_plan", (scores, 300, "held rows"), {"order": order, "lengths": lengths})
+        Call("tests.topk_calls:select_by_plan", (scores, 300, "held rows"), {"order": order, "lengths": some_empty})
         for scores in (base, base.astype(ml_dtypes.bfloat16))
     ]
     calls += [
