@@ -141,7 +141,7 @@ def route_weights(
         chosen = np.concatenate(
             [np.take_along_axis(routed, experts, axis=-1), logits[:, method.num_experts :]], axis=-1
         )
-        weights = (softmax(log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32)
+        weights = flush((softmax(log_sigmoid(chosen.astype(np.float64))) * method.scale).astype(np.float32))
         weights = _scale_experts(weights, experts, expert_scale)
     else:
         if method.score_after_topk:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,6 +25,17 @@ def test_agrees_with_the_oracle(data: st.DataObject, dtype: str, tokens: int, ex
     num_valid = data.draw(st.integers(0, tokens)) if padded else None
     got = activation_topk(logits, method, num_valid=num_valid, **layer)
     assert_agrees(got, oracle.route(logits, method, num_valid=num_valid, **layer))
+
+
+@pytest.mark.parametrize("shared", [{}, {"num_shared_experts": 1, "shared_in_normalizer": True}])
+def test_a_subnormal_weight_is_0_before_the_factor_of_its_expert(shared: dict[str, Any]) -> None:
+    method = RoutingMethod(2, 2, "sigmoid", **shared)
+    logits = np.zeros((1, method.num_logits), np.float32)
+    logits[0, 1] = -88.0
+    factors = np.array([1, 1e9], np.float32)
+    for route in (activation_topk, oracle.route):
+        weights, _ = route(logits, method, expert_scale=factors)
+        assert weights[0, 1] == 0
 
 
 @pytest.mark.parametrize("score", SCORES)
