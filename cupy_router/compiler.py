@@ -78,7 +78,7 @@ class CudaBackend:
 
     @property
     def compiled(self) -> bool:
-        """Whether the last `build` of this thread compiled; see `Backend`."""
+        """True if the last `build` of this thread ran the compiler; see `Backend`."""
         return self._log.written
 
     def shared_limit(self, device: int) -> int:

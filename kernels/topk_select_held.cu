@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_select_many.cu for rows of which a multiprocessor holds several: a block copies its row to shared memory, and
-// while it selects, other blocks wait for theirs. No sample is read: a threshold follows from the best scores of groups,
-// and gives a list of scores (held_row.cuh). If it is too long, higher ones are tried by bisection, and ties at the last
-// of them fill up the list. Histograms find the k-th best of the list (pivot.cuh). The k best are written in the order of the list, or sorted by score or column (list_sort.cuh).
+// while it selects, other blocks wait for theirs. No sample is read. A threshold follows from the best scores of groups,
+// and gives a list of scores (held_row.cuh). If that is too long, higher thresholds are tried by bisection, and ties at
+// the last of them fill up the list. Histograms find the k-th best of the list (pivot.cuh). The k best are written in
+// the order of the list, or sorted by score or column (list_sort.cuh).
 #include "device/warp.cuh"
 #include "long_rows/held_row.cuh"
 #include "long_rows/list_sort.cuh"
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS)
     if (!SORTS && values != nullptr) {
         for (int i = threadIdx.x; i < wanted; i += BLOCK) values[i] = held.piece.row[held.columns[i]];
     }
-    write_indices<BLOCK>(held.columns, wanted, HeldPages(pages, page_size), indices);
+    write_indices<BLOCK>(held.columns, wanted, ShortRowPages(pages, page_size), indices);
     for (int i = wanted + static_cast<int>(threadIdx.x); i < k; i += BLOCK) {
         if (values != nullptr) values[i] = minus_infinity<DTYPE>();
         indices[i] = -1;

@@ -188,6 +188,16 @@ def test_a_tool_must_find_its_fault_and_nothing_else(
     assert row["errors"] == behaviour.get("errors_ours", 0)
 
 
+def test_only_some_cases_are_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(sanitize, "ExactBackend", lambda: None)
+    monkeypatch.setattr(sanitize, "make_calls", lambda _, chosen: made.extend(map(repr, chosen)) or len(made))
+    assert sanitize.main(["--calls", "1", "--only", "held rows"]) == 0
+    assert 0 < len(made) < len(CASES)
+    assert all("held rows" in case for case in made)
+    assert capsys.readouterr().out == f"calls made: {len(made)}\n"
+
+
 def test_jobs_share_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 

@@ -33,20 +33,10 @@ class ManyShape(NamedTuple):
 
     def kernel(self, dtype: str, order: str, num_rows: int, numbers: dict[str, int | float]) -> Kernel:
         """Return the kernel for `num_rows` rows. numbers: its fixed parameters."""
-        num_columns, sorts = int(numbers["num_columns"]), order != "any"
-        macros = {
-            "DTYPE": row_lanes.DTYPE_CODES[dtype],
-            "BLOCK": self.block,
-            "BLOCKS": self.blocks,
-            "CAPACITY": self.capacity,
-            "VECTORS": self.vectors,
-            "FITS": int(num_columns <= self.capacity),
-            "SORTS": int(sorts),
-            "SHORT": int(is_short(dtype, num_columns)),
-        }
-        shared = opted_in(entry_bytes(dtype, num_columns, sorts) * self.capacity + 64, _STATIC_BYTES)
-        numbers = {"by_column": int(order == "column")} | numbers
-        return Kernel(MANY, MANY, macros, num_rows, self.block, numbers, shared_bytes=shared)
+        num_columns = int(numbers["num_columns"])
+        macros = {"VECTORS": self.vectors, "FITS": int(num_columns <= self.capacity)}
+        shared = entry_bytes(dtype, num_columns, order != "any") * self.capacity + 64
+        return _kernel(MANY, self, macros, shared, dtype, order, num_rows, numbers)
 
 
 class HeldShape(NamedTuple):
@@ -59,24 +49,31 @@ class HeldShape(NamedTuple):
 
     def kernel(self, dtype: str, order: str, num_rows: int, numbers: dict[str, int | float]) -> Kernel:
         """Return the kernel for `num_rows` rows. numbers: its fixed parameters."""
-        num_columns, sorts = int(numbers["num_columns"]), order != "any"
-        macros = {
-            "DTYPE": row_lanes.DTYPE_CODES[dtype],
-            "BLOCK": self.block,
-            "BLOCKS": self.blocks,
-            "CAPACITY": self.capacity,
-            "ROW_BYTES": self.row_bytes,
-            "SORTS": int(sorts),
-            "SHORT": int(is_short(dtype, num_columns)),
-        }
-        shared = opted_in(self.shared_bytes(dtype, num_columns, sorts), _STATIC_BYTES)
-        numbers = {"by_column": int(order == "column")} | numbers
-        return Kernel(HELD, HELD, macros, num_rows, self.block, numbers, shared_bytes=shared)
+        shared = self.shared_bytes(dtype, int(numbers["num_columns"]), order != "any")
+        return _kernel(HELD, self, {"ROW_BYTES": self.row_bytes}, shared, dtype, order, num_rows, numbers)
 
     def shared_bytes(self, dtype: str, num_columns: int, sorts: bool) -> int:
         """Return the dynamic shared memory: the row or, in its place, what sorting needs; and the columns of a list."""
         sorting = entry_bytes(dtype, num_columns, sorts) * self.capacity + 64 if sorts else 0
         return max(self.row_bytes + 16, sorting) + 2 * self.capacity
+
+
+def _kernel(
+    name: str, shape: ManyShape | HeldShape, macros: dict[str, int], shared_bytes: int, dtype: str, order: str,
+    num_rows: int, numbers: dict[str, int | float],
+) -> Kernel:  # fmt: skip
+    """Return a kernel with this much dynamic shared memory, of its own macros and those that both have."""
+    macros = macros | {
+        "DTYPE": row_lanes.DTYPE_CODES[dtype],
+        "BLOCK": shape.block,
+        "BLOCKS": shape.blocks,
+        "CAPACITY": shape.capacity,
+        "SORTS": int(order != "any"),
+        "SHORT": int(is_short(dtype, int(numbers["num_columns"]))),
+    }
+    numbers = {"by_column": int(order == "column")} | numbers
+    shared = opted_in(shared_bytes, _STATIC_BYTES)
+    return Kernel(name, name, macros, num_rows, shape.block, numbers, shared_bytes=shared)
 
 
 def opted_in(shared: int, static: int) -> int:

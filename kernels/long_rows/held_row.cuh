@@ -3,7 +3,8 @@
 // few more unless many tie or the best are in few groups. Of `wanted` groups the best score reaches the threshold. A
 // thread has eight groups, each with two (float32) or four (16 bits) scores of every four vectors of the thread.
 //
-// A block is done soon, so what a thread waits for decides: its vectors, marks and ranks are in registers, a few at once.
+// A block is done soon, so the time is what a thread waits for: its marks and ranks are in registers, and several loads
+// are in flight.
 #pragma once
 
 #include "device/async_copy.cuh"
@@ -28,51 +29,6 @@ __device__ __forceinline__ unsigned greater_scores(unsigned a, unsigned b) {
     }
 }
 
-// The pages of a row of up to 32768 columns, or none: mapped_index by a multiplication in place of a division. `inverse`
-// is 2**31 / page_size, rounded up, so inverse * page_size = 2**31 + e with e < page_size. For pages of up to 65536
-// columns, column * e < 2**31, and the quotient is exact. For larger ones it is 0, since column / page_size is below 1/2.
-struct HeldPages {
-    const int* map;
-    int page_size;
-    unsigned inverse;
-
-    __device__ __forceinline__ HeldPages(const int* map, int page_size)
-        : map(map),
-          page_size(page_size),
-          inverse(map == nullptr ? 0 : (0x80000000u + static_cast<unsigned>(page_size) - 1) / page_size) {}
-
-    __device__ __forceinline__ int page_of(int column) const {
-        return static_cast<int>(static_cast<unsigned long long>(inverse) * column >> 31);
-    }
-};
-
-// Write the indices of `count` columns in shared memory. A thread reads several entries of the map at once.
-template <int Block>
-__device__ __forceinline__ void write_indices(const unsigned short* columns, int count, const HeldPages& pages,
-                                              int* indices) {
-    constexpr int AT_ONCE = 4;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += AT_ONCE * Block) {
-        int index[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) index[j] = columns[min(first + j * Block, count - 1)];
-        if (pages.map != nullptr) {
-            int page[AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                page[j] = pages.page_of(index[j]);
-                index[j] -= page[j] * pages.page_size;
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) index[j] += pages.map[page[j]] * pages.page_size;
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            if (first + j * Block < count) indices[first + j * Block] = index[j];
-        }
-    }
-}
-
 // RowBytes: of a row, at most. Capacity: of the list.
 template <int Code, int Block, int RowBytes, int Capacity>
 struct HeldRow {
@@ -82,8 +38,8 @@ struct HeldRow {
     typedef RowPiece<Code, Block, LOADS, true> Piece;
     static constexpr int VECTOR = Piece::VECTOR, SETS = Code == 0 ? 2 : 1, KEYS = SETS * VECTOR;
     static constexpr int LISTED = (Capacity + Block - 1) / Block;  // ranks of a thread
-    static constexpr int LEAST = Code == 0 ? 0 : 16;               // low bits that are 0 in every key but NAN_KEY
-    static_assert(RowBytes / sizeof(T) <= 32768, "columns of 16 bits, and of HeldPages");
+    static constexpr int ZERO_BITS = Code == 0 ? 0 : 16;           // low bits that are 0 in every key but NAN_KEY
+    static_assert(RowBytes / sizeof(T) <= 32768, "columns of 16 bits, and of ShortRowPages");
 
     Piece piece;
     unsigned short* columns;  // of the scores on the list, in shared memory
@@ -116,8 +72,8 @@ struct HeldRow {
     // Return a threshold within the range, the lower bound if there is none between the bounds. The list of the lower
     // bound is too long, that of the upper one too short.
     static __device__ __forceinline__ unsigned between(Extent range) {
-        const unsigned half = (range.high - range.low) / 2 & ~0u << LEAST;
-        return half == 0 ? range.low : (range.low + half) & ~0u << LEAST;  // NAN_KEY has other low bits
+        const unsigned half = (range.high - range.low) / 2 & ~0u << ZERO_BITS;
+        return half == 0 ? range.low : (range.low + half) & ~0u << ZERO_BITS;  // NAN_KEY has other low bits
     }
 
     // Prefetch a row to L2.
@@ -129,13 +85,15 @@ struct HeldRow {
     }
 
     // Return a threshold that at least `wanted` scores reach, for a row with more scores than the list can have, and in
-    // `highest` the highest key. Tied: too many groups have just this key, so the list is for scores above it, and for as
-    // many ties as are wanted. Otherwise at most an eighth more groups reach it than `wanted`. `histograms` are three of BINS words on a 16-byte boundary, the first of them 0.
+    // `highest` the highest key. At most an eighth more groups than `wanted` reach it, unless it is tied: so many groups
+    // have just this key that the list takes the scores above it, and of the ties as many as are wanted. `histograms`
+    // are three of BINS words on a 16-byte boundary, the first of them 0.
     __device__ __forceinline__ Threshold threshold(int wanted, int (*histograms)[BINS], unsigned& highest) const {
         Words<4> best[SETS];
 #pragma unroll
         for (int set = 0; set < SETS; ++set) best[set] = {{~0u, ~0u, ~0u, ~0u}};  // NaN
-        int stretch = 0;                                                          // of as many vectors as threads
+
+        int stretch = 0;  // number of a stretch of the row, which has as many vectors as there are threads
 #pragma unroll 1
         for (; (stretch + LOADS) * Block <= piece.end; stretch += LOADS) {
             Words<4> vectors[LOADS];
@@ -159,11 +117,11 @@ struct HeldRow {
         if (single >= 0) range.high = max(range.high, key_of(single));
         range = block_extent<Block>(range);
         highest = range.high;
-        range.low &= ~0u << LEAST;
+        range.low &= ~0u << ZERO_BITS;
         int rest = wanted, round = 0;
 #pragma unroll 1
         for (;;) {
-            const int shift = max(bit_length(range.high - range.low) - 8, LEAST);
+            const int shift = max(bit_length(range.high - range.low) - 8, ZERO_BITS);
             int* histogram = histograms[round];
             round = round == 2 ? 0 : round + 1;  // a warp may still read the one before
             for (int i = threadIdx.x; i < BINS; i += Block) histograms[round][i] = 0;
@@ -176,7 +134,7 @@ struct HeldRow {
             const ChosenBin chosen = choose_bin(histogram, rest);
             range.low += static_cast<unsigned>(chosen.bin) << shift;
             const bool few_more = chosen.count - chosen.rest <= wanted / 8;
-            if (few_more || shift == LEAST) return {max(range.low, NAN_KEY), !few_more};
+            if (few_more || shift == ZERO_BITS) return {max(range.low, NAN_KEY), !few_more};
             const unsigned last = (1u << shift) - 1;
             if (range.high - range.low > last) range.high = range.low + last;
             rest = chosen.rest;
@@ -228,14 +186,14 @@ struct HeldRow {
     }
 
   private:
-    // Return the vector of a stretch that is in the groups of this thread: another place in each of them, so that groups
-    // do not follow periods of a row.
+    // Return the vector of a stretch that is in the groups of this thread. Its place differs from stretch to stretch, so
+    // that groups are not in step with a row that repeats itself.
     static __device__ __forceinline__ int member(int stretch) {
         static_assert((Block & (Block - 1)) == 0, "a power of two");
         return stretch * Block + ((threadIdx.x + 37 * stretch) & (Block - 1));
     }
 
-    // Its words are in other groups by `turn`, likewise.
+    // Take the scores of a vector into the best of the groups, with its words turned likewise.
     static __device__ __forceinline__ void improve(Words<4>& best, const Words<4>& vector, int turn) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) best.word[w] = greater_scores<Code>(best.word[w], vector.word[(w + turn) % 4]);

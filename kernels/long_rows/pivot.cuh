@@ -21,8 +21,8 @@ struct Pivot {
         if (threadIdx.x == 0) num_few = 0;
     }
 
-    // Return the lower bound of the `wanted` best ranks, of more. `low` and `high` are bounds of all ranks; others are left
-    // out. ranks.for_each(take) calls take(rank) for those of a thread.
+    // Return the lower bound of the `wanted` best ranks of more. Ranks below `low` or above `high` are left out.
+    // ranks.for_each(take) calls take(rank) for those of a thread.
     template <int Block, typename Ranks>
     __device__ __forceinline__ Rank find(const Ranks& ranks, int wanted, Rank low, Rank high) {
         int round = 0;

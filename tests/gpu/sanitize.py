@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant of every kernel under compute-sanitizer: memcheck, racecheck, initcheck, synccheck.
 
-    python -m tests.gpu.sanitize [--output FILE.json] [--tools memcheck racecheck] [--every N] [--jobs N]
+    python -m tests.gpu.sanitize [--output FILE_OR_FOLDER] [--tools memcheck racecheck] [--every N] [--only TEXT]
+                                 [--jobs N]
 
 Each tool runs processes of its own, which share the calls of tests/gpu/variants.py, compare them with the reference and
 say how many there were. Arrays lie in CUDA memory of exactly their own size, each its own allocation, and of it only
@@ -162,12 +163,12 @@ def run_tool(command: Sequence[str], timeout: float) -> dict[str, Any]:
     }
 
 
-def report(tool: str, every: int, jobs: int, timeout: float) -> dict[str, Any]:
+def report(tool: str, every: int, jobs: int, timeout: float, only: str = "") -> dict[str, Any]:
     """Run one tool: it must find its planted fault, then nothing in our kernels."""
     options, default = TOOLS[tool]
     command = [find_sanitizer(), "--tool", tool, *options, sys.executable, "-m", "tests.gpu.sanitize"]
     planted = run_tool([*command, "--planted", tool], timeout)
-    ours = run_jobs(command, every or default, jobs, timeout)
+    ours = run_jobs([*command, "--only", only], every or default, jobs, timeout)
     clean = ours["errors"] == 0 and ours["exit"] == 0 and ours["calls"] > 0
     if not clean:
         print(ours["text"][-6000:])
@@ -179,9 +180,10 @@ def report(tool: str, every: int, jobs: int, timeout: float) -> dict[str, Any]:
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON, into a folder as sanitizers.json")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--every", type=int, default=0, help="run every Nth case (default: 1 to 3, by the tool)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases whose description has this text")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) * 3 // 4), help="processes at once")
     parser.add_argument("--timeout", type=float, default=170.0, help="seconds for each process")
     parser.add_argument("--calls", type=int, metavar="N", help="only make every Nth call, here and now")
@@ -192,12 +194,14 @@ def main(given: Sequence[str] | None = None) -> int:
         make_fault(chosen.planted)
         return 0
     if chosen.calls:
-        print(f"{_MARK}{make_calls(ExactBackend(), cases()[chosen.first :: chosen.calls])}")
+        those = [case for case in cases() if chosen.only in repr(case)]
+        print(f"{_MARK}{make_calls(ExactBackend(), those[chosen.first :: chosen.calls])}")
         return 0
     from benchmarks.harness import environment  # which needs CuPy
 
     # Once without a tool: all kernels are compiled then, and wrong results are seen before anything else.
-    warm = run_jobs([sys.executable, "-m", "tests.gpu.sanitize"], 1, chosen.jobs, chosen.timeout)
+    command = [sys.executable, "-m", "tests.gpu.sanitize", "--only", chosen.only]
+    warm = run_jobs(command, 1, chosen.jobs, chosen.timeout)
     print(f"no tool: {warm['calls']} calls, exit {warm['exit']}, {warm['seconds']} s")
     if warm["exit"]:
         print(warm["text"][-6000:])
@@ -207,7 +211,7 @@ def main(given: Sequence[str] | None = None) -> int:
     about = {"compute_sanitizer": found[1] if found else version.strip()}
     content: dict[str, Any] = {"environment": environment() | about, "tools": []}
     for tool in chosen.tools:
-        row = report(tool, chosen.every, chosen.jobs, chosen.timeout)
+        row = report(tool, chosen.every, chosen.jobs, chosen.timeout, chosen.only)
         content["tools"].append(row)
         print("  ".join(f"{key}={value}" for key, value in row.items()))
         if chosen.output:  # what is known so far, should a later tool take too long
